@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from litgpt_whittle.errors import UserError
+
+
+class MappedWeights(dict):
+    """Weights that are memory-mapped from a file and never written to."""
+
+    def forget(self, name: str) -> None:
+        """Gives a tensor's pages back to the system, which reads them again if they are needed again.
+
+        So a teacher can be read through one tensor after the other in little memory.
+        """
+        tensor: torch.Tensor = self[name]
+        if not sys.platform.startswith("linux"):
+            return
+        page = os.sysconf("SC_PAGE_SIZE")
+        start = -(-tensor.data_ptr() // page) * page
+        length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // page * page
+        if length > 0:
+            madv_dontneed = 4
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), madv_dontneed)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,217 @@
+"""litgpt checkpoint directories: checked before they are read, read without running code, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
+from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import MappedWeights, new_folder, write_text
+from litgpt_whittle.registry import lookup
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
+
+WEIGHTS = "lit_model.pth"
+MODEL_CLASS = "model_class.yaml"
+"""Names the class that opens a checkpoint (entry-point group `litgpt.models`) and what else the class needs. Stock
+litgpt does not look at it: what lies beside it is a stock checkpoint."""
+
+
+def check_checkpoint(checkpoint_dir: Path) -> Config:
+    """Reads a checkpoint's config, and nothing expensive.
+
+    Raises:
+        UserError: If the directory is missing, is no litgpt checkpoint, or its config cannot be read.
+    """
+    checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
+    if not checkpoint_dir.is_dir():
+        raise UserError(f"there is no checkpoint directory {str(checkpoint_dir)!r}; see 'litgpt download list'")
+    if not (checkpoint_dir / WEIGHTS).is_file():
+        raise UserError(
+            f"{str(checkpoint_dir)!r} is not a litgpt checkpoint, it has no {WEIGHTS}; "
+            "make one with 'litgpt download' or 'litgpt convert_to_litgpt'"
+        )
+    try:
+        return Config.from_checkpoint(checkpoint_dir)
+    except FileNotFoundError:
+        problem = "has no model_config.yaml"
+    except (yaml.YAMLError, UnicodeDecodeError):
+        problem = "has a model_config.yaml that is not YAML"
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+        problem = f"has a model_config.yaml that litgpt refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+    raise UserError(f"{str(checkpoint_dir)!r} {problem}; copy it from where the checkpoint came from")
+
+
+def read_weights(checkpoint_dir: Path) -> MappedWeights:
+    """Memory-maps a checkpoint's weights after checking them against its config.
+
+    Raises:
+        UserError: As `check_checkpoint` does, and if the file is damaged or does not fit the config.
+    """
+    config = check_checkpoint(checkpoint_dir)
+    path = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS
+    weights = _open(path)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{str(path)!r} holds no weights; convert it with 'litgpt convert_pretrained_checkpoint'")
+    weights = _with_current_names(MappedWeights(weights), config)
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise UserError(f"{str(path)!r} lacks {name}, which its model_config.yaml asks for; use the files that match")
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{str(path)!r} has {name} of shape {tuple(weights[name].shape)}, its model_config.yaml says "
+                f"{tuple(tensor.shape)}; use the files that match"
+            )
+    if extra := sorted(set(weights) - set(expected)):
+        raise UserError(f"{str(path)!r} has {extra[0]}, which its model_config.yaml does not know; use matching files")
+    return weights
+
+
+def _open(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{str(path)!r} holds more than weights; if 'litgpt pretrain' wrote it, run "
+            f"'litgpt convert_pretrained_checkpoint {path.parent} OUT_DIR' and use OUT_DIR"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError):
+        raise UserError(f"{str(path)!r} is truncated or damaged; fetch or convert it again") from None
+
+
+def _with_current_names(weights: MappedWeights, config: Config) -> MappedWeights:
+    """Renames the fused attention weights of old litgpt checkpoints, whose rows were ordered by group."""
+    for name in [name for name in weights if ".attn.attn." in name]:
+        weights[name.replace(".attn.attn.", ".attn.qkv.")] = qkv_reassemble(weights.pop(name), config)
+    return weights
+
+
+def load_model(
+    checkpoint_dir: Path,
+    model_class: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """Opens a litgpt checkpoint.
+
+    Args:
+        checkpoint_dir: The directory, or its name under `checkpoints/`.
+        model_class: A class registered in the entry-point group `litgpt.models`; "SuperGPT" opens any stock
+            checkpoint as a super-network. By default what the checkpoint names, or litgpt's `GPT`.
+        dtype: Converts the weights; by default they stay as they are stored.
+        device: Where the weights go.
+
+    Returns:
+        The model, with tied weights tied, in evaluation mode.
+
+    Raises:
+        UserError: As `read_weights` does, and if the class is unknown or unsuited.
+    """
+    checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
+    weights, config = read_weights(checkpoint_dir), check_checkpoint(checkpoint_dir)
+    named = read_model_class(checkpoint_dir)
+    name = model_class or named.pop("model_class", None)
+    cls = GPT if name is None else lookup("litgpt.models", name)
+    if cls is LayerwiseGPT:
+        if "shape" not in named:
+            raise UserError(f"{str(checkpoint_dir)!r} has no {MODEL_CLASS} with a shape; it is no layer-wise student")
+        model = LayerwiseGPT.from_padded(config, weights, named["shape"])
+    else:
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+    if is_tied(weights):
+        model.lm_head.weight = model.transformer.wte.weight
+    model.cos, model.sin = model.rope_cache(device="cpu")
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:
+    """What `model_class.yaml` says, empty where there is none."""
+    path = Path(checkpoint_dir) / MODEL_CLASS
+    try:
+        content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a YAML mapping; remove it to open a stock litgpt model")
+    return content
+
+
+def save_checkpoint(
+    out_dir: Path,
+    model: Config | SubNet,
+    weights: Mapping[str, torch.Tensor],
+    tokenizer_dir: Path | None = None,
+    sub_network: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
+
+    Args:
+        out_dir: The directory.
+        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is
+            written zero-padded, and its true shape beside it, so that `load_model` opens it as it was.
+        weights: The weights.
+        tokenizer_dir: Where to copy tokenizer and Hugging Face config from; sizes in the latter are the student's.
+        sub_network: Written to `sub_network.yaml`.
+        extra: Further files, by name: what `torch.save` takes.
+    """
+    config = model.config if isinstance(model, SubNet) else model
+    layerwise = isinstance(model, SubNet) and not model.is_uniform
+    Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out_dir) as folder:
+        torch.save(dict(pad(model, weights) if layerwise else weights), folder / WEIGHTS)
+        for name, content in (extra or {}).items():
+            torch.save(content, folder / name)
+        if tokenizer_dir is not None:
+            copy_config_files(Path(tokenizer_dir), folder)
+            _resize_hf_config(folder / "config.json", config)
+        save_config(config, folder)
+        if layerwise:
+            shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
+            write_text(folder / MODEL_CLASS, yaml.safe_dump(shape, sort_keys=False, default_flow_style=None))
+        if sub_network is not None:
+            text = yaml.safe_dump(dict(sub_network), sort_keys=False, default_flow_style=None, width=2**16)
+            write_text(folder / "sub_network.yaml", text)
+
+
+def _resize_hf_config(path: Path, config: Config) -> None:
+    """Puts the student's sizes into a copied Hugging Face config, which lm-eval and exported models read."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text())
+    sizes = {
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_query_groups,
+        "head_dim": config.head_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "num_experts": config.n_expert,
+        "num_local_experts": config.n_expert,
+        "n_routed_experts": config.n_expert,
+        "rope_theta": config.rope_base,
+        "rotary_emb_base": config.rope_base,
+        "rope_local_base_freq": config.rope_local_base_freq,
+        "rotary_pct": config.rotary_percentage,
+        "partial_rotary_factor": config.rotary_percentage,
+    }
+    content |= {key: value for key, value in sizes.items() if key in content}
+    if "head_dim" not in content and config.n_head * config.head_size != config.n_embd:
+        content["head_dim"] = config.head_size
+    path.write_text(json.dumps(content, indent=2))

@@ -1,0 +1,295 @@
+"""A litgpt GPT that runs as any of its sub-networks, and the models that sub-networks become."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT, Block
+from torch import nn
+from torch.func import functional_call
+
+from litgpt_whittle.files import MappedWeights
+from litgpt_whittle.subnet import Plan, SubNet, Take, plan
+
+Weights = dict[str, torch.Tensor]
+
+
+class _GPT(GPT):
+    """litgpt's GPT around given blocks."""
+
+    def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(dataclasses.replace(config, n_layer=0))
+        self.config = config
+        self.transformer["h"] = nn.ModuleList(blocks)
+
+
+class LayerwiseGPT(_GPT):
+    """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
+
+    Its `config` is the stock one padded to the widest layer, as which it is saved (`pad`).
+
+    Args:
+        subnet: The sub-network whose sizes the layers have.
+    """
+
+    def __init__(self, subnet: SubNet) -> None:
+        super().__init__(subnet.config, (Block(subnet.layer_config(i), i) for i in range(len(subnet))))
+        self.shape = shape_of(subnet)
+
+    @classmethod
+    def from_padded(cls, config: Config, weights: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> LayerwiseGPT:
+        """Opens a padded stock checkpoint in its true shape, the choice `shape` of its own config."""
+        subnet = SubNet.from_dict(config, shape)
+        with torch.device("meta"):
+            model = cls(subnet)
+        model.load_state_dict(unpad(subnet, weights), assign=True)
+        return model
+
+
+class SuperBlock(Block):
+    """A litgpt block that can run with a part of its weights.
+
+    The part is taken inside `forward`, where a sharded block's parameters are whole.
+    """
+
+    _running: _Running | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._running is None:
+            return super().forward(*args, **kwargs)
+        return self._running(self, *args, **kwargs)
+
+
+class SuperGPT(_GPT):
+    """A litgpt GPT that runs as any of its sub-networks.
+
+    Outside of `running` it is the full litgpt model: same weights, same names, same outputs.
+
+        with model.running(subnet):
+            logits = model(idx)  # (B, T, V)
+    """
+
+    _running: _Running | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, (SuperBlock(config, i) for i in range(config.n_layer)))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return self.lm_head.weight is self.transformer.wte.weight
+
+    def forward(self, idx: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | list[torch.Tensor]:
+        if self._running is None:
+            return super().forward(idx, *args, **kwargs)
+        return self._running(self, idx, *args, **kwargs)
+
+    @contextmanager
+    def running(self, subnet: SubNet, materialize: bool = False) -> Iterator[SuperGPT]:
+        """Makes `forward` compute the sub-network's logits, with gradients to the weights that it uses.
+
+        Args:
+            subnet: A sub-network of this model.
+            materialize: Slice once, now, into contiguous copies without gradients, instead of in every forward: for
+                scoring a candidate on many batches.
+
+        Raises:
+            UserError: If `subnet` was made for another teacher.
+        """
+        takes = plan(self.config, subnet, tied=self.tied)
+        with torch.device("meta"):
+            blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
+            shell = _GPT(subnet.config, [_Delegate(self.transformer.h[layer]) for layer in subnet.layers])
+        shell.max_seq_length = self.max_seq_length
+        rope = dict(zip(("cos", "sin"), self._rope(subnet)))
+        root = {name: take for name, take in takes.items() if not name.startswith("transformer.h.")}
+        active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope))]
+        for i, layer in enumerate(subnet.layers):
+            active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {})))
+        try:
+            for module, running in active:
+                if materialize:
+                    running.materialize(module)
+                module._running = running
+            yield self
+        finally:
+            for module, _ in active:
+                module._running = None
+
+    def _rope(self, subnet: SubNet) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sub-network's rotary cache: this model's own unless heads shrink."""
+        if len(subnet.head_size) == self.config.head_size:
+            return self.cos, self.sin
+        with torch.device("meta"):
+            student = GPT(dataclasses.replace(subnet.config, n_layer=0))
+        student.max_seq_length = self.max_seq_length
+        return tuple(cache.to(self.cos.dtype) for cache in student.rope_cache(self.cos.device))
+
+
+class _Running:
+    """A sub-network's module, without weights of its own, and what it takes of the module that it stands in for."""
+
+    def __init__(self, module: nn.Module, takes: Mapping[str, Take], constants: Weights) -> None:
+        self.module = module.eval()
+        self.takes = takes
+        self.constants = constants
+        self.weights: Weights | None = None
+
+    def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weights = self._take(owner) if self.weights is None else self.weights
+        return functional_call(self.module, weights | self.constants, args, kwargs)
+
+    @torch.no_grad()
+    def materialize(self, owner: nn.Module) -> None:
+        self.weights = {name: weight.contiguous() for name, weight in self._take(owner).items()}
+
+    def _take(self, owner: nn.Module) -> Weights:
+        tensors = dict(owner.named_parameters()) | dict(owner.named_buffers())
+        # a tied head has one name among the parameters
+        tensors.setdefault("lm_head.weight", tensors.get("transformer.wte.weight"))
+        return {name: take(tensors[take.name]) for name, take in self.takes.items()}
+
+
+class _Delegate(nn.Module):
+    """Calls a block of the super-network from within the sub-network's model, without owning its weights."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = (block,)  # a tuple hides it from PyTorch's registry of submodules
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._block[0](*args, **kwargs)
+
+
+def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:
+    """One layer's part of a plan, with names relative to its block on both sides."""
+    ours, theirs = f"transformer.h.{student_layer}.", f"transformer.h.{teacher_layer}."
+    return {
+        name.removeprefix(ours): dataclasses.replace(take, name=take.name.removeprefix(theirs))
+        for name, take in takes.items()
+        if name.startswith(ours)
+    }
+
+
+def student_model(subnet: SubNet) -> GPT:
+    """A model of the sub-network's true shape with fresh weights: a stock `GPT` where its sizes are uniform."""
+    return GPT(subnet.config) if subnet.is_uniform else LayerwiseGPT(subnet)
+
+
+def extract(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:
+    """Cuts a sub-network's weights out of its teacher.
+
+    Args:
+        teacher: The teacher, or its weights; memory-mapped ones are read only where needed, a tensor at a time.
+        subnet: What to keep.
+        tied: Whether the teacher's LM head is its embedding; found out from the weights by default.
+
+    Returns:
+        The weights of `student_model(subnet)`, contiguous copies; a tied head shares its embedding's memory.
+    """
+    weights = teacher.state_dict() if isinstance(teacher, nn.Module) else teacher
+    tied = is_tied(weights) if tied is None else tied
+    student: Weights = {}
+    taken: dict[str, torch.Tensor] = {}
+    for name, take in plan(subnet.teacher, subnet, tied).items():
+        if take.name not in taken:
+            part = take(weights[take.name]).detach()
+            # an index makes a copy already, a slice is a view on the teacher's memory
+            is_view = part.untyped_storage().data_ptr() == weights[take.name].untyped_storage().data_ptr()
+            taken[take.name] = part.clone(memory_format=torch.contiguous_format) if is_view else part.contiguous()
+            if isinstance(weights, MappedWeights):
+                weights.forget(take.name)
+        student[name] = taken[take.name]
+    return student
+
+
+def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the LM head is the embedding: one memory, or equal values."""
+    head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    if head.data_ptr() == embedding.data_ptr() and head.device.type != "meta":
+        return True
+    # a row tells nearly always, so that a large file is not read for nothing
+    return torch.equal(head[0], embedding[0]) and torch.equal(head, embedding)
+
+
+def shape_of(subnet: SubNet) -> SubNet:
+    """A layer-wise student's true shape, as the leading part that it uses of every padded tensor."""
+    layers = [subnet.layer(i) for i in range(len(subnet))]
+    config = subnet.config
+    width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
+    sizes: dict[str, list] = {"intermediate_size": [None] * len(layers)}
+    sizes["n_query_groups"] = [len(keep.n_query_groups) for keep in layers]
+    sizes["heads_per_group"] = [len(keep.heads_per_group) for keep in layers]
+    for i, keep in enumerate(layers):
+        name = "intermediate_size" if keep.n_expert is None else width
+        sizes.setdefault(name, [None] * len(layers))[i] = len(keep.intermediate_size)
+    return SubNet(config, **{k: v for k, v in sizes.items() if any(n is not None for n in v)})
+
+
+def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
+    """Zero-pads a layer-wise student to its widest layer: a stock litgpt model with the same outputs.
+
+    Padded heads and neurons give nothing and get no gradient. A norm over all heads (OLMo 2) would average over the
+    padding too; its inputs and weight are scaled against that.
+
+    Args:
+        subnet: The student's sub-network.
+        weights: Its weights, in their true shape.
+
+    Returns:
+        The weights of a stock `GPT(subnet.config)`.
+    """
+    shape = shape_of(subnet)
+    with torch.device("meta"):
+        stock = GPT(subnet.config).state_dict()
+    true = _rescale_norms(shape, dict(weights), inverse=False)
+    padded: Weights = {}
+    for name, take in plan(subnet.config, shape).items():
+        padded[name] = torch.zeros(stock[take.name].shape, dtype=true[name].dtype, device=true[name].device)
+        index = [i if isinstance(i, slice) else i.to(true[name].device) for i in take.index]
+        if sum(not isinstance(i, slice) for i in index) > 1:
+            index = torch.meshgrid(*(_as_tensor(i, true[name].device) for i in index), indexing="ij")
+        padded[name][tuple(index)] = true[name]
+    if weights["lm_head.weight"] is weights["transformer.wte.weight"]:
+        padded["lm_head.weight"] = padded["transformer.wte.weight"]
+    return padded
+
+
+def unpad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
+    """Undoes `pad`: the true shape of a layer-wise student from its padded stock weights."""
+    shape = shape_of(subnet)
+    return _rescale_norms(shape, extract(weights, shape), inverse=True)
+
+
+def _as_tensor(index: slice | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.arange(index.start, index.stop, device=device) if isinstance(index, slice) else index
+
+
+def _rescale_norms(shape: SubNet, weights: Weights, inverse: bool) -> Weights:
+    """Scales the inputs of norms over all heads so that their mean square is the same with zeros appended."""
+    config = shape.teacher
+    if not (config.norm_qk and config.norm_qk_type == "olmo2") or shape.is_uniform:
+        return weights
+    for i in range(len(shape)):
+        keep = shape.layer(i)
+        groups, size = len(keep.n_query_groups), config.head_size
+        heads = groups * len(keep.heads_per_group)
+        prefix = f"transformer.h.{i}.attn."
+        n_q, n_k = heads * size, groups * size
+        for leaf, padded, true, start, stop in (
+            ("norm_q", config.n_head, heads, 0, n_q),
+            ("norm_k", config.n_query_groups, groups, n_q, n_q + n_k),
+        ):
+            scale = math.sqrt(true / padded) if inverse else math.sqrt(padded / true)
+            for name in (prefix + "qkv.weight", prefix + "qkv.bias"):
+                if name in weights:
+                    weights[name] = weights[name].clone()
+                    weights[name][start:stop] *= scale
+            weights[prefix + leaf + ".weight"] = weights[prefix + leaf + ".weight"] / scale
+    return weights
