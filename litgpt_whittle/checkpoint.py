@@ -16,7 +16,7 @@ from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
 from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import MappedWeights, new_folder, write_text
+from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
@@ -183,10 +183,9 @@ def save_checkpoint(
         save_config(config, folder)
         if layerwise:
             shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
-            write_text(folder / MODEL_CLASS, yaml.safe_dump(shape, sort_keys=False, default_flow_style=None))
+            write_text(folder / MODEL_CLASS, to_yaml(shape))
         if sub_network is not None:
-            text = yaml.safe_dump(dict(sub_network), sort_keys=False, default_flow_style=None, width=2**16)
-            write_text(folder / "sub_network.yaml", text)
+            write_text(folder / "sub_network.yaml", to_yaml(sub_network))
 
 
 def _resize_hf_config(path: Path, config: Config) -> None:

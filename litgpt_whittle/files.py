@@ -6,11 +6,13 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from litgpt_whittle.errors import UserError
 
@@ -32,6 +34,18 @@ class MappedWeights(dict):
         if length > 0:
             madv_dontneed = 4
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), madv_dontneed)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, mappings a line per key."""
+
+
+_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """Compact YAML: a line per key, in the order given."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, width=2**16, allow_unicode=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from litgpt.config import Config
 from litgpt.model import Block
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import write_text
+from litgpt_whittle.files import to_yaml, write_text
 from litgpt_whittle.rope import HeadCut, cut_head, legal_head_sizes
 
 __all__ = [
@@ -374,9 +374,8 @@ class SubNet:
 
     def save(self, path: Path, **provenance: Any) -> None:
         """Writes the choice as YAML, with where it came from below it."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=2**16)
         origin = {"teacher": self.teacher.name, "teacher_config": fingerprint(self.teacher)} | provenance
-        write_text(path, text + yaml.safe_dump({"provenance": origin}, sort_keys=False))
+        write_text(path, to_yaml(self.to_dict() | {"provenance": origin}))
 
     @classmethod
     def load(cls, path: Path, teacher: Config) -> SubNet:

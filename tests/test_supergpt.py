@@ -1,0 +1,165 @@
+"""A super-network runs as any of its sub-networks exactly as the extracted litgpt model runs."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, subnets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_whittle.checkpoint import load_model, save_checkpoint
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.subnet import SubNet, plan
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract, pad, student_model, unpad
+
+EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def supergpt(config: Config, tied: bool = False) -> SuperGPT:
+    """A super-network with weights large enough that every part matters."""
+    torch.manual_seed(0)
+    model = SuperGPT(config)
+    for name, tensor in model.state_dict().items():
+        torch.nn.init.normal_(tensor, mean=1.0 if "norm" in name or "ln_f" in name else 0.0, std=0.2)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def tokens(config: Config, length: int = 16) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(logits: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten())
+
+
+@EACH
+def test_full_sub_network_is_litgpts_model(teacher):
+    model, idx = supergpt(teacher), tokens(teacher)
+    stock = GPT(teacher)
+    stock.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = stock(idx)
+        assert torch.equal(model(idx), expected)
+        for materialize in (False, True):
+            with model.running(SubNet.full(teacher), materialize=materialize):
+                assert torch.equal(model(idx), expected)
+        assert torch.equal(model(idx), expected), "running left something behind"
+
+
+@EACH
+@settings(max_examples=8)
+@given(data=st.data())
+def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, tmp_path_factory):
+    subnet, tied = data.draw(subnets(teacher)), data.draw(st.booleans())
+    model, idx = supergpt(teacher, tied), tokens(teacher)
+    out_dir = tmp_path_factory.mktemp("student") / "student"
+    save_checkpoint(out_dir, subnet, extract(model, subnet))
+    student = load_model(out_dir)
+    assert type(student) is (GPT if subnet.is_uniform else LayerwiseGPT)
+    if subnet.is_uniform:
+        student = GPT(Config.from_checkpoint(out_dir))
+        student.load_state_dict(torch.load(out_dir / "lit_model.pth", weights_only=True))
+        if tied:
+            student.lm_head.weight = student.transformer.wte.weight
+    exact = subnet.is_uniform or teacher.norm_qk_type != "olmo2"  # whose padding is scaled there and back
+    expected = student(idx)
+    with model.running(subnet, materialize=True), torch.no_grad():
+        torch.testing.assert_close(model(idx), expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
+    loss_of(expected, idx).backward()
+    with model.running(subnet):
+        logits = model(idx)
+    torch.testing.assert_close(logits, expected, rtol=1e-5 if exact else 1e-4, atol=1e-5 if exact else 1e-4)
+    loss_of(logits, idx).backward()
+    if exact:
+        _assert_same_gradients(model, student, subnet, tied)
+
+
+def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: bool) -> None:
+    """The teacher's gradient is the student's at what the plan takes, and nothing anywhere else."""
+    theirs, ours = dict(student.named_parameters()), dict(model.named_parameters())
+    takes = {name: take for name, take in plan(subnet.teacher, subnet, tied).items() if name in theirs}
+    for name, take in takes.items():
+        expected, got = theirs[name].grad, ours[take.name].grad
+        if expected is None:  # an expert that no token chose
+            assert got is None or not got.any()
+            continue
+        torch.testing.assert_close(take(got), expected, rtol=1e-4, atol=1e-6)
+        outside = torch.ones_like(got)
+        index = [torch.arange(i.start, i.stop) if isinstance(i, slice) else i for i in take.index]
+        outside[torch.meshgrid(*index, indexing="ij")] = 0
+        assert not (got * outside).any(), f"{take.name} has gradient that {name} does not take"
+    taken = {take.name for take in takes.values()}
+    assert all(parameter.grad is None for name, parameter in ours.items() if name not in taken)
+
+
+@EACH
+@settings(max_examples=6)
+@given(data=st.data())
+def test_padded_export_gives_the_layerwise_logits(teacher, data):
+    subnet = data.draw(subnets(teacher, uniform=False))
+    model, idx = supergpt(teacher), tokens(teacher)
+    student = student_model(subnet)
+    student.load_state_dict(extract(model, subnet))
+    padded = pad(subnet, student.state_dict())
+    stock = GPT(subnet.config)
+    stock.load_state_dict(padded)
+    expected, got = student(idx), stock(idx)
+    scale = expected.abs().max()
+    torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-5)
+    for name, weight in unpad(subnet, padded).items():
+        torch.testing.assert_close(weight, student.state_dict()[name], rtol=1e-6, atol=1e-6)
+    if not subnet.is_uniform:
+        loss_of(got, idx).backward()
+        _assert_padding_has_no_gradient(stock, student)
+
+
+def _assert_padding_has_no_gradient(stock: GPT, student: LayerwiseGPT) -> None:
+    takes = plan(stock.config, student.shape)
+    gradients = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
+    for name, take in takes.items():
+        if take.name in gradients and "norm_" not in take.name:
+            inside = take(gradients[take.name])
+            total = gradients[take.name].double().square().sum()
+            torch.testing.assert_close(inside.double().square().sum(), total, rtol=1e-9, atol=1e-12)
+
+
+def test_tied_head_gets_both_gradients():
+    teacher = ARCHITECTURES["Gemma-2-2b"]
+    model, idx = supergpt(teacher, tied=True), tokens(teacher)
+    subnet = SubNet(teacher, n_embd="0-7,12-19", n_layer=2)
+    student = student_model(subnet)
+    student.lm_head.weight = student.transformer.wte.weight
+    student.load_state_dict(extract(model, subnet))
+    loss_of(student(idx), idx).backward()
+    with model.running(subnet):
+        loss_of(model(idx), idx).backward()
+    got = model.transformer.wte.weight.grad[:, subnet.n_embd.indices]
+    torch.testing.assert_close(got, student.transformer.wte.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_extracting_leaves_the_teacher_alone():
+    teacher = ARCHITECTURES["Llama-3.1-8B"]
+    model = supergpt(teacher)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for weight in extract(model, SubNet(teacher, n_layer=2)).values():
+        weight.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_shorter_sequences_and_errors_leave_the_model_usable():
+    teacher = ARCHITECTURES["Qwen3-0.6B"]
+    model, idx = supergpt(teacher), tokens(teacher, 4)
+    model.max_seq_length = 8
+    full = model(idx)
+    with pytest.raises(ValueError, match="Cannot forward"), model.running(SubNet(teacher, n_layer=2)):
+        model(tokens(teacher, 16))
+    assert torch.equal(model(idx), full)
+
+
+def test_sub_network_of_another_teacher_is_refused():
+    model = supergpt(ARCHITECTURES["Llama-3.1-8B"])
+    with pytest.raises(UserError, match="belongs to"), model.running(SubNet(ARCHITECTURES["phi-2"])):
+        pass
