@@ -1,0 +1,177 @@
+"""The chunked head against the plain formula, in float64, and against litgpt's own logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from litgpt import GPT, Config
+
+from litgpt_whittle.head import HeadInput, Objective, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.losses import forward_kl
+
+N, V, E, E_TEACHER = 23, 37, 8, 12
+
+
+def tensors(dtype=torch.float64, with_bias=True):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    student = HeadInput(draw(1, N, E), draw(V, E), draw(V) if with_bias else None)
+    teacher = HeadInput(draw(1, N, E_TEACHER), draw(V, E_TEACHER), draw(V) if with_bias else None)
+    targets = torch.randint(V, (1, N), generator=generator)
+    return HeadInput(*(x if x is None else x.requires_grad_() for x in student)), teacher, targets
+
+
+def capped(logits, cap):
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def plain(student, teacher, targets, objective, cap):
+    """The formula as the paper writes it, with all logits at once."""
+    z, t = (capped(F.linear(*x), cap).flatten(0, 1) for x in (student, teacher))
+    counts = targets.flatten() != -100
+    z, t, y = z[counts], t[counts], targets.flatten()[counts]
+    p, q = (torch.softmax(x / objective.temperature, -1) for x in (t, z))
+    kl = (p * (p.log() - q.log())).sum(-1).mean()
+    ce = F.cross_entropy(z, y)
+    return objective.alpha * ce + objective.beta * objective.temperature**2 * kl, ce, kl
+
+
+def another_forward_kl(student_logits, teacher_logits, temperature):
+    """Not the object that the head knows the closed form of, so it goes through autograd."""
+    return forward_kl(student_logits, teacher_logits, temperature)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 23, 64])
+@pytest.mark.parametrize("loss", [forward_kl, another_forward_kl])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("ignored", [[], [0, 1, 2, 3, 9]])
+def test_value_and_gradients_match_the_plain_formula(chunk_size, loss, cap, with_bias, ignored):
+    student, teacher, targets = tensors(with_bias=with_bias)
+    targets[0, ignored] = -100
+    objective = Objective(0.2, 0.8, 0.9, loss)
+    inputs = [x for x in student if x is not None]
+    expected = plain(student, teacher, targets, objective, cap)
+    expected_grads = torch.autograd.grad(3 * expected[0], inputs)
+
+    got = head_loss(student, targets, objective, TeacherLogits(teacher, cap), cap, chunk_size)
+    grads = torch.autograd.grad(3 * got.loss, inputs)
+
+    for a, b in zip((*got, *grads), (*expected, *expected_grads)):
+        assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.3, 0.0), (0.0, 1.0)])
+def test_either_term_may_be_left_out(alpha, beta):
+    student, teacher, targets = tensors()
+    objective = Objective(alpha, beta, 2.0)
+    expected = torch.autograd.grad(plain(student, teacher, targets, objective, None)[0], student)
+    got = torch.autograd.grad(head_loss(student, targets, objective, TeacherLogits(teacher), None, 5).loss, student)
+    for a, b in zip(got, expected):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_without_gradients_only_the_values_are_computed():
+    student, teacher, targets = tensors()
+    objective = Objective(0.2, 0.8, 0.9)
+    with_grad = head_loss(student, targets, objective, TeacherLogits(teacher))
+    with torch.no_grad():
+        without = head_loss(student, targets, objective, TeacherLogits(teacher))
+    assert not without.loss.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(with_grad, without))
+
+
+def test_targets_that_are_all_ignored_give_zero_and_zero_gradients():
+    student, teacher, targets = tensors()
+    losses = head_loss(student, targets.fill_(-100), Objective(0.2, 0.8, 0.9), TeacherLogits(teacher))
+    losses.loss.backward()
+    assert losses.loss == 0 and all(not x.grad.any() for x in student)
+
+
+def test_frozen_inputs_get_no_gradient():
+    student, _, targets = tensors()
+    frozen = HeadInput(student.hidden, student.weight.detach(), student.bias.detach())
+    head_loss(frozen, targets).loss.backward()
+    assert student.hidden.grad is not None and student.weight.grad is None
+
+
+def test_bf16_autocast_keeps_the_losses_in_fp32_and_near_the_exact_ones():
+    student, teacher, targets = tensors(torch.float32)
+    objective = Objective(0.2, 0.8, 0.9)
+    exact = plain(student, teacher, targets, objective, None)[0]
+    expected = torch.autograd.grad(exact, student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = head_loss(student, targets, objective, TeacherLogits(teacher), chunk_size=5)
+    assert losses.loss.dtype == torch.float32
+    assert losses.loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    for a, b in zip(torch.autograd.grad(losses.loss, student), expected):
+        assert a.dtype == torch.float32
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_gradients_cannot_be_taken_twice():
+    student, _, targets = tensors()
+    loss = head_loss(student, targets).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already handed out"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states_of_a_litgpt_model_give_its_loss_and_gradients(cap, tied):
+    config = Config(
+        block_size=16,
+        padded_vocab_size=V,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        final_logit_softcapping=cap,
+        lm_head_bias=True,
+    )
+    torch.manual_seed(0)
+    model = GPT(config).double()
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    idx = torch.randint(V, (2, 9))
+    names = list(model.state_dict())
+    logits = model(idx)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+    expected.backward()
+    expected_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    got = head_loss(hidden_states(model, idx[:, :-1]), idx[:, 1:], softcap=cap, chunk_size=3).loss
+    got.backward()
+
+    assert torch.allclose(got, expected, atol=1e-10)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected_grads[name], atol=1e-10), name
+    assert list(model.state_dict()) == names, "tapping the head must not rename weights"
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+    assert torch.equal(model(idx), logits), "outside of hidden_states the model gives its logits"
+
+
+def test_full_logits_never_exist():
+    """Counts the largest float tensor that any operation makes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    hidden, weight = torch.randn(1, 512, 4, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    teacher = TeacherLogits(HeadInput(torch.randn(1, 512, 4), torch.randn(64, 4), None))
+    with Largest() as largest:
+        head = HeadInput(hidden, weight, None)
+        targets = torch.randint(64, (1, 512))
+        head_loss(head, targets, Objective(0.2, 0.8, 0.9), teacher, chunk_size=32).loss.backward()
+    assert largest.numel <= 512 * 4 < 512 * 64 // 6
+    assert math.isfinite(hidden.grad.sum())
