@@ -1,0 +1,211 @@
+"""What may shrink in a search: the four spaces of sub-networks, from which candidates are built into a bin.
+
+A strategy asks a `Space` for a random sub-network, a mutated one or a cross of two, and gets one of the right size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from litgpt.config import Config
+
+from litgpt_whittle.bins import Bin
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.search_args import SpaceArgs
+from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace, Wish
+from litgpt_whittle.subnet import Keep, SubNet, experts_of, n_params
+
+SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
+"""Coarse: the first n units of each dimension; fine: any n. Uniform: one choice for all layers; layerwise: each its own."""
+
+Sets = dict[Key, np.ndarray]
+"""Which units are kept, by the size that says how many"""
+
+
+class Space:
+    """The sub-networks of a teacher that lie in one bin.
+
+    Args:
+        teacher: The teacher's config.
+        name: One of the four spaces.
+        bin: The parameter counts to meet.
+        tied: Whether the teacher's LM head is its embedding, which then counts once.
+        args: What may shrink, how far and in which steps.
+
+    Raises:
+        UserError: If the space is unknown, `args` are out of range, or no sub-network lies in the bin.
+    """
+
+    def __init__(
+        self, teacher: Config, name: SpaceName, bin: Bin, tied: bool = False, args: SpaceArgs | None = None
+    ) -> None:
+        if name not in get_args(SpaceName):
+            raise UserError(f"space must be one of {', '.join(get_args(SpaceName))}, got {name!r}")
+        self.teacher, self.name, self.bin, self.tied = teacher, name, bin, tied
+        self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
+        self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args or SpaceArgs())
+        self.sizes.check_reachable(bin)
+
+    def n_params(self, subnet: SubNet) -> int:
+        """The parameters of a sub-network, in closed form."""
+        return n_params(self.teacher, subnet, self.tied)
+
+    def sample(self, rng: np.random.Generator) -> SubNet:
+        """Draws a sub-network: each size among those that keep the bin within reach, then which units."""
+        return self._build(rng, Wish(), {}, {})
+
+    def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
+        """Changes some of a sub-network's choices; the others give way as little as the bin demands.
+
+        Args:
+            rng: Where the randomness comes from.
+            parent: A sub-network of this space.
+            probability: How likely each size, each set of units and the choice of layers is to change; at least one
+                of them does.
+        """
+        sizes, sets = self._sizes_of(parent), self._sets_of(parent)
+        free = [key for key in sizes.values if len(self.sizes.grids[key[0]]) > 1]
+        movable = [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]] if self.is_fine else []
+        chances = ["layers", *free, *movable]
+        changed = set(np.flatnonzero(rng.random(len(chances)) < probability).tolist())
+        if not changed:
+            changed = {int(rng.integers(len(chances)))}
+        values: dict[Key, int] = dict(sizes.values)
+        swaps: dict[Key, float] = {}
+        for i in sorted(changed - {0}):
+            if i <= len(free):
+                self._change_size(rng, values, chances[i])
+            else:
+                swaps[chances[i]] = float(rng.random()) ** 2  # mostly a few units
+        layers = self._change_layers(rng, sizes.layers) if 0 in changed else sizes.layers
+        is_global = 0 in changed or any(chances[i][1] == EVERY for i in changed - {0})
+        spread = is_global or bool(rng.random() < 0.5)
+        return self._build(rng, Wish(layers, self._at_layers(values, layers), spread), sets, swaps)
+
+    def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
+        """Mixes two sub-networks: each size, with its units, is a random parent's, as nearly as the bin allows."""
+        parents = [(self._sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
+        values: dict[Key, int] = {}
+        sets: Sets = {}
+        for key in dict.fromkeys([*parents[0][0].values, *parents[1][0].values]):
+            having = [parent for parent in parents if key in parent[0].values]
+            sizes, units = having[int(rng.integers(len(having)))]
+            values[key] = sizes.values[key]
+            sets |= {k: units[k] for k in units if k == key}
+        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts, whose number has another key
+            having = [parent for parent in parents if key in parent[1]]
+            sets.setdefault(key, having[int(rng.integers(len(having)))][1][key])
+        ours, theirs = (set(parent[0].layers) for parent in parents)
+        mixed = (ours & theirs) | {layer for layer in sorted(ours ^ theirs) if rng.random() < 0.5}
+        layers = tuple(sorted(mixed)) or parents[0][0].layers
+        return self._build(rng, Wish(layers, self._at_layers(values, layers)), sets, {})
+
+    # changes to wishes ------------------------------------------------------------------------------------------------
+
+    def _change_size(self, rng: np.random.Generator, values: dict[Key, int], key: Key) -> None:
+        """Half of the time any size, half of the time one nearby."""
+        if rng.random() < 0.5:
+            del values[key]
+            return
+        grid = self.sizes.grids[key[0]]
+        values[key] = round(values[key] + rng.normal() * max((grid[-1] - grid[0]) / 10, 1))
+
+    def _change_layers(self, rng: np.random.Generator, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """A layer more, a layer less, or another one instead."""
+        left = [layer for layer in range(self.teacher.n_layer) if layer not in layers]
+        change = int(rng.integers(3))
+        kept = set(layers)
+        if change != 0 and len(kept) > 1:
+            kept.remove(int(rng.choice(layers)))
+        if change != 1 and left:
+            kept.add(int(rng.choice(left)))
+        return tuple(sorted(kept))
+
+    def _at_layers(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
+        """Wishes at other layers than the parents': a new layer takes its nearest neighbour's sizes."""
+        wished = dict(values)
+        if self.is_layerwise:
+            for layer in layers:
+                for name in (*ATTENTION, self.sizes.kinds[self.sizes.kind_of[layer]].width):
+                    near = [key for key in values if key[0] == name and key[1] != EVERY]
+                    if near and (name, layer) not in values:
+                        wished.setdefault((name, layer), values[min(near, key=lambda key: abs(key[1] - layer))])
+        return wished
+
+    # between sub-networks and sizes -----------------------------------------------------------------------------------
+
+    def _sizes_of(self, subnet: SubNet) -> Sizes:
+        values = {("n_embd", EVERY): len(subnet.n_embd), ("head_size", EVERY): len(subnet.head_size)}
+        for i, layer in enumerate(subnet.layers):
+            for name, keep in self._own(subnet, i).items():
+                values[name, EVERY if name == "n_expert" or not self.is_layerwise else layer] = len(keep)
+        return Sizes(subnet.layers, values)
+
+    def _sets_of(self, subnet: SubNet) -> Sets:
+        if not self.is_fine:
+            return {}
+        sets = {("n_embd", EVERY): subnet.n_embd.indices}
+        for i, layer in enumerate(subnet.layers):
+            for name, keep in self._own(subnet, i).items():
+                units = experts_of(self.teacher, keep) if name == "n_expert" else keep.indices
+                sets[name, layer if self.is_layerwise else EVERY] = units
+        return sets
+
+    def _own(self, subnet: SubNet, index: int) -> dict[str, Keep]:
+        """What the student's layer `index` keeps, by the names of a sub-network's fields."""
+        keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
+        own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
+        own[kind.width] = keep.intermediate_size
+        return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
+
+    def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
+        """Draws sizes into the bin, then units: the parents', as far as their number and `swaps` allow."""
+        sizes = self.sizes.draw(rng, self.bin, wish)
+        if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
+            sizes = self.sizes.draw(rng, self.bin)
+        assert sizes is not None, f"the bin {self.bin} was found reachable before"
+        chosen: dict[Key, Keep] = {}
+
+        def keep(name: str, layer: int) -> Keep:
+            at = (name, layer if self.is_layerwise else EVERY)
+            if at not in chosen:
+                chosen[at] = self._units(rng, name, sizes.get(name, layer), sets.get(at), swaps.get(at, 0.0))
+            return chosen[at]
+
+        fields: dict[str, Any] = {"n_layer": Keep(np.array(sizes.layers)), "head_size": sizes.get("head_size", EVERY)}
+        n_embd = ("n_embd", EVERY)
+        fields["n_embd"] = self._units(rng, "n_embd", sizes.values[n_embd], sets.get(n_embd), swaps.get(n_embd, 0.0))
+        for i, layer in enumerate(sizes.layers):
+            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
+            for name in (*ATTENTION, kind.width, *(["n_expert"] if kind.has_experts else [])):
+                fields.setdefault(name, [None] * len(sizes.layers))[i] = keep(name, layer)
+        return SubNet(self.teacher, **fields)
+
+    def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> Keep:
+        """Which n units are kept: the first ones in a coarse space, else the wished ones and random others."""
+        limit = self.sizes.limits[name]
+        if not self.is_fine or n == limit:
+            return Keep(n)
+        groups = (self.teacher.n_expert_groups or 1) if name == "n_expert" else 1
+        each = limit // groups
+        parts = []
+        for start in range(0, limit, each):  # routed experts are balanced over their groups
+            own = None if units is None else units[(units >= start) & (units < start + each)] - start
+            parts.append(start + _choose(rng, n // groups, each, own, swap))
+        return Keep(np.concatenate(parts))
+
+
+def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:
+    """Draws n of `limit` units, sorted: wished ones first, of which a share `swap` is exchanged for others."""
+    if wished is None:
+        return np.sort(rng.permutation(limit)[:n])
+    is_wished = np.zeros(limit, dtype=bool)
+    is_wished[wished] = True
+    others = np.flatnonzero(~is_wished)
+    n_stay = min(len(wished), n)
+    n_swap = min(round(swap * n_stay) + (swap > 0), n_stay, len(others) - (n - n_stay))
+    kept = rng.permutation(wished)[: n_stay - n_swap]
+    added = rng.permutation(others)[: n - len(kept)]
+    return np.sort(np.concatenate((kept, added)))

@@ -1,0 +1,99 @@
+"""What every search strategy is: asked for sub-networks, told their scores, and never shown a model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+
+from litgpt_whittle.space import Space
+from litgpt_whittle.subnet import SubNet
+
+_TRIES = 20
+"""How often a strategy may propose what was asked before, before a random candidate takes its place"""
+
+_RANDOM_TRIES = 500
+"""How many random candidates in a row must be old ones for the space to count as exhausted"""
+
+
+class Scored(NamedTuple):
+    """A sub-network and its score, the lower the better; infinite where the evaluation failed."""
+
+    subnet: SubNet
+    score: float
+
+
+class Strategy(ABC):
+    """Proposes sub-networks of a space, guided by the scores of earlier ones.
+
+    A subclass takes its settings as keyword arguments of `__init__` (they become flags of `litgpt search`) and says
+    in `propose` what to try next. Its state must follow from the seed and what it was told alone, so that a journal
+    replayed brings it back: draw from the generator that `propose` is given, from nothing else.
+
+        strategy.start(space, seed=42)
+        for subnet in strategy.ask(8):
+            strategy.tell(subnet, score(subnet))
+    """
+
+    space: Space
+
+    def start(self, space: Space, seed: int) -> None:
+        """Begins a search, forgetting any earlier one."""
+        self.space, self.seed = space, seed
+        self.told: list[Scored] = []
+        self.exhausted = False
+        self._asked: set[SubNet] = set()
+
+    @abstractmethod
+    def propose(self, rng: np.random.Generator) -> SubNet:
+        """One sub-network of `self.space`; one that was asked before is turned down and another one proposed.
+
+        Args:
+            rng: Where all randomness comes from; a new one for every candidate.
+        """
+
+    @property
+    def ready(self) -> int:
+        """How many more candidates may be asked for before all asked ones are told."""
+        return 2**31
+
+    @property
+    def n_asked(self) -> int:
+        """How many candidates were handed out."""
+        return len(self._asked)
+
+    @property
+    def best(self) -> Scored | None:
+        """The best sub-network so far, the earlier one of equals; None while all have failed."""
+        best = min(self.told, key=lambda scored: scored.score, default=None)
+        return None if best is None or math.isinf(best.score) else best
+
+    def ask(self, n: int = 1) -> list[SubNet]:
+        """Up to n candidates, each a new one.
+
+        Fewer where the rest depends on scores still to come, and where the space is `exhausted`. However many are
+        asked for at a time, the candidates are the same as long as they are told in the order in which they came.
+        """
+        candidates: list[SubNet] = []
+        while len(candidates) < n and self.ready > 0 and not self.exhausted:
+            candidate = self._propose_new()
+            if candidate is None:
+                self.exhausted = True
+            else:
+                self._asked.add(candidate)
+                candidates.append(candidate)
+        return candidates
+
+    def tell(self, subnet: SubNet, score: float) -> None:
+        """Takes the score of a candidate, the lower the better; NaN or infinity for one that could not be scored."""
+        self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf))
+
+    def _propose_new(self) -> SubNet | None:
+        rng = np.random.default_rng((self.seed, self.n_asked))
+        for i in range(_TRIES + _RANDOM_TRIES):
+            candidate = self.propose(rng) if i < _TRIES else self.space.sample(rng)
+            if candidate not in self._asked:
+                return candidate
+        return None

@@ -1,0 +1,19 @@
+"""Random search: the baseline that every other strategy has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from litgpt_whittle.strategies.base import Strategy
+from litgpt_whittle.subnet import SubNet
+
+
+class RandomSearch(Strategy):
+    """Tries random sub-networks."""
+
+    def __init__(self) -> None:
+        pass
+
+    def propose(self, rng: np.random.Generator) -> SubNet:
+        """A random sub-network."""
+        return self.space.sample(rng)
