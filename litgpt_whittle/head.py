@@ -111,6 +111,37 @@ class Objective:
     loss: Loss = forward_kl
 
 
+class LossModel(nn.Module):
+    """A litgpt model that gives its losses instead of its logits: the root module that is compiled and sharded.
+
+    The head belongs inside its forward, because under FSDP2 a root's parameters are whole only there.
+
+    Args:
+        model: The litgpt model; its head is replaced by a `HeadTap` with the same parameters.
+        objective: The loss.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective = Objective()) -> None:
+        super().__init__()
+        tap_head(model)
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, teacher: TeacherLogits | None = None
+    ) -> HeadLosses:
+        """Losses of one batch; cross-entropy alone where no teacher is given.
+
+        Args:
+            input_ids: Token ids, shape (B, T).
+            targets: Next tokens, shape (B, T).
+            teacher: What the teacher says about `input_ids`.
+        """
+        objective = self.objective if teacher is not None else Objective()
+        softcap = self.model.config.final_logit_softcapping
+        return head_loss(hidden_states(self.model, input_ids), targets, objective, teacher, softcap)
+
+
 @torch.compiler.disable
 def head_loss(
     head_input: HeadInput,

@@ -1,0 +1,222 @@
+"""What must hold before a training run starts anything expensive; each mistake is told in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.loggers import Logger
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule, TinyLlama
+from litgpt.utils import choose_logger
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.resume import flatten
+
+
+def check_arguments(
+    train: TrainArgs,
+    eval: EvalArgs,
+    initial_checkpoint_dir: Path | None,
+    sub_network: Path | None,
+    resume: bool | Literal["auto"] | Path,
+) -> None:
+    """Refuses arguments that contradict each other or that the loop does not know.
+
+    Raises:
+        UserError: For the first such mistake.
+    """
+    if train.epochs is not None:
+        raise UserError(f"train.epochs is not supported, got {train.epochs}; set train.max_tokens or train.max_steps")
+    if eval.max_new_tokens is not None:
+        raise UserError(f"eval.max_new_tokens is not supported, got {eval.max_new_tokens}; leave it out")
+    if train.max_tokens is None and train.max_steps is None:
+        raise UserError("training must end somewhere; set train.max_tokens or train.max_steps")
+    counts = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.global_batch_size": train.global_batch_size,
+        "train.log_interval": train.log_interval,
+        "train.save_interval": train.save_interval,
+        "train.max_seq_length": train.max_seq_length,
+        "eval.interval": eval.interval,
+        "eval.max_iters": eval.max_iters,
+    }
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be 1 or more, got {count}; raise it")
+    if initial_checkpoint_dir is not None and sub_network is not None:
+        raise UserError("initial_checkpoint_dir and sub_network both name the student; leave one out")
+    if initial_checkpoint_dir is not None and resume and resume != "auto":
+        raise UserError(
+            "resume goes on with the weights of the run, initial_checkpoint_dir starts from others; leave one out, or "
+            "use --resume auto to start from the latter only where there is nothing to resume"
+        )
+
+
+def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
+    """How many devices to train on.
+
+    Raises:
+        UserError: If there are fewer, if more than one is asked for, or if they cannot share a batch evenly.
+    """
+    available = max(1, torch.cuda.device_count())
+    if devices in ("auto", -1, "-1"):
+        devices = 1
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(f"devices must be 'auto' or a number from 1, got {devices!r}; use 1")
+    devices = int(devices)
+    if devices > available:
+        raise UserError(f"devices must be at most {available}, there are no more here, got {devices}; lower it")
+    samples = train.micro_batch_size * devices * num_nodes
+    if train.global_batch_size % samples:
+        raise UserError(
+            "train.global_batch_size must be a multiple of train.micro_batch_size times devices times num_nodes, got "
+            f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
+            f"{max(1, round(train.global_batch_size / samples)) * samples}"
+        )
+    if devices * num_nodes > 1:
+        raise UserError(f"several devices are not supported yet, got {devices=}, {num_nodes=}; use 1 of each")
+    return devices
+
+
+def check_pair(student: Config, teacher: Config | None, max_seq_length: int | None) -> int:
+    """The sequence length to train on: `max_seq_length`, or the student's block size.
+
+    Args:
+        student: The student's config.
+        teacher: The teacher's, where one is needed.
+        max_seq_length: As asked for.
+
+    Raises:
+        UserError: If either model cannot take such sequences, or if their vocabularies differ.
+    """
+    seq_length = max_seq_length or student.block_size
+    for name, config in (("student", student), ("teacher", teacher)):
+        if config is not None and seq_length > config.block_size:
+            raise UserError(
+                f"train.max_seq_length must be at most the {name}'s block_size {config.block_size}, got {seq_length}; "
+                "lower it"
+            )
+    if teacher is not None and student.padded_vocab_size != teacher.padded_vocab_size:
+        raise UserError(
+            f"teacher and student must have the same vocabulary, got {teacher.padded_vocab_size} and "
+            f"{student.padded_vocab_size} tokens; give the student a padded_vocab_size of {teacher.padded_vocab_size} "
+            "if they share a tokenizer, else choose another teacher"
+        )
+    return seq_length
+
+
+def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teacher_dir: Path | None) -> Path | None:
+    """The directory to take the tokenizer from: the one asked for, the student's or the teacher's, if any has one.
+
+    Raises:
+        UserError: If the one asked for has none, or if the directories' tokenizers differ.
+    """
+    if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
+        raise UserError(
+            f"tokenizer_dir {str(tokenizer_dir)!r} has no tokenizer.json or tokenizer.model; choose another"
+        )
+    known = {}
+    for folder in (tokenizer_dir, student_dir, teacher_dir):
+        if folder is not None and _vocabulary(folder) is not None:
+            known[folder] = _vocabulary(folder)
+    first = next(iter(known), None)
+    for folder, vocabulary in known.items():
+        # a tokenizer.json cannot be compared with a SentencePiece model
+        if type(vocabulary) is type(known[first]) and vocabulary != known[first]:
+            raise UserError(
+                f"teacher and student must have the same tokenizer, those in {str(first)!r} and {str(folder)!r} "
+                "differ; choose a teacher with the student's tokenizer"
+            )
+    return first
+
+
+def _vocabulary(folder: Path) -> dict | bytes | None:
+    """Which token has which id, as far as it can be told without loading the tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+            vocab = content["model"]["vocab"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{str(folder / 'tokenizer.json')!r} is not a tokenizer; fetch it again") from None
+        # unigram models list [token, score] in the order of ids
+        pairs = vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+        return pairs | added
+    if (folder / "tokenizer.model").is_file():
+        return (folder / "tokenizer.model").read_bytes()
+    return None
+
+
+def default_data() -> DataModule:
+    """litgpt's default corpus.
+
+    Raises:
+        UserError: If what it needs is not installed.
+    """
+    if importlib.util.find_spec("litdata") is None:
+        raise UserError(
+            "data must be chosen, the default TinyLlama needs the package litdata; use for example "
+            "--data HFText --data.path PATH"
+        )
+    return TinyLlama()
+
+
+def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
+    """litgpt's logger of that name. Its default, tensorboard, falls back to csv where it is not installed.
+
+    Raises:
+        UserError: If another one is not installed.
+    """
+
+    def choose(logger_name: str) -> Logger:
+        return choose_logger(
+            logger_name, out_dir, name=name, resume=resume, log_interval=train.log_interval, log_args=asdict(log)
+        )
+
+    try:
+        return choose(logger_name)
+    except ModuleNotFoundError:
+        if logger_name != "tensorboard":
+            raise UserError(
+                f"logger_name {logger_name} is not installed; pip install it or use --logger_name csv"
+            ) from None
+    # litgpt's default, and so what nobody chose: the run should not end over it
+    warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
+    return choose("csv")
+
+
+def run_settings(
+    arguments: dict[str, Any], student: Config, teacher: Config | None, teacher_dir: Path | None, precision: str
+) -> dict[str, Any]:
+    """What decides the weights that a run ends with, by the names of the arguments.
+
+    How often it saves and logs, how long it may take and where it writes can change when it is resumed.
+    """
+    names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed", "distill", "num_nodes")
+    settings = flatten({name: arguments[name] for name in names})
+    for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
+        settings.pop(name, None)
+    settings["precision"] = precision
+    settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
+    if teacher is not None:
+        settings["teacher_checkpoint_dir's weights"] = _fingerprint(teacher_dir / "lit_model.pth")
+    return settings
+
+
+def _fingerprint(path: Path) -> str:
+    """Tells files apart by their size and a few parts, wherever they lie."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for position in (0, size // 3, 2 * size // 3, max(0, size - 2**16)):
+            file.seek(position)
+            digest.update(file.read(2**16))
+    return digest.hexdigest()[:12]

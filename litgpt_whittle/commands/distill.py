@@ -1,0 +1,363 @@
+"""`litgpt distill`: pretrain a student with its teacher's help. Takes all that `litgpt pretrain` takes."""
+
+from __future__ import annotations
+
+import pprint
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import yaml
+from lightning.fabric.utilities.throughput import measure_flops
+from litgpt import Tokenizer
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config, name_to_config
+from litgpt.data import DataModule
+from litgpt.model import GPT
+from litgpt.pretrain import initialize_weights
+from litgpt.types import LoggerChoice
+from litgpt.utils import (
+    extend_checkpoint_dir,
+    get_default_supported_precision,
+    init_out_dir,
+    instantiate_torch_optimizer,
+    num_parameters,
+)
+
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights, save_checkpoint
+from litgpt_whittle.checks import (
+    check_arguments,
+    check_devices,
+    check_pair,
+    check_tokenizers,
+    default_data,
+    make_logger,
+    run_settings,
+)
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable, new_folder, write_text
+from litgpt_whittle.head import LossModel, Objective
+from litgpt_whittle.resume import (
+    TRAINING_STATE,
+    DataStream,
+    check_settings,
+    describe,
+    find_resume,
+    load_training_state,
+)
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
+from litgpt_whittle.teacher import LiveTeacher
+from litgpt_whittle.train import Job, Run, Schedule, fit, load_data
+
+
+def setup(
+    model_name: str | None = None,
+    model_config: Config | None = None,
+    out_dir: Path = Path("out/distill"),
+    precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None,
+    initial_checkpoint_dir: Path | None = None,
+    resume: bool | Literal["auto"] | Path = False,
+    data: DataModule | None = None,
+    train: TrainArgs = TrainArgs(
+        save_interval=1000,
+        log_interval=1,
+        global_batch_size=512,
+        micro_batch_size=4,
+        max_tokens=int(3e12),
+        max_norm=1.0,
+        min_lr=4e-5,
+        lr_warmup_steps=2000,
+        tie_embeddings=False,
+    ),
+    eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),
+    log: LogArgs = LogArgs(),
+    optimizer: str | dict = "AdamW",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    tokenizer_dir: Path | None = None,
+    logger_name: LoggerChoice = "tensorboard",
+    seed: int = 42,
+    teacher_checkpoint_dir: Path | None = None,
+    sub_network: Path | None = None,
+    distill: DistillArgs = DistillArgs(),
+    compile: bool = True,
+):
+    """Pretrain a student with its teacher's help.
+
+    The student is an extracted checkpoint (``initial_checkpoint_dir``), a sub-network cut from the teacher now
+    (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
+
+    Arguments:
+        model_name: A litgpt model to start from random weights, where no student is given. Use "list" to list them.
+        model_config: The same by its ``litgpt.Config``. Overrides ``model_name``.
+        out_dir: Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``.
+        precision: The precision to train in; the teacher runs in bf16 where it is a bf16 one. Determines a
+            compatible precision setting by default.
+        initial_checkpoint_dir: The student: a litgpt checkpoint directory, such as ``litgpt extract`` writes.
+        resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
+            ``out_dir``, or ``'auto'`` for the same but only if there is one. All settings must be those of the run.
+        data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
+        train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. Training ends at the first of
+            ``max_tokens``, ``max_steps`` and ``max_time``.
+        eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
+        log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
+        optimizer: An optimizer name (such as "AdamW") or config.
+        devices: How many devices to use.
+        num_nodes: How many nodes the code is being run on.
+        tokenizer_dir: Tokenizer for the data module, copied into the checkpoints. By default the student's or the
+            teacher's.
+        logger_name: The name of the logger to send metrics to.
+        seed: The random seed to use for reproducibility.
+        teacher_checkpoint_dir: The teacher's litgpt checkpoint directory. Needed unless ``distill.beta`` is 0.
+        sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
+        distill: What the student learns from.
+        compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
+    """
+    if model_name == "list":
+        print("Available values:\n" + "\n".join(sorted(name_to_config)))
+        return
+    arguments = {name: describe(value) for name, value in locals().items()}
+    out_dir = init_out_dir(out_dir)
+    check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
+    check_writable(out_dir)
+    objective = distill.objective
+    devices = check_devices(devices, num_nodes, train)
+    teacher_dir = _checkpoint_dir(teacher_checkpoint_dir)
+    teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
+    if teacher_dir is None and distill.beta:
+        raise UserError(
+            f"distill.beta = {distill.beta} needs a teacher; set --teacher_checkpoint_dir, or --distill.beta 0 to "
+            "train without one"
+        )
+    resume_dir = find_resume(resume, out_dir)
+    student_dir = _checkpoint_dir(resume_dir or initial_checkpoint_dir)
+    student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
+    used_teacher = teacher_config if distill.beta else None
+    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, teacher_dir if distill.beta else None)
+    seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
+    data = default_data() if data is None else data
+    precision = precision or get_default_supported_precision(training=True)
+    settings = run_settings(arguments, student.config, used_teacher, teacher_dir, precision)
+    state = None if resume_dir is None else load_training_state(resume_dir)
+    if state is not None:
+        check_settings(state["settings"], settings)
+    logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
+    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, precision=precision, loggers=[logger])
+    fabric.launch()
+    fabric.print(pprint.pformat(arguments))
+    if logger_name in ("tensorboard", "wandb", "mlflow"):
+        fabric.logger.log_hyperparams(arguments)
+    main(
+        fabric=fabric,
+        devices=devices,
+        num_nodes=num_nodes,
+        seed=seed,
+        student=student,
+        teacher_dir=teacher_dir if distill.beta else None,
+        data=data,
+        out_dir=out_dir,
+        tokenizer_dir=tokenizer_dir,
+        train=train,
+        eval=eval,
+        optimizer=optimizer,
+        objective=objective,
+        compile=compile,
+        seq_length=seq_length,
+        arguments=arguments,
+        settings=settings,
+        state=state,
+    )
+
+
+def main(
+    fabric: L.Fabric,
+    devices: int,
+    num_nodes: int,
+    seed: int,
+    student: Student,
+    teacher_dir: Path | None,
+    data: DataModule,
+    out_dir: Path,
+    tokenizer_dir: Path | None,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    objective: Objective,
+    compile: bool,
+    seq_length: int,
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> None:
+    """Builds student, teacher and data, in litgpt's order, and trains."""
+    fabric.seed_everything(seed)
+    model = build_student(fabric, student, train, seq_length)
+    fabric.print(f"Student: {num_parameters(model):,} parameters")
+    root = LossModel(model, objective)
+    root = fabric.setup(torch.compile(root) if compile else root)
+    optimizer = instantiate_torch_optimizer(optimizer, root.parameters(), fused=fabric.device.type == "cuda")
+    optimizer = fabric.setup_optimizers(optimizer)
+    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
+    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
+    schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
+    if student.weights is not None:
+        model.load_state_dict(student.weights())
+    teacher = None if teacher_dir is None else load_teacher(fabric, teacher_dir, seq_length)
+
+    def save(folder: Path, training_state: dict[str, Any]) -> None:
+        save_student(folder, model, tokenizer_dir, student.sub_network, arguments, training_state)
+
+    job = make_job(root, optimizer, teacher, save)
+    job.flops_per_iter = count_flops(model, teacher, train.micro_batch_size, seq_length)
+    run = Run(fabric, job, DataStream(train_loader), val_loader, schedule, seq_length, out_dir, settings)
+    if state is not None:
+        run.restore(state)
+        fabric.print(f"Resuming at step {run.progress.step_count}")
+    fit(run, train, eval)
+
+
+def _checkpoint_dir(path: Path | None) -> Path | None:
+    return None if path is None else extend_checkpoint_dir(Path(path))
+
+
+@dataclass
+class Student:
+    """Where the student comes from; nothing is loaded yet."""
+
+    config: Config
+    build: Callable[[], GPT]
+    """Makes the model, with any weights"""
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    """Reads its weights; `None` where they start random"""
+    sub_network: dict[str, Any] | None = None
+    """Which part of its teacher it is, where that is known"""
+
+    @classmethod
+    def choose(
+        cls,
+        checkpoint_dir: Path | None,
+        sub_network: Path | None,
+        teacher_dir: Path | None,
+        model_name: str | None,
+        model_config: Config | None,
+    ) -> Student:
+        """The student that the arguments name: a checkpoint before a sub-network before a model's name.
+
+        Raises:
+            UserError: If they name none, or one that does not exist.
+        """
+        if checkpoint_dir is not None:
+            return cls._from_checkpoint(checkpoint_dir)
+        if sub_network is not None:
+            return cls._cut(sub_network, teacher_dir)
+        if model_config is None and model_name is None:
+            raise UserError(
+                "there is no student; set --initial_checkpoint_dir to an extracted checkpoint, --sub_network to a "
+                "sub-network of the teacher, or --model_name to start from random weights"
+            )
+        if model_config is None:
+            try:
+                model_config = Config.from_name(model_name)
+            except ValueError:
+                raise UserError(
+                    f"model_name must be a litgpt model, got {model_name!r}; see --model_name list"
+                ) from None
+        return cls(model_config, lambda: GPT(model_config))
+
+    @classmethod
+    def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
+        config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
+        path = checkpoint_dir / "sub_network.yaml"
+        known = yaml.safe_load(path.read_text()) if path.is_file() else None
+        if not named:
+            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known)
+        opened = load_model(checkpoint_dir)
+
+        def build() -> GPT:
+            return LayerwiseGPT(opened.shape) if isinstance(opened, LayerwiseGPT) else type(opened)(config)
+
+        return cls(config, build, opened.state_dict, known)
+
+    @classmethod
+    def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> Student:
+        if teacher_dir is None:
+            raise UserError("sub_network needs the teacher that it is cut from; set --teacher_checkpoint_dir")
+        subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))
+        return cls(
+            subnet.config,
+            lambda: student_model(subnet),
+            lambda: extract(read_weights(teacher_dir), subnet),
+            subnet.to_dict(),
+        )
+
+
+def build_student(fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int) -> GPT:
+    """The model, initialised exactly as `litgpt pretrain` does it, drawing the same random numbers."""
+    with fabric.init_module(empty_init=True):
+        model = student.build()
+    initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
+    if train.tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
+    model.max_seq_length = seq_length
+    return model
+
+
+def load_teacher(fabric: L.Fabric, teacher_dir: Path, seq_length: int) -> LiveTeacher:
+    """The teacher, in bf16 where training is."""
+    dtype = torch.bfloat16 if fabric._precision.precision.startswith("bf16") else torch.float32
+    return LiveTeacher(teacher_dir, seq_length, dtype, fabric.device)
+
+
+def make_job(root: Any, optimizer: Any, teacher: LiveTeacher | None, save: Callable) -> Job:
+    """What the training loop does with a batch."""
+
+    def step(input_ids, targets, backward):
+        losses = root(input_ids, targets, None if teacher is None else teacher(input_ids))
+        backward(losses.loss)
+        return {"loss": losses.loss} if teacher is None else losses._asdict()
+
+    def score(input_ids, targets):
+        return root(input_ids, targets).ce
+
+    teacher_score = None if teacher is None else lambda input_ids, targets: teacher.losses(input_ids, targets).ce
+    return Job(root, optimizer, step, score, save, teacher_score)
+
+
+def save_student(
+    folder: Path,
+    model: GPT,
+    tokenizer_dir: Path | None,
+    sub_network: dict[str, Any] | None,
+    arguments: dict[str, Any],
+    training_state: dict[str, Any],
+) -> None:
+    """Writes a stock litgpt checkpoint that also says how it was trained and how to go on."""
+    shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as inside:
+        extra = {TRAINING_STATE: training_state}
+        save_checkpoint(inside, shape, model.state_dict(), tokenizer_dir, sub_network, extra)
+        write_text(inside / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
+
+
+def count_flops(model: GPT, teacher: LiveTeacher | None, micro_batch_size: int, seq_length: int) -> int:
+    """Floating-point operations of one micro-batch: the student forward and backward, the teacher forward."""
+
+    def on_meta(model: GPT) -> GPT:
+        fresh = LayerwiseGPT(model.shape) if isinstance(model, LayerwiseGPT) else GPT(model.config)
+        fresh.max_seq_length = seq_length
+        return fresh
+
+    with torch.device("meta"):
+        x = torch.randint(0, 1, (micro_batch_size, seq_length))
+        student = on_meta(model)
+        flops = measure_flops(student, lambda: student(x), lambda logits: logits.sum())
+        if teacher is not None:
+            frozen = on_meta(teacher.model)
+            flops += measure_flops(frozen, lambda: frozen(x))
+    return flops

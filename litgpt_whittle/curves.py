@@ -1,0 +1,66 @@
+"""A training run's figures: an append-only log, whatever logger was chosen, and the plot that is drawn from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from litgpt_whittle.files import write_text
+
+
+class MetricsLog:
+    """JSON lines, one per logged step or validation, each with `iter` and `tokens`.
+
+    Args:
+        path: The file.
+        resume_at: Iterations that the run has done; 0 starts a new file, else what a killed run logged after that
+            iteration is dropped, because it will be logged again.
+    """
+
+    def __init__(self, path: Path, resume_at: int = 0) -> None:
+        self.path = Path(path)
+        kept = [row for row in read_metrics(self.path) if row["iter"] <= resume_at] if resume_at else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one line."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The log's rows; a last line that a crash cut short is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_training(metrics_path: Path, png_path: Path) -> None:
+    """Draws train and validation loss, and the learning rate, over tokens."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    rows = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for key, label, style in (("ce", "train, cross-entropy", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        if points:
+            loss.plot(*zip(*points), style, label=label, linewidth=1, markersize=4)
+    for row in rows:
+        if "teacher_val_loss" in row:
+            loss.axhline(row["teacher_val_loss"], color="gray", linestyle="--", label="teacher, validation")
+    loss.set_ylabel("nats per token")
+    if loss.get_legend_handles_labels()[0]:
+        loss.legend()
+    rates = [(row["tokens"], row["learning_rate"]) for row in rows if "learning_rate" in row]
+    if rates:
+        rate.plot(*zip(*rates), linewidth=1)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("tokens")
+    figure.savefig(png_path, dpi=120)

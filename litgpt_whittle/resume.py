@@ -1,0 +1,214 @@
+"""Going on exactly where a run stopped: same weights, same data, same random numbers as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from litgpt.data import DataModule
+
+from litgpt_whittle.errors import UserError
+
+TRAINING_STATE = "training_state.pth"
+
+
+class DataStream:
+    """Cycles through a dataloader, epoch after epoch, and can go on at any batch of any epoch.
+
+    Dataloaders draw their order from random generators when an epoch starts. The generators' state at that moment is
+    what is kept: resuming sets it again and skips the batches that were trained on, whatever the data module is.
+
+    Args:
+        loader: A dataloader that gives at least one batch.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self.loader = loader
+        self.epoch = 0
+        self._batch = 0
+        self._start: dict[str, Any] = {}
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> DataStream:
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._begin()
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.epoch += 1
+            self._begin()
+            batch = next(self._iterator, None)
+            if batch is None:
+                raise UserError("the training data must fill at least one batch, got none; add data") from None
+        self._batch += 1
+        return batch
+
+    def _begin(self) -> None:
+        self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
+        set_epoch(self.loader, self.epoch)
+        self._iterator = iter(self.loader)
+        self._batch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is; what `torch.load(weights_only=True)` takes."""
+        return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes there. Changes the global random generators, which the caller sets afterwards."""
+        if not state["start"]:
+            return
+        self.epoch = state["epoch"]
+        set_rng_state(state["start"]["rng"])
+        set_generator_states(self.loader, state["start"]["generators"])
+        self._begin()
+        for _ in range(state["batch"]):
+            next(self)
+        assert self._batch == state["batch"], "the data got shorter"
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's global generators, as what `weights_only` loads."""
+    _, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Undoes what was drawn since `rng_state`."""
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _parts(loader: Any) -> list[Any]:
+    """A dataloader and its samplers, Fabric's wrapper taken off."""
+    loader = getattr(loader, "_dataloader", loader)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(part): part for part in parts}.values())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    found = [getattr(part, "generator", None) for part in _parts(loader)]
+    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+
+
+def generator_states(loader: Any) -> list[torch.Tensor]:
+    """The state of the generators that a dataloader has of its own."""
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
+    """Undoes what was drawn since `generator_states`."""
+    for generator, state in zip(_generators(loader), states):
+        generator.set_state(state)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells samplers that order by epoch which one it is."""
+    for part in _parts(loader):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
+    """The checkpoint directory to go on from.
+
+    Args:
+        resume: As `litgpt pretrain` has it: `True` for the latest in `out_dir`, "auto" the same if there is one, or a
+            checkpoint directory.
+        out_dir: The run's folder.
+
+    Raises:
+        UserError: If there is nothing to resume from.
+    """
+    if not resume:
+        return None
+    if isinstance(resume, Path):
+        folder = resume.parent if resume.suffix == ".pth" else resume
+        if not (folder / TRAINING_STATE).is_file():
+            raise UserError(
+                f"resume must be a checkpoint directory of a run, with a {TRAINING_STATE} in it, got {str(resume)!r}; "
+                "to start from weights alone use --initial_checkpoint_dir"
+            )
+        return folder
+    found = [path.parent for path in Path(out_dir).glob(f"step-*/{TRAINING_STATE}")]
+    latest = max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    final = Path(out_dir) / "final"
+    if (final / TRAINING_STATE).is_file():
+        steps = load_training_state(final)["step_count"]
+        if latest is None or steps >= int(latest.name.removeprefix("step-")):
+            latest = final
+    if latest is None and resume is True:
+        raise UserError(f"nothing to resume in out_dir {str(out_dir)!r}; leave --resume out or use --resume auto")
+    return latest
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's training state, without running code from it."""
+    try:
+        return torch.load(Path(folder) / TRAINING_STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{str(Path(folder) / TRAINING_STATE)!r} cannot be read ({type(error).__name__}); resume from another"
+        ) from None
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Raises:
+        UserError: Naming each setting that differs.
+    """
+    differ = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
+    if differ:
+        changes = ", ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in differ)
+        raise UserError(
+            f"a resumed run must keep its settings: {changes}; change back, or start anew from its weights with "
+            "--initial_checkpoint_dir"
+        )
+
+
+def describe(value: Any) -> Any:
+    """A command's argument as what YAML can hold and jsonargparse reads back."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, DataModule):
+        cls = type(value)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": _init_args(value)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    return str(value)
+
+
+def _init_args(value: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
+    return {name: describe(getattr(value, name)) for name in names if hasattr(value, name)}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"seed": 1}}` as `{"train.seed": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
