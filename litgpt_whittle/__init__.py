@@ -1,0 +1,36 @@
+"""Turns a large pretrained language model into a good small one, from litgpt's command line.
+
+Names are imported when they are first used (PEP 562): the bootstrap in `plugin` runs in every `import torch`, and so
+must this file.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Keep": "subnet",
+    "LayerwiseGPT": "supergpt",
+    "SubNet": "subnet",
+    "SuperGPT": "supergpt",
+    "Take": "subnet",
+    "UserError": "errors",
+    "extract": "supergpt",
+    "load_model": "checkpoint",
+    "n_params": "subnet",
+    "plan": "subnet",
+    "save_checkpoint": "checkpoint",
+    "student_model": "supergpt",
+}
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

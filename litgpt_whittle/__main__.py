@@ -1,0 +1,17 @@
+"""The same commands as in `litgpt`, for when its extension is off (`TORCH_DEVICE_BACKEND_AUTOLOAD=0`)."""
+
+from litgpt_whittle.plugin import commands, show_user_errors_in_one_line
+
+
+def main() -> None:
+    """Runs `litgpt-whittle COMMAND …` with litgpt's own way of parsing."""
+    import torch
+    from litgpt.utils import CLI
+
+    torch.set_float32_matmul_precision("high")  # as litgpt's command line does
+    show_user_errors_in_one_line()
+    CLI(commands())
+
+
+if __name__ == "__main__":
+    main()

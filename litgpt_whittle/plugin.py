@@ -1,0 +1,153 @@
+"""Puts commands into `litgpt` without touching litgpt.
+
+litgpt has no hook for plugins, but `import torch` calls every `torch.backends` entry point, and ours (`install`) puts
+an import hook in place that waits for `litgpt.__main__` and adds the commands found in the entry-point group
+`litgpt.commands`. An exception in `install` would break `import torch` for everyone, so it does nothing else, and
+this file imports neither torch nor litgpt at the top.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+GROUP = "litgpt.commands"
+TARGET = "litgpt.__main__"
+
+
+def install() -> None:
+    """Waits for litgpt's command line; called by every `import torch`."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds `litgpt.__main__` as Python does, and has it loaded by `_Loader`."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if name != TARGET:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader:
+    """Loads `litgpt.__main__` and adds the commands to it."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        try:
+            add_commands(module)
+        except Exception as error:  # litgpt's own commands must go on working whatever happens here
+            warnings.warn(f"litgpt_whittle could not add its commands to litgpt: {error!r}", stacklevel=2)
+
+    def get_code(self, name: str) -> CodeType:
+        """`python -m litgpt` asks for code to run as `__main__`; it gets code that runs the extended module."""
+        return compile(f"from {TARGET} import main\nmain()\n", f"<{TARGET}>", "exec")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def add_commands(module: ModuleType) -> None:
+    """Adds the commands to litgpt's table, and to the list that litgpt checks the table against."""
+    added = commands(taken=set(module.PARSER_DATA))
+    module.PARSER_DATA.update(added)
+    names = list(module.parser_commands())
+    module.parser_commands = lambda: names + list(added)
+    show_user_errors_in_one_line()
+
+
+def commands(taken: set[str] | None = None) -> dict[str, Callable]:
+    """The registered commands by name.
+
+    Only a command that is named on the command line is imported. The others are stand-ins with the same help line, so
+    that no litgpt command waits for what it does not use.
+
+    Args:
+        taken: Names that are litgpt's own.
+    """
+    from importlib.metadata import entry_points
+
+    found: dict[str, Callable] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        if point.name in (taken or ()) or point.name in found:
+            warnings.warn(f"skipping the command {point.name!r} ({point.value}): there is one already", stacklevel=2)
+            continue
+        try:
+            found[point.name] = point.load() if point.name in sys.argv[1:] else _stand_in(point)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            warnings.warn(
+                f"skipping the command {point.name!r}: {point.value} cannot be imported ({error!r})", stacklevel=2
+            )
+    return found
+
+
+def _stand_in(point: Any) -> Callable:
+    """A function without arguments that has the help of a command which is not imported."""
+    import ast
+    from importlib.util import find_spec
+
+    spec = find_spec(point.module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {point.module!r}")
+    tree = ast.parse(Path(spec.origin).read_bytes())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if point.attr not in functions:
+        return point.load()
+
+    def stand_in() -> None:
+        raise AssertionError("a stand-in is replaced before it is called")
+
+    stand_in.__doc__ = ast.get_docstring(functions[point.attr])
+    return stand_in
+
+
+def show_user_errors_in_one_line() -> None:
+    """Prints a user's mistake without a traceback when it ends the process, with exit code 1 as Python does anyway."""
+    show_traceback = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        from litgpt_whittle.errors import UserError
+
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            show_traceback(kind, error, traceback)
+
+    sys.excepthook = show
+
+
+def save_hyperparameters(function: Callable, out_dir: Path) -> None:
+    """Writes what the command line asked for to `hyperparameters.yaml`, as litgpt's commands do.
+
+    Does nothing when `function` was called from Python, where no command line tells.
+    """
+    from importlib.metadata import entry_points
+
+    from litgpt import parser_config
+
+    known = [point.name for point in entry_points(group=GROUP)]
+    if not set(known) & set(sys.argv[1:2]):
+        return
+    argv = list(sys.argv)
+    try:
+        parser_config.save_hyperparameters(function, Path(out_dir), known_commands=known)
+    finally:
+        sys.argv[:] = argv  # litgpt takes the command's name out for good
