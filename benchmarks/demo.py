@@ -1,0 +1,193 @@
+"""The whole pipeline on real text: a teacher, the best sub-network of a third of its size, distilled, against scratch.
+
+Everything happens through the command line, as a user would type it; each command is printed before it runs. The text
+is the running Python's own standard library, which everyone has.
+
+    python benchmarks/demo.py            # at most 10 minutes on 2 CPU cores
+    python benchmarks/demo.py --short    # 2 minutes, to see that all works
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "out" / "demo"
+VOCABULARY = 2048
+
+FULL = {"characters": 12_000_000, "teacher": 2_000_000, "student": 500_000, "iterations": 200, "every": 20}
+SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "iterations": 24, "every": 5}
+"""Characters of text, tokens for the teacher, tokens for each student, candidates, steps between validations."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="a small teacher and a short search, in 2 minutes")
+    size = SHORT if parser.parse_args().short else FULL
+    started = time.perf_counter()
+    shutil.rmtree(OUT, ignore_errors=True)
+    (OUT / "logs").mkdir(parents=True)
+    make_corpus(size["characters"])
+    train_tokenizer()
+    every = f"--eval.interval={size['every']}"
+
+    say(f"1. A teacher, trained by stock litgpt on {size['teacher']:,} tokens")
+    litgpt("pretrain", "--config", "config_hub/pretrain/demo.yaml", f"--train.max_tokens={size['teacher']}")
+    litgpt("convert_pretrained_checkpoint", "out/demo/pretrained/final", "out/demo/teacher")
+
+    say("2. The best sub-network of about a third of its size")
+    litgpt(
+        "search", "out/demo/teacher", "--config", "config_hub/search/demo.yaml", f"--iterations={size['iterations']}"
+    )  # fmt: skip
+
+    say("3. Cut out as an ordinary litgpt checkpoint")
+    litgpt("extract", "out/demo/teacher", "out/demo/search/best.yaml", "--out_dir", "out/demo/student")
+
+    say(f"4. Trained with the teacher's help on {size['student']:,} tokens")
+    litgpt("distill", "--config", "config_hub/distill/demo.yaml", f"--train.max_tokens={size['student']}", every)
+
+    say("5. For comparison: the same architecture from random weights, by stock litgpt on the same tokens")
+    litgpt(
+        "pretrain", "--config", "config_hub/pretrain/demo.yaml", "--model_config", "out/demo/student/model_config.yaml",
+        "--out_dir", "out/demo/baseline", f"--train.max_tokens={size['student']}", "--train.lr_warmup_steps=20", every,
+        "--eval.initial_validation=true",
+    )  # fmt: skip
+
+    say("6. A few lines by the student, from stock litgpt")
+    litgpt("generate", "out/demo/distilled/final", "--prompt", "def main(", "--max_new_tokens", "60", show=True)
+
+    report()
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Everything is in {OUT.relative_to(ROOT)}/")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def litgpt(*arguments: str, show: bool = False) -> None:
+    """Runs a litgpt command from the root of the project; its output goes to a log."""
+    print("$ litgpt " + shlex.join(arguments), flush=True)
+    log = OUT / "logs" / f"{len(list((OUT / 'logs').iterdir())):02d}-{arguments[0]}.log"
+    environment = os.environ | {
+        "TORCHDYNAMO_DISABLE": "1",  # compiling costs more than runs of a minute earn back
+        "PYTHONWARNINGS": "ignore",
+    }
+    started = time.perf_counter()
+    with open(log, "w") as file:
+        program = Path(sys.executable).with_name("litgpt")
+        done = subprocess.run([program, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    text = log.read_text()
+    if done.returncode:
+        sys.exit(f"{text[-3000:]}\nfailed with exit code {done.returncode}; the whole output is in {log}")
+    if show:
+        print(text.strip())
+    print(f"  {time.perf_counter() - started:.0f} s, output in {log.relative_to(ROOT)}", flush=True)
+
+
+def make_corpus(characters: int) -> None:
+    """Python's standard library as JSON lines; every twentieth file, by a hash of its path, is for validation."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in folder.rglob("*.py") if not {"site-packages", "__pycache__"} & set(f.relative_to(folder).parts)]
+    digests = {file: hashlib.sha256(str(file.relative_to(folder)).encode()).digest() for file in files}
+    (OUT / "data").mkdir()
+    total = 0
+    with open(OUT / "data/train.jsonl", "w") as train, open(OUT / "data/validation.jsonl", "w") as validation:
+        for file in sorted(files, key=digests.get):  # a random order that is the same everywhere
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            if text.strip() and total < characters:
+                total += len(text)
+                part = validation if digests[file][-1] % 20 == 0 else train
+                part.write(json.dumps({"text": text}) + "\n")
+    print(f"{total:,} characters of Python's standard library")
+
+
+def train_tokenizer() -> None:
+    """A byte-level BPE in the files that litgpt and Hugging Face read."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    with open(OUT / "data/train.jsonl") as file:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+    (OUT / "tokenizer").mkdir()
+    tokenizer.save(str(OUT / "tokenizer/tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (OUT / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def report() -> None:
+    """The table, and the curves of both students as a picture."""
+    teacher = read_csv("pretrained")[-1][1]
+    distilled, baseline = read_distilled(), read_csv("baseline")
+    best = min(loss for _, loss in baseline)
+    rows = [
+        ("teacher", "", teacher),
+        ("sub-network, before training", 0, distilled[0][1]),
+        ("distilled student", reaches(distilled, best), min(loss for _, loss in distilled)),
+        ("the same from random weights", reaches(baseline, best), best),
+    ]
+    print(f"\n{'':32}{'perplexity':>12}{'tokens to reach the baseline':>32}")
+    for name, tokens, loss in rows:
+        shown = "never" if tokens is None else f"{tokens:,}" if tokens != "" and name[0] != "s" else ""
+        print(f"{name:32}{math.exp(loss):>12.2f}{shown:>32}")
+    plot(teacher, distilled, baseline)
+    print("\nPictures: out/demo/students.png, out/demo/search/*.png, out/demo/distilled/training.png")
+
+
+def read_csv(run: str) -> list[tuple[int, float]]:
+    """Tokens and validation loss of a stock litgpt run."""
+    (path,) = (OUT / run).rglob("metrics.csv")
+    points, tokens = [], 0
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            tokens = int(float(row.get("total_tokens") or tokens))
+            if row.get("val_loss"):
+                points.append((tokens, float(row["val_loss"])))
+    return points
+
+
+def read_distilled() -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
+    return [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+
+
+def reaches(points: list[tuple[int, float]], loss: float) -> int | None:
+    """The first number of tokens at which a curve is at most `loss`."""
+    return next((tokens for tokens, value in points if value <= loss), None)
+
+
+def plot(teacher: float, distilled: list[tuple[int, float]], baseline: list[tuple[int, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for points, label, color in (
+        (baseline, "random weights", "tab:gray"),
+        (distilled, "sub-network of the teacher, distilled", "tab:blue"),
+    ):
+        axes.plot([t / 1000 for t, _ in points], [math.exp(v) for _, v in points], "o-", ms=3, label=label, color=color)
+    axes.axhline(math.exp(teacher), linestyle="--", color="tab:green", label="teacher")
+    axes.set(yscale="log", xlabel="thousand tokens of training", ylabel="validation perplexity")
+    axes.set_title("Two students of the same size")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(OUT / "students.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
