@@ -1,4 +1,4 @@
-"""litgpt checkpoint directories: checked before they are read, read without running code, written whole or not at all."""
+"""litgpt checkpoint directories: checked before they are read, read without running code, written whole or not."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
+from litgpt_whittle.hf_config import student_hf_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
@@ -48,7 +49,9 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError):
         problem = "has a model_config.yaml that is not YAML"
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
-        problem = f"has a model_config.yaml that litgpt refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+        problem = (
+            f"has a model_config.yaml that litgpt refuses ({str(error).splitlines()[0] if str(error) else error!r})"
+        )
     raise UserError(f"{str(checkpoint_dir)!r} {problem}; copy it from where the checkpoint came from")
 
 
@@ -69,7 +72,9 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
         expected = GPT(config).state_dict()
     for name, tensor in expected.items():
         if name not in weights:
-            raise UserError(f"{str(path)!r} lacks {name}, which its model_config.yaml asks for; use the files that match")
+            raise UserError(
+                f"{str(path)!r} lacks {name}, which its model_config.yaml asks for; use the files that match"
+            )
         if weights[name].shape != tensor.shape:
             raise UserError(
                 f"{str(path)!r} has {name} of shape {tuple(weights[name].shape)}, its model_config.yaml says "
@@ -179,7 +184,7 @@ def save_checkpoint(
             torch.save(content, folder / name)
         if tokenizer_dir is not None:
             copy_config_files(Path(tokenizer_dir), folder)
-            _resize_hf_config(folder / "config.json", config)
+            _resize_hf_config(folder / "config.json", model)
         save_config(config, folder)
         if layerwise:
             shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
@@ -188,29 +193,13 @@ def save_checkpoint(
             write_text(folder / "sub_network.yaml", to_yaml(sub_network))
 
 
-def _resize_hf_config(path: Path, config: Config) -> None:
-    """Puts the student's sizes into a copied Hugging Face config, which lm-eval and exported models read."""
+def _resize_hf_config(path: Path, model: Config | SubNet) -> None:
+    """Puts the student's sizes into a copied Hugging Face config."""
     if not path.is_file():
         return
-    content = json.loads(path.read_text())
-    sizes = {
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_query_groups,
-        "head_dim": config.head_size,
-        "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "num_experts": config.n_expert,
-        "num_local_experts": config.n_expert,
-        "n_routed_experts": config.n_expert,
-        "rope_theta": config.rope_base,
-        "rotary_emb_base": config.rope_base,
-        "rope_local_base_freq": config.rope_local_base_freq,
-        "rotary_pct": config.rotary_percentage,
-        "partial_rotary_factor": config.rotary_percentage,
-    }
-    content |= {key: value for key, value in sizes.items() if key in content}
-    if "head_dim" not in content and config.n_head * config.head_size != config.n_embd:
-        content["head_dim"] = config.head_size
-    path.write_text(json.dumps(content, indent=2))
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        raise UserError("the teacher's config.json is not JSON; fetch it again or remove it") from None
+    config, layers = (model.config, model.layers) if isinstance(model, SubNet) else (model, None)
+    path.write_text(json.dumps(student_hf_config(content, config, layers), indent=2))

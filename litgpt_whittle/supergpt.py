@@ -150,9 +150,8 @@ class _Running:
         self.weights = {name: weight.contiguous() for name, weight in self._take(owner).items()}
 
     def _take(self, owner: nn.Module) -> Weights:
-        tensors = dict(owner.named_parameters()) | dict(owner.named_buffers())
-        # a tied head has one name among the parameters
-        tensors.setdefault("lm_head.weight", tensors.get("transformer.wte.weight"))
+        # tied weights under both their names
+        tensors = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers())
         return {name: take(tensors[take.name]) for name, take in self.takes.items()}
 
 

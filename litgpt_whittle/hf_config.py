@@ -1,0 +1,95 @@
+"""A student's sizes in Hugging Face's `config.json`, which lm-eval, tokenizers and exported models read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from litgpt.config import Config
+
+FIXED_HEADS = ("gpt_neox", "stablelm", "falcon")
+"""Model types whose head size, in `transformers`, is always `hidden_size / num_attention_heads`."""
+
+
+def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Puts a student's sizes into its teacher's Hugging Face config.
+
+    Args:
+        hf_config: The content of the teacher's `config.json`.
+        config: The student's litgpt config.
+        layers: The teacher's layer behind each of the student's, where the student is new.
+    """
+    # litgpt converts only the text part of a multimodal model
+    content = hf_config | hf_config["text_config"] if "text_config" in hf_config else dict(hf_config)
+    if "text_config" in hf_config:
+        content = {k: v for k, v in content.items() if k not in ("text_config", "vision_config")}
+        if content.get("model_type") == "gemma3_text":
+            content["architectures"] = ["Gemma3ForCausalLM"]
+    content |= _sizes(content, config)
+    content |= _rope(content, config)
+    if layer_types := _layer_types(content, config, layers):
+        content["layer_types"] = layer_types
+    return content
+
+
+def fits_transformers(hf_config: dict[str, Any], config: Config) -> bool:
+    """Whether the model's class in `transformers` can have heads of this size."""
+    return hf_config.get("model_type") not in FIXED_HEADS or config.n_head * config.head_size == config.n_embd
+
+
+def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_query_groups,
+        "intermediate_size": config.intermediate_size,
+    }
+    where_known = {
+        "head_dim": config.head_size,
+        "num_kv_heads": config.n_query_groups,
+        "ffn_hidden_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "num_experts": config.n_expert,
+        "num_local_experts": config.n_expert,
+        "n_routed_experts": config.n_expert,
+    }
+    sizes |= {key: value for key, value in where_known.items() if key in content}
+    if config.n_head * config.head_size != config.n_embd:
+        sizes["head_dim"] = config.head_size
+    return sizes
+
+
+def _rope(content: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Base and share of rotary dimensions, in the layout of the file: `transformers` 5 nests them."""
+    if content.get("rope_parameters"):
+        rope = dict(content["rope_parameters"])
+        if isinstance(rope.get("full_attention"), dict):  # Gemma 3 has a base for either kind of layer
+            local = config.rope_base if config.rope_local_base_freq is None else config.rope_local_base_freq
+            rope["full_attention"] = rope["full_attention"] | {"rope_theta": config.rope_base}
+            rope["sliding_attention"] = rope["sliding_attention"] | {"rope_theta": local}
+        else:
+            rope["rope_theta"] = config.rope_base
+            if "partial_rotary_factor" in rope:
+                rope["partial_rotary_factor"] = config.rotary_percentage
+        changes: dict[str, Any] = {"rope_parameters": rope}
+    else:
+        changes = {"rotary_emb_base" if "rotary_emb_base" in content else "rope_theta": config.rope_base}
+        if config.rope_local_base_freq is not None:
+            changes["rope_local_base_freq"] = config.rope_local_base_freq
+    for key in ("partial_rotary_factor", "rotary_pct"):
+        # GPT-NeoX heeds no other key, even where it writes another
+        if key in content or (key == "rotary_pct" and content.get("model_type") == "gpt_neox"):
+            changes[key] = config.rotary_percentage
+    return changes
+
+
+def _layer_types(content: dict[str, Any], config: Config, layers: Sequence[int] | None) -> list[str] | None:
+    """Which kind of attention each kept layer has; None where `transformers` needs no list."""
+    known = content.get("layer_types")
+    indices = config.sliding_window_indices
+    if config.sliding_window_size is not None and (known or len(set(indices)) > 1):
+        return ["sliding_attention" if index else "full_attention" for index in indices]
+    if known and layers is not None:
+        return [known[layer] for layer in layers]
+    return known
