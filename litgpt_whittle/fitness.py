@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from litgpt_whittle.head import HeadInput, head_loss, tap_head
 from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.train import split_batch
 
 
 class Batch(NamedTuple):
@@ -33,8 +34,7 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
     """Reads the batches that score all candidates, once, into memory.
 
     Args:
-        loader: A validation dataloader of a litgpt data module: tensors of shape (B, T + 1), or dicts with `input_ids`
-            and `labels` as the instruction data sets give.
+        loader: A validation dataloader of a litgpt data module.
         n: How many to read; fewer when the loader has fewer.
         max_seq_length: Tokens beyond are left out.
 
@@ -42,12 +42,8 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
         UserError: If there is no token to predict.
     """
     batches = []
-    for batch in loader:
-        if isinstance(batch, Mapping):
-            inputs, targets = batch["input_ids"][:, :-1], batch["labels"][:, 1:]
-        else:
-            inputs, targets = batch[:, :-1], batch[:, 1:]
-        batch = Batch(inputs[:, :max_seq_length].contiguous().long(), targets[:, :max_seq_length].contiguous().long())
+    for raw in loader:
+        batch = Batch(*split_batch(raw, max_seq_length))
         if batch.n_tokens:
             batches.append(batch)
         if len(batches) == n:

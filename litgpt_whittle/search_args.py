@@ -1,9 +1,35 @@
-"""What may shrink in a search, how far and in which steps: the `search_space` section of `litgpt search`."""
+"""Argument groups of `litgpt search`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from litgpt_whittle.errors import UserError
+
+
+@dataclass
+class BatchArgs:
+    """How candidates see the validation data"""
+
+    micro_batch_size: int = 4
+    """Number of samples per forward pass"""
+    max_seq_length: int | None = None
+    """Length of samples; by default the teacher's block size, but at most 2048"""
+
+    def __post_init__(self) -> None:
+        _check_positive("train", micro_batch_size=self.micro_batch_size, max_seq_length=self.max_seq_length)
+
+
+@dataclass
+class BudgetArgs:
+    """How much of the validation data candidates see"""
+
+    max_iters: int = 32
+    """Validation batches per candidate"""
+
+    def __post_init__(self) -> None:
+        _check_positive("eval", max_iters=self.max_iters)
 
 
 @dataclass
@@ -40,3 +66,9 @@ class SpaceArgs:
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first"] = "any"
     """Whether any layers may be kept, in order, or the first ones only"""
+
+
+def _check_positive(section: str, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{section}.{name} must be at least 1, got {value}")

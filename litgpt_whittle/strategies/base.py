@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,12 @@ class Strategy(ABC):
         Args:
             rng: Where all randomness comes from; a new one for every candidate.
         """
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that it was made with, where they are kept under their names."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @property
     def ready(self) -> int:

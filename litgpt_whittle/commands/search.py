@@ -1,0 +1,346 @@
+"""`litgpt search`: find the sub-networks of a checkpoint that lie in a bin and predict best."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse import lazy_instance
+from litgpt import Tokenizer
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.utils import extend_checkpoint_dir, init_out_dir
+from tqdm import tqdm
+
+from litgpt_whittle import registry, report
+from litgpt_whittle.bins import Bin, parse_bins
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
+from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.fitness import Batch, Perplexity, fingerprint, fixed_batches
+from litgpt_whittle.journal import Evaluation, Journal, check_resumable, file_fingerprint
+from litgpt_whittle.plugin import save_hyperparameters
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
+from litgpt_whittle.space import Space, SpaceName
+from litgpt_whittle.strategies import Evolution, Strategy
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.subnet import fingerprint as config_fingerprint
+from litgpt_whittle.supergpt import is_tied
+
+registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by their names
+
+_DEFAULT_STRATEGY = lazy_instance(Evolution)  # shown with its settings in --help and --print_config
+
+
+def setup(
+    checkpoint_dir: Path,
+    bin: str | int | float | list[str | int | float] | None = None,
+    space: SpaceName = "coarse_layerwise",
+    search_space: SpaceArgs = SpaceArgs(),
+    strategy: Strategy = _DEFAULT_STRATEGY,
+    iterations: int = 1000,
+    data: DataModule | None = None,
+    train: BatchArgs = BatchArgs(),
+    eval: BudgetArgs = BudgetArgs(),
+    out_dir: Path = Path("out/search"),
+    precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true", None] = None,
+    devices: int | str = 1,
+    seed: int = 42,
+    resume: bool = False,
+) -> None:
+    """Search a checkpoint for its best sub-networks of a given size.
+
+    Arguments:
+        checkpoint_dir: The teacher's checkpoint directory.
+        bin: The parameters that a sub-network may have: a range (385M-426M), a target with a tolerance (410M±5%,
+            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas.
+        space: Coarse spaces keep the first n of each dimension, fine ones any n; uniform ones make one choice for all
+            layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
+        search_space: What may shrink, how far and in which steps.
+        strategy: How to search, by its name, with its settings below it.
+        iterations: Candidates to evaluate in each bin.
+        data: What candidates are scored on: the validation part of any litgpt data module, or
+            ``--data HFText --data.path PATH``.
+        train: How candidates see the data.
+        eval: How much of it they see.
+        out_dir: Directory for the journal, the best sub-networks and the plots.
+        precision: The precision to score in. By default bf16-true on a GPU, 32-true elsewhere.
+        devices: How many devices to use.
+        seed: The random seed. The same seed gives the same search.
+        resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
+    """
+    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
+    if bin is None:
+        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%")
+    bins = parse_bins(bin)
+    if iterations < 1:
+        raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
+    _check_devices(devices)
+    check_writable(out_dir)
+    check_resumable(out_dir / "journal.jsonl", resume)
+    teacher = check_checkpoint(checkpoint_dir)
+    seq_length = _sequence_length(teacher, train.max_seq_length)
+    if data is None:
+        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+    tied = is_tied(read_weights(checkpoint_dir))
+    strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
+    searches = [Search.begin(Space(teacher, space, bin, tied, search_space), strategy, seed) for bin in bins]
+    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    fabric = L.Fabric(devices=1, precision=precision)
+    tokenizer = Tokenizer(checkpoint_dir) if _has_tokenizer(checkpoint_dir) else None
+    batches = load_batches(data, tokenizer, train.micro_batch_size, seq_length, eval.max_iters)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "space": space,
+        "search_space": asdict(search_space),
+        "bin": [str(bin) for bin in bins],
+        "strategy": type(strategy).__name__,
+        "strategy_settings": strategy.settings,
+        "seed": seed,
+        "precision": precision,
+        "micro_batch_size": train.micro_batch_size,
+        "max_seq_length": seq_length,
+        "max_iters": eval.max_iters,
+    }
+    header = {
+        "teacher": {
+            "name": teacher.name,
+            "config": config_fingerprint(teacher),
+            "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+        },
+        "data": {
+            "batches": len(batches),
+            "tokens": sum(batch.n_tokens for batch in batches),
+            "fingerprint": fingerprint(batches),
+        },
+        "settings": settings,
+    }
+    with Journal(out_dir / "journal.jsonl", header, resume) as journal:
+        save_hyperparameters(setup, out_dir)
+        main(fabric, checkpoint_dir, teacher, searches, batches, journal, iterations, seq_length, out_dir, settings)
+
+
+def main(
+    fabric: L.Fabric,
+    checkpoint_dir: Path,
+    teacher: Config,
+    searches: list[Search],
+    batches: list[Batch],
+    journal: Journal,
+    iterations: int,
+    seq_length: int,
+    out_dir: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Scores what the strategies ask for, and reports."""
+    fitness = load_fitness(fabric, checkpoint_dir, batches, seq_length)
+
+    def save_best(search: Search, evaluation: Evaluation) -> None:
+        provenance = {
+            "checkpoint_dir": str(checkpoint_dir.absolute()),
+            "bin": str(search.space.bin),
+            "n_params": evaluation.n_params,
+            **evaluation.scores,
+            "tokens": evaluation.tokens,
+            "evaluation": evaluation.index,
+            **{name: settings[name] for name in ("space", "strategy", "seed", "precision", "max_seq_length")},
+        }
+        name = "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"
+        SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / name, **provenance)
+
+    stopped = False
+    try:
+        run(searches, journal, fitness, iterations, settings["seed"], save_best)
+    except KeyboardInterrupt:
+        stopped = True
+    write_report(teacher, journal.evaluations, out_dir)
+    if stopped:
+        print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
+        raise SystemExit(130)
+    if not report.best_of(journal.evaluations):
+        raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
+
+
+def run(
+    searches: list[Search],
+    journal: Journal,
+    fitness: Callable[[SubNet], dict[str, float]],
+    iterations: int,
+    seed: int,
+    save_best: Callable[[Search, Evaluation], None],
+) -> None:
+    """Evaluates candidates, the bins in turn, first from the journal as far as it goes.
+
+    Args:
+        searches: One per bin.
+        journal: Gets every evaluation as it ends; those that it has are told to the strategies instead of repeated.
+        fitness: Scores a sub-network.
+        iterations: Evaluations per bin.
+        seed: For the journal.
+        save_best: Called with every new best of a bin.
+    """
+    known = list(journal.evaluations)
+    index = 0
+    with tqdm(total=max(iterations * len(searches), len(known)), unit="candidate", dynamic_ncols=True) as bar:
+        for search in _in_turn(searches, iterations):
+            candidate = search.next_candidate()
+            if candidate is None:
+                continue
+            if index < len(known):
+                evaluation = _replay(known[index], search, candidate)
+            else:
+                evaluation = evaluate(search, candidate, fitness, index, seed)
+                journal.append(evaluation)
+            index += 1
+            if search.tell(candidate, evaluation):
+                save_best(search, evaluation)
+            bar.update()
+            bar.set_postfix_str(", ".join(search.standing for search in searches), refresh=False)
+    for search in searches:
+        if search.strategy.exhausted:
+            print(f"The bin {search.space.bin} has no further sub-networks: {search.n_told} evaluated")
+
+
+def _in_turn(searches: list[Search], iterations: int) -> Iterator[Search]:
+    for _ in range(iterations):
+        yield from searches
+
+
+@dataclass
+class Search:
+    """The search of one bin."""
+
+    space: Space
+    strategy: Strategy
+    best: Evaluation | None = None
+    n_told: int = 0
+
+    @classmethod
+    def begin(cls, space: Space, strategy: Strategy, seed: int) -> Search:
+        """A search of its own, whatever other bins are searched beside it."""
+        strategy = copy.deepcopy(strategy)
+        strategy.start(space, seed)
+        return cls(space, strategy)
+
+    def next_candidate(self) -> SubNet | None:
+        """What to evaluate next; None when there is nothing left."""
+        return next(iter(self.strategy.ask(1)), None)
+
+    def tell(self, candidate: SubNet, evaluation: Evaluation) -> bool:
+        """Takes an evaluation; says whether it is the best so far."""
+        score = evaluation.score(Perplexity.name)
+        self.strategy.tell(candidate, score)
+        self.n_told += 1
+        is_best = score < (math.inf if self.best is None else self.best.score(Perplexity.name))
+        if is_best:
+            self.best = evaluation
+        return is_best
+
+    @property
+    def standing(self) -> str:
+        """The best so far, for the progress bar."""
+        return f"best {self.best.score(Perplexity.name):.4g}" if self.best is not None else "none yet"
+
+
+def evaluate(
+    search: Search, candidate: SubNet, fitness: Callable[[SubNet], dict[str, float]], index: int, seed: int
+) -> Evaluation:
+    """Scores a candidate; one whose loss is not finite or that runs out of memory counts as failed."""
+    started, error, scores = time.perf_counter(), None, {}
+    try:
+        scores = fitness(candidate)
+    except torch.OutOfMemoryError:
+        error = "out of memory"
+    if not all(math.isfinite(score) for score in scores.values()):
+        error = "its loss is not finite"
+    return Evaluation(
+        index=index,
+        bin=str(search.space.bin),
+        subnet=candidate.to_dict(),
+        n_params=search.space.n_params(candidate),
+        scores={name: score if math.isfinite(score) else None for name, score in scores.items()},
+        seed=seed,
+        batches=len(fitness.batches),
+        tokens=fitness.n_tokens,
+        seconds=round(time.perf_counter() - started, 4),
+        error=error,
+    )
+
+
+def _replay(evaluation: Evaluation, search: Search, candidate: SubNet) -> Evaluation:
+    if evaluation.bin != str(search.space.bin) or evaluation.subnet != candidate.to_dict():
+        raise UserError(
+            f"evaluation {evaluation.index} of the journal is not what this search would have tried; it was written by "
+            "another version, so begin in another out_dir"
+        )
+    return evaluation
+
+
+def load_fitness(fabric: L.Fabric, checkpoint_dir: Path, batches: list[Batch], seq_length: int) -> Perplexity:
+    """Loads the teacher as a super-network, in the precision that candidates are scored in."""
+    dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+    dtype = dtypes.get(fabric._precision.precision, torch.float32)
+    model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+    model.max_seq_length = seq_length
+    return Perplexity(model, batches, autocast=fabric.autocast)
+
+
+def load_batches(
+    data: DataModule, tokenizer: Tokenizer | None, batch_size: int, seq_length: int, n: int
+) -> list[Batch]:
+    """The first n validation batches of a data module, or all where it has fewer.
+
+    Raises:
+        UserError: If it has none.
+    """
+    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
+    data.prepare_data()
+    data.setup()
+    loader = data.val_dataloader()
+    if loader is None:
+        raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
+    batches = fixed_batches(loader, n, seq_length)
+    if len(batches) < n:
+        print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
+    return batches
+
+
+def write_report(teacher: Config, evaluations: list[Evaluation], out_dir: Path) -> None:
+    """Draws the plots and prints the table."""
+    if report.best_of(evaluations):
+        report.plot_search(evaluations, out_dir / "search.png")
+        report.plot_candidates(evaluations, out_dir / "candidates.png")
+        print(report.table(teacher, evaluations))
+        print(f"Sub-networks, journal and plots are in {out_dir}. Try: litgpt extract CHECKPOINT_DIR {out_dir}/best.yaml")
+
+
+def _check_devices(devices: int | str) -> None:
+    if devices in ("auto", "-1", -1):
+        return
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(f"devices must be 'auto' or a number from 1, got {devices!r}; use 1")
+    available = max(1, torch.cuda.device_count())
+    if int(devices) > available:
+        raise UserError(f"devices must be at most {available}, there are no more here, got {devices}; lower it")
+    if int(devices) > 1:
+        raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")
+
+
+def _sequence_length(teacher: Config, asked: int | None) -> int:
+    if asked is not None and asked > teacher.block_size:
+        raise UserError(
+            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {asked}; lower it"
+        )
+    return asked or min(teacher.block_size, 2048)
+
+
+def _has_tokenizer(checkpoint_dir: Path) -> bool:
+    return any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
