@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "demo"
 VOCABULARY = 2048
+TOKENS_PER_STEP = 16 * 128
 
 FULL = {"characters": 12_000_000, "teacher": 2_000_000, "student": 500_000, "iterations": 200, "every": 20}
 SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "iterations": 24, "every": 5}
@@ -152,13 +153,9 @@ def report() -> None:
 def read_csv(run: str) -> list[tuple[int, float]]:
     """Tokens and validation loss of a stock litgpt run."""
     (path,) = (OUT / run).rglob("metrics.csv")
-    points, tokens = [], 0
     with open(path) as file:
-        for row in csv.DictReader(file):
-            tokens = int(float(row.get("total_tokens") or tokens))
-            if row.get("val_loss"):
-                points.append((tokens, float(row["val_loss"])))
-    return points
+        rows = [(int(row["step"]), row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
+    return [((step + 1) * TOKENS_PER_STEP, float(loss)) for step, loss in rows]
 
 
 def read_distilled() -> list[tuple[int, float]]:

@@ -115,7 +115,7 @@ def _stand_in(point: Any) -> Callable:
     def stand_in() -> None:
         raise AssertionError("a stand-in is replaced before it is called")
 
-    stand_in.__doc__ = ast.get_docstring(functions[point.attr])
+    stand_in.__doc__ = ast.get_docstring(functions[point.attr]) or f"See {point.value}."
     return stand_in
 
 

@@ -1,0 +1,104 @@
+"""The commands appear in litgpt however it is started, and nothing breaks when they can't."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | environment | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+
+
+def distribution(folder: Path, name: str, entry_points: str, **modules: str) -> Path:
+    """Another package with entry points, as pip would have installed it."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    for module, text in modules.items():
+        (folder / f"{module}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def strangers(tmp_path) -> Path:
+    commands = "[litgpt.commands]\ngreet = stranger:greet\nlost = nowhere:setup\nhurt = breaks:setup\npretrain = stranger:greet\n"
+    return distribution(
+        tmp_path,
+        "stranger",
+        commands,
+        stranger='def greet(name: str = "you"):\n    """Say hello."""\n    print(f"hello {name}")\n',
+        breaks="import no_such_module\ndef setup():\n    pass\n",
+    )
+
+
+def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strangers):
+    done = run(str(BIN / "litgpt"), "--help", path=strangers)
+    assert done.returncode == 0, done.stderr
+    for line in ("search", "extract", "distill", "greet", "Say hello.", "Cut a sub-network out of a checkpoint."):
+        assert line in done.stdout
+    assert "skipping the command 'lost'" in done.stderr and "nowhere" in done.stderr
+    assert "skipping the command 'pretrain'" in done.stderr and "there is one already" in done.stderr
+
+
+@pytest.mark.parametrize("start", [["litgpt"], ["python", "-m", "litgpt"], ["litgpt-whittle"]])
+def test_a_strangers_command_runs(strangers, start):
+    done = run(str(BIN / start[0]), *start[1:], "greet", "--name", "Ada", path=strangers)
+    assert done.returncode == 0, done.stderr
+    assert "hello Ada" in done.stdout
+
+
+def test_a_command_that_cannot_be_imported_is_named_when_asked_for(strangers):
+    done = run(str(BIN / "litgpt"), "hurt", path=strangers)
+    assert done.returncode == 2
+    assert "skipping the command 'hurt'" in done.stderr and "no_such_module" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_extension_can_be_switched_off(tmp_path):
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert "extract" not in run(str(BIN / "litgpt"), "--help", **off).stdout
+    done = run(sys.executable, "-m", "litgpt_whittle", "extract", str(tmp_path / "none"), "s.yaml", **off)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no checkpoint directory")
+    assert "Traceback" not in done.stderr
+
+
+def test_bootstrap_survives_anything_and_imports_next_to_nothing():
+    program = (
+        "import sys, litgpt_whittle, litgpt_whittle.plugin as p; p.install(); p.install();"
+        "assert not {'torch', 'litgpt', 'numpy'} & set(sys.modules);"
+        "assert sum(type(f).__module__ == p.__name__ for f in sys.meta_path) == 1;"
+        "assert 'SubNet' in dir(litgpt_whittle)"
+    )
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_all_there():
+    import litgpt_whittle
+
+    for name in litgpt_whittle.__all__:
+        assert getattr(litgpt_whittle, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        litgpt_whittle.nothing
+
+
+def test_registry_names_what_there_is(strangers, monkeypatch):
+    from litgpt_whittle.errors import UserError
+    from litgpt_whittle.registry import load_all, lookup, names
+
+    monkeypatch.syspath_prepend(str(strangers))
+    assert {"Evolution", "RandomSearch"} <= set(names("litgpt_whittle.strategies"))
+    with pytest.raises(UserError, match="there is no 'nothing' in litgpt.models; choose from LayerwiseGPT, SuperGPT"):
+        lookup("litgpt.models", "nothing")
+    with pytest.raises(UserError, match="'hurt' .* cannot be imported"):
+        lookup("litgpt.commands", "hurt")
+    with pytest.warns(UserWarning, match="skipping 'hurt'"):
+        assert "greet" in load_all("litgpt.commands")
