@@ -121,7 +121,7 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
     """
     if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
         raise UserError(
-            f"tokenizer_dir {str(tokenizer_dir)!r} has no tokenizer.json or tokenizer.model; choose another"
+            f"tokenizer_dir must hold a tokenizer.json or tokenizer.model, got {str(tokenizer_dir)!r}; choose another"
         )
     known = {}
     for folder in (tokenizer_dir, student_dir, teacher_dir):
@@ -185,9 +185,7 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
         return choose(logger_name)
     except ModuleNotFoundError:
         if logger_name != "tensorboard":
-            raise UserError(
-                f"logger_name {logger_name} is not installed; pip install it or use --logger_name csv"
-            ) from None
+            raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv") from None
     # litgpt's default, and so what nobody chose: the run should not end over it
     warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
     return choose("csv")

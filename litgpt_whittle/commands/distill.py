@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -150,7 +151,7 @@ def setup(
     fabric = L.Fabric(devices=devices, num_nodes=num_nodes, precision=precision, loggers=[logger])
     fabric.launch()
     fabric.print(pprint.pformat(arguments))
-    if logger_name in ("tensorboard", "wandb", "mlflow"):
+    if logger_name in ("tensorboard", "wandb", "mlflow") and not isinstance(logger, CSVLogger):
         fabric.logger.log_hyperparams(arguments)
     main(
         fabric=fabric,
