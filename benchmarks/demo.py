@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "demo"
 VOCABULARY = 2048
 TOKENS_PER_STEP = 16 * 128
+TEACHER = "out/demo/pretrained/final"
 
 FULL = {"characters": 12_000_000, "teacher": 2_000_000, "student": 500_000, "iterations": 200, "every": 20}
 SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "iterations": 24, "every": 5}
@@ -44,15 +45,14 @@ def main() -> None:
 
     say(f"1. A teacher, trained by stock litgpt on {size['teacher']:,} tokens")
     litgpt("pretrain", "--config", "config_hub/pretrain/demo.yaml", f"--train.max_tokens={size['teacher']}")
-    litgpt("convert_pretrained_checkpoint", "out/demo/pretrained/final", "out/demo/teacher")
 
     say("2. The best sub-network of about a third of its size")
     litgpt(
-        "search", "out/demo/teacher", "--config", "config_hub/search/demo.yaml", f"--iterations={size['iterations']}"
+        "search", TEACHER, "--config", "config_hub/search/demo.yaml", f"--iterations={size['iterations']}"
     )  # fmt: skip
 
     say("3. Cut out as an ordinary litgpt checkpoint")
-    litgpt("extract", "out/demo/teacher", "out/demo/search/best.yaml", "--out_dir", "out/demo/student")
+    litgpt("extract", TEACHER, "out/demo/search/best.yaml", "--out_dir", "out/demo/student")
 
     say(f"4. Trained with the teacher's help on {size['student']:,} tokens")
     litgpt("distill", "--config", "config_hub/distill/demo.yaml", f"--train.max_tokens={size['student']}", every)

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
     weights = _open(path)
     weights = weights.get("model", weights) if isinstance(weights, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{str(path)!r} holds no weights; convert it with 'litgpt convert_pretrained_checkpoint'")
+        raise UserError(f"{str(path)!r} holds no weights; name a checkpoint of a litgpt model")
     weights = _with_current_names(MappedWeights(weights), config)
     with torch.device("meta"):
         expected = GPT(config).state_dict()
@@ -87,14 +88,49 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
 
 def _open(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{str(path)!r} holds more than weights; if 'litgpt pretrain' wrote it, run "
-            f"'litgpt convert_pretrained_checkpoint {path.parent} OUT_DIR' and use OUT_DIR"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError):
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # more than weights: `litgpt pretrain` saves its dataloader too
+            safe = SimpleNamespace(__name__="safe_pickle", Unpickler=_TensorUnpickler)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=safe)
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, pickle.UnpicklingError):
         raise UserError(f"{str(path)!r} is truncated or damaged; fetch or convert it again") from None
+
+
+class _Ignored:
+    """Stands for an object of no interest, whatever it was and however it was pickled; nothing of it runs."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and containers, and puts `_Ignored` in the place of everything else, so that no code runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("collections", "OrderedDict"),
+            ("torch", "Size"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch.serialization", "_get_layout"),
+        }
+        is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+        return super().find_class(module, name) if is_storage or (module, name) in known else _Ignored
 
 
 def _with_current_names(weights: MappedWeights, config: Config) -> MappedWeights:

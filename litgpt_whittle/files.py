@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,5 +97,10 @@ def check_writable(folder: Path) -> None:
     nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"out_dir must be writable, got {str(folder)!r}; choose another or change its permissions")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise UserError(
+            f"out_dir must be writable, got {str(folder)!r} ({error.strerror}); choose another or change its permissions"
+        ) from None

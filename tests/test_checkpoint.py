@@ -84,8 +84,6 @@ def test_what_is_wrong_with_a_checkpoint_is_told_in_one_line(checkpoint):
     problem("truncated or damaged|more than weights")
     path.write_bytes(b"")
     problem("truncated or damaged")
-    torch.save({"model": {"a": torch.ones(1)}, "loader": object()}, path)
-    problem("convert_pretrained_checkpoint")
     torch.save([1], path)
     problem("holds no weights")
     path.write_bytes(good)
@@ -105,6 +103,15 @@ def test_what_is_wrong_with_a_checkpoint_is_told_in_one_line(checkpoint):
     problem("there is no 'Nothing' in litgpt.models", load_model)
     path.unlink()
     problem("no lit_model.pth", check_checkpoint)
+
+
+def test_a_checkpoint_of_litgpt_pretrain_opens_without_its_pickled_dataloader(checkpoint):
+    weights = torch.load(checkpoint / "lit_model.pth", weights_only=True)
+    loader = torch.utils.data.DataLoader([1, 2, 3], generator=torch.Generator())
+    state = {"model": weights, "optimizer": {"state": {0: torch.ones(2)}}, "train_dataloader": loader, "iter_num": 7}
+    torch.save(state, checkpoint / "lit_model.pth")
+    for name, tensor in read_weights(checkpoint).items():
+        assert torch.equal(tensor, weights[name])
 
 
 def test_malicious_pickles_do_not_run(checkpoint, tmp_path):

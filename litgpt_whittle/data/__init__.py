@@ -1,0 +1,5 @@
+"""DataModules that litgpt lacks."""
+
+from litgpt_whittle.data.hf_text import HFText
+
+__all__ = ["HFText"]

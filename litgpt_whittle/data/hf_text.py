@@ -1,0 +1,262 @@
+"""Any text that Hugging Face `datasets` reads, as a litgpt DataModule: tokenised once, memory-mapped, packed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+from torch.utils.data import DataLoader
+
+from litgpt_whittle.data.token_file import Shuffled, Windows, default_cache, is_written, write_tokens
+from litgpt_whittle.errors import UserError
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+"""Which of the `datasets` builders reads a file; all others are read as one document of plain text."""
+
+
+@dataclass
+class HFText(DataModule):
+    """Text from local files or the Hugging Face hub, tokenised once and packed into blocks.
+
+    Documents are separated by EOS. Batches are token ids, shape (B, max_seq_length + 1).
+    """
+
+    path: str
+    """A file or folder of text, JSON lines, parquet or arrow files, or a dataset's name on the Hugging Face hub"""
+    name: str | None = None
+    """The configuration of a dataset on the hub, such as 'wikitext-103-raw-v1'"""
+    text_column: str = "text"
+    """The column that holds the text"""
+    train_split: str = "train"
+    """The split to train on"""
+    val_split: str | None = None
+    """The split to validate on"""
+    val_path: str | None = None
+    """A file, folder or dataset to validate on"""
+    val_fraction: float = 0.02
+    """The share of documents, by a hash of their text, to validate on where neither val_split nor val_path is given"""
+    streaming: bool = False
+    """Read a dataset from the hub as it is tokenised instead of downloading it first"""
+    max_documents: int | None = None
+    """Read no more documents than this"""
+    max_tokens: int | None = None
+    """Stop reading at this many tokens"""
+    seed: int = 42
+    """The seed of the order of training blocks"""
+    num_workers: int = 0
+    """The number of workers to use for data loading"""
+    cache_dir: Path | None = None
+    """Where the tokens are kept; by default beside local data, else in the user's cache"""
+
+    tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    batch_size: int = field(default=1, init=False, repr=False)
+    max_seq_length: int = field(default=-1, init=False, repr=False)
+    train_dataset: Windows | None = field(default=None, init=False, repr=False)
+    val_dataset: Windows | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"data.val_fraction must lie between 0 and 1, got {self.val_fraction}; try 0.02")
+        for option in ("max_documents", "max_tokens"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise UserError(f"data.{option} must be at least 1, got {value}; leave it out for all")
+        if self.val_path is not None and self.val_split is None and _same(self.val_path, self.path):
+            raise UserError(f"data.val_path must not be the training data {self.path!r}; leave it out to split that")
+        if self.val_split == self.train_split and self.val_path is None:
+            raise UserError(f"data.val_split must not be data.train_split, got {self.val_split!r} for both; change one")
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None, **kwargs: Any
+    ) -> None:
+        """Takes what is only known at run time; blocks hold one token more, since each is predicted from the last."""
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
+
+    def prepare_data(self) -> None:
+        """Tokenises what has not been tokenised yet.
+
+        Raises:
+            UserError: If there is no usable tokenizer, or the data cannot be read or is empty.
+        """
+        for part in ("train", "validation"):
+            if not is_written(folder := self._folder(part)):
+                self._tokenise(part, folder)
+
+    def setup(self, stage: str = "") -> None:
+        """Opens the tokens.
+
+        Raises:
+            UserError: If they do not fill one block.
+        """
+        self.train_dataset, self.val_dataset = (Windows(self._folder(p), self.max_seq_length) for p in PARTS)
+        for part, dataset in zip(PARTS, (self.train_dataset, self.val_dataset)):
+            if len(dataset) == 0:
+                raise UserError(
+                    f"the {part} data must fill a block of {self.max_seq_length} tokens, got "
+                    f"{dataset.about['n_tokens']}; add text, or lower train.max_seq_length"
+                )
+
+    def train_dataloader(self) -> DataLoader:
+        """Blocks in an order that depends on nothing but seed and epoch."""
+        sampler = Shuffled(len(self.train_dataset), self.seed)
+        return self._loader(self.train_dataset, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Blocks in their order in the text, always the same."""
+        return self._loader(self.val_dataset, shuffle=False)
+
+    def _loader(self, dataset: Windows, **options: Any) -> DataLoader:
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return DataLoader(dataset, batch_size=self.batch_size, **workers, **options)
+
+    def _source(self, part: str) -> tuple[str, str]:
+        """Path and split of a part."""
+        if part == "train" or (self.val_path is None and self.val_split is None):
+            return str(self.path), self.train_split
+        return str(self.val_path or self.path), self.val_split or self.train_split
+
+    def _folder(self, part: str) -> Path:
+        path, _ = self._source(part)
+        return Path(self.cache_dir or default_cache(path)) / f"{part}-{self._fingerprint(part)}"
+
+    def _fingerprint(self, part: str) -> str:
+        """Tells apart everything that changes the tokens."""
+        path, split = self._source(part)
+        files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
+        facts = {
+            "source": [path, self.name, split, self.text_column, files],
+            "held_out": None if self._splits_itself(part) is None else [part, self.val_fraction],
+            "caps": [self.max_documents, self.max_tokens],
+            "tokenizer": _tokenizer_digest(self._checked_tokenizer()),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _splits_itself(self, part: str) -> bool | None:
+        """Which side of the hash split a part takes, None where it takes all of its source."""
+        return None if self.val_path is not None or self.val_split is not None else part == "validation"
+
+    def _checked_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("HFText needs a tokenizer; set --tokenizer_dir to a checkpoint directory that has one")
+        if self.tokenizer.eos_id is None:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.model_name!r} names no eos_token, which separates documents; "
+                "add it to tokenizer_config.json"
+            )
+        return self.tokenizer
+
+    def _tokenise(self, part: str, folder: Path) -> None:
+        from tqdm import tqdm
+
+        tokenizer = self._checked_tokenizer()
+        path, split = self._source(part)
+        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming)
+        if (held_out := self._splits_itself(part)) is not None:
+            texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
+        texts = itertools.islice(texts, self.max_documents)
+        about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": split}
+        bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
+        ids = _capped(encode(tokenizer, bar), self.max_tokens)
+        first = next(ids, None)
+        if first is None:
+            raise UserError(f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}")
+        vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, _largest_id(tokenizer) + 1)
+        write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
+
+
+PARTS = ("train", "validation")
+
+
+def read_texts(path: str, name: str | None, split: str, column: str, streaming: bool) -> tuple[Iterator[str], int | None]:
+    """The documents of a local file, a folder or a dataset on the hub that are not blank, and how many at most.
+
+    Raises:
+        UserError: If they cannot be read, or there is no such column.
+    """
+    import datasets
+
+    files = _files(path)
+    kinds = {BUILDERS.get(file.suffix, "text") for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"the files in {path!r} must be of one kind, got {', '.join(sorted(kinds))}; separate them")
+    if kinds == {"text"}:
+        texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+        return (text for text in texts if text.strip()), len(files)
+    try:
+        if files:
+            (kind,) = kinds
+            data = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
+        else:
+            data = datasets.load_dataset(path, name, split=split, streaming=streaming)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        what = "read" if files else "found, neither as a file or folder nor on the Hugging Face hub"
+        raise UserError(f"data.path {path!r} cannot be {what} ({reason}); check the name") from None
+    columns = data.column_names
+    if columns is not None and column not in columns:
+        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
+    rows = (row[column] for row in data)
+    return (text for text in rows if text and text.strip()), None if streaming else len(data)
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
+    """Token ids of each document, without BOS and EOS."""
+    texts = iter(texts)
+    while chunk := list(itertools.islice(texts, batch)):
+        if tokenizer.backend == "huggingface":  # in parallel, and a hundred times fewer calls
+            yield from (done.ids for done in tokenizer.processor.encode_batch(chunk, add_special_tokens=False))
+        else:
+            yield from (tokenizer.encode(text, bos=False, eos=False).tolist() for text in chunk)
+
+
+def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
+    """Documents until they hold `max_tokens`, their EOS counted; the last one is cut."""
+    left = max_tokens
+    for ids in documents:
+        if left is not None:
+            if left < 2:
+                return
+            ids = ids[: left - 1]
+            left -= len(ids) + 1
+        yield ids
+
+
+def _files(path: str) -> list[Path]:
+    """The files of a local path, hidden ones left out; none where it is a name on the hub."""
+    local = Path(path)
+    if local.is_file():
+        return [local]
+    found = (file for file in local.rglob("*") if file.is_file()) if local.is_dir() else ()
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(local).parts))
+
+
+def _same(a: str, b: str) -> bool:
+    return str(a) == str(b) or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+
+
+def _position(text: str) -> float:
+    """A document's fixed place in [0, 1), the same in every run and on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+
+
+def _largest_id(tokenizer: Tokenizer) -> int:
+    if tokenizer.backend != "huggingface":
+        return tokenizer.vocab_size - 1
+    return max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    if tokenizer.backend == "huggingface":
+        content = tokenizer.processor.to_str().encode()
+    else:
+        content = tokenizer.processor.serialized_model_proto()
+    return hashlib.sha256(content + str(tokenizer.eos_id).encode()).hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""Tokens on disk: written once, whole or not at all, and read as windows without loading the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from litgpt_whittle.files import new_folder, write_text
+
+TOKENS, ABOUT = "tokens.bin", "about.json"
+
+
+def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, vocab_size: int, about: dict) -> None:
+    """Writes documents one after the other, each followed by EOS; `folder` appears when all are written."""
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    n_documents = n_tokens = 0
+    with new_folder(folder) as inside:
+        with open(inside / TOKENS, "wb") as file:
+            for ids in documents:
+                np.asarray([*ids, eos_id], dtype=dtype).tofile(file)
+                n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + 1
+        counts = {"dtype": np.dtype(dtype).name, "n_documents": n_documents, "n_tokens": n_tokens}
+        write_text(inside / ABOUT, json.dumps(about | counts, indent=2))
+
+
+def is_written(folder: Path) -> bool:
+    """Whether `write_tokens` finished here."""
+    return (folder / ABOUT).is_file()
+
+
+class Windows(Dataset):
+    """Windows of a token file: number i holds tokens [i·T, i·T + T], so that each token but the first is predicted once.
+
+    Args:
+        folder: What `write_tokens` wrote.
+        length: Tokens per window, T + 1.
+    """
+
+    def __init__(self, folder: Path, length: int) -> None:
+        self.folder, self.length = Path(folder), length
+        self.about = json.loads((self.folder / ABOUT).read_text())
+        self._tokens: np.ndarray | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these tokens from others."""
+        return self.about["fingerprint"]
+
+    def __len__(self) -> int:
+        return max(0, (self.about["n_tokens"] - 1) // (self.length - 1))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        if self._tokens is None:
+            self._tokens = np.memmap(self.folder / TOKENS, dtype=self.about["dtype"], mode="r")
+        start = index * (self.length - 1)
+        return torch.from_numpy(self._tokens[start : start + self.length].astype(np.int64))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_tokens": None}  # litgpt pickles dataloaders; the file stays where it is
+
+
+class Shuffled(Sampler):
+    """An order that depends on nothing but seed and epoch.
+
+    Each new pass is the next epoch, unless `set_epoch` says which it is.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        self.epoch += 1
+        return iter(order.tolist())
+
+
+def default_cache(path: str) -> Path:
+    """Beside local data where that can be written to, else the user's cache."""
+    local = Path(path)
+    beside = local.parent if local.exists() else None
+    if beside is not None and os.access(beside, os.W_OK):
+        return beside / ".tokens"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "litgpt_whittle" / "tokens"
