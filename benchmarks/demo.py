@@ -21,6 +21,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "demo"
 VOCABULARY = 2048
@@ -58,11 +60,8 @@ def main() -> None:
     litgpt("distill", "--config", "config_hub/distill/demo.yaml", f"--train.max_tokens={size['student']}", every)
 
     say("5. For comparison: the same architecture from random weights, by stock litgpt on the same tokens")
-    litgpt(
-        "pretrain", "--config", "config_hub/pretrain/demo.yaml", "--model_config", "out/demo/student/model_config.yaml",
-        "--out_dir", "out/demo/baseline", f"--train.max_tokens={size['student']}", "--train.lr_warmup_steps=20", every,
-        "--eval.initial_validation=true",
-    )  # fmt: skip
+    write_baseline_config()
+    litgpt("pretrain", "--config", "out/demo/baseline.yaml", f"--train.max_tokens={size['student']}", every)
 
     say("6. A few lines by the student, from stock litgpt")
     litgpt("generate", "out/demo/distilled/final", "--prompt", "def main(", "--max_new_tokens", "60", show=True)
@@ -129,6 +128,16 @@ def train_tokenizer() -> None:
     tokenizer.save(str(OUT / "tokenizer/tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     (OUT / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_baseline_config() -> None:
+    """The distilled student's settings and architecture, as a YAML for `litgpt pretrain`."""
+    settings, distill = (
+        yaml.safe_load((ROOT / f"config_hub/{command}/demo.yaml").read_text()) for command in ("pretrain", "distill")
+    )
+    settings["model_config"] = yaml.safe_load((OUT / "student/model_config.yaml").read_text())
+    settings |= {"out_dir": "out/demo/baseline", "train": distill["train"]}
+    (OUT / "baseline.yaml").write_text(yaml.safe_dump(settings))
 
 
 def report() -> None:

@@ -28,6 +28,7 @@ from litgpt.utils import (
     num_parameters,
 )
 
+import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights, save_checkpoint
 from litgpt_whittle.checks import (
