@@ -136,14 +136,17 @@ def write_baseline_config() -> None:
         yaml.safe_load((ROOT / f"config_hub/{command}/demo.yaml").read_text()) for command in ("pretrain", "distill")
     )
     settings["model_config"] = yaml.safe_load((OUT / "student/model_config.yaml").read_text())
-    settings |= {"out_dir": "out/demo/baseline", "train": distill["train"]}
+    # litgpt's CSV logger only writes every log_interval, and loses what came after the last time
+    settings |= {"out_dir": "out/demo/baseline", "train": distill["train"] | {"log_interval": 1}}
     (OUT / "baseline.yaml").write_text(yaml.safe_dump(settings))
 
 
 def report() -> None:
     """The table, and the curves of both students as a picture."""
-    teacher = read_csv("pretrained")[-1][1]
-    distilled, baseline = read_distilled(), read_csv("baseline")
+    rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
+    teacher = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
+    distilled = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    baseline = read_csv("baseline")
     best = min(loss for _, loss in baseline)
     rows = [
         ("teacher", "", teacher),
@@ -165,11 +168,6 @@ def read_csv(run: str) -> list[tuple[int, float]]:
     with open(path) as file:
         rows = [(int(row["step"]), row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
     return [((step + 1) * TOKENS_PER_STEP, float(loss)) for step, loss in rows]
-
-
-def read_distilled() -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
-    return [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
 
 
 def reaches(points: list[tuple[int, float]], loss: float) -> int | None:

@@ -36,7 +36,9 @@ class Bin:
         return self.lo <= n_params <= self.hi
 
     def __str__(self) -> str:
-        return f"{short(self.lo)}-{short(self.hi)}"
+        lo, hi = short(self.lo), short(self.hi)
+        # a first number without a suffix would take the second's
+        return f"{self.lo}-{self.hi}" if lo.isdigit() and not hi.isdigit() else f"{lo}-{hi}"
 
     @classmethod
     def parse(cls, text: str | int | float) -> Bin:

@@ -61,6 +61,9 @@ class Wish:
     values: Mapping[Key, int] = field(default_factory=dict)
     spread: bool = True
     """Whether all per-layer sizes give way together when the bin is missed, or only as few as needed"""
+    evenness: float | None = None
+    """Draws the per-layer sizes that are not wished for around an equal share of what the bin leaves for them, the
+    closer the larger this is, instead of each anywhere in its range"""
 
 
 class SizeSpace:
@@ -405,33 +408,45 @@ class _Descent:
 
     def _wishes(self) -> dict[Key, float]:
         """The sizes wished for; when they are to give way together, shifted so that the count meets the bin."""
-        wish, table = self.draw.wish, self.table
+        wish, table, rng = self.draw.wish, self.table, self.draw.rng
         wishes = {key: float(wish.values[key]) for key in table.users if key in wish.values}
-        if not wish.spread or not wishes:
-            return wishes
-        free = {key: (table.grids[key][0] + table.grids[key][-1]) / 2 for key in table.users if key not in wishes}
+        if wish.evenness is not None:
+            rest = {key: float(grid[0]) for key, grid in table.grids.items() if key not in wishes}
+            share = self._shift_into_bin(rest, wishes)
+            share = min(max(share, 0.01), 0.99)
+            for key in rest:
+                lo, hi = table.grids[key][0], table.grids[key][-1]
+                wishes[key] = lo + (hi - lo) * rng.beta(wish.evenness * share, wish.evenness * (1 - share))
+        if wish.spread and wishes:
+            middle = {key: (grid[0] + grid[-1]) / 2 for key, grid in table.grids.items() if key not in wishes}
+            wishes = self._shift(wishes, self._shift_into_bin(wishes, middle))
+        return wishes
 
-        def shifted(by: float) -> dict[Key, float]:
-            """All sizes moved by a share of the way to their smallest (by < 0) or largest."""
-            ends = {key: table.grids[key][-1 if by > 0 else 0] for key in wishes}
-            return {key: value + abs(by) * (ends[key] - value) for key, value in wishes.items()}
+    def _shift(self, sizes: Mapping[Key, float], by: float) -> dict[Key, float]:
+        """All sizes moved by a share of the way to their smallest (by < 0) or largest."""
+        ends = {key: self.table.grids[key][-1 if by > 0 else 0] for key in sizes}
+        return {key: size + abs(by) * (ends[key] - size) for key, size in sizes.items()}
+
+    def _shift_into_bin(self, sizes: Mapping[Key, float], others: Mapping[Key, float]) -> float:
+        """By which share to shift `sizes` for the count to meet the bin, at fixed `others`."""
 
         def count(by: float) -> float:
-            sizes = [[0.0] * 3 for _ in table.multiples]
-            for key, value in (free | shifted(by)).items():
+            table = self.table
+            own = [[0.0] * 3 for _ in table.multiples]
+            for key, value in (*others.items(), *self._shift(sizes, by).items()):
                 for term, axis in table.users[key]:
-                    sizes[term][axis] = value
-            return table.root + sum(table.cost(term, own) for term, own in enumerate(sizes))
+                    own[term][axis] = value
+            return table.root + sum(table.cost(term, values) for term, values in enumerate(own))
 
         now = count(0.0)
         if self.bin.lo <= now <= self.bin.hi:
-            return wishes
+            return 0.0
         low, high = (-1.0, 0.0) if now > self.bin.hi else (0.0, 1.0)
         target = self.bin.hi if now > self.bin.hi else self.bin.lo
         for _ in range(12):
             middle = (low + high) / 2
             low, high = (low, middle) if count(middle) > target else (middle, high)
-        return shifted((low + high) / 2)
+        return (low + high) / 2
 
     def run(self) -> dict[Key, int] | None:
         """A value for every key, or None: there is none, or no nodes are left."""

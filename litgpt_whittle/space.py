@@ -53,8 +53,13 @@ class Space:
         return n_params(self.teacher, subnet, self.tied)
 
     def sample(self, rng: np.random.Generator) -> SubNet:
-        """Draws a sub-network: each size among those that keep the bin within reach, then which units."""
-        return self._build(rng, Wish(), {}, {})
+        """Draws a sub-network: each size among those that keep the bin within reach, then which units.
+
+        Half of the draws give the layers nearly equal shares of what the bin leaves for them. In a deep teacher the
+        others hardly ever would: the sizes drawn first take up the bin, and the rest ends at its smallest.
+        """
+        evenness = 2.0 ** rng.uniform(-1, 6) if rng.random() < 0.5 else None
+        return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
         """Changes some of a sub-network's choices; the others give way as little as the bin demands.

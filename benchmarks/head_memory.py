@@ -1,0 +1,112 @@
+"""Peak memory and time of the chunked LM head and loss against the plain formula, at Pythia's vocabulary.
+
+    python benchmarks/head_memory.py [--threads 1] [--repeats 5] [--tokens 8192] [--n_embd 512] [--teacher_n_embd 1024]
+
+Memory: the peak resident size of one process per way, less what it had before the loss (inputs and weights). Time:
+one process, the ways taking turns, medians. Both are one forward and backward of
+0.2 · CE + 0.8 · 0.81 · KL(teacher ‖ student) at T = 0.9, from hidden states to the gradients of hidden states and head.
+
+Results: see the end of this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from litgpt_whittle.head import HeadInput, Objective, TeacherLogits, head_loss
+
+OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
+
+
+def make_inputs(args: argparse.Namespace) -> tuple[HeadInput, HeadInput, torch.Tensor]:
+    torch.manual_seed(0)
+    student, teacher = (
+        HeadInput(torch.randn(1, args.tokens, width), torch.randn(args.vocab, width) / width**0.5, None)
+        for width in (args.n_embd, args.teacher_n_embd)
+    )
+    for tensor in student[:2]:
+        tensor.requires_grad_()
+    return student, teacher, torch.randint(args.vocab, (1, args.tokens))
+
+
+def plain(student: HeadInput, teacher: HeadInput, targets: torch.Tensor) -> torch.Tensor:
+    """The formula as one writes it with PyTorch's own losses."""
+    logits = F.linear(student.hidden, student.weight).flatten(0, 1)
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher.hidden, teacher.weight).flatten(0, 1)
+    t = OBJECTIVE.temperature
+    ce = F.cross_entropy(logits, targets.flatten())
+    log_p, log_q = F.log_softmax(logits / t, dim=-1), F.log_softmax(teacher_logits / t, dim=-1)
+    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return OBJECTIVE.alpha * ce + OBJECTIVE.beta * t**2 * kl
+
+
+def chunked(student: HeadInput, teacher: HeadInput, targets: torch.Tensor) -> torch.Tensor:
+    return head_loss(student, targets, OBJECTIVE, TeacherLogits(teacher)).loss
+
+
+WAYS = {"plain": plain, "chunked": chunked}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    inputs = make_inputs(args)
+    before = peak_mib()
+    WAYS[args.way](*inputs).backward()
+    print(peak_mib() - before)
+
+
+def measure_time(args: argparse.Namespace) -> dict[str, float]:
+    inputs = make_inputs(args)
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for repeat in range(args.repeats + 1):
+        for name, way in WAYS.items():
+            for tensor in inputs[0][:2]:
+                tensor.grad = None
+            start = time.perf_counter()
+            loss = way(*inputs)
+            loss.backward()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+            print(f"  {name}: loss {loss.item():.6f}, {time.perf_counter() - start:.2f} s", file=sys.stderr)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--time_tokens", type=int, default=None, help="for the timing; the same by default")
+    parser.add_argument("--vocab", type=int, default=50304)
+    parser.add_argument("--n_embd", type=int, default=512)
+    parser.add_argument("--teacher_n_embd", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.way:
+        measure_memory(args)
+        return
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    memory = {}
+    for name in WAYS:
+        memory[name] = float(subprocess.run([*command, "--way", name], check=True, capture_output=True).stdout)
+    print(f"peak memory, MiB: {memory}, ratio {memory['plain'] / memory['chunked']:.1f}", flush=True)
+    args.tokens = args.time_tokens or args.tokens
+    times = measure_time(args)
+    print(f"median seconds at {args.tokens} tokens: {times}, ratio {times['plain'] / times['chunked']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

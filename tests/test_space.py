@@ -1,0 +1,281 @@
+"""Candidates land in their bin by construction, in all four spaces, and cover them."""
+
+import itertools
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from litgpt.config import Config
+from litgpt.utils import num_parameters
+
+from litgpt_whittle.bins import Bin, parse_bins, short
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.search_args import SizeArgs, SpaceArgs
+from litgpt_whittle.sizes import EVERY, SizeSpace
+from litgpt_whittle.space import Space, SpaceName
+from litgpt_whittle.subnet import SubNet, n_params
+from litgpt_whittle.supergpt import student_model
+
+PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
+# 2 layers * 4 channels * 2 heads * 6 neurons per layer: few enough to count them all
+TINY = Config.from_name(
+    "pythia-14m", n_layer=2, n_embd=4, n_head=2, head_size=4, intermediate_size=6, block_size=8, padded_vocab_size=16
+)
+SPACES = get_args(SpaceName)
+FREE = SpaceArgs(fixed=[])
+
+
+def whole(teacher: Config, args: SpaceArgs = SpaceArgs()) -> Bin:
+    """Every size from the smallest to the teacher's."""
+    sizes = SizeSpace(teacher, True, False, args)
+    return Bin(sizes.smallest, sizes.largest)
+
+
+@pytest.mark.parametrize(
+    ("text", "lo", "hi"),
+    [
+        ("385M-426M", 385_000_000, 426_000_000),
+        ("385-426M", 385_000_000, 426_000_000),
+        ("0.96b - 1.06B", 960_000_000, 1_060_000_000),
+        ("410M±5%", 389_500_000, 430_500_000),
+        ("410M+-5%", 389_500_000, 430_500_000),
+        ("410M", 389_500_000, 430_500_000),
+        ("410M ± 20M", 390_000_000, 430_000_000),
+        ("1000±0.15%", 999, 1001),
+        ("2.5k±0", 2500, 2500),
+        (1000, 950, 1050),
+        (2e6, 1_900_000, 2_100_000),
+        ("3-3", 3, 3),
+    ],
+)
+def test_bins_are_read(text, lo, hi):
+    assert Bin.parse(text) == Bin(lo, hi)
+
+
+@given(st.integers(1, 10**11), st.integers(0, 10**11))
+def test_bins_survive_their_names(lo, width):
+    assert Bin.parse(str(Bin(lo, lo + width))) == Bin(lo, lo + width)
+
+
+@pytest.mark.parametrize("text", ["", "big", "410X", "410M±", "-5M", "410M±5%-6%", "1-2-3", "5%", "410M±5M%"])
+def test_unreadable_bins_are_refused(text):
+    with pytest.raises(UserError, match="a bin looks like"):
+        Bin.parse(text)
+
+
+def test_reversed_repeated_and_missing_bins_are_refused():
+    with pytest.raises(UserError, match="swap"):
+        Bin.parse("426M-385M")
+    with pytest.raises(UserError, match="twice"):
+        parse_bins("410M,1B,410M±5%")
+    with pytest.raises(UserError, match="at least one bin"):
+        parse_bins([])
+    with pytest.raises(UserError, match="1 or more"):
+        Bin.parse("0-0")
+    assert parse_bins("410M±5%, 1B") == parse_bins(["410M", 1_000_000_000])
+    assert [short(n) for n in (999, 2700, 410_000_000, 6_857_302_016)] == ["999", "2.7K", "410M", "6857302016"]
+
+
+@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_candidates_of_every_architecture_lie_in_their_bin(teacher, data):
+    name = data.draw(st.sampled_from(SPACES))
+    tied = data.draw(st.booleans())
+    sizes = SizeSpace(teacher, name.endswith("layerwise"), tied, FREE)
+    assert sizes.largest == n_params(teacher, SubNet.full(teacher), tied)
+    # anything from the smallest to the whole teacher
+    lo = data.draw(st.integers(sizes.smallest, sizes.largest))
+    bin = Bin(lo, max(lo + lo // 20, lo + 200)) if data.draw(st.booleans()) else Bin(sizes.smallest, lo)
+    space = Space(teacher, name, bin, tied, FREE)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    mother, father = space.sample(rng), space.sample(rng)
+    children = [space.mutate(rng, mother, 0.2), space.crossover(rng, mother, father)]
+    for subnet in (mother, father, *children, space.mutate(rng, children[1], 0.9)):
+        assert n_params(teacher, subnet, tied) in bin
+        assert SubNet.from_dict(teacher, subnet.to_dict()) == subnet
+        if name.startswith("coarse"):
+            keeps = [keep for i in range(len(subnet)) for keep in vars(subnet.layer(i)).values() if keep is not None]
+            assert all(keep.is_prefix for keep in (subnet.n_embd, *keeps))
+        if name.endswith("uniform"):
+            assert subnet.is_uniform
+    with torch.device("meta"):
+        model = student_model(mother)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    assert num_parameters(model) == n_params(teacher, mother, tied)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_smallest_and_the_largest_are_reached(name):
+    sizes = SizeSpace(PYTHIA, name.endswith("layerwise"), False, FREE)
+    rng = np.random.default_rng(0)
+    for edge in (sizes.smallest, sizes.largest):
+        space = Space(PYTHIA, name, Bin(edge, edge), args=FREE)
+        subnet = space.sample(rng)
+        assert space.n_params(subnet) == space.n_params(space.mutate(rng, subnet, 0.5)) == edge
+    assert subnet == SubNet.full(PYTHIA)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_draws_cover_every_dimension(name):
+    """Each size that a dimension may have comes up, each unit is kept and left out, in each layer."""
+    teacher = Config.from_name(
+        "Llama-3.1-8B", n_layer=4, n_embd=12, n_head=4, n_query_groups=2, intermediate_size=10, head_size=4
+    )
+    space = Space(teacher, name, whole(teacher, FREE), args=FREE)
+    rng = np.random.default_rng(0)
+    draws = [space.sample(rng) for _ in range(1500)]
+    assert {len(s.n_embd) for s in draws} == set(range(1, 13))
+    assert {len(s.head_size) for s in draws} == {2, 4}
+    assert {s.layers for s in draws} == {c for n in range(1, 5) for c in itertools.combinations(range(4), n)}
+    for layer in range(4):
+        own = [s.layer(s.layers.index(layer)) for s in draws if layer in s.layers]
+        assert {len(keep.n_query_groups) for keep in own} == {1, 2}
+        assert {len(keep.heads_per_group) for keep in own} == {1, 2}
+        assert {len(keep.intermediate_size) for keep in own} == set(range(1, 11))
+        if space.is_fine:
+            kept = np.array([np.isin(np.arange(10), keep.intermediate_size.indices) for keep in own if len(keep.intermediate_size) < 10])
+            assert kept.any(0).all() and (~kept).any(0).all()
+    if space.is_fine:
+        assert {s.n_embd.indices.tobytes() for s in draws if len(s.n_embd) == 1} == {
+            np.array([i]).tobytes() for i in range(12)
+        }
+
+
+def brute_force(teacher: Config, layerwise: bool) -> dict[int, int]:
+    """How many sub-networks have each count, by counting every one of the sizes."""
+    grid = [range(1, 5), [4], range(1, 3), range(1, 3), range(1, 7)]
+    counts: dict[int, int] = {}
+    for n_embd, _, depth in itertools.product(*grid[:3]):
+        layer = list(itertools.product(grid[3], grid[4]))
+        combos = itertools.product(layer, repeat=depth) if layerwise else ((one,) * depth for one in layer)
+        for combo in combos:
+            heads, widths = [h for h, _ in combo], [w for _, w in combo]
+            n = n_params(teacher, SubNet(teacher, n_embd=n_embd, n_layer=depth, n_query_groups=heads, intermediate_size=widths))
+            counts[n] = counts.get(n, 0) + 1
+    return counts
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["uniform", "layerwise"])
+def tiny(request):
+    return SizeSpace(TINY, request.param, False, SpaceArgs()), sorted(brute_force(TINY, request.param))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_bin_is_reachable_exactly_when_something_is_in_it(tiny, data):
+    sizes, counts = tiny
+    lo = data.draw(st.integers(1, counts[-1] + 20))
+    bin = Bin(lo, lo + data.draw(st.integers(0, 4)))
+    inside = [n for n in counts if n in bin]
+    drawn = sizes.draw(np.random.default_rng(lo), bin)
+    assert (drawn is not None) == bool(inside)
+    if inside:
+        assert sizes.count(drawn) in inside
+        return
+    below, above = max((n for n in counts if n < lo), default=None), min((n for n in counts if n > bin.hi), default=None)
+    assert sizes.nearest(bin) == (below, above)
+    with pytest.raises(UserError, match="no sub-network lies in the bin") as error:
+        sizes.check_reachable(bin)
+    assert all(f"{n:,}" in str(error.value) for n in (below, above) if n is not None)
+
+
+def test_every_count_of_a_tiny_space_is_drawn(tiny):
+    sizes, counts = tiny
+    rng = np.random.default_rng(0)
+    for n in counts:
+        assert sizes.count(sizes.draw(rng, Bin(n, n))) == n
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_same_seed_gives_the_same_candidates(name):
+    space = Space(PYTHIA, name, Bin(20_000, 30_000) if whole(PYTHIA).lo < 20_000 else Bin.parse("2M"))
+
+    def family(seed: int) -> list[SubNet]:
+        rng = np.random.default_rng(seed)
+        parents = [space.sample(rng), space.sample(rng)]
+        return [*parents, space.mutate(rng, parents[0], 0.3), space.crossover(rng, *parents)]
+
+    assert family(3) == family(3) != family(4)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_mutation_changes_a_little_and_crossover_mixes(name):
+    space = Space(PYTHIA, name, whole(PYTHIA))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mother, father = space.sample(rng), space.sample(rng)
+        child = space.mutate(rng, mother, 0.01)
+        ours, theirs = space._sizes_of(mother), space._sizes_of(child)
+        changed = [key for key in ours.values if key in theirs.values and ours.values[key] != theirs.values[key]]
+        # in a bin this wide nothing has to give way
+        assert len(changed) <= 1 and len(set(mother.layers) ^ set(child.layers)) <= 2
+        mixed = space.crossover(rng, mother, father)
+        assert len(mixed.n_embd) in (len(mother.n_embd), len(father.n_embd))
+        assert set(mother.layers) & set(father.layers) <= set(mixed.layers) <= set(mother.layers) | set(father.layers)
+    children = {space.mutate(rng, mother, 0.2) for _ in range(20)}
+    assert len(children) > 10  # of 20; a coarse uniform space has few neighbours
+
+
+def test_fine_mutation_keeps_most_units():
+    space = Space(PYTHIA, "fine_layerwise", whole(PYTHIA))
+    rng = np.random.default_rng(1)
+    mother = next(s for s in (space.sample(rng) for _ in range(100)) if 10 < len(s.n_embd) < 25)
+    shared = [len(np.intersect1d(space.mutate(rng, mother, 0.1).n_embd.indices, mother.n_embd.indices)) for _ in range(30)]
+    assert np.median(shared) == len(mother.n_embd)
+
+
+def test_steps_smallest_and_fixed_sizes_are_kept_to():
+    args = SpaceArgs(
+        step=SizeArgs(n_embd=5, intermediate_size=16),
+        smallest=SizeArgs(n_embd=11, n_layer=2, intermediate_size=20),
+        fixed=["head_size", "n_query_groups"],
+        layers="first",
+    )
+    space = Space(PYTHIA, "coarse_layerwise", whole(PYTHIA, args), args=args)
+    rng = np.random.default_rng(0)
+    draws = [space.sample(rng) for _ in range(200)]
+    assert {len(s.n_embd) for s in draws} == {15, 20, 25, 30, 32}
+    assert {s.layers for s in draws} == {(0, 1), (0, 1, 2), (0, 1, 2, 3)}
+    assert {n for s in draws for i in range(len(s)) for n in s.layer(i).sizes[:1]} == {4}
+    assert {s.layer(i).sizes[2] for s in draws for i in range(len(s))} == {32, 48, 64}
+    assert space.sizes.grids["head_size"] == [8] and ("head_size", EVERY) in space._sizes_of(draws[0]).values
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (SpaceArgs(step=SizeArgs(n_embd=0)), "step.n_embd must be at least 1"),
+        (SpaceArgs(smallest=SizeArgs(n_layer=5)), "smallest.n_layer must be at most the teacher's 4"),
+        (SpaceArgs(fixed=["n_head"]), "search_space.fixed names dimensions"),
+        (SpaceArgs(layers="last"), "'any' or 'first'"),
+    ],
+)
+def test_wrong_space_settings_are_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        Space(PYTHIA, "coarse_uniform", Bin(1, 10**9), args=args)
+
+
+def test_an_unknown_space_and_a_bin_beyond_the_teacher_are_refused():
+    with pytest.raises(UserError, match="space must be one of coarse_uniform"):
+        Space(PYTHIA, "coarse", Bin(1, 10**9))
+    with pytest.raises(UserError, match="the teacher has"):
+        Space(PYTHIA, "coarse_uniform", Bin.parse("7B"))
+
+
+def test_large_teachers_are_counted_and_drawn_without_a_model(monkeypatch):
+    """All of Pythia-6.9B's shape, in the paper's first bin."""
+    from litgpt.model import GPT
+
+    monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was built"))
+    teacher = Config.from_name("pythia-6.9b")
+    space = Space(teacher, "fine_layerwise", Bin.parse("410M±1%"))
+    rng = np.random.default_rng(0)
+    mother = space.sample(rng)
+    for subnet in (mother, space.mutate(rng, mother, 0.1), space.crossover(rng, mother, space.sample(rng))):
+        assert n_params(teacher, subnet) in space.bin
