@@ -45,7 +45,7 @@ class HFText(DataModule):
     streaming: bool = False
     """Read a dataset from the hub as it is tokenised instead of downloading it first"""
     max_documents: int | None = None
-    """Read no more documents than this"""
+    """Read no more documents than this, those for validation included"""
     max_tokens: int | None = None
     """Stop reading at this many tokens"""
     seed: int = 42
@@ -160,9 +160,9 @@ class HFText(DataModule):
         tokenizer = self._checked_tokenizer()
         path, split = self._source(part)
         texts, total = read_texts(path, self.name, split, self.text_column, self.streaming)
+        texts = itertools.islice(texts, self.max_documents)
         if (held_out := self._splits_itself(part)) is not None:
             texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
-        texts = itertools.islice(texts, self.max_documents)
         about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": split}
         bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
         ids = _capped(encode(tokenizer, bar), self.max_tokens)
