@@ -1,0 +1,147 @@
+"""Perplexity against the plain formula on the extracted model."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from litgpt.config import Config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litgpt_whittle import fitness, head
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.fitness import Perplexity, fixed_batches
+from litgpt_whittle.subnet import SubNet, Take, plan
+from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+
+PYTHIA = Config.from_name("pythia-14m", n_layer=3, n_embd=32, n_head=4, intermediate_size=64, block_size=24)
+
+
+def super_network(config: Config) -> SuperGPT:
+    torch.manual_seed(0)
+    model = SuperGPT(dataclasses.replace(config, padded_vocab_size=64, vocab_size=61)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def loader(sizes=(4, 4, 2), length=17) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 61, (size, length), generator=generator) for size in sizes]
+
+
+def plain_nll(model: SuperGPT, subnet: SubNet, batches) -> float:
+    """Mean over all tokens, in float64, of the extracted model."""
+    student = student_model(subnet)
+    student.load_state_dict(extract(model, subnet))
+    student = student.double().eval()
+    losses = []
+    with torch.no_grad():
+        for ids, targets in batches:
+            log_p = student(ids).log_softmax(-1)
+            for row, target in zip(log_p.flatten(0, 1), targets.flatten()):
+                if target != -100:
+                    losses.append(-row[target])
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("name", ["Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "phi-2"])
+def test_perplexity_is_the_plain_formula(name):
+    teacher = ARCHITECTURES[name]
+    model = super_network(teacher)
+    width = "moe_intermediate_size" if teacher.moe_intermediate_size else "intermediate_size"
+    subnet = SubNet(model.config, n_embd="0-9,16-31", n_layer="1,3", **{width: ["2-9", 12]})
+    batches = fixed_batches(loader(), 9, 24)
+    scores = Perplexity(model, batches)(subnet)
+    expected = plain_nll(model, subnet, batches)
+    assert scores["nll"] == pytest.approx(expected, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_tokens_weigh_the_same_in_batches_of_any_size_and_ignored_ones_nothing():
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, n_embd=20, n_query_groups=2)
+    batches = [{"input_ids": ids, "labels": ids.clone()} for ids in loader((3, 1), 13)]
+    batches[0]["labels"][:, :7] = -100
+    batches.insert(1, {"input_ids": batches[0]["input_ids"], "labels": torch.full((3, 13), -100)})
+    fixed = fixed_batches(batches, 9, 24)
+    score = Perplexity(model, fixed)
+    assert len(fixed) == 2 and score.n_tokens == 3 * 6 + 12  # the first label of a row is not predicted
+    assert score(subnet)["nll"] == pytest.approx(plain_nll(model, subnet, fixed), rel=1e-5)
+
+
+def test_batches_are_read_once_and_cut():
+    batches = fixed_batches(iter(loader()), 2, 10)
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(4, 10), (4, 10)]
+    torch.testing.assert_close(batches[0].targets, loader()[0][:, 1:11])
+    prints = {fitness.fingerprint(fixed_batches(data, n, t)) for data in (loader(), loader()[::-1]) for n in (1, 2) for t in (8, 9)}
+    assert len(prints) == 8
+    assert fitness.fingerprint(batches) == fitness.fingerprint(fixed_batches(loader(), 2, 10))
+
+
+@pytest.mark.parametrize("data", [[], [{"input_ids": torch.ones(2, 5), "labels": torch.full((2, 5), -100)}]])
+def test_data_without_a_token_is_refused(data):
+    with pytest.raises(UserError, match="no token to predict"):
+        fixed_batches(data, 3, 8)
+
+
+def test_samples_of_a_single_token_are_refused():
+    with pytest.raises(UserError, match="at least 2 tokens"):
+        fixed_batches([torch.zeros(2, 1)], 3, 8)
+
+
+def test_weights_are_sliced_once_per_candidate(monkeypatch):
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, n_embd="1-20", n_layer=2, n_query_groups=[2, 3])
+    calls = []
+    take = Take.__call__
+    monkeypatch.setattr(Take, "__call__", lambda self, tensor: calls.append(self.name) or take(self, tensor))
+    Perplexity(model, fixed_batches(loader(), 3, 16))(subnet)
+    assert len(calls) == len(plan(model.config, subnet))
+
+
+def test_scoring_leaves_the_teacher_as_it_was():
+    model = super_network(PYTHIA)
+    ids = loader()[0]
+    before = model(ids[:, :16]).detach()
+    names = list(model.state_dict())
+    score = Perplexity(model, fixed_batches(loader(), 3, 16))
+    first = score(SubNet(model.config, n_embd=8))
+    score(SubNet(model.config, n_embd=9, n_layer=1))
+    assert score(SubNet(model.config, n_embd=8)) == first
+    assert torch.equal(model(ids[:, :16]), before) and list(model.state_dict()) == names
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bf16_is_used_where_asked_for():
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, n_embd=24)
+    batches = fixed_batches(loader(), 3, 16)
+    exact = Perplexity(model, batches)(subnet)["nll"]
+    mixed = Perplexity(model, batches, autocast=lambda: torch.autocast("cpu", torch.bfloat16))(subnet)["nll"]
+    true = Perplexity(model.bfloat16(), batches)(subnet)["nll"]
+    for rough in (mixed, true):
+        assert rough != exact and rough == pytest.approx(exact, rel=0.02)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_logits_never_exist_whole(monkeypatch):
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 2**11)
+    model = super_network(dataclasses.replace(PYTHIA, block_size=256))
+    score = Perplexity(model, fixed_batches(loader((4,), 257), 1, 256))
+    with Largest() as largest:
+        score(SubNet(model.config, n_embd=8, n_layer=1, n_query_groups=1, intermediate_size=4))
+    n_logits = 4 * 256 * 64
+    assert 0 < largest.numel < n_logits / 2

@@ -1,0 +1,149 @@
+"""The contract of every registered search strategy."""
+
+import inspect
+import math
+
+import pytest
+from litgpt.config import Config
+
+from litgpt_whittle import registry
+from litgpt_whittle.bins import Bin
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.search_args import SpaceArgs
+from litgpt_whittle.space import Space
+from litgpt_whittle.strategies import Evolution, RandomSearch, Strategy
+from litgpt_whittle.subnet import SubNet
+
+GROUP = "litgpt_whittle.strategies"
+TEACHER = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
+SPACE = Space(TEACHER, "coarse_layerwise", Bin(3_000_000, 3_150_000))
+SMALL = {"population_size": 8, "elites": 4, "n_offspring": 6}
+EACH = pytest.mark.parametrize("name", registry.names(GROUP))
+
+
+def make(name: str, space: Space = SPACE, seed: int = 1) -> Strategy:
+    """A registered strategy, small where it can be."""
+    cls = registry.lookup(GROUP, name)
+    known = inspect.signature(cls).parameters
+    strategy = cls(**{key: value for key, value in SMALL.items() if key in known})
+    strategy.start(space, seed)
+    return strategy
+
+
+def loss(subnet: SubNet) -> float:
+    """Something to minimise: wide layers early in the network, many of them."""
+    return 10 - sum(len(subnet.layer(i).intermediate_size) / (64 * (i + 1)) for i in range(len(subnet)))
+
+
+def run(strategy: Strategy, n: int, score=loss, ask: int = 1) -> list[tuple[SubNet, float]]:
+    told = []
+    while len(told) < n and (candidates := strategy.ask(min(ask, n - len(told)))):
+        for candidate in candidates:
+            told.append((candidate, score(candidate)))
+            strategy.tell(*told[-1])
+    return told
+
+
+@EACH
+def test_candidates_lie_in_the_bin_and_none_comes_twice(name):
+    candidates = [candidate for candidate, _ in run(make(name), 60)]
+    assert len(candidates) == len(set(candidates)) == 60
+    assert all(SPACE.n_params(candidate) in SPACE.bin for candidate in candidates)
+
+
+@EACH
+def test_the_seed_decides_and_nothing_else(name):
+    assert run(make(name), 40) == run(make(name), 40)
+    assert run(make(name), 10) != run(make(name, seed=2), 10)
+
+
+@EACH
+def test_asking_for_several_at_a_time_changes_nothing(name):
+    assert run(make(name), 40) == run(make(name), 40, ask=3) == run(make(name), 40, ask=100)
+
+
+@EACH
+def test_starting_again_forgets(name):
+    strategy = make(name)
+    first = run(strategy, 20)
+    strategy.start(SPACE, 1)
+    assert run(strategy, 20) == first
+
+
+@EACH
+@pytest.mark.parametrize("n", [1, 8, 13, 31])
+def test_a_replayed_journal_brings_the_strategy_back(name, n):
+    unbroken, replayed = make(name), make(name)
+    journal = run(unbroken, n)
+    for subnet, score in journal:
+        assert replayed.ask(1) == [subnet]
+        replayed.tell(SubNet.from_dict(TEACHER, subnet.to_dict()), score)
+    assert replayed.best == unbroken.best
+    assert run(replayed, 20) == run(unbroken, 20)
+
+
+@EACH
+def test_the_best_is_kept(name):
+    strategy = make(name)
+    assert strategy.best is None
+    told = run(strategy, 50)
+    assert strategy.best.score == min(score for _, score in told)
+    assert strategy.best.subnet == min(told, key=lambda pair: pair[1])[0]
+
+
+@EACH
+def test_failed_scores_are_passed_over(name):
+    strategy = make(name)
+    failed = run(strategy, 20, score=lambda _: math.nan)
+    assert len(failed) == 20 and strategy.best is None
+    scores = iter([math.inf, -math.inf, math.nan, 5.0, 4.0] * 10)
+    run(strategy, 50, score=lambda _: next(scores))
+    assert strategy.best.score == 4.0
+
+
+@EACH
+def test_an_exhausted_space_ends_the_search(name):
+    args = SpaceArgs(fixed=["head_size", "n_embd", "n_query_groups", "intermediate_size"])
+    full = SPACE.n_params(SubNet.full(TEACHER))
+    space = Space(TEACHER, "coarse_uniform", Bin(full // 2, full), args=args)
+    strategy = make(name, space)
+    told = run(strategy, 100)  # any non-empty set of layers
+    assert len(told) == 2**4 - 1 and strategy.exhausted and strategy.ask(1) == []
+
+
+@EACH
+def test_settings_make_the_same_strategy_again(name):
+    strategy = make(name)
+    again = type(strategy)(**strategy.settings)
+    again.start(SPACE, 1)
+    assert run(again, 20) == run(strategy, 20)
+
+
+def test_evolution_beats_random_search():
+    rival, ours = make("RandomSearch"), make("Evolution")
+    run(rival, 200), run(ours, 200)
+    assert ours.best.score < rival.best.score
+
+
+def test_evolution_waits_for_a_generation():
+    strategy = make("Evolution")
+    first = strategy.ask(100)
+    assert len(first) == SMALL["population_size"] and strategy.ask(1) == [] and not strategy.exhausted
+    for candidate in first:
+        strategy.tell(candidate, loss(candidate))
+    assert len(strategy.ask(100)) == SMALL["n_offspring"]
+    assert [scored.score for scored in strategy.parents] == sorted(map(loss, first))[: SMALL["elites"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"population_size": 0}, "population_size must be at least 1"), ({"random_fraction": 1.5}, "between 0 and 1")],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Evolution(**settings)
+
+
+def test_ours_come_through_the_public_door():
+    found = registry.load_all(GROUP)
+    assert found["Evolution"] is Evolution and found["RandomSearch"] is RandomSearch
