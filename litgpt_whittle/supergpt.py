@@ -234,8 +234,10 @@ def shape_of(subnet: SubNet) -> SubNet:
 def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
     """Zero-pads a layer-wise student to its widest layer: a stock litgpt model with the same outputs.
 
-    Padded heads and neurons give nothing and get no gradient. A norm over all heads (OLMo 2) would average over the
-    padding too; its inputs and weight are scaled against that.
+    Padded neurons and query groups give nothing and get no gradient. A padded head of a group that the student keeps
+    gives nothing either, but it shares that group's values: training the padded model in stock litgpt can bring it to
+    life. A norm over all heads (OLMo 2) would average over the padding too; its inputs and weight are scaled against
+    that.
 
     Args:
         subnet: The student's sub-network.

@@ -1,0 +1,405 @@
+"""`litgpt search` from its flags to what it leaves behind, killed and resumed, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.model import GPT
+from litgpt.utils import CLI, save_config
+
+from litgpt_whittle import report
+from litgpt_whittle.bins import Bin
+from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import search
+from litgpt_whittle.commands.search import setup
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.fitness import Perplexity, fixed_batches
+from litgpt_whittle.journal import Evaluation, read_journal
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
+from litgpt_whittle.strategies import Evolution, RandomSearch
+from litgpt_whittle.subnet import SubNet, n_params
+
+TEACHER = Config.from_name(
+    "pythia-14m", n_layer=4, n_embd=24, n_head=4, intermediate_size=48, block_size=16, padded_vocab_size=64, vocab_size=61
+)
+BIN = "8K-10K"
+
+
+class Tokens(DataModule):
+    """Made-up tokens in memory."""
+
+    def __init__(self, n: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        self.n, self.seed = n, seed
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None, **_):
+        self.batch_size, self.length = batch_size, max_seq_length + 1
+
+    def train_dataloader(self):
+        raise AssertionError("a search does not train")
+
+    def val_dataloader(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(0, 61, (self.n, self.length), generator=generator)
+        return list(rows.split(self.batch_size)) if self.n else []
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    folder.mkdir()
+    model = GPT(TEACHER)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(model.state_dict(), folder / "lit_model.pth")
+    save_config(TEACHER, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "teacher")
+
+
+def run(checkpoint: Path, out_dir: Path, **changes) -> None:
+    """A search of a few seconds at most."""
+    torch.set_num_threads(1)
+    settings = dict(
+        bin=BIN,
+        space="fine_layerwise",
+        strategy=Evolution(population_size=6, elites=3, n_offspring=4),
+        iterations=12,
+        data=Tokens(),
+        train=BatchArgs(micro_batch_size=2, max_seq_length=12),
+        eval=BudgetArgs(max_iters=2),
+        out_dir=out_dir,
+        precision="32-true",
+        seed=1,
+    )
+    setup(checkpoint, **(settings | changes))
+
+
+def lines(out_dir: Path) -> list[dict]:
+    """A journal but for times."""
+    found = [json.loads(line) for line in (out_dir / "journal.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def test_a_search_leaves_what_it_found(checkpoint, tmp_path, capsys):
+    run(checkpoint, tmp_path / "out")
+    out = tmp_path / "out"
+    header, evaluations = read_journal(out / "journal.jsonl")
+    assert len(evaluations) == 12 and header["settings"]["strategy"] == "Evolution"
+    assert header["settings"]["strategy_settings"]["population_size"] == 6
+    best = min(evaluations, key=lambda e: e.scores["perplexity"])
+    subnet = SubNet.load(out / "best.yaml", TEACHER)
+    assert subnet.to_dict() == best.subnet
+    origin = yaml.safe_load((out / "best.yaml").read_text())["provenance"]
+    assert origin["perplexity"] == best.scores["perplexity"] and origin["n_params"] == best.n_params
+    assert origin["bin"] == BIN and origin["evaluation"] == best.index
+    for evaluation in evaluations:
+        choice = SubNet.from_dict(TEACHER, evaluation.subnet)
+        assert n_params(TEACHER, choice) == evaluation.n_params and evaluation.n_params in Bin.parse(BIN)
+        assert (evaluation.batches, evaluation.tokens, evaluation.seed) == (2, 48, 1)
+    for name in ("search.png", "candidates.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert f"{best.scores['perplexity']:.2f}" in printed and f"{best.n_params:,}" in printed and "perplexity" in printed
+
+    # the score is that of the saved sub-network
+    data = Tokens()
+    data.connect(batch_size=2, max_seq_length=12)
+    score = Perplexity(load_model(checkpoint, "SuperGPT"), fixed_batches(data.val_dataloader(), 2, 12))
+    assert score(subnet)["perplexity"] == pytest.approx(origin["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("space", ["coarse_uniform", "coarse_layerwise", "fine_uniform"])
+def test_the_same_seed_gives_the_same_search(checkpoint, tmp_path, space):
+    for name in ("one", "two"):
+        run(checkpoint, tmp_path / name, space=space)
+    run(checkpoint, tmp_path / "other", space=space, seed=2)
+    assert lines(tmp_path / "one") == lines(tmp_path / "two")
+    assert (tmp_path / "one/best.yaml").read_text() == (tmp_path / "two/best.yaml").read_text()
+    assert [line.get("subnet") for line in lines(tmp_path / "one")] != [line.get("subnet") for line in lines(tmp_path / "other")]
+
+
+def test_several_bins_each_have_their_best_and_do_not_disturb_each_other(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "both", bin=["8K-10K", "14K±5%"])
+    run(checkpoint, tmp_path / "one", bin="8K-10K")
+    _, both = read_journal(tmp_path / "both/journal.jsonl")
+    assert [e.bin for e in both] == ["8K-10K", "13.3K-14.7K"] * 12
+    _, alone = read_journal(tmp_path / "one/journal.jsonl")
+    assert [e.subnet for e in both if e.bin == "8K-10K"] == [e.subnet for e in alone]
+    for bin in ("8K-10K", "13.3K-14.7K"):
+        subnet = SubNet.load(tmp_path / f"both/best-{bin}.yaml", TEACHER)
+        assert n_params(TEACHER, subnet) in Bin.parse(bin)
+    assert not (tmp_path / "both/best.yaml").exists()
+
+
+def test_an_exhausted_space_ends_the_search_early(checkpoint, tmp_path, capsys):
+    args = SpaceArgs(fixed=["head_size", "n_embd", "n_query_groups", "intermediate_size"])
+    run(checkpoint, tmp_path / "out", bin="5K-40K", space="coarse_uniform", search_space=args, iterations=40)
+    assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 15
+    assert "no further sub-networks: 15 evaluated" in capsys.readouterr().out
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_search
+from litgpt_whittle.fitness import Perplexity
+score = Perplexity.__call__
+Perplexity.__call__ = lambda self, subnet: time.sleep(0.05) or score(self, subnet)
+test_search.run(Path({checkpoint!r}), Path({out!r}), iterations=40, bin=["8K-10K", "14K"])
+"""
+
+
+def test_a_search_killed_and_resumed_ends_as_an_unbroken_one(checkpoint, tmp_path):
+    out = tmp_path / "killed"
+    code = CHILD.format(tests=str(Path(__file__).parent), checkpoint=str(checkpoint), out=str(out))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = out / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 9):
+        assert child.poll() is None and time.monotonic() < deadline, "the search ended before it was killed"
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    n_done = len(read_journal(journal)[1])
+    assert 9 <= n_done < 80
+    # a torn line on top, as a kill within a write would leave
+    journal.write_bytes(journal.read_bytes() + b'{"index": 9, "bi')
+    scored = []
+    score = Perplexity.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Perplexity, "__call__", lambda self, subnet: scored.append(subnet) or score(self, subnet))
+        run(checkpoint, out, iterations=40, bin=["8K-10K", "14K"], resume=True)
+    assert len(scored) == 80 - n_done
+    run(checkpoint, tmp_path / "unbroken", iterations=40, bin=["8K-10K", "14K"])
+    assert lines(out) == lines(tmp_path / "unbroken")
+    for best in ("best-8K-10K.yaml", "best-13.3K-14.7K.yaml"):
+        assert (out / best).read_text() == (tmp_path / "unbroken" / best).read_text()
+
+
+def test_more_iterations_continue_a_finished_search(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out", iterations=5)
+    run(checkpoint, tmp_path / "out", iterations=13, resume=True)
+    run(checkpoint, tmp_path / "whole", iterations=13)
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    run(checkpoint, tmp_path / "out", iterations=4, resume=True)  # fewer than there are: nothing to do
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+
+
+def test_failed_candidates_are_journalled_and_the_search_goes_on(checkpoint, tmp_path, monkeypatch):
+    score, calls = Perplexity.__call__, []
+
+    def failing(self, subnet):
+        calls.append(subnet)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("made up")
+        if len(calls) == 3:
+            return {"perplexity": float("inf"), "nll": float("nan")}
+        return score(self, subnet)
+
+    monkeypatch.setattr(Perplexity, "__call__", failing)
+    run(checkpoint, tmp_path / "out")
+    _, evaluations = read_journal(tmp_path / "out/journal.jsonl")
+    assert [e.error for e in evaluations[:4]] == [None, "out of memory", "its loss is not finite", None]
+    assert evaluations[2].scores == {"perplexity": None, "nll": None} and len(evaluations) == 12
+    before = lines(tmp_path / "out")
+    run(checkpoint, tmp_path / "out", resume=True)
+    assert lines(tmp_path / "out") == before
+    monkeypatch.setattr(Perplexity, "__call__", lambda *_: {"perplexity": float("nan")})
+    with pytest.raises(UserError, match="no candidate could be scored"):
+        run(checkpoint, tmp_path / "none", iterations=3)
+
+
+def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, capsys):
+    score, calls = Perplexity.__call__, []
+
+    def interrupted(self, subnet):
+        calls.append(subnet)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(self, subnet)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Perplexity, "__call__", interrupted)
+        with pytest.raises(SystemExit) as end:
+            run(checkpoint, tmp_path / "out")
+    assert end.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 3
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bin": None}, "bin must say"),
+        ({"bin": "much"}, "a bin looks like"),
+        ({"bin": "10K-8K"}, "swap"),
+        ({"bin": "7B"}, "no sub-network lies in the bin .*the teacher has"),
+        ({"bin": "1-50"}, "the nearest have"),
+        ({"space": "coarse"}, "space must be one of"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"devices": 4096}, "devices must be at most"),
+        ({"devices": "some"}, "devices must be 'auto' or a number"),
+        ({"train": BatchArgs(2, 17)}, "block_size 16, got 17"),
+        ({"data": None}, "data must be chosen"),
+        ({"data": Tokens(0)}, "no token to predict"),
+        ({"resume": True}, "nothing to resume"),
+        ({"search_space": SpaceArgs(smallest=SizeArgs(n_embd=25))}, "smallest.n_embd must be at most the teacher's 24"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(checkpoint, tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(search, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    with pytest.raises(UserError, match=message) as error:
+        run(checkpoint, tmp_path / "out", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_checkpoint_is_told(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint directory"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_an_out_dir_that_cannot_be_written_is_told(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out_dir must be a folder"):
+        run(checkpoint, tmp_path / "file")
+
+
+def test_a_second_search_does_not_overwrite_the_first(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out", iterations=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="holds a search already; continue it with --resume"):
+        run(checkpoint, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 2}, "settings.seed"),
+        ({"bin": "8K-11K"}, "settings.bin"),
+        ({"space": "fine_uniform"}, "settings.space"),
+        ({"strategy": RandomSearch()}, "settings.strategy"),
+        ({"strategy": Evolution(population_size=5)}, "settings.strategy_settings.population_size"),
+        ({"search_space": SpaceArgs(layers="first")}, "settings.search_space.layers"),
+        ({"data": Tokens(seed=1)}, "data.fingerprint"),
+        ({"eval": BudgetArgs(1)}, "data.batches"),
+        ({"precision": "bf16-true"}, "settings.precision"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name(checkpoint, tmp_path, changes, name):
+    run(checkpoint, tmp_path / "out", iterations=1)
+    before = (tmp_path / "out/journal.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"was written with {name} = "):
+        run(checkpoint, tmp_path / "out", resume=True, **changes)
+    assert (tmp_path / "out/journal.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_weights_is_refused(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out", iterations=1)
+    retrained = make_checkpoint(tmp_path / "teacher", seed=3)
+    with pytest.raises(UserError, match="teacher.weights"):
+        run(retrained, tmp_path / "out", resume=True)
+
+
+def test_wrong_batch_settings_are_refused():
+    with pytest.raises(UserError, match="train.micro_batch_size must be at least 1"):
+        BatchArgs(micro_batch_size=0)
+    with pytest.raises(UserError, match="eval.max_iters must be at least 1"):
+        BudgetArgs(max_iters=0)
+
+
+# -- flags
+
+
+def cli(*args) -> None:
+    CLI(setup, args=[str(arg) for arg in args])
+
+
+def test_flags_and_yaml_say_the_same(checkpoint, tmp_path, capsys):
+    flags = [checkpoint, "--bin", "8K-10K,14K±5%", "--space", "coarse_uniform", "--strategy", "Evolution"]
+    flags += ["--strategy.population_size", 5, "--iterations", 3, "--data", "test_search.Tokens", "--data.n", 4]
+    flags += ["--train.micro_batch_size", 2, "--train.max_seq_length", 8, "--eval.max_iters", 1, "--precision", "32-true"]
+    flags += ["--search_space.step.intermediate_size", 4, "--search_space.fixed", "[head_size,n_embd]", "--devices", 1]
+    with pytest.raises(SystemExit):
+        cli(*flags, "--print_config")
+    printed = capsys.readouterr().out
+    shown = yaml.safe_load(printed)
+    assert shown["strategy"]["init_args"]["population_size"] == 5 and shown["search_space"]["step"]["intermediate_size"] == 4
+    assert {"bin", "space", "iterations", "data", "train", "eval", "out_dir", "precision", "devices", "seed", "resume"} <= set(shown)
+    (tmp_path / "search.yaml").write_text(printed)
+    cli(*flags, "--out_dir", tmp_path / "flags")
+    cli("--config", tmp_path / "search.yaml", "--out_dir", tmp_path / "yaml")
+    assert lines(tmp_path / "flags") == lines(tmp_path / "yaml")
+    widths = {e.subnet["intermediate_size"] for e in read_journal(tmp_path / "yaml/journal.jsonl")[1]}
+    assert len(lines(tmp_path / "yaml")) == 7 and all(width % 4 == 0 for width in widths)
+
+
+def test_the_default_strategy_is_evolution_with_its_settings_shown(capsys):
+    with pytest.raises(SystemExit):
+        cli("teacher", "--bin", "1M", "--print_config")
+    shown = yaml.safe_load(capsys.readouterr().out)["strategy"]
+    assert shown["class_path"].endswith("Evolution") and shown["init_args"] == Evolution().settings
+
+
+def test_settings_of_the_default_strategy_need_not_name_it(capsys):
+    with pytest.raises(SystemExit):
+        cli("teacher", "--bin", "1M", "--strategy.elites", 3, "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["strategy"]["init_args"]["elites"] == 3
+
+
+def test_strategies_and_data_are_found_by_their_bare_names(capsys):
+    with pytest.raises(SystemExit):
+        cli("teacher", "--bin", "1M", "--strategy", "RandomSearch", "--data", "HFText", "--data.path", "x", "--print_config")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["strategy"]["class_path"].endswith("RandomSearch") and shown["data"]["class_path"].endswith("HFText")
+
+
+def test_the_command_writes_its_hyperparameters(checkpoint, tmp_path, monkeypatch):
+    argv = ["litgpt", "search", str(checkpoint), "--bin", BIN, "--iterations", "2", "--data", "test_search.Tokens"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--train.max_seq_length", "8", "--out_dir", str(tmp_path / "out")])
+    CLI({"search": setup, "other": lambda: None})
+    written = yaml.safe_load((tmp_path / "out/hyperparameters.yaml").read_text())
+    assert written["iterations"] == 2 and written["strategy"]["init_args"]["population_size"] == 50
+
+
+# -- report
+
+
+def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M") -> Evaluation:
+    return Evaluation(index, bin, {}, n, {"perplexity": perplexity}, 0, 1, 1, 0.1)
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    points = [(3, 1.0), (1, 9.0), (2, 9.0), (2, 4.0), (4, 0.5), (4, 2.0), (1, 10.0)]
+    expected = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    assert [points[i] for i in report.pareto_front(points)] == sorted(expected)
+
+
+def test_the_best_of_each_bin_is_the_earliest_of_equals():
+    evaluations = [evaluation(0, 5, None), evaluation(1, 6, 4.0), evaluation(2, 7, 4.0), evaluation(3, 8, 9.0, "3M-4M")]
+    assert {bin: best.index for bin, best in report.best_of(evaluations).items()} == {"1M-2M": 1, "3M-4M": 3}
+
+
+@pytest.mark.parametrize("scores", [[], [None], [5.0], [3.0, None, 4e6, 2.0]])
+def test_plots_take_any_journal(tmp_path, scores):
+    evaluations = [evaluation(i, 1_000_000 + i, score) for i, score in enumerate(scores)]
+    report.plot_search(evaluations, tmp_path / "search.png")
+    report.plot_candidates(evaluations, tmp_path / "candidates.png")
+    assert (tmp_path / "candidates.png").stat().st_size > 1000
