@@ -1,5 +1,6 @@
 """A super-network runs as any of its sub-networks exactly as the extracted litgpt model runs."""
 
+import copy
 import pytest
 import torch
 from architectures import ARCHITECTURES, subnets
@@ -107,8 +108,9 @@ def test_padded_export_gives_the_layerwise_logits(teacher, data):
     stock = GPT(subnet.config)
     stock.load_state_dict(padded)
     expected, got = student(idx), stock(idx)
-    scale = expected.abs().max()
-    torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # norms over two or three channels amplify rounding: what fp32 itself costs this student
+        rounding = (copy.deepcopy(student).double()(idx) - expected).abs().max()
+    torch.testing.assert_close(got, expected, rtol=0, atol=max(1e-5 * expected.abs().max().item(), 4 * rounding.item()))
     for name, weight in unpad(subnet, padded).items():
         torch.testing.assert_close(weight, student.state_dict()[name], rtol=1e-6, atol=1e-6)
     if not subnet.is_uniform:

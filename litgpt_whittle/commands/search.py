@@ -153,8 +153,7 @@ def main(
             "evaluation": evaluation.index,
             **{name: settings[name] for name in ("space", "strategy", "seed", "precision", "max_seq_length")},
         }
-        name = "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"
-        SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / name, **provenance)
+        SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
 
     stopped = False
     try:
@@ -162,6 +161,9 @@ def main(
     except KeyboardInterrupt:
         stopped = True
     write_report(teacher, journal.evaluations, out_dir)
+    if report.best_of(journal.evaluations):
+        best = out_dir / best_name(searches[0], searches)
+        print(f"Sub-networks, journal and plots are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
         print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
@@ -313,13 +315,17 @@ def load_batches(
     return batches
 
 
+def best_name(search: Search, searches: list[Search]) -> str:
+    """Where a bin's best sub-network goes."""
+    return "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"
+
+
 def write_report(teacher: Config, evaluations: list[Evaluation], out_dir: Path) -> None:
     """Draws the plots and prints the table."""
     if report.best_of(evaluations):
         report.plot_search(evaluations, out_dir / "search.png")
         report.plot_candidates(evaluations, out_dir / "candidates.png")
         print(report.table(teacher, evaluations))
-        print(f"Sub-networks, journal and plots are in {out_dir}. Try: litgpt extract CHECKPOINT_DIR {out_dir}/best.yaml")
 
 
 def _check_devices(devices: int | str) -> None:
