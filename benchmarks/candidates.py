@@ -14,8 +14,8 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.bins import Bin
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.space import Space
-from litgpt_whittle.subnet import n_params
 
 
 def forbid_models() -> None:
@@ -29,7 +29,9 @@ def describe(name: str, values: list[int], lo: int, hi: int) -> None:
     """Range, quartiles and the share of all possible values that came up."""
     quartiles = ", ".join(f"{q:,.0f}" for q in np.percentile(values, [25, 50, 75]))
     seen = len(set(values)) / (hi - lo + 1)
-    print(f"  {name:<32} {min(values):>6,} … {max(values):>6,} of {lo:,} … {hi:,}   quartiles {quartiles}   {seen:.0%} of values")
+    print(
+        f"  {name:<32} {min(values):>6,} … {max(values):>6,} of {lo:,} … {hi:,}   quartiles {quartiles}   {seen:.0%} of values"
+    )
 
 
 def main() -> None:

@@ -126,7 +126,11 @@ def train_tokenizer() -> None:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
     (OUT / "tokenizer").mkdir()
     tokenizer.save(str(OUT / "tokenizer/tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+    }
     (OUT / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
 
 

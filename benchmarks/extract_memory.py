@@ -26,7 +26,8 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.utils import incremental_save, save_config
 
-from litgpt_whittle.subnet import SubNet, plan
+from litgpt_whittle.index_plan import plan
+from litgpt_whittle.subnet import SubNet
 
 LIMIT = 1.5e9
 """Bytes above the student's that a process may take."""

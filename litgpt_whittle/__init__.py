@@ -10,16 +10,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Keep": "subnet",
+    "Keep": "keep",
     "LayerwiseGPT": "supergpt",
     "SubNet": "subnet",
     "SuperGPT": "supergpt",
-    "Take": "subnet",
+    "Take": "index_plan",
     "UserError": "errors",
     "extract": "supergpt",
     "load_model": "checkpoint",
-    "n_params": "subnet",
-    "plan": "subnet",
+    "n_params": "index_plan",
+    "plan": "index_plan",
     "save_checkpoint": "checkpoint",
     "student_model": "supergpt",
 }

@@ -78,7 +78,9 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     if found:
         # later candidates darker, so that one sees the search move
         order = [e.index for e in found]
-        dots = axes.scatter(*_columns(points), c=order, cmap="Blues", vmin=-0.4 * max(max(order), 1), s=16, linewidths=0)
+        dots = axes.scatter(
+            *_columns(points), c=order, cmap="Blues", vmin=-0.4 * max(max(order), 1), s=16, linewidths=0
+        )
         bar = figure.colorbar(dots, ax=axes, label="evaluation", pad=0.015)
         bar.ax.set_ylim(0, max(max(order), 1))
         bar.outline.set_visible(False)

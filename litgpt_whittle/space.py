@@ -12,10 +12,13 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.bins import Bin
+from litgpt_whittle.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.keep import Keep
 from litgpt_whittle.search_args import SpaceArgs
-from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace, Wish
-from litgpt_whittle.subnet import Keep, SubNet, experts_of, n_params
+from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
+from litgpt_whittle.subnet import SubNet, experts_of
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
 """Coarse: the first n units of each dimension; fine: any n. Uniform: one choice for all layers; layerwise: each its own."""
@@ -46,7 +49,7 @@ class Space:
         self.teacher, self.name, self.bin, self.tied = teacher, name, bin, tied
         self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
         self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args or SpaceArgs())
-        self.sizes.check_reachable(bin)
+        check_reachable(self.sizes, bin)
 
     def n_params(self, subnet: SubNet) -> int:
         """The parameters of a sub-network, in closed form."""
@@ -167,9 +170,9 @@ class Space:
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
         """Draws sizes into the bin, then units: the parents', as far as their number and `swaps` allow."""
-        sizes = self.sizes.draw(rng, self.bin, wish)
+        sizes = draw_sizes(self.sizes, rng, self.bin, wish)
         if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
-            sizes = self.sizes.draw(rng, self.bin)
+            sizes = draw_sizes(self.sizes, rng, self.bin)
         assert sizes is not None, f"the bin {self.bin} was found reachable before"
         chosen: dict[Key, Keep] = {}
 

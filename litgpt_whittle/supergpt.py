@@ -15,7 +15,8 @@ from torch import nn
 from torch.func import functional_call
 
 from litgpt_whittle.files import MappedWeights
-from litgpt_whittle.subnet import Plan, SubNet, Take, plan
+from litgpt_whittle.index_plan import Plan, Take, plan
+from litgpt_whittle.subnet import SubNet
 
 Weights = dict[str, torch.Tensor]
 

@@ -6,7 +6,9 @@ import hypothesis.strategies as st
 from litgpt.config import Config, configs
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.subnet import Keep, SubNet, layer_sizes, legal_head_sizes
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.rope import legal_head_sizes
+from litgpt_whittle.subnet import SubNet, layer_sizes
 
 SIZES = {
     "name", "hf_config", "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "padded_vocab_size",
@@ -112,7 +114,9 @@ def keeps(draw, size: int, least: int = 1) -> Keep:
 @st.composite
 def experts(draw, teacher: Config, n: int) -> Keep:
     if not teacher.n_expert_groups or draw(st.booleans()):
-        return Keep(sorted(draw(st.permutations(range(teacher.n_expert)))[:n])) if not teacher.n_expert_groups else Keep(n)
+        return (
+            Keep(sorted(draw(st.permutations(range(teacher.n_expert)))[:n])) if not teacher.n_expert_groups else Keep(n)
+        )
     size = teacher.n_expert // teacher.n_expert_groups
     chosen = [
         g * size + i

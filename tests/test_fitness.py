@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litgpt_whittle import fitness, head
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity, fixed_batches
-from litgpt_whittle.subnet import SubNet, Take, plan
+from litgpt_whittle.index_plan import Take, plan
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract, student_model
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=3, n_embd=32, n_head=4, intermediate_size=64, block_size=24)
@@ -75,7 +76,12 @@ def test_batches_are_read_once_and_cut():
     batches = fixed_batches(iter(loader()), 2, 10)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(4, 10), (4, 10)]
     torch.testing.assert_close(batches[0].targets, loader()[0][:, 1:11])
-    prints = {fitness.fingerprint(fixed_batches(data, n, t)) for data in (loader(), loader()[::-1]) for n in (1, 2) for t in (8, 9)}
+    prints = {
+        fitness.fingerprint(fixed_batches(data, n, t))
+        for data in (loader(), loader()[::-1])
+        for n in (1, 2)
+        for t in (8, 9)
+    }
     assert len(prints) == 8
     assert fitness.fingerprint(batches) == fitness.fingerprint(fixed_batches(loader(), 2, 10))
 

@@ -23,13 +23,21 @@ from litgpt_whittle.commands import search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity, fixed_batches
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import Evaluation, read_journal
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
 from litgpt_whittle.strategies import Evolution, RandomSearch
-from litgpt_whittle.subnet import SubNet, n_params
+from litgpt_whittle.subnet import SubNet
 
 TEACHER = Config.from_name(
-    "pythia-14m", n_layer=4, n_embd=24, n_head=4, intermediate_size=48, block_size=16, padded_vocab_size=64, vocab_size=61
+    "pythia-14m",
+    n_layer=4,
+    n_embd=24,
+    n_head=4,
+    intermediate_size=48,
+    block_size=16,
+    padded_vocab_size=64,
+    vocab_size=61,
 )
 BIN = "8K-10K"
 
@@ -128,7 +136,9 @@ def test_the_same_seed_gives_the_same_search(checkpoint, tmp_path, space):
     run(checkpoint, tmp_path / "other", space=space, seed=2)
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
     assert (tmp_path / "one/best.yaml").read_text() == (tmp_path / "two/best.yaml").read_text()
-    assert [line.get("subnet") for line in lines(tmp_path / "one")] != [line.get("subnet") for line in lines(tmp_path / "other")]
+    assert [line.get("subnet") for line in lines(tmp_path / "one")] != [
+        line.get("subnet") for line in lines(tmp_path / "other")
+    ]
 
 
 def test_several_bins_each_have_their_best_and_do_not_disturb_each_other(checkpoint, tmp_path):
@@ -335,14 +345,38 @@ def cli(*args) -> None:
 def test_flags_and_yaml_say_the_same(checkpoint, tmp_path, capsys):
     flags = [checkpoint, "--bin", "8K-10K,14K±5%", "--space", "coarse_uniform", "--strategy", "Evolution"]
     flags += ["--strategy.population_size", 5, "--iterations", 3, "--data", "test_search.Tokens", "--data.n", 4]
-    flags += ["--train.micro_batch_size", 2, "--train.max_seq_length", 8, "--eval.max_iters", 1, "--precision", "32-true"]
+    flags += [
+        "--train.micro_batch_size",
+        2,
+        "--train.max_seq_length",
+        8,
+        "--eval.max_iters",
+        1,
+        "--precision",
+        "32-true",
+    ]
     flags += ["--search_space.step.intermediate_size", 4, "--search_space.fixed", "[head_size,n_embd]", "--devices", 1]
     with pytest.raises(SystemExit):
         cli(*flags, "--print_config")
     printed = capsys.readouterr().out
     shown = yaml.safe_load(printed)
-    assert shown["strategy"]["init_args"]["population_size"] == 5 and shown["search_space"]["step"]["intermediate_size"] == 4
-    assert {"bin", "space", "iterations", "data", "train", "eval", "out_dir", "precision", "devices", "seed", "resume"} <= set(shown)
+    assert (
+        shown["strategy"]["init_args"]["population_size"] == 5
+        and shown["search_space"]["step"]["intermediate_size"] == 4
+    )
+    assert {
+        "bin",
+        "space",
+        "iterations",
+        "data",
+        "train",
+        "eval",
+        "out_dir",
+        "precision",
+        "devices",
+        "seed",
+        "resume",
+    } <= set(shown)
     (tmp_path / "search.yaml").write_text(printed)
     cli(*flags, "--out_dir", tmp_path / "flags")
     cli("--config", tmp_path / "search.yaml", "--out_dir", tmp_path / "yaml")
@@ -366,7 +400,18 @@ def test_settings_of_the_default_strategy_need_not_name_it(capsys):
 
 def test_strategies_and_data_are_found_by_their_bare_names(capsys):
     with pytest.raises(SystemExit):
-        cli("teacher", "--bin", "1M", "--strategy", "RandomSearch", "--data", "HFText", "--data.path", "x", "--print_config")
+        cli(
+            "teacher",
+            "--bin",
+            "1M",
+            "--strategy",
+            "RandomSearch",
+            "--data",
+            "HFText",
+            "--data.path",
+            "x",
+            "--print_config",
+        )
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["strategy"]["class_path"].endswith("RandomSearch") and shown["data"]["class_path"].endswith("HFText")
 

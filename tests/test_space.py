@@ -13,11 +13,13 @@ from litgpt.config import Config
 from litgpt.utils import num_parameters
 
 from litgpt_whittle.bins import Bin, parse_bins, short
+from litgpt_whittle.draw import check_reachable, draw_sizes, nearest
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.search_args import SizeArgs, SpaceArgs
 from litgpt_whittle.sizes import EVERY, SizeSpace
 from litgpt_whittle.space import Space, SpaceName
-from litgpt_whittle.subnet import SubNet, n_params
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
@@ -139,7 +141,13 @@ def test_draws_cover_every_dimension(name):
         assert {len(keep.heads_per_group) for keep in own} == {1, 2}
         assert {len(keep.intermediate_size) for keep in own} == set(range(1, 11))
         if space.is_fine:
-            kept = np.array([np.isin(np.arange(10), keep.intermediate_size.indices) for keep in own if len(keep.intermediate_size) < 10])
+            kept = np.array(
+                [
+                    np.isin(np.arange(10), keep.intermediate_size.indices)
+                    for keep in own
+                    if len(keep.intermediate_size) < 10
+                ]
+            )
             assert kept.any(0).all() and (~kept).any(0).all()
     if space.is_fine:
         assert {s.n_embd.indices.tobytes() for s in draws if len(s.n_embd) == 1} == {
@@ -156,7 +164,9 @@ def brute_force(teacher: Config, layerwise: bool) -> dict[int, int]:
         combos = itertools.product(layer, repeat=depth) if layerwise else ((one,) * depth for one in layer)
         for combo in combos:
             heads, widths = [h for h, _ in combo], [w for _, w in combo]
-            n = n_params(teacher, SubNet(teacher, n_embd=n_embd, n_layer=depth, n_query_groups=heads, intermediate_size=widths))
+            n = n_params(
+                teacher, SubNet(teacher, n_embd=n_embd, n_layer=depth, n_query_groups=heads, intermediate_size=widths)
+            )
             counts[n] = counts.get(n, 0) + 1
     return counts
 
@@ -173,15 +183,18 @@ def test_a_bin_is_reachable_exactly_when_something_is_in_it(tiny, data):
     lo = data.draw(st.integers(1, counts[-1] + 20))
     bin = Bin(lo, lo + data.draw(st.integers(0, 4)))
     inside = [n for n in counts if n in bin]
-    drawn = sizes.draw(np.random.default_rng(lo), bin)
+    drawn = draw_sizes(sizes, np.random.default_rng(lo), bin)
     assert (drawn is not None) == bool(inside)
     if inside:
         assert sizes.count(drawn) in inside
         return
-    below, above = max((n for n in counts if n < lo), default=None), min((n for n in counts if n > bin.hi), default=None)
-    assert sizes.nearest(bin) == (below, above)
+    below, above = (
+        max((n for n in counts if n < lo), default=None),
+        min((n for n in counts if n > bin.hi), default=None),
+    )
+    assert nearest(sizes, bin) == (below, above)
     with pytest.raises(UserError, match="no sub-network lies in the bin") as error:
-        sizes.check_reachable(bin)
+        check_reachable(sizes, bin)
     assert all(f"{n:,}" in str(error.value) for n in (below, above) if n is not None)
 
 
@@ -189,7 +202,7 @@ def test_every_count_of_a_tiny_space_is_drawn(tiny):
     sizes, counts = tiny
     rng = np.random.default_rng(0)
     for n in counts:
-        assert sizes.count(sizes.draw(rng, Bin(n, n))) == n
+        assert sizes.count(draw_sizes(sizes, rng, Bin(n, n))) == n
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -228,7 +241,9 @@ def test_fine_mutation_keeps_most_units():
     space = Space(PYTHIA, "fine_layerwise", whole(PYTHIA))
     rng = np.random.default_rng(1)
     mother = next(s for s in (space.sample(rng) for _ in range(100)) if 10 < len(s.n_embd) < 25)
-    shared = [len(np.intersect1d(space.mutate(rng, mother, 0.1).n_embd.indices, mother.n_embd.indices)) for _ in range(30)]
+    shared = [
+        len(np.intersect1d(space.mutate(rng, mother, 0.1).n_embd.indices, mother.n_embd.indices)) for _ in range(30)
+    ]
     assert np.median(shared) == len(mother.n_embd)
 
 

@@ -15,8 +15,10 @@ from litgpt.utils import num_parameters
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
-from litgpt_whittle.rope import cut_head
-from litgpt_whittle.subnet import Keep, SubNet, layer_params, legal_head_sizes, n_params, plan, root_params
+from litgpt_whittle.index_plan import layer_params, n_params, plan, root_params
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.rope import cut_head, legal_head_sizes
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
@@ -71,7 +73,9 @@ def test_plan_counts_the_parameters_of_the_model_itself(teacher, data):
         student.lm_head.weight = student.transformer.wte.weight
     assert n_params(teacher, subnet, tied) == num_parameters(student)
     takes = plan(teacher, subnet, tied)
-    assert {name: take.shape for name, take in takes.items()} == {k: tuple(v.shape) for k, v in student.state_dict().items()}
+    assert {name: take.shape for name, take in takes.items()} == {
+        k: tuple(v.shape) for k, v in student.state_dict().items()
+    }
 
 
 @EACH
@@ -177,8 +181,8 @@ def test_files_that_are_no_sub_network_are_named(tmp_path):
 
 
 def test_unknown_modules_are_refused(monkeypatch):
-    from litgpt_whittle import subnet
+    from litgpt_whittle import index_plan
 
-    monkeypatch.delitem(subnet.RULES, "mlp.fc")
+    monkeypatch.delitem(index_plan.RULES, "mlp.fc")
     with pytest.raises(TypeError, match=r"No slicing rule for 'mlp\.fc'"):
         plan(PYTHIA, SubNet(PYTHIA, n_embd=8))

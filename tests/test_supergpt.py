@@ -1,6 +1,7 @@
 """A super-network runs as any of its sub-networks exactly as the extracted litgpt model runs."""
 
 import copy
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, subnets
@@ -11,7 +12,8 @@ from litgpt.model import GPT
 
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.subnet import SubNet, plan
+from litgpt_whittle.index_plan import plan
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract, pad, student_model, unpad
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)

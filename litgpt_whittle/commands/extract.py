@@ -15,7 +15,8 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.subnet import SubNet, fingerprint, n_params, read_choice
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract, is_tied
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -20,7 +20,7 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 from tqdm import tqdm
 
 from litgpt_whittle import registry, report
-from litgpt_whittle.bins import Bin, parse_bins
+from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError

@@ -176,7 +176,9 @@ class HFText(DataModule):
 PARTS = ("train", "validation")
 
 
-def read_texts(path: str, name: str | None, split: str, column: str, streaming: bool) -> tuple[Iterator[str], int | None]:
+def read_texts(
+    path: str, name: str | None, split: str, column: str, streaming: bool
+) -> tuple[Iterator[str], int | None]:
     """The documents of a local file, a folder or a dataset on the hub that are not blank, and how many at most.
 
     Raises:

@@ -1,0 +1,261 @@
+"""Which teacher weights a sub-network uses: the index plan that everything else derives from.
+
+For every parameter of the student, the teacher's parameter and one index per dimension. Forward passes, extraction,
+parameter counts, repair and importance ordering all read the same plan, so what was scored cannot differ from what is
+extracted. All knowledge of architectures is in `RULES` and `_axes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from litgpt.config import Config
+from litgpt.model import Block
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Take:
+    """One student parameter: a teacher parameter and what to take of it along each dimension.
+
+    Calling it on the teacher's tensor gives the student's: a view where every index is a slice.
+    """
+
+    name: str
+    """The teacher's parameter"""
+    index: tuple[slice | torch.Tensor, ...]
+    """Per dimension, a slice (a contiguous run) or an int64 tensor of indices"""
+    is_buffer: bool = False
+    """Saved with the weights, but no parameter (a router's correction bias)"""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        for dim, index in enumerate(self.index):
+            if isinstance(index, slice):
+                tensor = tensor.narrow(dim, index.start, index.stop - index.start)
+        for dim, index in enumerate(self.index):
+            if not isinstance(index, slice):
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The student's shape."""
+        return tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in self.index)
+
+    def numel(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+Plan = dict[str, Take]
+"""From every student parameter's name to what it takes of the teacher."""
+
+
+def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
+    """Builds the index plan of a sub-network.
+
+    Args:
+        teacher: The teacher's config.
+        subnet: What is kept.
+        tied: Whether the teacher's LM head is its embedding; then both student names take the embedding.
+
+    Raises:
+        UserError: If `subnet` was made for another teacher.
+    """
+    if subnet.teacher is not teacher and fingerprint(subnet.teacher) != fingerprint(teacher):
+        raise UserError(f"the sub-network belongs to {subnet.teacher.name!r}, not to {teacher.name!r}")
+    takes = _root_plan(teacher, subnet.n_embd, tied)
+    for i, layer in enumerate(subnet.layers):
+        prefix = f"transformer.h.{layer}."
+        for name, take in _layer_plan(teacher, layer, subnet.n_embd, subnet.head_cut.dims, subnet.layer(i)).items():
+            takes[f"transformer.h.{i}.{name}"] = dataclasses.replace(take, name=prefix + take.name)
+    return takes
+
+
+RULES: dict[str, tuple[str, ...]] = {
+    "transformer.wte": ("vocab", "n_embd"),
+    "transformer.ln_f": ("n_embd",),
+    "lm_head": ("vocab", "n_embd"),
+    "norm_1": ("n_embd",),
+    "norm_2": ("n_embd",),
+    "post_attention_norm": ("n_embd",),
+    "post_mlp_norm": ("n_embd",),
+    "attn.qkv": ("qkv", "n_embd"),
+    "attn.norm_q": ("norm_q",),
+    "attn.norm_k": ("norm_k",),
+    "attn.proj": ("n_embd", "attention"),
+    "attn.q_a_proj": ("q_lora_rank", "n_embd"),
+    "attn.q_a_norm": ("q_lora_rank",),
+    "attn.q_b_proj": ("latent_q", "q_lora_rank"),
+    "attn.kv_a_proj_with_mqa": ("latent_kv", "n_embd"),
+    "attn.kv_a_norm": ("kv_lora_rank",),
+    "attn.kv_b_proj": ("latent_k_v", "kv_lora_rank"),
+    "mlp.fc": ("neurons", "n_embd"),
+    "mlp.fc_1": ("neurons", "n_embd"),
+    "mlp.fc_2": ("neurons", "n_embd"),
+    "mlp.proj": ("n_embd", "neurons"),
+    "mlp.gate": ("n_expert", "n_embd"),
+    "mlp.experts.fc_1": ("neurons", "n_embd"),
+    "mlp.experts.fc_2": ("neurons", "n_embd"),
+    "mlp.experts.proj": ("n_embd", "neurons"),
+    "mlp.shared_experts.fc_1": ("shared_neurons", "n_embd"),
+    "mlp.shared_experts.fc_2": ("shared_neurons", "n_embd"),
+    "mlp.shared_experts.proj": ("n_embd", "shared_neurons"),
+}
+"""The slicing rules: along which axis each dimension of a litgpt module's weight runs."""
+
+
+def _axes(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
+    """The kept teacher indices along every axis that `RULES` names for this layer, except `n_embd`."""
+    per_group = teacher.n_head // teacher.n_query_groups
+    groups = keep.n_query_groups.indices
+    # litgpt orders query heads by group
+    heads = (groups[:, None] * per_group + keep.heads_per_group.indices).ravel()
+
+    def rows(units: np.ndarray, size: int, dims: np.ndarray, offset: int = 0) -> np.ndarray:
+        return (offset + units[:, None] * size + dims).ravel()
+
+    axes = {"neurons": keep.intermediate_size.indices}
+    if keep.n_expert is not None:
+        axes["n_expert"] = experts_of(teacher, keep.n_expert)
+        width = teacher.moe_intermediate_size or teacher.intermediate_size
+        # litgpt's shared expert is n_shared_expert experts side by side
+        axes["shared_neurons"] = rows(np.arange(teacher.n_shared_expert or 0), width, keep.intermediate_size.indices)
+    if teacher.latent_attention:
+        qk, v, k_v = teacher.qk_head_dim, teacher.v_head_dim, teacher.qk_nope_head_dim + teacher.v_head_dim
+        return axes | {
+            "q_lora_rank": np.arange(teacher.q_lora_rank),
+            "kv_lora_rank": np.arange(teacher.kv_lora_rank),
+            "latent_kv": np.arange(teacher.kv_lora_rank + teacher.qk_rope_head_dim),
+            "latent_q": rows(heads, qk, np.arange(qk)),
+            "latent_k_v": rows(groups, k_v, np.arange(k_v)),
+            "attention": rows(heads, v, np.arange(v)),
+        }
+    size = teacher.head_size
+    q, k = rows(heads, size, head_dims), rows(groups, size, head_dims)
+    k_offset, v_offset = teacher.n_head * size, (teacher.n_head + teacher.n_query_groups) * size
+    over_all_heads = teacher.norm_qk_type == "olmo2"
+    return axes | {
+        "qkv": np.concatenate((q, k + k_offset, k + v_offset)),
+        "attention": q,
+        "norm_q": q if over_all_heads else head_dims,
+        "norm_k": k if over_all_heads else head_dims,
+    }
+
+
+def _layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
+    """The plan of one layer, with names relative to its block."""
+    axes = _axes(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
+    indices = {name: _index(units) for name, units in axes.items()}
+    takes = {}
+    for name, is_buffer in _block_tensors(_Key(teacher), layer):
+        module, _, leaf = name.rpartition(".")
+        if module.startswith("mlp.experts."):
+            expert, _, part = module.removeprefix("mlp.experts.").partition(".")
+            kept = np.flatnonzero(axes["n_expert"] == int(expert))
+            if not len(kept):
+                continue
+            student_name, module = f"mlp.experts.{kept[0]}.{part}.{leaf}", f"mlp.experts.{part}"
+        else:
+            student_name = name
+        takes[student_name] = Take(name, _take_index(module, leaf, indices), is_buffer)
+    return takes
+
+
+def _root_plan(teacher: Config, n_embd: Keep, tied: bool) -> Plan:
+    """The plan of what lies outside the blocks."""
+    indices = {"vocab": slice(0, teacher.padded_vocab_size), "n_embd": _index(n_embd.indices)}
+    names = ["transformer.wte.weight", "lm_head.weight"]
+    names += ["lm_head.bias"] if teacher.lm_head_bias else []
+    norm = teacher.norm_class(1)
+    names += [f"transformer.ln_f.{leaf}" for leaf, value in norm.named_parameters()]
+    takes = {name: Take(name, _take_index(*name.rsplit(".", 1), indices)) for name in names}
+    if tied:
+        takes["lm_head.weight"] = takes["transformer.wte.weight"]
+    return takes
+
+
+def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]) -> tuple[slice | torch.Tensor, ...]:
+    if module not in RULES:
+        raise TypeError(f"No slicing rule for {module!r}; add one to litgpt_whittle.subnet.RULES")
+    axes = RULES[module] if leaf == "weight" else RULES[module][:1]
+    return tuple(indices[axis] for axis in axes)
+
+
+def _index(units: np.ndarray) -> slice | torch.Tensor:
+    """A slice for a contiguous run, which keeps a teacher's weight a view, else an index tensor."""
+    if len(units) == 0 or units[-1] - units[0] == len(units) - 1:
+        start = int(units[0]) if len(units) else 0
+        return slice(start, start + len(units))
+    return torch.from_numpy(units.copy())
+
+
+class _Key:
+    """Lets a teacher's config, which litgpt made mutable and unhashable, be the key of a cache by its value."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.text = repr(config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@lru_cache(maxsize=1024)
+def _block_tensors(teacher: _Key, layer: int) -> tuple[tuple[str, bool], ...]:
+    """Name and is-a-buffer of every saved tensor of a teacher's block, as litgpt itself builds it."""
+    with torch.device("meta"):
+        block = Block(teacher.config, layer)
+    parameters = {name for name, _ in block.named_parameters()}
+    return tuple((name, name not in parameters) for name in block.state_dict())
+
+
+def n_params(teacher: Config, subnet: SubNet, tied: bool = False) -> int:
+    """Counts a sub-network's parameters from its sizes alone, tied weights once; no model is built."""
+    n_embd, head_size = len(subnet.n_embd), len(subnet.head_size)
+    layers = (
+        layer_params(teacher, layer, n_embd, head_size, *subnet.layer(i).sizes) for i, layer in enumerate(subnet.layers)
+    )
+    return root_params(teacher, n_embd, tied) + sum(layers)
+
+
+def root_params(teacher: Config, n_embd: int, tied: bool = False) -> int:
+    """Parameters outside the blocks: embedding, final norm, LM head."""
+    return _count(_root_plan(teacher, Keep(n_embd), tied))
+
+
+def layer_params(
+    teacher: Config,
+    layer: int,
+    n_embd: int,
+    head_size: int,
+    n_query_groups: int,
+    heads_per_group: int,
+    intermediate_size: int,
+    n_expert: int = 0,
+) -> int:
+    """Parameters of one layer at these sizes (`n_expert` 0 in a dense layer); affine and growing in each of them."""
+    sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
+    return _layer_params(_Key(teacher), layer, *sizes)
+
+
+@lru_cache(maxsize=2**16)
+def _layer_params(teacher: _Key, layer: int, n_embd: int, head_size: int, *sizes: int) -> int:
+    groups, per_group, neurons, n_expert = sizes
+    keep = LayerKeep(Keep(groups), Keep(per_group), Keep(neurons), Keep(n_expert) if n_expert else None)
+    return _count(_layer_plan(teacher.config, layer, Keep(n_embd), np.arange(head_size), keep))
+
+
+def _count(takes: Plan) -> int:
+    """Elements of the distinct teacher parameters that a plan takes."""
+    return sum({take.name: take.numel() for take in takes.values() if not take.is_buffer}.values())

@@ -1,0 +1,124 @@
+"""Which units of one dimension are kept: the first n, or a sorted set of indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from litgpt_whittle.errors import UserError
+
+
+class Keep:
+    """Which units of one dimension are kept: the first n, or a sorted set of indices.
+
+    Immutable and hashable; a set that is just the first n compares equal to `Keep(n)`.
+
+    Args:
+        units: A number (the first n) or sorted distinct indices.
+
+    Raises:
+        UserError: If nothing is kept, or the indices are negative, unsorted or repeated.
+    """
+
+    __slots__ = ("_hash", "_indices", "_n")
+
+    def __init__(self, units: int | Iterable[int] | np.ndarray) -> None:
+        if isinstance(units, int | np.integer):
+            self._n, self._indices = int(units), None
+        else:
+            indices = np.array(list(units) if not isinstance(units, np.ndarray) else units, dtype=np.int64)
+            _check_sorted(indices)
+            self._n = len(indices)
+            is_prefix = self._n > 0 and indices[-1] == self._n - 1
+            indices.setflags(write=False)
+            self._indices = None if is_prefix else indices
+        if self._n < 1:
+            raise UserError(f"at least one unit must be kept, got {self._n}; choose 1 or more")
+        self._hash = hash((self._n, None if self._indices is None else self._indices.tobytes()))
+
+    @classmethod
+    def parse(cls, value: int | str | Keep) -> Keep:
+        """Reads `512` (the first 512) or `0-511,640-767` (inclusive ranges).
+
+        Raises:
+            UserError: If the text is neither.
+        """
+        if isinstance(value, Keep):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls(value)
+        if not isinstance(value, str):
+            raise UserError(f"units are given as a number or as ranges such as '0-511,640-767', got {value!r}")
+        text = value.strip()
+        if text.isdigit():
+            return cls(int(text))
+        parts = []
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                raise UserError(f"ranges look like '0-511,640-767', got {value!r}; correct {part!r}")
+            if dash and int(last) < int(first):
+                raise UserError(f"a range runs upwards, got {part!r} in {value!r}; swap its ends")
+            parts.append(np.arange(int(first), int(last if dash else first) + 1))
+        return cls(np.concatenate(parts))
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether these are the first n units, so that a slice of the teacher's weight is a view."""
+        return self._indices is None
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The kept indices, sorted, int64, shape (n,)."""
+        return np.arange(self._n) if self._indices is None else self._indices
+
+    @property
+    def largest(self) -> int:
+        """The largest kept index."""
+        return self._n - 1 if self._indices is None else int(self._indices[-1])
+
+    def to_yaml(self) -> int | str:
+        """The compact form that `parse` reads: a number for a prefix, ranges for a set."""
+        return self._n if self._indices is None else str(self)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Keep):
+            return NotImplemented
+        return self._hash == other._hash and self._n == other._n and np.array_equal(self.indices, other.indices)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        if self._indices is None:
+            return str(self._n)
+        breaks = np.flatnonzero(np.diff(self._indices) != 1)
+        firsts = self._indices[np.concatenate(([0], breaks + 1))]
+        lasts = self._indices[np.concatenate((breaks, [self._n - 1]))]
+        # a lone index is written as a range, so that "7" always means the first seven
+        if len(firsts) == 1:
+            return f"{firsts[0]}-{lasts[0]}"
+        return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts))
+
+    def __repr__(self) -> str:
+        return f"Keep({str(self)!r})" if self._indices is not None else f"Keep({self._n})"
+
+    def __reduce__(self) -> tuple:
+        return Keep, (self._n if self._indices is None else self._indices,)
+
+
+def _check_sorted(indices: np.ndarray) -> None:
+    if indices.ndim != 1:
+        raise UserError(f"kept indices form one list, got an array of shape {indices.shape}")
+    if len(indices) and indices[0] < 0:
+        raise UserError(f"kept indices start at 0, got {indices[0]}; remove the negative ones")
+    steps = np.diff(indices)
+    if (steps == 0).any():
+        raise UserError(f"kept indices must be distinct, got {indices[:-1][steps == 0][0]} twice; remove one")
+    if (steps < 0).any():
+        at = int(np.flatnonzero(steps < 0)[0])
+        raise UserError(f"kept indices must be sorted, got {indices[at]} before {indices[at + 1]}; sort them")
