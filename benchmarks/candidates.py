@@ -29,9 +29,8 @@ def describe(name: str, values: list[int], lo: int, hi: int) -> None:
     """Range, quartiles and the share of all possible values that came up."""
     quartiles = ", ".join(f"{q:,.0f}" for q in np.percentile(values, [25, 50, 75]))
     seen = len(set(values)) / (hi - lo + 1)
-    print(
-        f"  {name:<32} {min(values):>6,} … {max(values):>6,} of {lo:,} … {hi:,}   quartiles {quartiles}   {seen:.0%} of values"
-    )
+    span = f"{min(values):>6,} … {max(values):>6,} of {lo:,} … {hi:,}"
+    print(f"  {name:<32} {span}   quartiles {quartiles}   {seen:.0%} of values")
 
 
 def main() -> None:

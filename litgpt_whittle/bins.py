@@ -11,7 +11,7 @@ from fractions import Fraction
 from litgpt_whittle.errors import UserError
 
 TOLERANCE = Fraction(5, 100)
-"""How far the bin of a bare target reaches to both sides; the paper's bins lie this far around their reference model."""
+"""How far the bin of a bare target reaches to both sides, as the paper's do around their reference models."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)"

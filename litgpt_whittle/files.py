@@ -102,5 +102,5 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"out_dir must be writable, got {str(folder)!r} ({error.strerror}); choose another or change its permissions"
+            f"out_dir must be writable, got {str(folder)!r} ({error.strerror}); choose another or change permissions"
         ) from None

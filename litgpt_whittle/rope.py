@@ -129,7 +129,7 @@ def _stride(teacher: Config, pairs: np.ndarray) -> int:
 
 
 def _frequencies(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine at position 1 (no angle exceeds 1 there, so they tell the frequencies), as litgpt computes them."""
+    """Cosine and sine at position 1 (no angle exceeds 1 there: they tell the frequencies), as litgpt computes them."""
     return tuple(cache[1] for cache in GPT.rope_cache(SimpleNamespace(config=config, max_seq_length=2)))
 
 

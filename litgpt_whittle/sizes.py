@@ -178,7 +178,7 @@ def _contract(coefficients: np.ndarray, sizes: tuple | list) -> np.ndarray:
 
 
 def _multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """Coefficients, shape (2,) * n, of a function that is affine in each of n integers, from its values at the corners."""
+    """Coefficients, shape (2,) * n, of a function affine in each of n integers, from its values at the corners."""
     corners = itertools.product(*(bound if bound[0] < bound[1] else bound[:1] for bound in bounds))
     values = np.array([function(*corner) for corner in corners], dtype=np.int64)
     values = values.reshape([1 if lo == hi else 2 for lo, hi in bounds])

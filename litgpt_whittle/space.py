@@ -21,7 +21,7 @@ from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import SubNet, experts_of
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension; fine: any n. Uniform: one choice for all layers; layerwise: each its own."""
+"""Coarse: the first n units of each dimension; fine: any n. Uniform: one choice for all layers; layerwise: one each."""
 
 Sets = dict[Key, np.ndarray]
 """Which units are kept, by the size that says how many"""

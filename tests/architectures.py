@@ -1,4 +1,4 @@
-"""Every distinct architecture in litgpt's own table, shrunk to tiny sizes, so that a new litgpt adds cases by itself."""
+"""Every distinct architecture in litgpt's own table, shrunk to tiny sizes; a new litgpt adds cases by itself."""
 
 import dataclasses
 
@@ -128,7 +128,7 @@ def experts(draw, teacher: Config, n: int) -> Keep:
 
 @st.composite
 def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
-    """Any legal sub-network of a teacher; with `uniform`, one whose sizes are (or may not be) the same in all layers."""
+    """Any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers (or maybe not)."""
     n_layer = draw(keeps(teacher.n_layer))
     layers = n_layer.indices.tolist()
     uniform = draw(st.booleans()) if uniform is None else uniform

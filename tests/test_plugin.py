@@ -28,7 +28,8 @@ def distribution(folder: Path, name: str, entry_points: str, **modules: str) -> 
 
 @pytest.fixture
 def strangers(tmp_path) -> Path:
-    commands = "[litgpt.commands]\ngreet = stranger:greet\nlost = nowhere:setup\nhurt = breaks:setup\npretrain = stranger:greet\n"
+    commands = "[litgpt.commands]\ngreet = stranger:greet\nlost = nowhere:setup\nhurt = breaks:setup\n"
+    commands += "pretrain = stranger:greet\n"
     return distribution(
         tmp_path,
         "stranger",

@@ -36,7 +36,7 @@ def is_written(folder: Path) -> bool:
 
 
 class Windows(Dataset):
-    """Windows of a token file: number i holds tokens [i·T, i·T + T], so that each token but the first is predicted once.
+    """Windows of a token file: number i holds tokens [i·T, i·T + T], so each token but the first is predicted once.
 
     Args:
         folder: What `write_tokens` wrote.

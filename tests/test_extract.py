@@ -1,0 +1,223 @@
+"""`litgpt extract`: what it writes opens in stock litgpt, and what it refuses."""
+
+import json
+
+import litgpt.pretrain
+import pytest
+import torch
+import yaml
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import JSON
+from litgpt.finetune import full
+from litgpt.generate import base
+from litgpt.model import GPT
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.utils import CLI, save_config
+from test_train import TokenData
+from texts import write_tokenizer
+
+from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import extract as command
+from litgpt_whittle.commands.extract import setup
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract
+
+TEACHER = Config.from_name(
+    "pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=48, block_size=64, vocab_size=300
+)
+CHOICES = {
+    "uniform": dict(n_embd="0-9,14-19", n_layer="0,2-3", n_query_groups=2, head_size=4, intermediate_size=20),
+    "layerwise": dict(n_embd=16, n_layer="0,2-3", n_query_groups=[2, "1,3", 3], intermediate_size=[20, 7, "1-30"]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = write_tokenizer(tmp_path_factory.mktemp("extract") / "teacher")
+    torch.manual_seed(0)
+    model = GPT(TEACHER)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(model.state_dict(), folder / "lit_model.pth")
+    save_config(TEACHER, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def student(request, checkpoint, tmp_path_factory):
+    """A student's folder and the sub-network that it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    subnet = SubNet(TEACHER, **CHOICES[request.param])
+    subnet.save(folder / "best.yaml", perplexity=12.5)
+    setup(checkpoint, folder / "best.yaml", folder / "student")
+    return folder / "student", subnet
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """Lets litgpt's training scripts run inside a test: no compiler, no reading of pytest's own command line."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    for script in (full, litgpt.pretrain):
+        monkeypatch.setattr(script, "save_hyperparameters", lambda *_: None)
+
+
+IDX = torch.arange(3, 33)[None]
+
+
+def test_it_writes_what_runs_in_the_super_network(student, checkpoint):
+    folder, subnet = student
+    teacher = load_model(checkpoint, "SuperGPT")
+    stock = GPT(Config.from_checkpoint(folder))
+    stock.load_state_dict(torch.load(folder / "lit_model.pth", weights_only=True))
+    with teacher.running(subnet), torch.no_grad():
+        expected = teacher(IDX)
+        torch.testing.assert_close(stock(IDX), expected, rtol=1e-5, atol=1e-5)
+        ours = load_model(folder)
+        torch.testing.assert_close(ours(IDX), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(ours, LayerwiseGPT) != subnet.is_uniform
+    weights = extract(teacher, subnet)
+    assert all(torch.equal(value, weights[name]) for name, value in ours.state_dict().items())
+
+
+def test_it_says_where_the_student_comes_from(student, checkpoint):
+    folder, subnet = student
+    assert SubNet.load(folder / "sub_network.yaml", TEACHER) == subnet
+    origin = yaml.safe_load((folder / "sub_network.yaml").read_text())["provenance"]
+    assert origin["teacher"] == TEACHER.name and origin["checkpoint_dir"] == str(checkpoint)
+    assert origin["n_params"] == n_params(TEACHER, subnet) == sum(p.numel() for p in load_model(folder).parameters())
+    assert origin["perplexity"] == 12.5  # the search's own lines are kept
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_text() == (checkpoint / name).read_text()
+
+
+def test_stock_litgpt_generates_with_it(student, capsys):
+    base.main(student[0], "the quick", max_new_tokens=8, precision="32-true")
+    assert "the quick" in capsys.readouterr().out
+
+
+def test_stock_litgpt_converts_it(student, tmp_path):
+    convert_lit_checkpoint(student[0], tmp_path)
+    weights = torch.load(tmp_path / "model.pth", weights_only=True)
+    config = Config.from_checkpoint(student[0])
+    assert weights["gpt_neox.embed_in.weight"].shape == (config.padded_vocab_size, 16)
+
+
+def test_stock_litgpt_finetunes_it(student, tmp_path, stock):
+    examples = [{"instruction": "say", "input": "", "output": "the quick brown fox"}] * 4
+    (tmp_path / "data.json").write_text(json.dumps(examples))
+    full.setup(
+        student[0],
+        tmp_path / "out",
+        precision="32-true",
+        data=JSON(tmp_path / "data.json", val_split_fraction=0.5, num_workers=0),
+        train=TrainArgs(
+            global_batch_size=1, micro_batch_size=1, epochs=1, max_steps=2, max_seq_length=32, lr_warmup_steps=1
+        ),
+        eval=EvalArgs(interval=10, max_new_tokens=2, max_iters=1, final_validation=False),
+    )
+    assert load_model(tmp_path / "out/final").config.n_embd == 16
+
+
+def test_stock_litgpt_pretrains_from_it(student, tmp_path, stock):
+    folder, _ = student
+    litgpt.pretrain.setup(
+        Config.from_checkpoint(folder).name,
+        Config.from_checkpoint(folder),
+        out_dir=tmp_path,
+        precision="32-true",
+        initial_checkpoint_dir=folder,
+        data=TokenData(),
+        train=TrainArgs(
+            global_batch_size=1, micro_batch_size=1, max_tokens=32, max_seq_length=16, lr_warmup_steps=0, max_norm=0.0
+        ),
+        eval=EvalArgs(max_iters=1, initial_validation=False, final_validation=False),
+        devices=1,
+        logger_name="csv",
+    )
+    assert load_model(tmp_path / "final").config == Config.from_checkpoint(folder)
+
+
+def test_a_dtype_can_be_chosen(checkpoint, tmp_path):
+    SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
+    setup(checkpoint, tmp_path / "s.yaml", tmp_path / "half", dtype="bfloat16")
+    teacher = load_model(checkpoint, SuperGPT.__name__)
+    expected = extract(teacher, SubNet(TEACHER, n_embd=16))
+    for name, value in torch.load(tmp_path / "half/lit_model.pth", weights_only=True).items():
+        assert torch.equal(value, expected[name].bfloat16())
+
+
+def test_the_command_line_takes_two_paths(checkpoint, tmp_path, capsys):
+    SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
+    CLI(setup, args=[str(checkpoint), str(tmp_path / "s.yaml"), "--out_dir", str(tmp_path / "student")])
+    assert "channels    32 -> 16" in capsys.readouterr().out and (tmp_path / "student/lit_model.pth").is_file()
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_embd: 33", "n_embd must lie within the teacher's 32, got 33"),
+        ("n_embd: 3-40", "got index 40"),
+        ("n_embd: 5,3", "must be sorted"),
+        ("n_embd: 3,3", "must be distinct"),
+        ("n_embd: 0", "at least one unit"),
+        ("n_embd: ''", "ranges look like"),
+        ("n_layer: 7-3", "a range runs upwards"),
+        ("n_query_groups: [1, 2]", "2 entries for 4 kept layers"),
+        ("heads_per_group: 2", "heads_per_group must lie within the teacher's 1"),
+        ("head_size: 1", "head_size"),
+        ("n_expert: 2", "has n_expert"),
+        ("n_head: 2", "has no 'n_head'"),
+        ("[", "is not YAML"),
+    ],
+)
+def test_illegal_sub_networks_are_told_in_one_line(checkpoint, tmp_path, text, message, monkeypatch):
+    monkeypatch.setattr(command, "read_weights", lambda *_: pytest.fail("the teacher was read"))
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student")
+    assert "\n" not in str(error.value) and not (tmp_path / "student").exists()
+
+
+def test_a_missing_sub_network_and_one_of_another_teacher_are_told(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="cannot read the sub-network"):
+        setup(checkpoint, tmp_path / "none.yaml", tmp_path / "student")
+    other = Config.from_name("pythia-14m", n_layer=5, n_embd=32, n_head=4, vocab_size=300)
+    SubNet(other, n_embd=16).save(tmp_path / "s.yaml")
+    with pytest.raises(UserError, match="is a sub-network of 'pythia-14m'"):
+        setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student")
+    with pytest.raises(UserError, match="there is no checkpoint directory"):
+        setup(tmp_path / "nowhere", tmp_path / "s.yaml", tmp_path / "student")
+
+
+def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
+    SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
+    out = tmp_path / "student"
+    setup(checkpoint, tmp_path / "s.yaml", out)
+    before = (out / "lit_model.pth").read_bytes()
+    with pytest.raises(UserError, match="--overwrite true"):
+        setup(checkpoint, tmp_path / "s.yaml", out)
+    assert (out / "lit_model.pth").read_bytes() == before
+    SubNet(TEACHER, n_embd=8).save(tmp_path / "s.yaml")
+    setup(checkpoint, tmp_path / "s.yaml", out, overwrite=True)
+    assert Config.from_checkpoint(out).n_embd == 8
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="replaces a checkpoint and nothing else"):
+        setup(checkpoint, tmp_path / "s.yaml", tmp_path / "notes", overwrite=True)
+    with pytest.raises(UserError, match="must not hold what is read"):
+        setup(checkpoint, tmp_path / "s.yaml", checkpoint, overwrite=True)
+
+
+def test_a_full_disk_is_told_before_anything_is_cut(checkpoint, tmp_path, monkeypatch):
+    SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
+    usage = command.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda *_: usage)
+    with pytest.raises(UserError, match="free some"):
+        setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
