@@ -5,6 +5,10 @@ is the running Python's own standard library, which everyone has.
 
     python benchmarks/demo.py            # at most 10 minutes on 2 CPU cores
     python benchmarks/demo.py --short    # 2 minutes, to see that all works
+
+A teacher of your own, with the text that it learned from, takes the place of the first step:
+
+    python benchmarks/demo.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
 
 import argparse
@@ -26,8 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "demo"
 VOCABULARY = 2048
-TOKENS_PER_STEP = 16 * 128
-TEACHER = "out/demo/pretrained/final"
+BATCH = 16
 
 FULL = {"characters": 12_000_000, "teacher": 2_000_000, "student": 500_000, "iterations": 200, "every": 20}
 SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "iterations": 24, "every": 5}
@@ -37,45 +40,73 @@ SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a small teacher and a short search, in 2 minutes")
-    size = SHORT if parser.parse_args().short else FULL
+    parser.add_argument("--teacher", type=Path, help="a litgpt checkpoint to use instead of training one")
+    parser.add_argument("--train", type=Path, help="what that teacher was trained on: JSON lines, parquet or text")
+    parser.add_argument("--validation", type=Path, help="and what it was not")
+    parser.add_argument("--tokens", type=int, help="tokens for each student")
+    args = parser.parse_args()
+    size = SHORT if args.short else FULL
+    size |= {"student": args.tokens or size["student"]}
     started = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "logs").mkdir(parents=True)
-    make_corpus(size["characters"])
-    train_tokenizer()
-    every = f"--eval.interval={size['every']}"
-
-    say(f"1. A teacher, trained by stock litgpt on {size['teacher']:,} tokens")
-    litgpt("pretrain", "--config", "config_hub/pretrain/demo.yaml", f"--train.max_tokens={size['teacher']}")
+    if args.teacher:
+        teacher = args.teacher.resolve()
+        data = {"path": str(args.train.resolve()), "val_path": str(args.validation.resolve())}
+    else:
+        teacher, data = train_teacher(size), {}
+    options = [f"--data.{name}={value}" for name, value in data.items()]
+    length, n_params = describe(teacher)
 
     say("2. The best sub-network of about a third of its size")
-    litgpt(
-        "search", TEACHER, "--config", "config_hub/search/demo.yaml", f"--iterations={size['iterations']}"
-    )  # fmt: skip
+    search = ["--config=config_hub/search/demo.yaml", *options, f"--iterations={size['iterations']}"]
+    litgpt("search", teacher, *search, f"--train.max_seq_length={length}", f"--bin={n_params // 3}±5%")
 
     say("3. Cut out as an ordinary litgpt checkpoint")
-    litgpt("extract", TEACHER, "out/demo/search/best.yaml", "--out_dir", "out/demo/student")
+    litgpt("extract", teacher, "out/demo/search/best.yaml", "--out_dir=out/demo/student")
 
     say(f"4. Trained with the teacher's help on {size['student']:,} tokens")
-    litgpt("distill", "--config", "config_hub/distill/demo.yaml", f"--train.max_tokens={size['student']}", every)
+    train = [f"--train.max_tokens={size['student']}", f"--eval.interval={size['every']}"]
+    distill = ["--config=config_hub/distill/demo.yaml", f"--teacher_checkpoint_dir={teacher}"]
+    litgpt("distill", *distill, *options, *train)
 
     say("5. For comparison: the same architecture from random weights, by stock litgpt on the same tokens")
-    write_baseline_config()
-    litgpt("pretrain", "--config", "out/demo/baseline.yaml", f"--train.max_tokens={size['student']}", every)
+    write_baseline_config(teacher, data)
+    litgpt("pretrain", "--config=out/demo/baseline.yaml", *train)
 
     say("6. A few lines by the student, from stock litgpt")
-    litgpt("generate", "out/demo/distilled/final", "--prompt", "def main(", "--max_new_tokens", "60", show=True)
+    litgpt("generate", "out/demo/distilled/final", "--prompt=def main(", "--max_new_tokens=60", show=True)
 
-    report()
+    report(BATCH * length)
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Everything is in {OUT.relative_to(ROOT)}/")
+
+
+def train_teacher(size: dict[str, int]) -> Path:
+    """A corpus, a tokenizer and a teacher, where there is none."""
+    make_corpus(size["characters"])
+    train_tokenizer()
+    say(f"1. A teacher, trained by stock litgpt on {size['teacher']:,} tokens")
+    litgpt("pretrain", "--config=config_hub/pretrain/demo.yaml", f"--train.max_tokens={size['teacher']}")
+    return Path("out/demo/pretrained/final")
+
+
+def describe(teacher: Path) -> tuple[int, int]:
+    """A teacher's block size and number of parameters."""
+    from litgpt.config import Config
+
+    from litgpt_whittle import SubNet, n_params
+
+    config = Config.from_checkpoint(ROOT / teacher)
+    return config.block_size, n_params(config, SubNet.full(config))
 
 
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def litgpt(*arguments: str, show: bool = False) -> None:
+def litgpt(*arguments: str | Path, show: bool = False) -> None:
     """Runs a litgpt command from the root of the project; its output goes to a log."""
+    arguments = [str(argument) for argument in arguments]
     print("$ litgpt " + shlex.join(arguments), flush=True)
     log = OUT / "logs" / f"{len(list((OUT / 'logs').iterdir())):02d}-{arguments[0]}.log"
     environment = os.environ | {
@@ -134,23 +165,25 @@ def train_tokenizer() -> None:
     (OUT / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_baseline_config() -> None:
+def write_baseline_config(teacher: Path, data: dict[str, str]) -> None:
     """The distilled student's settings and architecture, as a YAML for `litgpt pretrain`."""
     settings, distill = (
         yaml.safe_load((ROOT / f"config_hub/{command}/demo.yaml").read_text()) for command in ("pretrain", "distill")
     )
     settings["model_config"] = yaml.safe_load((OUT / "student/model_config.yaml").read_text())
+    settings["data"]["init_args"] |= data
     # litgpt's CSV logger only writes every log_interval, and loses what came after the last time
-    settings |= {"out_dir": "out/demo/baseline", "train": distill["train"] | {"log_interval": 1}}
+    train = distill["train"] | {"log_interval": 1}
+    settings |= {"out_dir": "out/demo/baseline", "tokenizer_dir": str(teacher), "train": train}
     (OUT / "baseline.yaml").write_text(yaml.safe_dump(settings))
 
 
-def report() -> None:
+def report(tokens_per_step: int) -> None:
     """The table, and the curves of both students as a picture."""
     rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
     teacher = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
     distilled = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
-    baseline = read_csv("baseline")
+    baseline = read_csv("baseline", tokens_per_step)
     best = min(loss for _, loss in baseline)
     rows = [
         ("teacher", "", teacher),
@@ -166,12 +199,12 @@ def report() -> None:
     print("\nPictures: out/demo/students.png, out/demo/search/*.png, out/demo/distilled/training.png")
 
 
-def read_csv(run: str) -> list[tuple[int, float]]:
+def read_csv(run: str, tokens_per_step: int) -> list[tuple[int, float]]:
     """Tokens and validation loss of a stock litgpt run."""
     (path,) = (OUT / run).rglob("metrics.csv")
     with open(path) as file:
         rows = [(int(row["step"]), row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
-    return [((step + 1) * TOKENS_PER_STEP, float(loss)) for step, loss in rows]
+    return [((step + 1) * tokens_per_step, float(loss)) for step, loss in rows]
 
 
 def reaches(points: list[tuple[int, float]], loss: float) -> int | None:
