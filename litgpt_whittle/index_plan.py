@@ -2,12 +2,13 @@
 
 For every parameter of the student, the teacher's parameter and one index per dimension. Forward passes, extraction,
 parameter counts, repair and importance ordering all read the same plan, so what was scored cannot differ from what is
-extracted. All knowledge of architectures is in `RULES` and `_axes`.
+extracted. All knowledge of architectures is in `RULES` and `kept_indices`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,7 +75,7 @@ def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
     takes = _root_plan(teacher, subnet.n_embd, tied)
     for i, layer in enumerate(subnet.layers):
         prefix = f"transformer.h.{layer}."
-        for name, take in _layer_plan(teacher, layer, subnet.n_embd, subnet.head_cut.dims, subnet.layer(i)).items():
+        for name, take in layer_plan(teacher, layer, subnet.n_embd, subnet.head_cut.dims, subnet.layer(i)).items():
             takes[f"transformer.h.{i}.{name}"] = dataclasses.replace(take, name=prefix + take.name)
     return takes
 
@@ -112,7 +113,7 @@ RULES: dict[str, tuple[str, ...]] = {
 """The slicing rules: along which axis each dimension of a litgpt module's weight runs."""
 
 
-def _axes(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
+def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
     """The kept teacher indices along every axis that `RULES` names for this layer, except `n_embd`."""
     per_group = teacher.n_head // teacher.n_query_groups
     groups = keep.n_query_groups.indices
@@ -150,9 +151,9 @@ def _axes(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -
     }
 
 
-def _layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
+def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
     """The plan of one layer, with names relative to its block."""
-    axes = _axes(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
+    axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
     takes = {}
     for name, is_buffer in _block_tensors(_Key(teacher), layer):
@@ -162,7 +163,7 @@ def _layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray
             kept = np.flatnonzero(axes["n_expert"] == int(expert))
             if not len(kept):
                 continue
-            student_name, module = f"mlp.experts.{kept[0]}.{part}.{leaf}", f"mlp.experts.{part}"
+            student_name = f"mlp.experts.{kept[0]}.{part}.{leaf}"
         else:
             student_name = name
         takes[student_name] = Take(name, _take_index(module, leaf, indices), is_buffer)
@@ -182,10 +183,23 @@ def _root_plan(teacher: Config, n_embd: Keep, tied: bool) -> Plan:
     return takes
 
 
-def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]) -> tuple[slice | torch.Tensor, ...]:
+def axes_of(module: str) -> tuple[str, ...]:
+    """Along which axis each dimension of a litgpt module's weight runs.
+
+    Args:
+        module: Its name; within a block, relative to the block.
+
+    Raises:
+        TypeError: If there is no rule for it.
+    """
+    module = re.sub(r"^mlp\.experts\.\d+\.", "mlp.experts.", module)
     if module not in RULES:
-        raise TypeError(f"No slicing rule for {module!r}; add one to litgpt_whittle.subnet.RULES")
-    axes = RULES[module] if leaf == "weight" else RULES[module][:1]
+        raise TypeError(f"No slicing rule for {module!r}; add one to litgpt_whittle.index_plan.RULES")
+    return RULES[module]
+
+
+def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]) -> tuple[slice | torch.Tensor, ...]:
+    axes = axes_of(module) if leaf == "weight" else axes_of(module)[:1]
     return tuple(indices[axis] for axis in axes)
 
 
@@ -253,7 +267,7 @@ def layer_params(
 def _layer_params(teacher: _Key, layer: int, n_embd: int, head_size: int, *sizes: int) -> int:
     groups, per_group, neurons, n_expert = sizes
     keep = LayerKeep(Keep(groups), Keep(per_group), Keep(neurons), Keep(n_expert) if n_expert else None)
-    return _count(_layer_plan(teacher.config, layer, Keep(n_embd), np.arange(head_size), keep))
+    return _count(layer_plan(teacher.config, layer, Keep(n_embd), np.arange(head_size), keep))
 
 
 def _count(takes: Plan) -> int:

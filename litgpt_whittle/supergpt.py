@@ -21,7 +21,7 @@ from litgpt_whittle.subnet import SubNet
 Weights = dict[str, torch.Tensor]
 
 
-class _GPT(GPT):
+class BlocksGPT(GPT):
     """litgpt's GPT around given blocks."""
 
     def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
@@ -30,7 +30,7 @@ class _GPT(GPT):
         self.transformer["h"] = nn.ModuleList(blocks)
 
 
-class LayerwiseGPT(_GPT):
+class LayerwiseGPT(BlocksGPT):
     """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
 
     Its `config` is the stock one padded to the widest layer, as which it is saved (`pad`).
@@ -67,7 +67,7 @@ class SuperBlock(Block):
         return self._running(self, *args, **kwargs)
 
 
-class SuperGPT(_GPT):
+class SuperGPT(BlocksGPT):
     """A litgpt GPT that runs as any of its sub-networks.
 
     Outside of `running` it is the full litgpt model: same weights, same names, same outputs.
@@ -106,7 +106,7 @@ class SuperGPT(_GPT):
         takes = plan(self.config, subnet, tied=self.tied)
         with torch.device("meta"):
             blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
-            shell = _GPT(subnet.config, [_Delegate(self.transformer.h[layer]) for layer in subnet.layers])
+            shell = BlocksGPT(subnet.config, [_Delegate(self.transformer.h[layer]) for layer in subnet.layers])
         shell.max_seq_length = self.max_seq_length
         rope = dict(zip(("cos", "sin"), self._rope(subnet)))
         root = {name: take for name, take in takes.items() if not name.startswith("transformer.h.")}

@@ -1,0 +1,138 @@
+"""Linear regression from moments: what repairing a cut, choosing what to keep and scoring candidates have in common.
+
+Only sums over tokens are kept, so memory does not grow with the number of tokens. The ridge draws the solution towards
+an anchor, the sliced weights, instead of towards zero: plain least squares overfits small calibration sets
+(arXiv 2510.07782), and the anchor is what one would use without any data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
+"""Strengths to choose from, relative to the inputs' mean squares; the last one is the anchor itself"""
+
+
+class Moments:
+    """Sums over tokens of inputs z and outputs y, from which y ≈ W z + b is solved.
+
+    Sums are float64 on the CPU and float32 elsewhere (where float64 is slow or missing).
+
+    Args:
+        n_in: Size of z.
+        n_out: Size of y.
+        device: Where the sums live.
+    """
+
+    def __init__(self, n_in: int, n_out: int, device: torch.device | str = "cpu") -> None:
+        dtype = torch.float64 if torch.device(device).type == "cpu" else torch.float32
+        self.n = 0
+        self.zz = torch.zeros(n_in, n_in, dtype=dtype, device=device)
+        self.yz = torch.zeros(n_out, n_in, dtype=dtype, device=device)
+        self.z = torch.zeros(n_in, dtype=dtype, device=device)
+        self.y = torch.zeros(n_out, dtype=dtype, device=device)
+        self.yy = 0.0
+        """Σ ‖y‖²"""
+
+    def add(self, z: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds tokens: z of shape (…, n_in), y of shape (…, n_out)."""
+        z, y = (x.flatten(0, -2).to(self.zz.dtype) for x in (z, y))
+        self.n += len(z)
+        self.zz.addmm_(z.T, z)
+        self.yz.addmm_(y.T, z)
+        self.z += z.sum(0)
+        self.y += y.sum(0)
+        self.yy += float(y.square().sum())
+
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments(len(self.z), len(self.y), self.zz.device)
+        total.n = self.n + other.n
+        for name in ("zz", "yz", "z", "y", "yy"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of z zᵀ and of y zᵀ, about the means of z and y where there is an intercept."""
+        zz, yz = self.zz / self.n, self.yz / self.n
+        if intercept:
+            mean_z, mean_y = self.z / self.n, self.y / self.n
+            zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
+        return zz, yz
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor, metric: torch.Tensor | None = None) -> float:
+        """The mean of ‖W z + b − y‖² over the tokens.
+
+        Args:
+            weight: W, shape (n_out, n_in).
+            bias: b, shape (n_out,).
+            metric: Measures errors e by eᵀ · metric · e instead, but for a constant that W and b don't change.
+        """
+        w, b = weight.to(self.zz.dtype), bias.to(self.zz.dtype)
+        wz = w @ self.z
+        # Σ (Wz + b − y)(Wz + b − y)ᵀ without its part Σ y yᵀ, of which only the trace is known
+        if metric is None:
+            total = ((w @ self.zz) * w).sum() - 2 * (w * self.yz).sum() + self.n * b @ b + 2 * b @ (wz - self.y)
+            return float(total + self.yy) / self.n
+        mw, mb = metric @ w, metric @ b
+        total = ((mw @ self.zz) * w).sum() - 2 * (mw * self.yz).sum() + self.n * b @ mb + 2 * mb @ (wz - self.y)
+        return float(total) / self.n
+
+
+@dataclass
+class Fit:
+    """A solution."""
+
+    weight: torch.Tensor
+    """W, shape (n_out, n_in)"""
+    bias: torch.Tensor
+    """b, shape (n_out,), zeros without an intercept"""
+    ridge: float
+    """The relative strength used, stronger than asked for where the moments are singular"""
+
+
+def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool) -> Fit:
+    """Minimises the mean of ‖W z + b − y‖² + ridge · Σⱼ dⱼ ‖Wⱼ − anchorⱼ‖², with dⱼ the mean square of input j.
+
+    By Cholesky. Where rounding makes that fail, the ridge grows by tens until it doesn't.
+
+    Args:
+        moments: Of z and y.
+        anchor: What W is drawn towards, shape (n_out, n_in).
+        ridge: Relative to the mean squares of the inputs; infinity gives the anchor.
+        intercept: Whether there is a b.
+    """
+    zz, yz = moments.covariances(intercept)
+    anchor = anchor.to(zz.dtype)
+    scale = zz.diagonal()
+    # an input that never varies is left to the anchor
+    scale = scale.clamp_min(max(float(scale.mean()) * 1e-6, 1e-30))
+    weight = anchor
+    while ridge < math.inf:
+        factor, failed = torch.linalg.cholesky_ex(zz + torch.diag(ridge * scale))
+        if not failed:
+            weight = torch.cholesky_solve((yz + anchor * (ridge * scale)).T, factor).T
+            break
+        ridge = max(ridge, RIDGES[0]) * 10 if ridge < 1e3 else math.inf
+    bias = (moments.y - weight @ moments.z) / moments.n if intercept else torch.zeros_like(moments.y)
+    return Fit(weight, bias, ridge)
+
+
+def fit(
+    train: Moments,
+    held_out: Moments,
+    anchor: torch.Tensor,
+    intercept: bool,
+    metric: torch.Tensor | None = None,
+    ridges: Iterable[float] = RIDGES,
+) -> Fit:
+    """Solves with the ridge that does best on held-out tokens, then with it on all tokens."""
+
+    def error(ridge: float) -> float:
+        found = solve(train, anchor, ridge, intercept)
+        return held_out.error(found.weight, found.bias, metric)
+
+    return solve(train + held_out, anchor, min(ridges, key=error), intercept)

@@ -1,0 +1,73 @@
+"""Where a long walk through a model's layers keeps what memory cannot hold, and finds it again after an interruption."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Stream:
+    """Hidden states of all tokens, in a file: indexed by windows, float32, shape (N, T, n_embd)."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        mode = "r+" if path.exists() else "w+"
+        self._states = np.memmap(path, np.float32, mode, shape=shape)
+
+    def __getitem__(self, windows: slice) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._states[windows]))
+
+    def __setitem__(self, windows: slice, states: torch.Tensor) -> None:
+        self._states[windows] = states.cpu().numpy()
+
+    def flush(self) -> None:
+        self._states.flush()
+
+
+class Scratch:
+    """A folder for streams and finished layers.
+
+    Args:
+        folder: Made when it is not there.
+        key: What the work depends on. What a folder holds of other work is thrown away.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "key").is_file() or (self.folder / "key").read_text() != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            (self.folder / "key").write_text(key)
+        self._streams: dict[str, Stream] = {}
+
+    def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream:
+        """Opens a stream, or makes one."""
+        self._streams[name] = stream = Stream(self.folder / f"{name}.f32", (n, length, n_embd))
+        return stream
+
+    def save(self, name: str, content: Any) -> None:
+        """Saves tensors and plain values, whole or not at all."""
+        path = self.folder / f"{name}.pt"
+        torch.save(content, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def load(self, name: str) -> Any:
+        """What was saved, or None."""
+        path = self.folder / f"{name}.pt"
+        return torch.load(path, weights_only=True) if path.is_file() else None
+
+    def remove_streams_before(self, i: int) -> None:
+        """Forgets the streams that led to layer i."""
+        for name in [name for name in self._streams if name.rpartition("-")[2] == str(i)]:
+            del self._streams[name]
+        for path in self.folder.glob(f"*-{i}.f32"):
+            path.unlink()
+
+    def remove(self) -> None:
+        """Ends the work."""
+        self._streams.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
