@@ -1,10 +1,10 @@
 """Which directions of the teacher's residual stream the student's channels carry.
 
-Either kept coordinates, as a plain slice has them, or the leading principal directions of the stream. An RMSNorm does
-not care about rotations of its input once its weight is folded into what reads it (SliceGPT, arXiv 2401.15024), so a
-student can carry any orthonormal directions and stay a stock litgpt model. A LayerNorm subtracts the mean over channels
-first. Its student gets directions within the channels' zero-mean subspace, mapped into its own zero-mean subspace,
-where subtracting the mean changes nothing: it loses one direction and keeps its kind of norm.
+Either kept coordinates, as a plain slice has them, or the directions that matter most to what reads the stream. An
+RMSNorm does not care about rotations of its input once its weight is folded into what reads it (SliceGPT, arXiv
+2401.15024), so a student can carry any orthonormal directions and stay a stock litgpt model. A LayerNorm subtracts the
+mean over channels first. Its student gets directions within the channels' zero-mean subspace, mapped into its own
+zero-mean subspace, where subtracting the mean changes nothing: it loses one direction and keeps its kind of norm.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ class Basis:
         return cls(torch.eye(n_embd, device=kept.device)[kept], kept)
 
     @classmethod
-    def principal(cls, covariance: torch.Tensor, n_embd: int, centred: bool) -> Basis:
-        """The leading principal directions.
+    def principal(cls, worth: torch.Tensor, n_embd: int, centred: bool) -> Basis:
+        """The leading directions.
 
         Args:
-            covariance: Of the normalised stream, shape (n_embd_teacher, n_embd_teacher).
+            worth: A symmetric form that says what a direction is worth, such as the normalised stream's covariance;
+                shape (n_embd_teacher, n_embd_teacher).
             n_embd: The student's channels.
             centred: Whether the model's norms subtract the mean over channels.
         """
-        n = covariance.shape[0]
+        n = worth.shape[0]
         if not centred:
-            return cls(torch.linalg.eigh(covariance).eigenvectors[:, -n_embd:].flip(1).T.float().contiguous())
-        centring = torch.eye(n, dtype=covariance.dtype, device=covariance.device) - 1 / n
-        directions = torch.linalg.eigh(centring @ covariance @ centring).eigenvectors[:, -(n_embd - 1) :].flip(1)
+            return cls(torch.linalg.eigh(worth).eigenvectors[:, -n_embd:].flip(1).T.float().contiguous())
+        centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
+        directions = torch.linalg.eigh(centring @ worth @ centring).eigenvectors[:, -(n_embd - 1) :].flip(1)
         into = _zero_mean_directions(n_embd).to(directions)  # (n_embd, n_embd - 1)
         # rounding leaves a trace of the mean in the directions
         return cls((into @ (directions.T @ centring)).float().contiguous())

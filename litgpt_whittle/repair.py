@@ -47,7 +47,7 @@ class RepairArgs:
     """How a cut is repaired before it is saved"""
 
     basis: Literal["pca", "coordinates"] = "pca"
-    """What the student's channels carry: principal directions of the teacher's residual stream, or kept channels"""
+    """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
     choose_units: bool = True
     """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
     tokens: int = 65_536
@@ -234,7 +234,7 @@ class Repair:
         return block, takes
 
     def _turn_norm(self, teacher: nn.Module, student: nn.Module) -> None:
-        """Gives a norm of the student its start in a basis of directions, in which the teacher's weight is no diagonal."""
+        """Gives a norm its start in a basis of directions, in which the teacher's weight is no diagonal."""
         weight = norm_weight(teacher)
         set_norm_weight(student, 1.0 if weight is None else weight.square().mean().sqrt())
         if getattr(student, "bias", None) is not None:
@@ -248,19 +248,31 @@ class Repair:
         saved = self.scratch.load("basis")
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
-        n = self.teacher.n_embd
-        covariance = Moments(n, 0, self.device)
         # directions need fewer tokens than regressions: a quarter, from all over the calibration data
         batches = self.batches[:: 4 if len(self.batches) >= 8 else 1]
         streams = [self._embed(self.teacher_root, batch) for batch in batches]
+        worth = torch.zeros(self.teacher.n_embd, self.teacher.n_embd, dtype=torch.float64, device=self.device)
         for layer in range(self.teacher.n_layer):
             block = self._teacher_block(layer)
+            before, middle = (Moments(self.teacher.n_embd, 0, self.device) for _ in range(2))
+            inside = [] if self.teacher.parallel_residual else ["norm_2"]
             for i, stream in enumerate(streams):
-                covariance.add(_standardised(stream, self.teacher), _nothing(stream))
-                streams[i] = block(stream, *self.teacher_args[layer])
+                before.add(_standardised(stream, self.teacher), _nothing(stream))
+                seen = _run(block, stream, self.teacher_args[layer], inside)
+                if inside:
+                    middle.add(_standardised(seen["norm_2"], self.teacher), _nothing(stream))
+                streams[i] = seen["out"]
+            if layer in self.subnet.layers:
+                mlp_norm = block.norm_1 if self.teacher.shared_attention_norm else block.norm_2
+                worth += _worth(before, block.norm_1, _readers(block, "attn"))
+                worth += _worth(middle if inside else before, mlp_norm, _readers(block, "mlp"))
+        final = Moments(self.teacher.n_embd, 0, self.device)
         for stream in streams:
-            covariance.add(_standardised(stream, self.teacher), _nothing(stream))
-        basis = Basis.principal(covariance.covariances(False)[0], len(self.subnet.n_embd), _centres(self.teacher))
+            final.add(_standardised(stream, self.teacher), _nothing(stream))
+        head = self.teacher_root.lm_head.weight
+        # as much as half of all layers: measured best among 1/8, 3/8 and all of them
+        worth += len(self.subnet) * _worth(final, self.teacher_root.transformer.ln_f, [head - head.mean(0)])
+        basis = Basis.principal(worth, len(self.subnet.n_embd), _centres(self.teacher))
         self.scratch.save("basis", {"matrix": basis.matrix})
         return basis
 
@@ -732,6 +744,35 @@ def _linear_names(takes: Plan, kind: Literal["reading", "writing", "inner"]) -> 
             if kind == ("reading" if inn == "n_embd" else "writing" if out == "n_embd" else "inner"):
                 names.append(module)
     return names
+
+
+def _readers(block: Block, part: str) -> list[torch.Tensor]:
+    """The weights of all maps of `attn` or `mlp` that read the stream, each of shape (n_out, n_embd)."""
+    weights = []
+    for name, weight in block.get_submodule(part).named_parameters():
+        module, _, leaf = f"{part}.{name}".rpartition(".")
+        if leaf == "weight" and axes_of(module)[1:] == ("n_embd",):
+            weights.append(weight.data)
+    return weights
+
+
+def _worth(moments: Moments, norm: nn.Module, readers: list[torch.Tensor]) -> torch.Tensor:
+    """How much of what readers get each direction of the normalised stream x gives them.
+
+    With W the readers' weights, C = E[x xᵀ] and P the projection to kept directions, the part of what they read that
+    survives is E⟨W x, W P x⟩ = tr(P (C WᵀW + WᵀW C) / 2), so the leading eigenvectors of that matrix are the best.
+
+    Returns:
+        The matrix, shape (n_embd, n_embd), with trace 1.
+    """
+    covariance = moments.zz / moments.n
+    weight = norm_weight(norm)
+    gram = torch.zeros_like(covariance)
+    for reader in readers:
+        reader = (reader if weight is None else reader * weight).to(gram.dtype)
+        gram.addmm_(reader.T, reader)
+    worth = covariance @ gram
+    return ((worth + worth.T) / (2 * worth.trace().clamp_min(1e-30))).double()
 
 
 def _linear(block: Block, weight: str) -> nn.Module:

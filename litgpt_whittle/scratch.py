@@ -1,4 +1,4 @@
-"""Where a long walk through a model's layers keeps what memory cannot hold, and finds it again after an interruption."""
+"""Where a walk through a model's layers keeps what memory cannot hold, and finds it after an interruption."""
 
 from __future__ import annotations
 
