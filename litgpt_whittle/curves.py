@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_whittle.files import write_text
+
+if TYPE_CHECKING:
+    from litgpt_whittle.repair import LayerReport
 
 
 class MetricsLog:
@@ -63,4 +67,21 @@ def plot_training(metrics_path: Path, png_path: Path) -> None:
         rate.plot(*zip(*rates), linewidth=1)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("tokens")
+    figure.savefig(png_path, dpi=120)
+
+
+def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
+    """Draws each block's error on held-out tokens, as it was cut and repaired."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(layers))
+    axes.plot(places, [layer.before for layer in layers], "o--", color="tab:gray", label="this block as cut")
+    axes.plot(places, [layer.after for layer in layers], "o-", color="tab:blue", label="repaired")
+    axes.set_xticks(places, [str(layer.layer) for layer in layers])
+    axes.set(xlabel="the teacher's layer", ylabel="relative squared error of the stream", yscale="log")
+    axes.set_title("The student's stream behind each block, against the teacher's")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
     figure.savefig(png_path, dpi=120)

@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 
-from litgpt_whittle.errors import UserError
+from litgpt_whittle.batches import Batch
 from litgpt_whittle.head import HeadInput, head_loss, tap_head
-from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
-from litgpt_whittle.train import split_batch
 
 
-class Batch(NamedTuple):
-    """Token ids and the tokens that follow them, each of shape (B, T)."""
+class Fitness(Protocol):
+    """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that count."""
-        return int((self.targets != IGNORE_INDEX).sum())
-
-
-def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
-    """Reads the batches that score all candidates, once, into memory.
-
-    Args:
-        loader: A validation dataloader of a litgpt data module.
-        n: How many to read; fewer when the loader has fewer.
-        max_seq_length: Tokens beyond are left out.
-
-    Raises:
-        UserError: If there is no token to predict.
+    It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
+    in, as `Fabric.autocast` does.
     """
-    batches = []
-    for raw in loader:
-        batch = Batch(*split_batch(raw, max_seq_length))
-        if batch.n_tokens:
-            batches.append(batch)
-        if len(batches) == n:
-            break
-    if not batches:
-        raise UserError("the validation data holds no token to predict; give more data or shorten train.max_seq_length")
-    return batches
 
+    name: str
+    """Which of the scores counts; lower is better"""
+    model: SuperGPT
+    batches: Sequence[Batch]
+    n_tokens: int
+    """Tokens that score each candidate"""
 
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """Sixteen hex digits that tell batches of other tokens, or in another order or shape, apart."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for tensor in batch:
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None: ...
+
+    def __call__(self, subnet: SubNet) -> dict[str, float]:
+        """Scores a sub-network, by one or more names."""
 
 
 class Perplexity:

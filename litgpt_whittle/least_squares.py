@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from litgpt_whittle.processes import add_up
+
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Strengths to choose from, relative to the inputs' mean squares; the last one is the anchor itself"""
 
@@ -55,6 +57,14 @@ class Moments:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
+    def over_processes(self) -> Moments:
+        """Sums over all processes, in place."""
+        scalars = torch.tensor([self.n, self.yy], dtype=torch.float64, device=self.zz.device)
+        for tensor in (self.zz, self.yz, self.z, self.y, scalars):
+            add_up(tensor)
+        self.n, self.yy = int(scalars[0]), float(scalars[1])
+        return self
+
     def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of z zᵀ and of y zᵀ, about the means of z and y where there is an intercept."""
         zz, yz = self.zz / self.n, self.yz / self.n
@@ -80,6 +90,11 @@ class Moments:
         mw, mb = metric @ w, metric @ b
         total = ((mw @ self.zz) * w).sum() - 2 * (mw * self.yz).sum() + self.n * b @ mb + 2 * mb @ (wz - self.y)
         return float(total) / self.n
+
+
+def no_outputs(like: torch.Tensor) -> torch.Tensor:
+    """Outputs of size zero, where only moments of inputs are wanted."""
+    return like.new_zeros(*like.shape[:-1], 0)
 
 
 @dataclass

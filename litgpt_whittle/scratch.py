@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt_whittle.processes import barrier, rank
+
 
 class Stream:
     """Hidden states of all tokens, in a file: indexed by windows, float32, shape (N, T, n_embd)."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        mode = "r+" if path.exists() else "w+"
-        self._states = np.memmap(path, np.float32, mode, shape=shape)
+        # several processes may open it at once, so none may empty it
+        with open(path, "ab") as file:
+            file.truncate(4 * math.prod(shape))
+        self._states = np.memmap(path, np.float32, "r+", shape=shape)
 
     def __getitem__(self, windows: slice) -> torch.Tensor:
         return torch.from_numpy(np.array(self._states[windows]))
@@ -34,14 +39,19 @@ class Scratch:
     Args:
         folder: Made when it is not there.
         key: What the work depends on. What a folder holds of other work is thrown away.
+
+    Several processes may share a folder; the first one makes, saves and removes.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "key").is_file() or (self.folder / "key").read_text() != key:
+        is_other = not (self.folder / "key").is_file() or (self.folder / "key").read_text() != key
+        barrier()
+        if is_other and rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             (self.folder / "key").write_text(key)
+        barrier()
         self._streams: dict[str, Stream] = {}
 
     def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream:
@@ -52,8 +62,9 @@ class Scratch:
     def save(self, name: str, content: Any) -> None:
         """Saves tensors and plain values, whole or not at all."""
         path = self.folder / f"{name}.pt"
-        torch.save(content, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        if rank() == 0:
+            torch.save(content, path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)
 
     def load(self, name: str) -> Any:
         """What was saved, or None."""
@@ -64,10 +75,12 @@ class Scratch:
         """Forgets the streams that led to layer i."""
         for name in [name for name in self._streams if name.rpartition("-")[2] == str(i)]:
             del self._streams[name]
-        for path in self.folder.glob(f"*-{i}.f32"):
-            path.unlink()
+        if rank() == 0:
+            for path in self.folder.glob(f"*-{i}.f32"):
+                path.unlink()
 
     def remove(self) -> None:
         """Ends the work."""
         self._streams.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,9 +9,10 @@ from architectures import ARCHITECTURES
 from litgpt.config import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle import fitness, head
+from litgpt_whittle import head
+from litgpt_whittle.batches import fingerprint, fixed_batches
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity, fixed_batches
+from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import Take, plan
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract, student_model
@@ -77,13 +78,10 @@ def test_batches_are_read_once_and_cut():
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(4, 10), (4, 10)]
     torch.testing.assert_close(batches[0].targets, loader()[0][:, 1:11])
     prints = {
-        fitness.fingerprint(fixed_batches(data, n, t))
-        for data in (loader(), loader()[::-1])
-        for n in (1, 2)
-        for t in (8, 9)
+        fingerprint(fixed_batches(data, n, t)) for data in (loader(), loader()[::-1]) for n in (1, 2) for t in (8, 9)
     }
     assert len(prints) == 8
-    assert fitness.fingerprint(batches) == fitness.fingerprint(fixed_batches(loader(), 2, 10))
+    assert fingerprint(batches) == fingerprint(fixed_batches(loader(), 2, 10))
 
 
 @pytest.mark.parametrize("data", [[], [{"input_ids": torch.ones(2, 5), "labels": torch.full((2, 5), -100)}]])

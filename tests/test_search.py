@@ -17,12 +17,13 @@ from litgpt.model import GPT
 from litgpt.utils import CLI, save_config
 
 from litgpt_whittle import report
+from litgpt_whittle.batches import fixed_batches
 from litgpt_whittle.bins import Bin
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity, fixed_batches
+from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import Evaluation, read_journal
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
@@ -262,6 +263,7 @@ def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, c
         ({"bin": "7B"}, "no sub-network lies in the bin .*the teacher has"),
         ({"bin": "1-50"}, "the nearest have"),
         ({"space": "coarse"}, "space must be one of"),
+        ({"fitness": "taste"}, "'taste'"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"devices": 4096}, "devices must be at most"),
         ({"devices": "some"}, "devices must be 'auto' or a number"),

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
+from litgpt.config import Config
+from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
+from litgpt_whittle.batches import calibration_windows, connect, sequence_length
+from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
+from litgpt_whittle.curves import plot_repair
+from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.repair import Repair, RepairArgs, Repaired
+from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.search_args import BatchArgs
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract, is_tied
+
+BASIS = "basis.pth"
+"""What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -28,6 +44,10 @@ def setup(
     out_dir: Path = Path("out/extract"),
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     overwrite: bool = False,
+    repair: bool | RepairArgs = False,
+    data: DataModule | None = None,
+    train: BatchArgs = BatchArgs(),
+    seed: int = 42,
 ) -> None:
     """Cut a sub-network out of a checkpoint.
 
@@ -37,6 +57,12 @@ def setup(
         out_dir: Where the student's checkpoint goes.
         dtype: Store the weights as this type; by default as the teacher stores them.
         overwrite: Replace the checkpoint in ``out_dir``.
+        repair: Fit what is cut off into what stays, in closed form: ``true``, or settings such as
+            ``--repair.refine_steps 100``.
+        data: What a repair calibrates on: the training part of any litgpt data module, or
+            ``--data HFText --data.path PATH``.
+        train: How it sees the data.
+        seed: The seed of the data's order.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     sub_network, out_dir = Path(sub_network), Path(out_dir)
@@ -49,8 +75,20 @@ def setup(
     counts = _counts(subnet, tied)
     _check_space(out_dir, max(counts["n_params"], counts.get("n_params_padded", 0)) * as_type.itemsize)
 
-    student = extract(weights, subnet, tied)
-    if dtype:
+    repaired = scratch = None
+    if repair and subnet == SubNet.full(teacher):
+        print("The sub-network is the whole teacher, so there is nothing to repair.")
+    elif repair:
+        args = RepairArgs() if repair is True else repair
+        windows = _calibration(data, checkpoint_dir, teacher, args, train, seed)
+        scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        repaired = Repair(weights, subnet, Calibration(windows, train.micro_batch_size, device), args, scratch).run()
+        subnet, student = repaired.subnet, repaired.weights
+        counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
+    if repaired is None:
+        student = extract(weights, subnet, tied)
+    if dtype or repaired:
         _convert(student, as_type)
     origin = (read_choice(sub_network).get("provenance") or {}) | {
         "teacher": teacher.name,
@@ -61,8 +99,13 @@ def setup(
         "litgpt_whittle": _version(),
     }
     choice = subnet.to_dict() | {"provenance": origin}
-    save_checkpoint(out_dir.resolve(), subnet, student, tokenizer_dir=checkpoint_dir, sub_network=choice)
+    extra = {BASIS: {"basis": repaired.basis}} if repaired else None
+    save_checkpoint(out_dir.resolve(), subnet, student, checkpoint_dir, choice, extra)
     print(_summary(subnet, counts, sub_network, out_dir))
+    if repaired:
+        plot_repair(repaired.layers, out_dir / "repair.png")
+        print(_repair_summary(repaired))
+        scratch.remove()
     if not any((out_dir / name).is_file() for name in TOKENIZER_FILES):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
 
@@ -84,14 +127,14 @@ def _check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> No
         raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 
-def _check_space(out_dir: Path, n_bytes: int) -> None:
+def _check_space(out_dir: Path, n_bytes: int, what: str = "the student") -> None:
     nearest = out_dir.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     free = shutil.disk_usage(nearest).free
     if free < n_bytes:
         raise UserError(
-            f"the student takes {_size(n_bytes)} and {str(nearest)!r} has {_size(free)} left; free some "
+            f"{what} takes {_size(n_bytes)} and {str(nearest)!r} has {_size(free)} left; free some "
             "space or choose another out_dir"
         )
 
@@ -105,6 +148,46 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     if not subnet.is_uniform:
         counts["n_params_padded"] = n_params(subnet.config, SubNet.full(subnet.config), tied)
     return counts
+
+
+def _calibration(
+    data: DataModule | None, checkpoint_dir: Path, teacher: Config, args: RepairArgs, train: BatchArgs, seed: int
+) -> torch.Tensor:
+    """The calibration tokens, shape (N, T)."""
+    if data is None:
+        raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
+    length = sequence_length(teacher, train.max_seq_length)
+    L.seed_everything(seed, verbose=False)
+    connect(data, checkpoint_dir, train.micro_batch_size, length)
+    windows = calibration_windows(data, length, args.tokens)
+    if windows.numel() < args.tokens:
+        print(f"The training data has {windows.numel():,} tokens, fewer than repair.tokens = {args.tokens:,}")
+    return windows
+
+
+def _open_scratch(
+    checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
+) -> Scratch:
+    """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
+    n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
+    # a stream of each model before and behind a block, and the teacher's within it
+    _check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    digest.update(repr([keys, tuple(windows.shape), _version()]).encode())
+    folder = out_dir.resolve()
+    return Scratch(folder.with_name(f".{folder.name}.repair"), digest.hexdigest())
+
+
+def _repair_summary(repaired: Repaired) -> str:
+    layers = repaired.layers
+    before = sum(layer.before for layer in layers) / len(layers)
+    lines = [
+        "Repaired. The student's stream differs from the teacher's, in squares, by",
+        f"  {layers[-1].after:.1%} behind the last block; a block left as cut would add up to {before:.1%} on average.",
+    ]
+    if left := sorted({name for layer in layers for name in layer.left_as_cut}):
+        lines.append(f"  Left as cut: {', '.join(left)}.")
+    return "\n".join(lines)
 
 
 def _convert(weights: Weights, dtype: torch.dtype) -> None:

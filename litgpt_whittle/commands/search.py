@@ -13,19 +13,19 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse import lazy_instance
-from litgpt import Tokenizer
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 from tqdm import tqdm
 
 from litgpt_whittle import registry, report
+from litgpt_whittle.batches import Batch, connect, fingerprint, sequence_length, validation_batches
 from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.fitness import Batch, Perplexity, fingerprint, fixed_batches
+from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import Evaluation, Journal, check_resumable, file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
@@ -46,6 +46,7 @@ def setup(
     space: SpaceName = "coarse_layerwise",
     search_space: SpaceArgs = SpaceArgs(),
     strategy: Strategy = _DEFAULT_STRATEGY,
+    fitness: str = "perplexity",
     iterations: int = 1000,
     data: DataModule | None = None,
     train: BatchArgs = BatchArgs(),
@@ -66,6 +67,7 @@ def setup(
             layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
         search_space: What may shrink, how far and in which steps.
         strategy: How to search, by its name, with its settings below it.
+        fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
         data: What candidates are scored on: the validation part of any litgpt data module, or
             ``--data HFText --data.path PATH``.
@@ -87,16 +89,19 @@ def setup(
     check_writable(out_dir)
     check_resumable(out_dir / "journal.jsonl", resume)
     teacher = check_checkpoint(checkpoint_dir)
-    seq_length = _sequence_length(teacher, train.max_seq_length)
+    seq_length = sequence_length(teacher, train.max_seq_length)
     if data is None:
         raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+    measure = registry.lookup("litgpt_whittle.fitness", fitness)
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
-    searches = [Search.begin(Space(teacher, space, bin, tied, search_space), strategy, seed) for bin in bins]
+    searches = [
+        Search.begin(Space(teacher, space, bin, tied, search_space), strategy, measure.name, seed) for bin in bins
+    ]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = L.Fabric(devices=1, precision=precision)
-    tokenizer = Tokenizer(checkpoint_dir) if _has_tokenizer(checkpoint_dir) else None
-    batches = load_batches(data, tokenizer, train.micro_batch_size, seq_length, eval.max_iters)
+    connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
+    batches = validation_batches(data, seq_length, eval.max_iters)
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "space": space,
@@ -104,6 +109,7 @@ def setup(
         "bin": [str(bin) for bin in bins],
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
+        "fitness": fitness,
         "seed": seed,
         "precision": precision,
         "micro_batch_size": train.micro_batch_size,
@@ -125,13 +131,13 @@ def setup(
     }
     with Journal(out_dir / "journal.jsonl", header, resume) as journal:
         save_hyperparameters(setup, out_dir)
-        main(fabric, checkpoint_dir, teacher, searches, batches, journal, iterations, seq_length, out_dir, settings)
+        main(fabric, checkpoint_dir, measure, searches, batches, journal, iterations, seq_length, out_dir, settings)
 
 
 def main(
     fabric: L.Fabric,
     checkpoint_dir: Path,
-    teacher: Config,
+    measure: type[Fitness],
     searches: list[Search],
     batches: list[Batch],
     journal: Journal,
@@ -141,7 +147,8 @@ def main(
     settings: dict[str, Any],
 ) -> None:
     """Scores what the strategies ask for, and reports."""
-    fitness = load_fitness(fabric, checkpoint_dir, batches, seq_length)
+    fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length)
+    teacher = fitness.model.config
 
     def save_best(search: Search, evaluation: Evaluation) -> None:
         provenance = {
@@ -160,14 +167,14 @@ def main(
         run(searches, journal, fitness, iterations, settings["seed"], save_best)
     except KeyboardInterrupt:
         stopped = True
-    write_report(teacher, journal.evaluations, out_dir)
-    if report.best_of(journal.evaluations):
+    write_report(teacher, journal.evaluations, fitness.name, out_dir)
+    if report.best_of(journal.evaluations, fitness.name):
         best = out_dir / best_name(searches[0], searches)
         print(f"Sub-networks, journal and plots are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
         print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
-    if not report.best_of(journal.evaluations):
+    if not report.best_of(journal.evaluations, fitness.name):
         raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
 
 
@@ -222,15 +229,17 @@ class Search:
 
     space: Space
     strategy: Strategy
+    score: str
+    """Which of a candidate's scores counts"""
     best: Evaluation | None = None
     n_told: int = 0
 
     @classmethod
-    def begin(cls, space: Space, strategy: Strategy, seed: int) -> Search:
+    def begin(cls, space: Space, strategy: Strategy, score: str, seed: int) -> Search:
         """A search of its own, whatever other bins are searched beside it."""
         strategy = copy.deepcopy(strategy)
         strategy.start(space, seed)
-        return cls(space, strategy)
+        return cls(space, strategy, score)
 
     def next_candidate(self) -> SubNet | None:
         """What to evaluate next; None when there is nothing left."""
@@ -238,10 +247,10 @@ class Search:
 
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> bool:
         """Takes an evaluation; says whether it is the best so far."""
-        score = evaluation.score(Perplexity.name)
+        score = evaluation.score(self.score)
         self.strategy.tell(candidate, score)
         self.n_told += 1
-        is_best = score < (math.inf if self.best is None else self.best.score(Perplexity.name))
+        is_best = score < (math.inf if self.best is None else self.best.score(self.score))
         if is_best:
             self.best = evaluation
         return is_best
@@ -249,7 +258,7 @@ class Search:
     @property
     def standing(self) -> str:
         """The best so far, for the progress bar."""
-        return f"best {self.best.score(Perplexity.name):.4g}" if self.best is not None else "none yet"
+        return f"best {self.best.score(self.score):.4g}" if self.best is not None else "none yet"
 
 
 def evaluate(
@@ -286,33 +295,15 @@ def _replay(evaluation: Evaluation, search: Search, candidate: SubNet) -> Evalua
     return evaluation
 
 
-def load_fitness(fabric: L.Fabric, checkpoint_dir: Path, batches: list[Batch], seq_length: int) -> Perplexity:
+def load_fitness(
+    fabric: L.Fabric, checkpoint_dir: Path, measure: type[Fitness], batches: list[Batch], seq_length: int
+) -> Fitness:
     """Loads the teacher as a super-network, in the precision that candidates are scored in."""
     dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
     dtype = dtypes.get(fabric._precision.precision, torch.float32)
     model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
     model.max_seq_length = seq_length
-    return Perplexity(model, batches, autocast=fabric.autocast)
-
-
-def load_batches(
-    data: DataModule, tokenizer: Tokenizer | None, batch_size: int, seq_length: int, n: int
-) -> list[Batch]:
-    """The first n validation batches of a data module, or all where it has fewer.
-
-    Raises:
-        UserError: If it has none.
-    """
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    data.prepare_data()
-    data.setup()
-    loader = data.val_dataloader()
-    if loader is None:
-        raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
-    batches = fixed_batches(loader, n, seq_length)
-    if len(batches) < n:
-        print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
-    return batches
+    return measure(model, batches, autocast=fabric.autocast)
 
 
 def best_name(search: Search, searches: list[Search]) -> str:
@@ -320,12 +311,12 @@ def best_name(search: Search, searches: list[Search]) -> str:
     return "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"
 
 
-def write_report(teacher: Config, evaluations: list[Evaluation], out_dir: Path) -> None:
+def write_report(teacher: Config, evaluations: list[Evaluation], score: str, out_dir: Path) -> None:
     """Draws the plots and prints the table."""
-    if report.best_of(evaluations):
-        report.plot_search(evaluations, out_dir / "search.png")
-        report.plot_candidates(evaluations, out_dir / "candidates.png")
-        print(report.table(teacher, evaluations))
+    if report.best_of(evaluations, score):
+        report.plot_search(evaluations, out_dir / "search.png", score)
+        report.plot_candidates(evaluations, out_dir / "candidates.png", score)
+        print(report.table(teacher, evaluations, score))
 
 
 def _check_devices(devices: int | str) -> None:
@@ -338,15 +329,3 @@ def _check_devices(devices: int | str) -> None:
         raise UserError(f"devices must be at most {available}, there are no more here, got {devices}; lower it")
     if int(devices) > 1:
         raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")
-
-
-def _sequence_length(teacher: Config, asked: int | None) -> int:
-    if asked is not None and asked > teacher.block_size:
-        raise UserError(
-            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {asked}; lower it"
-        )
-    return asked or min(teacher.block_size, 2048)
-
-
-def _has_tokenizer(checkpoint_dir: Path) -> bool:
-    return any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

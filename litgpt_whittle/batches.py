@@ -1,0 +1,136 @@
+"""Batches of text that are read once and kept: those that score candidates, and those that calibrate a repair."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.losses import IGNORE_INDEX
+from litgpt_whittle.train import split_batch
+
+
+class Batch(NamedTuple):
+    """Token ids and the tokens that follow them, each of shape (B, T)."""
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+
+def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
+    """Reads the batches that score all candidates, once, into memory.
+
+    Args:
+        loader: A validation dataloader of a litgpt data module.
+        n: How many to read; fewer when the loader has fewer.
+        max_seq_length: Tokens beyond are left out.
+
+    Raises:
+        UserError: If there is no token to predict.
+    """
+    batches = []
+    for raw in loader:
+        batch = Batch(*split_batch(raw, max_seq_length))
+        if batch.n_tokens:
+            batches.append(batch)
+        if len(batches) == n:
+            break
+    if not batches:
+        raise UserError("the validation data holds no token to predict; give more data or shorten train.max_seq_length")
+    return batches
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """Sixteen hex digits that tell batches of other tokens, or in another order or shape, apart."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sequence_length(teacher: Config, asked: int | None) -> int:
+    """The length of samples: what was asked for, else the teacher's block size, but at most 2048.
+
+    Raises:
+        UserError: If that is longer than the teacher's block.
+    """
+    if asked is not None and asked > teacher.block_size:
+        raise UserError(
+            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {asked}; lower it"
+        )
+    return asked or min(teacher.block_size, 2048)
+
+
+def connect(data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int) -> None:
+    """Readies a data module, with the checkpoint's tokenizer if it has one."""
+    has_tokenizer = any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer else None
+    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
+    data.prepare_data()
+    data.setup()
+
+
+def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
+    """The first n validation batches of a connected data module, or all where it has fewer.
+
+    Raises:
+        UserError: If it has none.
+    """
+    loader = data.val_dataloader()
+    if loader is None:
+        raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
+    batches = fixed_batches(loader, n, seq_length)
+    if len(batches) < n:
+        print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
+    return batches
+
+
+def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> torch.Tensor:
+    """The first tokens that a connected data module would train on.
+
+    Returns:
+        Token ids, shape (N, T), with N · T at least `n_tokens`, or all that there are.
+
+    Raises:
+        UserError: If there are none, or the validation data has some of the same samples.
+    """
+    windows: list[torch.Tensor] = []
+    missing = n_tokens
+    for raw in data.train_dataloader():
+        if missing <= 0:
+            break
+        windows.append(split_batch(raw, seq_length)[0])
+        missing -= windows[-1].numel()
+    if not windows:
+        raise UserError("the training data is empty, so there is nothing to calibrate a repair on; give more data")
+    length = min(ids.shape[1] for ids in windows)
+    kept = torch.cat([ids[:, :length] for ids in windows])[: -(-n_tokens // length)]
+    _check_not_validation(data, kept, seq_length)
+    return kept
+
+
+def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: int) -> None:
+    """Refuses calibration data that the student will be judged on."""
+    loader = data.val_dataloader()
+    seen = {row.numpy().tobytes() for row in windows.int()}
+    for raw in loader if loader is not None else ():
+        for row in split_batch(raw, seq_length)[0][:, : windows.shape[1]].int():
+            if row.numpy().tobytes() in seen:
+                raise UserError(
+                    "calibration data must not be validation data, and some samples are in both; "
+                    "give the data module another validation split"
+                )

@@ -1,0 +1,241 @@
+"""Repairing a cut: exact where nothing is lost, better than the cut where something is, for every architecture."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.repair import Repair, RepairArgs, Repaired
+from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import extract, student_model
+
+EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def model(config: Config, std: float = 0.3, tied: bool = False) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(config).eval().requires_grad_(False)
+    for name, parameter in gpt.named_parameters():
+        is_norm = "norm" in name or "ln_f" in name
+        torch.nn.init.normal_(parameter, mean=1.0 if is_norm and name.endswith("weight") else 0.0, std=std)
+    if tied:
+        gpt.lm_head.weight = gpt.transformer.wte.weight
+    return gpt
+
+
+def windows(config: Config, n: int = 64, length: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def repair(teacher: GPT, subnet: SubNet, folder, n: int = 64, **args) -> Repaired:
+    scratch = Scratch(folder / "scratch", "key")
+    calibration = Calibration(windows(teacher.config, n))
+    found = Repair(dict(teacher.state_dict()), subnet, calibration, RepairArgs(**args), scratch).run(progress=False)
+    scratch.remove()
+    return found
+
+
+def student_of(repaired: Repaired) -> GPT:
+    student = student_model(repaired.subnet).eval().requires_grad_(False)
+    student.load_state_dict(repaired.weights)
+    return student
+
+
+def half(config: Config) -> SubNet:
+    """Half of every dimension that can be halved, and one layer less."""
+    sizes = {"n_embd": config.n_embd // 2, "n_layer": f"0,2-{config.n_layer - 1}"}
+    if config.n_query_groups > 1:
+        sizes["n_query_groups"] = config.n_query_groups // 2
+    elif config.n_head > 1:
+        sizes["heads_per_group"] = config.n_head // 2
+    is_moe = config.mlp_class_name == "LLaMAMoE"
+    if not is_moe or config.first_k_dense_replace or config.moe_intermediate_size is None:
+        sizes["intermediate_size"] = config.intermediate_size // 2
+    if config.moe_intermediate_size is not None:
+        sizes["moe_intermediate_size"] = config.moe_intermediate_size // 2
+    return SubNet(config, **sizes)
+
+
+def distance(student: GPT, teacher: GPT) -> float:
+    """Mean squared error of the logits, but for what all of a token's logits share, on tokens not seen before."""
+    idx = windows(teacher.config, 32, seed=1)
+    off = student(idx) - teacher(idx)
+    return float((off - off.mean(-1, keepdim=True)).square().mean())
+
+
+@EACH
+@pytest.mark.parametrize("basis", ["pca", "coordinates"])
+def test_a_repaired_student_is_nearer_to_its_teacher_than_the_cut(config, basis, tmp_path):
+    teacher, subnet = model(config), half(config)
+    repaired = repair(teacher, subnet, tmp_path, basis=basis)
+    cut = student_model(subnet).eval().requires_grad_(False)
+    cut.load_state_dict(extract(teacher, subnet))
+    student = student_of(repaired)
+    assert n_params(config, repaired.subnet) == n_params(config, subnet) == sum(p.numel() for p in student.parameters())
+    assert [layer.layer for layer in repaired.layers] == list(subnet.layers)
+    assert all(math.isfinite(layer.after) for layer in repaired.layers)
+    assert distance(student, teacher) < 0.8 * distance(cut, teacher)
+
+
+def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
+    """A model, a teacher of twice its channels, neurons and groups that computes the same, and the cut between."""
+    small = model(config)
+    wide = dataclasses.replace(
+        config,
+        n_embd=2 * config.n_embd,
+        n_head=2 * config.n_head,
+        n_query_groups=2 * config.n_query_groups,
+        intermediate_size=2 * config.intermediate_size,
+    )
+    teacher = GPT(wide).eval().requires_grad_(False)
+    size, groups = config.head_size, config.n_query_groups
+    per_group = config.n_head // groups
+    weights = {}
+    for name, tensor in small.state_dict().items():
+        if name.endswith("attn.qkv.weight") or name.endswith("attn.qkv.bias"):
+            # queries, keys and values are doubled each for itself
+            parts = tensor.split([config.n_head * size, groups * size, groups * size])
+            tensor = torch.cat([torch.cat([part, part]) for part in parts])
+        elif ".fc" in name or name.endswith(("proj.weight", "proj.bias", "wte.weight")) and "wte" not in name:
+            tensor = torch.cat([tensor, tensor])
+        elif "norm" in name or "ln_f" in name:
+            tensor = torch.cat([tensor, tensor])
+        if name.endswith("weight") and tensor.ndim == 2:
+            # what reads doubled inputs takes half of each; an embedding has doubled channels instead
+            tensor = torch.cat([tensor, tensor], 1) * (1.0 if "wte" in name else 0.5)
+        weights[name] = tensor
+    assert per_group == wide.n_head // wide.n_query_groups
+    teacher.load_state_dict(weights)
+    cut = SubNet(
+        wide,
+        n_embd=config.n_embd,
+        n_query_groups=groups,
+        intermediate_size=config.intermediate_size,
+    )
+    return small, teacher, cut
+
+
+@pytest.mark.parametrize("basis", ["pca", "coordinates"])
+@pytest.mark.parametrize("name", ["pythia-14m", "Llama-3.1-8B", "yarn"])
+def test_a_cut_that_loses_nothing_is_repaired_exactly(name, basis, tmp_path):
+    config = ARCHITECTURES.get(name) or Config.from_name(
+        name, n_layer=3, n_embd=32, n_head=4, intermediate_size=24, block_size=24, vocab_size=61, padded_vocab_size=64
+    )
+    small, teacher, cut = doubled(config)
+    idx = windows(config, 8, seed=1)
+    torch.testing.assert_close(teacher(idx), small(idx), rtol=1e-4, atol=1e-4)
+    repaired = repair(teacher, cut, tmp_path, n=128, basis=basis)
+    student = student_of(repaired)
+    got, expected = (logits - logits.mean(-1, keepdim=True) for logits in (student(idx), teacher(idx)))
+    assert (got - expected).norm() < 1e-4 * expected.norm()
+    # of each pair of copies one neuron and one query group is kept
+    for i in range(len(cut)):
+        kept = repaired.subnet.layer(i)
+        assert sorted(kept.intermediate_size.indices % config.intermediate_size) == list(
+            range(config.intermediate_size)
+        )
+        assert sorted(kept.n_query_groups.indices % config.n_query_groups) == list(range(config.n_query_groups))
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher, subnet = model(config, tied=True), half(config)
+    cut = student_model(subnet).eval().requires_grad_(False)
+    cut.load_state_dict(extract(teacher, subnet))
+    for basis in ("pca", "coordinates"):
+        repaired = repair(teacher, subnet, tmp_path, basis=basis)
+        assert repaired.weights["lm_head.weight"] is repaired.weights["transformer.wte.weight"]
+        assert distance(student_of(repaired), teacher) < distance(cut, teacher)
+
+
+def test_refinement_brings_each_block_nearer(tmp_path):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher, subnet = model(config), half(config)
+    plain, refined = (repair(teacher, subnet, tmp_path, refine_steps=steps) for steps in (0, 30))
+    assert refined.layers[0].after < plain.layers[0].after
+    assert refined.layers[-1].after < plain.layers[-1].after
+
+
+def test_dropped_layers_are_stood_in_for(tmp_path):
+    """The block before a gap learns to do what the dropped ones did, the embedding what the dropped first ones did."""
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher = model(config, std=0.1)
+    for layers in ("0,2-3", "1-3"):
+        subnet = SubNet(config, n_layer=layers)
+        cut = student_model(subnet).eval().requires_grad_(False)
+        cut.load_state_dict(extract(teacher, subnet))
+        repaired = repair(teacher, subnet, tmp_path)
+        assert repaired.basis_name == "coordinates"  # no channel is cut
+        assert distance(student_of(repaired), teacher) < 0.8 * distance(cut, teacher)
+
+
+def test_an_interrupted_repair_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    config = ARCHITECTURES["Gemma-2-2b"] if "Gemma-2-2b" in ARCHITECTURES else ARCHITECTURES["Llama-3.1-8B"]
+    teacher, subnet = model(config), half(config)
+    expected = repair(teacher, subnet, tmp_path / "whole")
+    done = []
+    one = Repair._repair_layer
+
+    def dying(self, i):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(i)
+        return one(self, i)
+
+    scratch = tmp_path / "scratch"
+    with monkeypatch.context() as patch:
+        patch.setattr(Repair, "_repair_layer", dying)
+        with pytest.raises(KeyboardInterrupt):
+            repair(teacher, subnet, tmp_path)
+    monkeypatch.setattr(Repair, "_repair_layer", lambda self, i: done.append(i) or one(self, i))
+    found = repair(teacher, subnet, tmp_path)
+    assert done == list(range(len(subnet))) and not scratch.exists()
+    assert found.subnet == expected.subnet and found.layers == expected.layers
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+def test_other_work_in_the_scratch_folder_is_thrown_away(tmp_path):
+    one = Scratch(tmp_path / "s", "one")
+    one.save("basis", {"matrix": torch.ones(1)})
+    assert Scratch(tmp_path / "s", "one").load("basis") is not None
+    assert Scratch(tmp_path / "s", "two").load("basis") is None
+
+
+def test_few_tokens_are_warned_about_and_stay_near_the_cut(tmp_path):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher, subnet = model(config), half(config)
+    with pytest.warns(UserWarning, match="fewer than the 32 inputs of the widest map"):
+        repaired = repair(teacher, subnet, tmp_path, n=2)
+    assert all(math.isfinite(layer.after) for layer in repaired.layers)
+    with pytest.raises(UserError, match="at least 2 windows"):
+        repair(teacher, subnet, tmp_path, n=1)
+
+
+def test_activations_that_are_not_finite_name_their_layer(tmp_path):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher = model(config)
+    teacher.transformer.h[2].mlp.proj.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match="layer 2 gives activations that are not finite"):
+        repair(teacher, half(config), tmp_path, basis="coordinates")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"basis": "fourier"}, "repair.basis must be pca or coordinates"),
+        ({"tokens": 0}, "repair.tokens must be at least 1"),
+        ({"refine_steps": -1}, "repair.refine_steps must be 0 or more"),
+        ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(args, message):
+    with pytest.raises(UserError, match=message):
+        RepairArgs(**args)
