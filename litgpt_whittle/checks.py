@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.loggers import Logger
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
@@ -18,6 +17,7 @@ from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.processes import n_devices
 from litgpt_whittle.resume import flatten
 
 
@@ -66,14 +66,7 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     Raises:
         UserError: If there are fewer, if more than one is asked for, or if they cannot share a batch evenly.
     """
-    available = max(1, torch.cuda.device_count())
-    if devices in ("auto", -1, "-1"):
-        devices = 1
-    if not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(f"devices must be 'auto' or a number from 1, got {devices!r}; use 1")
-    devices = int(devices)
-    if devices > available:
-        raise UserError(f"devices must be at most {available}, there are no more here, got {devices}; lower it")
+    devices = 1 if devices in ("auto", -1, "-1") else n_devices(devices)
     samples = train.micro_batch_size * devices * num_nodes
     if train.global_batch_size % samples:
         raise UserError(

@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+import os
+
+import lightning as L
 import torch
 from torch import distributed
+
+from litgpt_whittle.errors import UserError
+
+
+def n_devices(asked: int | str) -> int:
+    """How many devices to use: GPUs, or processes on the CPU's cores where there are none.
+
+    Args:
+        asked: A number, or "auto": all GPUs, one process on a CPU.
+
+    Raises:
+        UserError: If there are fewer.
+    """
+    gpus = torch.cuda.device_count()
+    if asked in ("auto", -1, "-1"):
+        return max(1, gpus)
+    available, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    if not str(asked).isdigit() or int(asked) < 1:
+        raise UserError(f"devices must be 'auto' or a number from 1, got {asked!r}; use 1")
+    if int(asked) > available:
+        raise UserError(f"devices must be at most {available}, the {kind} of this machine, got {asked}; lower it")
+    return int(asked)
+
+
+def launch(n: int, precision: str = "32-true") -> L.Fabric:
+    """Starts the other processes, each of which runs this command from its beginning, and connects all of them."""
+    fabric = L.Fabric(devices=n, strategy="ddp" if n > 1 else "auto", precision=precision)
+    fabric.launch()
+    return fabric
 
 
 def rank() -> int:

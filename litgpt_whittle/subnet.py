@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -298,7 +299,8 @@ def read_choice(path: Path) -> dict[str, Any]:
 def fingerprint(config: Config) -> str:
     """Eight hex digits that tell a teacher's architecture from others, whatever its name."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "hf_config")}
-    return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:8]
+    # sorted at all depths: a YAML file does not keep the order of RoPE's settings
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _keep(name: str, value: Any, size: int) -> Keep:

@@ -26,6 +26,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.processes import launch, n_devices, rank
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.search_args import BatchArgs
@@ -47,6 +48,7 @@ def setup(
     repair: bool | RepairArgs = False,
     data: DataModule | None = None,
     train: BatchArgs = BatchArgs(),
+    devices: int | str = 1,
     seed: int = 42,
 ) -> None:
     """Cut a sub-network out of a checkpoint.
@@ -62,6 +64,7 @@ def setup(
         data: What a repair calibrates on: the training part of any litgpt data module, or
             ``--data HFText --data.path PATH``.
         train: How it sees the data.
+        devices: Devices that share a repair's calibration tokens: GPUs, or processes on a CPU's cores.
         seed: The seed of the data's order.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
@@ -75,15 +78,23 @@ def setup(
     counts = _counts(subnet, tied)
     _check_space(out_dir, max(counts["n_params"], counts.get("n_params_padded", 0)) * as_type.itemsize)
 
+    n = n_devices(devices)
+    if n > 1 and not repair:
+        raise UserError(f"only a repair is shared by several devices, got devices = {n} without one; add --repair true")
+
     repaired = scratch = None
     if repair and subnet == SubNet.full(teacher):
         print("The sub-network is the whole teacher, so there is nothing to repair.")
     elif repair:
         args = RepairArgs() if repair is True else repair
+        _check_data(data)
+        fabric = launch(n)
         windows = _calibration(data, checkpoint_dir, teacher, args, train, seed)
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        repaired = Repair(weights, subnet, Calibration(windows, train.micro_batch_size, device), args, scratch).run()
+        calibration = Calibration(windows, train.micro_batch_size, fabric.device)
+        repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
+        if rank() != 0:
+            return  # the first process has the whole student, as all have
         subnet, student = repaired.subnet, repaired.weights
         counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
     if repaired is None:
@@ -150,17 +161,20 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     return counts
 
 
-def _calibration(
-    data: DataModule | None, checkpoint_dir: Path, teacher: Config, args: RepairArgs, train: BatchArgs, seed: int
-) -> torch.Tensor:
-    """The calibration tokens, shape (N, T)."""
+def _check_data(data: DataModule | None) -> None:
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
+
+
+def _calibration(
+    data: DataModule, checkpoint_dir: Path, teacher: Config, args: RepairArgs, train: BatchArgs, seed: int
+) -> torch.Tensor:
+    """The calibration tokens, shape (N, T)."""
     length = sequence_length(teacher, train.max_seq_length)
     L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, train.micro_batch_size, length)
     windows = calibration_windows(data, length, args.tokens)
-    if windows.numel() < args.tokens:
+    if windows.numel() < args.tokens and rank() == 0:
         print(f"The training data has {windows.numel():,} tokens, fewer than repair.tokens = {args.tokens:,}")
     return windows
 

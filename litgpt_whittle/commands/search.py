@@ -28,6 +28,7 @@ from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import Evaluation, Journal, check_resumable, file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
+from litgpt_whittle.processes import n_devices
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
@@ -85,7 +86,8 @@ def setup(
     bins = parse_bins(bin)
     if iterations < 1:
         raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
-    _check_devices(devices)
+    if n_devices(devices) > 1:
+        raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")
     check_writable(out_dir)
     check_resumable(out_dir / "journal.jsonl", resume)
     teacher = check_checkpoint(checkpoint_dir)
@@ -317,15 +319,3 @@ def write_report(teacher: Config, evaluations: list[Evaluation], score: str, out
         report.plot_search(evaluations, out_dir / "search.png", score)
         report.plot_candidates(evaluations, out_dir / "candidates.png", score)
         print(report.table(teacher, evaluations, score))
-
-
-def _check_devices(devices: int | str) -> None:
-    if devices in ("auto", "-1", -1):
-        return
-    if not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(f"devices must be 'auto' or a number from 1, got {devices!r}; use 1")
-    available = max(1, torch.cuda.device_count())
-    if int(devices) > available:
-        raise UserError(f"devices must be at most {available}, there are no more here, got {devices}; lower it")
-    if int(devices) > 1:
-        raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")

@@ -1,0 +1,185 @@
+"""`litgpt extract --repair`: a repaired student as a checkpoint, by one process or several, unbroken or not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.utils import save_config
+from texts import documents, write_jsonl, write_tokenizer
+
+from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import extract as command
+from litgpt_whittle.commands.extract import setup
+from litgpt_whittle.data import HFText
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.repair import RepairArgs
+from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.subnet import SubNet
+
+TEACHER = Config.from_name(
+    "Llama-3.2-1B",
+    n_layer=4,
+    n_embd=32,
+    n_head=4,
+    n_query_groups=2,
+    intermediate_size=48,
+    block_size=32,
+    vocab_size=300,
+    padded_vocab_size=300,
+)
+HALF = SubNet(TEACHER, n_embd=16, n_layer="0,2-3", n_query_groups=1, intermediate_size=24)
+TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher, its data, and a sub-network of half its sizes."""
+    folder = tmp_path_factory.mktemp("repair")
+    write_tokenizer(folder / "teacher")
+    torch.manual_seed(0)
+    model = GPT(TEACHER)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    torch.save(model.state_dict(), folder / "teacher/lit_model.pth")
+    save_config(TEACHER, folder / "teacher")
+    write_jsonl(folder / "train.jsonl", documents(400))
+    write_jsonl(folder / "validation.jsonl", documents(40, seed=1))
+    HALF.save(folder / "half.yaml", perplexity=12.5)
+    SubNet.full(TEACHER).save(folder / "full.yaml")
+    return folder
+
+
+def data(folder, **changes) -> HFText:
+    return HFText(path=str(folder / "train.jsonl"), val_path=str(folder / "validation.jsonl"), **changes)
+
+
+def extract(folder, out_dir, sub_network="half.yaml", **changes):
+    settings = {"repair": RepairArgs(tokens=4000), "data": data(folder), "train": TRAIN} | changes
+    setup(folder / "teacher", folder / sub_network, out_dir, **settings)
+    return out_dir
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "lit_model.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def student(folder):
+    return extract(folder, folder / "student")
+
+
+def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(folder, student, tmp_path):
+    setup(folder / "teacher", folder / "half.yaml", tmp_path / "cut")
+    idx = torch.randint(0, 300, (64, 32), generator=torch.Generator().manual_seed(1))
+    logits = []
+    with torch.no_grad():
+        for path in (folder / "teacher", student, tmp_path / "cut"):
+            model = GPT(Config.from_checkpoint(path))
+            model.load_state_dict(weights(path))
+            logits.append(torch.log_softmax(model(idx), -1))
+            assert torch.equal(load_model(path)(idx), model(idx))
+    teacher, repaired, cut = logits
+    assert (repaired - teacher).square().mean() < 0.8 * (cut - teacher).square().mean()
+
+
+def test_it_says_how_it_was_repaired(folder, student, capsys, tmp_path):
+    saved = yaml.safe_load((student / "sub_network.yaml").read_text())
+    origin = saved.pop("provenance")
+    assert origin["perplexity"] == 12.5  # what the search had noted
+    assert origin["repair"]["basis"] == "pca" and origin["repair"]["tokens"] == 4000
+    # other heads and neurons than the cut's, as many of them
+    chosen = SubNet.from_dict(TEACHER, saved)
+    assert [chosen.layer(i).sizes for i in range(3)] == [HALF.layer(i).sizes for i in range(3)]
+    basis = torch.load(student / "basis.pth", weights_only=True)["basis"]
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16), rtol=1e-5, atol=1e-5)
+    assert (student / "repair.png").stat().st_size > 10_000
+    assert not (student.parent / ".student.repair").exists()
+    extract(folder, tmp_path / "s", repair=RepairArgs(tokens=4000, choose_units=False, basis="coordinates"))
+    assert SubNet.load(tmp_path / "s/sub_network.yaml", TEACHER) == HALF
+    assert "behind the last block" in capsys.readouterr().out
+
+
+def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, capsys):
+    extract(folder, tmp_path / "s", "full.yaml")
+    assert "nothing to repair" in capsys.readouterr().out
+    same = weights(tmp_path / "s")
+    assert all(torch.equal(same[name], tensor) for name, tensor in weights(folder / "teacher").items())
+
+
+def cli(folder, out_dir, *flags) -> list[str]:
+    arguments = [folder / "teacher", folder / "half.yaml", f"--out_dir={out_dir}", "--repair.tokens=4000"]
+    arguments += ["--data=HFText", f"--data.path={folder / 'train.jsonl'}"]
+    arguments += [f"--data.val_path={folder / 'validation.jsonl'}"]
+    arguments += ["--train.micro_batch_size=8", "--train.max_seq_length=32", *flags]
+    return [sys.executable, "-m", "litgpt_whittle", "extract", *map(str, arguments)]
+
+
+def test_two_processes_find_what_one_finds(folder, student, tmp_path):
+    done = subprocess.run(cli(folder, tmp_path / "two", "--devices=2"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved") == 1  # by one of them
+    one, two = weights(student), weights(tmp_path / "two")
+    assert SubNet.load(student / "sub_network.yaml", TEACHER) == SubNet.load(tmp_path / "two/sub_network.yaml", TEACHER)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_repair_goes_on_to_the_same_student(folder, student, tmp_path):
+    out_dir, scratch = tmp_path / "killed", tmp_path / ".killed.repair"
+    child = subprocess.Popen(cli(folder, out_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (scratch / "layer-0.pt").is_file() and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not out_dir.exists() and (scratch / "layer-0.pt").is_file()
+    extract(folder, out_dir)
+    expected = weights(student)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out_dir).items())
+    assert not scratch.exists()
+
+
+def test_calibration_never_sees_validation_data(folder, tmp_path):
+    texts = [" ".join(documents(10, seed)) for seed in range(50)]
+    write_jsonl(tmp_path / "train.jsonl", texts)
+    write_jsonl(tmp_path / "same.jsonl", texts[::-1])  # the same texts in another order
+    same = HFText(path=str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "same.jsonl"))
+    with pytest.raises(UserError, match="calibration data must not be validation data"):
+        extract(folder, tmp_path / "s", data=same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "a repair needs data to calibrate on"),
+        ({"train": BatchArgs(max_seq_length=64)}, "at most the teacher's block_size 32, got 64"),
+        ({"devices": 2, "repair": False}, "only a repair is shared by several devices"),
+        ({"devices": 4096}, "devices must be at most"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(folder, tmp_path, changes, message):
+    if changes.get("devices") == 2 and (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    with pytest.raises(UserError, match=message):
+        extract(folder, tmp_path / "s", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_small_for_the_streams_is_told(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: usage._replace(free=200_000))
+    with pytest.raises(UserError, match="the repair's scratch files takes .* has 0.2 MB left; free some space"):
+        extract(folder, tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_little_data_is_said(folder, tmp_path, capsys):
+    extract(folder, tmp_path / "s", repair=RepairArgs(tokens=10**6))
+    assert "fewer than repair.tokens = 1,000,000" in capsys.readouterr().out
