@@ -62,7 +62,7 @@ class Outside(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The stream before the first block, (B, T) to (B, T, n_embd)."""
         first = self.model.transformer.h[0]
-        with _stopping_at(first):
+        with stopping_at(first):
             self.model(ids)
         return first.seen[0]
 
@@ -142,22 +142,8 @@ def routing(moe: LLaMAMoE, x: torch.Tensor) -> torch.Tensor:
             handle.remove()
 
 
-class _Stop(Exception):
-    """Ends a forward pass that has shown all it should."""
-
-
-class _Probe(nn.Module):
-    """Stands in for a block: notes what it is called with, and passes the stream on."""
-
-    seen: tuple = ()
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        self.seen = args
-        return args[0]
-
-
 @contextmanager
-def _stopping_at(module: nn.Module) -> Iterator[None]:
+def stopping_at(module: nn.Module) -> Iterator[None]:
     """Ends a forward pass behind this module."""
 
     def stop(*_: object) -> None:
@@ -170,3 +156,17 @@ def _stopping_at(module: nn.Module) -> Iterator[None]:
         pass
     finally:
         handle.remove()
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown all it should."""
+
+
+class _Probe(nn.Module):
+    """Stands in for a block: notes what it is called with, and passes the stream on."""
+
+    seen: tuple = ()
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        self.seen = args
+        return args[0]

@@ -1,4 +1,4 @@
-"""What a candidate is scored by: its perplexity on fixed validation batches, without any training."""
+"""What a candidate is scored by: its perplexity on fixed validation batches, as it is cut or repaired."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.head import HeadInput, head_loss, tap_head
+from litgpt_whittle.head import HeadTap, head_loss, tap_head
+from litgpt_whittle.quick_repair import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
@@ -19,7 +21,8 @@ class Fitness(Protocol):
     """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
     It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
-    in, as `Fabric.autocast` does.
+    in, as `Fabric.autocast` does. One that has a class attribute `n_calibration` is also given so many training tokens,
+    as `calibration`, shape (N, T).
     """
 
     name: str
@@ -54,24 +57,51 @@ class Perplexity:
     @torch.inference_mode()
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Scores a sub-network: `perplexity` and `nll`, its logarithm (nats per token)."""
+        # the weights are sliced once; while it runs as a sub-network, the super-network calls the head of a model
+        # without weights of its own
+        with self.model.running(subnet, materialize=True):
+            return self._score(self.model, self.model._running.module)
+
+    def _score(self, model: GPT, owner_of_head: GPT) -> dict[str, float]:
+        """The perplexity of a model on all batches, the logits made in chunks that are thrown away."""
+        tap = tap_head(owner_of_head)
         context: AbstractContextManager = self.autocast()
-        # the weights are sliced once, the logits made in chunks that are thrown away
-        with self.model.running(subnet, materialize=True), context:
-            total = sum(self._loss(batch).double() * batch.n_tokens for batch in self.batches)
+        with context:
+            total = sum(self._loss(model, tap, batch).double() * batch.n_tokens for batch in self.batches)
         nll = float(total) / self.n_tokens
         return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
         """The mean over one batch's tokens."""
-        return head_loss(
-            self._head_input(batch.input_ids), batch.targets, softcap=self.model.config.final_logit_softcapping
-        ).ce
-
-    def _head_input(self, input_ids: torch.Tensor) -> HeadInput:
-        # while it runs as a sub-network, the super-network calls the head of a model without weights of its own
-        tap = tap_head(self.model._running.module)
         tap.tapping = True
-        self.model(input_ids)
+        model(batch.input_ids)
         caught, tap.caught = tap.caught, None
         assert caught is not None, "the sub-network's forward did not reach its head"
-        return caught
+        return head_loss(caught, batch.targets, softcap=model.config.final_logit_softcapping).ce
+
+
+class RepairedPerplexity(Perplexity):
+    """The perplexity of a candidate after a quick repair (`litgpt_whittle.quick_repair`).
+
+    Args:
+        model: The teacher.
+        batches: What to predict.
+        autocast: Gives the context to compute in.
+        calibration: Training tokens to repair on, shape (N, T).
+    """
+
+    name = "repaired_perplexity"
+    n_calibration = 32_768
+
+    def __init__(
+        self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext, *, calibration: torch.Tensor
+    ) -> None:
+        super().__init__(model, batches, autocast)
+        self.repair = QuickRepair(model, calibration)
+
+    @torch.inference_mode()
+    def __call__(self, subnet: SubNet) -> dict[str, float]:
+        """Scores a sub-network: the repaired student's `repaired_perplexity` and `nll`."""
+        student = self.repair.student(subnet)
+        scores = self._score(student, student)
+        return {self.name: scores["perplexity"], "nll": scores["nll"]}

@@ -55,8 +55,3 @@ def elimination_order(
         gone = set(going.tolist())
         alive = [unit for i, unit in enumerate(alive) if i not in gone]
     return removed
-
-
-def most_important(covariance: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, n: int) -> list[int]:
-    """The n units to keep, sorted; arguments as in `elimination_order`."""
-    return sorted(set(range(len(units))) - set(elimination_order(covariance, weight, units, n)))

@@ -65,6 +65,25 @@ class Moments:
         self.n, self.yy = int(scalars[0]), float(scalars[1])
         return self
 
+    def affine(
+        self, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor, out_bias: torch.Tensor
+    ) -> Moments:
+        """The moments of two affine functions of the inputs, of which the second is wanted from the first.
+
+        Args:
+            weight: D of the new inputs D z + d, shape (n_in', n_in).
+            bias: d, shape (n_in',).
+            out_weight: E of the new outputs E z + e, shape (n_out', n_in).
+            out_bias: e, shape (n_out',).
+        """
+        d, e, in_bias, out_bias = (x.to(self.zz.dtype) for x in (weight, out_weight, bias, out_bias))
+        new = Moments(len(in_bias), len(out_bias), self.zz.device)
+        new.n, new.z, new.y = self.n, d @ self.z + self.n * in_bias, e @ self.z + self.n * out_bias
+        half, cross = d @ self.zz, torch.outer(in_bias, d @ self.z)
+        new.zz = half @ d.T + cross + cross.T + self.n * torch.outer(in_bias, in_bias)
+        new.yz = e @ half.T + torch.outer(e @ self.z, in_bias) + torch.outer(out_bias, new.z)
+        return new
+
     def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of z zᵀ and of y zᵀ, about the means of z and y where there is an intercept."""
         zz, yz = self.zz / self.n, self.yz / self.n

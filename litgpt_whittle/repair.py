@@ -28,19 +28,21 @@ from litgpt.config import Config
 from litgpt.model import Block
 from tqdm import tqdm
 
-from litgpt_whittle.basis import Basis, Worth, is_centring, norm_weight, readers, set_norm_weight, standardised
+from litgpt_whittle.basis import Basis, Worth, is_centring, readers, standardised
 from litgpt_whittle.blocks import Outside, load_block, run_block
 from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.cut import cut_block, cut_outside
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier
-from litgpt_whittle.repair_block import BlockRepair, Streams, cut_block
+from litgpt_whittle.readers import fit_head, fit_tied_norm
+from litgpt_whittle.repair_block import BlockRepair, Streams
 from litgpt_whittle.scratch import Scratch, Stream
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
-from litgpt_whittle.units import UnitChooser
+from litgpt_whittle.units import choose_units, maps_to_choose_for
 
 
 @dataclass
@@ -144,7 +146,8 @@ class Repair:
         """Repairs all of it."""
         self.theirs = self._outside(self.teacher, self._outer_weights())
         self.basis = self._find_basis()
-        self.ours = self._outside(self.subnet.config, self._cut_outer_weights())
+        cut = cut_outside(self.teacher, self._outer_weights(), self.basis, self.tied)
+        self.ours = self._outside(self.subnet.config, cut)
         layers = list(self._finished())
         self._begin_streams(len(layers))
         bar = tqdm(total=len(self.subnet), desc="repair", unit="layer", disable=not progress, initial=len(layers))
@@ -192,22 +195,6 @@ class Repair:
             for name, tensor in self.weights.items()
             if not name.startswith("transformer.h.")
         }
-
-    def _cut_outer_weights(self) -> Weights:
-        """The same as they are cut, in the student's basis."""
-        wide = self._outer_weights()
-        embedding = self.basis.project(wide["transformer.wte.weight"])
-        if self.teacher.scale_embeddings:  # litgpt multiplies by the square root of each model's own width
-            embedding = embedding * math.sqrt(self.teacher.n_embd / self.n_embd)
-        weights = {"transformer.wte.weight": embedding.contiguous()}
-        for name, tensor in wide.items():
-            if name.startswith("transformer.ln_f.") or name == "lm_head.weight":
-                weights[name] = self.basis.project(tensor).contiguous()
-            elif name == "lm_head.bias":
-                weights[name] = tensor
-        if self.tied:
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        return weights
 
     def _outside(self, config: Config, weights: Weights) -> Outside:
         return Outside(config, weights, self.calibration.shape[1], self.device)
@@ -338,16 +325,19 @@ class Repair:
         """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
-        chooser = UnitChooser(self.subnet, i, teacher, self.basis, self.calibration) if self.args.choose_units else None
-        wanted = [] if streams.middle is None else ["norm_2"]
+        chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
+        moments = {name: Moments(teacher.get_submodule(name).in_features, 0, self.device) for name in chosen}
         for batch in self.calibration.batches:
             stream = streams.teacher[batch].to(self.device)
-            inputs = wanted + (chooser.wanted(batch) if chooser else [])
-            seen = run_block(teacher, stream, self.theirs.block_args[layer], inputs)
+            # sixteen tokens for each input suffice to choose, from the beginning of the data
+            n_before = batch.start * self.calibration.shape[1]
+            wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
+            inside = [] if streams.middle is None else ["norm_2"]
+            seen = run_block(teacher, stream, self.theirs.block_args[layer], inside + wanted)
             if streams.middle is not None:
                 streams.middle[batch] = seen["norm_2"]
-            if chooser:
-                chooser.add(seen)
+            for name in wanted:
+                moments[name].add(seen[name], no_outputs(seen[name]))
             streams.ahead[batch] = seen["out"]
             if not torch.isfinite(seen["out"]).all():
                 raise UserError(
@@ -356,7 +346,11 @@ class Repair:
                 )
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
-        return chooser.choose() if chooser else self.subnet.layer(i)
+        covariances = {
+            name: sums.over_processes().covariances(teacher.get_submodule(name).bias is not None)[0]
+            for name, sums in moments.items()
+        }
+        return choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
 
     # behind the last layer --------------------------------------------------------------------------------------------
 
@@ -374,37 +368,11 @@ class Repair:
 
         moments = self.calibration.moments(self.n_embd, self.teacher.n_embd, pair)
         if self.tied:
-            self._repair_tied_head(moments[0] + moments[1])
+            fit_tied_norm(ours.norm, ours.embedding, theirs.embedding, moments[0] + moments[1])
         else:
-            head, bias = theirs.head.weight, ours.head.bias
-            # a softmax does not see what all logits have in common
-            centred = (head - head.mean(0)).to(moments[0].zz.dtype)
             anchor = self.basis.reconstruction(theirs.norm, moments[0])
-            found = fit(*moments, anchor, bias is not None, centred.T @ centred, self.ridges)
-            ours.head.weight.copy_(head @ found.weight.to(head.dtype))
-            if bias is not None:
-                bias.copy_(theirs.head.bias + head @ found.bias.to(head.dtype))
+            fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
         return dict(ours.model.state_dict())
-
-    def _repair_tied_head(self, moments: Moments) -> None:
-        """The head is the embedding, so only the weight w of the final norm is free: least squares over w alone.
-
-        With E the student's embedding, V the teacher's, z and y their final normalised streams, ‖E diag(w) z − V y‖² is
-        least where (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ).
-        """
-        norm = self.ours.norm
-        if norm_weight(norm) is None:
-            return
-        dtype = moments.zz.dtype
-        ours, theirs = (outside.head.weight.to(dtype) for outside in (self.ours, self.theirs))
-        zz, yz = moments.covariances(intercept=False)
-        gram = (ours.T @ ours) * zz
-        right = ((ours.T @ theirs) @ yz).diagonal()
-        factor = torch.linalg.solve(gram + 1e-6 * torch.diag(gram.diagonal().clamp_min(1e-30)), right)
-        if torch.isfinite(factor).all():
-            set_norm_weight(norm, norm_weight(norm) * factor.to(norm.weight.dtype))
-            if getattr(norm, "bias", None) is not None:
-                norm.bias.mul_(factor.to(norm.bias.dtype))
 
     def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
         """The sub-network with the units that were chosen."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from litgpt.model import Block
 from torch import nn
 
 from litgpt_whittle.basis import Basis, norm_weight, set_norm_weight
-from litgpt_whittle.blocks import input_of, load_block, routing, run_block
+from litgpt_whittle.blocks import input_of, routing, run_block
 from litgpt_whittle.calibration import Batch, Calibration
-from litgpt_whittle.index_plan import Plan, axes_of, layer_plan
+from litgpt_whittle.cut import linear_names
+from litgpt_whittle.index_plan import Plan
 from litgpt_whittle.least_squares import Fit, Moments, fit
 from litgpt_whittle.processes import add_up
+from litgpt_whittle.readers import fit_readers
 from litgpt_whittle.scratch import Stream
-from litgpt_whittle.subnet import LayerKeep, SubNet
 
 Pair = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 """Gives the inputs and the outputs that are wanted of a linear map, on a batch"""
@@ -35,25 +35,6 @@ class Streams:
     """The teacher's before the block's MLP; None where attention and MLP read the same stream"""
     ahead: Stream
     """The teacher's behind the block, and behind the dropped ones that follow it"""
-
-
-def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher: Block) -> tuple[Block, Plan]:
-    """A student's block as it is cut, in the student's basis, and what it takes of the teacher's block."""
-    takes = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
-    tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
-    weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in takes.items()}
-    block = load_block(subnet.layer_config(index), index, weights)
-    if not basis.is_coordinates:
-        for name in ("norm_1", "norm_2", "post_attention_norm", "post_mlp_norm"):
-            if getattr(teacher, name, None) is not None:
-                basis.turn_norm(getattr(teacher, name), getattr(block, name))
-        for name in linear_names(takes, "writing"):
-            take, module = takes[f"{name}.weight"], block.get_submodule(name)
-            wide = teacher.get_submodule(take.name.removesuffix(".weight"))
-            module.weight.copy_(basis.matrix @ wide.weight[:, _on(take.index[1], wide.weight)])
-            if module.bias is not None:
-                module.bias.copy_(basis.matrix @ wide.bias)
-    return block, takes
 
 
 class BlockRepair:
@@ -137,10 +118,9 @@ class BlockRepair:
     # maps that read the stream ----------------------------------------------------------------------------------------
 
     def _read(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> None:
-        """Fits all maps of `attn` or `mlp` that read the normalised stream.
+        """Fits all maps of `attn` or `mlp` that read the stream.
 
-        Their pre-activations are linear in the teacher's normalised stream, so one regression of that on the student's
-        serves all of them. Experts share it too, which gives each of them more tokens than are routed to it.
+        Experts share one regression too, which gives each of them more tokens than are routed to it.
         """
         inside = part == "mlp" and not self.is_parallel
 
@@ -151,25 +131,12 @@ class BlockRepair:
 
         n_out, n_in = self.basis.matrix.shape[1], self.basis.matrix.shape[0]
         moments = self.calibration.moments(n_in, n_out, pair)
-        rows = {name: self._rows(name) for name in linear_names(self.takes, "reading") if name.startswith(part)}
-        wide = torch.cat([weight for weight, _ in rows.values()]).to(moments[0].zz.dtype)
-        metric, anchor = wide.T @ wide, self.basis.reconstruction(teacher_norm, moments[0])
-        found: dict[bool, Fit] = {}
-        for name, (weight, bias) in rows.items():
-            module = self.block.get_submodule(name)
-            intercept = bias is not None
-            if intercept not in found:
-                found[intercept] = fit(*moments, anchor, intercept, metric, self.ridges)
-            module.weight.copy_(weight @ found[intercept].weight.to(weight.dtype))
-            if intercept:
-                module.bias.copy_(bias + weight @ found[intercept].bias.to(weight.dtype))
+        anchor = self.basis.reconstruction(teacher_norm, moments[0])
 
-    def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's weight and bias in the place of a map of the student, at the kept rows."""
-        take = self.takes[f"{name}.weight"]
-        wide = self.teacher.get_submodule(take.name.removesuffix(".weight"))
-        rows, bias = _on(take.index[0], wide.weight), getattr(wide, "bias", None)
-        return wide.weight[rows], None if bias is None else bias[rows]
+        def find(intercept: bool, metric: torch.Tensor) -> Fit:
+            return fit(*moments, anchor, intercept, metric, self.ridges)
+
+        fit_readers(self.block, self.takes, self.teacher, part, find)
 
     # maps that write to the stream ------------------------------------------------------------------------------------
 
@@ -282,19 +249,3 @@ class BlockRepair:
 
     def _on_device(self, stream: Stream, batch: Batch) -> torch.Tensor:
         return stream[batch].to(self.calibration.device)
-
-
-def linear_names(takes: Plan, kind: Literal["reading", "writing", "inner"]) -> list[str]:
-    """The linear maps of a block that read the stream, write to it, or do neither."""
-    names = []
-    for name, take in takes.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and len(take.index) == 2:
-            out, inn = axes_of(module)
-            if kind == ("reading" if inn == "n_embd" else "writing" if out == "n_embd" else "inner"):
-                names.append(module)
-    return names
-
-
-def _on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
-    return index if isinstance(index, slice) else index.to(like.device)

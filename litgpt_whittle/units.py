@@ -9,84 +9,81 @@ import numpy as np
 import torch
 from litgpt.model import Block
 
-from litgpt_whittle.basis import Basis
-from litgpt_whittle.calibration import Batch, Calibration
-from litgpt_whittle.importance import most_important
+from litgpt_whittle.importance import elimination_order
 from litgpt_whittle.index_plan import kept_indices
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.subnet import LayerKeep, SubNet
 
+Orders = dict[tuple[str, bytes], list[int]]
+"""Units in the order in which they are best removed, by the map that reads them and the columns that they have in it"""
 
-class UnitChooser:
-    """Chooses as many units as a layer is to keep, from the moments of what its writing maps read.
+
+def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:
+    """The writing maps of a student's layer whose inputs are cut."""
+    keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
+    maps = []
+    if (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group):
+        maps.append("attn.proj")
+    # experts are not chosen between here: which one runs depends on the token
+    if keep.n_expert is None and keep.intermediate_size != full.intermediate_size:
+        maps.append("mlp.proj")
+    return maps
+
+
+def choose_units(
+    subnet: SubNet,
+    index: int,
+    teacher: Block,
+    covariances: Mapping[str, torch.Tensor],
+    basis: torch.Tensor | None = None,
+    orders: Orders | None = None,
+) -> LayerKeep:
+    """Chooses as many units of each kind as a student's layer keeps.
 
     Args:
         subnet: What is to be kept, of which only the numbers count.
         index: The student's layer.
         teacher: The teacher's block behind it.
-        basis: The student's channels, whose errors count.
-        calibration: What the teacher's block is run on.
+        covariances: Of what these writing maps of the teacher read, shape (n_in, n_in); a choice is made for each.
+        basis: The student's channels, whose errors count, shape (n_embd_student, n_embd); all channels if None.
+        orders: Remembers whole orders from one call to the next, for callers that try many numbers of units.
     """
+    keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
 
-    def __init__(self, subnet: SubNet, index: int, teacher: Block, basis: Basis, calibration: Calibration) -> None:
-        self.subnet, self.teacher, self.basis, self.calibration = subnet, teacher, basis, calibration
-        self.keep, self.full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
-        keep, full = self.keep, self.full
-        heads_are_cut = (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group)
-        # experts are not chosen between here: which one runs depends on the token
-        neurons_are_cut = keep.n_expert is None and keep.intermediate_size != full.intermediate_size
-        self.moments = {
-            name: Moments(teacher.get_submodule(name).in_features, 0, calibration.device)
-            for name, is_cut in (("attn.proj", heads_are_cut), ("mlp.proj", neurons_are_cut))
-            if is_cut
-        }
-
-    def wanted(self, batch: Batch) -> list[str]:
-        """Whose inputs are still wanted: sixteen tokens for each suffice, from the beginning of the data."""
-        _, length = self.calibration.shape
-        return [name for name, moments in self.moments.items() if batch.start * length < 16 * len(moments.z)]
-
-    def add(self, seen: Mapping[str, torch.Tensor]) -> None:
-        """Takes the inputs of modules by name."""
-        for name, moments in self.moments.items():
-            if name in seen:
-                moments.add(seen[name], no_outputs(seen[name]))
-
-    def choose(self) -> LayerKeep:
-        """The layer's units, as many of each kind as it is to keep."""
-        keep = self.keep
-        for moments in self.moments.values():
-            moments.over_processes()
-        if "attn.proj" in self.moments:
-            groups = self._best("attn.proj", self._groups(), len(keep.n_query_groups))
-            within = self._best("attn.proj", self._heads_within(groups), len(keep.heads_per_group))
-            keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=within)
-        if "mlp.proj" in self.moments:
-            neurons = np.arange(len(self.full.intermediate_size))[:, None]
-            kept = self._best("mlp.proj", neurons, len(keep.intermediate_size))
-            keep = dataclasses.replace(keep, intermediate_size=kept)
-        return keep
-
-    def _best(self, name: str, units: np.ndarray, n: int) -> Keep:
-        """The best n of the units, each a row of the columns that it has in a writing map."""
+    def best(name: str, units: np.ndarray, n: int) -> Keep:
+        """The best n of the units, each a row of the columns that it has in a map."""
         if n == len(units):
             return Keep(n)
-        module = self.teacher.get_submodule(name)
-        columns = torch.from_numpy(units.ravel()).to(module.weight.device)
-        covariance = self.moments[name].covariances(module.bias is not None)[0][columns][:, columns]
-        weight = self.basis.matrix @ module.weight[:, columns]
-        places = torch.arange(len(columns), device=columns.device).view(units.shape)
-        return Keep(np.array(most_important(covariance, weight, places, n)))
+        key = (name, units.tobytes())
+        if orders is not None and key in orders:
+            removed = orders[key]
+        else:
+            weight = teacher.get_submodule(name).weight
+            columns = torch.from_numpy(units.ravel()).to(weight.device)
+            weight = weight[:, columns].float()
+            places = torch.arange(len(columns), device=weight.device).view(units.shape)
+            removed = elimination_order(
+                covariances[name][columns][:, columns],
+                weight if basis is None else basis @ weight,
+                places,
+                n_keep=n if orders is None else 0,
+            )
+            if orders is not None:
+                orders[key] = removed
+        return Keep(np.setdiff1d(np.arange(len(units)), removed[: len(units) - n]))
 
-    def _groups(self) -> np.ndarray:
-        """Columns of the attention's output map, a row per query group."""
-        return np.stack([self._columns(Keep([g]), self.full.heads_per_group) for g in self.full.n_query_groups.indices])
+    def columns(groups: Keep, heads: Keep) -> np.ndarray:
+        of = dataclasses.replace(full, n_query_groups=groups, heads_per_group=heads)
+        return kept_indices(subnet.teacher, 0, subnet.head_cut.dims, of)["attention"]
 
-    def _heads_within(self, groups: Keep) -> np.ndarray:
-        """The same per place of a head within these groups, which is kept or dropped in all of them."""
-        return np.stack([self._columns(groups, Keep([h])) for h in self.full.heads_per_group.indices])
-
-    def _columns(self, groups: Keep, heads: Keep) -> np.ndarray:
-        keep = dataclasses.replace(self.full, n_query_groups=groups, heads_per_group=heads)
-        return kept_indices(self.subnet.teacher, 0, self.subnet.head_cut.dims, keep)["attention"]
+    if "attn.proj" in covariances:
+        rows = [columns(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
+        groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
+        # a head's place within its group is kept or dropped in all of them
+        rows = [columns(groups, Keep([head])) for head in full.heads_per_group.indices]
+        heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
+        keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)
+    if "mlp.proj" in covariances:
+        neurons = best("mlp.proj", np.arange(len(full.intermediate_size))[:, None], len(keep.intermediate_size))
+        keep = dataclasses.replace(keep, intermediate_size=neurons)
+    return keep

@@ -19,7 +19,7 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 from tqdm import tqdm
 
 from litgpt_whittle import registry, report
-from litgpt_whittle.batches import Batch, connect, fingerprint, sequence_length, validation_batches
+from litgpt_whittle.batches import Batch, calibration_windows, connect, fingerprint, sequence_length, validation_batches
 from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
@@ -102,8 +102,11 @@ def setup(
     ]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = L.Fabric(devices=1, precision=precision)
+    L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
     batches = validation_batches(data, seq_length, eval.max_iters)
+    n_calibration = getattr(measure, "n_calibration", 0)
+    calibration = calibration_windows(data, seq_length, n_calibration) if n_calibration else None
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "space": space,
@@ -128,28 +131,26 @@ def setup(
             "batches": len(batches),
             "tokens": sum(batch.n_tokens for batch in batches),
             "fingerprint": fingerprint(batches),
+            "calibration": None if calibration is None else fingerprint([(calibration,)]),
         },
         "settings": settings,
     }
     with Journal(out_dir / "journal.jsonl", header, resume) as journal:
         save_hyperparameters(setup, out_dir)
-        main(fabric, checkpoint_dir, measure, searches, batches, journal, iterations, seq_length, out_dir, settings)
+        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, calibration)
+        main(fitness, checkpoint_dir, searches, journal, iterations, out_dir, settings)
 
 
 def main(
-    fabric: L.Fabric,
+    fitness: Fitness,
     checkpoint_dir: Path,
-    measure: type[Fitness],
     searches: list[Search],
-    batches: list[Batch],
     journal: Journal,
     iterations: int,
-    seq_length: int,
     out_dir: Path,
     settings: dict[str, Any],
 ) -> None:
     """Scores what the strategies ask for, and reports."""
-    fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length)
     teacher = fitness.model.config
 
     def save_best(search: Search, evaluation: Evaluation) -> None:
@@ -298,14 +299,20 @@ def _replay(evaluation: Evaluation, search: Search, candidate: SubNet) -> Evalua
 
 
 def load_fitness(
-    fabric: L.Fabric, checkpoint_dir: Path, measure: type[Fitness], batches: list[Batch], seq_length: int
+    fabric: L.Fabric,
+    checkpoint_dir: Path,
+    measure: type[Fitness],
+    batches: list[Batch],
+    seq_length: int,
+    calibration: torch.Tensor | None,
 ) -> Fitness:
     """Loads the teacher as a super-network, in the precision that candidates are scored in."""
     dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
     dtype = dtypes.get(fabric._precision.precision, torch.float32)
     model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
     model.max_seq_length = seq_length
-    return measure(model, batches, autocast=fabric.autocast)
+    wanted = {} if calibration is None else {"calibration": calibration}
+    return measure(model, batches, autocast=fabric.autocast, **wanted)
 
 
 def best_name(search: Search, searches: list[Search]) -> str:

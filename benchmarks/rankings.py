@@ -1,0 +1,114 @@
+"""What predicts a student's place after training: its perplexity as cut, or after a repair from moments?
+
+Draws sub-networks of one bin, repairs each (`litgpt extract --repair`), trains each on a million tokens, and compares
+three rankings by Kendall's τ: perplexity as cut, perplexity repaired from the teacher's moments, perplexity after
+training. Finished students are kept, so that an interrupted run goes on.
+
+    python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from students import Data, litgpt, train_settings, val_losses
+
+from litgpt_whittle import SubNet, load_model, n_params
+from litgpt_whittle.batches import calibration_windows, connect, validation_batches
+from litgpt_whittle.bins import parse_bins
+from litgpt_whittle.space import Space
+
+OUT = Path("out/rankings")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Data.add_arguments(parser)
+    parser.add_argument("--n", type=int, default=40, help="sub-networks")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
+    parser.add_argument("--share", default="1/2", help="this process trains every second student, from the first one")
+    parser.add_argument("--only", choices=("train", "score"), help="do only this part")
+    args = parser.parse_args()
+    data = Data(args)
+    subnets = draw(data, args.n)
+    first, step = map(int, args.share.split("/"))
+    if args.only != "score":
+        for i in list(range(args.n))[first - 1 :: step]:
+            train(data, subnets[i], i, args.tokens)
+    if args.only != "train":
+        score(data, subnets)
+
+
+def draw(data: Data, n: int) -> list[SubNet]:
+    """Random sub-networks of a third of the teacher's size, of the default space."""
+    teacher = data.config
+    third = n_params(teacher, SubNet.full(teacher)) // 3
+    (bin,) = parse_bins(f"{third}±5%")
+    space, rng = Space(teacher, "coarse_layerwise", bin), np.random.default_rng(0)
+    return [space.sample(rng) for _ in range(n)]
+
+
+def train(data: Data, subnet: SubNet, i: int, tokens: int) -> None:
+    """Repairs and trains one student, if that is not done yet."""
+    folder = OUT / f"{i:02d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "student/lit_model.pth").is_file():
+        subnet.save(folder / "sub_network.yaml")
+        flags = ["--repair.tokens=32768", *data.flags(batch=16)]
+        litgpt("extract", data.teacher, folder / "sub_network.yaml", f"--out_dir={folder / 'student'}", *flags)
+    if not (folder / "trained/final/lit_model.pth").is_file():
+        settings = train_settings(folder / "train.yaml", data, tokens, lr=1e-3, every=10_000)
+        start = f"--initial_checkpoint_dir={folder / 'student'}"
+        litgpt("distill", f"--config={settings}", start, f"--out_dir={folder / 'trained'}")
+
+
+def score(data: Data, subnets: list[SubNet]) -> None:
+    """The rankings before training, and how they agree with the one after it."""
+    from scipy.stats import kendalltau
+
+    from litgpt_whittle.fitness import Perplexity
+    from litgpt_whittle.quick_repair import RepairedPerplexity
+
+    torch.set_num_threads(1)
+    module = data.module()
+    connect(module, data.teacher, 16, data.config.block_size)
+    batches = validation_batches(module, data.config.block_size, 8)
+    windows = calibration_windows(module, data.config.block_size, RepairedPerplexity.n_calibration)
+    model = load_model(data.teacher, "SuperGPT")
+    model.max_seq_length = data.config.block_size
+    columns: dict[str, list[float]] = {"as cut": [], "repaired from moments": [], "repaired": [], "trained": []}
+    cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
+    for i, subnet in enumerate(subnets):
+        losses = val_losses(OUT / f"{i:02d}/trained")
+        for name, loss in zip(
+            columns, (cut(subnet)["nll"], repaired(subnet)["nll"], losses[0][1], losses[-1][1]), strict=True
+        ):
+            columns[name].append(loss)
+    (OUT / "losses.json").write_text(json.dumps(columns))
+    print(f"{'validation NLL':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
+    for name, losses in columns.items():
+        tau = kendalltau(losses, columns["trained"]).statistic
+        print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{tau:>30.2f}")
+    print(f"tau of as cut with repaired from moments: {kendalltau(*list(columns.values())[:2]).statistic:.2f}")
+    plot(columns)
+
+
+def plot(columns: dict[str, list[float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, name in zip(axes, ("as cut", "repaired from moments")):
+        ax.scatter(columns[name], columns["trained"], s=18)
+        ax.set(xlabel=f"NLL {name}, before training")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("NLL after training")
+    figure.suptitle("Sub-networks of one bin: what predicts their place after training?")
+    figure.savefig(OUT / "rankings.png", dpi=120)
+    print(f"Picture: {OUT / 'rankings.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What the benchmarks that train students share: the teacher with its text, litgpt's commands, settings, losses."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from litgpt.config import Config
+
+from litgpt_whittle.data import HFText
+
+
+class Data:
+    """A teacher, the text that it was trained on, and text that it was not."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.teacher, self.train, self.validation = args.teacher, args.train, args.validation
+        self.config = Config.from_checkpoint(self.teacher)
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--teacher", type=Path, required=True, help="a litgpt checkpoint")
+        parser.add_argument("--train", type=Path, required=True, help="what it was trained on")
+        parser.add_argument("--validation", type=Path, required=True, help="what it was not")
+
+    def module(self, seed: int = 42) -> HFText:
+        return HFText(path=str(self.train), val_path=str(self.validation), seed=seed)
+
+    def flags(self, batch: int, seed: int = 42) -> list[str]:
+        """The same for a command line."""
+        flags = ["--data=HFText", f"--data.path={self.train}", f"--data.val_path={self.validation}"]
+        return [*flags, f"--data.seed={seed}", f"--train.micro_batch_size={batch}"]
+
+
+def litgpt(*arguments: str | Path) -> str:
+    """Runs a litgpt command and gives what it printed; stops where it fails."""
+    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+    command = [str(Path(sys.executable).with_name("litgpt")), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout[-3000:]}\nlitgpt {arguments[0]} failed with exit code {done.returncode}")
+    return done.stdout
+
+
+def train_settings(
+    path: Path, data: Data, tokens: int, lr: float, every: int, seed: int = 42, config: Config | None = None
+) -> Path:
+    """Writes the YAML of a plain training run (`distill.beta` 0), of random weights where there is a `config`."""
+    settings = {
+        "precision": "32-true",
+        "logger_name": "csv",
+        "compile": False,
+        "seed": seed,
+        "devices": 1,
+        "resume": "auto",
+        "tokenizer_dir": str(data.teacher),
+        "data": {
+            "class_path": "HFText",
+            "init_args": {"path": str(data.train), "val_path": str(data.validation), "seed": seed},
+        },
+        "distill": {"beta": 0},
+        "train": {
+            "save_interval": 400,
+            "log_interval": 50,
+            "global_batch_size": 16,
+            "micro_batch_size": 16,
+            "max_tokens": tokens,
+            "lr_warmup_steps": 20,
+            "max_norm": 1.0,
+            "min_lr": 1e-4,
+        },
+        "eval": {"interval": every, "max_iters": 1000, "initial_validation": True},
+        "optimizer": {
+            "class_path": "torch.optim.AdamW",
+            "init_args": {"lr": lr, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+        },
+    }
+    if config is not None:
+        settings["model_config"] = {k: v for k, v in vars(config).items() if k not in ("rope_n_elem", "norm_class")}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def val_losses(out_dir: Path) -> list[tuple[int, float]]:
+    """Tokens and validation loss of a run, in their order."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]

@@ -1,0 +1,133 @@
+"""Repairs from moments alone: exact where nothing is lost, better than the cut for every architecture."""
+
+import math
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from hypothesis import given
+from hypothesis import strategies as st
+from litgpt.config import Config
+from test_repair import distance, doubled, half, model, windows
+
+from litgpt_whittle.basis import Basis
+from litgpt_whittle.batches import Batch
+from litgpt_whittle.fitness import Perplexity, RepairedPerplexity
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.least_squares import Moments, no_outputs
+from litgpt_whittle.quick_repair import QuickRepair, normalised
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+
+PYTHIA = Config.from_name(
+    "pythia-14m",
+    n_layer=3,
+    n_embd=32,
+    n_head=4,
+    intermediate_size=24,
+    block_size=24,
+    vocab_size=61,
+    padded_vocab_size=64,
+)
+EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def super_gpt(teacher) -> SuperGPT:
+    net = SuperGPT(teacher.config).eval().requires_grad_(False)
+    net.load_state_dict(teacher.state_dict())
+    if teacher.lm_head.weight is teacher.transformer.wte.weight:
+        net.lm_head.weight = net.transformer.wte.weight
+    return net
+
+
+def cut_of(teacher, subnet):
+    cut = student_model(subnet).eval().requires_grad_(False)
+    cut.load_state_dict(extract(teacher, subnet))
+    return cut
+
+
+@EACH
+def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
+    teacher = model(config, std=0.1)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    net = super_gpt(teacher)
+    repair = QuickRepair(net, windows(config))
+    fewer_channels = SubNet(config, n_embd=config.n_embd * 3 // 4)
+    for subnet, factor in ((fewer_channels, 0.9), (half(config), math.inf)):
+        student = repair.student(subnet)
+        assert sum(p.numel() for p in student.parameters()) == n_params(config, subnet)
+        assert distance(student, teacher) < factor * distance(cut_of(teacher, subnet), teacher)
+    # making students changes nothing about the teacher
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@EACH
+def test_the_whole_teacher_stays_as_it_is(config):
+    teacher, idx = model(config), windows(config, 4, seed=1)
+    student = QuickRepair(super_gpt(teacher), windows(config)).student(SubNet.full(config))
+    off = student(idx) - teacher(idx)
+    assert (off - off.mean(-1, keepdim=True)).norm() < 1e-2 * teacher(idx).norm()
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "Llama-3.1-8B"])
+def test_a_cut_that_loses_nothing_is_repaired_exactly(name):
+    _, teacher, cut = doubled(ARCHITECTURES.get(name) or PYTHIA)
+    idx = windows(teacher.config, 8, seed=1)
+    student = QuickRepair(super_gpt(teacher), windows(teacher.config, 128)).student(cut)
+    got, expected = (logits - logits.mean(-1, keepdim=True) for logits in (student(idx), teacher(idx)))
+    assert (got - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_tied_embeddings_stay_tied():
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher = model(config, tied=True)
+    student = QuickRepair(super_gpt(teacher), windows(config)).student(half(config))
+    assert student.lm_head.weight is student.transformer.wte.weight
+    assert distance(student, teacher) < distance(cut_of(teacher, half(config)), teacher)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 6))
+def test_moments_of_affine_functions_are_those_of_their_values(seed, n_in, n_out):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 4, generator=random, dtype=torch.float64)
+    weight, out = (torch.randn(n, 4, generator=random, dtype=torch.float64) for n in (n_in, n_out))
+    bias, out_bias = (torch.randn(n, generator=random, dtype=torch.float64) for n in (n_in, n_out))
+    plain = Moments(4, 0)
+    plain.add(x, no_outputs(x))
+    expected = Moments(n_in, n_out)
+    expected.add(x @ weight.T + bias, x @ out.T + out_bias)
+    got = plain.affine(weight, bias, out, out_bias)
+    for name in ("n", "z", "y", "zz", "yz"):
+        torch.testing.assert_close(torch.as_tensor(getattr(got, name)), torch.as_tensor(getattr(expected, name)))
+
+
+def test_a_norm_over_all_channels_is_met_exactly():
+    """Where no channel is cut, the moments are those of the norm's own outputs."""
+    config = PYTHIA
+    norm = config.norm_class(32, eps=config.norm_eps)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(50, 32)
+    standard = Moments(32, 0)
+    plain = torch.nn.functional.layer_norm(x, (32,), eps=config.norm_eps)
+    standard.add(plain, no_outputs(x))
+    got = normalised(standard, Basis.coordinates(torch.arange(32), 32), norm, norm)
+    expected = Moments(32, 32)
+    expected.add(norm(x).detach(), norm(x).detach())
+    torch.testing.assert_close(got.zz, expected.zz, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.yz, expected.yz, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fitness_is_the_perplexity_of_the_repaired_student():
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    net = super_gpt(model(config))
+    ids = windows(config, 8, 17, seed=3)
+    batches = [Batch(ids[:, :-1], ids[:, 1:])]
+    fitness = RepairedPerplexity(net, batches, calibration=windows(config))
+    student = fitness.repair.student(half(config))
+    expected = torch.nn.functional.cross_entropy(student(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    scores = fitness(half(config))
+    assert scores["nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert scores == fitness(half(config))  # nothing is left over from one candidate to the next
+    full = SubNet.full(config)
+    assert fitness(full)["nll"] == pytest.approx(Perplexity(net, batches)(full)["nll"], rel=1e-2)
