@@ -40,19 +40,20 @@ SHORT = {"characters": 2_000_000, "teacher": 300_000, "student": 100_000, "itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a small teacher and a short search, in 2 minutes")
-    parser.add_argument("--teacher", type=Path, help="a litgpt checkpoint to use instead of training one")
-    parser.add_argument("--train", type=Path, help="what that teacher was trained on: JSON lines, parquet or text")
-    parser.add_argument("--validation", type=Path, help="and what it was not")
+    parser.add_argument("--teacher", type=absolute, help="a litgpt checkpoint to use instead of training one")
+    parser.add_argument("--train", type=absolute, help="what that teacher was trained on: JSON lines, parquet or text")
+    parser.add_argument("--validation", type=absolute, help="and what it was not")
     parser.add_argument("--tokens", type=int, help="tokens for each student")
     args = parser.parse_args()
     size = SHORT if args.short else FULL
     size |= {"student": args.tokens or size["student"]}
     started = time.perf_counter()
+    os.chdir(ROOT)  # where the paths in config_hub begin
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "logs").mkdir(parents=True)
     if args.teacher:
-        teacher = args.teacher.resolve()
-        data = {"path": str(args.train.resolve()), "val_path": str(args.validation.resolve())}
+        teacher = args.teacher
+        data = {"path": str(args.train), "val_path": str(args.validation)}
     else:
         teacher, data = train_teacher(size), {}
     options = [f"--data.{name}={value}" for name, value in data.items()]
@@ -62,8 +63,9 @@ def main() -> None:
     search = ["--config=config_hub/search/demo.yaml", *options, f"--iterations={size['iterations']}"]
     litgpt("search", teacher, *search, f"--train.max_seq_length={length}", f"--bin={n_params // 3}±5%")
 
-    say("3. Cut out as an ordinary litgpt checkpoint")
-    litgpt("extract", teacher, "out/demo/search/best.yaml", "--out_dir=out/demo/student")
+    say("3. Cut out as an ordinary litgpt checkpoint, and repaired")
+    litgpt("extract", teacher, "out/demo/search/best.yaml", "--out_dir=out/demo/cut")
+    litgpt("extract", teacher, "out/demo/search/best.yaml", "--config=config_hub/extract/demo.yaml", *options)
 
     say(f"4. Trained with the teacher's help on {size['student']:,} tokens")
     train = [f"--train.max_tokens={size['student']}", f"--eval.interval={size['every']}"]
@@ -77,8 +79,12 @@ def main() -> None:
     say("6. A few lines by the student, from stock litgpt")
     litgpt("generate", "out/demo/distilled/final", "--prompt=def main(", "--max_new_tokens=60", show=True)
 
-    report(BATCH * length)
+    report(BATCH * length, data)
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Everything is in {OUT.relative_to(ROOT)}/")
+
+
+def absolute(path: str) -> Path:
+    return Path(path).resolve()
 
 
 def train_teacher(size: dict[str, int]) -> Path:
@@ -178,25 +184,44 @@ def write_baseline_config(teacher: Path, data: dict[str, str]) -> None:
     (OUT / "baseline.yaml").write_text(yaml.safe_dump(settings))
 
 
-def report(tokens_per_step: int) -> None:
-    """The table, and the curves of both students as a picture."""
+def report(tokens_per_step: int, data: dict[str, str]) -> None:
+    """The table, and the curves of both students as a picture; tokens of the repair count."""
     rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
     teacher = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
-    distilled = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    repair = yaml.safe_load((OUT / "student/sub_network.yaml").read_text())["provenance"]["repair"]
+    distilled = [(repair["tokens"] + row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
     baseline = read_csv("baseline", tokens_per_step)
     best = min(loss for _, loss in baseline)
     rows = [
         ("teacher", "", teacher),
-        ("sub-network, before training", 0, distilled[0][1]),
-        ("distilled student", reaches(distilled, best), min(loss for _, loss in distilled)),
+        ("sub-network as cut", "", validation_loss("cut", data)),
+        ("sub-network repaired", "", distilled[0][1]),
+        ("repaired and distilled", reaches(distilled, best), min(loss for _, loss in distilled)),
         ("the same from random weights", reaches(baseline, best), best),
     ]
     print(f"\n{'':32}{'perplexity':>12}{'tokens to reach the baseline':>32}")
     for name, tokens, loss in rows:
-        shown = "never" if tokens is None else f"{tokens:,}" if tokens != "" and name[0] != "s" else ""
+        shown = "never" if tokens is None else f"{tokens:,}" if tokens != "" else ""
         print(f"{name:32}{math.exp(loss):>12.2f}{shown:>32}")
     plot(teacher, distilled, baseline)
     print("\nPictures: out/demo/students.png, out/demo/search/*.png, out/demo/distilled/training.png")
+
+
+def validation_loss(run: str, data: dict[str, str]) -> float:
+    """The loss of a checkpoint on the batches that the training runs are validated on."""
+    import torch
+
+    from litgpt_whittle import load_model
+    from litgpt_whittle.batches import connect, validation_batches
+    from litgpt_whittle.data import HFText
+
+    settings = yaml.safe_load((ROOT / "config_hub/distill/demo.yaml").read_text())
+    model, text = load_model(OUT / run), HFText(**(settings["data"]["init_args"] | data))
+    connect(text, OUT / run, settings["train"]["micro_batch_size"], model.config.block_size)
+    batches = validation_batches(text, model.config.block_size, settings["eval"]["max_iters"])
+    with torch.inference_mode():
+        losses = [torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), t.flatten()) for ids, t in batches]
+    return float(sum(losses) / len(losses))
 
 
 def read_csv(run: str, tokens_per_step: int) -> list[tuple[int, float]]:
@@ -219,7 +244,7 @@ def plot(teacher: float, distilled: list[tuple[int, float]], baseline: list[tupl
     axes = figure.subplots()
     for points, label, color in (
         (baseline, "random weights", "tab:gray"),
-        (distilled, "sub-network of the teacher, distilled", "tab:blue"),
+        (distilled, "sub-network of the teacher, repaired and distilled", "tab:blue"),
     ):
         axes.plot([t / 1000 for t, _ in points], [math.exp(v) for _, v in points], "o-", ms=3, label=label, color=color)
     axes.axhline(math.exp(teacher), linestyle="--", color="tab:green", label="teacher")
