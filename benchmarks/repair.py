@@ -117,18 +117,21 @@ class Bench:
         cut = student_model(self.subnet).eval()
         cut.load_state_dict(extract(self.weights, self.subnet))
         windows = self.windows(65_536)
-        rows = {
-            "as cut (first entries)": self.nll(cut),
-            "repaired, coordinates": self.repair(windows, basis="coordinates", choose_units=False)[0],
-            "repaired, coordinates, units chosen": self.repair(windows, basis="coordinates")[0],
-            "repaired, principal directions": self.repair(windows, choose_units=False)[0],
-            "repaired, both (the default)": self.repair(windows)[0],
-            f"the same, {refine_steps} steps of refinement": self.repair(windows, refine_steps=refine_steps)[0],
-        }
-        first = rows["as cut (first entries)"]
-        print(f"student of {self.share:.1%}, 65,536 calibration tokens; teacher NLL {self.teacher_nll:.3f}")
-        for name, nll in rows.items():
-            print(f"{name:40}{nll:>8.3f}{(nll - self.teacher_nll) / (first - self.teacher_nll):>8.3f} of the gap")
+        print(
+            f"student of {self.share:.1%}, {windows.numel():,} calibration tokens; teacher NLL {self.teacher_nll:.3f}"
+        )
+        first = self.nll(cut)
+        print(f"{'as cut (first entries)':40}{first:>8.3f}", flush=True)
+        for name, args in {
+            "repaired, coordinates": {"basis": "coordinates", "choose_units": False},
+            "repaired, coordinates, units chosen": {"basis": "coordinates"},
+            "repaired, principal directions": {"choose_units": False},
+            "repaired, both (the default)": {},
+            f"the same, {refine_steps} steps of refinement": {"refine_steps": refine_steps},
+        }.items():
+            nll = self.repair(windows, **args)[0]
+            share = (nll - self.teacher_nll) / (first - self.teacher_nll)
+            print(f"{name:40}{nll:>8.3f}{share:>8.3f} of the gap", flush=True)
 
     def seconds(self) -> None:
         """The repair against a pass of the teacher over the same tokens, interleaved."""
