@@ -118,7 +118,7 @@ class Bench:
         cut.load_state_dict(extract(self.weights, self.subnet))
         windows = self.windows(65_536)
         print(
-            f"student of {self.share:.1%}, {windows.numel():,} calibration tokens; teacher NLL {self.teacher_nll:.3f}"
+            f"student of {self.share:.1%}, {windows.numel():,} tokens to calibrate; teacher NLL {self.teacher_nll:.3f}"
         )
         first = self.nll(cut)
         print(f"{'as cut (first entries)':40}{first:>8.3f}", flush=True)
