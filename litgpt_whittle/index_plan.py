@@ -205,7 +205,7 @@ def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]
 
 def _index(units: np.ndarray) -> slice | torch.Tensor:
     """A slice for a contiguous run, which keeps a teacher's weight a view, else an index tensor."""
-    if len(units) == 0 or units[-1] - units[0] == len(units) - 1:
+    if (np.diff(units) == 1).all():
         start = int(units[0]) if len(units) else 0
         return slice(start, start + len(units))
     return torch.from_numpy(units.copy())
