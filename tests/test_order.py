@@ -9,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from litgpt.config import Config
 from litgpt.model import GPT
+from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
@@ -40,18 +41,10 @@ def tokens(config: Config) -> torch.Tensor:
     return torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def random_order(config: Config, seed: int = 0) -> Order:
-    rng = np.random.default_rng(seed)
-    layers = tuple(
-        {name: rng.random(size) for name, size in layer_sizes(config, layer).items()} for layer in range(config.n_layer)
-    )
-    return Order.by(config, rng.random(config.n_embd), rng.random(config.n_layer), layers)
-
-
 @EACH
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_order_of_units_does_not_change_the_logits(teacher, tied):
-    gpt, idx, order = model(teacher, tied), tokens(teacher), random_order(teacher)
+    gpt, idx, order = model(teacher, tied), tokens(teacher), random_ranking(teacher).order
     weights = reorder(gpt, order)
     assert (weights["lm_head.weight"] is weights["transformer.wte.weight"]) is tied
     expected, got = gpt(idx), loaded(teacher, weights)(idx)
@@ -82,7 +75,7 @@ def test_an_order_moves_every_weight_that_it_can_and_loses_none(teacher):
 
 @EACH
 def test_a_prefix_of_the_reordered_teacher_has_the_best_units(teacher):
-    gpt, idx, order = model(teacher), tokens(teacher), random_order(teacher)
+    gpt, idx, order = model(teacher), tokens(teacher), random_ranking(teacher).order
     prefixes, best = {}, {}
     for layer in range(teacher.n_layer):
         for name, size in layer_sizes(teacher, layer).items():
@@ -117,7 +110,7 @@ def test_the_best_come_first_and_the_first_of_equals():
 
 def test_experts_stay_in_the_groups_that_the_router_chooses_between():
     teacher = ARCHITECTURES["latent"]
-    order = random_order(teacher)
+    order = random_ranking(teacher).order
     for units in order.layers[teacher.first_k_dense_replace :]:
         experts = units["n_expert"].reshape(teacher.n_expert_groups, -1)
         assert np.array_equal(np.sort(experts, 1), np.arange(teacher.n_expert).reshape(experts.shape))
