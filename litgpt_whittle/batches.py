@@ -1,4 +1,4 @@
-"""Batches of text that are read once and kept: those that score candidates, and those that calibrate a repair."""
+"""Batches of text that are read once and kept: those that score candidates, and those that calibrate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import lightning as L
 import numpy as np
 import torch
 from litgpt.config import Config
@@ -15,6 +16,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.losses import IGNORE_INDEX
+from litgpt_whittle.processes import rank
 from litgpt_whittle.train import split_batch
 
 
@@ -100,6 +102,34 @@ def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]
     return batches
 
 
+def read_calibration(
+    data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, n_tokens: int, seed: int, option: str
+) -> torch.Tensor:
+    """Readies a data module and reads what something is calibrated on.
+
+    Args:
+        data: The data module.
+        checkpoint_dir: Where its tokenizer is.
+        batch_size: Windows that it reads at a time.
+        seq_length: Their length.
+        n_tokens: How many tokens to read.
+        seed: The seed of the data's order.
+        option: The option that asks for so many, for people to be told that there are fewer.
+
+    Returns:
+        Token ids, shape (N, T).
+
+    Raises:
+        UserError: As `calibration_windows` does.
+    """
+    L.seed_everything(seed, verbose=False)
+    connect(data, checkpoint_dir, batch_size, seq_length)
+    windows = calibration_windows(data, seq_length, n_tokens)
+    if windows.numel() < n_tokens and rank() == 0:
+        print(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
+    return windows
+
+
 def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> torch.Tensor:
     """The first tokens that a connected data module would train on.
 
@@ -117,7 +147,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
         windows.append(split_batch(raw, seq_length)[0])
         missing -= windows[-1].numel()
     if not windows:
-        raise UserError("the training data is empty, so there is nothing to calibrate a repair on; give more data")
+        raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
     length = min(ids.shape[1] for ids in windows)
     kept = torch.cat([ids[:, :length] for ids in windows])[: -(-n_tokens // length)]
     _check_not_validation(data, kept, seq_length)

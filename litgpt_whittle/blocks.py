@@ -5,7 +5,7 @@ Everything is found out by watching litgpt's own forward code run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -114,7 +114,9 @@ def input_of(part: nn.Module, whole: nn.Module, x: torch.Tensor) -> torch.Tensor
     return seen[0]
 
 
-def routing(moe: LLaMAMoE, x: torch.Tensor) -> torch.Tensor:
+def routing(
+    moe: LLaMAMoE, x: torch.Tensor, times: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
     """How much of each expert's answer goes into each token's output, 0 where it is not asked.
 
     It is what litgpt's own routing makes of experts that answer with unit vectors, each with its own.
@@ -122,6 +124,7 @@ def routing(moe: LLaMAMoE, x: torch.Tensor) -> torch.Tensor:
     Args:
         moe: The experts, not more than n_embd.
         x: Their input, shape (B, T, n_embd).
+        times: What to multiply it by, a function of the answer: shape (n, n_embd) to (n, 1). By default 1.
 
     Returns:
         Shape (B · T, n_expert).
@@ -130,7 +133,7 @@ def routing(moe: LLaMAMoE, x: torch.Tensor) -> torch.Tensor:
     units = torch.eye(n_expert, n_embd, dtype=x.dtype, device=x.device)
 
     def answer(unit: torch.Tensor):
-        return lambda _, inputs, output: unit.expand_as(output)
+        return lambda _, inputs, output: unit.expand_as(output) if times is None else unit * times(output)
 
     handles = [expert.register_forward_hook(answer(unit)) for expert, unit in zip(moe.experts, units)]
     if hasattr(moe, "shared_experts"):

@@ -160,8 +160,8 @@ class _Draw:
     def _choose_layers(self) -> tuple[int, ...]:
         """Layers of the numbers drawn: those wished for, else random ones."""
         space = self.space
-        if space.args.layers == "first":
-            return tuple(range(int(space.depths[self.depths[0]].sum())))
+        if space.layer_order is not None:
+            return tuple(sorted(space.layer_order[: int(space.depths[self.depths[0]].sum())]))
         chosen: list[int] = []
         for kind, n in enumerate(space.depths[self.depths[0]].tolist()):
             layers = [layer for layer, k in enumerate(space.kind_of) if k == kind]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from litgpt.model import Block
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint
+from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint, layer_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """The slicing rules: along which axis each dimension of a litgpt module's weight runs."""
 
+ATTENTION_AXES = {axis for name, axes in RULES.items() if name.startswith("attn.") for axis in axes}
+"""Axes that heads may have a part of."""
+
 
 def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
     """The kept teacher indices along every axis that `RULES` names for this layer, except `n_embd`."""
@@ -149,6 +152,35 @@ def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: Layer
         "norm_q": q if over_all_heads else head_dims,
         "norm_k": k if over_all_heads else head_dims,
     }
+
+
+def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
+    """What belongs to each unit of a layer, and to no other unit of its kind.
+
+    Returns:
+        For every kind, by the names of `layer_sizes`, the teacher indices along the axes that its units have a part of,
+        shape (n_units, size). What all of them share (a group's keys, to the heads within it) is not among them.
+    """
+    dims, full = np.arange(teacher.head_size), SubNet.full(teacher).layer(layer)
+    axes, width = kept_indices(teacher, layer, dims, full), len(full.intermediate_size)
+    units: dict[str, dict[str, np.ndarray]] = {}
+    for kind in layer_sizes(teacher, layer):
+        if kind == "n_expert":
+            units[kind] = {"n_expert": axes["n_expert"][:, None]}
+        elif kind.endswith("intermediate_size"):
+            units[kind] = {name: axes[name].reshape(-1, width).T for name in axes if name.endswith("neurons")}
+        else:
+            keeps = [dataclasses.replace(full, **{kind: Keep([u])}) for u in getattr(full, kind).indices]
+            alone = [kept_indices(teacher, layer, dims, keep) for keep in keeps]
+            units[kind] = {name: _own([of[name] for of in alone]) for name in axes if name in ATTENTION_AXES}
+        units[kind] = {name: own for name, own in units[kind].items() if own.size}
+    return units
+
+
+def _own(alone: list[np.ndarray]) -> np.ndarray:
+    """From what each of several units has when it is kept alone, what not all of them have, shape (n_units, size)."""
+    shared = reduce(np.intersect1d, alone) if len(alone) > 1 else []
+    return np.stack([np.setdiff1d(indices, shared) for indices in alone])
 
 
 def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
@@ -205,7 +237,7 @@ def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]
 
 def _index(units: np.ndarray) -> slice | torch.Tensor:
     """A slice for a contiguous run, which keeps a teacher's weight a view, else an index tensor."""
-    if len(units) == 0 or units[-1] - units[0] == len(units) - 1:
+    if (np.diff(units) == 1).all():
         start = int(units[0]) if len(units) else 0
         return slice(start, start + len(units))
     return torch.from_numpy(units.copy())

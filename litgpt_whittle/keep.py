@@ -108,7 +108,32 @@ class Keep:
         return f"Keep({str(self)!r})" if self._indices is not None else f"Keep({self._n})"
 
     def __reduce__(self) -> tuple:
-        return Keep, (self._n if self._indices is None else self._indices,)
+        return type(self), (self._n if self._indices is None else self._indices,)
+
+
+class Ordered(Keep):
+    """All units of one dimension, in an order of their own.
+
+    In a `SubNet` it makes the plan of a reordered teacher (`litgpt_whittle.order`); a YAML cannot say it.
+
+    Args:
+        order: The units in their new order, a permutation of 0, 1, ….
+    """
+
+    __slots__ = ()
+
+    def __init__(self, order: np.ndarray) -> None:
+        super().__init__(len(order))
+        if not np.array_equal(order, self.indices):
+            assert np.array_equal(np.sort(order), self.indices), "an order has every unit once"
+            self._indices = np.array(order, dtype=np.int64)
+            self._indices.setflags(write=False)
+            self._hash = hash(self._indices.tobytes())
+
+    @property
+    def largest(self) -> int:
+        """The largest kept index."""
+        return self._n - 1
 
 
 def _check_sorted(indices: np.ndarray) -> None:

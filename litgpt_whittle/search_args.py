@@ -64,8 +64,8 @@ class SpaceArgs:
     """The smallest size to consider"""
     fixed: list[str] = field(default_factory=lambda: ["head_size"])
     """Dimensions that stay at the teacher's size, by their names in `step`"""
-    layers: Literal["any", "first"] = "any"
-    """Whether any layers may be kept, in order, or the first ones only"""
+    layers: Literal["any", "first", "best"] = "any"
+    """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
 
 
 def _check_positive(section: str, **values: int | None) -> None:

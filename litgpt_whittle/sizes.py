@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -55,14 +55,25 @@ class SizeSpace:
         layerwise: Whether each layer has its own sizes.
         tied: Whether the LM head is the embedding.
         args: What may shrink, how far and in which steps.
+        best_layers: All layers, the most important one first.
 
     Raises:
         UserError: If `args` leave a dimension without any size.
     """
 
-    def __init__(self, teacher: Config, layerwise: bool, tied: bool, args: SpaceArgs) -> None:
+    def __init__(
+        self,
+        teacher: Config,
+        layerwise: bool,
+        tied: bool,
+        args: SpaceArgs,
+        best_layers: Sequence[int] | None = None,
+    ) -> None:
         self.teacher, self.layerwise, self.args = teacher, layerwise, args
         _check_args(args)
+        orders = {"any": None, "first": range(teacher.n_layer), "best": best_layers}
+        self.layer_order = orders[args.layers]
+        """Whose first n layers are kept; None where any n may be"""
         self.limits = _limits(teacher)
         self.grids = {name: self._grid(name, limit) for name, limit in self.limits.items()}
         self.root = [root_params(teacher, n, tied) for n in (1, 2)]
@@ -108,8 +119,9 @@ class SizeSpace:
     def _find_depths(self) -> None:
         """All numbers of layers of each kind that a sub-network may have."""
         totals = [self.kind_of.count(kind) for kind in range(len(self.kinds))]
-        if self.args.layers == "first":
-            depths = [[self.kind_of[:n].count(kind) for kind in range(len(totals))] for n in self.grids["n_layer"]]
+        if self.layer_order is not None:
+            kinds = [self.kind_of[layer] for layer in self.layer_order]
+            depths = [[kinds[:n].count(kind) for kind in range(len(totals))] for n in self.grids["n_layer"]]
         else:
             allowed = set(self.grids["n_layer"])
             depths = [d for d in itertools.product(*(range(t + 1) for t in totals)) if sum(d) in allowed]
@@ -227,5 +239,5 @@ def _check_args(args: SpaceArgs) -> None:
     for name in args.fixed:
         if name not in names:
             raise UserError(f"search_space.fixed names dimensions ({', '.join(names)}), got {name!r}")
-    if args.layers not in ("any", "first"):
-        raise UserError(f"search_space.layers must be 'any' or 'first', got {args.layers!r}")
+    if args.layers not in ("any", "first", "best"):
+        raise UserError(f"search_space.layers must be 'any', 'first' or 'best', got {args.layers!r}")

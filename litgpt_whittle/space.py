@@ -16,12 +16,14 @@ from litgpt_whittle.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.keep import Keep
+from litgpt_whittle.order import Order
 from litgpt_whittle.search_args import SpaceArgs
 from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import SubNet, experts_of
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension; fine: any n. Uniform: one choice for all layers; layerwise: one each."""
+"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: one choice for all
+layers; layerwise: one each."""
 
 Sets = dict[Key, np.ndarray]
 """Which units are kept, by the size that says how many"""
@@ -36,19 +38,30 @@ class Space:
         bin: The parameter counts to meet.
         tied: Whether the teacher's LM head is its embedding, which then counts once.
         args: What may shrink, how far and in which steps.
+        order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
 
     Raises:
-        UserError: If the space is unknown, `args` are out of range, or no sub-network lies in the bin.
+        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin.
     """
 
     def __init__(
-        self, teacher: Config, name: SpaceName, bin: Bin, tied: bool = False, args: SpaceArgs | None = None
+        self,
+        teacher: Config,
+        name: SpaceName,
+        bin: Bin,
+        tied: bool = False,
+        args: SpaceArgs | None = None,
+        order: Order | None = None,
     ) -> None:
         if name not in get_args(SpaceName):
             raise UserError(f"space must be one of {', '.join(get_args(SpaceName))}, got {name!r}")
-        self.teacher, self.name, self.bin, self.tied = teacher, name, bin, tied
+        args = args or SpaceArgs()
+        if args.layers == "best" and order is None:
+            raise UserError("search_space.layers 'best' needs --order importance; add it or keep 'any' layers")
+        self.teacher, self.name, self.bin, self.tied, self.order = teacher, name, bin, tied, order
         self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
-        self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args or SpaceArgs())
+        best_layers = None if order is None else order.n_layer.tolist()
+        self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args, best_layers)
         check_reachable(self.sizes, bin)
 
     def n_params(self, subnet: SubNet) -> int:
@@ -177,14 +190,15 @@ class Space:
         chosen: dict[Key, Keep] = {}
 
         def keep(name: str, layer: int) -> Keep:
+            if self.order is not None and not self.is_fine:
+                return self.order.best(name, layer, sizes.get(name, layer))
             at = (name, layer if self.is_layerwise else EVERY)
             if at not in chosen:
                 chosen[at] = self._units(rng, name, sizes.get(name, layer), sets.get(at), swaps.get(at, 0.0))
             return chosen[at]
 
         fields: dict[str, Any] = {"n_layer": Keep(np.array(sizes.layers)), "head_size": sizes.get("head_size", EVERY)}
-        n_embd = ("n_embd", EVERY)
-        fields["n_embd"] = self._units(rng, "n_embd", sizes.values[n_embd], sets.get(n_embd), swaps.get(n_embd, 0.0))
+        fields["n_embd"] = keep("n_embd", EVERY)
         for i, layer in enumerate(sizes.layers):
             kind = self.sizes.kinds[self.sizes.kind_of[layer]]
             for name in (*ATTENTION, kind.width, *(["n_expert"] if kind.has_experts else [])):

@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.utils import CLI, save_config
+from rankings import random_ranking
 
 from litgpt_whittle import report
 from litgpt_whittle.batches import fixed_batches
@@ -25,7 +26,9 @@ from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.journal import Evaluation, read_journal
+from litgpt_whittle.journal import Evaluation, file_fingerprint, read_journal
+from litgpt_whittle.order import reorder
+from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
 from litgpt_whittle.strategies import Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet
@@ -160,6 +163,96 @@ def test_an_exhausted_space_ends_the_search_early(checkpoint, tmp_path, capsys):
     run(checkpoint, tmp_path / "out", bin="5K-40K", space="coarse_uniform", search_space=args, iterations=40)
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 15
     assert "no further sub-networks: 15 evaluated" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def importance(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rank") / "importance.pt"
+    random_ranking(TEACHER, weights=file_fingerprint(checkpoint / "lit_model.pth")).save(path)
+    return path
+
+
+@pytest.mark.parametrize("layers", ["any", "best"])
+@pytest.mark.parametrize("space", ["coarse_uniform", "coarse_layerwise"])
+def test_candidates_by_importance_are_the_reordered_teachers_prefixes(checkpoint, importance, tmp_path, space, layers):
+    by_importance = {"order": "importance", "importance": importance, "search_space": SpaceArgs(layers=layers)}
+    run(checkpoint, tmp_path / "out", space=space, **by_importance)
+    header, evaluations = read_journal(tmp_path / "out/journal.jsonl")
+    ranking = Ranking.load(importance, TEACHER)
+    assert header["settings"]["order"] == "importance"
+    assert header["settings"]["importance"] == ranking.fingerprint
+
+    data = Tokens()
+    data.connect(batch_size=2, max_seq_length=12)
+    batches = fixed_batches(data.val_dataloader(), 2, 12)
+    as_it_was, reordered = (load_model(checkpoint, "SuperGPT") for _ in range(2))
+    reordered.load_state_dict(reorder(as_it_was, ranking.order))
+    for evaluation in evaluations:
+        subnet = SubNet.from_dict(TEACHER, evaluation.subnet)
+        sizes = [subnet.layer(i).sizes for i in range(len(subnet))]
+        prefix = SubNet(
+            TEACHER,
+            n_embd=len(subnet.n_embd),
+            n_layer=subnet.n_layer,
+            n_query_groups=[size[0] for size in sizes],
+            intermediate_size=[size[2] for size in sizes],
+        )
+        expected = Perplexity(reordered, batches)(prefix)["perplexity"]
+        assert evaluation.scores["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert Perplexity(as_it_was, batches)(subnet)["perplexity"] == pytest.approx(expected, rel=1e-5)
+        if layers == "best":
+            assert subnet.layers == tuple(sorted(ranking.order.n_layer[: len(subnet)]))
+    # the best one is written down for the teacher as it is
+    best = SubNet.load(tmp_path / "out/best.yaml", TEACHER)
+    assert n_params(TEACHER, best) in Bin.parse(BIN)
+    assert yaml.safe_load((tmp_path / "out/best.yaml").read_text())["provenance"]["order"] == "importance"
+    assert any(not SubNet.from_dict(TEACHER, e.subnet).n_embd.is_prefix for e in evaluations)
+
+
+def test_fine_spaces_can_keep_the_best_layers(checkpoint, importance, tmp_path):
+    run(checkpoint, tmp_path / "out", order="importance", importance=importance, search_space=SpaceArgs(layers="best"))
+    order = Ranking.load(importance, TEACHER).order
+    for evaluation in read_journal(tmp_path / "out/journal.jsonl")[1]:
+        layers = SubNet.from_dict(TEACHER, evaluation.subnet).layers
+        assert layers == tuple(sorted(order.n_layer[: len(layers)]))
+
+
+def test_resuming_by_another_importance_is_refused_by_name(checkpoint, importance, tmp_path):
+    coarse = {"space": "coarse_layerwise", "order": "importance"}
+    run(checkpoint, tmp_path / "out", iterations=3, importance=importance, **coarse)
+    run(checkpoint, tmp_path / "out", iterations=5, importance=importance, resume=True, **coarse)
+    run(checkpoint, tmp_path / "whole", iterations=5, importance=importance, **coarse)
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    other = tmp_path / "other.pt"
+    random_ranking(TEACHER, seed=1).save(other)
+    with pytest.raises(UserError, match=r"was written with settings\.importance = "):
+        run(checkpoint, tmp_path / "out", importance=other, resume=True, **coarse)
+    with pytest.raises(UserError, match=r"was written with settings\.order = 'importance', now it is 'given'"):
+        run(checkpoint, tmp_path / "out", space="coarse_layerwise", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": "importance"}, "needs --importance"),
+        ({"order": "taste"}, "order must be given or importance, got 'taste'"),
+        ({"importance": Path("importance.pt")}, "read with --order importance only"),
+        ({"order": "importance", "importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; make it with"),
+        ({"search_space": SpaceArgs(layers="best")}, "'best' needs --order importance"),
+    ],
+)
+def test_mistakes_about_the_order_are_told(checkpoint, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(checkpoint, tmp_path / "out", **({"space": "coarse_uniform"} | changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_order_that_would_do_nothing_or_of_other_weights_is_refused(checkpoint, importance, tmp_path):
+    with pytest.raises(UserError, match="which units coarse spaces keep, got space = fine_layerwise; choose a coarse"):
+        run(checkpoint, tmp_path / "out", order="importance", importance=importance)
+    retrained = make_checkpoint(tmp_path / "teacher", seed=3)
+    with pytest.raises(UserError, match="ranks other weights .*; rank this checkpoint"):
+        run(retrained, tmp_path / "out", space="coarse_uniform", order="importance", importance=importance)
 
 
 CHILD = """

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
 from litgpt.utils import num_parameters
+from rankings import random_ranking
 
 from litgpt_whittle.bins import Bin, parse_bins, short
 from litgpt_whittle.draw import check_reachable, draw_sizes, nearest
@@ -264,13 +265,41 @@ def test_steps_smallest_and_fixed_sizes_are_kept_to():
     assert space.sizes.grids["head_size"] == [8] and ("head_size", EVERY) in space._sizes_of(draws[0]).values
 
 
+@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("name", SPACES[:2])
+def test_coarse_spaces_keep_the_best_units_of_an_order(teacher, name):
+    order, rng = random_ranking(teacher).order, np.random.default_rng(0)
+    args = SpaceArgs(fixed=["head_size"], layers="best")
+    space = Space(teacher, name, whole(teacher, args), args=args, order=order)
+    mother, father = space.sample(rng), space.sample(rng)
+    for subnet in (mother, father, space.mutate(rng, mother, 0.3), space.crossover(rng, mother, father)):
+        assert subnet.layers == tuple(sorted(order.n_layer[: len(subnet)]))
+        assert subnet.n_embd == order.best("n_embd", 0, len(subnet.n_embd))
+        for i, layer in enumerate(subnet.layers):
+            for kind, keep in space._own(subnet, i).items():
+                assert keep == order.best(kind, layer, len(keep))
+        assert n_params(teacher, subnet) in space.bin
+        assert name != "coarse_uniform" or subnet.is_uniform
+
+
+def test_an_order_changes_which_units_are_kept_and_nothing_else():
+    given, ranked = (
+        Space(PYTHIA, "coarse_layerwise", whole(PYTHIA), order=order) for order in (None, random_ranking(PYTHIA).order)
+    )
+    one, two = np.random.default_rng(3), np.random.default_rng(3)
+    for _ in range(20):
+        ours, theirs = given.sample(one), ranked.sample(two)
+        assert given._sizes_of(ours) == ranked._sizes_of(theirs)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (SpaceArgs(step=SizeArgs(n_embd=0)), "step.n_embd must be at least 1"),
         (SpaceArgs(smallest=SizeArgs(n_layer=5)), "smallest.n_layer must be at most the teacher's 4"),
         (SpaceArgs(fixed=["n_head"]), "search_space.fixed names dimensions"),
-        (SpaceArgs(layers="last"), "'any' or 'first'"),
+        (SpaceArgs(layers="last"), "'any', 'first' or 'best'"),
+        (SpaceArgs(layers="best"), "'best' needs --order importance"),
     ],
 )
 def test_wrong_space_settings_are_refused(args, message):

@@ -11,13 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import calibration_windows, connect, sequence_length
+from litgpt_whittle.batches import read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
 from litgpt_whittle.curves import plot_repair
@@ -89,7 +87,8 @@ def setup(
         args = RepairArgs() if repair is True else repair
         _check_data(data)
         fabric = launch(n)
-        windows = _calibration(data, checkpoint_dir, teacher, args, train, seed)
+        length, size = sequence_length(teacher, train.max_seq_length), train.micro_batch_size
+        windows = read_calibration(data, checkpoint_dir, size, length, args.tokens, seed, "repair.tokens")
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         calibration = Calibration(windows, train.micro_batch_size, fabric.device)
         repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
@@ -164,19 +163,6 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
 def _check_data(data: DataModule | None) -> None:
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
-
-
-def _calibration(
-    data: DataModule, checkpoint_dir: Path, teacher: Config, args: RepairArgs, train: BatchArgs, seed: int
-) -> torch.Tensor:
-    """The calibration tokens, shape (N, T)."""
-    length = sequence_length(teacher, train.max_seq_length)
-    L.seed_everything(seed, verbose=False)
-    connect(data, checkpoint_dir, train.micro_batch_size, length)
-    windows = calibration_windows(data, length, args.tokens)
-    if windows.numel() < args.tokens and rank() == 0:
-        print(f"The training data has {windows.numel():,} tokens, fewer than repair.tokens = {args.tokens:,}")
-    return windows
 
 
 def _open_scratch(

@@ -29,6 +29,7 @@ from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import Evaluation, Journal, check_resumable, file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
+from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
@@ -46,6 +47,8 @@ def setup(
     bin: str | int | float | list[str | int | float] | None = None,
     space: SpaceName = "coarse_layerwise",
     search_space: SpaceArgs = SpaceArgs(),
+    order: Literal["given", "importance"] = "given",
+    importance: Path | None = None,
     strategy: Strategy = _DEFAULT_STRATEGY,
     fitness: str = "perplexity",
     iterations: int = 1000,
@@ -67,6 +70,8 @@ def setup(
         space: Coarse spaces keep the first n of each dimension, fine ones any n; uniform ones make one choice for all
             layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
         search_space: What may shrink, how far and in which steps.
+        order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
+        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind.
         strategy: How to search, by its name, with its settings below it.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
@@ -94,11 +99,14 @@ def setup(
     seq_length = sequence_length(teacher, train.max_seq_length)
     if data is None:
         raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+    ranking = _ranking(order, importance, checkpoint_dir, teacher, space, search_space)
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
+    units = None if ranking is None else ranking.order
     searches = [
-        Search.begin(Space(teacher, space, bin, tied, search_space), strategy, measure.name, seed) for bin in bins
+        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed)
+        for bin in bins
     ]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = L.Fabric(devices=1, precision=precision)
@@ -111,6 +119,8 @@ def setup(
     settings = {
         "space": space,
         "search_space": asdict(search_space),
+        "order": order,
+        "importance": None if ranking is None else ranking.fingerprint,
         "bin": [str(bin) for bin in bins],
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
@@ -141,6 +151,30 @@ def setup(
         main(fitness, checkpoint_dir, searches, journal, iterations, out_dir, settings)
 
 
+def _ranking(
+    order: str, path: Path | None, checkpoint_dir: Path, teacher: Config, space: SpaceName, search_space: SpaceArgs
+) -> Ranking | None:
+    """The teacher's ranking, where the order of importance is asked for."""
+    if order not in ("given", "importance"):
+        raise UserError(f"order must be given or importance, got {order!r}")
+    if order == "given":
+        if path is not None:
+            raise UserError("importance is read with --order importance only; add that or leave it out")
+        return None
+    if path is None:
+        raise UserError("--order importance needs --importance, the importance.pt that 'litgpt rank' leaves behind")
+    if space.startswith("fine") and search_space.layers != "best":
+        raise UserError(
+            f"order importance says which units coarse spaces keep, got space = {space}; choose a coarse one, or "
+            "order its layers with --search_space.layers best"
+        )
+    ranking = Ranking.load(Path(path), teacher)
+    weights = file_fingerprint(checkpoint_dir / WEIGHTS)
+    if (ranked := ranking.provenance.get("weights", weights)) != weights:
+        raise UserError(f"{str(path)!r} ranks other weights ({ranked}, not {weights}); rank this checkpoint")
+    return ranking
+
+
 def main(
     fitness: Fitness,
     checkpoint_dir: Path,
@@ -161,7 +195,7 @@ def main(
             **evaluation.scores,
             "tokens": evaluation.tokens,
             "evaluation": evaluation.index,
-            **{name: settings[name] for name in ("space", "strategy", "seed", "precision", "max_seq_length")},
+            **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
         }
         SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
 

@@ -1,0 +1,123 @@
+"""`litgpt rank`: score a checkpoint's channels, heads, neurons, experts and layers by their importance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+from litgpt.data import DataModule
+from litgpt.utils import extend_checkpoint_dir, init_out_dir
+
+from litgpt_whittle.batches import fingerprint, read_calibration, sequence_length
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
+from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.heat_map import plot_importance
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.plugin import save_hyperparameters
+from litgpt_whittle.ranking import FILE, Ranking
+from litgpt_whittle.scores import LAYER_METRICS, METRICS, Scores, measure
+from litgpt_whittle.search_args import BatchArgs
+
+
+def setup(
+    checkpoint_dir: Path,
+    data: DataModule | None = None,
+    out_dir: Path = Path("out/rank"),
+    metric: Literal["activation", "magnitude", "taylor"] = "activation",
+    layer_metric: Literal["block_influence", "perplexity"] = "block_influence",
+    tokens: int = 65_536,
+    layer_tokens: int = 16_384,
+    train: BatchArgs = BatchArgs(),
+    precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true", None] = None,
+    overwrite: bool = False,
+    seed: int = 42,
+) -> None:
+    """Rank a checkpoint's channels, heads, neurons, experts and layers by importance.
+
+    Arguments:
+        checkpoint_dir: The teacher's checkpoint directory.
+        data: What the teacher is watched on: the training part of any litgpt data module, or
+            ``--data HFText --data.path PATH``.
+        out_dir: Where ``importance.pt`` and ``importance.png`` go.
+        metric: What orders units: what they compute, the size of their weights, or the first-order change of the loss
+            without them. All three are measured.
+        layer_metric: What orders layers: how much they turn the residual stream, or the perplexity without them.
+        tokens: Tokens to watch the teacher on.
+        layer_tokens: How many of these measure the perplexity without a layer, once for each; 0 leaves it out.
+        train: How the teacher sees the data. Smaller micro batches take less memory.
+        precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
+        overwrite: Replace the ranking in ``out_dir``.
+        seed: The seed of the data's order.
+    """
+    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
+    check_writable(out_dir)
+    if (out_dir / FILE).exists() and not overwrite:
+        raise UserError(f"{str(out_dir)!r} holds a ranking already; choose another out_dir or add --overwrite true")
+    teacher = check_checkpoint(checkpoint_dir)
+    length = sequence_length(teacher, train.max_seq_length)
+    _check(data, length, metric, layer_metric, tokens, layer_tokens)
+    read_weights(checkpoint_dir)  # so that damaged ones are told before the data is read
+    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    fabric = L.Fabric(devices=1, precision=precision)
+    windows = read_calibration(data, checkpoint_dir, train.micro_batch_size, length, tokens, seed, "tokens")
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+    model.max_seq_length = length
+    layer_windows = windows[: math.ceil(layer_tokens / windows.shape[1])]
+    scores = measure(model, windows, len(layer_windows), train.micro_batch_size, fabric.autocast)
+    if not all(units.is_finite for units in scores.units.values()):
+        raise UserError(f"the scores are not finite in precision {precision}; use 32-true or bf16-true")
+    provenance = {
+        "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+        "data": fingerprint([(windows,)]),
+        "tokens": windows.numel(),
+        "layer_tokens": layer_windows.numel(),
+        "precision": precision,
+    }
+    ranking = Ranking(teacher, scores, metric, layer_metric, provenance)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_hyperparameters(setup, out_dir)
+    ranking.save(out_dir / FILE)
+    plot_importance(ranking, out_dir / "importance.png")
+    print(table(scores, layer_metric))
+    hint = f"litgpt search {checkpoint_dir} --order importance --importance {out_dir / FILE}"
+    print(f"Ranking and heat map are in {out_dir}. Try: {hint}")
+
+
+def _check(
+    data: DataModule | None, length: int, metric: str, layer_metric: str, tokens: int, layer_tokens: int
+) -> None:
+    if data is None:
+        raise UserError("a ranking needs data to watch the teacher on; for example --data HFText --data.path PATH")
+    if length < 2:
+        raise UserError(f"train.max_seq_length must be at least 2, got {length}; raise it")
+    for name, value, known in (("metric", metric, METRICS), ("layer_metric", layer_metric, LAYER_METRICS)):
+        if value not in known:
+            raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, n, least in (("tokens", tokens, 1), ("layer_tokens", layer_tokens, 0)):
+        if n < least:
+            raise UserError(f"{name} must be at least {least}, got {n}; raise it")
+    if layer_metric == "perplexity" and not layer_tokens:
+        raise UserError("layer_metric perplexity needs layer_tokens, got 0; 16384 suit most models")
+
+
+def table(scores: Scores, layer_metric: str, n: int = 8) -> str:
+    """The n least important layers, as text."""
+    order = scores.layers[layer_metric].argsort(stable=True).tolist()
+    rows = [["least important layers", *(name.replace("_", " ") for name in scores.layers)]]
+    for layer in order[:n]:
+        rows.append([str(layer), *(_number(float(values[layer])) for values in scores.layers.values())])
+    if scores.perplexity is not None:
+        rows.append(["the whole teacher", "", _number(scores.perplexity)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if 10 <= value < 1000 else f"{value:.3g}"
