@@ -188,7 +188,7 @@ def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray,
     axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
     takes = {}
-    for name, is_buffer in _block_tensors(_Key(teacher), layer):
+    for name, is_buffer in _block_tensors(ConfigKey(teacher), layer):
         module, _, leaf = name.rpartition(".")
         if module.startswith("mlp.experts."):
             expert, _, part = module.removeprefix("mlp.experts.").partition(".")
@@ -243,7 +243,7 @@ def _index(units: np.ndarray) -> slice | torch.Tensor:
     return torch.from_numpy(units.copy())
 
 
-class _Key:
+class ConfigKey:
     """Lets a teacher's config, which litgpt made mutable and unhashable, be the key of a cache by its value."""
 
     def __init__(self, config: Config) -> None:
@@ -251,14 +251,14 @@ class _Key:
         self.text = repr(config)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.text == other.text
+        return isinstance(other, ConfigKey) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)
 
 
 @lru_cache(maxsize=1024)
-def _block_tensors(teacher: _Key, layer: int) -> tuple[tuple[str, bool], ...]:
+def _block_tensors(teacher: ConfigKey, layer: int) -> tuple[tuple[str, bool], ...]:
     """Name and is-a-buffer of every saved tensor of a teacher's block, as litgpt itself builds it."""
     with torch.device("meta"):
         block = Block(teacher.config, layer)
@@ -292,14 +292,28 @@ def layer_params(
 ) -> int:
     """Parameters of one layer at these sizes (`n_expert` 0 in a dense layer); affine and growing in each of them."""
     sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
-    return _layer_params(_Key(teacher), layer, *sizes)
+    return _layer_params(ConfigKey(teacher), layer, *sizes)
 
 
 @lru_cache(maxsize=2**16)
-def _layer_params(teacher: _Key, layer: int, n_embd: int, head_size: int, *sizes: int) -> int:
-    groups, per_group, neurons, n_expert = sizes
-    keep = LayerKeep(Keep(groups), Keep(per_group), Keep(neurons), Keep(n_expert) if n_expert else None)
-    return _count(layer_plan(teacher.config, layer, Keep(n_embd), np.arange(head_size), keep))
+def _layer_params(teacher: ConfigKey, layer: int, n_embd: int, head_size: int, *sizes: int) -> int:
+    return _count(layer_takes(teacher.config, layer, n_embd, head_size, *sizes))
+
+
+def layer_takes(
+    teacher: Config,
+    layer: int,
+    n_embd: int,
+    head_size: int,
+    n_query_groups: int,
+    heads_per_group: int,
+    intermediate_size: int,
+    n_expert: int = 0,
+) -> Plan:
+    """The plan of one layer that keeps the first units of these sizes, for its shapes."""
+    widths = Keep(n_query_groups), Keep(heads_per_group), Keep(intermediate_size)
+    keep = LayerKeep(*widths, Keep(n_expert) if n_expert else None)
+    return layer_plan(teacher, layer, Keep(n_embd), np.arange(head_size), keep)
 
 
 def _count(takes: Plan) -> int:

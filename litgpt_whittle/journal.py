@@ -18,7 +18,10 @@ from typing import Any
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
 
-VERSION = 1
+JOURNAL = "journal.jsonl"
+"""Its name in a search's folder"""
+
+VERSION = 2
 
 
 @dataclass(frozen=True)

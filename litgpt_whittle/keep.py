@@ -147,3 +147,11 @@ def _check_sorted(indices: np.ndarray) -> None:
     if (steps < 0).any():
         at = int(np.flatnonzero(steps < 0)[0])
         raise UserError(f"kept indices must be sorted, got {indices[at]} before {indices[at + 1]}; sort them")
+
+
+def n_units(value: int | str) -> int:
+    """How many units `Keep.parse` reads from what `Keep.to_yaml` wrote, without listing them."""
+    if isinstance(value, int):
+        return value
+    ranges = (part.partition("-") for part in value.split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)

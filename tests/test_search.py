@@ -17,7 +17,6 @@ from litgpt.model import GPT
 from litgpt.utils import CLI, save_config
 from rankings import random_ranking
 
-from litgpt_whittle import report
 from litgpt_whittle.batches import fixed_batches
 from litgpt_whittle.bins import Bin
 from litgpt_whittle.checkpoint import load_model
@@ -26,7 +25,7 @@ from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.journal import Evaluation, file_fingerprint, read_journal
+from litgpt_whittle.journal import file_fingerprint, read_journal
 from litgpt_whittle.order import reorder
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
@@ -81,6 +80,12 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "teacher")
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch):
+    """Drawing takes longer than these searches; test_report.py tests what they draw."""
+    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+
+
 def run(checkpoint: Path, out_dir: Path, **changes) -> None:
     """A search of a few seconds at most."""
     torch.set_num_threads(1)
@@ -121,10 +126,7 @@ def test_a_search_leaves_what_it_found(checkpoint, tmp_path, capsys):
         choice = SubNet.from_dict(TEACHER, evaluation.subnet)
         assert n_params(TEACHER, choice) == evaluation.n_params and evaluation.n_params in Bin.parse(BIN)
         assert (evaluation.batches, evaluation.tokens, evaluation.seed) == (2, 48, 1)
-    for name in ("search.png", "candidates.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert f"{best.scores['perplexity']:.2f}" in printed and f"{best.n_params:,}" in printed and "perplexity" in printed
+    assert capsys.readouterr().out.startswith("the report\nSub-networks, journal and report are in")
 
     # the score is that of the saved sub-network
     data = Tokens()
@@ -517,29 +519,3 @@ def test_the_command_writes_its_hyperparameters(checkpoint, tmp_path, monkeypatc
     CLI({"search": setup, "other": lambda: None})
     written = yaml.safe_load((tmp_path / "out/hyperparameters.yaml").read_text())
     assert written["iterations"] == 2 and written["strategy"]["init_args"]["population_size"] == 50
-
-
-# -- report
-
-
-def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M") -> Evaluation:
-    return Evaluation(index, bin, {}, n, {"perplexity": perplexity}, 0, 1, 1, 0.1)
-
-
-def test_the_front_is_what_nothing_beats_in_both():
-    points = [(3, 1.0), (1, 9.0), (2, 9.0), (2, 4.0), (4, 0.5), (4, 2.0), (1, 10.0)]
-    expected = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
-    assert [points[i] for i in report.pareto_front(points)] == sorted(expected)
-
-
-def test_the_best_of_each_bin_is_the_earliest_of_equals():
-    evaluations = [evaluation(0, 5, None), evaluation(1, 6, 4.0), evaluation(2, 7, 4.0), evaluation(3, 8, 9.0, "3M-4M")]
-    assert {bin: best.index for bin, best in report.best_of(evaluations).items()} == {"1M-2M": 1, "3M-4M": 3}
-
-
-@pytest.mark.parametrize("scores", [[], [None], [5.0], [3.0, None, 4e6, 2.0]])
-def test_plots_take_any_journal(tmp_path, scores):
-    evaluations = [evaluation(i, 1_000_000 + i, score) for i, score in enumerate(scores)]
-    report.plot_search(evaluations, tmp_path / "search.png")
-    report.plot_candidates(evaluations, tmp_path / "candidates.png")
-    assert (tmp_path / "candidates.png").stat().st_size > 1000

@@ -18,18 +18,20 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 from tqdm import tqdm
 
-from litgpt_whittle import registry, report
+from litgpt_whittle import registry
 from litgpt_whittle.batches import Batch, calibration_windows, connect, fingerprint, sequence_length, validation_batches
 from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
-from litgpt_whittle.journal import Evaluation, Journal, check_resumable, file_fingerprint
+from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.ranking import Ranking
+from litgpt_whittle.report import write_report
 from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
@@ -79,7 +81,7 @@ def setup(
             ``--data HFText --data.path PATH``.
         train: How candidates see the data.
         eval: How much of it they see.
-        out_dir: Directory for the journal, the best sub-networks and the plots.
+        out_dir: Directory for the journal, the best sub-networks and the report.
         precision: The precision to score in. By default bf16-true on a GPU, 32-true elsewhere.
         devices: How many devices to use.
         seed: The random seed. The same seed gives the same search.
@@ -94,7 +96,7 @@ def setup(
     if n_devices(devices) > 1:
         raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")
     check_writable(out_dir)
-    check_resumable(out_dir / "journal.jsonl", resume)
+    check_resumable(out_dir / JOURNAL, resume)
     teacher = check_checkpoint(checkpoint_dir)
     seq_length = sequence_length(teacher, train.max_seq_length)
     if data is None:
@@ -125,6 +127,7 @@ def setup(
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
         "fitness": fitness,
+        "score": measure.name,
         "seed": seed,
         "precision": precision,
         "micro_batch_size": train.micro_batch_size,
@@ -136,6 +139,7 @@ def setup(
             "name": teacher.name,
             "config": config_fingerprint(teacher),
             "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+            "architecture": asdict(teacher),
         },
         "data": {
             "batches": len(batches),
@@ -145,7 +149,7 @@ def setup(
         },
         "settings": settings,
     }
-    with Journal(out_dir / "journal.jsonl", header, resume) as journal:
+    with Journal(out_dir / JOURNAL, header, resume) as journal:
         save_hyperparameters(setup, out_dir)
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, calibration)
         main(fitness, checkpoint_dir, searches, journal, iterations, out_dir, settings)
@@ -204,14 +208,15 @@ def main(
         run(searches, journal, fitness, iterations, settings["seed"], save_best)
     except KeyboardInterrupt:
         stopped = True
-    write_report(teacher, journal.evaluations, fitness.name, out_dir)
-    if report.best_of(journal.evaluations, fitness.name):
+    found_any = bool(best_of(journal.evaluations, fitness.name))
+    if found_any:
+        print(write_report(out_dir))
         best = out_dir / best_name(searches[0], searches)
-        print(f"Sub-networks, journal and plots are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
+        print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
         print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
-    if not report.best_of(journal.evaluations, fitness.name):
+    if not found_any:
         raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
 
 
@@ -352,11 +357,3 @@ def load_fitness(
 def best_name(search: Search, searches: list[Search]) -> str:
     """Where a bin's best sub-network goes."""
     return "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"
-
-
-def write_report(teacher: Config, evaluations: list[Evaluation], score: str, out_dir: Path) -> None:
-    """Draws the plots and prints the table."""
-    if report.best_of(evaluations, score):
-        report.plot_search(evaluations, out_dir / "search.png", score)
-        report.plot_candidates(evaluations, out_dir / "candidates.png", score)
-        print(report.table(teacher, evaluations, score))

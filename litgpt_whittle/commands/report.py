@@ -1,0 +1,20 @@
+"""`litgpt report`: draw what a search has found, also while it is running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from litgpt.utils import init_out_dir
+
+from litgpt_whittle.report import PAGE, write_report
+
+
+def setup(out_dir: Path) -> None:
+    """Draw a search's findings from its journal, also while it is running.
+
+    Arguments:
+        out_dir: The search's directory. ``report.html`` and its pictures are written there; nothing else is changed.
+    """
+    out_dir = init_out_dir(out_dir)
+    print(write_report(out_dir))
+    print(f"The report is {out_dir / PAGE}, its pictures are beside it")

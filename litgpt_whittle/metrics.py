@@ -1,0 +1,192 @@
+"""What a sub-network costs to store and to run, in closed forms of its sizes, and by the clock.
+
+`MEASURES` names all costs, so that a search can use any of them as an objective, a bin or a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from litgpt.config import Config
+
+from litgpt_whittle.amounts import Unit, parse_amount
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import ConfigKey, layer_takes, n_params
+from litgpt_whittle.latency import Latency, default_device, latency
+from litgpt_whittle.subnet import SubNet
+
+
+def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
+    """Counts floating-point operations per token of one forward pass, 2 for every multiplication with an addition.
+
+    Counted are all matrix products: linear maps (of the experts only those that a token is routed to, and the shared
+    ones), the LM head, and attention as litgpt computes it: every query with every key of the sequence, in causal and
+    sliding-window layers too. Not counted are norms, activations, rotary embeddings, biases and looking up embeddings.
+    These are the rules of `torch.utils.flop_counter`.
+
+    Args:
+        teacher: The teacher's config.
+        subnet: A sub-network of it.
+        seq_length: Tokens in the sequence.
+    """
+    per_token = teacher.padded_vocab_size * len(subnet.n_embd)
+    query_and_value = sum(_key_and_value_sizes(teacher, subnet))
+    for i, (multiply_adds, _) in enumerate(_layers(teacher, subnet)):
+        n_head = len(subnet.layer(i).n_query_groups) * len(subnet.layer(i).heads_per_group)
+        per_token += multiply_adds + n_head * query_and_value * seq_length
+    return 2 * per_token
+
+
+def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length: int, dtype: torch.dtype) -> int:
+    """Counts the bytes of the keys and values that `GPT.set_kv_cache` makes room for.
+
+    A sliding-window layer keeps its window only. A layer-wise student is counted in its true shape.
+
+    Args:
+        teacher: The teacher's config.
+        subnet: A sub-network of it.
+        batch_size: Sequences at a time.
+        seq_length: The longest sequence, prompt included.
+        dtype: Of the cache.
+    """
+    window = teacher.sliding_window_size
+    # litgpt caches the keys of latent attention as they are used, not compressed, and never slides their window
+    slides = teacher.sliding_window_indices if window is not None and not teacher.latent_attention else None
+    heads_and_positions = 0
+    for i, layer in enumerate(subnet.layers):
+        length = min(seq_length, window) if slides and slides[layer] else seq_length
+        heads_and_positions += len(subnet.layer(i).n_query_groups) * length
+    return batch_size * heads_and_positions * sum(_key_and_value_sizes(teacher, subnet)) * dtype.itemsize
+
+
+def weight_bytes(teacher: Config, subnet: SubNet, dtype: torch.dtype, tied: bool = False) -> int:
+    """Counts the bytes of a student's saved weights in its true shape.
+
+    Args:
+        teacher: The teacher's config.
+        subnet: A sub-network of it.
+        dtype: Of the weights.
+        tied: Whether the LM head is the embedding, which then counts once.
+    """
+    n_buffers = sum(buffers for _, buffers in _layers(teacher, subnet))
+    return (n_params(teacher, subnet, tied) + n_buffers) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MeasureArgs:
+    """How a sub-network will be used"""
+
+    seq_length: int | None = None
+    """Tokens per sequence; prompt and answer together. By default the teacher's block size, but at most 2048"""
+    batch_size: int = 1
+    """Sequences at a time"""
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """Type of weights, activations and KV cache"""
+    tied: bool = False
+    """Whether the LM head is the embedding, which then counts once"""
+    device: str | None = None
+    """Where latencies are measured; by default a GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        if self.seq_length is not None and self.seq_length < 2:
+            raise UserError(f"seq_length must be at least 2, a prompt and an answer, got {self.seq_length}; raise it")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}; raise it")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"dtype must be float32, float16 or bfloat16, got {self.dtype!r}")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise UserError(f"device must be one such as cpu, cuda or cuda:1, got {self.device!r}") from None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch's."""
+        return getattr(torch, self.dtype)
+
+    def length(self, teacher: Config) -> int:
+        """The tokens per sequence with this teacher.
+
+        Raises:
+            UserError: If they are more than its block size.
+        """
+        if self.seq_length is not None and self.seq_length > teacher.block_size:
+            raise UserError(
+                f"seq_length must be at most the teacher's block_size {teacher.block_size}, got {self.seq_length}; "
+                "lower it"
+            )
+        return self.seq_length or min(teacher.block_size, 2048)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A cost of sub-networks, less is better."""
+
+    function: Callable[[Config, SubNet, MeasureArgs], float]
+    unit: Unit
+    """What it is given in"""
+
+    def __call__(self, teacher: Config, subnet: SubNet, args: MeasureArgs) -> float:
+        """What a sub-network of `teacher` costs when it is used like that."""
+        return self.function(teacher, subnet, args)
+
+    def parse(self, text: str | float) -> float:
+        """Reads a limit such as `2GB` or `10ms`; raises `UserError` where it is none in this unit."""
+        return parse_amount(text, self.unit)
+
+
+MEASURES: dict[str, Measure] = {
+    "n_params": Measure(lambda teacher, subnet, args: n_params(teacher, subnet, args.tied), "parameters"),
+    "flops": Measure(lambda teacher, subnet, args: flops(teacher, subnet, args.length(teacher)), "FLOPs per token"),
+    "kv_cache_bytes": Measure(
+        lambda teacher, subnet, args: kv_cache_bytes(
+            teacher, subnet, args.batch_size, args.length(teacher), args.torch_dtype
+        ),
+        "bytes",
+    ),
+    "weight_bytes": Measure(
+        lambda teacher, subnet, args: weight_bytes(teacher, subnet, args.torch_dtype, args.tied), "bytes"
+    ),
+    "latency_prefill": Measure(lambda teacher, subnet, args: _latency(teacher, subnet, args).prefill, "seconds"),
+    "latency_decode": Measure(lambda teacher, subnet, args: _latency(teacher, subnet, args).decode, "seconds"),
+}
+"""All costs by name"""
+
+
+def _key_and_value_sizes(teacher: Config, subnet: SubNet) -> tuple[int, int]:
+    """The width of a head's keys (and queries), and of its values."""
+    if teacher.latent_attention:
+        return teacher.qk_head_dim, teacher.v_head_dim
+    return len(subnet.head_size), len(subnet.head_size)
+
+
+def _layers(teacher: Config, subnet: SubNet) -> list[tuple[int, int]]:
+    """Of each of the student's layers, the multiply-adds per token in linear maps, and the elements of buffers."""
+    key, n_embd, head_size = ConfigKey(teacher), len(subnet.n_embd), len(subnet.head_size)
+    return [_layer(key, layer, n_embd, head_size, *subnet.layer(i).sizes) for i, layer in enumerate(subnet.layers)]
+
+
+@lru_cache(maxsize=2**16)
+def _layer(teacher: ConfigKey, layer: int, *sizes: int) -> tuple[int, int]:
+    takes, n_expert = layer_takes(teacher.config, layer, *sizes), sizes[-1]
+    products = {name: take.numel() for name, take in takes.items() if len(take.shape) == 2}
+    experts = sum(n for name, n in products.items() if name.startswith("mlp.experts."))
+    # a token passes through every matrix once, but through some of the experts, which are all of one size
+    idle = experts // n_expert * (n_expert - teacher.config.n_expert_per_token) if n_expert else 0
+    return sum(products.values()) - idle, sum(take.numel() for take in takes.values() if take.is_buffer)
+
+
+def _latency(teacher: Config, subnet: SubNet, args: MeasureArgs) -> Latency:
+    """Both latencies of a sub-network; the last quarter of the sequence, at most 32 tokens, is decoded."""
+    return _measured_latency(ConfigKey(teacher), subnet, args, args.length(teacher))
+
+
+@lru_cache(maxsize=2**12)
+def _measured_latency(_: ConfigKey, subnet: SubNet, args: MeasureArgs, length: int) -> Latency:
+    new_tokens = min(max(length // 4, 1), 32)
+    device = args.device or default_device()
+    return latency(subnet, device, args.torch_dtype, args.batch_size, length - new_tokens, new_tokens)

@@ -1,0 +1,56 @@
+"""What is read from a search's evaluations."""
+
+from statistics import mean
+
+import pytest
+from architectures import ARCHITECTURES, keeps, subnets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from litgpt_whittle.evaluations import best_of, bins_of, mean_sizes, pareto_front, scored
+from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.keep import n_units
+
+EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+
+
+def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M") -> Evaluation:
+    return Evaluation(index, bin, {}, n, {"perplexity": perplexity}, 0, 1, 1, 0.1)
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    points = [(3, 1.0), (1, 9.0), (2, 9.0), (2, 4.0), (4, 0.5), (4, 2.0), (1, 10.0)]
+    expected = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    assert [points[i] for i in pareto_front(points)] == sorted(expected)
+
+
+def test_the_best_of_each_bin_is_the_earliest_of_equals():
+    evaluations = [evaluation(0, 5, None), evaluation(1, 6, 4.0), evaluation(2, 7, 4.0), evaluation(3, 8, 9.0, "3M-4M")]
+    evaluations.append(evaluation(4, 9, None, "5M-6M"))
+    assert {bin: best.index for bin, best in best_of(evaluations).items()} == {"1M-2M": 1, "3M-4M": 3}
+    assert bins_of(evaluations) == ["1M-2M", "3M-4M", "5M-6M"] and len(scored(evaluations)) == 3
+
+
+@EACH
+@settings(max_examples=10)
+@given(data=st.data())
+def test_mean_sizes_are_those_of_the_students_layers(teacher, data):
+    subnet = data.draw(subnets(teacher))
+    layers = [subnet.layer(i) for i in range(len(subnet))]
+    configs = [subnet.layer_config(i) for i in range(len(subnet))]
+    expected = {"n_embd": len(subnet.n_embd), "n_layer": len(subnet), "head_size": len(subnet.head_size)}
+    expected["n_head"] = mean(config.n_head for config in configs)
+    has_own_width = teacher.moe_intermediate_size is not None
+    for config, layer in zip(configs, layers):
+        is_expert = layer.n_expert is not None and has_own_width
+        width = "moe_intermediate_size" if is_expert else "intermediate_size"
+        expected.setdefault(width, []).append(getattr(config, width))
+        if layer.n_expert is not None:
+            expected.setdefault("n_expert", []).append(config.n_expert)
+    expected = {name: mean(value) if isinstance(value, list) else value for name, value in expected.items()}
+    assert mean_sizes(subnet.to_dict()) == pytest.approx(expected)
+
+
+@given(keep=keeps(40))
+def test_units_are_counted_without_listing_them(keep):
+    assert n_units(keep.to_yaml()) == len(keep)

@@ -1,0 +1,114 @@
+"""Plots take whatever a journal may hold, and say what they should."""
+
+import math
+
+import pytest
+from architectures import ARCHITECTURES, subnets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from litgpt_whittle.blueprint import plot_architecture, rows
+from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.plots import plot_candidates, plot_dimensions, plot_predictions, plot_search
+from litgpt_whittle.subnet import SubNet
+
+PLOTS = (plot_search, plot_candidates, plot_dimensions, plot_predictions)
+EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+CHOICE = {"n_embd": 8, "n_layer": "0,2-3", "head_size": 4, "n_query_groups": [1, 2, 2], "intermediate_size": 5}
+
+
+def evaluation(index: int, score: float | None, bin: str = "1M-2M", **choice) -> Evaluation:
+    scores = {"perplexity": score, "predicted": 2 * score if score else None}
+    return Evaluation(index, bin, CHOICE | choice, 1_000_000 + index, scores, 0, 1, 1, 0.1)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures as they are saved."""
+    figures, save = [], Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        save(self, *args, **kwargs | {"dpi": 20})
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def texts(figure: Figure) -> list[str]:
+    own = [figure.get_suptitle()]
+    for axes in figure.axes:
+        own += [axes.get_title(loc="left"), *(text.get_text() for text in axes.texts)]
+    own += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return own
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("scores", [[], [None], [5.0], [5.0, 5.0, 5.0], [3.0, None, 4e6, 2.0], [0.0, 9.0, -2.0]])
+def test_plots_take_any_journal(tmp_path, plot, scores):
+    evaluations = [
+        evaluation(i, score, bin) for i, score in enumerate(scores) for bin in ("1M-2M", "3M-4M")[: 1 + i % 2]
+    ]
+    plot(evaluations, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_correlations_are_within_bins_and_fixed_dimensions_are_named(tmp_path, drawn):
+    evaluations = [evaluation(i, 10.0 - i, n_embd=4 + i) for i in range(4)]
+    evaluations += [evaluation(4 + i, 100.0 + i, "3M-4M", n_embd=4 + i) for i in range(4)]
+    plot_dimensions(evaluations, tmp_path / "plot.png")
+    visible = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in visible] == ["n_embd"]
+    assert [text.get_text() for text in visible[0].texts] == ["ρ = −1.00", "ρ = 1.00"]
+    assert "(the same in all: n_layer, head_size, n_head, intermediate_size)" in drawn[0].get_suptitle()
+    assert texts(drawn[0])[-2:] == ["1M-2M", "3M-4M"]
+
+
+def test_titles_tell_what_was_found(tmp_path, drawn):
+    evaluations = [evaluation(i, score) for i, score in enumerate([4.0, 3.0, None, 5.0])]
+    plot_search(evaluations, tmp_path / "plot.png")
+    plot_candidates(evaluations, tmp_path / "plot.png")
+    plot_predictions(evaluations, tmp_path / "plot.png")
+    search, candidates, predictions = map(texts, drawn)
+    assert "The best of 4 candidates so far" in search and "best so far: 3.00" in search and "1 failed" in search
+    assert "3 candidates, 2 on the front of perplexity and parameters" in candidates and "1 failed" in candidates
+    assert "The surrogate: ρ = 1.00 over 3 candidates" in predictions
+
+
+@EACH
+@settings(max_examples=6)
+@given(data=st.data())
+def test_rows_are_the_sizes_of_the_students_layers(teacher, data):
+    subnet = data.draw(subnets(teacher))
+    found = {row.name: row for row in rows(subnet)}
+    configs = {layer: subnet.layer_config(i) for i, layer in enumerate(subnet.layers)}
+    for layer in range(teacher.n_layer):
+        is_dense = teacher.mlp_class_name != "LLaMAMoE" or layer < (teacher.first_k_dense_replace or 0)
+        width = "neurons" if is_dense else "neurons/expert"
+        for column, config in (("of", teacher), ("kept", configs.get(layer))):
+            expected = {"heads": config.n_head, "query groups": config.n_query_groups} if config else {}
+            if config and is_dense:
+                expected["neurons"] = config.intermediate_size
+            elif config:
+                expected |= {"experts": config.n_expert}
+                expected[width] = config.moe_intermediate_size or config.intermediate_size
+            assert {n: row.__dict__[column][layer] for n, row in found.items()} == {
+                n: expected.get(n, 0) for n in found
+            }
+    assert ("query groups" in found) == (teacher.n_head != teacher.n_query_groups)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["phi-2", "Llama-3.1-8B", "Mixtral-8x7B-v0.1", "latent"])
+def test_every_kind_of_sub_network_is_drawn(name, tmp_path, drawn):
+    teacher = ARCHITECTURES[name]
+    groups = [1, min(2, teacher.n_query_groups)]
+    layerwise = SubNet(teacher, n_embd="3-9", n_layer="1,3", n_query_groups=groups)
+    for subnet in (SubNet.full(teacher), SubNet(teacher, n_layer="2-2"), layerwise):
+        plot_architecture(subnet, tmp_path / "plot.png", "The best")
+    for figure, n_dropped in zip(drawn, (0, teacher.n_layer - 1, teacher.n_layer - 2)):
+        heads = next(axes for axes in figure.axes if axes.get_title(loc="left").startswith("heads"))
+        hatched = [bar for bar in heads.patches if bar.get_hatch() and bar.get_height() > 0]
+        assert len(hatched) == n_dropped and all(math.isclose(bar.get_height(), teacher.n_head) for bar in hatched)
