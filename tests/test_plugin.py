@@ -42,7 +42,15 @@ def strangers(tmp_path) -> Path:
 def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strangers):
     done = run(str(BIN / "litgpt"), "--help", path=strangers)
     assert done.returncode == 0, done.stderr
-    for line in ("search", "extract", "distill", "greet", "Say hello.", "Cut a sub-network out of a checkpoint."):
+    for line in (
+        "search",
+        "rank",
+        "extract",
+        "distill",
+        "greet",
+        "Say hello.",
+        "Cut a sub-network out of a checkpoint.",
+    ):
         assert line in done.stdout
     assert "skipping the command 'lost'" in done.stderr and "nowhere" in done.stderr
     assert "skipping the command 'pretrain'" in done.stderr and "there is one already" in done.stderr
