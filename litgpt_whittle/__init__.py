@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Keep": "keep",
     "LayerwiseGPT": "supergpt",
+    "Ranking": "ranking",
     "SubNet": "subnet",
     "SuperGPT": "supergpt",
     "Take": "index_plan",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "load_model": "checkpoint",
     "n_params": "index_plan",
     "plan": "index_plan",
+    "reorder": "order",
     "save_checkpoint": "checkpoint",
     "student_model": "supergpt",
 }

@@ -130,6 +130,7 @@ def routing(
         Shape (B · T, n_expert).
     """
     n_expert, n_embd = len(moe.experts), x.shape[-1]
+    assert n_expert <= n_embd, "every expert needs a unit vector of its own"
     units = torch.eye(n_expert, n_embd, dtype=x.dtype, device=x.device)
 
     def answer(unit: torch.Tensor):

@@ -19,12 +19,12 @@ FEW = 16
 MANY_LAYERS = 48
 """Layers beyond which numbers would not be legible"""
 
-MEASURES = {
+TITLES = {
     "activation": "what they compute",
     "magnitude": "the size of their weights",
     "taylor": "the first-order change of the loss without them",
 }
-BARS = {"block_influence": "block influence", "perplexity": "perplexity without it"}
+LAYER_TITLES = {"block_influence": "block influence", "perplexity": "perplexity without it"}
 
 
 def plot_importance(ranking: Ranking, path: Path) -> None:
@@ -48,11 +48,9 @@ def plot_importance(ranking: Ranking, path: Path) -> None:
     axes[0].yaxis.get_major_locator().set_params(integer=True)
     for ax, (name, values) in zip(axes[len(panels) :], bars.items()):
         _draw_bars(ax, values.numpy(), ranking.scores.perplexity if name == "perplexity" else None)
-        ax.set_title(BARS[name], fontsize=10)
+        ax.set_title(LAYER_TITLES[name], fontsize=10)
     shades.add_bar(figure, image, axes[: len(panels)])
-    figure.suptitle(
-        f"{ranking.teacher.name}: units by {MEASURES[ranking.metric]}", x=0.01, ha="left", fontweight="bold"
-    )
+    figure.suptitle(f"{ranking.teacher.name}: units by {TITLES[ranking.metric]}", x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
 
 

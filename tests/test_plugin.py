@@ -45,6 +45,7 @@ def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strang
     for line in (
         "search",
         "report",
+        "rank",
         "extract",
         "distill",
         "greet",

@@ -16,7 +16,7 @@ from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, rea
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.heat_map import plot_importance
+from litgpt_whittle.heat_map import LAYER_TITLES, plot_importance
 from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.ranking import FILE, Ranking
@@ -109,7 +109,7 @@ def _check(
 def table(scores: Scores, layer_metric: str, n: int = 8) -> str:
     """The n least important layers, as text."""
     order = scores.layers[layer_metric].argsort(stable=True).tolist()
-    rows = [["least important layers", *(name.replace("_", " ") for name in scores.layers)]]
+    rows = [["least important layers", *(LAYER_TITLES[name] for name in scores.layers)]]
     for layer in order[:n]:
         rows.append([str(layer), *(_number(float(values[layer])) for values in scores.layers.values())])
     if scores.perplexity is not None:
