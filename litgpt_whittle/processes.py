@@ -54,6 +54,18 @@ def barrier() -> None:
         distributed.barrier()
 
 
+def leave() -> bool:
+    """Ends the sharing; says whether this is the first process, which goes on alone.
+
+    Processes that just exited could find their connections gone and abort.
+    """
+    is_first = rank() == 0
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+    return is_first
+
+
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the processes, in place."""
     if distributed.is_initialized():

@@ -24,7 +24,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
-from litgpt_whittle.processes import launch, n_devices, rank
+from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.search_args import BatchArgs
@@ -92,7 +92,7 @@ def setup(
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         calibration = Calibration(windows, train.micro_batch_size, fabric.device)
         repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
-        if rank() != 0:
+        if not leave():
             return  # the first process has the whole student, as all have
         subnet, student = repaired.subnet, repaired.weights
         counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
