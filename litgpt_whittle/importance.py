@@ -42,16 +42,18 @@ def elimination_order(
         n = len(alive)
         blocks = inverse.view(n, size, n, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (n, size, size)
         ours = weight.view(-1, n, size).transpose(0, 1)  # (n, n_out, size)
-        costs = (torch.linalg.solve(blocks, ours.mT) * ours.mT).sum((1, 2))
-        n_now = min(max(n // 64, 1), n - n_keep)
+        costs = (ours @ torch.linalg.inv(blocks) * ours).sum((1, 2))
+        n_now = min(max(n // 32, 1), n - n_keep)
         going = costs.topk(n_now, largest=False, sorted=True).indices.sort().values
         removed += [alive[i] for i in costs[going].argsort().tolist() for i in [int(going[i])]]
         out = (going[:, None] * size + torch.arange(size, device=going.device)).flatten()
         stays = torch.ones(n * size, dtype=torch.bool, device=going.device)
         stays[out] = False
-        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stays])
+        stays = stays.nonzero().squeeze(1)
+        across = inverse[out]
+        share = torch.linalg.solve(across[:, out], across[:, stays])
         weight = weight[:, stays] - weight[:, out] @ share
-        inverse = inverse[stays][:, stays] - inverse[stays][:, out] @ share
+        inverse = inverse[stays[:, None], stays] - across[:, stays].T @ share
         gone = set(going.tolist())
         alive = [unit for i, unit in enumerate(alive) if i not in gone]
     return removed

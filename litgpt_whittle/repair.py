@@ -222,9 +222,9 @@ class Repair:
 
     def _worth(self) -> Worth:
         """What directions of the teacher's stream are worth to what reads it in the kept layers, and to its head."""
-        # directions need fewer tokens than regressions: a quarter, from all over the calibration data
-        batches = self.calibration.all_batches
-        batches = self.calibration.share(batches[:: 4 if len(batches) >= 8 else 1])
+        # thirty-two tokens for each channel suffice for directions, from all over the calibration data
+        batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
+        batches = self.calibration.share(batches[:: max(self.calibration.windows.numel() // n_needed, 1)])
         streams = [self.theirs.embed(self.calibration.ids(batch)) for batch in batches]
         worth = Worth()
         for layer in range(self.teacher.n_layer):
@@ -326,7 +326,9 @@ class Repair:
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
-        moments = {name: Moments(teacher.get_submodule(name).in_features, 0, self.device) for name in chosen}
+        moments = {
+            name: Moments(teacher.get_submodule(name).in_features, 0, self.device, rough=True) for name in chosen
+        }
         for batch in self.calibration.batches:
             stream = streams.teacher[batch].to(self.device)
             # sixteen tokens for each input suffice to choose, from the beginning of the data
