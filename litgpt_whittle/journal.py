@@ -54,6 +54,11 @@ class Evaluation:
         value = self.scores.get(name)
         return math.inf if value is None else value
 
+    @property
+    def measures(self) -> dict[str, float]:
+        """All that is known of the candidate, by name: its parameters and whatever it was measured to be."""
+        return {"n_params": float(self.n_params), **{name: self.score(name) for name in self.scores}}
+
 
 class Journal:
     """A journal open for writing: a context manager, in which no other process can write the same one.

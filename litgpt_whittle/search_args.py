@@ -18,7 +18,7 @@ class BatchArgs:
     """Length of samples; by default the teacher's block size, but at most 2048"""
 
     def __post_init__(self) -> None:
-        _check_positive("train", micro_batch_size=self.micro_batch_size, max_seq_length=self.max_seq_length)
+        check_positive("train", micro_batch_size=self.micro_batch_size, max_seq_length=self.max_seq_length)
 
 
 @dataclass
@@ -29,7 +29,7 @@ class BudgetArgs:
     """Validation batches per candidate"""
 
     def __post_init__(self) -> None:
-        _check_positive("eval", max_iters=self.max_iters)
+        check_positive("eval", max_iters=self.max_iters)
 
 
 @dataclass
@@ -68,7 +68,23 @@ class SpaceArgs:
     """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
 
 
-def _check_positive(section: str, **values: int | None) -> None:
+def check_positive(section: str, **values: int | None) -> None:
+    """Refuses settings below 1.
+
+    Raises:
+        UserError: If there is one.
+    """
     for name, value in values.items():
         if value is not None and value < 1:
             raise UserError(f"{section}.{name} must be at least 1, got {value}")
+
+
+def check_shares(section: str, **values: float) -> None:
+    """Refuses settings outside of 0 … 1.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{section}.{name} must be between 0 and 1, got {value}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning as L
@@ -28,6 +29,7 @@ from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
+from litgpt_whittle.objectives import Measures, objective_measures
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.ranking import Ranking
@@ -106,8 +108,9 @@ def setup(
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
     units = None if ranking is None else ranking.order
+    measures = objective_measures(strategy.objectives, measure.name, teacher, seq_length, tied)
     searches = [
-        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed)
+        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed, measures)
         for bin in bins
     ]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
@@ -273,15 +276,19 @@ class Search:
     strategy: Strategy
     score: str
     """Which of a candidate's scores counts"""
+    measures: Measures = MappingProxyType({})
+    """What else to measure of a candidate; journalled among its scores"""
     best: Evaluation | None = None
     n_told: int = 0
 
     @classmethod
-    def begin(cls, space: Space, strategy: Strategy, score: str, seed: int) -> Search:
+    def begin(
+        cls, space: Space, strategy: Strategy, score: str, seed: int, measures: Measures = MappingProxyType({})
+    ) -> Search:
         """A search of its own, whatever other bins are searched beside it."""
         strategy = copy.deepcopy(strategy)
         strategy.start(space, seed)
-        return cls(space, strategy, score)
+        return cls(space, strategy, score, measures)
 
     def next_candidate(self) -> SubNet | None:
         """What to evaluate next; None when there is nothing left."""
@@ -290,7 +297,7 @@ class Search:
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> bool:
         """Takes an evaluation; says whether it is the best so far."""
         score = evaluation.score(self.score)
-        self.strategy.tell(candidate, score)
+        self.strategy.tell(candidate, score, evaluation.measures)
         self.n_told += 1
         is_best = score < (math.inf if self.best is None else self.best.score(self.score))
         if is_best:
@@ -309,7 +316,7 @@ def evaluate(
     """Scores a candidate; one whose loss is not finite or that runs out of memory counts as failed."""
     started, error, scores = time.perf_counter(), None, {}
     try:
-        scores = fitness(candidate)
+        scores = fitness(candidate) | {name: measure(candidate) for name, measure in search.measures.items()}
     except torch.OutOfMemoryError:
         error = "out of memory"
     if not all(math.isfinite(score) for score in scores.values()):

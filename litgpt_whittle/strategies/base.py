@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,13 @@ _RANDOM_TRIES = 500
 
 
 class Scored(NamedTuple):
-    """A sub-network and its score, the lower the better; infinite where the evaluation failed."""
+    """A sub-network, its score and what else is known of it."""
 
     subnet: SubNet
     score: float
+    """The lower the better; infinite where the evaluation failed"""
+    measures: Mapping[str, float]
+    """Whatever else was measured, by name, such as `n_params`"""
 
 
 class Strategy(ABC):
@@ -39,6 +43,8 @@ class Strategy(ABC):
     """
 
     space: Space
+    objectives: tuple[str, ...] = ("score",)
+    """What it minimises: the score, and measures that it wants to be told with it, by name"""
 
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""
@@ -93,9 +99,15 @@ class Strategy(ABC):
                 candidates.append(candidate)
         return candidates
 
-    def tell(self, subnet: SubNet, score: float) -> None:
-        """Takes the score of a candidate, the lower the better; NaN or infinity for one that could not be scored."""
-        self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf))
+    def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
+        """Takes the score of a candidate.
+
+        Args:
+            subnet: The candidate.
+            score: The lower the better; NaN or infinity for one that could not be scored.
+            measures: What else was measured, by name; at least what `objectives` names beside the score.
+        """
+        self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf, dict(measures or {})))
 
     def _propose_new(self) -> SubNet | None:
         rng = np.random.default_rng((self.seed, self.n_asked))

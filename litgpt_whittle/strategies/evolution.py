@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from litgpt_whittle.errors import UserError
+from litgpt_whittle.search_args import check_positive, check_shares
 from litgpt_whittle.space import Space
-from litgpt_whittle.strategies.base import Scored, Strategy
+from litgpt_whittle.strategies.base import Scored
+from litgpt_whittle.strategies.generations import Generations
 from litgpt_whittle.subnet import SubNet
 
 
-class Evolution(Strategy):
+class Evolution(Generations):
     """Keeps the best sub-networks, mutates and crosses them.
 
     Args:
@@ -31,16 +32,13 @@ class Evolution(Strategy):
         mutation_probability: float = 0.1,
         random_fraction: float = 0.05,
     ) -> None:
-        for name, n in (("population_size", population_size), ("elites", elites), ("n_offspring", n_offspring)):
-            if n < 1:
-                raise UserError(f"strategy.{name} must be at least 1, got {n}")
-        for name, share in (
-            ("crossover_probability", crossover_probability),
-            ("mutation_probability", mutation_probability),
-            ("random_fraction", random_fraction),
-        ):
-            if not 0 <= share <= 1:
-                raise UserError(f"strategy.{name} must be between 0 and 1, got {share}")
+        check_positive("strategy", population_size=population_size, elites=elites, n_offspring=n_offspring)
+        check_shares(
+            "strategy",
+            crossover_probability=crossover_probability,
+            mutation_probability=mutation_probability,
+            random_fraction=random_fraction,
+        )
         self.population_size = population_size
         self.elites = elites
         self.n_offspring = n_offspring
@@ -50,25 +48,18 @@ class Evolution(Strategy):
 
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""
-        super().start(space, seed)
         self.parents: list[Scored] = []
-        self.generation_ends = self.population_size
+        super().start(space, seed)
 
     @property
-    def ready(self) -> int:
-        """What is left of this generation; the next one needs all of its scores."""
-        return self.generation_ends - self.n_asked
+    def generation_size(self) -> int:
+        """Random sub-networks first, then offspring."""
+        return self.n_offspring if self.told else self.population_size
 
-    def tell(self, subnet: SubNet, score: float) -> None:
-        """Takes a score; the last one of a generation chooses the parents of the next."""
-        super().tell(subnet, score)
-        if len(self.told) == self.generation_ends:
-            ranked = sorted([*self.parents, *self.told[-self._generation_size() :]], key=lambda scored: scored.score)
-            self.parents = [scored for scored in ranked if np.isfinite(scored.score)][: self.elites]
-            self.generation_ends += self.n_offspring
-
-    def _generation_size(self) -> int:
-        return self.population_size if self.generation_ends == self.population_size else self.n_offspring
+    def select(self, generation: list[Scored]) -> None:
+        """Keeps the best of parents and offspring as the next parents."""
+        ranked = sorted([*self.parents, *generation], key=lambda scored: scored.score)
+        self.parents = [scored for scored in ranked if np.isfinite(scored.score)][: self.elites]
 
     def propose(self, rng: np.random.Generator) -> SubNet:
         """A random sub-network in the first generation, later mostly a child of the best ones."""
