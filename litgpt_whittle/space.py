@@ -5,6 +5,7 @@ A strategy asks a `Space` for a random sub-network, a mutated one or a cross of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -77,6 +78,17 @@ class Space:
         evenness = 2.0 ** rng.uniform(-1, 6) if rng.random() < 0.5 else None
         return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
+    def split(self, n: int) -> list[Space]:
+        """This space in n equal parts of its bin, in ascending order; those without sub-networks are left out."""
+        lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
+        edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
+        parts = []
+        for part in (Bin(start, end - 1) for start, end in zip(edges, edges[1:]) if start < end):
+            if draw_sizes(self.sizes, np.random.default_rng(0), part) is not None:
+                parts.append(copy.copy(self))
+                parts[-1].bin = part
+        return parts
+
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
         """Changes some of a sub-network's choices; the others give way as little as the bin demands.
 
@@ -86,9 +98,8 @@ class Space:
             probability: How likely each size, each set of units and the choice of layers is to change; at least one
                 of them does.
         """
-        sizes, sets = self._sizes_of(parent), self._sets_of(parent)
-        free = [key for key in sizes.values if len(self.sizes.grids[key[0]]) > 1]
-        movable = [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]] if self.is_fine else []
+        sizes, sets = self.sizes_of(parent), self._sets_of(parent)
+        free, movable = self._free(sizes), self._movable(sets)
         chances = ["layers", *free, *movable]
         changed = set(np.flatnonzero(rng.random(len(chances)) < probability).tolist())
         if not changed:
@@ -107,7 +118,7 @@ class Space:
 
     def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
         """Mixes two sub-networks: each size, with its units, is a random parent's, as nearly as the bin allows."""
-        parents = [(self._sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
+        parents = [(self.sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
         values: dict[Key, int] = {}
         sets: Sets = {}
         for key in dict.fromkeys([*parents[0][0].values, *parents[1][0].values]):
@@ -123,7 +134,60 @@ class Space:
         layers = tuple(sorted(mixed)) or parents[0][0].layers
         return self._build(rng, Wish(layers, self._at_layers(values, layers)), sets, {})
 
+    def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
+        """Changes one choice and lets another size pay for it, so that the count stays near to what it was.
+
+        The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The choice
+        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others.
+        """
+        sizes, sets = self.sizes_of(parent), self._sets_of(parent)
+        free, movable = self._free(sizes), self._movable(sets)
+        kinds = ["layers", *(["size"] if free else []), *(["units"] if movable else [])]
+        kind = kinds[int(rng.integers(len(kinds)))]
+        if kind == "units":
+            swap = {movable[int(rng.integers(len(movable)))]: float(rng.random()) ** 2}
+            return self._build(rng, Wish(sizes.layers, sizes.values), sets, swap)
+        values, layers, changed = dict(sizes.values), sizes.layers, None
+        if kind == "size":
+            changed = _one_of(rng, free)
+            values[changed] = _step(rng, self.sizes.grids[changed[0]], values[changed])
+        else:
+            layers = self._change_layers(rng, layers)
+        wish = Sizes(layers, self.complete(values, layers))
+        if payers := [key for key in self._free(wish) if key != changed]:
+            payer = _one_of(rng, payers)
+            drift = rng.normal() * (self.bin.hi - self.bin.lo) / 10
+            now, target = self.sizes.count(wish), self.sizes.count(sizes) + drift
+            wish.values[payer] += 1
+            price = self.sizes.count(wish) - now  # the count is affine in every size
+            target = min(max(target, self.bin.lo), self.bin.hi)
+            wish.values[payer] += round((target - now) / max(price, 1)) - 1
+        return self._build(rng, Wish(layers, wish.values), sets, {})
+
+    def near(
+        self, rng: np.random.Generator, sizes: Sizes, units_of: SubNet | None = None, exchange: float = 0.0
+    ) -> SubNet:
+        """The sub-network whose sizes come as near to the wished ones as the bin allows.
+
+        Args:
+            rng: Where the randomness comes from.
+            sizes: The layers and a size for each key that applies to them; none need be legal.
+            units_of: Whose units are kept in a fine space, as far as their number allows; by default random ones.
+            exchange: How likely some units of each set are exchanged for others.
+        """
+        sets = {} if units_of is None else self._sets_of(units_of)
+        swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
+        return self._build(rng, Wish(sizes.layers, sizes.values), sets, swaps)
+
     # changes to wishes ------------------------------------------------------------------------------------------------
+
+    def _free(self, sizes: Sizes) -> list[Key]:
+        """The sizes that may differ."""
+        return [key for key in sizes.values if len(self.sizes.grids[key[0]]) > 1]
+
+    def _movable(self, sets: Sets) -> list[Key]:
+        """The sets of units that leave out some; none in a coarse space."""
+        return [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]]
 
     def _change_size(self, rng: np.random.Generator, values: dict[Key, int], key: Key) -> None:
         """Half of the time any size, half of the time one nearby."""
@@ -155,9 +219,19 @@ class Space:
                         wished.setdefault((name, layer), values[min(near, key=lambda key: abs(key[1] - layer))])
         return wished
 
+    def complete(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
+        """The sizes of exactly these layers: the given ones, those of the nearest layer, or else the teacher's."""
+        wished = self._at_layers(values, layers)
+        keys = {(name, EVERY) for name in ("n_embd", "head_size")}
+        for layer in layers:
+            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
+            keys |= {(name, layer if self.is_layerwise else EVERY) for name in (*ATTENTION, kind.width)}
+            keys |= {("n_expert", EVERY)} if kind.has_experts else set()
+        return {key: wished.get(key, self.sizes.grids[key[0]][-1]) for key in sorted(keys)}
+
     # between sub-networks and sizes -----------------------------------------------------------------------------------
 
-    def _sizes_of(self, subnet: SubNet) -> Sizes:
+    def sizes_of(self, subnet: SubNet) -> Sizes:
         values = {("n_embd", EVERY): len(subnet.n_embd), ("head_size", EVERY): len(subnet.head_size)}
         for i, layer in enumerate(subnet.layers):
             for name, keep in self._own(subnet, i).items():
@@ -231,3 +305,20 @@ def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | N
     kept = rng.permutation(wished)[: n_stay - n_swap]
     added = rng.permutation(others)[: n - len(kept)]
     return np.sort(np.concatenate((kept, added)))
+
+
+def _one_of(rng: np.random.Generator, keys: list[Key]) -> Key:
+    """One of the keys: any dimension as likely as any other, whether it has one key or one in every layer."""
+    names = list(dict.fromkeys(name for name, _ in keys))
+    name = names[int(rng.integers(len(names)))]
+    own = [key for key in keys if key[0] == name]
+    return own[int(rng.integers(len(own)))]
+
+
+def _step(rng: np.random.Generator, grid: list[int], value: int) -> int:
+    """Another value of a grid, mostly a nearby one: about a tenth of the grid away."""
+    at = grid.index(value)
+    by = round(rng.normal() * len(grid) / 10) or (1 if rng.random() < 0.5 else -1)
+    if not 0 <= at + by < len(grid):
+        by = -by
+    return grid[min(max(at + by, 0), len(grid) - 1)]

@@ -225,7 +225,7 @@ def test_mutation_changes_a_little_and_crossover_mixes(name):
     for _ in range(20):
         mother, father = space.sample(rng), space.sample(rng)
         child = space.mutate(rng, mother, 0.0)
-        ours, theirs = space._sizes_of(mother), space._sizes_of(child)
+        ours, theirs = space.sizes_of(mother), space.sizes_of(child)
         changed = [key for key in ours.values if key in theirs.values and ours.values[key] != theirs.values[key]]
         n_changed.append(len(changed))
         assert len(set(mother.layers) ^ set(child.layers)) <= 2
@@ -262,7 +262,7 @@ def test_steps_smallest_and_fixed_sizes_are_kept_to():
     assert {s.layers for s in draws} == {(0, 1), (0, 1, 2), (0, 1, 2, 3)}
     assert {n for s in draws for i in range(len(s)) for n in s.layer(i).sizes[:1]} == {4}
     assert {s.layer(i).sizes[2] for s in draws for i in range(len(s))} == {32, 48, 64}
-    assert space.sizes.grids["head_size"] == [8] and ("head_size", EVERY) in space._sizes_of(draws[0]).values
+    assert space.sizes.grids["head_size"] == [8] and ("head_size", EVERY) in space.sizes_of(draws[0]).values
 
 
 @pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -1,0 +1,64 @@
+"""Hill climbing with restarts: the simplest search that learns from its scores."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from litgpt_whittle.search_args import check_positive, check_shares
+from litgpt_whittle.space import Space
+from litgpt_whittle.strategies.base import Scored
+from litgpt_whittle.strategies.generations import Generations
+from litgpt_whittle.subnet import SubNet
+
+
+class LocalSearch(Generations):
+    """Mutates the best sub-network of this climb, moves on when a mutated one is as good, and starts anew when stuck.
+
+    Args:
+        n_starts: Random sub-networks at the start of each climb, which begins at the best of them.
+        n_neighbours: Mutated sub-networks per step; more can be scored side by side, fewer climb faster.
+        patience: Neighbours in a row without a better one after which a new climb starts.
+        mutation_probability: How likely each choice (a size, a set of units, the layers) changes; at least one does.
+    """
+
+    def __init__(
+        self, n_starts: int = 10, n_neighbours: int = 1, patience: int = 100, mutation_probability: float = 0.1
+    ) -> None:
+        check_positive("strategy", n_starts=n_starts, n_neighbours=n_neighbours, patience=patience)
+        check_shares("strategy", mutation_probability=mutation_probability)
+        self.n_starts = n_starts
+        self.n_neighbours = n_neighbours
+        self.patience = patience
+        self.mutation_probability = mutation_probability
+
+    def start(self, space: Space, seed: int) -> None:
+        """Begins a search, forgetting any earlier one."""
+        self._restart()
+        super().start(space, seed)
+
+    def _restart(self) -> None:
+        self.at: Scored | None = None
+        self.n_in_vain = 0
+
+    @property
+    def generation_size(self) -> int:
+        """Random sub-networks at the start of a climb, then neighbours."""
+        return self.n_starts if self.at is None else self.n_neighbours
+
+    def select(self, generation: list[Scored]) -> None:
+        """Moves to the best neighbour unless it is worse; gives up the climb when the patience is over."""
+        found = min(generation, key=lambda scored: scored.score)
+        height = math.inf if self.at is None else self.at.score
+        self.n_in_vain = 0 if found.score < height else self.n_in_vain + len(generation)
+        if math.isfinite(found.score) and found.score <= height:
+            self.at = found
+        if self.n_in_vain >= self.patience:
+            self._restart()
+
+    def propose(self, rng: np.random.Generator) -> SubNet:
+        """A neighbour of where the climb is, a random sub-network at its start."""
+        if self.at is None:
+            return self.space.sample(rng)
+        return self.space.mutate(rng, self.at.subnet, self.mutation_probability)
