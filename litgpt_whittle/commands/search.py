@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -276,7 +276,7 @@ class Search:
     strategy: Strategy
     score: str
     """Which of a candidate's scores counts"""
-    measures: Measures = MappingProxyType({})
+    measures: Measures = field(default_factory=dict)
     """What else to measure of a candidate; journalled among its scores"""
     best: Evaluation | None = None
     n_told: int = 0
