@@ -289,7 +289,7 @@ def test_an_order_changes_which_units_are_kept_and_nothing_else():
     one, two = np.random.default_rng(3), np.random.default_rng(3)
     for _ in range(20):
         ours, theirs = given.sample(one), ranked.sample(two)
-        assert given._sizes_of(ours) == ranked._sizes_of(theirs)
+        assert given.sizes_of(ours) == ranked.sizes_of(theirs)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ class TPE(Generations):
 
     Each proposal is the best sub-network with a few choices, drawn by lot, made by the model: proposals in which all of
     them change are hardly ever good where every layer has its own. Its numbers are brought into the bin, and the model
-    learns from what came out. It knows sizes and layers, not which units are kept: those are the best's, some exchanged.
+    learns from what came out. It knows sizes and layers, not which units are kept: those are the best one's, a few of
+    them exchanged.
 
     Args:
         n_initial: Random sub-networks to start with.
