@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.head import HeadTap, head_loss, tap_head
+from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.quick_repair import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
@@ -38,6 +39,20 @@ class Fitness(Protocol):
         """Scores a sub-network, by one or more names."""
 
 
+class WindowLosses(NamedTuple):
+    """What a candidate loses on each window of text, in the batches' order; both on the CPU, shape (n_windows,)."""
+
+    sums: torch.Tensor
+    """Losses added up over the window's tokens, float64"""
+    n_tokens: torch.Tensor
+    """How many tokens those are"""
+
+    @property
+    def mean(self) -> float:
+        """The loss per token."""
+        return float(self.sums.sum() / self.n_tokens.sum())
+
+
 class Perplexity:
     """exp(total negative log-likelihood / total tokens), the same batches for all candidates.
 
@@ -54,30 +69,42 @@ class Perplexity:
         self.batches = [Batch(*(tensor.to(model.lm_head.weight.device) for tensor in batch)) for batch in batches]
         self.n_tokens = sum(batch.n_tokens for batch in batches)
 
-    @torch.inference_mode()
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Scores a sub-network: `perplexity` and `nll`, its logarithm (nats per token)."""
+        return self.scores(self.losses(subnet).mean)
+
+    def scores(self, loss: float) -> dict[str, float]:
+        """The scores that a mean loss stands for."""
+        return {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
+
+    @torch.inference_mode()
+    def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
+        """A sub-network's losses on every window of some of the batches."""
         # the weights are sliced once; while it runs as a sub-network, the super-network calls the head of a model
         # without weights of its own
         with self.model.running(subnet, materialize=True):
-            return self._score(self.model, self.model._running.module)
+            return self._losses(self.model, self.model._running.module, self.batches[which])
 
-    def _score(self, model: GPT, owner_of_head: GPT) -> dict[str, float]:
-        """The perplexity of a model on all batches, the logits made in chunks that are thrown away."""
+    def _losses(self, model: GPT, owner_of_head: GPT, batches: Sequence[Batch]) -> WindowLosses:
+        """A model's losses, the logits made in chunks that are thrown away."""
         tap = tap_head(owner_of_head)
         context: AbstractContextManager = self.autocast()
         with context:
-            total = sum(self._loss(model, tap, batch).double() * batch.n_tokens for batch in self.batches)
-        nll = float(total) / self.n_tokens
-        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
+            sums = torch.cat([self._window_sums(model, tap, batch) for batch in batches])
+        n_tokens = torch.cat([(batch.targets != IGNORE_INDEX).sum(1) for batch in batches])
+        return WindowLosses(sums.cpu(), n_tokens.cpu())
 
-    def _loss(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
-        """The mean over one batch's tokens."""
+    def _window_sums(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
+        """The loss of each of a batch's windows, added up over its tokens, float64, shape (B,)."""
         tap.tapping = True
         model(batch.input_ids)
         caught, tap.caught = tap.caught, None
         assert caught is not None, "the sub-network's forward did not reach its head"
-        return head_loss(caught, batch.targets, softcap=model.config.final_logit_softcapping).ce
+        means = [
+            head_loss(caught._replace(hidden=hidden), targets, softcap=model.config.final_logit_softcapping).ce
+            for hidden, targets in zip(caught.hidden, batch.targets)
+        ]
+        return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
 
 
 class RepairedPerplexity(Perplexity):
@@ -100,8 +127,7 @@ class RepairedPerplexity(Perplexity):
         self.repair = QuickRepair(model, calibration)
 
     @torch.inference_mode()
-    def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network: the repaired student's `repaired_perplexity` and `nll`."""
+    def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
+        """The repaired student's losses on every window of some of the batches."""
         student = self.repair.student(subnet)
-        scores = self._score(student, student)
-        return {self.name: scores["perplexity"], "nll": scores["nll"]}
+        return self._losses(student, student, self.batches[which])
