@@ -14,9 +14,11 @@ Bests = dict[str, Evaluation]
 
 
 def best_of(evaluations: Sequence[Evaluation], score: str = "perplexity") -> Bests:
-    """The best evaluation in every bin that has one, the earlier one of equals."""
+    """The best evaluation in every bin that has one, the earlier one of equals; none that a race has dropped."""
     bests: Bests = {}
     for evaluation in scored(evaluations, score):
+        if evaluation.dropped:
+            continue
         best = bests.get(evaluation.bin)
         if best is None or evaluation.score(score) < best.score(score):
             bests[evaluation.bin] = evaluation

@@ -13,7 +13,9 @@ from litgpt.model import GPT
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.head import HeadTap, head_loss, tap_head
 from litgpt_whittle.losses import IGNORE_INDEX
+from litgpt_whittle.processes import gather, rank, world_size
 from litgpt_whittle.quick_repair import QuickRepair
+from litgpt_whittle.sharding import is_sharded
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
@@ -23,7 +25,8 @@ class Fitness(Protocol):
 
     It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
     in, as `Fabric.autocast` does. One that has a class attribute `n_calibration` is also given so many training tokens,
-    as `calibration`, shape (N, T).
+    as `calibration`, shape (N, T). One that gives losses by window (`losses`, `scores`) lets candidates race, and
+    one whose class attribute `can_shard` is true can work with a teacher that is spread over processes.
     """
 
     name: str
@@ -63,9 +66,11 @@ class Perplexity:
     """
 
     name = "perplexity"
+    can_shard = True
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
         self.model, self.autocast = model, autocast
+        self.is_sharded = is_sharded(model)
         self.batches = [Batch(*(tensor.to(model.lm_head.weight.device) for tensor in batch)) for batch in batches]
         self.n_tokens = sum(batch.n_tokens for batch in batches)
 
@@ -77,13 +82,29 @@ class Perplexity:
         """The scores that a mean loss stands for."""
         return {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
 
-    @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
-        """A sub-network's losses on every window of some of the batches."""
-        # the weights are sliced once; while it runs as a sub-network, the super-network calls the head of a model
-        # without weights of its own
-        with self.model.running(subnet, materialize=True):
-            return self._losses(self.model, self.model._running.module, self.batches[which])
+        """A sub-network's losses on every window of some of the batches.
+
+        Where the teacher's weights are spread over processes, they score together, every one some of the batches.
+        """
+        batches = self.batches[which]
+        # while it runs as a sub-network, the super-network calls the head of a model without weights of its own
+        if self.is_sharded:
+            with torch.no_grad(), self.model.running(subnet):
+                return self._losses_together(batches)
+        # the weights are sliced once
+        with torch.inference_mode(), self.model.running(subnet, materialize=True):
+            return self._losses(self.model, self.model._running.module, batches)
+
+    def _losses_together(self, batches: Sequence[Batch]) -> WindowLosses:
+        n = world_size()
+        own = batches[rank() :: n]
+        # a process without a batch of its own takes part all the same: the others need its part of the weights
+        wanted = [*own, *[batches[-1]] * (-(-len(batches) // n) - len(own))]
+        parts = [self._losses(self.model, self.model._running.module, [batch]) for batch in wanted]
+        by_process = gather([tuple(part) for part in parts])
+        in_order = [by_process[i % n][i // n] for i in range(len(batches))]
+        return WindowLosses(*(torch.cat(tensors) for tensors in zip(*in_order)))
 
     def _losses(self, model: GPT, owner_of_head: GPT, batches: Sequence[Batch]) -> WindowLosses:
         """A model's losses, the logits made in chunks that are thrown away."""
@@ -119,6 +140,7 @@ class RepairedPerplexity(Perplexity):
 
     name = "repaired_perplexity"
     n_calibration = 32_768
+    can_shard = False
 
     def __init__(
         self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext, *, calibration: torch.Tensor

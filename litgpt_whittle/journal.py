@@ -10,18 +10,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
+from litgpt_whittle.processes import first_does
 
 JOURNAL = "journal.jsonl"
 """Its name in a search's folder"""
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Evaluation:
     """How long scoring took"""
     error: str | None = None
     """Why it could not be scored"""
+    dropped: bool = False
+    """Whether it fell behind in a race: its scores are estimates from what it saw"""
+    losses: list[float] | None = None
+    """The mean loss of each window, of one that a race has seen to the end"""
 
     def score(self, name: str) -> float:
         """A score, infinite where the candidate has none."""
@@ -103,6 +109,41 @@ class Journal:
 
     def __exit__(self, *_: Any) -> None:
         self._file.close()
+
+
+@contextmanager
+def open_record(
+    path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False
+) -> Iterator[Journal | MirroredJournal]:
+    """Opens the one journal that several processes share: the first one writes it, the others follow in memory.
+
+    Raises:
+        UserError: As `Journal` does.
+    """
+    journal = None
+
+    def open_it() -> list[Evaluation]:
+        nonlocal journal
+        journal = Journal(path, header, resume)
+        return journal.evaluations
+
+    evaluations = first_does(open_it)
+    if journal is None:
+        yield MirroredJournal(evaluations)
+        return
+    with journal:
+        yield journal
+
+
+@dataclass
+class MirroredJournal:
+    """What a journal holds that another process writes."""
+
+    evaluations: list[Evaluation]
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Takes note of what the other process writes."""
+        self.evaluations.append(evaluation)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from torch import distributed
 
 from litgpt_whittle.errors import UserError
+
+T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def n_devices(asked: int | str) -> int:
@@ -31,11 +40,47 @@ def n_devices(asked: int | str) -> int:
     return int(asked)
 
 
-def launch(n: int, precision: str = "32-true") -> L.Fabric:
-    """Starts the other processes, each of which runs this command from its beginning, and connects all of them."""
-    fabric = L.Fabric(devices=n, strategy="ddp" if n > 1 else "auto", precision=precision)
+def launch(n: int, precision: str = "32-true", num_nodes: int = 1) -> L.Fabric:
+    """Starts the other processes, each of which runs this command from its beginning, and connects all of them.
+
+    From then on all of them end when one does.
+    """
+    several = n * num_nodes > 1
+    fabric = L.Fabric(devices=n, num_nodes=num_nodes, strategy="ddp" if several else "auto", precision=precision)
     fabric.launch()
+    _watch(getattr(fabric._strategy.launcher, "procs", []))
     return fabric
+
+
+def _watch(processes: Sequence[Any]) -> None:
+    """Ends this process with a message when one of those that it started has failed."""
+    if not processes:
+        return
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a word
+            thread._run = lambda: True
+
+    def watch() -> None:
+        while any(code is None for code in [process.poll() for process in processes]):
+            _check(processes)
+            time.sleep(0.2)
+        _check(processes)
+
+    threading.Thread(target=watch, daemon=True, name="process-watch").start()
+
+
+def _check(processes: Sequence[Any]) -> None:
+    for i, process in enumerate(processes, 1):
+        if process.returncode:
+            _end(f"process {i} of {len(processes) + 1} ended with exit code {process.returncode}", processes)
+
+
+def _end(what: str, processes: Sequence[Any] = ()) -> None:
+    print(f"Error: {what}; what is finished is kept, continue with --resume true", file=sys.stderr, flush=True)
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)  # it may hang in a collective
+    os._exit(1)
 
 
 def rank() -> int:
@@ -71,3 +116,54 @@ def add_up(tensor: torch.Tensor) -> torch.Tensor:
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in the order of the processes, on all of them.
+
+    Where another process is gone, this one ends.
+    """
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        if rank() == 0:
+            time.sleep(2)  # the watch knows which one, and how it ended
+        _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
+    return values
+
+
+def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+    """Applies a function to items, each on one of the processes; all of them get all results, in order."""
+    n = world_size()
+    for start in range(0, len(items), n):
+        own = items[start : start + n][rank() : rank() + 1]
+        results = gather(function(own[0]) if own else None)
+        yield from results[: len(items) - start]
+
+
+def each(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+    """Applies a function in which all processes work together to items, one after the other."""
+    return map(function, items)
+
+
+def first_does(function: Callable[[], T]) -> T:
+    """What the first process returns of a function that the others do not call.
+
+    Raises:
+        UserError: If it did; the other processes end without a word.
+    """
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            failure = error
+    result, failed = gather((result, failure is not None))[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        os._exit(0)
+    return result

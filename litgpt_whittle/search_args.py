@@ -33,6 +33,25 @@ class BudgetArgs:
 
 
 @dataclass
+class RacingArgs:
+    """How soon candidates that fall behind are dropped"""
+
+    start: int = 1
+    """Validation batches that every candidate sees"""
+    growth: float = 2.0
+    """How many times as many those that are left have seen after each further stage"""
+    alpha: float = 0.05
+    """How likely it may be that a candidate is dropped that is as good as the worst one to keep"""
+
+    def __post_init__(self) -> None:
+        check_positive("racing", start=self.start)
+        if not self.growth > 1:
+            raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles what is seen each time")
+        if not 0 < self.alpha < 1:
+            raise UserError(f"racing.alpha must be between 0 and 1, got {self.alpha}; 0.05 is usual")
+
+
+@dataclass
 class SizeArgs:
     """One number for every dimension of the search space"""
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning as L
@@ -17,7 +12,6 @@ from jsonargparse import lazy_instance
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
-from tqdm import tqdm
 
 from litgpt_whittle import registry
 from litgpt_whittle.batches import Batch, calibration_windows, connect, fingerprint, sequence_length, validation_batches
@@ -28,13 +22,16 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
-from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
-from litgpt_whittle.objectives import Measures, objective_measures
+from litgpt_whittle.journal import JOURNAL, Evaluation, check_resumable, file_fingerprint, open_record
+from litgpt_whittle.objectives import objective_measures
 from litgpt_whittle.plugin import save_hyperparameters
-from litgpt_whittle.processes import n_devices
+from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
+from litgpt_whittle.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.report import write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, RacingArgs, SpaceArgs
+from litgpt_whittle.search_loop import Loop, Search
+from litgpt_whittle.sharding import load_sharded
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.subnet import SubNet
@@ -61,7 +58,10 @@ def setup(
     eval: BudgetArgs = BudgetArgs(),
     out_dir: Path = Path("out/search"),
     precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true", None] = None,
+    racing: bool | RacingArgs = False,
     devices: int | str = 1,
+    num_nodes: int = 1,
+    teacher_placement: Literal["replicated", "sharded"] = "replicated",
     seed: int = 42,
     resume: bool = False,
 ) -> None:
@@ -85,7 +85,13 @@ def setup(
         eval: How much of it they see.
         out_dir: Directory for the journal, the best sub-networks and the report.
         precision: The precision to score in. By default bf16-true on a GPU, 32-true elsewhere.
-        devices: How many devices to use.
+        racing: Score most candidates on a part of the data and only the best of them on all of it: ``true``, or
+            settings such as ``--racing.alpha 0.01``.
+        devices: Devices that share the scoring: GPUs, or processes on a CPU's cores. The search is the same with any
+            number of them.
+        num_nodes: Machines with so many devices each.
+        teacher_placement: ``replicated``: each device holds the teacher and scores its own candidates. ``sharded``:
+            the devices hold a part of it each (FSDP2) and score every candidate together.
         seed: The random seed. The same seed gives the same search.
         resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
     """
@@ -95,8 +101,8 @@ def setup(
     bins = parse_bins(bin)
     if iterations < 1:
         raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
-    if n_devices(devices) > 1:
-        raise UserError(f"a search on several devices is not supported yet, got devices = {devices}; use 1")
+    n = n_devices(devices)
+    sharded = teacher_placement == "sharded"
     check_writable(out_dir)
     check_resumable(out_dir / JOURNAL, resume)
     teacher = check_checkpoint(checkpoint_dir)
@@ -113,8 +119,13 @@ def setup(
         Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed, measures)
         for bin in bins
     ]
+    racing = RacingArgs() if racing is True else racing or None
+    if racing:
+        check_can_race(measure, fitness, searches)
+    if sharded:
+        _check_can_shard(measure, fitness, n * num_nodes)
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-    fabric = L.Fabric(devices=1, precision=precision)
+    fabric = launch(n, precision, num_nodes)
     L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
     batches = validation_batches(data, seq_length, eval.max_iters)
@@ -131,6 +142,7 @@ def setup(
         "strategy_settings": strategy.settings,
         "fitness": fitness,
         "score": measure.name,
+        "racing": asdict(racing) if racing else None,
         "seed": seed,
         "precision": precision,
         "micro_batch_size": train.micro_batch_size,
@@ -152,10 +164,28 @@ def setup(
         },
         "settings": settings,
     }
-    with Journal(out_dir / JOURNAL, header, resume) as journal:
-        save_hyperparameters(setup, out_dir)
-        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, calibration)
-        main(fitness, checkpoint_dir, searches, journal, iterations, out_dir, settings)
+    with open_record(out_dir / JOURNAL, header, resume) as record:
+        notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing else []
+        if rank() == 0:
+            save_hyperparameters(setup, out_dir)
+        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, calibration, sharded)
+        rest = {"spread": each if sharded else spread}
+        if racing:
+            rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
+
+        def save_best(search: Search, evaluation: Evaluation) -> None:
+            if rank() == 0:
+                save_subnet(search, searches, evaluation, checkpoint_dir, out_dir, settings)
+
+        loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
+        main(loop, checkpoint_dir, out_dir)
+
+
+def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
+    if n == 1:
+        raise UserError("teacher_placement sharded spreads the teacher over devices, got 1; raise --devices")
+    if not getattr(measure, "can_shard", False):
+        raise UserError(f"fitness {name!r} needs the whole teacher on each device; use --teacher_placement replicated")
 
 
 def _ranking(
@@ -182,166 +212,47 @@ def _ranking(
     return ranking
 
 
-def main(
-    fitness: Fitness,
-    checkpoint_dir: Path,
-    searches: list[Search],
-    journal: Journal,
-    iterations: int,
-    out_dir: Path,
-    settings: dict[str, Any],
-) -> None:
-    """Scores what the strategies ask for, and reports."""
-    teacher = fitness.model.config
-
-    def save_best(search: Search, evaluation: Evaluation) -> None:
-        provenance = {
-            "checkpoint_dir": str(checkpoint_dir.absolute()),
-            "bin": str(search.space.bin),
-            "n_params": evaluation.n_params,
-            **evaluation.scores,
-            "tokens": evaluation.tokens,
-            "evaluation": evaluation.index,
-            **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
-        }
-        SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
-
+def main(loop: Loop, checkpoint_dir: Path, out_dir: Path) -> None:
+    """Runs the search, and reports."""
     stopped = False
     try:
-        run(searches, journal, fitness, iterations, settings["seed"], save_best)
+        loop.run()
     except KeyboardInterrupt:
         stopped = True
-    found_any = bool(best_of(journal.evaluations, fitness.name))
+    if not stopped and not leave():
+        return  # the first process reports
+    evaluations = loop.record.evaluations
+    found_any = bool(best_of(evaluations, loop.fitness.name))
     if found_any:
         print(write_report(out_dir))
-        best = out_dir / best_name(searches[0], searches)
+        best = out_dir / best_name(loop.searches[0], loop.searches)
         print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
-        print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
+        print(f"Stopped after {len(evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
     if not found_any:
         raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
 
 
-def run(
+def save_subnet(
+    search: Search,
     searches: list[Search],
-    journal: Journal,
-    fitness: Callable[[SubNet], dict[str, float]],
-    iterations: int,
-    seed: int,
-    save_best: Callable[[Search, Evaluation], None],
+    evaluation: Evaluation,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    settings: dict[str, Any],
 ) -> None:
-    """Evaluates candidates, the bins in turn, first from the journal as far as it goes.
-
-    Args:
-        searches: One per bin.
-        journal: Gets every evaluation as it ends; those that it has are told to the strategies instead of repeated.
-        fitness: Scores a sub-network.
-        iterations: Evaluations per bin.
-        seed: For the journal.
-        save_best: Called with every new best of a bin.
-    """
-    known = list(journal.evaluations)
-    index = 0
-    with tqdm(total=max(iterations * len(searches), len(known)), unit="candidate", dynamic_ncols=True) as bar:
-        for search in _in_turn(searches, iterations):
-            candidate = search.next_candidate()
-            if candidate is None:
-                continue
-            if index < len(known):
-                evaluation = _replay(known[index], search, candidate)
-            else:
-                evaluation = evaluate(search, candidate, fitness, index, seed)
-                journal.append(evaluation)
-            index += 1
-            if search.tell(candidate, evaluation):
-                save_best(search, evaluation)
-            bar.update()
-            bar.set_postfix_str(", ".join(search.standing for search in searches), refresh=False)
-    for search in searches:
-        if search.strategy.exhausted:
-            print(f"The bin {search.space.bin} has no further sub-networks: {search.n_told} evaluated")
-
-
-def _in_turn(searches: list[Search], iterations: int) -> Iterator[Search]:
-    for _ in range(iterations):
-        yield from searches
-
-
-@dataclass
-class Search:
-    """The search of one bin."""
-
-    space: Space
-    strategy: Strategy
-    score: str
-    """Which of a candidate's scores counts"""
-    measures: Measures = field(default_factory=dict)
-    """What else to measure of a candidate; journalled among its scores"""
-    best: Evaluation | None = None
-    n_told: int = 0
-
-    @classmethod
-    def begin(
-        cls, space: Space, strategy: Strategy, score: str, seed: int, measures: Measures = MappingProxyType({})
-    ) -> Search:
-        """A search of its own, whatever other bins are searched beside it."""
-        strategy = copy.deepcopy(strategy)
-        strategy.start(space, seed)
-        return cls(space, strategy, score, measures)
-
-    def next_candidate(self) -> SubNet | None:
-        """What to evaluate next; None when there is nothing left."""
-        return next(iter(self.strategy.ask(1)), None)
-
-    def tell(self, candidate: SubNet, evaluation: Evaluation) -> bool:
-        """Takes an evaluation; says whether it is the best so far."""
-        score = evaluation.score(self.score)
-        self.strategy.tell(candidate, score, evaluation.measures)
-        self.n_told += 1
-        is_best = score < (math.inf if self.best is None else self.best.score(self.score))
-        if is_best:
-            self.best = evaluation
-        return is_best
-
-    @property
-    def standing(self) -> str:
-        """The best so far, for the progress bar."""
-        return f"best {self.best.score(self.score):.4g}" if self.best is not None else "none yet"
-
-
-def evaluate(
-    search: Search, candidate: SubNet, fitness: Callable[[SubNet], dict[str, float]], index: int, seed: int
-) -> Evaluation:
-    """Scores a candidate; one whose loss is not finite or that runs out of memory counts as failed."""
-    started, error, scores = time.perf_counter(), None, {}
-    try:
-        scores = fitness(candidate) | {name: measure(candidate) for name, measure in search.measures.items()}
-    except torch.OutOfMemoryError:
-        error = "out of memory"
-    if not all(math.isfinite(score) for score in scores.values()):
-        error = "its loss is not finite"
-    return Evaluation(
-        index=index,
-        bin=str(search.space.bin),
-        subnet=candidate.to_dict(),
-        n_params=search.space.n_params(candidate),
-        scores={name: score if math.isfinite(score) else None for name, score in scores.items()},
-        seed=seed,
-        batches=len(fitness.batches),
-        tokens=fitness.n_tokens,
-        seconds=round(time.perf_counter() - started, 4),
-        error=error,
-    )
-
-
-def _replay(evaluation: Evaluation, search: Search, candidate: SubNet) -> Evaluation:
-    if evaluation.bin != str(search.space.bin) or evaluation.subnet != candidate.to_dict():
-        raise UserError(
-            f"evaluation {evaluation.index} of the journal is not what this search would have tried; it was written by "
-            "another version, so begin in another out_dir"
-        )
-    return evaluation
+    """Writes a bin's best sub-network, with where it came from."""
+    provenance = {
+        "checkpoint_dir": str(checkpoint_dir.absolute()),
+        "bin": str(search.space.bin),
+        "n_params": evaluation.n_params,
+        **evaluation.scores,
+        "tokens": evaluation.tokens,
+        "evaluation": evaluation.index,
+        **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
+    }
+    SubNet.from_dict(search.space.teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
 
 
 def load_fitness(
@@ -351,12 +262,16 @@ def load_fitness(
     batches: list[Batch],
     seq_length: int,
     calibration: torch.Tensor | None,
+    sharded: bool = False,
 ) -> Fitness:
     """Loads the teacher as a super-network, in the precision that candidates are scored in."""
     dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
     dtype = dtypes.get(fabric._precision.precision, torch.float32)
-    model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
-    model.max_seq_length = seq_length
+    if sharded:
+        model = load_sharded(checkpoint_dir, "SuperGPT", dtype, fabric.device, seq_length)
+    else:
+        model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+        model.max_seq_length = seq_length
     wanted = {} if calibration is None else {"calibration": calibration}
     return measure(model, batches, autocast=fabric.autocast, **wanted)
 

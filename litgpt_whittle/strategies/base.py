@@ -45,6 +45,8 @@ class Strategy(ABC):
     space: Space
     objectives: tuple[str, ...] = ("score",)
     """What it minimises: the score, and measures that it wants to be told with it, by name"""
+    n_kept: int | None = 1
+    """How many of the best it goes on from, the only ones that must be told apart exactly; None for all of them"""
 
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""

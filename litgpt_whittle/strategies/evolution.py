@@ -52,6 +52,11 @@ class Evolution(Generations):
         super().start(space, seed)
 
     @property
+    def n_kept(self) -> int:
+        """The elites."""
+        return self.elites
+
+    @property
     def generation_size(self) -> int:
         """Random sub-networks first, then offspring."""
         return self.n_offspring if self.told else self.population_size

@@ -42,6 +42,8 @@ class NSGA2(Generations):
         self.crossover_probability = crossover_probability
         self.mutation_probability = mutation_probability
 
+    n_kept = None
+
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""
         self.parents: list[Scored] = []
