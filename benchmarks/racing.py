@@ -1,0 +1,106 @@
+"""What racing saves: tokens and perplexity of the same search with a race and with full evaluations.
+
+python benchmarks/racing.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from students import Data, litgpt
+
+from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import Evaluation, read_journal
+from litgpt_whittle.subnet import SubNet
+
+OUT = Path("out/racing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Data.add_arguments(parser)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--batches", type=int, default=32, help="validation batches of 4 windows")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--strategies", nargs="*", default=["Evolution", "RandomSearch"])
+    args = parser.parse_args()
+    data = Data(args)
+    for strategy in args.strategies:
+        tokens, perplexities, pairs = [], [], []
+        for seed in args.seeds:
+            full = search(data, args, strategy, seed, [])
+            race = search(data, args, strategy, seed, ["--racing=true"])
+            pairs.append((full, race))
+            tokens.append(sum(e.tokens for e in race) / tokens_to_reach(full, 1.005 * best(race)))
+            perplexities.append(best(race) / best(full))
+            n_dropped = sum(e.dropped for e in race)
+            print(
+                f"{strategy}, seed {seed}: full {best(full):.3f} on {sum(e.tokens for e in full):,} tokens, race "
+                f"{best(race):.3f} on {sum(e.tokens for e in race):,} ({n_dropped} of {len(race)} dropped)",
+                flush=True,
+            )
+        total = statistics.median(sum(e.tokens for e in race) / sum(e.tokens for e in full) for full, race in pairs)
+        print(
+            f"{strategy}: a race takes {total:.2f} of the tokens of as many full evaluations (goal 0.2) and ends at "
+            f"{statistics.median(perplexities):.4f} of their perplexity (goal 1.005); full evaluations until they come "
+            f"within 0.5 % of the race's best: the race takes {statistics.median(tokens):.2f} of their tokens"
+        )
+    plot(pairs, OUT / "racing.png", args.strategies[-1])
+
+
+def search(data: Data, args: argparse.Namespace, strategy: str, seed: int, flags: list[str]) -> list[Evaluation]:
+    """The evaluations of a search, which goes on where an earlier run was interrupted."""
+    folder = OUT / f"{strategy}-{seed}-{args.iterations}-{args.batches}{'-race' if flags else ''}"
+    third = n_params(data.config, SubNet.full(data.config)) // 3
+    resume = ["--resume=true"] if (folder / "journal.jsonl").is_file() else []
+    if not resume or len(read_journal(folder / "journal.jsonl")[1]) < args.iterations:
+        litgpt(
+            "search", data.teacher, f"--bin={third}±5%", f"--strategy={strategy}", f"--iterations={args.iterations}",
+            f"--eval.max_iters={args.batches}", f"--seed={seed}", f"--out_dir={folder}", *data.flags(batch=4), *flags,
+            *resume,
+        )  # fmt: skip
+    return read_journal(folder / "journal.jsonl")[1]
+
+
+def best(evaluations: list[Evaluation]) -> float:
+    (found,) = best_of(evaluations).values()
+    return found.score("perplexity")
+
+
+def tokens_to_reach(evaluations: list[Evaluation], perplexity: float) -> int:
+    """Tokens until a candidate is this good; all of them where none is."""
+    total = 0
+    for evaluation in evaluations:
+        total += evaluation.tokens
+        if evaluation.score("perplexity") <= perplexity:
+            break
+    return total
+
+
+def plot(pairs: list[tuple[list[Evaluation], list[Evaluation]]], path: Path, strategy: str) -> None:
+    """Best so far over tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, pair in enumerate(pairs):
+        for evaluations, color, label in zip(pair, ("tab:gray", "tab:blue"), ("full evaluations", "race")):
+            tokens, bests, total, lowest = [], [], 0, float("inf")
+            for evaluation in evaluations:
+                total += evaluation.tokens
+                if not evaluation.dropped:
+                    lowest = min(lowest, evaluation.score("perplexity"))
+                tokens.append(total)
+                bests.append(lowest)
+            axes.step(tokens, bests, where="post", color=color, label=None if i else label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens that candidates saw", ylabel="best perplexity so far")
+    axes.set_title(f"{strategy}, {len(pairs)} seeds", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
