@@ -18,6 +18,7 @@ from litgpt_whittle.files import check_writable, to_yaml, write_text
 from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
 from litgpt_whittle.page import Section, code, page, picture, table
 from litgpt_whittle.plots import number, plot_candidates, plot_dimensions, plot_predictions, plot_search
+from litgpt_whittle.selection import read_results, rung_table
 from litgpt_whittle.subnet import SubNet
 
 PAGE = "report.html"
@@ -117,6 +118,9 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
     if scored(scored(evaluations, score), "predicted"):
         text = f"What the surrogate expected of candidates before their {score} was measured."
         sections.append(drawn("The surrogate", text, "predictions.png", plot_predictions))
+    if results := read_results(out_dir):
+        text = f"Ranks by {score} before training and by validation loss after it, with the value in brackets."
+        sections.append(Section("Selection", text, table(rung_table(results, evaluations, score))))
     if (out_dir / IMPORTANCE).is_file():
         text = "What the units of each of the teacher's layers are worth."
         sections.append(Section("Importance", text, picture(out_dir / IMPORTANCE, "Importance")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from litgpt_whittle.errors import UserError
@@ -49,6 +50,18 @@ class RacingArgs:
             raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles what is seen each time")
         if not 0 < self.alpha < 1:
             raise UserError(f"racing.alpha must be between 0 and 1, got {self.alpha}; 0.05 is usual")
+
+
+@dataclass
+class SelectionArgs:
+    """How the best of a search are chosen among by short distillations"""
+
+    rungs: list[str] = field(default_factory=list)
+    """Students x tokens, fewer and longer each time, such as [8x200k, 2x1M]; by default the best score wins"""
+    config: Path | None = None
+    """A YAML file of litgpt distill to train them with: its data, batch sizes, optimizer and losses"""
+    repair: bool = True
+    """Whether students are repaired before they are trained"""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,10 @@ from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
 from litgpt_whittle.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.report import write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, RacingArgs, SpaceArgs
+from litgpt_whittle.report import as_text, write_report
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, RacingArgs, SelectionArgs, SpaceArgs
 from litgpt_whittle.search_loop import Loop, Search
+from litgpt_whittle.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.sharding import load_sharded
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
@@ -59,6 +61,7 @@ def setup(
     out_dir: Path = Path("out/search"),
     precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true", None] = None,
     racing: bool | RacingArgs = False,
+    selection: SelectionArgs = SelectionArgs(),
     devices: int | str = 1,
     num_nodes: int = 1,
     teacher_placement: Literal["replicated", "sharded"] = "replicated",
@@ -87,6 +90,7 @@ def setup(
         precision: The precision to score in. By default bf16-true on a GPU, 32-true elsewhere.
         racing: Score most candidates on a part of the data and only the best of them on all of it: ``true``, or
             settings such as ``--racing.alpha 0.01``.
+        selection: How to choose among the best in the end: by their score, or by short distillations in rungs.
         devices: Devices that share the scoring: GPUs, or processes on a CPU's cores. The search is the same with any
             number of them.
         num_nodes: Machines with so many devices each.
@@ -124,6 +128,7 @@ def setup(
         check_can_race(measure, fitness, searches)
     if sharded:
         _check_can_shard(measure, fitness, n * num_nodes)
+    parse_rungs(selection)
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = launch(n, precision, num_nodes)
     L.seed_everything(seed, verbose=False)
@@ -178,7 +183,7 @@ def setup(
                 save_subnet(search, searches, evaluation, checkpoint_dir, out_dir, settings)
 
         loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
-        main(loop, checkpoint_dir, out_dir)
+        main(loop, checkpoint_dir, out_dir, settings, selection, n)
 
 
 def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
@@ -212,8 +217,10 @@ def _ranking(
     return ranking
 
 
-def main(loop: Loop, checkpoint_dir: Path, out_dir: Path) -> None:
-    """Runs the search, and reports."""
+def main(
+    loop: Loop, checkpoint_dir: Path, out_dir: Path, settings: dict[str, Any], selection: SelectionArgs, devices: int
+) -> None:
+    """Runs the search, chooses among the best, and reports."""
     stopped = False
     try:
         loop.run()
@@ -223,6 +230,15 @@ def main(loop: Loop, checkpoint_dir: Path, out_dir: Path) -> None:
         return  # the first process reports
     evaluations = loop.record.evaluations
     found_any = bool(best_of(evaluations, loop.fitness.name))
+    if found_any and selection.rungs and not stopped:
+        del loop.fitness.model  # the students' training needs the memory
+        winners = Selection(checkpoint_dir, out_dir, selection, devices).run(evaluations, loop.searches[0].score)
+        for search in loop.searches:
+            if winner := winners.get(str(search.space.bin)):
+                best = out_dir / best_name(search, loop.searches)
+                shutil.copy(best, best.with_name(f"{best.stem}-by-score.yaml"))
+                save_subnet(search, loop.searches, winner, checkpoint_dir, out_dir, settings)
+        print(as_text(rung_table(read_results(out_dir), evaluations, loop.searches[0].score)))
     if found_any:
         print(write_report(out_dir))
         best = out_dir / best_name(loop.searches[0], loop.searches)
