@@ -79,7 +79,10 @@ class Space:
         return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
     def split(self, n: int) -> list[Space]:
-        """This space in n equal parts of its bin, in ascending order; those without sub-networks are left out."""
+        """This space in n equal parts of its bin, in ascending order.
+
+        Parts in which no sub-network was found are left out; where that goes for all of them, the space is one part.
+        """
         lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
         edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
         parts = []
@@ -87,7 +90,7 @@ class Space:
             if draw_sizes(self.sizes, np.random.default_rng(0), part) is not None:
                 parts.append(copy.copy(self))
                 parts[-1].bin = part
-        return parts
+        return parts or [self]
 
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
         """Changes some of a sub-network's choices; the others give way as little as the bin demands.
@@ -138,7 +141,8 @@ class Space:
         """Changes one choice and lets another size pay for it, so that the count stays near to what it was.
 
         The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The choice
-        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others.
+        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others. Near is
+        within a tenth of the bin; where one size cannot pay for that, the others give way too.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -154,15 +158,17 @@ class Space:
         else:
             layers = self._change_layers(rng, layers)
         wish = Sizes(layers, self.complete(values, layers))
+        count, slack = self.sizes.count(sizes), (self.bin.hi - self.bin.lo) // 10
+        near = Bin(max(count - slack, self.bin.lo), min(count + slack, self.bin.hi))
         if payers := [key for key in self._free(wish) if key != changed]:
-            payer = _one_of(rng, payers)
-            drift = rng.normal() * (self.bin.hi - self.bin.lo) / 10
-            now, target = self.sizes.count(wish), self.sizes.count(sizes) + drift
+            payer, now = _one_of(rng, payers), self.sizes.count(wish)
             wish.values[payer] += 1
             price = self.sizes.count(wish) - now  # the count is affine in every size
-            target = min(max(target, self.bin.lo), self.bin.hi)
-            wish.values[payer] += round((target - now) / max(price, 1)) - 1
-        return self._build(rng, Wish(layers, wish.values), sets, {})
+            wish.values[payer] += round((rng.uniform(near.lo, near.hi) - now) / max(price, 1)) - 1
+        traded = draw_sizes(self.sizes, rng, near, Wish(layers, wish.values))
+        if traded is None or traded == sizes:  # sizes are too coarse to come that near
+            return self._build(rng, Wish(layers, wish.values), sets, {})
+        return self._keep_units(rng, traded, sets, {})
 
     def near(
         self, rng: np.random.Generator, sizes: Sizes, units_of: SubNet | None = None, exchange: float = 0.0
@@ -256,11 +262,15 @@ class Space:
         return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draws sizes into the bin, then units: the parents', as far as their number and `swaps` allow."""
+        """Draws sizes into the bin, then units."""
         sizes = draw_sizes(self.sizes, rng, self.bin, wish)
         if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
             sizes = draw_sizes(self.sizes, rng, self.bin)
         assert sizes is not None, f"the bin {self.bin} was found reachable before"
+        return self._keep_units(rng, sizes, sets, swaps)
+
+    def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
+        """Draws units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
         chosen: dict[Key, Keep] = {}
 
         def keep(name: str, layer: int) -> Keep:
