@@ -17,6 +17,7 @@ from litgpt_whittle.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.keep import Keep
+from litgpt_whittle.limits import Limits
 from litgpt_whittle.order import Order
 from litgpt_whittle.search_args import SpaceArgs
 from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
@@ -36,38 +37,48 @@ class Space:
     Args:
         teacher: The teacher's config.
         name: One of the four spaces.
-        bin: The parameter counts to meet.
+        bin: The parameter counts to meet; by default all that there are.
         tied: Whether the teacher's LM head is its embedding, which then counts once.
         args: What may shrink, how far and in which steps.
         order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
+        limits: What the sub-networks may cost. What is drawn here meets the bin, but a strategy has to ask whether it
+            keeps to them, `admits`.
 
     Raises:
-        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin.
+        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin
+            or keeps to the limits.
     """
 
     def __init__(
         self,
         teacher: Config,
         name: SpaceName,
-        bin: Bin,
+        bin: Bin | None = None,
         tied: bool = False,
         args: SpaceArgs | None = None,
         order: Order | None = None,
+        limits: Limits = Limits(),
     ) -> None:
         if name not in get_args(SpaceName):
             raise UserError(f"space must be one of {', '.join(get_args(SpaceName))}, got {name!r}")
         args = args or SpaceArgs()
         if args.layers == "best" and order is None:
             raise UserError("search_space.layers 'best' needs --order importance; add it or keep 'any' layers")
-        self.teacher, self.name, self.bin, self.tied, self.order = teacher, name, bin, tied, order
+        self.teacher, self.name, self.tied, self.order, self.limits = teacher, name, tied, order, limits
         self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
         best_layers = None if order is None else order.n_layer.tolist()
         self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args, best_layers)
-        check_reachable(self.sizes, bin)
+        self.bin = limits.bin(self.sizes.smallest, self.sizes.largest) if bin is None else bin
+        check_reachable(self.sizes, self.bin)
+        limits.check_reachable(self.sample, self.bin)
 
     def n_params(self, subnet: SubNet) -> int:
         """The parameters of a sub-network, in closed form."""
         return n_params(self.teacher, subnet, self.tied)
+
+    def admits(self, subnet: SubNet) -> bool:
+        """Whether a sub-network keeps to the limits that need no clock."""
+        return self.limits.admits(subnet)
 
     def sample(self, rng: np.random.Generator) -> SubNet:
         """Draws a sub-network: each size among those that keep the bin within reach, then which units.

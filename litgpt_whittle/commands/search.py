@@ -29,12 +29,14 @@ from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
+from litgpt_whittle.limits import Limits
+from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.objectives import Measures, objective_measures
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.report import write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, LimitArgs, SpaceArgs
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.subnet import SubNet
@@ -51,6 +53,7 @@ def setup(
     bin: str | int | float | list[str | int | float] | None = None,
     space: SpaceName = "coarse_layerwise",
     search_space: SpaceArgs = SpaceArgs(),
+    limit: LimitArgs = LimitArgs(),
     order: Literal["given", "importance"] = "given",
     importance: Path | None = None,
     strategy: Strategy = _DEFAULT_STRATEGY,
@@ -70,10 +73,12 @@ def setup(
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
         bin: The parameters that a sub-network may have: a range (385M-426M), a target with a tolerance (410M±5%,
-            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas.
+            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas. Where a limit is
+            given, it may be left out: then any number will do.
         space: Coarse spaces keep the first n of each dimension, fine ones any n; uniform ones make one choice for all
             layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
         search_space: What may shrink, how far and in which steps.
+        limit: What a sub-network may cost: at most so much (``--limit.flops 800M``), or a range (600M-800M).
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
         importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind.
         strategy: How to search, by its name, with its settings below it.
@@ -90,9 +95,9 @@ def setup(
         resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    if bin is None:
-        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%")
-    bins = parse_bins(bin)
+    if bin is None and not limit.ranges():
+        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit")
+    bins = [None] if bin is None else parse_bins(bin)
     if iterations < 1:
         raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
     if n_devices(devices) > 1:
@@ -108,11 +113,11 @@ def setup(
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
     units = None if ranking is None else ranking.order
-    measures = objective_measures(strategy.objectives, measure.name, teacher, seq_length, tied)
-    searches = [
-        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed, measures)
-        for bin in bins
-    ]
+    limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
+    objectives = [*strategy.objectives, *limits.ranges]
+    measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
+    spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
+    searches = [Search.begin(each, strategy, measure.name, seed, measures) for each in spaces]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = L.Fabric(devices=1, precision=precision)
     L.seed_everything(seed, verbose=False)
@@ -126,7 +131,8 @@ def setup(
         "search_space": asdict(search_space),
         "order": order,
         "importance": None if ranking is None else ranking.fingerprint,
-        "bin": [str(bin) for bin in bins],
+        "bin": [str(search.space.bin) for search in searches],
+        "limits": limits.settings,
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
         "fitness": fitness,
@@ -220,7 +226,7 @@ def main(
         print(f"Stopped after {len(journal.evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
     if not found_any:
-        raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
+        raise UserError("no candidate could be scored, see the journal for why; try another precision, bin or limit")
 
 
 def run(
@@ -316,7 +322,9 @@ def evaluate(
     """Scores a candidate; one whose loss is not finite or that runs out of memory counts as failed."""
     started, error, scores = time.perf_counter(), None, {}
     try:
-        scores = fitness(candidate) | {name: measure(candidate) for name, measure in search.measures.items()}
+        measured = {name: measure(candidate) for name, measure in search.measures.items()}
+        error = search.space.limits.excess(measured)
+        scores = measured if error else fitness(candidate) | measured
     except torch.OutOfMemoryError:
         error = "out of memory"
     if not all(math.isfinite(score) for score in scores.values()):
