@@ -28,10 +28,11 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.fronts import save_fronts
 from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
 from litgpt_whittle.limits import Limits
 from litgpt_whittle.metrics import MeasureArgs
-from litgpt_whittle.objectives import Measures, objective_measures
+from litgpt_whittle.objectives import Measures, objective_measures, objective_names
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.ranking import Ranking
@@ -137,6 +138,7 @@ def setup(
         "strategy_settings": strategy.settings,
         "fitness": fitness,
         "score": measure.name,
+        "objectives": objective_names(strategy.objectives, measure.name),
         "seed": seed,
         "precision": precision,
         "micro_batch_size": train.micro_batch_size,
@@ -200,17 +202,20 @@ def main(
     """Scores what the strategies ask for, and reports."""
     teacher = fitness.model.config
 
-    def save_best(search: Search, evaluation: Evaluation) -> None:
+    def save(evaluation: Evaluation, path: Path) -> None:
         provenance = {
             "checkpoint_dir": str(checkpoint_dir.absolute()),
-            "bin": str(search.space.bin),
+            "bin": evaluation.bin,
             "n_params": evaluation.n_params,
             **evaluation.scores,
             "tokens": evaluation.tokens,
             "evaluation": evaluation.index,
             **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
         }
-        SubNet.from_dict(teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
+        SubNet.from_dict(teacher, evaluation.subnet).save(path, **provenance)
+
+    def save_best(search: Search, evaluation: Evaluation) -> None:
+        save(evaluation, out_dir / best_name(search, searches))
 
     stopped = False
     try:
@@ -219,6 +224,7 @@ def main(
         stopped = True
     found_any = bool(best_of(journal.evaluations, fitness.name))
     if found_any:
+        save_fronts(out_dir, journal.evaluations, settings["objectives"], save)
         print(write_report(out_dir))
         best = out_dir / best_name(searches[0], searches)
         print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
