@@ -1,4 +1,4 @@
-"""Amounts as people write them: `2GB`, `10ms`, `1.5e9`."""
+"""Amounts as people write them: `2GB`, `10ms`, `1.5e9`, and ranges of them: `600M-800M`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ _EXAMPLES: dict[Unit, str] = {
     "seconds": "10ms, 250us or 0.01",
 }
 
-_AMOUNT = re.compile(r"(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?)\s*([^\W\d_]*)", re.IGNORECASE)
+_PART = r"(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?)\s*([^\W\d_]*)"
+_AMOUNT = re.compile(_PART, re.IGNORECASE)
+_RANGE = re.compile(rf"{_PART}\s*[-–]\s*{_PART}", re.IGNORECASE)
+
+Range = tuple[float, float]
+"""The least and the most, both included"""
 
 
 def parse_amount(text: str | float, unit: Unit) -> float:
@@ -42,3 +47,36 @@ def parse_amount(text: str | float, unit: Unit) -> float:
     if not 0 < amount < math.inf:
         raise UserError(f"an amount in {unit} looks like {_EXAMPLES[unit]}, got {text!r}")
     return amount
+
+
+def parse_range(text: str | float, unit: Unit) -> Range:
+    """Reads `600M-800M`, or `800M`, which means from 0 on; the first number takes the second's suffix if it has none.
+
+    Raises:
+        UserError: If it is neither, or the range is reversed.
+    """
+    match = _RANGE.fullmatch(str(text).strip())
+    if match is None or _AMOUNT.fullmatch(str(text).strip()):  # 1e-3 is an amount
+        return 0.0, parse_amount(text, unit)
+    lo, lo_suffix, hi, hi_suffix = match.groups()
+    least, most = parse_amount(lo + (lo_suffix or hi_suffix), unit), parse_amount(hi + hi_suffix, unit)
+    if least > most:
+        raise UserError(f"a range runs upwards, got {text!r}; swap its ends")
+    return least, most
+
+
+def format_amount(amount: float, unit: Unit) -> str:
+    """Writes an amount to four digits, as `parse_amount` reads it: `812.3M`, `12.58MB`, `1.5ms`."""
+    suffixes = {suffix: size for suffix, size in _SUFFIXES[unit].items() if suffix.isascii() and "i" not in suffix}
+    size = max((size for size in suffixes.values() if size <= amount), default=min(suffixes.values()))
+    suffix = max((suffix for suffix in suffixes if suffixes[suffix] == size), key=len)
+    return f"{amount / size:.4g}{suffix if unit == 'seconds' else suffix.upper()}"
+
+
+def format_range(amounts: Range, unit: Unit) -> str:
+    """Writes a range as `parse_range` reads it."""
+    least, most = (format_amount(amount, unit) for amount in amounts)
+    # a first number without a suffix would take the second's
+    if least[-1].isdigit() and not most[-1].isdigit():
+        most = f"{amounts[1]:.4g}"
+    return f"{least}-{most}" if amounts[0] else format_amount(amounts[1], unit)

@@ -14,8 +14,8 @@ from litgpt_whittle.subnet import SubNet, layer_sizes
 class Choices:
     """What may be chosen in a space: whole numbers between two bounds, such as `n_embd` or `intermediate_size.3`.
 
-    Which layers are kept is one number of 0 or 1 for each, `layer.3`, or, where only the first ones may be kept, their
-    number, `n_layer`. Which units are kept is no such choice.
+    Which layers are kept is one number of 0 or 1 for each, `layer.3`, or, where only the first or the best ones may be
+    kept, how many, `n_layer`. Which units are kept is no such choice.
 
     Args:
         space: The space.
@@ -27,9 +27,10 @@ class Choices:
         grids = space.sizes.grids
         self.bounds = {name: (grids[size][0], grids[size][-1]) for name, (size, _) in self._keys.items()}
         """The smallest and the largest number, by name"""
-        if len(grids["n_layer"]) > 1 and space.sizes.args.layers == "first":
-            self.bounds["n_layer"] = grids["n_layer"][0], grids["n_layer"][-1]
-        elif len(grids["n_layer"]) > 1:
+        depths = grids["n_layer"]
+        if len(depths) > 1 and space.sizes.layer_order is not None:
+            self.bounds["n_layer"] = depths[0], depths[-1]
+        elif len(depths) > 1:
             self.bounds |= {f"layer.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
 
     def of(self, subnet: SubNet) -> dict[str, int]:
@@ -44,11 +45,10 @@ class Choices:
         self, rng: np.random.Generator, numbers: Mapping[str, int], units_of: SubNet | None = None, exchange: float = 0
     ) -> SubNet:
         """The sub-network whose sizes come as near to the numbers as the bin allows (see `Space.near`)."""
-        every = range(self.space.teacher.n_layer)
         if "n_layer" in numbers:
-            layers = every[: numbers["n_layer"]]
+            layers = sorted(self.space.sizes.layer_order[: numbers["n_layer"]])
         else:
-            layers = [layer for layer in every if numbers.get(f"layer.{layer}", 1)] or every[:1]
+            layers = [i for i in range(self.space.teacher.n_layer) if numbers.get(f"layer.{i}", 1)] or [0]
         wish = Sizes(tuple(layers), {key: numbers[name] for name, key in self._keys.items()})
         return self.space.near(rng, wish, units_of, exchange)
 

@@ -35,15 +35,27 @@ def bins_of(evaluations: Sequence[Evaluation]) -> list[str]:
     return list(dict.fromkeys(evaluation.bin for evaluation in evaluations))
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats in both coordinates (lower is better), along the first one."""
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of the points that no other one beats in all coordinates (lower is better), along the first one.
+
+    Of equal points the first one.
+    """
     front: list[int] = []
-    lowest = math.inf
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if points[i][1] < lowest:
+    # what beats a point comes before it in this order
+    for i in sorted(range(len(points)), key=lambda i: tuple(points[i])):
+        if not any(all(a <= b for a, b in zip(points[j], points[i])) for j in front):
             front.append(i)
-            lowest = points[i][1]
     return front
+
+
+def fronts_of(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> dict[str, list[Evaluation]]:
+    """The front of every bin that has one: of equally good evaluations the earliest, along the first objective."""
+    fronts: dict[str, list[Evaluation]] = {bin: [] for bin in bins_of(evaluations)}
+    for bin, front in fronts.items():
+        own = [(e, [e.measure(name) for name in objectives]) for e in evaluations if e.bin == bin]
+        own = [(e, point) for e, point in own if all(map(math.isfinite, point))]
+        front += [own[i][0] for i in pareto_front([point for _, point in own])]
+    return {bin: front for bin, front in fronts.items() if front}
 
 
 def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:

@@ -65,6 +65,10 @@ class Evaluation:
         """All that is known of the candidate, by name: its parameters and whatever it was measured to be."""
         return {"n_params": float(self.n_params), **{name: self.score(name) for name in self.scores}}
 
+    def measure(self, name: str) -> float:
+        """One of `measures`, infinite where the candidate has none."""
+        return self.measures.get(name, math.inf)
+
 
 class Journal:
     """A journal open for writing: a context manager, in which no other process can write the same one.

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from litgpt.config import Config
 
-from litgpt_whittle.amounts import Unit, parse_amount
+from litgpt_whittle.amounts import Range, Unit, parse_range
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import ConfigKey, layer_takes, n_params
 from litgpt_whittle.latency import Latency, default_device, latency
@@ -134,9 +134,14 @@ class Measure:
         """What a sub-network of `teacher` costs when it is used like that."""
         return self.function(teacher, subnet, args)
 
-    def parse(self, text: str | float) -> float:
-        """Reads a limit such as `2GB` or `10ms`; raises `UserError` where it is none in this unit."""
-        return parse_amount(text, self.unit)
+    def parse(self, text: str | float) -> Range:
+        """Reads a limit such as `2GB` or `600M-800M`; raises `UserError` where it is none in this unit."""
+        return parse_range(text, self.unit)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is taken by the clock, so that it takes time and never comes out the same twice."""
+        return self.unit == "seconds"
 
 
 MEASURES: dict[str, Measure] = {

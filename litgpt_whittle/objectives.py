@@ -15,6 +15,11 @@ Measures = Mapping[str, Callable[[SubNet], float]]
 """Functions of a sub-network, by the names of what they measure; lower is better"""
 
 
+def objective_names(objectives: Sequence[str], score: str) -> list[str]:
+    """A strategy's objectives as a journal names them: the score by what it is."""
+    return [score if name == "score" else name for name in objectives]
+
+
 def objective_measures(
     objectives: Sequence[str], score: str, teacher: Config, seq_length: int, tied: bool = False
 ) -> Measures:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from litgpt_whittle.amounts import format_amount
 from litgpt_whittle.bins import short
-from litgpt_whittle.evaluations import best_of, bins_of, mean_sizes, pareto_front, scored
+from litgpt_whittle.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, scored
 from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.metrics import MEASURES
 
 COLORS = ("#2a6fdb", "#e4572e", "#2e9e5b", "#8e44ad", "#d4a017", "#17a2b8")
 BLACK, GRAY = "#222222", "#888888"
@@ -67,6 +69,33 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     axes.set_title(f"{_n(found, 'candidate')}, {len(front)} on the front of {score} and parameters", loc="left")
     _scale(axes.yaxis, [value for _, value in points], score)
     _note_failures(axes, evaluations, score)
+    _save(figure, path)
+
+
+def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequence[str]) -> None:
+    """Draws the first objective over each other one, and marks the front of all of them in each bin.
+
+    With more than two objectives, what is on the front need not look so in every panel.
+    """
+    first, *others = objectives
+    figure, [row] = _figure((max(4.4 * len(others), 8.5), 5), 1, len(others))
+    fronts = fronts_of(evaluations, objectives)
+    for axes, name in zip(row, others):
+        points = [(e.measure(name), e.measure(first)) for e in evaluations]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        axes.scatter(*_columns(points), color=GRAY, s=13, alpha=0.4, linewidths=0, label="candidates")
+        for bin, color in _colored(list(fronts)):
+            front = sorted((e.measure(name), e.measure(first)) for e in fronts[bin])
+            if len(others) == 1:
+                axes.step(*_columns(front), where="post", color=color, linewidth=1.2, alpha=0.7)
+            label = "front" if len(fronts) == 1 else f"front of {bin}"
+            axes.scatter(*_columns(front), color=color, s=24, zorder=3, label=label)
+        _scale(axes.xaxis, [x for x, _ in points], name)
+    _scale(row[0].yaxis, [y for y in (e.measure(first) for e in evaluations) if math.isfinite(y)], first)
+    n_on_front = sum(map(len, fronts.values()))
+    figure.suptitle(
+        f"{n_on_front} of {_n(evaluations, 'candidate')} on the front of {_listed(objectives)}", x=0.01, ha="left"
+    )
     _save(figure, path)
 
 
@@ -130,8 +159,10 @@ def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str =
     _save(figure, path)
 
 
-def number(value: float) -> str:
-    """A score as people read it."""
+def number(value: float, name: str = "perplexity") -> str:
+    """A score, or a cost in the unit of the measure with this name, as people read it."""
+    if name in MEASURES:
+        return format_amount(value, MEASURES[name].unit)
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
@@ -149,17 +180,20 @@ def _figure(size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: in
 
 
 def _scale(axis: Any, scores: Sequence[float], label: str) -> None:
-    """Makes an axis of scores logarithmic where they span more than a factor of three, with plain numbers on it."""
+    """Makes an axis of scores logarithmic where they span more than a factor of three, with plain numbers on it.
+
+    An axis of costs is linear, with numbers in their unit.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    if scores and min(scores) > 0 and max(scores) > 3 * min(scores):
+    if label not in MEASURES and scores and min(scores) > 0 and max(scores) > 3 * min(scores):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
         subs = (1, 2, 5) if max(scores) < 300 * min(scores) else (1,)
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axis.set_minor_formatter(NullFormatter())
     else:
         axis.set_major_locator(MaxNLocator(7))
-    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_major_formatter(lambda value, _: number(value, label) if label in MEASURES else f"{value:,.10g}")
     axis.set_label_text(label)
 
 
@@ -201,6 +235,10 @@ def _colored(bins: list[str]) -> list[tuple[str, str]]:
 
 def _n(things: Sequence[Any], name: str) -> str:
     return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _millions(n: float) -> str:

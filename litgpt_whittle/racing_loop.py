@@ -32,6 +32,8 @@ class Leg(NamedTuple):
     """The loss of each window, added up over its tokens"""
     seconds: float
     error: str | None = None
+    costs: dict[str, float] = {}
+    """What it costs, measured in the first stage"""
 
 
 class RaceNotes:
@@ -57,7 +59,7 @@ class RaceNotes:
                 break
         return notes
 
-    def add(self, race: int, candidate: int, end: int, leg: Leg) -> None:
+    def add(self, race: str, candidate: int, end: int, leg: Leg) -> None:
         """Writes down a leg."""
         self.legs[race, candidate, end] = leg
         if rank() == 0:
@@ -91,7 +93,7 @@ class RacingLoop(Loop):
         self.finished: dict[str, list[np.ndarray]] = {str(search.space.bin): [] for search in self.searches}
 
     def _round(self, search: Search, candidates: list[SubNet]) -> None:
-        known = self.known[self.index : self.index + len(candidates)]
+        known = self.known_of(search, len(candidates))
         outcomes: list[Outcome] = [] if len(known) == len(candidates) else list(self._race(search, candidates))
         for i, candidate in enumerate(candidates):
             if i < len(known):
@@ -111,7 +113,7 @@ class RacingLoop(Loop):
         runners = [_Runner() for _ in candidates]
         left, begin = list(range(len(candidates))), 0
         for end in stages(self.racing, len(self.fitness.batches)):
-            self._run_stage(candidates, left, runners, begin, end)
+            self._run_stage(search, candidates, left, runners, begin, end)
             left = [i for i in left if runners[i].error is None]
             n_seen = self.n_windows[end]
             seen = {i: self._means(runners[i].sums) for i in left}
@@ -122,38 +124,40 @@ class RacingLoop(Loop):
             begin = end
         finished = [*self.finished[str(search.space.bin)], *(self._means(runners[i].sums) for i in left)]
         yardstick = min(finished, key=lambda losses: np.average(losses, weights=self.n_tokens), default=None)
-        for i, (candidate, runner) in enumerate(zip(candidates, runners)):
-            yield self._outcome(search, candidate, runner, i in left, yardstick)
+        for i, runner in enumerate(runners):
+            yield self._outcome(runner, i in left, yardstick)
 
     def _run_stage(
-        self, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
+        self, search: Search, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
     ) -> None:
-        missing = [i for i in left if (self.index, i, end) not in self.notes.legs]
-        run = partial(self._leg, which=slice(begin, end))
+        race = f"{search.space.bin} from {search.n_told}"
+        missing = [i for i in left if (race, i, end) not in self.notes.legs]
+        run = partial(self._leg, search, which=slice(begin, end))
         for i, leg in zip(missing, self.spread(lambda i: run(candidates[i]), missing)):
-            self.notes.add(self.index, i, end, leg)
+            self.notes.add(race, i, end, leg)
         for i in left:
-            runners[i].add(self.notes.legs[self.index, i, end], end)
+            runners[i].add(self.notes.legs[race, i, end], end)
 
-    def _leg(self, candidate: SubNet, which: slice) -> Leg:
+    def _leg(self, search: Search, candidate: SubNet, which: slice) -> Leg:
         started = time.perf_counter()
-        losses, error = attempt(lambda: self.fitness.losses(candidate, which))
-        sums = [] if losses is None else losses.sums.tolist()
-        if error is None and not np.isfinite(sums).all():
-            sums, error = [], "its loss is not finite"
-        return Leg(sums, round(time.perf_counter() - started, 4), error)
+        costs, error = ({}, None) if which.start else search.costs(candidate)
+        sums: list[float] = []
+        if error is None:
+            losses, error = attempt(lambda: self.fitness.losses(candidate, which))
+            sums = [] if losses is None else losses.sums.tolist()
+            if not np.isfinite(sums).all():
+                sums, error = [], "its loss is not finite"
+        return Leg(sums, round(time.perf_counter() - started, 4), error, costs)
 
-    def _outcome(
-        self, search: Search, candidate: SubNet, runner: _Runner, is_finished: bool, yardstick: np.ndarray | None
-    ) -> Outcome:
-        scores, error, losses = {}, runner.error, self._means(runner.sums)
+    def _outcome(self, runner: _Runner, is_finished: bool, yardstick: np.ndarray | None) -> Outcome:
+        scores, error, losses = runner.costs, runner.error, self._means(runner.sums)
         if error is None:
             if is_finished or yardstick is None:
                 loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
             else:
                 loss = estimate(losses, self.n_tokens, yardstick)
-            costs = {name: measure(candidate) for name, measure in search.measures.items()}
-            scores, error = finite(self.fitness.scores(loss) | costs, None)
+            scores = self.fitness.scores(loss) | scores
+        scores, error = finite(scores, error)
         return Outcome(
             scores,
             batches=runner.batches,
@@ -174,10 +178,12 @@ class _Runner:
 
     def __init__(self) -> None:
         self.sums: list[float] = []
+        self.costs: dict[str, float] = {}
         self.seconds, self.batches, self.error = 0.0, 0, None
 
     def add(self, leg: Leg, end: int) -> None:
         self.seconds += leg.seconds
+        self.costs |= leg.costs
         self.error = leg.error
         if leg.error is None:
             self.sums += leg.sums

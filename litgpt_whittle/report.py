@@ -13,11 +13,12 @@ from litgpt.config import Config
 
 from litgpt_whittle.blueprint import plot_architecture, rows
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.evaluations import best_of, bins_of, scored
+from litgpt_whittle.evaluations import best_of, bins_of, fronts_of, scored
 from litgpt_whittle.files import check_writable, to_yaml, write_text
+from litgpt_whittle.fronts import folder_name, front_table
 from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
 from litgpt_whittle.page import Section, code, page, picture, table
-from litgpt_whittle.plots import number, plot_candidates, plot_dimensions, plot_predictions, plot_search
+from litgpt_whittle.plots import number, plot_candidates, plot_dimensions, plot_front, plot_predictions, plot_search
 from litgpt_whittle.selection import read_results, rung_table
 from litgpt_whittle.subnet import SubNet
 
@@ -37,7 +38,7 @@ def write_report(out_dir: Path) -> str:
         out_dir: The search's folder.
 
     Returns:
-        The best of each bin, as a table in text.
+        The best of each bin as a table in text; where there are several objectives, their front too.
 
     Raises:
         UserError: If the folder holds no search, or none of its candidates has a score yet.
@@ -49,7 +50,7 @@ def write_report(out_dir: Path) -> str:
     sections = [Section("The best", _summary(found), table(bests)), *draw(found, out_dir)]
     sections.append(Section("Settings", "What the scores depend on.", code(to_yaml(found.header))))
     write_text(out_dir / PAGE, page(f"Search of {found.teacher.name}", sections))
-    return as_text(bests)
+    return "\n\n".join(map(as_text, (bests, *found.fronts)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,20 @@ class Findings:
             lines.append([*line, str(own.index(best.index) + 1), str(len(own))])
         return lines
 
+    @property
+    def objectives(self) -> list[str]:
+        """What the strategy minimised."""
+        return self.header["settings"].get("objectives", [self.score])
+
+    @property
+    def fronts(self) -> list[list[list[str]]]:
+        """The front of each bin as a table; none for a single objective."""
+        fronts = fronts_of(self.evaluations, self.objectives) if len(self.objectives) > 1 else {}
+        return [
+            front_table(self.teacher, front, self.objectives, folder_name(bin, self.evaluations))
+            for bin, front in fronts.items()
+        ]
+
 
 def draw(found: Findings, out_dir: Path) -> list[Section]:
     """Draws the pictures that there is data for, as PNG files in `out_dir`."""
@@ -101,8 +116,15 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
         plot(what, out_dir / name, label)
         return Section(title, text, picture(out_dir / name, title))
 
+    sections = []
+    if fronts := found.fronts:
+        text = "What no other candidate of the bin beats in all objectives, along the first one. At its end, a search "
+        text += "leaves each in a file of its own."
+        plot_front(evaluations, out_dir / "front.png", found.objectives)
+        content = picture(out_dir / "front.png", "The front") + "\n".join(map(table, fronts))
+        sections.append(Section("The front", text, content))
     text = f"On the front, no other candidate has both fewer parameters and a lower {score}."
-    sections = [drawn("Size and score", text, "candidates.png", plot_candidates)]
+    sections.append(drawn("Size and score", text, "candidates.png", plot_candidates))
     text = "A search that still improved at its end is worth continuing: --resume true with more --iterations."
     sections.append(drawn("Progress", text, "search.png", plot_search))
     text = f"Where ρ is below 0, candidates of a bin with more of a dimension tend to have a lower {score}. "

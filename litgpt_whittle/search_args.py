@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from litgpt_whittle.amounts import Range
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.metrics import MEASURES
 
 
 @dataclass
@@ -98,6 +100,42 @@ class SpaceArgs:
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first", "best"] = "any"
     """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
+
+
+@dataclass
+class LimitArgs:
+    """What sub-networks may cost: at most so much (800M), or at least and at most (600M-800M)"""
+
+    n_params: str | int | float | None = None
+    """Parameters. Where there is no ``--bin``, candidates are built to them as to a bin"""
+    flops: str | int | float | None = None
+    """FLOPs per token of a forward pass, as in 1.5G"""
+    kv_cache_bytes: str | int | float | None = None
+    """Bytes of the KV cache of one sequence in bfloat16, as in 64MiB"""
+    weight_bytes: str | int | float | None = None
+    """Bytes of the weights in bfloat16, as in 2GB"""
+    latency_prefill: str | int | float | None = None
+    """Seconds from a prompt to the first new token on this machine, as in 50ms. Every candidate is timed before it is
+    scored, which takes some seconds for a large one; one that is too slow is not scored, but counts as an evaluation"""
+    latency_decode: str | int | float | None = None
+    """Seconds for each further token on this machine, as in 5ms; taken like the other latency, both in one go"""
+
+    def __post_init__(self) -> None:
+        self.ranges()
+
+    def ranges(self) -> dict[str, Range]:
+        """The limits that there are.
+
+        Raises:
+            UserError: If one cannot be read.
+        """
+        found = {}
+        for name, text in vars(self).items():
+            try:
+                found |= {} if text is None else {name: MEASURES[name].parse(text)}
+            except UserError as error:
+                raise UserError(f"limit.{name}: {error}") from None
+        return found
 
 
 def check_positive(section: str, **values: int | None) -> None:

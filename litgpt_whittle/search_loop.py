@@ -76,6 +76,11 @@ class Search:
             self.best = evaluation
         return better
 
+    def costs(self, candidate: SubNet) -> tuple[dict[str, float], str | None]:
+        """What a candidate costs, and why it fails if that is beyond a limit."""
+        costs = {name: measure(candidate) for name, measure in self.measures.items()}
+        return costs, self.space.limits.excess(costs)
+
     @property
     def standing(self) -> str:
         """The best so far, for the progress bar."""
@@ -110,9 +115,10 @@ class Loop:
 
     def run(self) -> None:
         """Runs until every bin has its evaluations, or no further sub-networks."""
-        self.known = list(self.record.evaluations)
-        self.index = 0
-        total = max(self.iterations * len(self.searches), len(self.known))
+        self.known = {str(search.space.bin): [] for search in self.searches}
+        for evaluation in self.record.evaluations:
+            self.known.setdefault(evaluation.bin, []).append(evaluation)
+        total = max(self.iterations * len(self.searches), len(self.record.evaluations))
         with tqdm(total=total, unit="candidate", dynamic_ncols=True, disable=rank() > 0) as self.bar:
             while rounds := [(search, asked) for search in self.searches if (asked := search.ask(self.iterations))]:
                 for search, candidates in rounds:
@@ -123,22 +129,29 @@ class Loop:
 
     def _round(self, search: Search, candidates: list[SubNet]) -> None:
         """Evaluates candidates that were asked for together."""
-        known = self.known[self.index : self.index + len(candidates)]
+        known = self.known_of(search, len(candidates))
         for candidate, evaluation in zip(candidates, known):
             check_replayed(evaluation, search, candidate)
             self._finish(search, candidate, evaluation)
         if left := candidates[len(known) :]:
             self.evaluate(search, left)
 
+    def known_of(self, search: Search, n: int) -> list[Evaluation]:
+        """What the record had of a bin's next n candidates.
+
+        By bin, since their turns are others where an earlier run was to have fewer iterations.
+        """
+        return self.known[str(search.space.bin)][search.n_told : search.n_told + n]
+
     def evaluate(self, search: Search, candidates: list[SubNet]) -> None:
         """Scores candidates, each on all of the data."""
-        outcomes = self.spread(lambda candidate: score(self.fitness, candidate, search.measures), candidates)
+        outcomes = self.spread(lambda candidate: score(self.fitness, candidate, search), candidates)
         for candidate, outcome in zip(candidates, outcomes):
             self._append(search, candidate, outcome)
 
     def _append(self, search: Search, candidate: SubNet, outcome: Outcome) -> None:
         evaluation = Evaluation(
-            index=self.index,
+            index=len(self.record.evaluations),
             bin=str(search.space.bin),
             subnet=candidate.to_dict(),
             n_params=search.space.n_params(candidate),
@@ -149,7 +162,6 @@ class Loop:
         self._finish(search, candidate, evaluation)
 
     def _finish(self, search: Search, candidate: SubNet, evaluation: Evaluation) -> None:
-        self.index += 1
         search.tell(candidate, evaluation)
         if search.is_better(evaluation):
             self.save_best(search, evaluation)
@@ -170,13 +182,17 @@ class Outcome:
     losses: list[float] | None = None
 
 
-def score(fitness: Fitness, candidate: SubNet, measures: Measures) -> Outcome:
-    """Scores a candidate; one whose loss is not finite or that runs out of memory counts as failed."""
+def score(fitness: Fitness, candidate: SubNet, search: Search) -> Outcome:
+    """Scores a candidate.
+
+    One counts as failed that is beyond a limit, whose loss is not finite, or that runs out of memory.
+    """
     started = time.perf_counter()
-    scores, error = attempt(
-        lambda: fitness(candidate) | {name: measure(candidate) for name, measure in measures.items()}
-    )
-    scores, error = finite(scores or {}, error)
+    costs, error = search.costs(candidate)
+    scores = {}
+    if error is None:
+        scores, error = attempt(lambda: fitness(candidate))
+    scores, error = finite({**(scores or {}), **costs}, error)
     return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
 
 
@@ -194,7 +210,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 def finite(scores: Mapping[str, float], error: str | None) -> tuple[dict[str, float | None], str | None]:
     """Scores with None in the place of what is not finite, which is an error."""
-    if not all(math.isfinite(score) for score in scores.values()):
+    if error is None and not all(math.isfinite(score) for score in scores.values()):
         error = "its loss is not finite"
     return {name: score if math.isfinite(score) else None for name, score in scores.items()}, error
 

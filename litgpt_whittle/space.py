@@ -17,6 +17,7 @@ from litgpt_whittle.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.keep import Keep
+from litgpt_whittle.limits import Limits
 from litgpt_whittle.order import Order
 from litgpt_whittle.search_args import SpaceArgs
 from litgpt_whittle.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
@@ -36,38 +37,48 @@ class Space:
     Args:
         teacher: The teacher's config.
         name: One of the four spaces.
-        bin: The parameter counts to meet.
+        bin: The parameter counts to meet; by default all that there are.
         tied: Whether the teacher's LM head is its embedding, which then counts once.
         args: What may shrink, how far and in which steps.
         order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
+        limits: What the sub-networks may cost. What is drawn here meets the bin, but a strategy has to ask whether it
+            keeps to them, `admits`.
 
     Raises:
-        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin.
+        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin
+            or keeps to the limits.
     """
 
     def __init__(
         self,
         teacher: Config,
         name: SpaceName,
-        bin: Bin,
+        bin: Bin | None = None,
         tied: bool = False,
         args: SpaceArgs | None = None,
         order: Order | None = None,
+        limits: Limits = Limits(),
     ) -> None:
         if name not in get_args(SpaceName):
             raise UserError(f"space must be one of {', '.join(get_args(SpaceName))}, got {name!r}")
         args = args or SpaceArgs()
         if args.layers == "best" and order is None:
             raise UserError("search_space.layers 'best' needs --order importance; add it or keep 'any' layers")
-        self.teacher, self.name, self.bin, self.tied, self.order = teacher, name, bin, tied, order
+        self.teacher, self.name, self.tied, self.order, self.limits = teacher, name, tied, order, limits
         self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
         best_layers = None if order is None else order.n_layer.tolist()
         self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args, best_layers)
-        check_reachable(self.sizes, bin)
+        self.bin = limits.bin(self.sizes.smallest, self.sizes.largest) if bin is None else bin
+        check_reachable(self.sizes, self.bin)
+        limits.check_reachable(self.sample, self.bin)
 
     def n_params(self, subnet: SubNet) -> int:
         """The parameters of a sub-network, in closed form."""
         return n_params(self.teacher, subnet, self.tied)
+
+    def admits(self, subnet: SubNet) -> bool:
+        """Whether a sub-network keeps to the limits that need no clock."""
+        return self.limits.admits(subnet)
 
     def sample(self, rng: np.random.Generator) -> SubNet:
         """Draws a sub-network: each size among those that keep the bin within reach, then which units.
@@ -79,7 +90,10 @@ class Space:
         return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
     def split(self, n: int) -> list[Space]:
-        """This space in n equal parts of its bin, in ascending order; those without sub-networks are left out."""
+        """This space in n equal parts of its bin, in ascending order.
+
+        Parts in which no sub-network was found are left out; where that goes for all of them, the space is one part.
+        """
         lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
         edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
         parts = []
@@ -87,7 +101,7 @@ class Space:
             if draw_sizes(self.sizes, np.random.default_rng(0), part) is not None:
                 parts.append(copy.copy(self))
                 parts[-1].bin = part
-        return parts
+        return parts or [self]
 
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
         """Changes some of a sub-network's choices; the others give way as little as the bin demands.
@@ -138,7 +152,8 @@ class Space:
         """Changes one choice and lets another size pay for it, so that the count stays near to what it was.
 
         The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The choice
-        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others.
+        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others. Near is
+        within a tenth of the bin; where one size cannot pay for that, the others give way too.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -154,15 +169,17 @@ class Space:
         else:
             layers = self._change_layers(rng, layers)
         wish = Sizes(layers, self.complete(values, layers))
+        count, slack = self.sizes.count(sizes), (self.bin.hi - self.bin.lo) // 10
+        near = Bin(max(count - slack, self.bin.lo), min(count + slack, self.bin.hi))
         if payers := [key for key in self._free(wish) if key != changed]:
-            payer = _one_of(rng, payers)
-            drift = rng.normal() * (self.bin.hi - self.bin.lo) / 10
-            now, target = self.sizes.count(wish), self.sizes.count(sizes) + drift
+            payer, now = _one_of(rng, payers), self.sizes.count(wish)
             wish.values[payer] += 1
             price = self.sizes.count(wish) - now  # the count is affine in every size
-            target = min(max(target, self.bin.lo), self.bin.hi)
-            wish.values[payer] += round((target - now) / max(price, 1)) - 1
-        return self._build(rng, Wish(layers, wish.values), sets, {})
+            wish.values[payer] += round((rng.uniform(near.lo, near.hi) - now) / max(price, 1)) - 1
+        traded = draw_sizes(self.sizes, rng, near, Wish(layers, wish.values))
+        if traded is None or traded == sizes:  # sizes are too coarse to come that near
+            return self._build(rng, Wish(layers, wish.values), sets, {})
+        return self._keep_units(rng, traded, sets, {})
 
     def near(
         self, rng: np.random.Generator, sizes: Sizes, units_of: SubNet | None = None, exchange: float = 0.0
@@ -256,11 +273,15 @@ class Space:
         return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draws sizes into the bin, then units: the parents', as far as their number and `swaps` allow."""
+        """Draws sizes into the bin, then units."""
         sizes = draw_sizes(self.sizes, rng, self.bin, wish)
         if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
             sizes = draw_sizes(self.sizes, rng, self.bin)
         assert sizes is not None, f"the bin {self.bin} was found reachable before"
+        return self._keep_units(rng, sizes, sets, swaps)
+
+    def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
+        """Draws units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
         chosen: dict[Key, Keep] = {}
 
         def keep(name: str, layer: int) -> Keep:

@@ -7,7 +7,7 @@ from architectures import ARCHITECTURES, keeps, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_whittle.evaluations import best_of, bins_of, mean_sizes, pareto_front, scored
+from litgpt_whittle.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, scored
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.keep import n_units
 
@@ -18,10 +18,23 @@ def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M")
     return Evaluation(index, bin, {}, n, {"perplexity": perplexity}, 0, 1, 1, 0.1)
 
 
-def test_the_front_is_what_nothing_beats_in_both():
-    points = [(3, 1.0), (1, 9.0), (2, 9.0), (2, 4.0), (4, 0.5), (4, 2.0), (1, 10.0)]
-    expected = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
-    assert [points[i] for i in pareto_front(points)] == sorted(expected)
+def is_beaten(point: tuple, others: list[tuple]) -> bool:
+    return any(other != point and all(a <= b for a, b in zip(other, point)) for other in others)
+
+
+@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.tuples(*[st.integers(0, 4)] * n), max_size=30)))
+def test_the_front_is_what_nothing_beats_in_all(points):
+    front = pareto_front(points)
+    assert [points[i] for i in front] == sorted({point for point in points if not is_beaten(point, points)})
+    assert front == [points.index(points[i]) for i in front]  # of equals the first
+
+
+def test_fronts_are_those_of_each_bin_without_what_failed():
+    evaluations = [evaluation(0, 5, 9.0), evaluation(1, 4, None), evaluation(2, 6, 8.0), evaluation(3, 6, 8.5)]
+    evaluations += [evaluation(4, 1, 9.5, "3M-4M"), evaluation(5, 2, 9.0, "3M-4M"), evaluation(6, 1, None, "5M-6M")]
+    fronts = fronts_of(evaluations, ["perplexity", "n_params"])
+    assert {bin: [e.index for e in front] for bin, front in fronts.items()} == {"1M-2M": [2, 0], "3M-4M": [5, 4]}
+    assert fronts_of(evaluations, ["perplexity", "unheard_of"]) == {}
 
 
 def test_the_best_of_each_bin_is_the_earliest_of_equals():

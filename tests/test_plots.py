@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from litgpt_whittle.blueprint import plot_architecture, rows
 from litgpt_whittle.journal import Evaluation
-from litgpt_whittle.plots import plot_candidates, plot_dimensions, plot_predictions, plot_search
+from litgpt_whittle.plots import plot_candidates, plot_dimensions, plot_front, plot_predictions, plot_search
 from litgpt_whittle.subnet import SubNet
 
 PLOTS = (plot_search, plot_candidates, plot_dimensions, plot_predictions)
@@ -53,6 +53,29 @@ def test_plots_take_any_journal(tmp_path, plot, scores):
     ]
     plot(evaluations, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scores", [[], [None], [5.0], [5.0, 5.0, 5.0], [3.0, None, 4e6, 2.0], [0.0, 9.0, -2.0]])
+@pytest.mark.parametrize("objectives", [("perplexity", "n_params"), ("n_params", "predicted", "perplexity", "none")])
+def test_fronts_of_any_journal_are_drawn(tmp_path, scores, objectives):
+    evaluations = [
+        evaluation(i, score, bin) for i, score in enumerate(scores) for bin in ("1M-2M", "3M-4M")[: 1 + i % 2]
+    ]
+    plot_front(evaluations, tmp_path / "plot.png", objectives)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fronts_are_marked_in_every_panel(tmp_path, drawn):
+    evaluations = [evaluation(i, score) for i, score in enumerate([4.0, 3.0, None, 5.0, 2.0, 2.5])]
+    plot_front(evaluations, tmp_path / "plot.png", ("perplexity", "n_params", "predicted"))
+    assert drawn[0].get_suptitle() == "3 of 6 candidates on the front of perplexity, n_params and predicted"
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["n_params", "predicted"]
+    front = {1_000_000: 4.0, 1_000_001: 3.0, 1_000_004: 2.0}
+    for axes, xs in zip(drawn[0].axes, (front, [2 * score for score in front.values()])):
+        candidates, marked = (sorted(map(tuple, dots.get_offsets().tolist())) for dots in axes.collections)
+        assert marked == sorted(zip(xs, front.values())) and len(candidates) == 5
+    assert axes.get_ylabel() == "" and drawn[0].axes[0].get_ylabel() == "perplexity"
 
 
 def test_correlations_are_within_bins_and_fixed_dimensions_are_named(tmp_path, drawn):

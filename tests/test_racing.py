@@ -164,11 +164,11 @@ def test_notes_survive_a_torn_line(tmp_path):
     from litgpt_whittle.racing_loop import Leg
 
     notes = RaceNotes(path, [])
-    notes.add(0, 3, 1, Leg([1.5, 2.5], 0.1))
+    notes.add("8K-10K from 0", 3, 1, Leg([1.5, 2.5], 0.1))
     with open(path, "a") as file:
         file.write('{"race": 0, "cand')
     again = RaceNotes(path, RaceNotes.read(path))
-    assert again.legs == {(0, 3, 1): Leg([1.5, 2.5], 0.1)}
+    assert again.legs == {("8K-10K from 0", 3, 1): Leg([1.5, 2.5], 0.1)}
 
 
 @pytest.mark.parametrize(

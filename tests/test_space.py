@@ -238,6 +238,71 @@ def test_mutation_changes_a_little_and_crossover_mixes(name):
     assert len(children) > 10  # of 20; a coarse uniform space has few neighbours
 
 
+@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_trades_stay_in_the_bin(teacher, data):
+    name = data.draw(st.sampled_from(SPACES))
+    sizes = SizeSpace(teacher, name.endswith("layerwise"), False, FREE)
+    lo = data.draw(st.integers(sizes.smallest, sizes.largest))
+    space = Space(teacher, name, Bin(lo, max(lo + lo // 20, lo + 200)), args=FREE)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    subnet = space.sample(rng)
+    for _ in range(5):
+        subnet = space.trade(rng, subnet)
+        assert n_params(teacher, subnet) in space.bin
+
+
+@pytest.mark.parametrize("bin", ["2M±5%", "1M-2.8M"])
+@pytest.mark.parametrize("name", SPACES)
+def test_trades_change_something_and_keep_the_count_near(name, bin):
+    space, rng = Space(PYTHIA, name, Bin.parse(bin)), np.random.default_rng(0)
+    n_changed, kinds = 0, set()
+    for _ in range(40):
+        parent = space.sample(rng)
+        child = space.trade(rng, parent)
+        n_changed += child != parent
+        assert abs(space.n_params(child) - space.n_params(parent)) <= (space.bin.hi - space.bin.lo) / 10
+        ours, theirs = space.sizes_of(parent), space.sizes_of(child)
+        kinds.add("layers" if ours.layers != theirs.layers else "size" if ours != theirs else "units")
+    assert n_changed > 35 and kinds >= ({"layers", "size", "units"} if space.is_fine else {"layers", "size"})
+
+
+def test_a_trade_in_steps_too_coarse_to_come_near_stays_in_the_bin():
+    args = SpaceArgs(fixed=["n_embd", "head_size", "n_query_groups", "intermediate_size"])
+    space, rng = Space(PYTHIA, "coarse_uniform", whole(PYTHIA, args), args=args), np.random.default_rng(0)
+    counts = {space.n_params(space.trade(rng, space.sample(rng))) for _ in range(50)}
+    assert counts == {n_params(PYTHIA, SubNet(PYTHIA, n_layer=n)) for n in range(1, 5)}
+
+
+@pytest.mark.parametrize("name", SPACES[:2])
+def test_parts_of_a_space_cover_its_bin_once(name):
+    sizes = SizeSpace(TINY, name.endswith("layerwise"), False, SpaceArgs())
+    counts = sorted(brute_force(TINY, name.endswith("layerwise")))
+    for n, bin in [(1, Bin(1, 10**6)), (3, Bin(counts[1], counts[-2])), (10, Bin(1, 10**6)), (50, Bin(counts[0], 700))]:
+        parts = [part.bin for part in Space(TINY, name, bin).split(n)]
+        lo, hi = max(bin.lo, sizes.smallest), min(bin.hi, sizes.largest)
+        assert len(parts) <= n and all(lo <= part.lo <= part.hi <= hi for part in parts)
+        assert all(one.hi < other.lo for one, other in zip(parts, parts[1:]))
+        widths = [part.hi - part.lo for part in parts]
+        assert max(widths) - min(widths) <= 1 and widths[0] <= (hi + 1 - lo) / n
+        # nothing but parts without any sub-network is left out
+        assert [sum(count in part for part in parts) for count in counts] == [int(count in bin) for count in counts]
+
+
+def test_parts_share_all_but_the_bin():
+    space, rng = Space(PYTHIA, "fine_layerwise", whole(PYTHIA)), np.random.default_rng(0)
+    for part in space.split(4):
+        assert space.n_params(part.sample(rng)) in part.bin and part.sizes is space.sizes
+    assert space.bin == whole(PYTHIA)
+
+
+def test_a_space_whose_parts_seem_empty_is_one_part(monkeypatch):
+    space = Space(PYTHIA, "coarse_uniform", whole(PYTHIA))
+    monkeypatch.setattr("litgpt_whittle.space.draw_sizes", lambda *_: None)
+    assert space.split(5) == [space]
+
+
 def test_fine_mutation_keeps_most_units():
     space = Space(PYTHIA, "fine_layerwise", whole(PYTHIA))
     rng = np.random.default_rng(1)

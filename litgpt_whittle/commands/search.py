@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +25,17 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.fronts import save_fronts
 from litgpt_whittle.journal import JOURNAL, Evaluation, check_resumable, file_fingerprint, open_record
-from litgpt_whittle.objectives import objective_measures
+from litgpt_whittle.limits import Limits
+from litgpt_whittle.metrics import MeasureArgs
+from litgpt_whittle.objectives import objective_measures, objective_names
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
 from litgpt_whittle.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.report import as_text, write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, RacingArgs, SelectionArgs, SpaceArgs
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, LimitArgs, RacingArgs, SelectionArgs, SpaceArgs
 from litgpt_whittle.search_loop import Loop, Search
 from litgpt_whittle.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.sharding import load_sharded
@@ -42,6 +47,9 @@ from litgpt_whittle.supergpt import is_tied
 
 registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by their names
 
+Save = Callable[[Evaluation, Path], None]
+"""Writes an evaluation's sub-network to a path"""
+
 _DEFAULT_STRATEGY = lazy_instance(Evolution)  # shown with its settings in --help and --print_config
 
 
@@ -50,6 +58,7 @@ def setup(
     bin: str | int | float | list[str | int | float] | None = None,
     space: SpaceName = "coarse_layerwise",
     search_space: SpaceArgs = SpaceArgs(),
+    limit: LimitArgs = LimitArgs(),
     order: Literal["given", "importance"] = "given",
     importance: Path | None = None,
     strategy: Strategy = _DEFAULT_STRATEGY,
@@ -73,10 +82,12 @@ def setup(
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
         bin: The parameters that a sub-network may have: a range (385M-426M), a target with a tolerance (410M±5%,
-            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas.
+            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas. Where a limit is
+            given, it may be left out: then any number will do.
         space: Coarse spaces keep the first n of each dimension, fine ones any n; uniform ones make one choice for all
             layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
         search_space: What may shrink, how far and in which steps.
+        limit: What a sub-network may cost: at most so much (``--limit.flops 800M``), or a range (600M-800M).
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
         importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind.
         strategy: How to search, by its name, with its settings below it.
@@ -100,9 +111,9 @@ def setup(
         resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    if bin is None:
-        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%")
-    bins = parse_bins(bin)
+    if bin is None and not limit.ranges():
+        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit")
+    bins = [None] if bin is None else parse_bins(bin)
     if iterations < 1:
         raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
     n = n_devices(devices)
@@ -118,11 +129,11 @@ def setup(
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
     units = None if ranking is None else ranking.order
-    measures = objective_measures(strategy.objectives, measure.name, teacher, seq_length, tied)
-    searches = [
-        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed, measures)
-        for bin in bins
-    ]
+    limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
+    objectives = [*strategy.objectives, *limits.ranges]
+    measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
+    spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
+    searches = [Search.begin(each, strategy, measure.name, seed, measures) for each in spaces]
     racing = RacingArgs() if racing is True else racing or None
     if racing:
         check_can_race(measure, fitness, searches)
@@ -142,12 +153,14 @@ def setup(
         "search_space": asdict(search_space),
         "order": order,
         "importance": None if ranking is None else ranking.fingerprint,
-        "bin": [str(bin) for bin in bins],
+        "bin": [str(search.space.bin) for search in searches],
+        "limits": limits.settings,
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
         "fitness": fitness,
         "score": measure.name,
         "racing": asdict(racing) if racing else None,
+        "objectives": objective_names(strategy.objectives, measure.name),
         "seed": seed,
         "precision": precision,
         "micro_batch_size": train.micro_batch_size,
@@ -178,12 +191,15 @@ def setup(
         if racing:
             rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
 
+        save = partial(save_subnet, teacher, checkpoint_dir, settings)
+
         def save_best(search: Search, evaluation: Evaluation) -> None:
             if rank() == 0:
-                save_subnet(search, searches, evaluation, checkpoint_dir, out_dir, settings)
+                save(evaluation, out_dir / best_name(search, searches))
 
         loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
-        main(loop, checkpoint_dir, out_dir, settings, selection, n)
+        choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
+        main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"])
 
 
 def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
@@ -218,7 +234,7 @@ def _ranking(
 
 
 def main(
-    loop: Loop, checkpoint_dir: Path, out_dir: Path, settings: dict[str, Any], selection: SelectionArgs, devices: int
+    loop: Loop, save: Save, selection: Selection | None, checkpoint_dir: Path, out_dir: Path, objectives: list[str]
 ) -> None:
     """Runs the search, chooses among the best, and reports."""
     stopped = False
@@ -228,47 +244,43 @@ def main(
         stopped = True
     if not stopped and not leave():
         return  # the first process reports
-    evaluations = loop.record.evaluations
-    found_any = bool(best_of(evaluations, loop.fitness.name))
-    if found_any and selection.rungs and not stopped:
-        del loop.fitness.model  # the students' training needs the memory
-        winners = Selection(checkpoint_dir, out_dir, selection, devices).run(evaluations, loop.searches[0].score)
-        for search in loop.searches:
+    evaluations, score, searches = loop.record.evaluations, loop.fitness.name, loop.searches
+    found_any = bool(best_of(evaluations, score))
+    if found_any and selection is not None and not stopped:
+        del loop.fitness  # the students' training needs the memory
+        winners = selection.run(evaluations, score)
+        for search in searches:
             if winner := winners.get(str(search.space.bin)):
-                best = out_dir / best_name(search, loop.searches)
+                best = out_dir / best_name(search, searches)
                 shutil.copy(best, best.with_name(f"{best.stem}-by-score.yaml"))
-                save_subnet(search, loop.searches, winner, checkpoint_dir, out_dir, settings)
-        print(as_text(rung_table(read_results(out_dir), evaluations, loop.searches[0].score)))
+                save(winner, best)
+        print(as_text(rung_table(read_results(out_dir), evaluations, score)))
     if found_any:
+        save_fronts(out_dir, evaluations, objectives, save)
         print(write_report(out_dir))
-        best = out_dir / best_name(loop.searches[0], loop.searches)
+        best = out_dir / best_name(searches[0], searches)
         print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
         print(f"Stopped after {len(evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)
     if not found_any:
-        raise UserError("no candidate could be scored, see the journal for why; try another precision or bin")
+        raise UserError("no candidate could be scored, see the journal for why; try another precision, bin or limit")
 
 
 def save_subnet(
-    search: Search,
-    searches: list[Search],
-    evaluation: Evaluation,
-    checkpoint_dir: Path,
-    out_dir: Path,
-    settings: dict[str, Any],
+    teacher: Config, checkpoint_dir: Path, settings: dict[str, Any], evaluation: Evaluation, path: Path
 ) -> None:
-    """Writes a bin's best sub-network, with where it came from."""
+    """Writes a candidate's sub-network, with where it came from."""
     provenance = {
         "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "bin": str(search.space.bin),
+        "bin": evaluation.bin,
         "n_params": evaluation.n_params,
         **evaluation.scores,
         "tokens": evaluation.tokens,
         "evaluation": evaluation.index,
         **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
     }
-    SubNet.from_dict(search.space.teacher, evaluation.subnet).save(out_dir / best_name(search, searches), **provenance)
+    SubNet.from_dict(teacher, evaluation.subnet).save(path, **provenance)
 
 
 def load_fitness(

@@ -14,10 +14,10 @@ from litgpt_whittle.space import Space
 from litgpt_whittle.subnet import SubNet
 
 _TRIES = 20
-"""How often a strategy may propose what was asked before, before a random candidate takes its place"""
+"""How often a strategy may propose what cannot be asked for, before a random candidate takes its place"""
 
 _RANDOM_TRIES = 500
-"""How many random candidates in a row must be old ones for the space to count as exhausted"""
+"""How many random candidates in a row must be old ones or beyond a limit for the space to count as exhausted"""
 
 
 class Scored(NamedTuple):
@@ -57,7 +57,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """One sub-network of `self.space`; one that was asked before is turned down and another one proposed.
+        """One sub-network of `self.space`.
+
+        One that was asked before or is outside of the space's limits is turned down and another one proposed.
 
         Args:
             rng: Where all randomness comes from; a new one for every candidate.
@@ -115,6 +117,6 @@ class Strategy(ABC):
         rng = np.random.default_rng((self.seed, self.n_asked))
         for i in range(_TRIES + _RANDOM_TRIES):
             candidate = self.propose(rng) if i < _TRIES else self.space.sample(rng)
-            if candidate not in self._asked:
+            if candidate not in self._asked and self.space.admits(candidate):
                 return candidate
         return None

@@ -1,0 +1,127 @@
+"""Which strategy finds the best sub-networks? All of them, in the same bin with equally many evaluations.
+
+Every strategy searches with the same seeds, scored on the same tokens; the table compares with random search. Scores
+are kept, so that an interrupted run goes on, and one with more evaluations or seeds adds to what is there.
+
+    python benchmarks/strategies.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from students import Data
+
+from litgpt_whittle import SubNet, load_model, n_params, registry
+from litgpt_whittle.batches import calibration_windows, connect, fingerprint, validation_batches
+from litgpt_whittle.bins import Bin
+from litgpt_whittle.checkpoint import WEIGHTS
+from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.metrics import MEASURES, MeasureArgs
+from litgpt_whittle.plots import COLORS
+from litgpt_whittle.space import Space
+
+OUT = Path("out/strategies")
+GROUP = "litgpt_whittle.strategies"
+RIVAL = "RandomSearch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Data.add_arguments(parser)
+    parser.add_argument("--n", type=int, default=100, help="evaluations of each search")
+    parser.add_argument("--seeds", type=int, default=3, help="searches by each strategy")
+    parser.add_argument("--strategies", default=",".join(registry.names(GROUP)), help="which, separated by commas")
+    parser.add_argument("--space", default="coarse_layerwise")
+    parser.add_argument("--bin", help="by default a third of the teacher's parameters ±5%%")
+    parser.add_argument("--batches", type=int, default=2, help="validation batches of 16 sequences per candidate")
+    parser.add_argument("--fitness", default="perplexity")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data, names = Data(args), args.strategies.split(",")
+    third = n_params(data.config, SubNet.full(data.config)) // 3
+    space = Space(data.config, args.space, Bin.parse(args.bin or f"{third}±5%"))
+    fitness = load_fitness(data, args.fitness, args.batches)
+    origin = file_fingerprint(data.teacher / WEIGHTS)[:6] + fingerprint(fitness.batches)[:6]
+    folder = OUT / f"{args.space}-{space.bin}-{args.fitness}-{origin}"
+    print(f"{args.space}, bin {space.bin}, {fitness.n_tokens:,} tokens per candidate; scores are kept in {folder}")
+    scores = {name: [] for name in dict.fromkeys([RIVAL, *names])}
+    for seed in range(args.seeds):
+        for name in scores:
+            scores[name].append(search(name, seed, args.n, space, fitness, folder / f"{name}-{seed}.json"))
+    report(scores, fitness.name)
+    plot(scores, fitness.name, folder / "strategies.png")
+
+
+def load_fitness(data: Data, name: str, n_batches: int) -> Fitness:
+    """What candidates are scored by, with the teacher and the data."""
+    measure, module, length = registry.lookup("litgpt_whittle.fitness", name), data.module(), data.config.block_size
+    connect(module, data.teacher, 16, length)
+    model = load_model(data.teacher, "SuperGPT")
+    model.max_seq_length = length
+    n_calibration = getattr(measure, "n_calibration", 0)
+    wanted = {"calibration": calibration_windows(module, length, n_calibration)} if n_calibration else {}
+    return measure(model, validation_batches(module, length, n_batches), **wanted)
+
+
+def search(name: str, seed: int, n: int, space: Space, fitness: Fitness, path: Path) -> list[float]:
+    """The scores of n candidates, those that are known already from a file."""
+    known = json.loads(path.read_text()) if path.is_file() else []
+    strategy = registry.lookup(GROUP, name)()
+    strategy.start(space, seed)
+    scores: list[float] = []
+    while len(scores) < n and (candidates := strategy.ask(1)):
+        (candidate,) = candidates
+        scores.append(known[len(scores)] if len(scores) < len(known) else fitness(candidate)[fitness.name])
+        costs = [cost for cost in strategy.objectives if cost in MEASURES]
+        args = MeasureArgs(tied=space.tied)
+        strategy.tell(candidate, scores[-1], {cost: MEASURES[cost](space.teacher, candidate, args) for cost in costs})
+        if len(scores) > len(known):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(scores))
+    print(f"seed {seed}, {name}: {min(scores):.2f} after {len(scores)} evaluations", flush=True)
+    return scores
+
+
+def report(scores: dict[str, list[list[float]]], measure: str) -> None:
+    """A table of what each strategy finds, against random search with the same seed."""
+    goals = [min(one) for one in scores[RIVAL]]
+    head = f"best {measure}"
+    print(f"\n{'strategy':18}{head:>26}{'worst seed':>12}{'against random':>16}{'evaluations to its best':>26}")
+    for name, runs in sorted(scores.items(), key=lambda item: fmean(map(min, item[1]))):
+        bests = [min(one) for one in runs]
+        ratio = math.prod(best / goal for best, goal in zip(bests, goals)) ** (1 / len(goals))
+        reached = [next((i for i, s in enumerate(one, 1) if s <= goal), None) for one, goal in zip(runs, goals)]
+        counts = [str(count or "never") for count in reached]
+        print(f"{name:18}{fmean(bests):>26.2f}{max(bests):>12.2f}{ratio:>15.3f}x{', '.join(counts):>26}")
+
+
+def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None:
+    """Draws the best so far: the mean over the seeds, and the range of all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    colors = ("#888888", *COLORS, "#222222")
+    for i, (name, runs) in enumerate(scores.items()):
+        length = min(map(len, runs))
+        bests = np.minimum.accumulate([one[:length] for one in runs], axis=1)
+        steps, color = np.arange(1, length + 1), colors[i % len(colors)]
+        axes.step(steps, bests.mean(0), where="post", color=color, label=f"{name}: {bests[:, -1].mean():.1f}")
+        axes.fill_between(steps, bests.min(0), bests.max(0), step="post", color=color, alpha=0.1, linewidth=0)
+    axes.set(xlabel="evaluations", ylabel=f"best {measure} so far", yscale="log", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"The best so far, mean and range of {len(runs)} seeds", loc="left")
+    figure.savefig(path, dpi=120)
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
