@@ -11,7 +11,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.head import HeadTap, head_loss, tap_head
+from litgpt_whittle.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.quick_repair import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
@@ -63,21 +63,30 @@ class Perplexity:
             return self._score(self.model, self.model._running.module)
 
     def _score(self, model: GPT, owner_of_head: GPT) -> dict[str, float]:
-        """The perplexity of a model on all batches, the logits made in chunks that are thrown away."""
+        """The perplexity of a model on all batches."""
+        nll = self._mean_loss(model, owner_of_head)
+        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
+
+    def _mean_loss(self, model: GPT, owner_of_head: GPT) -> float:
+        """A model's loss per token of all batches, the logits made in chunks that are thrown away."""
         tap = tap_head(owner_of_head)
         context: AbstractContextManager = self.autocast()
         with context:
             total = sum(self._loss(model, tap, batch).double() * batch.n_tokens for batch in self.batches)
-        nll = float(total) / self.n_tokens
-        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
+        return float(total) / self.n_tokens
 
     def _loss(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
         """The mean over one batch's tokens."""
+        caught = self._caught(model, tap, batch.input_ids)
+        return head_loss(caught, batch.targets, softcap=model.config.final_logit_softcapping).ce
+
+    def _caught(self, model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
+        """What a model's head is called with."""
         tap.tapping = True
-        model(batch.input_ids)
+        model(input_ids)
         caught, tap.caught = tap.caught, None
         assert caught is not None, "the sub-network's forward did not reach its head"
-        return head_loss(caught, batch.targets, softcap=model.config.final_logit_softcapping).ce
+        return caught
 
 
 class RepairedPerplexity(Perplexity):

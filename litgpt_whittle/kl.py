@@ -1,0 +1,75 @@
+"""Scores a candidate by how far its predictions are from its teacher's, on text that needs no right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from litgpt.model import GPT
+
+from litgpt_whittle.batches import Batch
+from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.head import HeadInput, HeadTap, Objective, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import SuperGPT
+
+_ONLY_KL = Objective(alpha=0.0, beta=1.0)
+
+
+class TaughtBatch(NamedTuple):
+    """A batch, and what the teacher makes of it."""
+
+    input_ids: torch.Tensor
+    """Token ids, shape (B, T)"""
+    targets: torch.Tensor
+    """The tokens that follow them, of which only matters which ones count, shape (B, T)"""
+    hidden: torch.Tensor
+    """What the teacher's LM head is called with, shape (B, T, n_embd)"""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count."""
+        return Batch(self.input_ids, self.targets).n_tokens
+
+
+class KLDivergence(Perplexity):
+    """KL(teacher ‖ candidate) in nats per token, a mean over the same tokens for all candidates.
+
+    Every token is compared over the whole vocabulary, where perplexity sees the one token that follows. The batches are
+    those of the perplexity: held-out text, on which the teacher says what it will say when it is used, and as many
+    tokens as `eval.max_iters` asks for, so that both measures are journalled, raced and compared alike.
+
+    The teacher runs once. What is kept of it are the inputs of its LM head, n_tokens · n_embd numbers: its logits
+    would be n_tokens · vocabulary, and are made anew, chunk by chunk, for every candidate.
+
+    Args:
+        model: The teacher.
+        batches: What to predict; kept on the model's device with the teacher's hidden states.
+        autocast: Gives the context to compute in, as `Fabric.autocast` does.
+    """
+
+    name = "kl"
+
+    @torch.inference_mode()
+    def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
+        super().__init__(model, batches, autocast)
+        # under autocast some norms give another type than the head has
+        dtype = model.lm_head.weight.dtype
+        with self.autocast():
+            self.batches = [
+                TaughtBatch(*batch, hidden_states(model, batch.input_ids).hidden.to(dtype)) for batch in self.batches
+            ]
+
+    @torch.inference_mode()
+    def __call__(self, subnet: SubNet) -> dict[str, float]:
+        """Scores a sub-network: `kl`."""
+        with self.model.running(subnet, materialize=True):
+            return {self.name: self._mean_loss(self.model, self.model._running.module)}
+
+    def _loss(self, model: GPT, tap: HeadTap, batch: TaughtBatch) -> torch.Tensor:
+        head, softcap = self.model.lm_head, self.model.config.final_logit_softcapping
+        teacher = TeacherLogits(HeadInput(batch.hidden, head.weight, head.bias), softcap)
+        caught = self._caught(model, tap, batch.input_ids)
+        return head_loss(caught, batch.targets, _ONLY_KL, teacher, softcap).distill
