@@ -22,7 +22,8 @@ class Fitness(Protocol):
 
     It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
     in, as `Fabric.autocast` does. One that has a class attribute `n_calibration` is also given so many training tokens,
-    as `calibration`, shape (N, T).
+    as `calibration`, shape (N, T); one whose class attribute `needs_importance` is true the teacher's `Ranking`, as
+    `importance`.
     """
 
     name: str
