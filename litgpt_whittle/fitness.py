@@ -16,6 +16,9 @@ from litgpt_whittle.quick_repair import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
+FORWARD_TOKENS = {"cpu": 2048}
+"""Tokens per forward pass. More are no faster on a CPU, and their activations take memory for nothing."""
+
 
 class Fitness(Protocol):
     """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
@@ -83,11 +86,18 @@ class Perplexity:
 
     def _caught(self, model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
         """What a model's head is called with."""
-        tap.tapping = True
-        model(input_ids)
-        caught, tap.caught = tap.caught, None
-        assert caught is not None, "the sub-network's forward did not reach its head"
-        return caught
+        n_rows, n_tokens = input_ids.shape
+        if (most := FORWARD_TOKENS.get(input_ids.device.type)) is not None:
+            n_rows = max(most // n_tokens, 1)
+        hidden = []
+        for rows in input_ids.split(n_rows):
+            tap.tapping = True
+            model(rows)
+            caught, tap.caught = tap.caught, None
+            assert caught is not None, "the sub-network's forward did not reach its head"
+            hidden.append(caught.hidden)
+        tap.tapping = False
+        return caught._replace(hidden=torch.cat(hidden))
 
 
 class RepairedPerplexity(Perplexity):

@@ -11,7 +11,7 @@ from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.head import HeadInput, HeadTap, Objective, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.head import HeadInput, HeadTap, Objective, TeacherLogits, head_loss, tap_head
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
@@ -58,8 +58,10 @@ class KLDivergence(Perplexity):
         # under autocast some norms give another type than the head has
         dtype = model.lm_head.weight.dtype
         with self.autocast():
+            tap = tap_head(model)
             self.batches = [
-                TaughtBatch(*batch, hidden_states(model, batch.input_ids).hidden.to(dtype)) for batch in self.batches
+                TaughtBatch(*batch, self._caught(model, tap, batch.input_ids).hidden.to(dtype))
+                for batch in self.batches
             ]
 
     @torch.inference_mode()
