@@ -11,7 +11,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.head import HeadTap, head_loss, tap_head
+from litgpt_whittle.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.processes import gather, rank, world_size
 from litgpt_whittle.quick_repair import QuickRepair
@@ -19,14 +19,18 @@ from litgpt_whittle.sharding import is_sharded
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
+FORWARD_TOKENS = {"cpu": 2048}
+"""Tokens per forward pass. More are no faster on a CPU, and their activations take memory for nothing."""
+
 
 class Fitness(Protocol):
     """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
     It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
     in, as `Fabric.autocast` does. One that has a class attribute `n_calibration` is also given so many training tokens,
-    as `calibration`, shape (N, T). One that gives losses by window (`losses`, `scores`) lets candidates race, and
-    one whose class attribute `can_shard` is true can work with a teacher that is spread over processes.
+    as `calibration`, shape (N, T); one whose class attribute `needs_importance` is true the teacher's `Ranking`, as
+    `importance`. One that gives losses by window (`losses`, `scores`) lets candidates race, and one whose class
+    attribute `can_shard` is true can work with a teacher that is spread over processes.
     """
 
     name: str
@@ -117,15 +121,31 @@ class Perplexity:
 
     def _window_sums(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
         """The loss of each of a batch's windows, added up over its tokens, float64, shape (B,)."""
-        tap.tapping = True
-        model(batch.input_ids)
-        caught, tap.caught = tap.caught, None
-        assert caught is not None, "the sub-network's forward did not reach its head"
-        means = [
-            head_loss(caught._replace(hidden=hidden), targets, softcap=model.config.final_logit_softcapping).ce
-            for hidden, targets in zip(caught.hidden, batch.targets)
-        ]
+        caught = self._caught(model, tap, batch.input_ids)
+        windows = (caught._replace(hidden=hidden) for hidden in caught.hidden)
+        means = [self._loss(window, batch, i) for i, window in enumerate(windows)]
         return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
+
+    def _loss(self, window: HeadInput, batch: Batch, i: int) -> torch.Tensor:
+        """The mean over the tokens of a batch's window i."""
+        return head_loss(window, batch.targets[i], softcap=self.model.config.final_logit_softcapping).ce
+
+    def _caught(self, model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
+        """What a model's head is called with."""
+        n_rows, n_tokens = input_ids.shape
+        # processes that score together must make the same number of passes, whatever their batches are
+        most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
+        if most is not None:
+            n_rows = max(most // n_tokens, 1)
+        hidden = []
+        for rows in input_ids.split(n_rows):
+            tap.tapping = True
+            model(rows)
+            caught, tap.caught = tap.caught, None
+            assert caught is not None, "the sub-network's forward did not reach its head"
+            hidden.append(caught.hidden)
+        tap.tapping = False
+        return caught._replace(hidden=torch.cat(hidden))
 
 
 class RepairedPerplexity(Perplexity):

@@ -50,6 +50,16 @@ class Ranking:
             digest.update(order.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def scores_fingerprint(self) -> str:
+        """Sixteen hex digits that tell scores apart, also those that give one order."""
+        digest = hashlib.sha256(f"{self.metric} {self.layer_metric}".encode())
+        units = self.scores.units[self.metric]
+        own = [layer[name] for layer in units.layers for name in sorted(layer)]
+        for scores in (units.n_embd, *own, *(self.scores.layers[name] for name in sorted(self.scores.layers))):
+            digest.update(scores.numpy().astype("<f8").tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, path: Path) -> None:
         """Writes it beside and renames it into place."""
         units = {

@@ -9,7 +9,7 @@ from architectures import ARCHITECTURES
 from litgpt.config import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle import head
+from litgpt_whittle import fitness, head, supergpt
 from litgpt_whittle.batches import fingerprint, fixed_batches
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
@@ -149,3 +149,34 @@ def test_logits_never_exist_whole(monkeypatch):
         score(SubNet(model.config, n_embd=8, n_layer=1, n_query_groups=1, intermediate_size=4))
     n_logits = 4 * 256 * 64
     assert 0 < largest.numel < n_logits / 2
+
+
+def test_rows_may_run_in_several_forward_passes(monkeypatch):
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, n_embd="1-20", n_query_groups=[2, 3, 1])
+    score = Perplexity(model, fixed_batches(loader(), 3, 16))
+    whole = score(subnet)["nll"]
+    shapes = []
+    model.transformer.h[0].register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape[:2])))
+    for most, rows in ((1, [1] * 10), (47, [2, 2, 2, 2, 2]), (10**6, [4, 4, 2])):
+        monkeypatch.setitem(fitness.FORWARD_TOKENS, "cpu", most)
+        shapes.clear()
+        assert score(subnet)["nll"] == pytest.approx(whole, rel=1e-6)
+        assert shapes == [(n, 16) for n in rows]
+
+
+@pytest.mark.parametrize("subnet", [{"n_embd": 20, "intermediate_size": 9}, {"n_embd": "1-9,11-20", "n_layer": "0,2"}])
+def test_copies_are_kept_up_to_a_limit(monkeypatch, subnet):
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, **subnet)
+    score = Perplexity(model, fixed_batches(loader(), 3, 16))
+    expected = score(subnet)
+    with model.running(subnet, materialize=True):
+        kept = [model, *(model.transformer.h[layer] for layer in subnet.layers)]
+        assert all(module._running.weights is not None for module in kept)
+        is_view = {w.data_ptr() for w in model.parameters()} >= {model._running.weights["lm_head.weight"].data_ptr()}
+        assert is_view == subnet.n_embd.is_prefix
+    monkeypatch.setitem(supergpt.MATERIALIZED_BYTES, "cpu", 1)
+    with model.running(subnet, materialize=True):
+        assert [module._running.weights is not None for module in kept] == [True] + [is_view] * len(subnet)
+    assert score(subnet) == expected

@@ -89,7 +89,8 @@ def setup(
         search_space: What may shrink, how far and in which steps.
         limit: What a sub-network may cost: at most so much (``--limit.flops 800M``), or a range (600M-800M).
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
-        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind.
+        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some
+            measures of fitness need it too.
         strategy: How to search, by its name, with its settings below it.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
@@ -124,11 +125,14 @@ def setup(
     seq_length = sequence_length(teacher, train.max_seq_length)
     if data is None:
         raise UserError("data must be chosen; for example --data HFText --data.path PATH")
-    ranking = _ranking(order, importance, checkpoint_dir, teacher, space, search_space)
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
+    needs_importance = getattr(measure, "needs_importance", False)
+    ranking = _ranking(
+        order, importance, checkpoint_dir, teacher, space, search_space, fitness if needs_importance else None
+    )
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
-    units = None if ranking is None else ranking.order
+    units = ranking.order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
     measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
@@ -152,7 +156,7 @@ def setup(
         "space": space,
         "search_space": asdict(search_space),
         "order": order,
-        "importance": None if ranking is None else ranking.fingerprint,
+        "importance": ranking and (ranking.scores_fingerprint if needs_importance else ranking.fingerprint),
         "bin": [str(search.space.bin) for search in searches],
         "limits": limits.settings,
         "strategy": type(strategy).__name__,
@@ -186,7 +190,9 @@ def setup(
         notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
-        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, calibration, sharded)
+        wanted = {"calibration": calibration} if n_calibration else {}
+        wanted |= {"importance": ranking} if needs_importance else {}
+        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
         rest = {"spread": each if sharded else spread}
         if racing:
             rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
@@ -210,18 +216,27 @@ def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
 
 
 def _ranking(
-    order: str, path: Path | None, checkpoint_dir: Path, teacher: Config, space: SpaceName, search_space: SpaceArgs
+    order: str,
+    path: Path | None,
+    checkpoint_dir: Path,
+    teacher: Config,
+    space: SpaceName,
+    search_space: SpaceArgs,
+    fitness: str | None,
 ) -> Ranking | None:
-    """The teacher's ranking, where the order of importance is asked for."""
+    """The teacher's ranking, where the order of importance or a fitness asks for it."""
     if order not in ("given", "importance"):
         raise UserError(f"order must be given or importance, got {order!r}")
-    if order == "given":
+    if order == "given" and fitness is None:
         if path is not None:
-            raise UserError("importance is read with --order importance only; add that or leave it out")
+            raise UserError(
+                "importance is read with --order importance only, or by a fitness that needs it; choose one or leave it"
+            )
         return None
     if path is None:
-        raise UserError("--order importance needs --importance, the importance.pt that 'litgpt rank' leaves behind")
-    if space.startswith("fine") and search_space.layers != "best":
+        who = "--order importance" if order == "importance" else f"--fitness {fitness}"
+        raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' leaves behind")
+    if order == "importance" and space.startswith("fine") and search_space.layers != "best":
         raise UserError(
             f"order importance says which units coarse spaces keep, got space = {space}; choose a coarse one, or "
             "order its layers with --search_space.layers best"
@@ -289,10 +304,13 @@ def load_fitness(
     measure: type[Fitness],
     batches: list[Batch],
     seq_length: int,
-    calibration: torch.Tensor | None,
+    wanted: dict[str, Any],
     sharded: bool = False,
 ) -> Fitness:
-    """Loads the teacher as a super-network, in the precision that candidates are scored in."""
+    """Loads the teacher as a super-network, in the precision that candidates are scored in.
+
+    `wanted` is what this fitness is given beside the teacher and the batches.
+    """
     dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
     dtype = dtypes.get(fabric._precision.precision, torch.float32)
     if sharded:
@@ -300,7 +318,6 @@ def load_fitness(
     else:
         model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = seq_length
-    wanted = {} if calibration is None else {"calibration": calibration}
     return measure(model, batches, autocast=fabric.autocast, **wanted)
 
 
