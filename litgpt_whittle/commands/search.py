@@ -25,7 +25,7 @@ from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.evaluations import best_of, prediction_tau
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.journal import JOURNAL, Evaluation, Journal, check_resumable, file_fingerprint
@@ -34,9 +34,10 @@ from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.report import write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SpaceArgs, SurrogateArgs
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
+from litgpt_whittle.strategies.surrogate_search import SurrogateSearch, with_surrogate
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
@@ -54,6 +55,7 @@ def setup(
     order: Literal["given", "importance"] = "given",
     importance: Path | None = None,
     strategy: Strategy = _DEFAULT_STRATEGY,
+    surrogate: SurrogateArgs = SurrogateArgs(),
     fitness: str = "perplexity",
     iterations: int = 1000,
     data: DataModule | None = None,
@@ -77,6 +79,7 @@ def setup(
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
         importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind.
         strategy: How to search, by its name, with its settings below it.
+        surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
         data: What candidates are scored on: the validation part of any litgpt data module, or
@@ -109,8 +112,9 @@ def setup(
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
     units = None if ranking is None else ranking.order
     measures = objective_measures(strategy.objectives, measure.name, teacher, seq_length, tied)
+    searcher, surrogate_settings = with_surrogate(strategy, surrogate, teacher, ranking, seed)
     searches = [
-        Search.begin(Space(teacher, space, bin, tied, search_space, units), strategy, measure.name, seed, measures)
+        Search.begin(Space(teacher, space, bin, tied, search_space, units), searcher, measure.name, seed, measures)
         for bin in bins
     ]
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
@@ -129,6 +133,7 @@ def setup(
         "bin": [str(bin) for bin in bins],
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
+        **({"surrogate": surrogate_settings} if surrogate_settings else {}),
         "fitness": fitness,
         "score": measure.name,
         "seed": seed,
@@ -214,6 +219,7 @@ def main(
     found_any = bool(best_of(journal.evaluations, fitness.name))
     if found_any:
         print(write_report(out_dir))
+        report_surrogates(searches, journal.evaluations, out_dir)
         best = out_dir / best_name(searches[0], searches)
         print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
@@ -317,6 +323,7 @@ def evaluate(
     started, error, scores = time.perf_counter(), None, {}
     try:
         scores = fitness(candidate) | {name: measure(candidate) for name, measure in search.measures.items()}
+        scores |= search.strategy.expects(candidate)
     except torch.OutOfMemoryError:
         error = "out of memory"
     if not all(math.isfinite(score) for score in scores.values()):
@@ -359,6 +366,16 @@ def load_fitness(
     model.max_seq_length = seq_length
     wanted = {} if calibration is None else {"calibration": calibration}
     return measure(model, batches, autocast=fabric.autocast, **wanted)
+
+
+def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
+    """Says how well each bin's surrogate predicted what was not measured yet, and writes those that are worth it."""
+    for search in searches:
+        if isinstance(search.strategy, SurrogateSearch):
+            bin = str(search.space.bin)
+            tau, n = prediction_tau([e for e in evaluations if e.bin == bin], search.score)
+            print(f"The surrogate of {bin} predicted {n} candidates before they were measured: Kendall's τ {tau:.2f}")
+            search.strategy.save(out_dir / ("surrogate" if len(searches) == 1 else f"surrogate-{bin}"))
 
 
 def best_name(search: Search, searches: list[Search]) -> str:
