@@ -1,8 +1,8 @@
 """How many evaluations does a surrogate save? The same search without one, with a filter, and on predictions.
 
 Searches sub-networks of a third of the teacher's size by evolution, several seeds each, and compares how many
-evaluations it takes to the best perplexity that the search without a surrogate finds. A filter can also learn beforehand from the
-search of another seed. Searches go on where they were interrupted.
+evaluations it takes to the best perplexity that the search without a surrogate finds. A filter can also learn
+beforehand from the search of another seed. Searches go on where they were interrupted.
 
     python benchmarks/surrogate.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet \\
         --modes none filter transfer objective

@@ -123,7 +123,8 @@ class Features:
 
     def _own(self, choice: Mapping[str, Any], name: str, layers: list[int]) -> list[Units]:
         """The units of one kind that are kept in each kept layer; none where a layer has no such units."""
-        value = choice.get(name, 1)  # heads per group are not written where each head is a group
+        # heads per group are not written where each head is a group, other units where no kept layer has them
+        value = choice.get(name, 1 if name == "heads_per_group" else 0)
         values = (
             [_units(units) for units in value] if isinstance(value, list | tuple) else [_units(value)] * len(layers)
         )
@@ -262,10 +263,12 @@ def _mass(running: np.ndarray, units: Units) -> float:
     return float((running[units[:, 1]] - running[units[:, 0]]).sum())
 
 
-def _units(value: int | str | Keep) -> Units:
+def _units(value: int | str | Keep | None) -> Units:
+    if value is None:
+        return 0
     if isinstance(value, Keep) and value.is_prefix:
         return len(value)
-    return value if isinstance(value, int | np.ndarray) else ranges(value)
+    return value if isinstance(value, int) else ranges(value)
 
 
 def _size(units: Units) -> int:

@@ -8,6 +8,7 @@ that was fitted is ever loaded, but a journal, on which it is fitted again: no f
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -96,7 +97,9 @@ class Scale(NamedTuple):
         """By the mean and the standard deviation of their logarithms, where all are above 0."""
         is_log = bool((scores > 0).all())
         values = np.log(scores) if is_log else scores
-        return cls(is_log, float(values.mean()), float(values.std()) or 1.0)
+        mean, deviation = float(values.mean()), float(values.std())
+        # equal scores may differ from their mean by its rounding
+        return cls(is_log, mean, deviation if deviation > 1e-9 * abs(mean) else 1.0)
 
     def standardised(self, scores: np.ndarray) -> np.ndarray:
         return ((np.log(scores) if self.is_log else scores) - self.mean) / self.deviation
@@ -129,19 +132,24 @@ class Surrogate:
         seed: int = 0,
     ) -> None:
         self.make, self.teacher, self.ranking, self.examples, self.seed = make, teacher, ranking, examples, seed
-        self.regressor, self.prior = make(), None
+        self.prior = None if examples is None else make()
         if examples is not None:
-            self.prior = make()
             self.prior.fit(self._read_examples(examples), examples.targets, seed)
-        self.forget()
+        self._reset()
 
-    def forget(self) -> None:
-        """Goes back to what it knew before it was fitted: the examples."""
+    def _reset(self) -> None:
+        self.regressor = self.make()
         self._is_own = False
         self._slope, self._offset = 1.0, 0.0
         # of bins, the one that most is known about
         scores = [] if self.examples is None else [scores for _, scores in self.examples.bins]
         self._scale = Scale.of(max(scores, key=len)) if scores else None
+
+    def anew(self) -> Surrogate:
+        """Another one that knows the same examples, and nothing else yet."""
+        another = copy.copy(self)
+        another._reset()
+        return another
 
     @property
     def is_fitted(self) -> bool:
@@ -190,7 +198,7 @@ class Surrogate:
 
     def _read_examples(self, examples: Examples) -> list[Any]:
         is_same = fingerprint(examples.teacher) == fingerprint(self.teacher)
-        return self.regressor.read(examples.teacher, examples.choices, self.ranking if is_same else None)
+        return self.prior.read(examples.teacher, examples.choices, self.ranking if is_same else None)
 
 
 def held_out_tau(make: Callable[[], Regressor], read: Sequence[Any], targets: np.ndarray, seed: int = 0) -> float:

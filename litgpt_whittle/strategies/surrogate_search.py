@@ -91,12 +91,13 @@ class SurrogateSearch(Generations):
 
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""
-        self.surrogate.forget()
+        # what was given stays as it is, so that it can be given to another search too
+        self.inner, self.predictor = copy.deepcopy(self.strategy), self.surrogate.anew()
         self._is_stale = False
         self._expected: dict[SubNet, float] = {}
         super().start(space, seed)
-        self.strategy.start(space, seed)
-        self.strategy._asked = self._asked  # what was asked for here, the strategy need not propose again
+        self.inner.start(space, seed)
+        self.inner._asked = self._asked  # its candidates are those that are asked for here
 
     def select(self, generation: list[Scored]) -> None:
         """There is more to learn from; done when it is needed next."""
@@ -105,7 +106,7 @@ class SurrogateSearch(Generations):
     def propose(self, rng: np.random.Generator) -> SubNet:
         """What the surrogate prefers; what the strategy proposes while there is no surrogate."""
         self.fit()
-        return self.prefer(rng) if self.surrogate.is_fitted else self.strategy.propose(rng)
+        return self.prefer(rng) if self.predictor.is_fitted else self.inner.propose(rng)
 
     @abstractmethod
     def prefer(self, rng: np.random.Generator) -> SubNet:
@@ -114,21 +115,21 @@ class SurrogateSearch(Generations):
     def fit(self) -> None:
         """Fits the surrogate on all that was told, unless it is already."""
         if self._is_stale:
-            self.surrogate.fit([scored.subnet for scored in self.told], [scored.score for scored in self.told])
+            self.predictor.fit([scored.subnet for scored in self.told], [scored.score for scored in self.told])
             self._is_stale = False
 
     def save(self, folder: Path) -> None:
         """Writes the surrogate, fitted on all that was told, if it is of a kind that is worth it."""
         self.fit()
-        if self.surrogate.is_fitted:
-            self.surrogate.save(folder)
+        if self.predictor.is_fitted:
+            self.predictor.save(folder)
 
     def expects(self, subnet: SubNet) -> dict[str, float]:
         """The predicted score, where there is a prediction."""
-        if not self.surrogate.is_fitted:
+        if not self.predictor.is_fitted:
             return {}
         if subnet not in self._expected:
-            self._expected[subnet] = float(self.surrogate.predict([subnet])[0])
+            self._expected[subnet] = float(self.predictor.predict([subnet])[0])
         return {"predicted": self._expected[subnet]}
 
 
@@ -160,15 +161,15 @@ class Filter(SurrogateSearch):
     @property
     def ready(self) -> int:
         """What is left until the surrogate is fitted or the strategy wants to be told."""
-        return min(super().ready, self.strategy.ready)
+        return min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
         """The best one of several proposals."""
-        proposals = list(dict.fromkeys(self.strategy.propose(rng) for _ in range(self.n_proposals)))
+        proposals = list(dict.fromkeys(self.inner.propose(rng) for _ in range(self.n_proposals)))
         new = [subnet for subnet in proposals if subnet not in self._asked]
         if not new:
             return proposals[0]
-        expected = self.surrogate.predict(new)
+        expected = self.predictor.predict(new)
         at = int(expected.argmin())
         self._expected[new[at]] = float(expected[at])
         return new[at]
@@ -176,7 +177,7 @@ class Filter(SurrogateSearch):
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Takes the score of a candidate, for the strategy too."""
         self._expected.pop(subnet, None)
-        self.strategy.tell(subnet, score, measures)
+        self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)
 
 
@@ -210,7 +211,6 @@ class OnPredictions(SurrogateSearch):
                 f"surrogate.mode objective knows score and n_params alone, the strategy minimises {unknown[0]}; "
                 "use surrogate.mode filter"
             )
-        self._fresh = copy.deepcopy(strategy)
 
     def start(self, space: Space, seed: int) -> None:
         """Begins a search, forgetting any earlier one."""
@@ -221,12 +221,12 @@ class OnPredictions(SurrogateSearch):
     @property
     def generation_size(self) -> int:
         """The first ones, then what each search on predictions brings."""
-        return self.n_evaluated if self.told or self.surrogate.is_fitted else self.n_initial
+        return self.n_evaluated if self.told or self.predictor.is_fitted else self.n_initial
 
     @property
     def ready(self) -> int:
         """What is left of this generation, and of the strategy's own, while candidates are its own."""
-        return super().ready if self.surrogate.is_fitted else min(super().ready, self.strategy.ready)
+        return super().ready if self.predictor.is_fitted else min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
         """The next one of the best of a search on predictions; a random one when it brought too few."""
@@ -236,13 +236,13 @@ class OnPredictions(SurrogateSearch):
 
     def _search(self, seed: int) -> list[SubNet]:
         """The best sub-networks, by prediction, that a search finds and that were not asked for yet."""
-        strategy = copy.deepcopy(self._fresh)
+        strategy = copy.deepcopy(self.strategy)
         strategy.start(self.space, seed)
         while len(strategy.told) < self.n_inner:
             candidates = strategy.ask(min(self.n_inner - len(strategy.told), _AT_A_TIME))
             if not candidates:
                 break
-            for subnet, score in zip(candidates, self.surrogate.predict(candidates).tolist()):
+            for subnet, score in zip(candidates, self.predictor.predict(candidates).tolist()):
                 strategy.tell(subnet, score, {"n_params": float(self.space.n_params(subnet))})
         ranked = sorted(strategy.told, key=lambda scored: scored.score)
         new = [scored for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
@@ -251,6 +251,6 @@ class OnPredictions(SurrogateSearch):
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Takes the score of a candidate; the strategy is told those that were its own."""
-        if not self.surrogate.is_fitted:
-            self.strategy.tell(subnet, score, measures)
+        if not self.predictor.is_fitted:
+            self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)
