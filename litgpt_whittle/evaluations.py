@@ -58,6 +58,20 @@ def fronts_of(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> d
     return {bin: front for bin, front in fronts.items() if front}
 
 
+def prediction_tau(evaluations: Sequence[Evaluation], score: str = "perplexity") -> tuple[float, int]:
+    """Kendall's τ between what a surrogate predicted of candidates and what was then measured, and of how many.
+
+    NaN where there are fewer than two, or all predictions or scores are the same.
+    """
+    from scipy.stats import kendalltau
+
+    both = scored(scored(evaluations, score), "predicted")
+    predicted, measured = [e.score("predicted") for e in both], [e.score(score) for e in both]
+    if len(set(predicted)) < 2 or len(set(measured)) < 2:
+        return math.nan, len(both)
+    return float(kendalltau(predicted, measured).statistic), len(both)
+
+
 def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:
     """The sizes of a sub-network as `SubNet.to_dict` gives it, by litgpt's names; means over the layers that have them.
 

@@ -78,6 +78,16 @@ class Keep:
         """The largest kept index."""
         return self._n - 1 if self._indices is None else int(self._indices[-1])
 
+    @property
+    def ranges(self) -> np.ndarray:
+        """Runs of kept indices, ascending: the first of each and the one behind its last, int64, shape (n_runs, 2)."""
+        if self._indices is None:
+            return np.array([[0, self._n]])
+        breaks = np.flatnonzero(np.diff(self._indices) != 1)
+        firsts = self._indices[np.concatenate(([0], breaks + 1))]
+        lasts = self._indices[np.concatenate((breaks, [self._n - 1]))]
+        return np.stack((firsts, lasts + 1), axis=1)
+
     def to_yaml(self) -> int | str:
         """The compact form that `parse` reads: a number for a prefix, ranges for a set."""
         return self._n if self._indices is None else str(self)
@@ -96,13 +106,11 @@ class Keep:
     def __str__(self) -> str:
         if self._indices is None:
             return str(self._n)
-        breaks = np.flatnonzero(np.diff(self._indices) != 1)
-        firsts = self._indices[np.concatenate(([0], breaks + 1))]
-        lasts = self._indices[np.concatenate((breaks, [self._n - 1]))]
+        ranges = self.ranges
         # a lone index is written as a range, so that "7" always means the first seven
-        if len(firsts) == 1:
-            return f"{firsts[0]}-{lasts[0]}"
-        return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts))
+        if len(ranges) == 1:
+            return f"{ranges[0, 0]}-{ranges[0, 1] - 1}"
+        return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
 
     def __repr__(self) -> str:
         return f"Keep({str(self)!r})" if self._indices is not None else f"Keep({self._n})"
@@ -147,6 +155,19 @@ def _check_sorted(indices: np.ndarray) -> None:
     if (steps < 0).any():
         at = int(np.flatnonzero(steps < 0)[0])
         raise UserError(f"kept indices must be sorted, got {indices[at]} before {indices[at + 1]}; sort them")
+
+
+def ranges(value: int | str | Keep) -> np.ndarray:
+    """The runs of kept indices (see `Keep.ranges`) that `Keep.to_yaml` wrote, without listing all units."""
+    if isinstance(value, Keep):
+        return value.ranges
+    if isinstance(value, int):
+        return np.array([[0, value]])
+    # the ends of runs become negative numbers; that of "0-0" too, as -0.0
+    numbers = np.fromstring(value.replace("-", ",-"), sep=",")
+    is_end = np.signbit(numbers)
+    ends = np.where(np.append(is_end[1:], False), np.append(-numbers[1:], 0), numbers)
+    return np.stack((numbers, ends + 1), axis=1)[~is_end].astype(np.int64)
 
 
 def n_units(value: int | str) -> int:

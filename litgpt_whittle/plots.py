@@ -10,7 +10,7 @@ from typing import Any
 
 from litgpt_whittle.amounts import format_amount
 from litgpt_whittle.bins import short
-from litgpt_whittle.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, scored
+from litgpt_whittle.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, prediction_tau, scored
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.metrics import MEASURES
 
@@ -147,16 +147,33 @@ def _draw_dimension(
 
 
 def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Draws what was predicted of candidates before they were evaluated against what was measured."""
+    """Draws what was predicted of candidates before they were evaluated against what was measured.
+
+    Of several bins, each has its own colour and its own τ: which of two bins has the better candidates is no news.
+    """
     figure, [[axes]] = _figure()
-    points = [(e.score("predicted"), e.score(score)) for e in scored(scored(evaluations, score), "predicted")]
-    axes.scatter(*_columns(points), s=16, color=COLORS[0], alpha=0.5, linewidths=0)
+    found = scored(scored(evaluations, score), "predicted")
+    points = [(e.score("predicted"), e.score(score)) for e in found]
+    bins = bins_of(found)
+    for bin, color in _colored(bins):
+        own = [e for e in found if e.bin == bin]
+        agreement = _agreement(own, score) or "too few"
+        label = f"{bin}: {agreement} over {_n(own, 'candidate')}" if len(bins) > 1 else None
+        columns = _columns([(e.score("predicted"), e.score(score)) for e in own])
+        axes.scatter(*columns, s=16, color=color, alpha=0.5, linewidths=0, label=label)
     ends = [min(map(min, points)), max(map(max, points))] if points else [1, 2]
     axes.plot(ends, ends, color=GRAY, linewidth=1, linestyle="--", label="predicted as measured")
-    axes.set_title(f"The surrogate: {_correlation(points)} over {_n(points, 'candidate')}", loc="left")
+    agreement = f"Kendall's {_agreement(found, score)} over " if len(bins) == 1 and _agreement(found, score) else ""
+    axes.set_title(f"The surrogate: {agreement}{_n(points, 'candidate')}", loc="left")
     _scale(axes.xaxis, ends, f"predicted {score}")
     _scale(axes.yaxis, ends, f"measured {score}")
     _save(figure, path)
+
+
+def _agreement(evaluations: Sequence[Evaluation], score: str) -> str:
+    """Kendall's τ of predictions, as a label; empty where there is none."""
+    tau, _ = prediction_tau(evaluations, score)
+    return f"τ = {tau:.2f}".replace("-", "−") if math.isfinite(tau) else ""
 
 
 def number(value: float, name: str = "perplexity") -> str:

@@ -33,7 +33,7 @@ class Leg(NamedTuple):
     seconds: float
     error: str | None = None
     costs: dict[str, float] = {}
-    """What it costs, measured in the first stage"""
+    """What it costs, measured in the first stage, and what its strategy expects of it"""
 
 
 class RaceNotes:
@@ -141,6 +141,8 @@ class RacingLoop(Loop):
     def _leg(self, search: Search, candidate: SubNet, which: slice) -> Leg:
         started = time.perf_counter()
         costs, error = ({}, None) if which.start else search.costs(candidate)
+        if not which.start:
+            costs |= search.strategy.expects(candidate)
         sums: list[float] = []
         if error is None:
             losses, error = attempt(lambda: self.fitness.losses(candidate, which))

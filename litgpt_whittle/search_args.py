@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -136,6 +137,53 @@ class LimitArgs:
             except UserError as error:
                 raise UserError(f"limit.{name}: {error}") from None
         return found
+
+
+@dataclass
+class SurrogateArgs:
+    """What predicts the scores of candidates, so that fewer of them need be evaluated"""
+
+    mode: Literal["none", "filter", "objective"] = "none"
+    """With filter, the strategy proposes several candidates for each one evaluated: the one with the best prediction.
+    With objective, it searches on predictions alone, the best few are evaluated and learnt from, and so on"""
+    kind: str = "trees"
+    """What predicts, by its name in `litgpt_whittle.surrogates`: trees (a forest on features of sub-networks), or text
+    (a language model that reads a description of them)"""
+    path: Path | None = None
+    """Another search's folder or journal, of any teacher and data, to learn from beforehand"""
+    importance: Path | None = None
+    """The teacher's `importance.pt` of `litgpt rank`: the shares of its scores that are kept become features too"""
+    n_initial: int = 50
+    """Evaluations before the first predictions, where there is no `path`"""
+    refit: float = 0.1
+    """The share by which the evaluations grow until it is fitted anew, with filter; it is never less than ten"""
+    n_proposals: int = 10
+    """Candidates proposed for each one evaluated, with filter"""
+    n_inner: int = 500
+    """Predictions that each search on predictions makes, with objective"""
+    n_evaluated: int = 10
+    """How many of the best are then evaluated, with objective"""
+    model: str | None = None
+    """A Hugging Face model for sequence classification, its folder or name; what a search with kind text left in its
+    folder `surrogate` is one too. For kind text"""
+    epochs: int = 10
+    """How often it sees each evaluation, whenever it is fitted. For kind text"""
+    learning_rate: float = 5e-5
+    """The largest one, reached after a tenth of the steps. For kind text"""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("none", "filter", "objective"):
+            raise UserError(f"surrogate.mode must be none, filter or objective, got {self.mode!r}")
+        numbers = {
+            name: getattr(self, name) for name in ("n_initial", "n_proposals", "n_inner", "n_evaluated", "epochs")
+        }
+        check_positive("surrogate", **numbers)
+        for name in ("refit", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"surrogate.{name} must be more than 0, got {getattr(self, name)}")
+        for name in ("path", "importance", "model"):
+            if self.mode == "none" and getattr(self, name) is not None:
+                raise UserError(f"surrogate.{name} needs a surrogate; add --surrogate.mode filter or leave it out")
 
 
 def check_positive(section: str, **values: int | None) -> None:

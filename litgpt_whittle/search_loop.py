@@ -191,7 +191,7 @@ def score(fitness: Fitness, candidate: SubNet, search: Search) -> Outcome:
     costs, error = search.costs(candidate)
     scores = {}
     if error is None:
-        scores, error = attempt(lambda: fitness(candidate))
+        scores, error = attempt(lambda: {**fitness(candidate), **search.strategy.expects(candidate)})
     scores, error = finite({**(scores or {}), **costs}, error)
     return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
 

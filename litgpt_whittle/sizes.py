@@ -114,7 +114,7 @@ class SizeSpace:
         def cost(n_embd: int, head_size: int, n_expert: int, groups: int, per_group: int, neurons: int) -> int:
             return layer_params(self.teacher, layer, n_embd, head_size, groups, per_group, neurons, n_expert)
 
-        return _Kind(width, "n_expert" in sizes, _multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
+        return _Kind(width, "n_expert" in sizes, multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
 
     def _find_depths(self) -> None:
         """All numbers of layers of each kind that a sub-network may have."""
@@ -189,7 +189,7 @@ def _contract(coefficients: np.ndarray, sizes: tuple | list) -> np.ndarray:
     return coefficients
 
 
-def _multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
+def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
     """Coefficients, shape (2,) * n, of a function affine in each of n integers, from its values at the corners."""
     corners = itertools.product(*(bound if bound[0] < bound[1] else bound[:1] for bound in bounds))
     values = np.array([function(*corner) for corner in corners], dtype=np.int64)

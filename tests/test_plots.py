@@ -97,7 +97,7 @@ def test_titles_tell_what_was_found(tmp_path, drawn):
     search, candidates, predictions = map(texts, drawn)
     assert "The best of 4 candidates so far" in search and "best so far: 3.00" in search and "1 failed" in search
     assert "3 candidates, 2 on the front of perplexity and parameters" in candidates and "1 failed" in candidates
-    assert "The surrogate: ρ = 1.00 over 3 candidates" in predictions
+    assert "The surrogate: Kendall's τ = 1.00 over 3 candidates" in predictions
 
 
 @EACH

@@ -22,7 +22,7 @@ from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.evaluations import best_of, prediction_tau
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.fronts import save_fronts
@@ -35,12 +35,21 @@ from litgpt_whittle.processes import each, first_does, launch, leave, n_devices,
 from litgpt_whittle.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.report import as_text, write_report
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, LimitArgs, RacingArgs, SelectionArgs, SpaceArgs
+from litgpt_whittle.search_args import (
+    BatchArgs,
+    BudgetArgs,
+    LimitArgs,
+    RacingArgs,
+    SelectionArgs,
+    SpaceArgs,
+    SurrogateArgs,
+)
 from litgpt_whittle.search_loop import Loop, Search
 from litgpt_whittle.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.sharding import load_sharded
 from litgpt_whittle.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
+from litgpt_whittle.strategies.surrogate_search import SurrogateSearch, with_surrogate
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
@@ -62,6 +71,7 @@ def setup(
     order: Literal["given", "importance"] = "given",
     importance: Path | None = None,
     strategy: Strategy = _DEFAULT_STRATEGY,
+    surrogate: SurrogateArgs = SurrogateArgs(),
     fitness: str = "perplexity",
     iterations: int = 1000,
     data: DataModule | None = None,
@@ -92,6 +102,7 @@ def setup(
         importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some
             measures of fitness need it too.
         strategy: How to search, by its name, with its settings below it.
+        surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
         data: What candidates are scored on: the validation part of any litgpt data module, or
@@ -136,8 +147,9 @@ def setup(
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
     measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
+    searcher, surrogate_settings = with_surrogate(strategy, surrogate, teacher, ranking, seed)
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
-    searches = [Search.begin(each, strategy, measure.name, seed, measures) for each in spaces]
+    searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
     racing = RacingArgs() if racing is True else racing or None
     if racing:
         check_can_race(measure, fitness, searches)
@@ -161,6 +173,7 @@ def setup(
         "limits": limits.settings,
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
+        **({"surrogate": surrogate_settings} if surrogate_settings else {}),
         "fitness": fitness,
         "score": measure.name,
         "racing": asdict(racing) if racing else None,
@@ -273,6 +286,7 @@ def main(
     if found_any:
         save_fronts(out_dir, evaluations, objectives, save)
         print(write_report(out_dir))
+        report_surrogates(searches, evaluations, out_dir)
         best = out_dir / best_name(searches[0], searches)
         print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
     if stopped:
@@ -319,6 +333,16 @@ def load_fitness(
         model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = seq_length
     return measure(model, batches, autocast=fabric.autocast, **wanted)
+
+
+def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
+    """Says how well each bin's surrogate predicted what was not measured yet, and writes those that are worth it."""
+    for search in searches:
+        if isinstance(search.strategy, SurrogateSearch):
+            bin = str(search.space.bin)
+            tau, n = prediction_tau([e for e in evaluations if e.bin == bin], search.score)
+            print(f"The surrogate of {bin} predicted {n} candidates before they were measured: Kendall's τ {tau:.2f}")
+            search.strategy.save(out_dir / ("surrogate" if len(searches) == 1 else f"surrogate-{bin}"))
 
 
 def best_name(search: Search, searches: list[Search]) -> str:

@@ -65,6 +65,10 @@ class Strategy(ABC):
             rng: Where all randomness comes from; a new one for every candidate.
         """
 
+    def expects(self, subnet: SubNet) -> dict[str, float]:
+        """What it expects of a candidate that is not told yet, by name; journalled beside what is then measured."""
+        return {}
+
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that it was made with, where they are kept under their names."""

@@ -1,0 +1,61 @@
+"""A forest of extremely randomised trees on the features of sub-networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.features import Choice, Features
+from litgpt_whittle.index_plan import ConfigKey
+from litgpt_whittle.ranking import Ranking
+from litgpt_whittle.search_args import SurrogateArgs
+from litgpt_whittle.surrogates.base import Regressor
+
+N_TREES = 100
+
+
+class Trees(Regressor):
+    """scikit-learn's `ExtraTreesRegressor` on `litgpt_whittle.features`.
+
+    Its shares of importance scores count where all sub-networks that it is fitted on are of a ranked teacher.
+
+    Args:
+        args: The settings.
+    """
+
+    def __init__(self, args: SurrogateArgs) -> None:
+        super().__init__(args)
+        if args.model is not None:
+            raise UserError(f"surrogate.model is read by kind text, not by trees, got {args.model!r}; leave it out")
+        self._features: dict[tuple[ConfigKey, str | None], Features] = {}
+
+    def read(
+        self, teacher: Config, choices: Sequence[Choice], ranking: Ranking | None = None
+    ) -> list[dict[str, float]]:
+        """The features of each."""
+        key = ConfigKey(teacher), None if ranking is None else ranking.fingerprint
+        if key not in self._features:
+            self._features[key] = Features(teacher, ranking)
+        features = self._features[key](choices)
+        return [dict(zip(features, row)) for row in zip(*(values.tolist() for values in features.values()))]
+
+    def fit(self, known: Sequence[dict[str, float]], targets: np.ndarray, seed: int) -> None:
+        """Grows the forest."""
+        from sklearn.ensemble import ExtraTreesRegressor
+
+        self.names = [name for name in known[0] if all(name in features for features in known)]
+        # one job: the trees are small, and processes of a search have their own devices to feed
+        self._forest = ExtraTreesRegressor(N_TREES, random_state=seed, n_jobs=1)
+        self._forest.fit(self._matrix(known), targets)
+
+    def predict(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
+        """The mean over the trees, shape (n,)."""
+        matrix = self._matrix(unknown).astype(np.float32)
+        # as the forest does it, but for checks and threads that take a hundred times as long for a few sub-networks
+        return np.mean([tree.tree_.predict(matrix) for tree in self._forest.estimators_], axis=0).reshape(-1)
+
+    def _matrix(self, read: Sequence[dict[str, float]]) -> np.ndarray:
+        return np.array([[features[name] for name in self.names] for features in read])
