@@ -92,12 +92,12 @@ def report(scores: dict[str, list[list[float]]], measure: str) -> None:
     """A table of what each strategy finds, against random search with the same seed."""
     goals = [min(one) for one in scores[RIVAL]]
     head = f"best {measure}"
-    print(f"\n{'strategy':18}{head:>26}{'worst seed':>12}{'against random':>16}{'evaluations to its best':>26}")
+    print(f"\n{'strategy':18}{head:>26}{'worst seed':>12}{'against random':>16}{'evaluations to beat it':>26}")
     for name, runs in sorted(scores.items(), key=lambda item: fmean(map(min, item[1]))):
         bests = [min(one) for one in runs]
         ratio = math.prod(best / goal for best, goal in zip(bests, goals)) ** (1 / len(goals))
-        reached = [next((i for i, s in enumerate(one, 1) if s <= goal), None) for one, goal in zip(runs, goals)]
-        counts = [str(count or "never") for count in reached]
+        beaten = [next((i for i, s in enumerate(one, 1) if s < goal), None) for one, goal in zip(runs, goals)]
+        counts = [str(count or "never") for count in beaten]
         print(f"{name:18}{fmean(bests):>26.2f}{max(bests):>12.2f}{ratio:>15.3f}x{', '.join(counts):>26}")
 
 
@@ -114,11 +114,15 @@ def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None
         steps, color = np.arange(1, length + 1), colors[i % len(colors)]
         axes.step(steps, bests.mean(0), where="post", color=color, label=f"{name}: {bests[:, -1].mean():.1f}")
         axes.fill_between(steps, bests.min(0), bests.max(0), step="post", color=color, alpha=0.1, linewidth=0)
-    axes.set(xlabel="evaluations", ylabel=f"best {measure} so far", yscale="log", xscale="log")
+    axes.set(xlabel="evaluations", ylabel=f"best {measure} so far", yscale="log")
+    # the first few random candidates would take up most of the picture
+    axes.set_ylim(top=1.1 * max(min(one[:10]) for runs in scores.values() for one in runs))
+    for kind in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{kind}_formatter")("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.set_title(f"The best so far, mean and range of {len(runs)} seeds", loc="left")
+    axes.set_title(f"The best so far, mean and range over seeds: {len(runs)}", loc="left")
     figure.savefig(path, dpi=120)
     print(f"Picture: {path}")
 

@@ -115,13 +115,15 @@ def test_limits_out_of_reach_are_refused_with_what_was_seen(ranges, bin, message
     with pytest.raises(UserError, match=f"none of 500 random sub-networks .*{message}") as error:
         limited(bin=bin, **ranges)
     assert "\n" not in str(error.value) and "change the limits or the bin" in str(error.value)
-    name = next(iter(ranges))
-    draws = Space(LEAN, "coarse_layerwise", bin)
-    rng = np.random.default_rng(0)
-    costs = [MEASURES[name](LEAN, draws.sample(rng), ARGS) for _ in range(500)]
-    unit = MEASURES[name].unit
-    seen = " to ".join(format_amount(cost, unit) for cost in (min(costs), max(costs)))
-    assert f"(they have {seen})" in str(error.value)
+
+
+def test_the_costs_that_are_told_are_those_of_the_draws():
+    with pytest.raises(UserError) as error:
+        limited(bin=Bin(9_000, 20_000), flops=(0, 1))
+    draws, rng = Space(LEAN, "coarse_layerwise", Bin(9_000, 20_000)), np.random.default_rng(0)
+    costs = [MEASURES["flops"](LEAN, draws.sample(rng), ARGS) for _ in range(500)]
+    seen = " to ".join(format_amount(cost, "FLOPs per token") for cost in (min(costs), max(costs)))
+    assert f"limit.flops 1 (they have {seen})" in str(error.value)
 
 
 def test_a_search_within_limits_needs_no_bin(checkpoint, tmp_path):
@@ -194,3 +196,13 @@ def test_limits_are_flags(checkpoint, tmp_path, capsys):
     header, evaluations = read_journal(tmp_path / "out/journal.jsonl")
     assert header["settings"]["limits"] == {"flops": [0, 20_000], "weight_bytes": [8_000, 20_000]}
     assert len(evaluations) == 2 and all(8_000 <= 2 * e.n_params <= 20_000 for e in evaluations)
+
+
+def test_by_a_real_clock_all_or_none_are_fast_enough(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "all", iterations=2, limit=LimitArgs(latency_prefill="1000s", latency_decode="1000s"))
+    _, evaluations = read_journal(tmp_path / "all/journal.jsonl")
+    assert all(0 < e.scores["latency_decode"] < 1000 and e.scores["perplexity"] for e in evaluations)
+    with pytest.raises(UserError, match="no candidate could be scored"):
+        run(checkpoint, tmp_path / "none", iterations=2, limit=LimitArgs(latency_prefill="0.001us"))
+    _, evaluations = read_journal(tmp_path / "none/journal.jsonl")
+    assert [e.error for e in evaluations] == ["latency_prefill is outside of its limit 0.001us"] * 2

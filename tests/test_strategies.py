@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+import yaml
 from litgpt.config import Config
+from litgpt.utils import CLI
 
 from litgpt_whittle import registry
 from litgpt_whittle.bins import Bin
+from litgpt_whittle.commands.search import setup
 from litgpt_whittle.metrics import kv_cache_bytes
 from litgpt_whittle.search_args import SpaceArgs
 from litgpt_whittle.space import Space
@@ -22,6 +25,7 @@ SMALL = {
     "population_size": 8,
     "elites": 4,
     "n_offspring": 6,
+    "n_children": 6,
     "n_initial": 8,
     "n_starts": 4,
     "patience": 5,
@@ -132,6 +136,16 @@ def test_settings_make_the_same_strategy_again(name):
     again = type(strategy)(**strategy.settings)
     again.start(SPACE, 1)
     assert run(again, 20) == run(strategy, 20)
+
+
+@EACH
+def test_a_strategys_own_defaults_hold_on_the_command_line(name, capsys):
+    """jsonargparse hands settings of the default strategy on to another one that has settings of the same names."""
+    with pytest.raises(SystemExit):
+        CLI(setup, args=["teacher", "--strategy", name, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)["strategy"].get("init_args", {})
+    defaults = registry.lookup(GROUP, name)().settings
+    assert shown == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
 
 
 def test_ours_come_through_the_public_door():

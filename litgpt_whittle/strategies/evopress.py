@@ -20,14 +20,14 @@ class EvoPress(Generations):
 
     Args:
         n_initial: Random sub-networks to start with, the best of which becomes the first parent.
-        n_offspring: Offspring per generation, λ.
+        n_children: Offspring per generation, λ.
         max_trades: Each offspring makes the smaller of two random numbers of trades between 1 and this.
     """
 
-    def __init__(self, n_initial: int = 32, n_offspring: int = 16, max_trades: int = 3) -> None:
-        check_positive("strategy", n_initial=n_initial, n_offspring=n_offspring, max_trades=max_trades)
+    def __init__(self, n_initial: int = 32, n_children: int = 16, max_trades: int = 3) -> None:
+        check_positive("strategy", n_initial=n_initial, n_children=n_children, max_trades=max_trades)
         self.n_initial = n_initial
-        self.n_offspring = n_offspring
+        self.n_children = n_children
         self.max_trades = max_trades
 
     def start(self, space: Space, seed: int) -> None:
@@ -38,7 +38,7 @@ class EvoPress(Generations):
     @property
     def generation_size(self) -> int:
         """Random sub-networks first, then offspring."""
-        return self.n_offspring if self.told else self.n_initial
+        return self.n_children if self.told else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
         """The best of offspring and parent is the next parent, an offspring where they are equal."""

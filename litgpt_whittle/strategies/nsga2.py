@@ -21,15 +21,15 @@ class NSGA2(Generations):
     Args:
         objectives: What to minimise: `score` for the fitness, and measures by their names, such as `n_params`.
         population_size: Sub-networks per generation, and parents kept.
-        crossover_probability: How likely a child mixes two parents before it may mutate.
-        mutation_probability: How likely each of a child's choices (a size, a set of units, the layers) changes.
+        crossover_probability: How likely a child mixes two parents instead of mutating one.
+        mutation_probability: How likely each of a parent's choices (a size, a set of units, the layers) changes.
     """
 
     def __init__(
         self,
         objectives: tuple[str, ...] = ("score", "n_params"),
         population_size: int = 50,
-        crossover_probability: float = 0.5,
+        crossover_probability: float = 0.3,
         mutation_probability: float = 0.1,
     ) -> None:
         require("pymoo", extra="nsga2", what="strategy NSGA2")
