@@ -20,10 +20,6 @@ from litgpt_whittle.subnet import SubNet
 
 Weights = dict[str, torch.Tensor]
 
-MATERIALIZED_BYTES = {"cpu": 2**28}
-"""Copies of weights that a running sub-network may keep. What goes beyond is cut in every forward again, which takes
-little of the time where so large a model runs on a CPU."""
-
 
 class BlocksGPT(GPT):
     """litgpt's GPT around given blocks."""
@@ -102,7 +98,7 @@ class SuperGPT(BlocksGPT):
         Args:
             subnet: A sub-network of this model.
             materialize: Slice once, now, without gradients, instead of in every forward: for scoring a candidate on
-                many batches. Contiguous runs stay views; of copies, `MATERIALIZED_BYTES` are kept on a CPU.
+                many batches. Contiguous runs stay views, which take no memory.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -117,11 +113,10 @@ class SuperGPT(BlocksGPT):
         active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope))]
         for i, layer in enumerate(subnet.layers):
             active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {})))
-        left = MATERIALIZED_BYTES.get(self.lm_head.weight.device.type, math.inf) if materialize else 0
         try:
             for module, running in active:
-                if left > 0:
-                    left -= running.materialize(module)
+                if materialize:
+                    running.materialize(module)
                 module._running = running
             yield self
         finally:
@@ -152,13 +147,8 @@ class _Running:
         return functional_call(self.module, weights | self.constants, args, kwargs)
 
     @torch.no_grad()
-    def materialize(self, owner: nn.Module) -> int:
-        """Keeps what it takes, and says how many bytes of it are copies."""
-        self.weights = self._take(owner)
-        copies = (
-            w for name, w in self.weights.items() if not all(isinstance(i, slice) for i in self.takes[name].index)
-        )
-        return sum(copy.numel() * copy.element_size() for copy in copies)
+    def materialize(self, owner: nn.Module) -> None:
+        self.weights = {name: weight.detach() for name, weight in self._take(owner).items()}
 
     def _take(self, owner: nn.Module) -> Weights:
         # tied weights under both their names
