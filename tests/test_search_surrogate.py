@@ -86,8 +86,8 @@ def test_another_search_is_learnt_from(checkpoint, tmp_path, capsys):
 
 def test_a_ranking_is_looked_at_where_it_is_given(checkpoint, tmp_path):
     random_ranking(TEACHER).save(tmp_path / "importance.pt")
-    run(checkpoint, tmp_path / "blind", surrogate=args(), iterations=16)
-    run(checkpoint, tmp_path / "out", surrogate=args(importance=tmp_path / "importance.pt"), iterations=16)
+    run(checkpoint, tmp_path / "blind", surrogate=args(), iterations=40)
+    run(checkpoint, tmp_path / "out", surrogate=args(importance=tmp_path / "importance.pt"), iterations=40)
     assert predictions(tmp_path / "out")[12:] != predictions(tmp_path / "blind")[12:]
     settings = read_journal(tmp_path / "out/journal.jsonl")[0]["settings"]
     assert settings["surrogate"]["importance"] == random_ranking(TEACHER).fingerprint and settings["importance"] is None
