@@ -153,12 +153,15 @@ class SurrogateArgs:
     """Another search's folder or journal, of any teacher and data, to learn from beforehand"""
     importance: Path | None = None
     """The teacher's `importance.pt` of `litgpt rank`: the shares of its scores that are kept become features too"""
-    n_initial: int = 50
+    n_initial: int = 20
     """Evaluations before the first predictions, where there is no `path`"""
     refit: float = 0.1
     """The share by which the evaluations grow until it is fitted anew, with filter; it is never less than ten"""
-    n_proposals: int = 10
+    n_proposals: int = 30
     """Candidates proposed for each one evaluated, with filter"""
+    optimism: float = 1.0
+    """What counts is the prediction less so many times its standard deviation, as far as that is known: of candidates
+    that are expected to be alike, the one that is least like any known one, without which a search stays where it is"""
     n_inner: int = 500
     """Predictions that each search on predictions makes, with objective"""
     n_evaluated: int = 10
@@ -181,6 +184,8 @@ class SurrogateArgs:
         for name in ("refit", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"surrogate.{name} must be more than 0, got {getattr(self, name)}")
+        if not 0 <= self.optimism < math.inf:
+            raise UserError(f"surrogate.optimism must be 0 or more, got {self.optimism}")
         for name in ("path", "importance", "model"):
             if self.mode == "none" and getattr(self, name) is not None:
                 raise UserError(f"surrogate.{name} needs a surrogate; add --surrogate.mode filter or leave it out")

@@ -176,8 +176,13 @@ class Surrogate:
         self.regressor.fit(read, targets, self.seed)
         self._is_own = True
 
-    def predict(self, choices: Sequence[Choice]) -> np.ndarray:
-        """The scores to expect, shape (n,)."""
+    def predict(self, choices: Sequence[Choice], optimism: float = 0.0) -> np.ndarray:
+        """The scores to expect, shape (n,).
+
+        Args:
+            choices: Sub-networks.
+            optimism: Standard deviations better than expected, where the regressor knows how far off it may be.
+        """
         assert self._scale is not None, "there was nothing to learn from yet"
         read = self.regressor.read(self.teacher, choices, self.ranking)
         expected = np.zeros(len(read))
@@ -185,6 +190,8 @@ class Surrogate:
             expected += self._slope * self.prior.predict(read) + self._offset
         if self._is_own:
             expected += self.regressor.predict(read)
+        if optimism:
+            expected -= optimism * (self.regressor if self._is_own else self.prior).deviation(read)
         return self._scale.restored(expected)
 
     def save(self, folder: Path) -> bool:

@@ -97,7 +97,10 @@ def test_trees_predict_what_scikit_learns_forest_does():
     trees.fit(trees.read(TEACHER, known), targets, seed=3)
     features = Features(TEACHER)(unknown)
     matrix = np.stack([features[name] for name in trees.names], axis=1)
-    assert trees.predict(trees.read(TEACHER, unknown)) == pytest.approx(trees._forest.predict(matrix))
+    read = trees.read(TEACHER, unknown)
+    assert trees.predict(read) == pytest.approx(trees._forest.predict(matrix))
+    by_tree = [tree.predict(matrix) for tree in trees._forest.estimators_]
+    assert trees.deviation(read) == pytest.approx(np.std(by_tree, axis=0))
 
 
 def test_candidates_without_a_score_are_passed_over():
@@ -155,6 +158,15 @@ def test_examples_that_mislead_are_got_over(tmp_path):
     assert tau(surrogate, unknown) < -0.4
     without = tau(fitted(Surrogate(TREES, TEACHER), known), unknown)
     assert tau(fitted(surrogate, known), unknown) == pytest.approx(without)
+
+
+def test_optimism_is_in_standard_deviations_of_the_logarithms():
+    known, unknown = sample(TEACHER, 40), sample(TEACHER, 20, seed=1)
+    surrogate = fitted(Surrogate(TREES, TEACHER), known)
+    deviation = surrogate.regressor.deviation(surrogate.regressor.read(TEACHER, unknown))
+    spread = np.std(np.log([loss(subnet) for subnet in known]))
+    gain = np.log(surrogate.predict(unknown)) - np.log(surrogate.predict(unknown, optimism=2.0))
+    assert gain == pytest.approx(2 * deviation * spread)
 
 
 def test_examples_are_those_of_each_bin(tmp_path):
@@ -227,6 +239,7 @@ def test_a_short_search_is_refused(tmp_path):
     [
         ({"mode": "magic"}, "surrogate.mode must be none, filter or objective, got 'magic'"),
         ({"mode": "filter", "n_proposals": 0}, "surrogate.n_proposals must be at least 1"),
+        ({"mode": "filter", "optimism": -1.0}, "surrogate.optimism must be 0 or more"),
         ({"mode": "filter", "refit": 0.0}, "surrogate.refit must be more than 0"),
         ({"path": Path("x")}, "surrogate.path needs a surrogate; add --surrogate.mode filter"),
     ],

@@ -88,8 +88,12 @@ def test_a_filter_asks_for_the_best_of_several_proposals():
     strategy.inner.propose = lambda rng: proposed.append(propose(rng)) or proposed[-1]
     [candidate] = strategy.ask(1)
     assert len(proposed) == strategy.n_proposals and candidate in proposed
-    expected = strategy.predictor.predict(proposed)
-    assert expected.min() == strategy.expects(candidate)["predicted"] < expected.max()
+    for optimism in (0.0, 2.0):
+        strategy.optimism, proposed[:] = optimism, []
+        [candidate] = strategy.ask(1)
+        hoped = strategy.predictor.predict(proposed, optimism)
+        assert hoped[proposed.index(candidate)] == hoped.min() < hoped.max()
+        assert strategy.expects(candidate)["predicted"] == strategy.predictor.predict([candidate])[0]
 
 
 def test_searching_on_predictions_knows_the_score_and_the_size_only():

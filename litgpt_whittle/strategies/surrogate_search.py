@@ -69,8 +69,8 @@ def with_surrogate(
         "importance": None if ranking is None else ranking.fingerprint,
     }
     if args.mode == "filter":
-        return Filter(strategy, surrogate, args.n_initial, args.n_proposals, args.refit), depends_on
-    return OnPredictions(strategy, surrogate, args.n_initial, args.n_inner, args.n_evaluated), depends_on
+        return Filter(strategy, surrogate, args.n_initial, args.n_proposals, args.refit, args.optimism), depends_on
+    return OnPredictions(strategy, surrogate, args.n_initial, args.n_inner, args.n_evaluated, args.optimism), depends_on
 
 
 class SurrogateSearch(Generations):
@@ -82,11 +82,12 @@ class SurrogateSearch(Generations):
         strategy: The strategy.
         surrogate: What predicts, fitted or not.
         n_initial: Evaluations before the surrogate is fitted first.
+        optimism: How many standard deviations better than expected candidates are taken to be.
     """
 
-    def __init__(self, strategy: Strategy, surrogate: Surrogate, n_initial: int) -> None:
+    def __init__(self, strategy: Strategy, surrogate: Surrogate, n_initial: int, optimism: float) -> None:
         check_positive("surrogate", n_initial=n_initial)
-        self.strategy, self.surrogate, self.n_initial = strategy, surrogate, n_initial
+        self.strategy, self.surrogate, self.n_initial, self.optimism = strategy, surrogate, n_initial, optimism
         self.objectives, self.n_kept = strategy.objectives, strategy.n_kept
 
     def start(self, space: Space, seed: int) -> None:
@@ -94,7 +95,6 @@ class SurrogateSearch(Generations):
         # what was given stays as it is, so that it can be given to another search too
         self.inner, self.predictor = copy.deepcopy(self.strategy), self.surrogate.anew()
         self._is_stale = False
-        self._expected: dict[SubNet, float] = {}
         super().start(space, seed)
         self.inner.start(space, seed)
         self.inner._asked = self._asked  # its candidates are those that are asked for here
@@ -128,9 +128,7 @@ class SurrogateSearch(Generations):
         """The predicted score, where there is a prediction."""
         if not self.predictor.is_fitted:
             return {}
-        if subnet not in self._expected:
-            self._expected[subnet] = float(self.predictor.predict([subnet])[0])
-        return {"predicted": self._expected[subnet]}
+        return {"predicted": float(self.predictor.predict([subnet])[0])}
 
 
 class Filter(SurrogateSearch):
@@ -144,12 +142,19 @@ class Filter(SurrogateSearch):
         n_initial: Evaluations before the surrogate is fitted first.
         n_proposals: Candidates proposed for each one evaluated.
         refit: The share by which the evaluations grow until the surrogate is fitted anew.
+        optimism: How many standard deviations better than expected candidates are taken to be.
     """
 
     def __init__(
-        self, strategy: Strategy, surrogate: Surrogate, n_initial: int = 50, n_proposals: int = 10, refit: float = 0.1
+        self,
+        strategy: Strategy,
+        surrogate: Surrogate,
+        n_initial: int = 20,
+        n_proposals: int = 30,
+        refit: float = 0.1,
+        optimism: float = 1.0,
     ) -> None:
-        super().__init__(strategy, surrogate, n_initial)
+        super().__init__(strategy, surrogate, n_initial, optimism)
         check_positive("surrogate", n_proposals=n_proposals)
         self.n_proposals, self.refit = n_proposals, refit
 
@@ -169,14 +174,10 @@ class Filter(SurrogateSearch):
         new = [subnet for subnet in proposals if subnet not in self._asked]
         if not new:
             return proposals[0]
-        expected = self.predictor.predict(new)
-        at = int(expected.argmin())
-        self._expected[new[at]] = float(expected[at])
-        return new[at]
+        return new[int(self.predictor.predict(new, self.optimism).argmin())]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Takes the score of a candidate, for the strategy too."""
-        self._expected.pop(subnet, None)
         self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)
 
@@ -190,6 +191,7 @@ class OnPredictions(SurrogateSearch):
         n_initial: Evaluations before the surrogate is fitted first; what the strategy proposes with nothing told.
         n_inner: Predictions per search.
         n_evaluated: How many of the best are then evaluated.
+        optimism: How many standard deviations better than expected candidates are taken to be.
 
     Raises:
         UserError: If the strategy minimises something that cannot be told of predicted candidates.
@@ -199,11 +201,12 @@ class OnPredictions(SurrogateSearch):
         self,
         strategy: Strategy,
         surrogate: Surrogate,
-        n_initial: int = 50,
+        n_initial: int = 20,
         n_inner: int = 500,
         n_evaluated: int = 10,
+        optimism: float = 1.0,
     ) -> None:
-        super().__init__(strategy, surrogate, n_initial)
+        super().__init__(strategy, surrogate, n_initial, optimism)
         check_positive("surrogate", n_inner=n_inner, n_evaluated=n_evaluated)
         self.n_inner, self.n_evaluated = n_inner, n_evaluated
         if unknown := [name for name in strategy.objectives if name not in ("score", "n_params")]:
@@ -242,12 +245,10 @@ class OnPredictions(SurrogateSearch):
             candidates = strategy.ask(min(self.n_inner - len(strategy.told), _AT_A_TIME))
             if not candidates:
                 break
-            for subnet, score in zip(candidates, self.predictor.predict(candidates).tolist()):
+            for subnet, score in zip(candidates, self.predictor.predict(candidates, self.optimism).tolist()):
                 strategy.tell(subnet, score, {"n_params": float(self.space.n_params(subnet))})
         ranked = sorted(strategy.told, key=lambda scored: scored.score)
-        new = [scored for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
-        self._expected = {scored.subnet: scored.score for scored in new}
-        return [scored.subnet for scored in new]
+        return [scored.subnet for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Takes the score of a candidate; the strategy is told those that were its own."""

@@ -58,6 +58,10 @@ class Regressor(ABC):
     def predict(self, unknown: Sequence[Any]) -> np.ndarray:
         """Predicts for what `read` gave, shape (n,)."""
 
+    def deviation(self, unknown: Sequence[Any]) -> np.ndarray:
+        """How far off each prediction may be, as a standard deviation, shape (n,); 0 where nothing is known of that."""
+        return np.zeros(len(unknown))
+
     def save(self, folder: Path) -> bool:
         """Writes what it has learnt, in files that hold no code, where a journal does not bring it back soon enough.
 

@@ -53,9 +53,18 @@ class Trees(Regressor):
 
     def predict(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
         """The mean over the trees, shape (n,)."""
+        return self._by_tree(unknown).mean(0)
+
+    def deviation(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
+        """How much the trees disagree, shape (n,)."""
+        return self._by_tree(unknown).std(0)
+
+    def _by_tree(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
+        """What every tree predicts, shape (n_trees, n)."""
         matrix = self._matrix(unknown).astype(np.float32)
         # as the forest does it, but for checks and threads that take a hundred times as long for a few sub-networks
-        return np.mean([tree.tree_.predict(matrix) for tree in self._forest.estimators_], axis=0).reshape(-1)
+        predicted = [tree.tree_.predict(matrix) for tree in self._forest.estimators_]
+        return np.array(predicted).reshape(len(predicted), len(matrix))
 
     def _matrix(self, read: Sequence[dict[str, float]]) -> np.ndarray:
         return np.array([[features[name] for name in self.names] for features in read])
