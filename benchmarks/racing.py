@@ -7,12 +7,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-from students import Data, litgpt
+from students import Data, search
 
 from litgpt_whittle.evaluations import best_of
-from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.journal import Evaluation, read_journal
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.journal import Evaluation
 
 OUT = Path("out/racing")
 
@@ -29,8 +27,8 @@ def main() -> None:
     for strategy in args.strategies:
         tokens, perplexities, pairs = [], [], []
         for seed in args.seeds:
-            full = search(data, args, strategy, seed, [])
-            race = search(data, args, strategy, seed, ["--racing=true"])
+            full = run(data, args, strategy, seed)
+            race = run(data, args, strategy, seed, "--racing=true")
             pairs.append((full, race))
             tokens.append(sum(e.tokens for e in race) / tokens_to_reach(full, 1.005 * best(race)))
             perplexities.append(best(race) / best(full))
@@ -49,18 +47,11 @@ def main() -> None:
     plot(pairs, OUT / "racing.png", args.strategies[-1])
 
 
-def search(data: Data, args: argparse.Namespace, strategy: str, seed: int, flags: list[str]) -> list[Evaluation]:
-    """The evaluations of a search, which goes on where an earlier run was interrupted."""
+def run(data: Data, args: argparse.Namespace, strategy: str, seed: int, *flags: str) -> list[Evaluation]:
+    """One search."""
     folder = OUT / f"{strategy}-{seed}-{args.iterations}-{args.batches}{'-race' if flags else ''}"
-    third = n_params(data.config, SubNet.full(data.config)) // 3
-    resume = ["--resume=true"] if (folder / "journal.jsonl").is_file() else []
-    if not resume or len(read_journal(folder / "journal.jsonl")[1]) < args.iterations:
-        litgpt(
-            "search", data.teacher, f"--bin={third}±5%", f"--strategy={strategy}", f"--iterations={args.iterations}",
-            f"--eval.max_iters={args.batches}", f"--seed={seed}", f"--out_dir={folder}", *data.flags(batch=4), *flags,
-            *resume,
-        )  # fmt: skip
-    return read_journal(folder / "journal.jsonl")[1]
+    flags = (f"--strategy={strategy}", f"--seed={seed}", f"--eval.max_iters={args.batches}", *flags)
+    return search(data, folder, args.iterations, *flags)
 
 
 def best(evaluations: list[Evaluation]) -> float:

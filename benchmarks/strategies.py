@@ -1,7 +1,8 @@
-"""Which strategy finds the best sub-networks? All of them, in the same bin with equally many evaluations.
+"""Which strategy finds the best sub-networks, and how soon? All of them, in the same bin.
 
-Every strategy searches with the same seeds, scored on the same tokens; the table compares with random search. Scores
-are kept, so that an interrupted run goes on, and one with more evaluations or seeds adds to what is there.
+Every strategy searches with the same seeds, scored on the same tokens; the table compares with a random search, which
+may evaluate more. Scores are kept, so that an interrupted run goes on, and one with more evaluations or seeds adds to
+what is there.
 
     python benchmarks/strategies.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
     parser.add_argument("--n", type=int, default=100, help="evaluations of each search")
+    parser.add_argument("--random_n", type=int, default=300, help="evaluations of the random search to compare with")
     parser.add_argument("--seeds", type=int, default=3, help="searches by each strategy")
     parser.add_argument("--strategies", default=",".join(registry.names(GROUP)), help="which, separated by commas")
     parser.add_argument("--space", default="coarse_layerwise")
@@ -53,7 +55,8 @@ def main() -> None:
     scores = {name: [] for name in dict.fromkeys([RIVAL, *names])}
     for seed in range(args.seeds):
         for name in scores:
-            scores[name].append(search(name, seed, args.n, space, fitness, folder / f"{name}-{seed}.json"))
+            n = args.random_n if name == RIVAL else args.n
+            scores[name].append(search(name, seed, n, space, fitness, folder / f"{name}-{seed}.json"))
     report(scores, fitness.name)
     plot(scores, fitness.name, folder / "strategies.png")
 
@@ -89,16 +92,17 @@ def search(name: str, seed: int, n: int, space: Space, fitness: Fitness, path: P
 
 
 def report(scores: dict[str, list[list[float]]], measure: str) -> None:
-    """A table of what each strategy finds, against random search with the same seed."""
+    """A table of what each strategy finds, against the random search with the same seed."""
     goals = [min(one) for one in scores[RIVAL]]
     head = f"best {measure}"
-    print(f"\n{'strategy':18}{head:>26}{'worst seed':>12}{'against random':>16}{'evaluations to beat it':>26}")
+    print(f"\n{'strategy':22}{head:>22}{'worst seed':>12}{'against random':>16}{'evaluations to beat it':>26}")
     for name, runs in sorted(scores.items(), key=lambda item: fmean(map(min, item[1]))):
         bests = [min(one) for one in runs]
         ratio = math.prod(best / goal for best, goal in zip(bests, goals)) ** (1 / len(goals))
         beaten = [next((i for i, s in enumerate(one, 1) if s < goal), None) for one, goal in zip(runs, goals)]
         counts = [str(count or "never") for count in beaten]
-        print(f"{name:18}{fmean(bests):>26.2f}{max(bests):>12.2f}{ratio:>15.3f}x{', '.join(counts):>26}")
+        n = f"{name} ({len(runs[0])})"
+        print(f"{n:22}{fmean(bests):>22.2f}{max(bests):>12.2f}{ratio:>15.3f}x{', '.join(counts):>26}")
 
 
 def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import yaml
 from litgpt.config import Config
 
+from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.data import HFText
+from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
 
 
 class Data:
@@ -43,6 +45,17 @@ def litgpt(*arguments: str | Path) -> str:
     if done.returncode:
         sys.exit(f"{done.stdout[-3000:]}\nlitgpt {arguments[0]} failed with exit code {done.returncode}")
     return done.stdout
+
+
+def search(data: Data, out_dir: Path, iterations: int, *flags: str) -> list[Evaluation]:
+    """The evaluations of `litgpt search` in the bin of a third of the teacher; goes on where it was interrupted."""
+    path = out_dir / JOURNAL
+    n_done = len(read_journal(path)[1]) if path.is_file() else 0
+    if n_done < iterations:
+        third = n_params(data.config, SubNet.full(data.config)) // 3
+        flags = (*data.flags(batch=4), f"--iterations={iterations}", f"--out_dir={out_dir}", *flags)
+        litgpt("search", data.teacher, f"--bin={third}±5%", f"--resume={str(n_done > 0).lower()}", *flags)
+    return read_journal(path)[1][:iterations]
 
 
 def train_settings(

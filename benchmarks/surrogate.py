@@ -12,11 +12,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from students import Data, litgpt
+from students import Data, search
 
-from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.evaluations import prediction_tau
-from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
+from litgpt_whittle.journal import Evaluation
 
 OUT = Path("out/surrogate")
 NAMES = {
@@ -40,26 +39,24 @@ def main() -> None:
     data = Data(args)
     # in their order: what a filter learns from comes first
     modes = [mode for mode in NAMES if mode in args.modes or mode == "none"]
-    found = {mode: [search(data, args, mode, seed) for seed in range(1, args.seeds + 1)] for mode in modes}
+    found = {mode: [run(data, args, mode, seed) for seed in range(1, args.seeds + 1)] for mode in modes}
     show(found)
     plot(found)
 
 
-def search(data: Data, args: argparse.Namespace, mode: str, seed: int) -> list[Evaluation]:
-    """One search, run as far as it has not been yet."""
-    out_dir = OUT / args.space / f"{mode}-{seed}"
-    done = len(read_journal(out_dir / JOURNAL)[1]) if (out_dir / JOURNAL).is_file() else 0
-    if done < args.iterations:
-        third = n_params(data.config, SubNet.full(data.config)) // 3
-        flags = [f"--bin={third}±5%", f"--space={args.space}", f"--strategy={args.strategy}", f"--seed={seed}"]
-        flags += [f"--iterations={args.iterations}", f"--eval.max_iters={args.batches}", f"--out_dir={out_dir}"]
-        flags += [f"--resume={str(done > 0).lower()}", *data.flags(batch=4)]
-        if mode != "none":
-            flags.append(f"--surrogate.mode={'objective' if mode == 'objective' else 'filter'}")
-        if mode == "transfer":
-            flags.append(f"--surrogate.path={OUT / args.space / f'none-{seed % args.seeds + 1}'}")
-        litgpt("search", data.teacher, *flags)
-    return read_journal(out_dir / JOURNAL)[1][: args.iterations]
+def run(data: Data, args: argparse.Namespace, mode: str, seed: int) -> list[Evaluation]:
+    """One search."""
+    flags = [
+        f"--space={args.space}",
+        f"--strategy={args.strategy}",
+        f"--seed={seed}",
+        f"--eval.max_iters={args.batches}",
+    ]
+    if mode != "none":
+        flags.append(f"--surrogate.mode={'objective' if mode == 'objective' else 'filter'}")
+    if mode == "transfer":
+        flags.append(f"--surrogate.path={OUT / args.space / f'none-{seed % args.seeds + 1}'}")
+    return search(data, OUT / args.space / f"{mode}-{seed}", args.iterations, *flags)
 
 
 def best_so_far(evaluations: list[Evaluation]) -> np.ndarray:
