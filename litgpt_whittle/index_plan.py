@@ -37,12 +37,9 @@ class Take:
     """Saved with the weights, but no parameter (a router's correction bias)"""
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        for dim, index in enumerate(self.index):
-            if isinstance(index, slice):
-                tensor = tensor.narrow(dim, index.start, index.stop - index.start)
-        for dim, index in enumerate(self.index):
-            if not isinstance(index, slice):
-                tensor = tensor.index_select(dim, index.to(tensor.device))
+        # views first, so that indices copy no more than they must
+        for dim, index in sorted(enumerate(self.index), key=lambda item: not isinstance(item[1], slice)):
+            tensor = take_along(tensor, dim, index)
         return tensor
 
     @property
@@ -53,6 +50,13 @@ class Take:
     def numel(self) -> int:
         """The number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+
+def take_along(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor) -> torch.Tensor:
+    """What an index takes of a tensor along one dimension: a view where it is a slice."""
+    if isinstance(index, slice):
+        return tensor.narrow(dim, index.start, index.stop - index.start)
+    return tensor.index_select(dim, index.to(tensor.device))
 
 
 Plan = dict[str, Take]

@@ -15,10 +15,16 @@ from torch import nn
 from torch.func import functional_call
 
 from litgpt_whittle.files import MappedWeights
-from litgpt_whittle.index_plan import Plan, Take, plan
+from litgpt_whittle.index_plan import Plan, Take, plan, take_along
 from litgpt_whittle.subnet import SubNet
 
 Weights = dict[str, torch.Tensor]
+
+KEPT_BYTES = 256 * 2**20
+"""Of a candidate's weights that are copies, so many are kept from one batch to the next, the head's before the blocks'.
+The others are copied anew for every batch, which takes some hundredths of its time and no memory"""
+
+_EMBEDDING = "transformer.wte.weight"
 
 
 class BlocksGPT(GPT):
@@ -98,7 +104,7 @@ class SuperGPT(BlocksGPT):
         Args:
             subnet: A sub-network of this model.
             materialize: Slice once, now, without gradients, instead of in every forward: for scoring a candidate on
-                many batches. Contiguous runs stay views, which take no memory.
+                many batches. Contiguous runs stay views, which take no memory; of the rest, `KEPT_BYTES` are kept.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -107,16 +113,20 @@ class SuperGPT(BlocksGPT):
         with torch.device("meta"):
             blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
             shell = BlocksGPT(subnet.config, [_Delegate(self.transformer.h[layer]) for layer in subnet.layers])
+            if not isinstance(takes[_EMBEDDING].index[1], slice):
+                shell.transformer.wte = _Lookup(self.config, takes[_EMBEDDING])
+                takes[_EMBEDDING] = Take(_EMBEDDING, ())
         shell.max_seq_length = self.max_seq_length
         rope = dict(zip(("cos", "sin"), self._rope(subnet)))
         root = {name: take for name, take in takes.items() if not name.startswith("transformer.h.")}
         active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope))]
         for i, layer in enumerate(subnet.layers):
             active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {})))
+        left = KEPT_BYTES if materialize else 0
         try:
             for module, running in active:
                 if materialize:
-                    running.materialize(module)
+                    left -= running.materialize(module, left)
                 module._running = running
             yield self
         finally:
@@ -147,13 +157,34 @@ class _Running:
         return functional_call(self.module, weights | self.constants, args, kwargs)
 
     @torch.no_grad()
-    def materialize(self, owner: nn.Module) -> None:
+    def materialize(self, owner: nn.Module, most: int) -> int:
+        """Takes the weights once and for all, unless those that are no views have more bytes.
+
+        Returns:
+            How many they have, 0 where they are taken in every forward.
+        """
+        indexed = [take for take in self.takes.values() if any(not isinstance(i, slice) for i in take.index)]
+        n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
+        if n_bytes > most:
+            return 0
         self.weights = {name: weight.detach() for name, weight in self._take(owner).items()}
+        return n_bytes
 
     def _take(self, owner: nn.Module) -> Weights:
         # tied weights under both their names
         tensors = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers())
         return {name: take(tensors[take.name]) for name, take in self.takes.items()}
+
+
+class _Lookup(nn.Embedding):
+    """The teacher's embedding, of which a sub-network takes scattered channels: of the rows that it looks up only."""
+
+    def __init__(self, teacher: Config, take: Take) -> None:
+        super().__init__(teacher.padded_vocab_size, teacher.n_embd)
+        self.channels = take.index[1]
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return take_along(super().forward(idx), -1, self.channels)
 
 
 class _Delegate(nn.Module):

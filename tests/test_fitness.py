@@ -9,7 +9,7 @@ from architectures import ARCHITECTURES
 from litgpt.config import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle import fitness, head
+from litgpt_whittle import fitness, head, supergpt
 from litgpt_whittle.batches import fingerprint, fixed_batches
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
@@ -172,3 +172,18 @@ def test_contiguous_runs_are_not_copied_to_score_them():
         with model.running(SubNet(model.config, n_embd=n_embd), materialize=True):
             head = model._running.weights["lm_head.weight"]
             assert (head.untyped_storage().data_ptr() in ours) == is_view and not head.requires_grad
+
+
+def test_copies_beyond_a_limit_are_made_for_every_batch(monkeypatch):
+    model = super_network(PYTHIA)
+    subnet = SubNet(model.config, n_embd="1-9,11-20", intermediate_size="1-11,13-20")
+    score = Perplexity(model, fixed_batches(loader(), 3, 16))
+    expected = score(subnet)
+    (head,) = (take.numel() * 4 for name, take in plan(model.config, subnet).items() if name == "lm_head.weight")
+    blocks = [model.transformer.h[layer] for layer in subnet.layers]
+    for limit, kept in ((0, False), (head + 200, False), (10**9, True)):
+        monkeypatch.setattr(supergpt, "KEPT_BYTES", limit)
+        with model.running(subnet, materialize=True):
+            assert (model._running.weights is not None) == (limit > head)
+            assert all((block._running.weights is not None) == kept for block in blocks)
+        assert score(subnet) == expected
