@@ -162,7 +162,8 @@ def setup(
     connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
     batches = validation_batches(data, seq_length, eval.max_iters)
     n_calibration = getattr(measure, "n_calibration", 0)
-    calibration = calibration_windows(data, seq_length, n_calibration) if n_calibration else None
+    wanted = {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}
+    wanted |= {"importance": ranking} if needs_importance else {}
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "space": space,
@@ -184,27 +185,11 @@ def setup(
         "max_seq_length": seq_length,
         "max_iters": eval.max_iters,
     }
-    header = {
-        "teacher": {
-            "name": teacher.name,
-            "config": config_fingerprint(teacher),
-            "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
-            "architecture": asdict(teacher),
-        },
-        "data": {
-            "batches": len(batches),
-            "tokens": sum(batch.n_tokens for batch in batches),
-            "fingerprint": fingerprint(batches),
-            "calibration": None if calibration is None else fingerprint([(calibration,)]),
-        },
-        "settings": settings,
-    }
+    header = _header(checkpoint_dir, teacher, batches, wanted.get("calibration"), settings)
     with open_record(out_dir / JOURNAL, header, resume) as record:
         notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
-        wanted = {"calibration": calibration} if n_calibration else {}
-        wanted |= {"importance": ranking} if needs_importance else {}
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
         rest = {"spread": each if sharded else spread}
         if racing:
@@ -219,6 +204,31 @@ def setup(
         loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
         choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
         main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"])
+
+
+def _header(
+    checkpoint_dir: Path,
+    teacher: Config,
+    batches: list[Batch],
+    calibration: torch.Tensor | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What a journal begins with: all that its scores depend on."""
+    return {
+        "teacher": {
+            "name": teacher.name,
+            "config": config_fingerprint(teacher),
+            "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+            "architecture": asdict(teacher),
+        },
+        "data": {
+            "batches": len(batches),
+            "tokens": sum(batch.n_tokens for batch in batches),
+            "fingerprint": fingerprint(batches),
+            "calibration": None if calibration is None else fingerprint([(calibration,)]),
+        },
+        "settings": settings,
+    }
 
 
 def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
