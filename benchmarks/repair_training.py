@@ -123,10 +123,8 @@ def same_tokens(data: Data) -> None:
             flags += ["--distill.beta=1", "--train.global_batch_size=4", "--train.micro_batch_size=4"]
             litgpt("distill", f"--config={settings}", f"--out_dir={folder}", *flags)
         found[lr] = val_losses(folder)[-1][1]
-    best = min(found, key=found.get)
-    print(
-        f"{f'distilled as a whole on {calibration}':48}{found[best]:.3f}   (the best of lr {', '.join(map(str, found))}: {best})"
-    )
+    best, rates = min(found, key=found.get), ", ".join(map(str, found))
+    print(f"{f'distilled as a whole on {calibration}':48}{found[best]:.3f}   (the best of lr {rates}: {best})")
 
 
 def plot(curves: dict[str, list[Curve]], path: Path) -> None:

@@ -27,10 +27,10 @@ class Fitness(Protocol):
     """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
     It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
-    in, as `Fabric.autocast` does. One that has a class attribute `n_calibration` is also given so many training tokens,
-    as `calibration`, shape (N, T); one whose class attribute `needs_importance` is true the teacher's `Ranking`, as
-    `importance`. One that gives losses by window (`losses`, `scores`) lets candidates race, and one whose class
-    attribute `can_shard` is true can work with a teacher that is spread over processes.
+    in, as `Fabric.autocast` does. Class attributes say what else it wants and can do: with `n_calibration`, it is also
+    given so many training tokens, as `calibration`, shape (N, T); with `needs_importance` true the teacher's `Ranking`,
+    as `importance`; with `reads_data` false there are no batches; with `can_shard` true it can work with a teacher that
+    is spread over processes. One that gives losses by window (`losses`, `scores`) lets candidates race.
     """
 
     name: str

@@ -39,6 +39,7 @@ class _Proxy:
     """
 
     name: str
+    reads_data = False
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch] = (), autocast: Any = nullcontext) -> None:
         self.model, self.config = model, model.config

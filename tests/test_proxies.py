@@ -151,7 +151,7 @@ def test_a_search_by_a_proxy(checkpoint, tmp_path, monkeypatch, fitness):
     measure, ranking = registry.lookup("litgpt_whittle.fitness", fitness), random_ranking(TEACHER)
     ranking.save(tmp_path / "importance.pt")
     wanted = {"importance": tmp_path / "importance.pt"} if fitness != "weight_magnitude" else {}
-    run(checkpoint, tmp_path / "out", fitness=fitness, iterations=8, **wanted)
+    run(checkpoint, tmp_path / "out", fitness=fitness, iterations=8, data=None, **wanted)
     model = SuperGPT(TEACHER)
     model.load_state_dict(torch.load(checkpoint / "lit_model.pth"))
     score = measure(model, **({"importance": ranking} if wanted else {}))

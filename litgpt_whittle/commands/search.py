@@ -106,7 +106,7 @@ def setup(
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
         data: What candidates are scored on: the validation part of any litgpt data module, or
-            ``--data HFText --data.path PATH``.
+            ``--data HFText --data.path PATH``. Some measures of fitness need none.
         train: How candidates see the data.
         eval: How much of it they see.
         out_dir: Directory for the journal, the best sub-networks and the report.
@@ -134,9 +134,10 @@ def setup(
     check_resumable(out_dir / JOURNAL, resume)
     teacher = check_checkpoint(checkpoint_dir)
     seq_length = sequence_length(teacher, train.max_seq_length)
-    if data is None:
-        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
+    reads_data = getattr(measure, "reads_data", True)
+    if data is None and reads_data:
+        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
     needs_importance = getattr(measure, "needs_importance", False)
     ranking = _ranking(
         order, importance, checkpoint_dir, teacher, space, search_space, fitness if needs_importance else None
@@ -159,8 +160,10 @@ def setup(
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = launch(n, precision, num_nodes)
     L.seed_everything(seed, verbose=False)
-    connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
-    batches = validation_batches(data, seq_length, eval.max_iters)
+    batches = []
+    if reads_data:
+        connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
+        batches = validation_batches(data, seq_length, eval.max_iters)
     n_calibration = getattr(measure, "n_calibration", 0)
     wanted = {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}
     wanted |= {"importance": ranking} if needs_importance else {}
