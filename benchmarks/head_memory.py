@@ -21,7 +21,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from litgpt_whittle.head import HeadInput, Objective, TeacherLogits, head_loss
+from litgpt_whittle.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.objective import Objective
 
 OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
 

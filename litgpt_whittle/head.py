@@ -8,13 +8,14 @@ the next chunk's: forward computes the gradients too, and backward only hands th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from litgpt_whittle.losses import IGNORE_INDEX, Loss, forward_kl, wide
+from litgpt_whittle.losses import IGNORE_INDEX, forward_kl, wide
+from litgpt_whittle.objective import Objective, SparseTargets, Term, log_probabilities, log_rest
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
@@ -69,6 +70,14 @@ def tap_head(model: nn.Module) -> HeadTap:
     return model.lm_head
 
 
+class SoftTargets(Protocol):
+    """What a teacher says about one batch's tokens, in the order of the flattened batch."""
+
+    def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
+        """About tokens `start` to `stop`: logits, (stop - start, V), at least fp32, for the caller to overwrite."""
+        ...
+
+
 class TeacherLogits:
     """A teacher's logits for one batch, made chunk by chunk.
 
@@ -98,19 +107,6 @@ class HeadLosses(NamedTuple):
     distill: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Objective:
-    """loss = alpha · CE + beta · T² · loss(teacher, student).
-
-    T² keeps the gradient's size when the temperature changes (Hinton et al.).
-    """
-
-    alpha: float = 1.0
-    beta: float = 0.0
-    temperature: float = 1.0
-    loss: Loss = forward_kl
-
-
 class LossModel(nn.Module):
     """A litgpt model that gives its losses instead of its logits: the root module that is compiled and sharded.
 
@@ -118,28 +114,26 @@ class LossModel(nn.Module):
 
     Args:
         model: The litgpt model; its head is replaced by a `HeadTap` with the same parameters.
-        objective: The loss.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective = Objective()) -> None:
+    objective = Objective()
+    """What `loss` is. No argument, because Fabric's wrapper would take it apart, nor a part of the compiled graph."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         tap_head(model)
         self.model = model
-        self.objective = objective
 
-    def forward(
-        self, input_ids: torch.Tensor, targets: torch.Tensor, teacher: TeacherLogits | None = None
-    ) -> HeadLosses:
-        """Losses of one batch; cross-entropy alone where no teacher is given.
+    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, teacher: SoftTargets | None = None) -> HeadLosses:
+        """Losses of one batch.
 
         Args:
             input_ids: Token ids, shape (B, T).
             targets: Next tokens, shape (B, T).
-            teacher: What the teacher says about `input_ids`.
+            teacher: What the teacher says about `input_ids`; without, the loss has no part for it.
         """
-        objective = self.objective if teacher is not None else Objective()
         softcap = self.model.config.final_logit_softcapping
-        return head_loss(hidden_states(self.model, input_ids), targets, objective, teacher, softcap)
+        return head_loss(hidden_states(self.model, input_ids), targets, self.objective, teacher, softcap)
 
 
 @torch.compiler.disable
@@ -147,7 +141,7 @@ def head_loss(
     head_input: HeadInput,
     targets: torch.Tensor,
     objective: Objective = Objective(),
-    teacher: TeacherLogits | None = None,
+    teacher: SoftTargets | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> HeadLosses:
@@ -160,7 +154,7 @@ def head_loss(
         head_input: The student's hidden states (B, T, n_embd) and head.
         targets: Next tokens, shape (B, T).
         objective: The loss.
-        teacher: Needed where `objective.beta` is not 0.
+        teacher: What the teacher says; without, the loss has no part for it.
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; chosen by the vocabulary's size by default.
     """
@@ -196,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
 @dataclass(frozen=True)
 class _Task:
     objective: Objective
-    teacher: TeacherLogits | None
+    teacher: SoftTargets | None
     softcap: float | None
     chunk_size: int
 
@@ -284,36 +278,66 @@ class _Scores:
         weight = alpha * self.share
         grad = torch.exp(log_p, out=self.logits).mul_(weight)  # softmax - one-hot
         grad.scatter_add_(1, self.targets, -weight)
-        self.grad = grad if self.grad is None else self.grad.add_(grad)
+        self._add_grad(grad)
 
-    def add_distill(self, objective: Objective, teacher_logits: torch.Tensor) -> None:
-        if objective.loss is forward_kl:
-            self._add_forward_kl(objective, teacher_logits)
-        else:
-            self._add_any(objective, teacher_logits)
+    def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
+        by_autograd = [term for term in objective.terms if term.loss is not forward_kl]
+        if by_autograd:
+            self._add_by_autograd(objective, by_autograd, teacher)
+        for term in objective.terms:
+            # last, because a closed form overwrites the teacher's logits
+            if term.loss is forward_kl:
+                add = self._add_forward_kl if isinstance(teacher, torch.Tensor) else self._add_sparse_forward_kl
+                add(teacher, objective.temperature, term.weight, objective.beta * objective.temperature * term.weight)
 
-    def _add_forward_kl(self, objective: Objective, teacher_logits: torch.Tensor) -> None:
-        t = objective.temperature
-        log_t = F.log_softmax(teacher_logits.div_(t), dim=-1)
+    def _add_forward_kl(self, teacher: torch.Tensor, t: float, weight: float, slope: float) -> None:
+        log_t = F.log_softmax(teacher.div_(t), dim=-1)
         log_s = F.log_softmax(self.logits / t, dim=-1)
-        p_t = torch.exp(log_t, out=teacher_logits)
-        self.distill = ((p_t * log_t.sub_(log_s)).sum(-1, keepdim=True) * self.share).sum()
+        p_t = torch.exp(log_t, out=teacher)
+        self.distill = self.distill + weight * ((p_t * log_t.sub_(log_s)).sum(-1, keepdim=True) * self.share).sum()
         if self.with_grad:
             # softmax - softmax, divided by T, times T²
-            self.grad = log_s.exp_().sub_(p_t).mul_(objective.beta * t * self.share)
+            self._add_grad(log_s.exp_().sub_(p_t).mul_(slope * self.share))
 
-    def _add_any(self, objective: Objective, teacher_logits: torch.Tensor) -> None:
-        counts = self.share.squeeze(1) > 0
-        if not counts.any():
+    def _add_sparse_forward_kl(self, teacher: SparseTargets, t: float, weight: float, slope: float) -> None:
+        """The tail counts as one event, whose probability is the sum of its tokens'."""
+        log_s = F.log_softmax(self.logits / t, dim=-1)
+        known, p = log_s.gather(1, teacher.ids), teacher.log_p.exp()
+        kl = torch.where(p > 0, p * (teacher.log_p - known), 0.0).sum(-1, keepdim=True)
+        has_tail = teacher.log_tail is not None and teacher.ids.size(1) < log_s.size(1)
+        if has_tail:
+            behind = teacher.log_tail - log_rest(log_s, teacher.ids)
+            kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * behind, 0.0)
+        self.distill = self.distill + weight * (kl * self.share).sum()
+        if not self.with_grad:
             return
+        grad = log_s.exp_()
+        if has_tail:
+            # a tail token's part of q_tail is scaled to the teacher's tail; where q_tail underflows its tokens do too
+            grad.mul_(1 - behind.clamp(max=80.0).exp()).scatter_(1, teacher.ids, known.exp() - p)
+        else:
+            grad.mul_(p.sum(-1, keepdim=True)).scatter_add_(1, teacher.ids, -p)
+        self._add_grad(grad.mul_(slope * self.share))
+
+    def _add_by_autograd(self, objective: Objective, terms: list[Term], teacher: torch.Tensor | SparseTargets) -> None:
+        t = objective.temperature
         with torch.enable_grad():
             student = self.logits.detach().requires_grad_(self.with_grad)
-            mean = objective.loss(student[counts], teacher_logits[counts], objective.temperature)
-            value = mean * self.share.sum()
-        self.distill = value.detach()
+            values = student.new_zeros(len(student))
+            logs = None
+            for term in terms:
+                if getattr(term.loss, "on_logits", False):
+                    values = values + term.weight * term.loss(student / t, wide(teacher) / t)
+                else:
+                    logs = log_probabilities(student, teacher, t) if logs is None else logs
+                    values = values + term.weight * term.loss(*logs)
+            value = (values * self.share.squeeze(1)).sum()
+        self.distill = self.distill + value.detach()
         if self.with_grad:
-            (grad,) = torch.autograd.grad(value, student)
-            self.grad = grad.mul_(objective.beta * objective.temperature**2)
+            self._add_grad(torch.autograd.grad(value, student)[0].mul_(objective.beta * t**2))
+
+    def _add_grad(self, grad: torch.Tensor) -> None:
+        self.grad = grad if self.grad is None else self.grad.add_(grad)
 
 
 def _logits(hidden, weight, bias, softcap: float | None) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.head import HeadInput, Objective, TeacherLogits, head_loss, tap_head
+from litgpt_whittle.head import HeadInput, TeacherLogits, head_loss, tap_head
+from litgpt_whittle.objective import Objective
 from litgpt_whittle.supergpt import SuperGPT
 
 _ONLY_KL = Objective(alpha=0.0, beta=1.0)

@@ -39,8 +39,9 @@ from litgpt_whittle.resume import (
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
 
-TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward], Mapping[str, torch.Tensor]]
-"""(input_ids (B, T), targets (B, T), backward) -> scalars to log, "loss" among them, without gradients."""
+TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward, float], Mapping[str, torch.Tensor]]
+"""(input_ids (B, T), targets (B, T), backward, the share of the training that is done) -> scalars to log, "loss" among
+them, without gradients."""
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input_ids (B, T), targets (B, T)) -> mean cross-entropy over the targets that count."""
@@ -219,7 +220,8 @@ def _micro_step(run: Run) -> dict[str, torch.Tensor]:
     input_ids, targets = split_batch(batch, run.seq_length)
     is_accumulating = run.progress.iter_num % schedule.accumulation != 0
     with fabric.no_backward_sync(job.module, enabled=is_accumulating):
-        scalars = job.step(input_ids, targets, lambda loss: fabric.backward(loss / schedule.accumulation))
+        done = (run.progress.iter_num - 1) / schedule.max_iters
+        scalars = job.step(input_ids, targets, lambda loss: fabric.backward(loss / schedule.accumulation), done)
     return {name: value.detach() for name, value in scalars.items()}
 
 

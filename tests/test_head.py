@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
 
-from litgpt_whittle.head import HeadInput, Objective, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle import losses
+from litgpt_whittle.head import HeadInput, TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.losses import forward_kl
+from litgpt_whittle.objective import Objective, SparseTargets, Term
 
 N, V, E, E_TEACHER = 23, 37, 8, 12
 
@@ -37,9 +39,9 @@ def plain(student, teacher, targets, objective, cap):
     return objective.alpha * ce + objective.beta * objective.temperature**2 * kl, ce, kl
 
 
-def another_forward_kl(student_logits, teacher_logits, temperature):
+def another_forward_kl(student, teacher):
     """Not the object that the head knows the closed form of, so it goes through autograd."""
-    return forward_kl(student_logits, teacher_logits, temperature)
+    return forward_kl(student, teacher)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 23, 64])
@@ -50,7 +52,7 @@ def another_forward_kl(student_logits, teacher_logits, temperature):
 def test_value_and_gradients_match_the_plain_formula(chunk_size, loss, cap, with_bias, ignored):
     student, teacher, targets = tensors(with_bias=with_bias)
     targets[0, ignored] = -100
-    objective = Objective(0.2, 0.8, 0.9, loss)
+    objective = Objective(0.2, 0.8, 0.9, (Term(loss),))
     inputs = [x for x in student if x is not None]
     expected = plain(student, teacher, targets, objective, cap)
     expected_grads = torch.autograd.grad(3 * expected[0], inputs)
@@ -84,9 +86,9 @@ def test_without_gradients_only_the_values_are_computed():
 
 def test_targets_that_are_all_ignored_give_zero_and_zero_gradients():
     student, teacher, targets = tensors()
-    losses = head_loss(student, targets.fill_(-100), Objective(0.2, 0.8, 0.9), TeacherLogits(teacher))
-    losses.loss.backward()
-    assert losses.loss == 0 and all(not x.grad.any() for x in student)
+    found = head_loss(student, targets.fill_(-100), Objective(0.2, 0.8, 0.9), TeacherLogits(teacher))
+    found.loss.backward()
+    assert found.loss == 0 and all(not x.grad.any() for x in student)
 
 
 def test_frozen_inputs_get_no_gradient():
@@ -102,10 +104,10 @@ def test_bf16_autocast_keeps_the_losses_in_fp32_and_near_the_exact_ones():
     exact = plain(student, teacher, targets, objective, None)[0]
     expected = torch.autograd.grad(exact, student)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = head_loss(student, targets, objective, TeacherLogits(teacher), chunk_size=5)
-    assert losses.loss.dtype == torch.float32
-    assert losses.loss.item() == pytest.approx(exact.item(), rel=2e-2)
-    for a, b in zip(torch.autograd.grad(losses.loss, student), expected):
+        found = head_loss(student, targets, objective, TeacherLogits(teacher), chunk_size=5)
+    assert found.loss.dtype == torch.float32
+    assert found.loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    for a, b in zip(torch.autograd.grad(found.loss, student), expected):
         assert a.dtype == torch.float32
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
@@ -175,3 +177,78 @@ def test_full_logits_never_exist():
         head_loss(head, targets, Objective(0.2, 0.8, 0.9), teacher, chunk_size=32).loss.backward()
     assert largest.numel <= 512 * 4 < 512 * 64 // 6
     assert math.isfinite(hidden.grad.sum())
+
+
+class Known:
+    """Soft targets of which some tokens are known, as a cached teacher gives them."""
+
+    def __init__(self, targets: SparseTargets) -> None:
+        self.targets = targets
+
+    def chunk(self, start, stop):
+        return SparseTargets(*(x if x is None else x[start:stop] for x in self.targets))
+
+
+def known_of(teacher, k, temperature, with_tail=True):
+    """The teacher's k most likely tokens, with the rest, or made to sum up to 1."""
+    probs, ids = torch.softmax(F.linear(*teacher).flatten(0, 1) / temperature, -1).topk(k)
+    if not with_tail:
+        return SparseTargets(ids, (probs / probs.sum(-1, keepdim=True)).log(), None)
+    return SparseTargets(ids, probs.log(), (1 - probs.sum(-1, keepdim=True)).clamp(min=0).log())
+
+
+def gradients(student, targets, objective, teacher, chunk_size=5):
+    inputs = [x for x in student if x is not None]
+    found = head_loss(student, targets, objective, teacher, None, chunk_size)
+    return [*found, *torch.autograd.grad(found.loss, inputs)]
+
+
+@pytest.mark.parametrize("k, with_tail", [(1, True), (6, True), (V, True), (6, False)])
+@pytest.mark.parametrize("temperature", [0.9, 2.0])
+def test_the_closed_form_for_known_tokens_is_what_autograd_gives(k, with_tail, temperature):
+    student, teacher, targets = tensors()
+    targets[0, [0, 7]] = -100
+    known = Known(known_of(teacher, k, temperature, with_tail))
+    closed, plain_loss = (
+        gradients(student, targets, Objective(0.2, 0.8, temperature, (Term(loss),)), known)
+        for loss in (forward_kl, another_forward_kl)
+    )
+    for a, b in zip(closed, plain_loss):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_knowing_the_whole_vocabulary_is_knowing_the_logits():
+    student, teacher, targets = tensors()
+    objective = Objective(0.2, 0.8, 0.9)
+    full = gradients(student, targets, objective, TeacherLogits(teacher))
+    known = gradients(student, targets, objective, Known(known_of(teacher, V, 0.9)))
+    for a, b in zip(full, known):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_a_student_that_is_sure_of_known_tokens_has_finite_gradients():
+    student, teacher, targets = tensors(torch.float32)
+    sure = HeadInput(student.hidden, (student.weight * 200).detach().requires_grad_(), student.bias)
+    found = gradients(sure, targets, Objective(0.0, 1.0, 0.5), Known(known_of(teacher, 4, 0.5)))
+    assert all(torch.isfinite(x).all() for x in found)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_several_losses_add_up_with_their_weights(known):
+    student, teacher, targets = tensors()
+    soft = Known(known_of(teacher, 6, 0.9)) if known else TeacherLogits(teacher)
+    terms = [Term(forward_kl, 0.7), Term(losses.jensen_shannon, 0.2), Term(losses.total_variation, 0.3)]
+    together = gradients(student, targets, Objective(0.0, 1.0, 0.9, tuple(terms)), soft)
+    alone = [gradients(student, targets, Objective(0.0, 1.0, 0.9, (term,)), soft) for term in terms]
+    for total, *parts in [*zip(together, *alone)][:1] + [*zip(together, *alone)][2:]:
+        assert torch.allclose(total, sum(parts), atol=1e-10)
+
+
+def test_losses_of_logits_are_divided_by_the_temperature():
+    student, teacher, targets = tensors()
+    z, t = (F.linear(*x).flatten(0, 1) for x in (student, teacher))
+    expected = 0.5 * 4 * (z / 2 - t / 2).square().mean()
+    got = head_loss(student, targets, Objective(0.0, 0.5, 2.0, (Term(losses.mse),)), TeacherLogits(teacher)).loss
+    assert torch.allclose(got, expected, atol=1e-10)
+    wanted = torch.autograd.grad(expected, student.hidden)[0]
+    assert torch.allclose(torch.autograd.grad(got, student.hidden)[0], wanted, atol=1e-10)

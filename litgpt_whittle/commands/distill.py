@@ -42,7 +42,8 @@ from litgpt_whittle.checks import (
 )
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
-from litgpt_whittle.head import LossModel, Objective
+from litgpt_whittle.head import LossModel
+from litgpt_whittle.objective import Objective
 from litgpt_whittle.resume import (
     TRAINING_STATE,
     DataStream,
@@ -127,11 +128,11 @@ def setup(
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
     check_writable(out_dir)
-    objective = distill.objective
+    objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     teacher_dir = _checkpoint_dir(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
-    if teacher_dir is None and distill.beta:
+    if teacher_dir is None and distill.uses_teacher:
         raise UserError(
             f"distill.beta = {distill.beta} needs a teacher; set --teacher_checkpoint_dir, or --distill.beta 0 to "
             "train without one"
@@ -139,8 +140,8 @@ def setup(
     resume_dir = find_resume(resume, out_dir)
     student_dir = _checkpoint_dir(resume_dir or initial_checkpoint_dir)
     student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
-    used_teacher = teacher_config if distill.beta else None
-    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, teacher_dir if distill.beta else None)
+    used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
+    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, used_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
@@ -160,14 +161,14 @@ def setup(
         num_nodes=num_nodes,
         seed=seed,
         student=student,
-        teacher_dir=teacher_dir if distill.beta else None,
+        teacher_dir=used_dir,
         data=data,
         out_dir=out_dir,
         tokenizer_dir=tokenizer_dir,
         train=train,
         eval=eval,
         optimizer=optimizer,
-        objective=objective,
+        objectives=objectives,
         compile=compile,
         seq_length=seq_length,
         arguments=arguments,
@@ -189,7 +190,7 @@ def main(
     train: TrainArgs,
     eval: EvalArgs,
     optimizer: str | dict,
-    objective: Objective,
+    objectives: Callable[[float], Objective],
     compile: bool,
     seq_length: int,
     arguments: dict[str, Any],
@@ -200,8 +201,8 @@ def main(
     fabric.seed_everything(seed)
     model = build_student(fabric, student, train, seq_length)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
-    root = LossModel(model, objective)
-    root = fabric.setup(torch.compile(root) if compile else root)
+    losses_of = LossModel(model)
+    root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = instantiate_torch_optimizer(optimizer, root.parameters(), fused=fabric.device.type == "cuda")
     optimizer = fabric.setup_optimizers(optimizer)
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
@@ -214,7 +215,7 @@ def main(
     def save(folder: Path, training_state: dict[str, Any]) -> None:
         save_student(folder, model, tokenizer_dir, student.sub_network, arguments, training_state)
 
-    job = make_job(root, optimizer, teacher, save)
+    job = make_job(root, losses_of, optimizer, teacher, objectives, save)
     job.flops_per_iter = count_flops(model, teacher, train.micro_batch_size, seq_length)
     run = Run(fabric, job, DataStream(train_loader), val_loader, schedule, seq_length, out_dir, settings)
     if state is not None:
@@ -315,11 +316,19 @@ def load_teacher(fabric: L.Fabric, teacher_dir: Path, seq_length: int) -> LiveTe
     return LiveTeacher(teacher_dir, seq_length, dtype, fabric.device)
 
 
-def make_job(root: Any, optimizer: Any, teacher: LiveTeacher | None, save: Callable) -> Job:
-    """What the training loop does with a batch."""
+def make_job(
+    root: Any,
+    losses_of: LossModel,
+    optimizer: Any,
+    teacher: LiveTeacher | None,
+    objectives: Callable[[float], Objective],
+    save: Callable,
+) -> Job:
+    """What the training loop does with a batch; `losses_of` is the model within the `root`, which Fabric set up."""
 
-    def step(input_ids, targets, backward):
-        losses = root(input_ids, targets, None if teacher is None else teacher(input_ids))
+    def step(input_ids, targets, backward, done):
+        losses_of.objective = objectives(done)
+        losses = root(input_ids, targets, teacher(input_ids) if losses_of.objective.beta else None)
         backward(losses.loss)
         return {"loss": losses.loss} if teacher is None else losses._asdict()
 
