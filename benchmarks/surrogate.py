@@ -102,7 +102,8 @@ def plot(found: dict[str, list[list[Evaluation]]]) -> None:
         axes.plot(at, curves.T, color=f"C{i}", alpha=0.3, linewidth=1)
         axes.plot(at, np.median(curves, axis=0), color=f"C{i}", linewidth=2.5, label=NAMES[mode])
     axes.set(xlabel="evaluations", ylabel="best perplexity so far", yscale="log")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     axes.set_title(f"Median (thin: each) of {len(next(iter(found.values())))} seeds", loc="left")

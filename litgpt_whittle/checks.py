@@ -64,9 +64,9 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     """How many devices to train on.
 
     Raises:
-        UserError: If there are fewer, if more than one is asked for, or if they cannot share a batch evenly.
+        UserError: If there are fewer, or if they cannot share a batch evenly.
     """
-    devices = 1 if devices in ("auto", -1, "-1") else n_devices(devices)
+    devices = n_devices(devices)
     samples = train.micro_batch_size * devices * num_nodes
     if train.global_batch_size % samples:
         raise UserError(
@@ -74,8 +74,6 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
             f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
             f"{max(1, round(train.global_batch_size / samples)) * samples}"
         )
-    if devices * num_nodes > 1:
-        raise UserError(f"several devices are not supported yet, got {devices=}, {num_nodes=}; use 1 of each")
     return devices
 
 

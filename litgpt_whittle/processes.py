@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
+import psutil
 import torch
 from torch import distributed
 
@@ -40,13 +41,22 @@ def n_devices(asked: int | str) -> int:
     return int(asked)
 
 
-def launch(n: int, precision: str = "32-true", num_nodes: int = 1) -> L.Fabric:
+def launch(
+    n: int, precision: str = "32-true", num_nodes: int = 1, strategy: Any = "ddp", loggers: Sequence[Any] = ()
+) -> L.Fabric:
     """Starts the other processes, each of which runs this command from its beginning, and connects all of them.
 
     From then on all of them end when one does.
+
+    Args:
+        n: Devices per machine.
+        precision: As Fabric names it.
+        num_nodes: Machines.
+        strategy: How they share the work, as Fabric has it; where there is one device it does not matter.
+        loggers: As Fabric has them.
     """
-    several = n * num_nodes > 1
-    fabric = L.Fabric(devices=n, num_nodes=num_nodes, strategy="ddp" if several else "auto", precision=precision)
+    strategy = strategy if n * num_nodes > 1 else "auto"
+    fabric = L.Fabric(devices=n, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=[*loggers])
     fabric.launch()
     _watch(getattr(fabric._strategy.launcher, "procs", []))
     return fabric
@@ -81,6 +91,15 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)  # it may hang in a collective
     os._exit(1)
+
+
+def free_memory(device: torch.device) -> torch.Tensor:
+    """Bytes that a process may still take on its device; the processes of a machine share its memory evenly."""
+    if device.type == "cuda":
+        n_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        n_bytes = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return torch.tensor(float(n_bytes), device=device)
 
 
 def rank() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,63 +15,6 @@ from litgpt.data import DataModule
 from litgpt_whittle.errors import UserError
 
 TRAINING_STATE = "training_state.pth"
-
-
-class DataStream:
-    """Cycles through a dataloader, epoch after epoch, and can go on at any batch of any epoch.
-
-    Dataloaders draw their order from random generators when an epoch starts. The generators' state at that moment is
-    what is kept: resuming sets it again and skips the batches that were trained on, whatever the data module is.
-
-    Args:
-        loader: A dataloader that gives at least one batch.
-    """
-
-    def __init__(self, loader: Iterable) -> None:
-        self.loader = loader
-        self.epoch = 0
-        self._batch = 0
-        self._start: dict[str, Any] = {}
-        self._iterator: Iterator | None = None
-
-    def __iter__(self) -> DataStream:
-        return self
-
-    def __next__(self) -> Any:
-        if self._iterator is None:
-            self._begin()
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            self.epoch += 1
-            self._begin()
-            batch = next(self._iterator, None)
-            if batch is None:
-                raise UserError("the training data must fill at least one batch, got none; add data") from None
-        self._batch += 1
-        return batch
-
-    def _begin(self) -> None:
-        self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
-        set_epoch(self.loader, self.epoch)
-        self._iterator = iter(self.loader)
-        self._batch = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is; what `torch.load(weights_only=True)` takes."""
-        return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes there. Changes the global random generators, which the caller sets afterwards."""
-        if not state["start"]:
-            return
-        self.epoch = state["epoch"]
-        set_rng_state(state["start"]["rng"])
-        set_generator_states(self.loader, state["start"]["generators"])
-        self._begin()
-        for _ in range(state["batch"]):
-            next(self)
-        assert self._batch == state["batch"], "the data got shorter"
 
 
 def rng_state() -> dict[str, Any]:
@@ -97,10 +39,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A dataloader and its samplers, Fabric's wrapper taken off."""
-    loader = getattr(loader, "_dataloader", loader)
+    """A dataloader and its samplers."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    parts.append(getattr(batch_sampler, "batch_sampler", None))  # ours stands before it
     return list({id(part): part for part in parts}.values())
 
 

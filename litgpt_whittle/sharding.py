@@ -1,21 +1,86 @@
-"""A model whose weights lie in parts on several devices (FSDP2), loaded a part at a time."""
+"""Models whose weights lie in parts on several devices (FSDP2): sharded, loaded, put together again."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from litgpt.model import GPT
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
+from litgpt_whittle.head import LossModel, tap_head
+from litgpt_whittle.processes import rank
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.supergpt import is_tied
 
 
+def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossModel:
+    """Spreads a model that is trained over the processes: each block, and the rest with the losses.
+
+    Args:
+        root: The model, whole.
+        mesh: The devices.
+        precision: Fabric's name of it. With bf16-mixed, weights travel and compute in bf16, gradients add up in fp32.
+    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # a cast would round positions
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in root.model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(root, mesh=mesh, mp_policy=policy)
+
+
+def checkpoint_activations(model: GPT) -> None:
+    """Has every block computed anew in the backward pass, so that what it computed need not be kept."""
+    for block in model.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor put together on the first process's CPU memory, `None` on the others; all must ask for it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if rank() == 0 else None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state as one process alone would have it; only the first process's is of use."""
+    state = optimizer.state_dict()
+    own = {i: {name: whole(value) for name, value in slots.items()} for i, slots in state["state"].items()}
+    return state | {"state": own}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Undoes `optimizer_state`, over any number of processes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {
+        i: {name: _like(value, parameters[i]) for name, value in slots.items()} for i, slots in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": own})
+
+
+def _like(value: Any, parameter: torch.Tensor) -> Any:
+    """This process's part of what belongs to a parameter entry by entry."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def load_sharded(
-    checkpoint_dir: Path, model_class: str, dtype: torch.dtype, device: torch.device, max_seq_length: int
+    checkpoint_dir: Path,
+    model_class: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_length: int,
+    keep_root: bool = False,
 ) -> GPT:
     """Opens a litgpt checkpoint with each block, and the rest of the model, spread over all processes.
 
@@ -27,6 +92,8 @@ def load_sharded(
         dtype: What the weights are converted to.
         device: This process's device.
         max_seq_length: The longest sequence that the model will see.
+        keep_root: Whether embedding, last norm and head stay whole from the first forward pass on, so that the head
+            can be used after one.
 
     Returns:
         The model, in evaluation mode and without gradients.
@@ -38,8 +105,10 @@ def load_sharded(
     if is_tied(weights):
         model.lm_head.weight = model.transformer.wte.weight
     model.to(dtype).eval().requires_grad_(False)
-    for module in (*model.transformer.h, model):
-        fully_shard(module)
+    tap_head(model)  # what is sharded knows its modules
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model, reshard_after_forward=not keep_root)
     state = {}
     for name, empty in model.state_dict().items():
         # every process has the file, so that nothing is sent

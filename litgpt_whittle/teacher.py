@@ -1,4 +1,4 @@
-"""What a teacher says about a batch: today by running it, behind an interface that a cached teacher can fill too."""
+"""What a teacher says about a batch, by running it, behind an interface that a cached teacher can fill too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.head import HeadLosses, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.sharding import load_sharded
 
 
 class Teacher(Protocol):
@@ -27,9 +28,20 @@ class LiveTeacher:
         max_seq_length: The longest sequence that it will see.
         dtype: Its weights' and activations' type; no autocast is needed.
         device: Where it runs.
+        is_sharded: Whether its weights are spread over the processes (FSDP2), which then run it together.
     """
 
-    def __init__(self, checkpoint_dir: Path, max_seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        max_seq_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_sharded: bool = False,
+    ) -> None:
+        if is_sharded:
+            self.model = load_sharded(checkpoint_dir, "SuperGPT", dtype, device, max_seq_length, keep_root=True)
+            return
         self.model = load_model(checkpoint_dir, dtype=dtype, device=device).requires_grad_(False)
         self.model.max_seq_length = max_seq_length
         # positions need fp32 whatever the weights are

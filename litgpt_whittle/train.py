@@ -26,15 +26,11 @@ from litgpt.data import DataModule
 from torch import nn
 
 from litgpt_whittle.curves import MetricsLog, plot_training
+from litgpt_whittle.data_stream import DataStream, shared_batches, skipping
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.losses import IGNORE_INDEX
-from litgpt_whittle.resume import (
-    DataStream,
-    generator_states,
-    rng_state,
-    set_generator_states,
-    set_rng_state,
-)
+from litgpt_whittle.resume import generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.sharding import load_optimizer_state, optimizer_state
 
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
@@ -129,8 +125,9 @@ class Run:
     def training_state(self) -> dict[str, Any]:
         """All that a checkpoint needs besides the weights; loads with `weights_only=True`."""
         return {
-            "optimizer": self.job.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.job.optimizer),
             "iter_num": self.progress.iter_num,
+            "accumulation": self.schedule.accumulation,
             "step_count": self.progress.step_count,
             "seconds": self.progress.seconds,
             "val_loss": self.progress.val_loss,
@@ -142,8 +139,10 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `training_state` was taken. The weights are the caller's to load."""
-        self.job.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(state["iter_num"], state["step_count"], state["seconds"], state["val_loss"])
+        load_optimizer_state(self.job.optimizer, state["optimizer"])
+        # with another number of devices there are more or fewer iterations to a step
+        iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
+        self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"])
         self.stream.load_state_dict(state["data"])
         set_generator_states(self.val_loader, state["val_generators"])
         # last: finding the place in the data draws random numbers
@@ -169,7 +168,8 @@ def load_data(
                 f"the {name} data must fill at least one batch of {batch_size} samples of {seq_length + 1} tokens; "
                 "add data, or lower train.micro_batch_size or train.max_seq_length"
             )
-    return fabric.setup_dataloaders(loaders[0]), None if loaders[1] is None else fabric.setup_dataloaders(loaders[1])
+    # the processes share batches out among themselves (`DataStream`, `shared_batches`)
+    return skipping(loaders[0]), loaders[1]
 
 
 def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +188,8 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     _first_validation(run, log, eval)
     started, seconds_before = time.perf_counter(), progress.seconds
     while progress.iter_num < schedule.max_iters:
-        if train.max_time is not None and progress.seconds >= train.max_time:
+        # the clocks of several processes differ
+        if train.max_time is not None and fabric.broadcast(progress.seconds) >= train.max_time:
             fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
             break
         for _ in range(min(schedule.accumulation, schedule.max_iters - progress.iter_num)):
@@ -213,7 +214,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
 def _micro_step(run: Run) -> dict[str, torch.Tensor]:
     """Adds one micro-batch's gradients."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
-    batch = next(run.stream)
+    batch = fabric.to_device(next(run.stream))
     for group in job.optimizer.param_groups:
         group["lr"] = schedule.lr(run.progress.iter_num)
     run.progress.iter_num += 1
@@ -268,13 +269,12 @@ def validate(run: Run, score: Score, max_iters: int) -> float:
     run.job.module.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
     count = torch.zeros_like(total)
-    for k, batch in enumerate(run.val_loader):
-        if k >= max_iters:
-            break
-        input_ids, targets = split_batch(batch, run.seq_length)
-        n_tokens = (targets != IGNORE_INDEX).sum()
-        total += score(input_ids, targets).double() * n_tokens
-        count += n_tokens
+    for batch, counts in shared_batches(run.val_loader, max_iters, run.fabric.global_rank, run.fabric.world_size):
+        input_ids, targets = split_batch(run.fabric.to_device(batch), run.seq_length)
+        loss, n_tokens = score(input_ids, targets), (targets != IGNORE_INDEX).sum()
+        if counts:
+            total += loss.double() * n_tokens
+            count += n_tokens
     run.job.module.train()
     total, count = (run.fabric.all_reduce(x, reduce_op="sum") for x in (total, count))
     if count == 0:
@@ -308,7 +308,8 @@ class _Log:
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
-        means = {name: (value / self.n).item() for name, value in self.sums.items()}  # waits for the device
+        means = {name: run.fabric.all_reduce(value / self.n, reduce_op="mean") for name, value in self.sums.items()}
+        means = {name: value.item() for name, value in means.items()}  # waits for the device
         self.sums, self.n = {}, 0
         now = time.perf_counter()
         iters, seconds = progress.iter_num - self.last_iter, now - self.last_time

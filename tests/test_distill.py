@@ -52,6 +52,7 @@ DIFFERENT = {
     "out_dir": "out/distill instead of out/pretrain",
 }
 ADDED = {"teacher_checkpoint_dir", "sub_network", "distill", "compile"}
+ADDED |= {"strategy", "teacher_placement", "activation_checkpointing"}
 
 
 def test_arguments_are_those_of_litgpt_pretrain_field_by_field():

@@ -14,8 +14,8 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle.data import HFText, hf_text
 from litgpt_whittle.data.token_file import is_written
+from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.resume import DataStream
 
 DOCUMENTS = documents(60)
 LENGTH = 8

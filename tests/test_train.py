@@ -22,8 +22,9 @@ from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.curves import read_metrics
+from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.resume import DataStream, rng_state, set_rng_state
+from litgpt_whittle.resume import rng_state, set_rng_state
 from litgpt_whittle.train import Schedule, split_batch
 
 SEQ = 8

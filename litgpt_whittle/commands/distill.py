@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.loggers import CSVLogger
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -40,22 +41,27 @@ from litgpt_whittle.checks import (
     make_logger,
     run_settings,
 )
+from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
 from litgpt_whittle.head import LossModel
 from litgpt_whittle.objective import Objective
+from litgpt_whittle.processes import free_memory, launch
 from litgpt_whittle.resume import (
     TRAINING_STATE,
-    DataStream,
     check_settings,
     describe,
     find_resume,
     load_training_state,
 )
+from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
 from litgpt_whittle.teacher import LiveTeacher
 from litgpt_whittle.train import Job, Run, Schedule, fit, load_data
+
+TEACHER_SHARE = 0.4
+"""Of a device's free memory, a teacher may take so much before it is spread over the devices"""
 
 
 def setup(
@@ -89,6 +95,9 @@ def setup(
     sub_network: Path | None = None,
     distill: DistillArgs = DistillArgs(),
     compile: bool = True,
+    strategy: Literal["auto", "fsdp", "ddp"] = "auto",
+    teacher_placement: Literal["auto", "replicated", "sharded"] = "auto",
+    activation_checkpointing: bool = False,
 ):
     """Pretrain a student with its teacher's help.
 
@@ -120,6 +129,11 @@ def setup(
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
         distill: What the student learns from.
         compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
+        strategy: How several devices share the student: ``fsdp`` spreads its weights over them (FSDP2), which is the
+            default; with ``ddp`` each has all of it, which is faster for small ones.
+        teacher_placement: How they share the teacher: each has all of it, they hold a part each, or what memory asks
+            for.
+        activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
     """
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
@@ -150,8 +164,7 @@ def setup(
     if state is not None:
         check_settings(state["settings"], settings)
     logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
-    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, precision=precision, loggers=[logger])
-    fabric.launch()
+    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
     fabric.print(pprint.pformat(arguments))
     if logger_name in ("tensorboard", "wandb", "mlflow") and not isinstance(logger, CSVLogger):
         fabric.logger.log_hyperparams(arguments)
@@ -170,6 +183,8 @@ def setup(
         optimizer=optimizer,
         objectives=objectives,
         compile=compile,
+        teacher_placement=teacher_placement,
+        activation_checkpointing=activation_checkpointing,
         seq_length=seq_length,
         arguments=arguments,
         settings=settings,
@@ -192,6 +207,8 @@ def main(
     optimizer: str | dict,
     objectives: Callable[[float], Objective],
     compile: bool,
+    teacher_placement: str,
+    activation_checkpointing: bool,
     seq_length: int,
     arguments: dict[str, Any],
     settings: dict[str, Any],
@@ -201,6 +218,10 @@ def main(
     fabric.seed_everything(seed)
     model = build_student(fabric, student, train, seq_length)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
+    if student.weights is not None:
+        model.load_state_dict(student.weights())
+    if activation_checkpointing:
+        checkpoint_activations(model)
     losses_of = LossModel(model)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = instantiate_torch_optimizer(optimizer, root.parameters(), fused=fabric.device.type == "cuda")
@@ -208,16 +229,17 @@ def main(
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
-    if student.weights is not None:
-        model.load_state_dict(student.weights())
-    teacher = None if teacher_dir is None else load_teacher(fabric, teacher_dir, seq_length)
+    teacher = None if teacher_dir is None else load_teacher(fabric, teacher_dir, seq_length, teacher_placement)
 
     def save(folder: Path, training_state: dict[str, Any]) -> None:
-        save_student(folder, model, tokenizer_dir, student.sub_network, arguments, training_state)
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        if fabric.global_rank == 0:
+            save_student(folder, model, weights, tokenizer_dir, student.sub_network, arguments, training_state)
 
     job = make_job(root, losses_of, optimizer, teacher, objectives, save)
     job.flops_per_iter = count_flops(model, teacher, train.micro_batch_size, seq_length)
-    run = Run(fabric, job, DataStream(train_loader), val_loader, schedule, seq_length, out_dir, settings)
+    stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
+    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
     if state is not None:
         run.restore(state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
@@ -301,7 +323,9 @@ class Student:
 
 def build_student(fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int) -> GPT:
     """The model, initialised exactly as `litgpt pretrain` does it, drawing the same random numbers."""
-    with fabric.init_module(empty_init=True):
+    # weights that will be spread over devices are whole at first, in the CPU's memory
+    device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
+    with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
         model = student.build()
     initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
     if train.tie_embeddings:
@@ -310,10 +334,27 @@ def build_student(fabric: L.Fabric, student: Student, train: TrainArgs, seq_leng
     return model
 
 
-def load_teacher(fabric: L.Fabric, teacher_dir: Path, seq_length: int) -> LiveTeacher:
+def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
+    """How several devices share the student, as Fabric has it."""
+    if n_devices == 1 or name == "ddp":
+        return "ddp"
+    return ModelParallelStrategy(
+        lambda root, mesh: shard_student(root, mesh["data_parallel"], precision),
+        data_parallel_size=n_devices,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+    )
+
+
+def load_teacher(fabric: L.Fabric, teacher_dir: Path, seq_length: int, placement: str) -> LiveTeacher:
     """The teacher, in bf16 where training is."""
     dtype = torch.bfloat16 if fabric._precision.precision.startswith("bf16") else torch.float32
-    return LiveTeacher(teacher_dir, seq_length, dtype, fabric.device)
+    is_sharded = fabric.world_size > 1 and placement != "replicated"
+    if placement == "auto" and is_sharded:
+        n_bytes = sum(weight.numel() for weight in read_weights(teacher_dir).values()) * dtype.itemsize
+        is_sharded = n_bytes > TEACHER_SHARE * fabric.all_reduce(free_memory(fabric.device), reduce_op="min").item()
+        fabric.print(f"The teacher takes {n_bytes / 1e9:.1f} GB: {'sharded' if is_sharded else 'replicated'}")
+    return LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, is_sharded)
 
 
 def make_job(
@@ -342,6 +383,7 @@ def make_job(
 def save_student(
     folder: Path,
     model: GPT,
+    weights: dict[str, torch.Tensor],
     tokenizer_dir: Path | None,
     sub_network: dict[str, Any] | None,
     arguments: dict[str, Any],
@@ -352,7 +394,7 @@ def save_student(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as inside:
         extra = {TRAINING_STATE: training_state}
-        save_checkpoint(inside, shape, model.state_dict(), tokenizer_dir, sub_network, extra)
+        save_checkpoint(inside, shape, weights, tokenizer_dir, sub_network, extra)
         write_text(inside / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
 
 

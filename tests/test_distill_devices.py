@@ -1,0 +1,110 @@
+"""Training shared by two processes: the losses are those of one, and a run goes on with any number of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt.args import EvalArgs
+from test_train import TokenData, checkpoint, predict, rows, run, train_args
+
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.checkpoint import load_model
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from test_train import TokenData, checkpoint, predict, rows, run, train_args
+from litgpt.args import EvalArgs
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.errors import UserError
+torch.set_num_threads(1)
+try:
+    run(Path({out!r}), **{settings})
+except UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
+
+class Code(str):
+    """Source code among settings."""
+
+    __repr__ = str.__str__
+
+
+def two_processes(out: Path, **settings) -> tuple[int, str]:
+    """Runs `litgpt distill` with two processes; its exit code and what it printed."""
+    script = out.parent / f"{out.name}.py"
+    settings = {name: Code(f"Path({str(v)!r})") if isinstance(v, Path) else v for name, v in settings.items()}
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), settings={"devices": 2} | settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+KEYS = ("loss", "ce", "distill", "val_loss", "teacher_val_loss")
+DATA = TokenData(n_train=20)  # two and a half steps an epoch
+ARGS = {
+    "train": "train_args(micro_batch_size=2, save_interval=2)",
+    "data": "TokenData(n_train=20)",
+    "eval": "EvalArgs(interval=2, max_iters=4)",
+}
+ARGS = {name: Code(value) for name, value in (ARGS | {"distill": "DistillArgs()"}).items()}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process, with a teacher; the batches of the two are half as large."""
+    folder = tmp_path_factory.mktemp("one")
+    teacher = checkpoint(folder / "teacher", n_embd=48)
+    common = {"teacher_checkpoint_dir": teacher, "data": DATA, "distill": DistillArgs()}
+    run(folder / "out", train=train_args(), eval=EvalArgs(interval=2, max_iters=2), **common)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "strategy, placement",
+    [
+        ("fsdp", "sharded"),
+        ("ddp", "auto"),
+        pytest.param("fsdp", "replicated", marks=pytest.mark.slow),
+        pytest.param("ddp", "sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_have_the_losses_of_one(one, tmp_path, strategy, placement):
+    settings = {"strategy": strategy, "teacher_placement": placement, "teacher_checkpoint_dir": one / "teacher"}
+    code, printed = two_processes(tmp_path / "two", **ARGS, **settings)
+    assert code == 0, printed
+    for key in KEYS:
+        expected = [row[key] for row in rows(one / "out", key)]
+        assert [row[key] for row in rows(tmp_path / "two", key)] == pytest.approx(expected, abs=1e-5), key
+    ours, theirs = (predict(load_model(out / "final").state_dict()) for out in (tmp_path / "two", one / "out"))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first):
+    teacher = {"teacher_checkpoint_dir": one / "teacher"}
+
+    def by_one(out, **more):
+        training = train_args(micro_batch_size=2, save_interval=2)
+        scores = EvalArgs(interval=2, max_iters=4)
+        run(out, train=training, eval=scores, data=DATA, distill=DistillArgs(), **teacher, **more)
+
+    def by_two(out, **more):
+        code, printed = two_processes(out, **ARGS, **teacher, **more)
+        assert code == 0, printed
+
+    begin, go_on = (by_one, by_two) if first == 1 else (by_two, by_one)
+    begin(tmp_path / "first")
+    go_on(tmp_path / "second", resume=tmp_path / "first/step-00000002")
+    expected, found = (rows(tmp_path / name) for name in ("first", "second"))
+    assert [row["step"] for row in found] == [3, 4, 5, 6]
+    assert [row["epoch"] for row in found] == [row["epoch"] for row in expected[2:]]
+    # the rate is litgpt's, which changes with every micro-batch: after the next step it is no longer quite the same
+    assert found[0]["loss"] == pytest.approx(expected[2]["loss"], abs=1e-5)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected[2:]], rel=0.03)
