@@ -38,7 +38,10 @@ def main() -> None:
             for order, bests in found.items():
                 flags = [f"--space={space}", f"--seed={seed}", f"--strategy={args.strategy}"]
                 flags += [f"--eval.max_iters={args.batches}", f"--order={order}"]
-                flags += [f"--importance={ranking}"] * (order == "importance")
+                if order == "importance":
+                    flags.append(f"--importance={ranking}")
+                if order == "importance" and space.startswith("fine"):
+                    flags.append("--search_space.layers=best")  # all that an order can say where any units may be kept
                 (best,) = best_of(search(data, OUT / f"{space}-{order}-{seed}", args.iterations, *flags)).values()
                 bests.append(best.score("perplexity"))
         first, important = found.values()

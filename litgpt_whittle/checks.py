@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +65,7 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     """How many devices to train on.
 
     Raises:
-        UserError: If there are fewer, or if they cannot share a batch evenly.
+        UserError: If there are fewer, if they cannot share a batch evenly, or if the machines cannot find each other.
     """
     devices = n_devices(devices)
     samples = train.micro_batch_size * devices * num_nodes
@@ -73,6 +74,12 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
             "train.global_batch_size must be a multiple of train.micro_batch_size times devices times num_nodes, got "
             f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
             f"{max(1, round(train.global_batch_size / samples)) * samples}"
+        )
+    # SLURM and torchrun say it by their own names
+    if num_nodes > 1 and not any(name in os.environ for name in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK")):
+        raise UserError(
+            f"num_nodes = {num_nodes} needs every machine to know its part; start each with torchrun or by SLURM, or "
+            "set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
     return devices
 

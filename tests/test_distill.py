@@ -278,7 +278,7 @@ def test_losses_that_make_no_sense_are_refused(kwargs, match):
         ({"sub_network": Path("best.yaml"), "initial_checkpoint_dir": Path("x")}, "leave one out"),
         ({"devices": 64}, "devices must be at most"),
         ({"devices": 0}, "devices must be 'auto' or a number from 1, got 0"),
-        ({"num_nodes": 2}, "not supported yet"),
+        ({"num_nodes": 2}, "num_nodes = 2 needs every machine to know its part; start each with torchrun"),
         ({"train": train_args(global_batch_size=6)}, "must be a multiple of .* got 6 and 4"),
         ({"train": train_args(max_seq_length=SEQ + 1)}, "student's block_size 8, got 9"),
         ({"train": train_args(max_tokens=3)}, "must allow one batch of 32 tokens"),
