@@ -9,9 +9,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import litgpt.args
+
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.objective import Objective, Term
 from litgpt_whittle.registry import lookup
+
+
+@dataclass
+class TrainArgs(litgpt.args.TrainArgs):
+    """Training-related arguments, litgpt's and some more"""
+
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """How the learning rate goes on after its warm-up: down a half cosine, or it stays, and falls in the end"""
+    lr_decay_fraction: float = 0.1
+    """The share of the training in which it falls, with wsd (warm-up, stable, decay)"""
+    skip_nan: bool = False
+    """Whether to go on, without an update, after a step whose loss or gradient is not finite"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.lr_decay_fraction <= 1:
+            raise UserError(
+                f"train.lr_decay_fraction must be above 0 and at most 1, got {self.lr_decay_fraction}; 0.1 is usual"
+            )
 
 
 @dataclass

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.loggers import Logger
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger
 
+from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.resume import flatten

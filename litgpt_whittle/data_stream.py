@@ -82,6 +82,11 @@ class DataStream:
             self._skip.draw()
         self._batch = batch
 
+    @property
+    def position(self) -> str:
+        """Where the stream is, in words."""
+        return f"epoch {self.epoch + 1}, batch {self._batch}"
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is; what `torch.load(weights_only=True)` takes. The same for any number of processes."""
         return {"epoch": self.epoch, "batch": self._batch, "start": self._start}

@@ -102,6 +102,31 @@ def free_memory(device: torch.device) -> torch.Tensor:
     return torch.tensor(float(n_bytes), device=device)
 
 
+class Termination:
+    """Notes SIGTERM, by which schedulers announce that they will take the machine away, instead of dying of it."""
+
+    def __enter__(self) -> Termination:
+        self.is_announced = False
+        # only the main thread may; elsewhere the signal does what it always does
+        in_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGTERM, self._note) if in_main else None
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.is_announced = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def agreed(self, fabric: L.Fabric) -> bool:
+        """Whether any process was told; all of them must ask."""
+        if fabric.world_size == 1:
+            return self.is_announced
+        told = torch.tensor(float(self.is_announced), device=fabric.device)
+        return bool(fabric.all_reduce(told, reduce_op="sum") > 0)
+
+
 def rank() -> int:
     """This process's number."""
     return distributed.get_rank() if distributed.is_initialized() else 0

@@ -9,28 +9,31 @@ weights and data order, run in step with litgpt's.
 from __future__ import annotations
 
 import math
+import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import ThroughputMonitor
 from litgpt import Tokenizer
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from litgpt_whittle.curves import MetricsLog, plot_training
+from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.data_stream import DataStream, shared_batches, skipping
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.losses import IGNORE_INDEX
-from litgpt_whittle.resume import generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.processes import Termination
+from litgpt_whittle.resume import find_resume, generator_states, rng_state, set_generator_states, set_rng_state
 from litgpt_whittle.sharding import load_optimizer_state, optimizer_state
+from litgpt_whittle.train_log import TrainLog
 
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
@@ -70,6 +73,8 @@ class Schedule:
     tokens_per_iter: int
     max_lr: float
     min_lr: float
+    decay_iters: int | None = None
+    """With a warm-up–stable–decay schedule, how long the rate falls in the end; None for a cosine"""
 
     @classmethod
     def of(cls, train: TrainArgs, seq_length: int, lr: float, devices: int, num_nodes: int, loader: Any) -> Schedule:
@@ -87,12 +92,16 @@ class Schedule:
                 f"{train.max_tokens} and {train.max_steps}; raise them"
             )
         warmup = train.warmup_iters(devices, num_nodes, min(limits), loader)
-        return cls(min(limits), warmup, accumulation, tokens_per_iter, lr, train.min_lr)
+        decay = round(train.lr_decay_fraction * min(limits)) if train.lr_schedule == "wsd" else None
+        return cls(min(limits), warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
 
     def lr(self, iteration: int) -> float:
-        """Linear warm-up, then a half cosine from the peak down to `min_lr`."""
+        """Linear warm-up, then a half cosine from the peak down to `min_lr`, or the peak and a linear way down."""
         if iteration < self.warmup_iters:
             return self.max_lr * iteration / self.warmup_iters
+        if self.decay_iters is not None:
+            left = (self.max_iters - iteration) / max(1, self.decay_iters)
+            return self.min_lr + (self.max_lr - self.min_lr) * min(1.0, left)
         done = (iteration - self.warmup_iters) / max(1, self.max_iters - self.warmup_iters)
         return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
@@ -105,6 +114,8 @@ class Progress:
     step_count: int = 0
     seconds: float = 0.0
     val_loss: float | None = None
+    n_skipped: int = 0
+    """Steps without an update, because their loss was not finite"""
 
 
 @dataclass
@@ -131,6 +142,7 @@ class Run:
             "step_count": self.progress.step_count,
             "seconds": self.progress.seconds,
             "val_loss": self.progress.val_loss,
+            "n_skipped": self.progress.n_skipped,
             "data": self.stream.state_dict(),
             "val_generators": generator_states(self.val_loader),
             "rng": rng_state(),
@@ -142,7 +154,7 @@ class Run:
         load_optimizer_state(self.job.optimizer, state["optimizer"])
         # with another number of devices there are more or fewer iterations to a step
         iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
-        self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"])
+        self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])
         self.stream.load_state_dict(state["data"])
         set_generator_states(self.val_loader, state["val_generators"])
         # last: finding the place in the data draws random numbers
@@ -182,28 +194,42 @@ def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
-    """Trains until the first of max_tokens, max_steps and max_time, and saves the final checkpoint."""
+    """Trains until the first of max_tokens, max_steps and max_time, and saves the final checkpoint.
+
+    Raises:
+        UserError: If a loss is not finite, or a checkpoint cannot be written.
+        SystemExit: After SIGTERM, with the run's state saved.
+    """
     fabric, job, schedule, progress = run.fabric, run.job, run.schedule, run.progress
-    log = _Log(run, train.log_interval, eval)
+    log = TrainLog(run, train.log_interval)
     _first_validation(run, log, eval)
     started, seconds_before = time.perf_counter(), progress.seconds
-    while progress.iter_num < schedule.max_iters:
-        # the clocks of several processes differ
-        if train.max_time is not None and fabric.broadcast(progress.seconds) >= train.max_time:
-            fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
-            break
-        for _ in range(min(schedule.accumulation, schedule.max_iters - progress.iter_num)):
-            log.add(_micro_step(run))
-        stepped = progress.iter_num % schedule.accumulation == 0
-        if stepped:
-            _optimizer_step(run, train.max_norm)
-        progress.seconds = seconds_before + time.perf_counter() - started
-        log.train_step()
-        if stepped and run.val_loader is not None and progress.step_count % eval.interval == 0:
-            log.validation(validate(run, job.score, eval.max_iters))
-        if stepped and train.save_interval is not None and progress.step_count % train.save_interval == 0:
-            _save(run, run.out_dir / f"step-{progress.step_count:08d}")
-            log.restart_clock()
+    with Termination() as termination:
+        while progress.iter_num < schedule.max_iters:
+            # the clocks of several processes differ
+            if train.max_time is not None and fabric.broadcast(progress.seconds) >= train.max_time:
+                fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
+                break
+            loss, begin = torch.zeros((), device=fabric.device), run.stream.position
+            for _ in range(min(schedule.accumulation, schedule.max_iters - progress.iter_num)):
+                scalars = _micro_step(run)
+                loss = loss + scalars["loss"]
+                log.add(scalars)
+            stepped = progress.iter_num % schedule.accumulation == 0
+            if stepped:
+                _optimizer_step(run, train, loss, begin)
+            progress.seconds = seconds_before + time.perf_counter() - started
+            log.train_step()
+            if stepped and run.val_loader is not None and progress.step_count % eval.interval == 0:
+                log.validation(validate(run, job.score, eval.max_iters))
+            is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
+            is_told_to_stop = stepped and termination.agreed(fabric)
+            if stepped and (is_due or is_told_to_stop):
+                _save(run, run.out_dir / f"step-{progress.step_count:08d}")
+                log.restart_clock()
+            if is_told_to_stop:
+                fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume true")
+                raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
     if eval.final_validation and run.val_loader is not None:
         with _random_state_kept(run):
             log.validation(validate(run, job.score, eval.max_iters), final=True)
@@ -226,21 +252,48 @@ def _micro_step(run: Run) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in scalars.items()}
 
 
-def _optimizer_step(run: Run, max_norm: float | None) -> None:
-    if max_norm is not None:
-        run.fabric.clip_gradients(run.job.module, run.job.optimizer, max_norm=max_norm)
-    run.job.optimizer.step()
-    run.job.optimizer.zero_grad()
-    run.progress.step_count += 1
+def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) -> None:
+    """Updates the weights, unless the loss or a gradient is not finite on any process."""
+    fabric, job, progress = run.fabric, run.job, run.progress
+    if train.max_norm is not None:
+        norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
+        loss = loss + (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    progress.step_count += 1
+    if fabric.all_reduce(loss.float(), reduce_op="sum").isfinite():
+        job.optimizer.step()
+    elif train.skip_nan:
+        progress.n_skipped += 1
+        fabric.print(f"step {progress.step_count} skipped, its loss is not finite ({progress.n_skipped} so far)")
+    else:
+        raise UserError(
+            f"the loss or a gradient is not finite at step {progress.step_count} ({begin} to {run.stream.position}); "
+            f"{_last_good(run)}, lower the learning rate, or leave such steps out with --train.skip_nan true"
+        )
+    job.optimizer.zero_grad()
+
+
+def _last_good(run: Run) -> str:
+    folder = find_resume("auto", run.out_dir)
+    return "there is no checkpoint yet" if folder is None else f"the last good checkpoint is {str(folder)!r}"
 
 
 def _save(run: Run, folder: Path) -> None:
     run.fabric.print(f"Saving checkpoint to {str(folder)!r}")
-    run.job.save(folder, run.training_state())
+    state = run.training_state()
+    try:
+        run.job.save(folder, state)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer has no error of its own
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream|write", str(error)):
+            raise
+        raise UserError(
+            f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
+            "and continue with --resume true"
+        ) from None
     run.fabric.barrier()
 
 
-def _first_validation(run: Run, log: _Log, eval: EvalArgs) -> None:
+def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
     """Scores the teacher, and runs the validation once before training, so that a mistake in it shows at once."""
     if run.val_loader is None or run.progress.iter_num > 0:
         return
@@ -280,120 +333,3 @@ def validate(run: Run, score: Score, max_iters: int) -> float:
     if count == 0:
         raise UserError("the validation data must fill at least one batch, got none; add data or raise eval.max_iters")
     return (total / count).item()
-
-
-class _Log:
-    """Sends a run's figures to the terminal, to litgpt's logger and to `metrics.jsonl`."""
-
-    def __init__(self, run: Run, log_interval: int, eval: EvalArgs) -> None:
-        self.run = run
-        self.interval = log_interval
-        self.throughput = ThroughputMonitor(run.fabric, window_size=5)
-        self.first_iter, self.first_seconds = run.progress.iter_num, run.progress.seconds
-        self.started = self.last_time = time.perf_counter()
-        self.last_iter = run.progress.iter_num
-        self.sums: dict[str, torch.Tensor] = {}
-        self.n = 0
-        is_main = run.fabric.global_rank == 0
-        self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
-
-    def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
-        """Takes in one micro-batch's scalars, without waiting for the device."""
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.n += 1
-
-    def train_step(self) -> None:
-        """Logs the means since the last time, every `log_interval` optimizer steps."""
-        run, progress = self.run, self.run.progress
-        if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
-            return
-        means = {name: run.fabric.all_reduce(value / self.n, reduce_op="mean") for name, value in self.sums.items()}
-        means = {name: value.item() for name, value in means.items()}  # waits for the device
-        self.sums, self.n = {}, 0
-        now = time.perf_counter()
-        iters, seconds = progress.iter_num - self.last_iter, now - self.last_time
-        self.last_iter, self.last_time = progress.iter_num, now
-        done = progress.iter_num - self.first_iter
-        tokens_per_second = iters * run.schedule.tokens_per_iter * run.fabric.world_size / max(seconds, 1e-9)
-        row = means | {
-            "iter": progress.iter_num,
-            "step": progress.step_count,
-            "epoch": run.stream.epoch,
-            "iter_time": seconds / iters,
-            "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
-            "tokens": self._tokens(),
-            "total_tokens": self._tokens() * run.fabric.world_size,
-            "learning_rate": run.job.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": tokens_per_second,
-        }
-        self._print_step(row)
-        self._write(row, progress.iter_num - 1, self._throughput(now))
-
-    def _throughput(self, now: float) -> dict[str, float]:
-        done = self.run.progress.iter_num - self.first_iter
-        samples_per_iter = self.run.schedule.tokens_per_iter // self.run.seq_length
-        self.throughput.update(
-            time=now - self.started,
-            batches=done,
-            samples=done * samples_per_iter,
-            lengths=done * self.run.schedule.tokens_per_iter,
-            flops=self.run.job.flops_per_iter * self.interval * self.run.schedule.accumulation or None,
-        )
-        return self.throughput.compute()
-
-    def _print_step(self, row: dict[str, Any]) -> None:
-        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("ce", "distill") if name in row)
-        val = "n/a" if self.run.progress.val_loss is None else f"{self.run.progress.val_loss:.3f}"
-        self.run.fabric.print(
-            f"epoch {row['epoch'] + 1} | step {row['step']} | loss {row['loss']:.3f}{f' ({parts})' if parts else ''} | "
-            f"val {val} | lr {row['learning_rate']:.2e} | {row['tokens_per_second']:,.0f} tokens/s | "
-            f"{timedelta(seconds=int(row['remaining_time']))} left"
-        )
-
-    def validation(self, val_loss: float, final: bool = False) -> None:
-        """Logs a validation of the student."""
-        progress = self.run.progress
-        progress.val_loss = val_loss
-        row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
-        self.run.fabric.print(
-            f"{'final' if final else f'step {progress.step_count}'} | val loss {val_loss:.4f} | "
-            f"val perplexity {row['val_ppl']:.3f}"
-        )
-        where = {"iter": progress.iter_num, "step": progress.step_count, "tokens": self._tokens()}
-        self._write(where | row, progress.iter_num - (0 if final else 1), {}, row)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves what was done since the last step out of the next one's time."""
-        self.last_time = time.perf_counter()
-
-    def teacher_validation(self, val_loss: float) -> None:
-        """Logs the teacher's one validation."""
-        row = {"teacher_val_loss": val_loss, "teacher_val_ppl": perplexity(val_loss)}
-        self.run.fabric.print(f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}")
-        self._write({"iter": 0, "tokens": 0} | row, 0, {}, row)
-
-    def _tokens(self) -> int:
-        return self.run.progress.iter_num * self.run.schedule.tokens_per_iter
-
-    def _write(self, row: dict, step: int, more: dict, logged: dict | None = None) -> None:
-        self.run.fabric.log_dict((row if logged is None else logged) | more, step=step)
-        if self.file is not None:
-            self.file.write(row)
-
-    def finish(self) -> None:
-        """Draws the plot and sums the run up."""
-        run = self.run
-        if self.file is not None:
-            plot_training(self.file.path, run.out_dir / "training.png")
-        tokens = (run.progress.iter_num - self.first_iter) * run.schedule.tokens_per_iter * run.fabric.world_size
-        seconds = max(1e-9, run.progress.seconds - self.first_seconds)
-        run.fabric.print(f"Trained on {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
-        if run.fabric.device.type == "cuda":
-            run.fabric.print(f"Peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite instead of an overflow."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -3,6 +3,7 @@
 import inspect
 import json
 import typing
+from dataclasses import asdict
 from pathlib import Path
 
 import litgpt.pretrain
@@ -50,6 +51,7 @@ def tokenizer(folder, *, swapped=False):
 DIFFERENT = {
     "model_name": "a student checkpoint or sub-network may take its place, so it is optional",
     "out_dir": "out/distill instead of out/pretrain",
+    "train": "litgpt's arguments and some more",
 }
 ADDED = {"teacher_checkpoint_dir", "sub_network", "distill", "compile"}
 ADDED |= {"strategy", "teacher_placement", "activation_checkpointing"}
@@ -64,6 +66,8 @@ def test_arguments_are_those_of_litgpt_pretrain_field_by_field():
         assert our_types[name] == their_types[name], name
         assert ours[name].default == theirs[name].default, name
         assert ours[name].kind == theirs[name].kind, name
+    assert issubclass(our_types["train"], their_types["train"])
+    assert asdict(theirs["train"].default).items() <= asdict(ours["train"].default).items()
 
 
 def cli(*args):

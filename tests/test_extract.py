@@ -6,7 +6,7 @@ import litgpt.pretrain
 import pytest
 import torch
 import yaml
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import EvalArgs
 from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.finetune import full
@@ -17,6 +17,7 @@ from litgpt.utils import CLI, save_config
 from test_train import TokenData
 from texts import write_tokenizer
 
+from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import extract as command
 from litgpt_whittle.commands.extract import setup

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.loggers import CSVLogger
 from litgpt import GPT, Config
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from litgpt.utils import save_config
 from torch.utils.data import DataLoader, TensorDataset
 
-from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.curves import read_metrics

@@ -15,7 +15,7 @@ from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import Tokenizer
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
 from litgpt.model import GPT
@@ -30,7 +30,7 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights, save_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
@@ -114,8 +114,8 @@ def setup(
         resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
             ``out_dir``, or ``'auto'`` for the same but only if there is one. All settings must be those of the run.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
-        train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. Training ends at the first of
-            ``max_tokens``, ``max_steps`` and ``max_time``.
+        train: Training-related arguments. Training ends at the first of ``max_tokens``, ``max_steps`` and
+            ``max_time``.
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
         log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
         optimizer: An optimizer name (such as "AdamW") or config.
