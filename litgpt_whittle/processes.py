@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -19,6 +20,9 @@ from litgpt_whittle.errors import UserError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
+
+_n_spread = 0
+"""How often work was spread over the processes"""
 
 
 def n_devices(asked: int | str) -> int:
@@ -173,19 +177,39 @@ def gather(value: T) -> list[T]:
     try:
         distributed.all_gather_object(values, value)
     except RuntimeError as error:
-        if rank() == 0:
-            time.sleep(2)  # the watch knows which one, and how it ended
-        _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
+        _lost(error)
     return values
 
 
+def _lost(error: Exception) -> None:
+    if rank() == 0:
+        time.sleep(2)  # the watch knows which one, and how it ended
+    _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
+
+
 def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Applies a function to items, each on one of the processes; all of them get all results, in order."""
-    n = world_size()
-    for start in range(0, len(items), n):
-        own = items[start : start + n][rank() : rank() + 1]
-        results = gather(function(own[0]) if own else None)
-        yield from results[: len(items) - start]
+    """Applies a function to items, each on whichever process is free; all of them get all results, in order.
+
+    A process that waits for others' results is given its next item first, so that slow items hold nobody up.
+    """
+    if not distributed.is_initialized():
+        yield from map(function, items)
+        return
+    global _n_spread
+    _n_spread += 1  # the same on all processes, which call this in step
+    # what the processes found each other by; PyTorch gives no other way to it
+    store = distributed.PrefixStore(f"spread {_n_spread}", distributed.distributed_c10d._get_default_store())
+    n_given = 0
+    try:
+        while (own := store.add("next", 1) - 1) < len(items):
+            store.set(str(own), pickle.dumps(function(items[own])))
+            while n_given < len(items) and store.check([str(n_given)]):
+                yield pickle.loads(store.get(str(n_given)))
+                n_given += 1
+        for i in range(n_given, len(items)):
+            yield pickle.loads(store.get(str(i)))
+    except distributed.DistError as error:
+        _lost(error)
 
 
 def each(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
