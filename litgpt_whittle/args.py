@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Literal
 
 from litgpt_whittle.errors import UserError
@@ -101,7 +101,8 @@ def _term(name: str, settings: float | dict[str, float]) -> Term:
     for setting in settings:
         if setting not in known:
             raise UserError(f"distill.loss.{name} has no setting {setting!r}; it takes {', '.join(['weight', *known])}")
-    return Term(partial(loss, **settings) if settings else loss, weight)
+    # with the loss's attributes, which tell what it can learn from
+    return Term(update_wrapper(partial(loss, **settings), loss) if settings else loss, weight)
 
 
 def _ends(number: float | RampArgs) -> tuple[float, float]:

@@ -281,6 +281,8 @@ class _Scores:
         self._add_grad(grad)
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
+        if isinstance(teacher, SparseTargets):
+            teacher = teacher.to(self.logits.dtype)
         by_autograd = [term for term in objective.terms if term.loss is not forward_kl]
         if by_autograd:
             self._add_by_autograd(objective, by_autograd, teacher)
