@@ -51,7 +51,7 @@ DIFFERENT = {
     "model_name": "a student checkpoint or sub-network may take its place, so it is optional",
     "out_dir": "out/distill instead of out/pretrain",
 }
-ADDED = {"teacher_checkpoint_dir", "sub_network", "distill", "compile"}
+ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "distill", "compile"}
 
 
 def test_arguments_are_those_of_litgpt_pretrain_field_by_field():
