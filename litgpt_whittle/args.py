@@ -84,8 +84,8 @@ class DistillArgs:
         if not self.uses_teacher:
             return lambda done: Objective()
         losses = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
-        terms = tuple(_term(name, settings) for name, settings in losses.items())
-        if not terms or not any(term.weight for term in terms):
+        terms = tuple(term for term in (_term(name, settings) for name, settings in losses.items()) if term.weight)
+        if not terms:
             raise UserError(f"distill.loss must have a loss with a weight above 0, got {self.loss}")
         numbers = (self.alpha, self.beta, self.temperature)
         return lambda done: Objective(*(_at(number, done) for number in numbers), terms)
