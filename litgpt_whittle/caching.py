@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from tqdm import tqdm
 
 from litgpt_whittle.cache import (
@@ -51,6 +51,8 @@ class Pass(NamedTuple):
     batches: Iterable[Any]
     n_windows: int | None
     """How many there are, repeated ones counted; None where only reading tells"""
+    begins_alike: bool
+    """Whether a training begins with the same ones"""
 
 
 def whole_pass(loader: Any) -> Pass:
@@ -61,27 +63,14 @@ def whole_pass(loader: Any) -> Pass:
     stream, or a loader that isn't PyTorch's own, is read as it comes.
     """
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return Pass(loader, None)
+        return Pass(loader, None, True)
     set_epoch(loader, 0)
     is_fixed = callable(getattr(loader.sampler, "set_epoch", None))
     sampler = loader.sampler if is_fixed else SequentialSampler(loader.dataset)
     whole = DataLoader(
         loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, collate_fn=loader.collate_fn
     )
-    return Pass(whole, len(sampler))
-
-
-def check_first_tokens(loader: Any, max_tokens: int | None) -> None:
-    """Refuses to cache a part of data whose order is random: training would begin with another part.
-
-    Raises:
-        UserError: If it is.
-    """
-    if max_tokens is not None and isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise UserError(
-            f"max_tokens needs data whose order depends on its seed alone, such as HFText, got {max_tokens} for data "
-            "that is shuffled at random; leave max_tokens out, or give the data module less data"
-        )
+    return Pass(whole, len(sampler), is_fixed or isinstance(loader.sampler, SequentialSampler))
 
 
 def unique_windows(batches: Iterable[Any], seq_length: int, max_tokens: int | None = None) -> Iterator[Window]:

@@ -18,7 +18,7 @@ from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.batches import connect
 from litgpt_whittle.cache import INDEX, Contents, Index, differences, shard_path
-from litgpt_whittle.caching import check_first_tokens, whole_pass, write_cache
+from litgpt_whittle.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights
 from litgpt_whittle.codecs import make_codec, with_settings
 from litgpt_whittle.errors import UserError
@@ -107,10 +107,8 @@ def setup(
     L.seed_everything(seed, verbose=False)
     with fabric.rank_zero_first():
         connect(data, checkpoint_dir, train.micro_batch_size, length)
-    loader = data.train_dataloader()
-    check_first_tokens(loader, max_tokens)
-    whole = whole_pass(loader)
-    first_does(lambda: _check_shared(whole.n_windows is None, type(data).__name__))
+    whole = whole_pass(data.train_dataloader())
+    first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
     if rank() == 0:
         _write_index(out_dir, index, checkpoint_dir, teacher)
     barrier()
@@ -132,8 +130,13 @@ def _check(data: DataModule | None, temperature: float, max_tokens: int | None, 
         raise UserError(f"seed must be 0 or more, got {seed}; raise it")
 
 
-def _check_shared(is_stream: bool, name: str) -> None:
-    if is_stream and world_size() > 1:
+def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
+    if max_tokens is not None and not whole.begins_alike:
+        raise UserError(
+            f"max_tokens needs data whose order depends on its seed alone, such as HFText, got {max_tokens} for "
+            f"{name}, which shuffles at random; leave max_tokens out, or give the data module less data"
+        )
+    if whole.n_windows is None and world_size() > 1:
         raise UserError(
             f"several devices need data that can be read at any place, got {world_size()} for the stream of {name}; "
             "use --devices 1"
