@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Literal
 
 import litgpt.args
@@ -105,8 +105,8 @@ class DistillArgs:
         if not self.uses_teacher:
             return lambda done: Objective()
         losses = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
-        terms = tuple(_term(name, settings) for name, settings in losses.items())
-        if not terms or not any(term.weight for term in terms):
+        terms = tuple(term for term in (_term(name, settings) for name, settings in losses.items()) if term.weight)
+        if not terms:
             raise UserError(f"distill.loss must have a loss with a weight above 0, got {self.loss}")
         numbers = (self.alpha, self.beta, self.temperature)
         return lambda done: Objective(*(_at(number, done) for number in numbers), terms)
@@ -122,7 +122,8 @@ def _term(name: str, settings: float | dict[str, float]) -> Term:
     for setting in settings:
         if setting not in known:
             raise UserError(f"distill.loss.{name} has no setting {setting!r}; it takes {', '.join(['weight', *known])}")
-    return Term(partial(loss, **settings) if settings else loss, weight)
+    # with the loss's attributes, which tell what it can learn from
+    return Term(update_wrapper(partial(loss, **settings), loss) if settings else loss, weight)
 
 
 def _ends(number: float | RampArgs) -> tuple[float, float]:

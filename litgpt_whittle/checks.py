@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,12 @@ from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger
 
-from litgpt_whittle.args import TrainArgs
+from litgpt_whittle.args import RampArgs, TrainArgs
+from litgpt_whittle.cache import INDEX, Cache
+from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.objective import Term
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.resume import flatten
 
@@ -154,6 +159,54 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
     return None
 
 
+def check_cache(
+    cache: Cache,
+    terms: Sequence[Term],
+    temperature: float | RampArgs,
+    max_seq_length: int,
+    teacher_dir: Path | None,
+) -> None:
+    """Refuses a teacher's cache that a run cannot learn from.
+
+    Args:
+        cache: The cache.
+        terms: The losses.
+        temperature: `distill.temperature`.
+        max_seq_length: The run's.
+        teacher_dir: The teacher itself, where it is given too.
+
+    Raises:
+        UserError: If a loss needs more than was stored, if windows or temperature are others, or the teacher is.
+    """
+    contents, name = cache.contents, repr(str(cache.folder))
+    for loss in (term.loss for term in terms if term.weight):
+        if cache.codec.gives != "logits" and getattr(loss, "on_logits", False):
+            raise UserError(
+                f"{loss.__name__} needs all logits, the cache {name} has {cache.codec.gives}; choose a loss of "
+                "probabilities such as forward_kl, or cache the teacher with --codec full"
+            )
+        if cache.codec.gives == "samples" and not getattr(loss, "is_linear", False):
+            raise UserError(
+                f"{loss.__name__} is biased on the samples of the cache {name}; choose forward_kl or "
+                "soft_cross_entropy, or cache the teacher with --codec top_k"
+            )
+    if contents.temperature is not None and temperature != contents.temperature:
+        raise UserError(
+            f"distill.temperature must be {contents.temperature}, at which the cache {name} was made, got "
+            f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher at another"
+        )
+    if max_seq_length != contents.max_seq_length:
+        raise UserError(
+            f"train.max_seq_length must be {contents.max_seq_length}, as the cache {name} was made with, got "
+            f"{max_seq_length}; set --train.max_seq_length {contents.max_seq_length}"
+        )
+    if teacher_dir is not None and file_fingerprint(teacher_dir / WEIGHTS) != contents.weights:
+        raise UserError(
+            f"teacher_checkpoint_dir must be the teacher of the cache {name}, {contents.teacher}, got "
+            f"{str(teacher_dir)!r} with other weights; leave it out or choose the cache of this teacher"
+        )
+
+
 def default_data() -> DataModule:
     """litgpt's default corpus.
 
@@ -191,7 +244,11 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
 
 
 def run_settings(
-    arguments: dict[str, Any], student: Config, teacher: Config | None, teacher_dir: Path | None, precision: str
+    arguments: dict[str, Any],
+    student: Config,
+    teacher_dir: Path | None,
+    precision: str,
+    teacher_cache: Path | None = None,
 ) -> dict[str, Any]:
     """What decides the weights that a run ends with, by the names of the arguments.
 
@@ -203,7 +260,10 @@ def run_settings(
         settings.pop(name, None)
     settings["precision"] = precision
     settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
-    if teacher is not None:
+    if teacher_cache is not None:
+        # its checksums tell what is in it
+        settings["teacher_cache's index"] = _fingerprint(teacher_cache / INDEX)
+    elif teacher_dir is not None:
         settings["teacher_checkpoint_dir's weights"] = _fingerprint(teacher_dir / "lit_model.pth")
     return settings
 

@@ -104,3 +104,30 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"out_dir must be writable, got {str(folder)!r} ({error.strerror}); choose another or change permissions"
         ) from None
+
+
+def check_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Refuses to write more than the disk has room for.
+
+    Args:
+        folder: Where it goes; the folder need not be there yet.
+        n_bytes: How much.
+        what: What it is, for people.
+
+    Raises:
+        UserError: If there is less room.
+    """
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    free = shutil.disk_usage(nearest).free
+    if free < n_bytes:
+        raise UserError(
+            f"{what} takes {readable_size(n_bytes)} and {str(nearest)!r} has {readable_size(free)} left; free some "
+            "space or choose another out_dir"
+        )
+
+
+def readable_size(n_bytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from litgpt_whittle.losses import IGNORE_INDEX, forward_kl, wide
-from litgpt_whittle.objective import Objective, SparseTargets, Term, log_probabilities, log_rest
+from litgpt_whittle.objective import Objective, SparseTargets, Term, log_probabilities
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
@@ -281,6 +281,8 @@ class _Scores:
         self._add_grad(grad)
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
+        if isinstance(teacher, SparseTargets):
+            teacher = teacher.to(self.logits.dtype)
         by_autograd = [term for term in objective.terms if term.loss is not forward_kl]
         if by_autograd:
             self._add_by_autograd(objective, by_autograd, teacher)
@@ -304,20 +306,20 @@ class _Scores:
         log_s = F.log_softmax(self.logits / t, dim=-1)
         known, p = log_s.gather(1, teacher.ids), teacher.log_p.exp()
         kl = torch.where(p > 0, p * (teacher.log_p - known), 0.0).sum(-1, keepdim=True)
-        has_tail = teacher.log_tail is not None and teacher.ids.size(1) < log_s.size(1)
-        if has_tail:
-            behind = teacher.log_tail - log_rest(log_s, teacher.ids)
+        q, scale = log_s.exp_(), slope * self.share
+        if teacher.log_tail is not None and teacher.ids.size(1) < q.size(1):
+            # the known tokens' places in q are not needed again: without them it adds up to the tail
+            tail = q.scatter_(1, teacher.ids, 0.0).sum(-1, keepdim=True)
+            behind = teacher.log_tail - tail.clamp(min=torch.finfo(tail.dtype).tiny).log()
             kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * behind, 0.0)
+            if self.with_grad:
+                # a tail token's part of q_tail is scaled to the teacher's tail; where that underflows its tokens do too
+                q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
+        elif self.with_grad:
+            q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
         self.distill = self.distill + weight * (kl * self.share).sum()
-        if not self.with_grad:
-            return
-        grad = log_s.exp_()
-        if has_tail:
-            # a tail token's part of q_tail is scaled to the teacher's tail; where q_tail underflows its tokens do too
-            grad.mul_(1 - behind.clamp(max=80.0).exp()).scatter_(1, teacher.ids, known.exp() - p)
-        else:
-            grad.mul_(p.sum(-1, keepdim=True)).scatter_add_(1, teacher.ids, -p)
-        self._add_grad(grad.mul_(slope * self.share))
+        if self.with_grad:
+            self._add_grad(q)
 
     def _add_by_autograd(self, objective: Objective, terms: list[Term], teacher: torch.Tensor | SparseTargets) -> None:
         t = objective.temperature

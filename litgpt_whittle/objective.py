@@ -40,6 +40,10 @@ class SparseTargets(NamedTuple):
     log_tail: torch.Tensor | None
     """The log-probability of all other tokens together, shape (n, 1); None where the known ones are samples"""
 
+    def to(self, dtype: torch.dtype) -> SparseTargets:
+        """The same in another precision."""
+        return SparseTargets(self.ids, self.log_p.to(dtype), None if self.log_tail is None else self.log_tail.to(dtype))
+
 
 def log_probabilities(
     logits: torch.Tensor, teacher: torch.Tensor | SparseTargets, temperature: float

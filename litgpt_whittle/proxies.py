@@ -1,7 +1,7 @@
 """Fitness that no text is read for: how much a candidate keeps of the teacher's weights, of its units, of its layers.
 
-They rank candidates without a forward pass, and worse than a measured loss does (arXiv 2510.07227). Each score is the share
-that is lost, from 0 for the whole teacher to nearly 1, so that lower is better as everywhere.
+They rank candidates without a forward pass, and worse than a measured loss does (arXiv 2510.07227). Each score is the
+share that is lost, from 0 for the whole teacher to nearly 1, so that lower is better as everywhere.
 """
 
 from __future__ import annotations

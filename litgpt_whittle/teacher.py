@@ -1,4 +1,4 @@
-"""What a teacher says about a batch, by running it, behind an interface that a cached teacher can fill too."""
+"""What a teacher says about a batch: by running it, or from what was cached of it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Protocol
 
 import torch
 
+from litgpt_whittle.cache import Cache
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.head import HeadLosses, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.codecs import Codec
+from litgpt_whittle.head import HeadLosses, SoftTargets, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.objective import SparseTargets
 from litgpt_whittle.sharding import load_sharded
 
 
 class Teacher(Protocol):
     """Gives a batch's soft targets."""
 
-    def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
+    def __call__(self, input_ids: torch.Tensor) -> SoftTargets:
         """Soft targets for token ids of shape (B, T)."""
         ...
 
@@ -57,3 +60,42 @@ class LiveTeacher:
         """The teacher's own cross-entropy on a batch."""
         softcap = self.model.config.final_logit_softcapping
         return head_loss(hidden_states(self.model, input_ids), targets, softcap=softcap)
+
+
+class CachedTeacher:
+    """What was cached of a teacher, looked up by the content of each window.
+
+    Args:
+        cache: The cache.
+        device: Where the targets are wanted.
+    """
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+
+    def __call__(self, input_ids: torch.Tensor) -> CachedTargets:
+        """What is stored of the batch's windows; decoded chunk by chunk when it is asked for.
+
+        Raises:
+            UserError: As `Cache.targets` does.
+        """
+        stored = self.cache.targets(input_ids.cpu())
+        if self.device.type == "cuda":
+            stored = stored.pin_memory().to(self.device, non_blocking=True)  # does not wait for the step before
+        return CachedTargets(self.cache.codec, stored)
+
+
+class CachedTargets:
+    """Soft targets of one batch. Opaque to Fabric, as `TeacherLogits` is, so that nothing in it is cast.
+
+    Args:
+        codec: What decodes them.
+        stored: Shape (B · T, *codec.shape).
+    """
+
+    def __init__(self, codec: Codec, stored: torch.Tensor) -> None:
+        self.codec, self.stored = codec, stored
+
+    def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
+        """About tokens `start` to `stop`, for the caller to overwrite."""
+        return self.codec.decode(self.stored[start:stop])

@@ -300,6 +300,7 @@ def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
     if run.job.teacher_score is not None:
         with _random_state_kept(run):
             log.teacher_validation(validate(run, run.job.teacher_score, eval.max_iters))
+        run.job.teacher_score = None  # so that nothing keeps a teacher in memory that is not trained with
     if eval.initial_validation:
         log.validation(validate(run, run.job.score, eval.max_iters))
     else:

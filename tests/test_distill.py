@@ -53,7 +53,7 @@ DIFFERENT = {
     "out_dir": "out/distill instead of out/pretrain",
     "train": "litgpt's arguments and some more",
 }
-ADDED = {"teacher_checkpoint_dir", "sub_network", "distill", "compile"}
+ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "distill", "compile"}
 ADDED |= {"strategy", "teacher_placement", "activation_checkpointing"}
 
 

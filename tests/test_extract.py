@@ -1,6 +1,7 @@
 """`litgpt extract`: what it writes opens in stock litgpt, and what it refuses."""
 
 import json
+import shutil
 
 import litgpt.pretrain
 import pytest
@@ -217,8 +218,8 @@ def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
 
 def test_a_full_disk_is_told_before_anything_is_cut(checkpoint, tmp_path, monkeypatch):
     SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
-    usage = command.shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda *_: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda *_: usage)
     with pytest.raises(UserError, match="free some"):
         setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student")
     assert not (tmp_path / "student").exists()

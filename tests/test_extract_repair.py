@@ -16,7 +16,6 @@ from litgpt.utils import save_config
 from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.commands import extract as command
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
@@ -174,7 +173,7 @@ def test_mistakes_are_told_before_anything_is_written(folder, tmp_path, changes,
 
 def test_a_disk_too_small_for_the_streams_is_told(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: usage._replace(free=200_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200_000))
     with pytest.raises(UserError, match="the repair's scratch files takes .* has 0.2 MB left; free some space"):
         extract(folder, tmp_path / "s")
     assert not list(tmp_path.iterdir())

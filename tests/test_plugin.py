@@ -48,6 +48,7 @@ def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strang
         "rank",
         "extract",
         "distill",
+        "cache_teacher",
         "greet",
         "Say hello.",
         "Cut a sub-network out of a checkpoint.",

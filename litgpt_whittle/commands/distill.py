@@ -31,9 +31,11 @@ from litgpt.utils import (
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs, TrainArgs
+from litgpt_whittle.cache import Cache
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights, save_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
+    check_cache,
     check_devices,
     check_pair,
     check_tokenizers,
@@ -57,7 +59,7 @@ from litgpt_whittle.resume import (
 from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
-from litgpt_whittle.teacher import LiveTeacher
+from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.train import Job, Run, Schedule, fit, load_data
 
 TEACHER_SHARE = 0.4
@@ -92,6 +94,7 @@ def setup(
     logger_name: LoggerChoice = "tensorboard",
     seed: int = 42,
     teacher_checkpoint_dir: Path | None = None,
+    teacher_cache: Path | None = None,
     sub_network: Path | None = None,
     distill: DistillArgs = DistillArgs(),
     compile: bool = True,
@@ -125,7 +128,10 @@ def setup(
             teacher's.
         logger_name: The name of the logger to send metrics to.
         seed: The random seed to use for reproducibility.
-        teacher_checkpoint_dir: The teacher's litgpt checkpoint directory. Needed unless ``distill.beta`` is 0.
+        teacher_checkpoint_dir: The teacher's litgpt checkpoint directory. Needed unless there is a ``teacher_cache``
+            or ``distill.beta`` is 0.
+        teacher_cache: What ``litgpt cache_teacher`` wrote of the teacher on the same data. No teacher is run then, but
+            for its one validation where ``teacher_checkpoint_dir`` is given too.
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
         distill: What the student learns from.
         compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
@@ -146,20 +152,26 @@ def setup(
     devices = check_devices(devices, num_nodes, train)
     teacher_dir = _checkpoint_dir(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
-    if teacher_dir is None and distill.uses_teacher:
+    if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
         raise UserError(
-            f"distill.beta = {distill.beta} needs a teacher; set --teacher_checkpoint_dir, or --distill.beta 0 to "
-            "train without one"
+            f"distill.beta = {distill.beta} needs a teacher; set --teacher_checkpoint_dir or --teacher_cache, or "
+            "--distill.beta 0 to train without one"
         )
+    cache = Cache(teacher_cache) if teacher_cache is not None and distill.uses_teacher else None
     resume_dir = find_resume(resume, out_dir)
     student_dir = _checkpoint_dir(resume_dir or initial_checkpoint_dir)
     student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
     used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
-    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, used_dir)
+    if cache is not None:
+        used_teacher = cache.teacher_config
+    speaking_dir = used_dir if cache is None else cache.folder
+    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, speaking_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
+    if cache is not None:
+        check_cache(cache, objectives(0.0).terms, distill.temperature, seq_length, used_dir)
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
-    settings = run_settings(arguments, student.config, used_teacher, teacher_dir, precision)
+    settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
     state = None if resume_dir is None else load_training_state(resume_dir)
     if state is not None:
         check_settings(state["settings"], settings)
@@ -175,6 +187,7 @@ def setup(
         seed=seed,
         student=student,
         teacher_dir=used_dir,
+        cache=cache,
         data=data,
         out_dir=out_dir,
         tokenizer_dir=tokenizer_dir,
@@ -199,6 +212,7 @@ def main(
     seed: int,
     student: Student,
     teacher_dir: Path | None,
+    cache: Cache | None,
     data: DataModule,
     out_dir: Path,
     tokenizer_dir: Path | None,
@@ -229,15 +243,19 @@ def main(
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
-    teacher = None if teacher_dir is None else load_teacher(fabric, teacher_dir, seq_length, teacher_placement)
+    # one that is cached is run for its validation only, before training
+    is_run = teacher_dir is not None and (cache is None or state is None)
+    live = load_teacher(fabric, teacher_dir, seq_length, teacher_placement) if is_run else None
+    teacher = live if cache is None else CachedTeacher(cache, fabric.device)
 
     def save(folder: Path, training_state: dict[str, Any]) -> None:
         weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         if fabric.global_rank == 0:
             save_student(folder, model, weights, tokenizer_dir, student.sub_network, arguments, training_state)
 
-    job = make_job(root, losses_of, optimizer, teacher, objectives, save)
-    job.flops_per_iter = count_flops(model, teacher, train.micro_batch_size, seq_length)
+    job = make_job(root, losses_of, optimizer, teacher, live, objectives, save)
+    job.flops_per_iter = count_flops(model, live if cache is None else None, train.micro_batch_size, seq_length)
+    del live  # a cached one is gone after its validation
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
     run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
     if state is not None:
@@ -361,11 +379,22 @@ def make_job(
     root: Any,
     losses_of: LossModel,
     optimizer: Any,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
+    live: LiveTeacher | None,
     objectives: Callable[[float], Objective],
     save: Callable,
 ) -> Job:
-    """What the training loop does with a batch; `losses_of` is the model within the `root`, which Fabric set up."""
+    """What the training loop does with a batch.
+
+    Args:
+        root: What Fabric set up.
+        losses_of: The model within.
+        optimizer: Its optimizer.
+        teacher: What the student learns from.
+        live: The teacher that can be validated.
+        objectives: What is learned when a share of the training is done.
+        save: Writes a checkpoint.
+    """
 
     def step(input_ids, targets, backward, done):
         losses_of.objective = objectives(done)
@@ -376,7 +405,7 @@ def make_job(
     def score(input_ids, targets):
         return root(input_ids, targets).ce
 
-    teacher_score = None if teacher is None else lambda input_ids, targets: teacher.losses(input_ids, targets).ce
+    teacher_score = None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce
     return Job(root, optimizer, step, score, save, teacher_score)
 
 

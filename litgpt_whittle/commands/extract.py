@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -21,7 +20,7 @@ from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, s
 from litgpt_whittle.curves import plot_repair
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
+from litgpt_whittle.files import check_space, check_writable, readable_size
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import launch, leave, n_devices, rank
@@ -74,7 +73,8 @@ def setup(
     tied = is_tied(weights)
     as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
     counts = _counts(subnet, tied)
-    _check_space(out_dir, max(counts["n_params"], counts.get("n_params_padded", 0)) * as_type.itemsize)
+    n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
+    check_space(out_dir, n_stored * as_type.itemsize, "the student")
 
     n = n_devices(devices)
     if n > 1 and not repair:
@@ -137,18 +137,6 @@ def _check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> No
         raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 
-def _check_space(out_dir: Path, n_bytes: int, what: str = "the student") -> None:
-    nearest = out_dir.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    free = shutil.disk_usage(nearest).free
-    if free < n_bytes:
-        raise UserError(
-            f"{what} takes {_size(n_bytes)} and {str(nearest)!r} has {_size(free)} left; free some "
-            "space or choose another out_dir"
-        )
-
-
 def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     """Parameters of student and teacher; of the student's padded stock form too, where that is larger."""
     counts = {
@@ -171,7 +159,7 @@ def _open_scratch(
     """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
     n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
     # a stream of each model before and behind a block, and the teacher's within it
-    _check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
+    check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
     digest = hashlib.sha256(windows.numpy().tobytes())
     digest.update(repr([keys, tuple(windows.shape), _version()]).encode())
     folder = out_dir.resolve()
@@ -223,7 +211,9 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
             f"to {counts['n_params_padded']:,} parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
     weights = out_dir / WEIGHTS
-    return "\n".join([*lines, f"Saved {weights} ({_size(weights.stat().st_size)}). Try: litgpt generate {out_dir}"])
+    return "\n".join(
+        [*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). Try: litgpt generate {out_dir}"]
+    )
 
 
 def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:
@@ -248,8 +238,3 @@ def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:
 
 def _span(sizes: list[int]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-
-
-def _size(n_bytes: int) -> str:
-    """Bytes as people read them."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,200 @@
+"""`litgpt cache_teacher`: write what a teacher says about a corpus once, for many students to learn from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir, save_config
+
+import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.amounts import parse_amount
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.batches import connect
+from litgpt_whittle.cache import INDEX, Contents, Index, differences, shard_path
+from litgpt_whittle.caching import Pass, whole_pass, write_cache
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights
+from litgpt_whittle.codecs import make_codec, with_settings
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.processes import barrier, first_does, launch, leave, n_devices, rank, world_size
+from litgpt_whittle.resume import describe, flatten
+from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.teacher import LiveTeacher
+
+
+@dataclass
+class WindowArgs(BatchArgs):
+    """How the teacher sees the data"""
+
+    max_seq_length: int | None = None
+    """Length of samples, as ``litgpt distill`` will have it; by default the teacher's block size"""
+
+
+def setup(
+    checkpoint_dir: Path,
+    data: DataModule | None = None,
+    out_dir: Path = Path("out/teacher_cache"),
+    codec: str | dict[str, dict[str, Any]] = "sampled",
+    temperature: float = DistillArgs.temperature,
+    train: WindowArgs = WindowArgs(),
+    max_tokens: int | None = None,
+    precision: Literal["bf16-true", "16-true", "32-true", None] = None,
+    devices: int | str = 1,
+    shard_size: str = "64MB",
+    resume: bool = False,
+    seed: int = 42,
+) -> None:
+    """Write what a teacher says about a corpus, for students to learn from without it.
+
+    Train with ``litgpt distill --teacher_cache``, with the same data, tokenizer and ``train.max_seq_length``.
+
+    Arguments:
+        checkpoint_dir: The teacher's checkpoint directory.
+        data: What the students will be trained on: the training part of any litgpt data module, or
+            ``--data HFText --data.path PATH``.
+        out_dir: Where the cache goes.
+        codec: What is kept of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or that and its
+            settings: ``sampled``, 12 random draws that are right on average (``{sampled: {draws: 12}}``); ``top_k``,
+            the most likely tokens and the mass of all others (``{top_k: {k: 64}}``); ``full``, all logits.
+        temperature: Divides logits before they become probabilities; the students' ``distill.temperature``. The codec
+            ``full`` serves any.
+        train: How the teacher sees the data.
+        max_tokens: Stop after this many tokens, the first ones that a training sees; by default all are cached.
+        precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
+        devices: Devices that share the work: GPUs, or processes on a CPU's cores. The cache is the same with any
+            number of them.
+        shard_size: The size of the files, which is also what is lost when caching is interrupted.
+        resume: Continue the cache in ``out_dir``. All else must be the same.
+        seed: The seed of random draws and of the data's order.
+    """
+    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
+    _check(data, temperature, max_tokens, seed)
+    check_writable(out_dir)
+    teacher = check_checkpoint(checkpoint_dir)
+    n = n_devices(devices)
+    if (length := train.max_seq_length or teacher.block_size) > teacher.block_size:
+        raise UserError(
+            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {length}; "
+            "lower it"
+        )
+    gives = make_codec(codec, teacher.padded_vocab_size, temperature).gives
+    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    read_weights(checkpoint_dir)  # so that damaged ones are told before the data is read
+    contents = Contents(
+        teacher=teacher.name,
+        weights=file_fingerprint(checkpoint_dir / WEIGHTS),
+        vocab_size=teacher.padded_vocab_size,
+        codec=with_settings(codec),
+        temperature=None if gives == "logits" else float(temperature),
+        seed=seed,
+        precision=precision,
+        max_seq_length=length,
+        max_tokens=max_tokens,
+        micro_batch_size=train.micro_batch_size,
+        shard_bytes=int(parse_amount(shard_size, "bytes")),
+        data=_described(data),
+    )
+    index = _begin(out_dir, contents, resume)
+    fabric = launch(n)
+    L.seed_everything(seed, verbose=False)
+    with fabric.rank_zero_first():
+        connect(data, checkpoint_dir, train.micro_batch_size, length)
+    whole = whole_pass(data.train_dataloader())
+    first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
+    if rank() == 0:
+        _write_index(out_dir, index, checkpoint_dir, teacher)
+    barrier()
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device)
+    index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0)
+    if leave():
+        print(summary(out_dir, index))
+
+
+def _check(data: DataModule | None, temperature: float, max_tokens: int | None, seed: int) -> None:
+    if data is None:
+        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature must be above 0, got {temperature}; {DistillArgs.temperature} is distill's")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, got {max_tokens}; leave it out for all")
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}; raise it")
+
+
+def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
+    if max_tokens is not None and not whole.begins_alike:
+        raise UserError(
+            f"max_tokens needs data whose order depends on its seed alone, such as HFText, got {max_tokens} for "
+            f"{name}, which shuffles at random; leave max_tokens out, or give the data module less data"
+        )
+    if whole.n_windows is None and world_size() > 1:
+        raise UserError(
+            f"several devices need data that can be read at any place, got {world_size()} for the stream of {name}; "
+            "use --devices 1"
+        )
+
+
+def _described(data: DataModule) -> dict[str, Any]:
+    """The data module's class and settings, without how fast it is read."""
+    settings = flatten(describe(data))
+    settings.pop("init_args.num_workers", None)
+    return settings
+
+
+def _begin(out_dir: Path, contents: Contents, resume: bool) -> Index:
+    """The index to go on with.
+
+    Raises:
+        UserError: If there is a cache and should be none, none and should be one, or one of other contents.
+    """
+    if not (out_dir / INDEX).is_file():
+        if resume:
+            raise UserError(f"there is nothing to resume in out_dir {str(out_dir)!r}; leave --resume out to begin")
+        if out_dir.is_dir() and any(not path.name.startswith(".") for path in out_dir.iterdir()):
+            raise UserError(f"out_dir must be empty or new, got {str(out_dir)!r}; choose another")
+        return Index(contents)
+    if not resume:
+        raise UserError(
+            f"{str(out_dir)!r} holds a cache already; continue it with --resume true or choose another out_dir"
+        )
+    index = Index.read(out_dir)
+    if differ := differences(index.contents, contents):
+        raise UserError(
+            f"a resumed cache must keep its settings: {', '.join(differ)}; change back or choose another out_dir"
+        )
+    return index
+
+
+def _write_index(out_dir: Path, index: Index, checkpoint_dir: Path, teacher: Config) -> None:
+    """The index, and what a student is checked against: the teacher's config and tokenizer."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    index.write(out_dir)
+    copy_config_files(checkpoint_dir, out_dir)
+    save_config(teacher, out_dir)
+
+
+def summary(out_dir: Path, index: Index) -> str:
+    """What was written, for people."""
+    n_windows = sum(shard.n_windows for shard in index.shards)
+    n_bytes = sum(shard_path(out_dir, i).stat().st_size for i in range(len(index.shards)))
+    n_tokens = n_windows * index.length
+    ((codec, settings),) = index.contents.codec.items()
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    flags = "" if index.contents.temperature is None else f" --distill.temperature {index.contents.temperature}"
+    return "\n".join(
+        [
+            f"Cached {index.contents.teacher} with {codec}{f' ({shown})' if shown else ''}:",
+            f"  {n_tokens:,} tokens in {n_windows:,} different windows of {index.length}",
+            f"  {n_bytes / n_tokens:.2f} bytes per token, {readable_size(n_bytes)} in {len(index.shards)} shards",
+            f"The cache is in {out_dir}. Try: litgpt distill --teacher_cache {out_dir}{flags}",
+        ]
+    )
