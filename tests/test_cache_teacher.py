@@ -26,10 +26,10 @@ from litgpt_whittle.commands import cache_teacher as command
 from litgpt_whittle.commands.cache_teacher import WindowArgs, setup
 from litgpt_whittle.curves import read_metrics
 from litgpt_whittle.data import HFText
+from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.head import LossModel
 from litgpt_whittle.objective import Objective
-from litgpt_whittle.resume import DataStream
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher
 from litgpt_whittle.train import split_batch
 
