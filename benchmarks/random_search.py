@@ -1,4 +1,4 @@
-"""How much sooner a search that learns, and races its candidates, finds what random search finds in 300 evaluations.
+"""How much sooner a search that learns, predicts and races finds what random search finds in 300 evaluations.
 
 Both score candidates of the same bin on the same data; random search sees all of it with each. Compared are the time
 that candidates took until one is as good, and the tokens that they saw. Searches go on where they were interrupted.
@@ -28,15 +28,16 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=150, help="evaluations of the other one, at most")
     parser.add_argument("--batches", type=int, default=8, help="validation batches of 4 samples")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--strategy", default="EvoPress")
+    parser.add_argument("--strategy", default="Evolution")
+    parser.add_argument("--surrogate", default="filter", choices=("filter", "none"))
     args = parser.parse_args()
     data = Data(args)
     ratios: dict[str, list[float]] = {"seconds": [], "tokens": []}
     for seed in args.seeds:
         same = [f"--seed={seed}", f"--eval.max_iters={args.batches}"]
         rival = search(data, OUT / f"random-{seed}", args.random, "--strategy=RandomSearch", *same)
-        flags = [f"--strategy={args.strategy}", "--racing=true", *same]
-        ours = search(data, OUT / f"{args.strategy}-{seed}", args.iterations, *flags)
+        flags = [f"--strategy={args.strategy}", "--racing=true", f"--surrogate.mode={args.surrogate}", *same]
+        ours = search(data, OUT / f"{args.strategy}-{args.surrogate}-{seed}", args.iterations, *flags)
         (best,) = best_of(rival).values()
         target = best.score("perplexity")
         n = reaches(ours, target)
@@ -45,7 +46,7 @@ def main() -> None:
             values.append(spent[n - 1] / sum(getattr(evaluation, what) for evaluation in rival) if n else math.inf)
         at = f"after {n} candidates" if n else f"never in {len(ours)}"
         print(
-            f"seed {seed}: random search finds {target:.1f} in {len(rival)} evaluations, {args.strategy} with a race "
+            f"seed {seed}: random search finds {target:.1f} in {len(rival)} evaluations, {args.strategy} "
             f"{at}: {ratios['seconds'][-1]:.3f} of the time, {ratios['tokens'][-1]:.3f} of the tokens",
             flush=True,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Literal
 
@@ -61,6 +61,33 @@ class RampArgs:
 
 
 @dataclass
+class HiddenArgs:
+    """How far the student's residual stream is from the teacher's, layer by layer"""
+
+    weight: float = 0.0
+    """The weight, in the loss, of the stream behind each layer; 0 leaves it out"""
+    attention: float = 0.0
+    """The weight of what attention adds to the stream"""
+    loss: Literal["mse", "cosine"] = "mse"
+    """The mean squared difference, relative to the teacher's mean square, or 1 - the cosine"""
+    layers: list[int] | None = None
+    """Which of the student's layers, from 0; by default all"""
+    projection: bool = False
+    """Learn a linear map to the teacher's channels, for students that did not come from the teacher. Their layers are
+    matched with those at the same depth"""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "attention"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"distill.hidden.{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it counts."""
+        return bool(self.weight or self.attention)
+
+
+@dataclass
 class DistillArgs:
     """What a student learns from: loss = alpha · CE + beta · T² · loss(teacher, student).
 
@@ -79,6 +106,8 @@ class DistillArgs:
     """Weight of the distance to the teacher. With 0 no teacher is needed or loaded"""
     temperature: float | RampArgs = 0.9
     """Divides the logits of both before the distance is taken"""
+    hidden: HiddenArgs = field(default_factory=HiddenArgs)
+    """What is added to the loss for the student's residual stream"""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -94,7 +123,7 @@ class DistillArgs:
     @property
     def uses_teacher(self) -> bool:
         """Whether the teacher has a say at any time."""
-        return any(_ends(self.beta))
+        return any(_ends(self.beta)) or self.hidden.is_used
 
     def objectives(self) -> Callable[[float], Objective]:
         """From the share of the training that is done to what is then learned from.

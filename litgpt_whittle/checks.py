@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger
 
-from litgpt_whittle.args import RampArgs, TrainArgs
+from litgpt_whittle.args import DistillArgs, HiddenArgs, TrainArgs
 from litgpt_whittle.cache import INDEX, Cache
 from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.errors import UserError
@@ -162,7 +162,7 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
 def check_cache(
     cache: Cache,
     terms: Sequence[Term],
-    temperature: float | RampArgs,
+    distill: DistillArgs,
     max_seq_length: int,
     teacher_dir: Path | None,
 ) -> None:
@@ -171,14 +171,16 @@ def check_cache(
     Args:
         cache: The cache.
         terms: The losses.
-        temperature: `distill.temperature`.
+        distill: What is learned.
         max_seq_length: The run's.
         teacher_dir: The teacher itself, where it is given too.
 
     Raises:
         UserError: If a loss needs more than was stored, if windows or temperature are others, or the teacher is.
     """
-    contents, name = cache.contents, repr(str(cache.folder))
+    contents, name, temperature = cache.contents, repr(str(cache.folder)), distill.temperature
+    if distill.hidden.is_used:
+        raise UserError(f"distill.hidden needs a teacher that runs, and the cache {name} has its predictions only")
     for loss in (term.loss for term in terms if term.weight):
         if cache.codec.gives != "logits" and getattr(loss, "on_logits", False):
             raise UserError(
@@ -204,6 +206,28 @@ def check_cache(
         raise UserError(
             f"teacher_checkpoint_dir must be the teacher of the cache {name}, {contents.teacher}, got "
             f"{str(teacher_dir)!r} with other weights; leave it out or choose the cache of this teacher"
+        )
+
+
+def check_hidden(args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None) -> None:
+    """Refuses to match streams where it is not known what belongs together.
+
+    Args:
+        args: What is matched.
+        n_layer: The student's layers.
+        sub_network: Which part of its teacher the student is, where that is known.
+
+    Raises:
+        UserError: If a layer does not exist, or the student did not come from a teacher and nothing is learned in
+            between.
+    """
+    missing = [layer for layer in args.layers or () if not 0 <= layer < n_layer]
+    if missing:
+        raise UserError(f"distill.hidden.layers must be among the student's 0 … {n_layer - 1}, got {missing[0]}")
+    if args.is_used and not args.projection and sub_network is None:
+        raise UserError(
+            "distill.hidden compares channels with those that they came from, and this student has no "
+            "sub_network.yaml; add --distill.hidden.projection true to learn which belong together"
         )
 
 

@@ -7,6 +7,7 @@ the next chunk's: forward computes the gradients too, and backward only hands th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -87,9 +88,13 @@ class TeacherLogits:
     Args:
         head_input: The teacher's hidden states and head.
         softcap: litgpt's `final_logit_softcapping`.
+        streams: What its stream was at the places that are matched, each (B, T, n_embd).
     """
 
-    def __init__(self, head_input: HeadInput, softcap: float | None = None) -> None:
+    def __init__(
+        self, head_input: HeadInput, softcap: float | None = None, streams: Mapping[Any, torch.Tensor] | None = None
+    ) -> None:
+        self.streams = streams or {}
         self.hidden = head_input.hidden.reshape(-1, head_input.hidden.size(-1))
         self.weight, self.bias = head_input.weight, head_input.bias
         self.softcap = softcap
@@ -105,6 +110,8 @@ class HeadLosses(NamedTuple):
     loss: torch.Tensor
     ce: torch.Tensor
     distill: torch.Tensor
+    hidden: torch.Tensor | None = None
+    """Where the stream is matched too: that part, with its weight"""
 
 
 class LossModel(nn.Module):
@@ -114,15 +121,16 @@ class LossModel(nn.Module):
 
     Args:
         model: The litgpt model; its head is replaced by a `HeadTap` with the same parameters.
+        hidden: Adds a distance between the two models' streams (`litgpt_whittle.hidden`).
     """
 
     objective = Objective()
     """What `loss` is. No argument, because Fabric's wrapper would take it apart, nor a part of the compiled graph."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, hidden: nn.Module | None = None) -> None:
         super().__init__()
         tap_head(model)
-        self.model = model
+        self.model, self.hidden = model, hidden
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, teacher: SoftTargets | None = None) -> HeadLosses:
         """Losses of one batch.
@@ -133,7 +141,15 @@ class LossModel(nn.Module):
             teacher: What the teacher says about `input_ids`; without, the loss has no part for it.
         """
         softcap = self.model.config.final_logit_softcapping
-        return head_loss(hidden_states(self.model, input_ids), targets, self.objective, teacher, softcap)
+        is_matched = self.hidden is not None and teacher is not None
+        if is_matched:
+            self.hidden.watch.is_on = True
+        losses = head_loss(hidden_states(self.model, input_ids), targets, self.objective, teacher, softcap)
+        if not is_matched:
+            return losses
+        self.hidden.watch.is_on = False
+        matched = self.hidden(teacher.streams)
+        return losses._replace(loss=losses.loss + matched, hidden=matched.detach())
 
 
 @torch.compiler.disable

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from litgpt.model import GPT
+from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,6 +49,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor
     full = tensor.full_tensor()
     return full.cpu() if rank() == 0 else None
+
+
+def whole_state(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's weights as one process alone would have them, on the first process; all must ask for them."""
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+
+
+def load_whole_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Undoes `whole_state`, over any number of processes."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(_like(state[name], tensor))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

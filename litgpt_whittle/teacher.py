@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from litgpt_whittle.cache import Cache
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.codecs import Codec
 from litgpt_whittle.head import HeadLosses, SoftTargets, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.hidden import Place, Watch
 from litgpt_whittle.objective import SparseTargets
 from litgpt_whittle.sharding import load_sharded
 
@@ -34,6 +36,8 @@ class LiveTeacher:
         is_sharded: Whether its weights are spread over the processes (FSDP2), which then run it together.
     """
 
+    _watch: Watch | None = None
+
     def __init__(
         self,
         checkpoint_dir: Path,
@@ -50,10 +54,17 @@ class LiveTeacher:
         # positions need fp32 whatever the weights are
         self.model.cos, self.model.sin = self.model.rope_cache(device=device)
 
+    def watch(self, places: Iterable[Place]) -> None:
+        """Has the stream at some places given with the logits."""
+        self._watch = Watch(self.model, set(places))
+        self._watch.is_on = True
+
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
         """The teacher's logits, made chunk by chunk when they are asked for."""
-        return TeacherLogits(hidden_states(self.model, input_ids), self.model.config.final_logit_softcapping)
+        head_input = hidden_states(self.model, input_ids)
+        streams = None if self._watch is None else self._watch.take()
+        return TeacherLogits(head_input, self.model.config.final_logit_softcapping, streams)
 
     @torch.no_grad()
     def losses(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:

@@ -32,7 +32,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.processes import Termination
 from litgpt_whittle.resume import find_resume, generator_states, rng_state, set_generator_states, set_rng_state
-from litgpt_whittle.sharding import load_optimizer_state, optimizer_state
+from litgpt_whittle.sharding import load_optimizer_state, load_whole_state, optimizer_state, whole_state
 from litgpt_whittle.train_log import TrainLog
 
 Backward = Callable[[torch.Tensor], None]
@@ -59,6 +59,8 @@ class Job:
     save: Callable[[Path, dict[str, Any]], None]
     """Writes a checkpoint directory with the weights and the given training state, whole or not at all"""
     teacher_score: Score | None = None
+    helper: nn.Module | None = None
+    """Trained with the model, and no part of what is saved of it: learned projections between two models"""
     flops_per_iter: int = 0
     """Floating-point operations of one micro-batch, for the throughput monitor"""
 
@@ -137,6 +139,7 @@ class Run:
         """All that a checkpoint needs besides the weights; loads with `weights_only=True`."""
         return {
             "optimizer": optimizer_state(self.job.optimizer),
+            "helper": {} if self.job.helper is None else whole_state(self.job.helper),
             "iter_num": self.progress.iter_num,
             "accumulation": self.schedule.accumulation,
             "step_count": self.progress.step_count,
@@ -152,6 +155,8 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `training_state` was taken. The weights are the caller's to load."""
         load_optimizer_state(self.job.optimizer, state["optimizer"])
+        if self.job.helper is not None:
+            load_whole_state(self.job.helper, state["helper"])
         # with another number of devices there are more or fewer iterations to a step
         iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
         self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])

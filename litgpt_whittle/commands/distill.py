@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pprint
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +31,12 @@ from litgpt.utils import (
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.cache import Cache
-from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights, save_checkpoint
+from litgpt_whittle.checkpoint import check_checkpoint, read_weights, save_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
     check_cache,
     check_devices,
+    check_hidden,
     check_pair,
     check_tokenizers,
     default_data,
@@ -47,6 +47,7 @@ from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
 from litgpt_whittle.head import LossModel
+from litgpt_whittle.hidden import HiddenLoss
 from litgpt_whittle.objective import Objective
 from litgpt_whittle.processes import free_memory, launch
 from litgpt_whittle.resume import (
@@ -56,9 +57,9 @@ from litgpt_whittle.resume import (
     find_resume,
     load_training_state,
 )
-from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole
-from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
+from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole_state
+from litgpt_whittle.student import BASIS, Student
+from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.train import Job, Run, Schedule, fit, load_data
 
@@ -168,7 +169,8 @@ def setup(
     tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, speaking_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
     if cache is not None:
-        check_cache(cache, objectives(0.0).terms, distill.temperature, seq_length, used_dir)
+        check_cache(cache, objectives(0.0).terms, distill, seq_length, used_dir)
+    check_hidden(distill.hidden, student.config.n_layer, student.sub_network)
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
     settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
@@ -194,7 +196,7 @@ def setup(
         train=train,
         eval=eval,
         optimizer=optimizer,
-        objectives=objectives,
+        distill=distill,
         compile=compile,
         teacher_placement=teacher_placement,
         activation_checkpointing=activation_checkpointing,
@@ -219,7 +221,7 @@ def main(
     train: TrainArgs,
     eval: EvalArgs,
     optimizer: str | dict,
-    objectives: Callable[[float], Objective],
+    distill: DistillArgs,
     compile: bool,
     teacher_placement: str,
     activation_checkpointing: bool,
@@ -236,7 +238,11 @@ def main(
         model.load_state_dict(student.weights())
     if activation_checkpointing:
         checkpoint_activations(model)
-    losses_of = LossModel(model)
+    hidden = None
+    if distill.hidden.is_used:
+        hidden = HiddenLoss(model, check_checkpoint(teacher_dir), distill.hidden, student.sub_network, student.basis)
+        hidden.to(fabric.device)
+    losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = instantiate_torch_optimizer(optimizer, root.parameters(), fused=fabric.device.type == "cuda")
     optimizer = fabric.setup_optimizers(optimizer)
@@ -247,13 +253,16 @@ def main(
     is_run = teacher_dir is not None and (cache is None or state is None)
     live = load_teacher(fabric, teacher_dir, seq_length, teacher_placement) if is_run else None
     teacher = live if cache is None else CachedTeacher(cache, fabric.device)
+    if hidden is not None:
+        live.watch(hidden.pairs.values())
 
     def save(folder: Path, training_state: dict[str, Any]) -> None:
-        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        weights = whole_state(model)
         if fabric.global_rank == 0:
-            save_student(folder, model, weights, tokenizer_dir, student.sub_network, arguments, training_state)
+            save_student(folder, model, weights, tokenizer_dir, student, arguments, training_state)
 
-    job = make_job(root, losses_of, optimizer, teacher, live, objectives, save)
+    job = make_job(root, losses_of, optimizer, teacher, live, distill.objectives(), save)
+    job.helper = hidden
     job.flops_per_iter = count_flops(model, live if cache is None else None, train.micro_batch_size, seq_length)
     del live  # a cached one is gone after its validation
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
@@ -266,77 +275,6 @@ def main(
 
 def _checkpoint_dir(path: Path | None) -> Path | None:
     return None if path is None else extend_checkpoint_dir(Path(path))
-
-
-@dataclass
-class Student:
-    """Where the student comes from; nothing is loaded yet."""
-
-    config: Config
-    build: Callable[[], GPT]
-    """Makes the model, with any weights"""
-    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    """Reads its weights; `None` where they start random"""
-    sub_network: dict[str, Any] | None = None
-    """Which part of its teacher it is, where that is known"""
-
-    @classmethod
-    def choose(
-        cls,
-        checkpoint_dir: Path | None,
-        sub_network: Path | None,
-        teacher_dir: Path | None,
-        model_name: str | None,
-        model_config: Config | None,
-    ) -> Student:
-        """The student that the arguments name: a checkpoint before a sub-network before a model's name.
-
-        Raises:
-            UserError: If they name none, or one that does not exist.
-        """
-        if checkpoint_dir is not None:
-            return cls._from_checkpoint(checkpoint_dir)
-        if sub_network is not None:
-            return cls._cut(sub_network, teacher_dir)
-        if model_config is None and model_name is None:
-            raise UserError(
-                "there is no student; set --initial_checkpoint_dir to an extracted checkpoint, --sub_network to a "
-                "sub-network of the teacher, or --model_name to start from random weights"
-            )
-        if model_config is None:
-            try:
-                model_config = Config.from_name(model_name)
-            except ValueError:
-                raise UserError(
-                    f"model_name must be a litgpt model, got {model_name!r}; see --model_name list"
-                ) from None
-        return cls(model_config, lambda: GPT(model_config))
-
-    @classmethod
-    def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
-        config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
-        path = checkpoint_dir / "sub_network.yaml"
-        known = yaml.safe_load(path.read_text()) if path.is_file() else None
-        if not named:
-            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known)
-        opened = load_model(checkpoint_dir)
-
-        def build() -> GPT:
-            return LayerwiseGPT(opened.shape) if isinstance(opened, LayerwiseGPT) else type(opened)(config)
-
-        return cls(config, build, opened.state_dict, known)
-
-    @classmethod
-    def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> Student:
-        if teacher_dir is None:
-            raise UserError("sub_network needs the teacher that it is cut from; set --teacher_checkpoint_dir")
-        subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))
-        return cls(
-            subnet.config,
-            lambda: student_model(subnet),
-            lambda: extract(read_weights(teacher_dir), subnet),
-            subnet.to_dict(),
-        )
 
 
 def build_student(fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int) -> GPT:
@@ -398,9 +336,12 @@ def make_job(
 
     def step(input_ids, targets, backward, done):
         losses_of.objective = objectives(done)
-        losses = root(input_ids, targets, teacher(input_ids) if losses_of.objective.beta else None)
+        is_taught = losses_of.objective.beta or losses_of.hidden is not None
+        losses = root(input_ids, targets, teacher(input_ids) if is_taught else None)
         backward(losses.loss)
-        return {"loss": losses.loss} if teacher is None else losses._asdict()
+        if teacher is None:
+            return {"loss": losses.loss}
+        return {name: value for name, value in losses._asdict().items() if value is not None}
 
     def score(input_ids, targets):
         return root(input_ids, targets).ce
@@ -414,7 +355,7 @@ def save_student(
     model: GPT,
     weights: dict[str, torch.Tensor],
     tokenizer_dir: Path | None,
-    sub_network: dict[str, Any] | None,
+    student: Student,
     arguments: dict[str, Any],
     training_state: dict[str, Any],
 ) -> None:
@@ -423,7 +364,9 @@ def save_student(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as inside:
         extra = {TRAINING_STATE: training_state}
-        save_checkpoint(inside, shape, weights, tokenizer_dir, sub_network, extra)
+        if student.basis is not None:
+            extra[BASIS] = {"basis": student.basis}
+        save_checkpoint(inside, shape, weights, tokenizer_dir, student.sub_network, extra)
         write_text(inside / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
 
 

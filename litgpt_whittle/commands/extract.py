@@ -27,11 +27,9 @@ from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.student import BASIS
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract, is_tied
-
-BASIS = "basis.pth"
-"""What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 

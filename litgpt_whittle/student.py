@@ -1,0 +1,104 @@
+"""Where the model that is trained comes from: a checkpoint, a cut from its teacher, or random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
+
+BASIS = "basis.pth"
+"""What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
+
+
+@dataclass
+class Student:
+    """Where the student comes from; nothing is loaded yet."""
+
+    config: Config
+    build: Callable[[], GPT]
+    """Makes the model, with any weights"""
+    weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    """Reads its weights; `None` where they start random"""
+    sub_network: dict[str, Any] | None = None
+    """Which part of its teacher it is, where that is known"""
+    basis: torch.Tensor | None = None
+    """Its channels as combinations of the teacher's, where they are no choice of them"""
+
+    @classmethod
+    def choose(
+        cls,
+        checkpoint_dir: Path | None,
+        sub_network: Path | None,
+        teacher_dir: Path | None,
+        model_name: str | None,
+        model_config: Config | None,
+    ) -> Student:
+        """The student that the arguments name: a checkpoint before a sub-network before a model's name.
+
+        Raises:
+            UserError: If they name none, or one that does not exist.
+        """
+        if checkpoint_dir is not None:
+            return cls._from_checkpoint(checkpoint_dir)
+        if sub_network is not None:
+            return cls._cut(sub_network, teacher_dir)
+        if model_config is None and model_name is None:
+            raise UserError(
+                "there is no student; set --initial_checkpoint_dir to an extracted checkpoint, --sub_network to a "
+                "sub-network of the teacher, or --model_name to start from random weights"
+            )
+        if model_config is None:
+            try:
+                model_config = Config.from_name(model_name)
+            except ValueError:
+                raise UserError(
+                    f"model_name must be a litgpt model, got {model_name!r}; see --model_name list"
+                ) from None
+        return cls(model_config, lambda: GPT(model_config))
+
+    @classmethod
+    def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
+        config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
+        path = checkpoint_dir / "sub_network.yaml"
+        known = yaml.safe_load(path.read_text()) if path.is_file() else None
+        basis = _read_basis(checkpoint_dir / BASIS)
+        if not named:
+            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known, basis)
+        opened = load_model(checkpoint_dir)
+
+        def build() -> GPT:
+            return LayerwiseGPT(opened.shape) if isinstance(opened, LayerwiseGPT) else type(opened)(config)
+
+        return cls(config, build, opened.state_dict, known, basis)
+
+    @classmethod
+    def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> Student:
+        if teacher_dir is None:
+            raise UserError("sub_network needs the teacher that it is cut from; set --teacher_checkpoint_dir")
+        subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))
+        return cls(
+            subnet.config,
+            lambda: student_model(subnet),
+            lambda: extract(read_weights(teacher_dir), subnet),
+            subnet.to_dict(),
+        )
+
+
+def _read_basis(path: Path) -> torch.Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, weights_only=True)["basis"]
+    except Exception as error:
+        raise UserError(f"{str(path)!r} cannot be read ({type(error).__name__}); extract the student again") from None
