@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import ThroughputMonitor
 
 from litgpt_whittle.curves import MetricsLog, plot_training
-
-if TYPE_CHECKING:
-    from litgpt_whittle.train import Run
+from litgpt_whittle.run import Run
 
 
 class TrainLog:

@@ -19,7 +19,7 @@ from litgpt_whittle.curves import read_metrics
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.head import LossModel
 from litgpt_whittle.resume import find_resume
-from litgpt_whittle.train import Schedule
+from litgpt_whittle.run import Schedule
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from litgpt_whittle.curves import read_metrics
 from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.resume import rng_state, set_rng_state
-from litgpt_whittle.train import Schedule, split_batch
+from litgpt_whittle.run import Schedule
+from litgpt_whittle.train import split_batch
 
 SEQ = 8
 VOCAB = 100

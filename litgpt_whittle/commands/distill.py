@@ -57,11 +57,12 @@ from litgpt_whittle.resume import (
     find_resume,
     load_training_state,
 )
+from litgpt_whittle.run import Job, Run, Schedule
 from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole_state
 from litgpt_whittle.student import BASIS, Student
 from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
-from litgpt_whittle.train import Job, Run, Schedule, fit, load_data
+from litgpt_whittle.train import fit, load_data
 
 TEACHER_SHARE = 0.4
 """Of a device's free memory, a teacher may take so much before it is spread over the devices"""
