@@ -70,7 +70,7 @@ def one(tmp_path_factory):
     "strategy, placement",
     [
         ("fsdp", "sharded"),
-        ("ddp", "auto"),
+        pytest.param("ddp", "auto", marks=pytest.mark.slow),
         pytest.param("fsdp", "replicated", marks=pytest.mark.slow),
         pytest.param("ddp", "sharded", marks=pytest.mark.slow),
     ],

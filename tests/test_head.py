@@ -60,7 +60,7 @@ def test_value_and_gradients_match_the_plain_formula(chunk_size, loss, cap, with
     got = head_loss(student, targets, objective, TeacherLogits(teacher, cap), cap, chunk_size)
     grads = torch.autograd.grad(3 * got.loss, inputs)
 
-    for a, b in zip((*got, *grads), (*expected, *expected_grads)):
+    for a, b in zip((*got[:3], *grads), (*expected, *expected_grads)):
         assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
 
 
@@ -81,7 +81,7 @@ def test_without_gradients_only_the_values_are_computed():
     with torch.no_grad():
         without = head_loss(student, targets, objective, TeacherLogits(teacher))
     assert not without.loss.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(with_grad, without))
+    assert all(torch.equal(a, b) for a, b in zip(with_grad[:3], without))
 
 
 def test_targets_that_are_all_ignored_give_zero_and_zero_gradients():
@@ -200,7 +200,7 @@ def known_of(teacher, k, temperature, with_tail=True):
 def gradients(student, targets, objective, teacher, chunk_size=5):
     inputs = [x for x in student if x is not None]
     found = head_loss(student, targets, objective, teacher, None, chunk_size)
-    return [*found, *torch.autograd.grad(found.loss, inputs)]
+    return [*found[:3], *torch.autograd.grad(found.loss, inputs)]
 
 
 @pytest.mark.parametrize("k, with_tail", [(1, True), (6, True), (V, True), (6, False)])
