@@ -16,7 +16,8 @@ from litgpt_whittle.subnet import SubNet
 class EvoPress(Generations):
     """Keeps one parent, whose offspring trade the size of one part for that of another, so that the budget stays met.
 
-    The offspring are scored in full; the paper's selection in steps of more and more tokens would go into `select`.
+    The paper selects offspring in steps of more and more tokens; a race (`litgpt_whittle.racing`) does that for any
+    strategy, and is what makes this one cheap.
 
     Args:
         n_initial: Random sub-networks to start with, the best of which becomes the first parent.
