@@ -2,16 +2,19 @@
 
 import json
 import pickle
+import sys
 from collections import Counter
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from litgpt.args import TrainArgs
 from litgpt.pretrain import get_dataloaders
 from litgpt.tokenizer import Tokenizer
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle import plugin
 from litgpt_whittle.data import HFText, hf_text
 from litgpt_whittle.data.token_file import is_written
 from litgpt_whittle.data_stream import DataStream
@@ -211,3 +214,19 @@ def test_data_that_cannot_be_used_is_named(tokenizer, corpus, tmp_path, monkeypa
     data.connect(Tokenizer(write_tokenizer(tmp_path / "no_eos", eos=False)), max_seq_length=LENGTH)
     with pytest.raises(UserError, match="names no eos_token"):
         data.prepare_data()
+
+
+def test_its_mistakes_are_told_in_one_line_wherever_they_are_found(monkeypatch, capsys):
+    """An optional argument's class is one of several types to jsonargparse, which wraps what it raises."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=HFText | None)
+    monkeypatch.setattr(sys, "excepthook", lambda *_: pytest.fail("a traceback"))
+    plugin.show_user_errors_in_one_line()
+    try:
+        parser.instantiate_classes(parser.parse_args(["--data=HFText", "--data.path=a", "--data.val_path=a"]))
+    except ValueError as error:
+        assert not isinstance(error, UserError) and "\n" in str(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err == (
+        "error: data.val_path must not be the training data 'a'; leave it out to split that\n"
+    )
