@@ -26,6 +26,7 @@ from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.objective import Term
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.resume import flatten
+from litgpt_whittle.subnet import SubNet
 
 
 def check_arguments(
@@ -209,26 +210,34 @@ def check_cache(
         )
 
 
-def check_hidden(args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None) -> None:
-    """Refuses to match streams where it is not known what belongs together.
+def check_hidden(
+    args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
+) -> SubNet | None:
+    """Which part of its teacher a student is, where their streams are matched by that.
 
     Args:
         args: What is matched.
         n_layer: The student's layers.
-        sub_network: Which part of its teacher the student is, where that is known.
+        sub_network: What the student's `sub_network.yaml` says, where it has one.
+        teacher: The teacher's config.
 
     Raises:
-        UserError: If a layer does not exist, or the student did not come from a teacher and nothing is learned in
+        UserError: If a layer does not exist, or the student did not come from this teacher and nothing is learned in
             between.
     """
+    if not args.is_used:
+        return None
     missing = [layer for layer in args.layers or () if not 0 <= layer < n_layer]
     if missing:
         raise UserError(f"distill.hidden.layers must be among the student's 0 … {n_layer - 1}, got {missing[0]}")
-    if args.is_used and not args.projection and sub_network is None:
+    if args.projection:
+        return None
+    if sub_network is None:
         raise UserError(
             "distill.hidden compares channels with those that they came from, and this student has no "
             "sub_network.yaml; add --distill.hidden.projection true to learn which belong together"
         )
+    return SubNet.from_saved(sub_network, teacher, "the student's sub_network.yaml")
 
 
 def default_data() -> DataModule:

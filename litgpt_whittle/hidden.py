@@ -66,7 +66,7 @@ class HiddenLoss(nn.Module):
         student: The student.
         teacher: The teacher's config.
         args: What is matched, and how.
-        sub_network: Which part of its teacher the student is; not needed with a learned projection.
+        subnet: Which part of its teacher the student is; not needed with a learned projection.
         basis: Its channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher), where they are
             no choice of them.
     """
@@ -76,7 +76,7 @@ class HiddenLoss(nn.Module):
         student: GPT,
         teacher: Config,
         args: HiddenArgs,
-        sub_network: Mapping[str, Any] | None = None,
+        subnet: SubNet | None = None,
         basis: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class HiddenLoss(nn.Module):
         if args.projection:
             above = [round((layer + 1) * teacher.n_layer / n_layer) - 1 for layer in range(n_layer)]
         else:
-            subnet = SubNet.from_dict(teacher, sub_network)
+            assert subnet is not None, "nothing says what belongs together"
             above = subnet.layers
             rows = torch.eye(teacher.n_embd)[subnet.n_embd.indices] if basis is None else basis.float()
             self.register_buffer("channels", rows, persistent=False)

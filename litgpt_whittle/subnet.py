@@ -256,18 +256,27 @@ class SubNet:
         Raises:
             UserError: If the file is missing, not YAML, illegal for this teacher, or says it is for another one.
         """
-        choice = read_choice(path)
+        return cls.from_saved(read_choice(path), teacher, str(path))
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any], teacher: Config, name: str = "sub_network.yaml") -> SubNet:
+        """The sub-network of what `save` wrote.
+
+        Raises:
+            UserError: If it is illegal for this teacher, or says it is for another one; `name` is what it is called.
+        """
+        choice = dict(saved)
         origin = choice.pop("provenance", None) or {}
         made_for = origin.get("teacher_config")
         if made_for is not None and made_for != fingerprint(teacher):
             raise UserError(
-                f"{path} is a sub-network of {origin.get('teacher')!r} ({made_for}), not of {teacher.name!r} "
+                f"{name} is a sub-network of {origin.get('teacher')!r} ({made_for}), not of {teacher.name!r} "
                 f"({fingerprint(teacher)}); name the checkpoint that it was searched in"
             )
         try:
             return cls.from_dict(teacher, choice)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
 
     def __len__(self) -> int:
         """The number of layers kept."""

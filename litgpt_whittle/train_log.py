@@ -76,7 +76,7 @@ class TrainLog:
         return self.throughput.compute()
 
     def _print_step(self, row: dict[str, Any]) -> None:
-        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("ce", "distill") if name in row)
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("ce", "distill", "hidden") if name in row)
         val = "n/a" if self.run.progress.val_loss is None else f"{self.run.progress.val_loss:.3f}"
         self.run.fabric.print(
             f"epoch {row['epoch'] + 1} | step {row['step']} | loss {row['loss']:.3f}{f' ({parts})' if parts else ''} | "

@@ -7,6 +7,7 @@ from litgpt import GPT
 from test_train import SEQ, VOCAB, checkpoint, config, interrupted, rows, run, same, train_args
 
 from litgpt_whittle.args import DistillArgs, HiddenArgs
+from litgpt_whittle.commands.extract import setup as extract_student
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.head import LossModel, TeacherLogits, hidden_states
 from litgpt_whittle.hidden import HiddenLoss, Place, Watch
@@ -73,7 +74,7 @@ def test_channels_are_compared_with_those_that_they_came_from(loss, distance, la
         ours, theirs = streams(student, kind), streams(teacher, kind)
         expected += weight * sum(distance(ours[i], theirs[above[i]][..., kept]) for i in chosen) / len(chosen)
     args = HiddenArgs(weight=0.7, attention=0.3, loss=loss, layers=layers)
-    assert torch.allclose(matched(student, teacher, args, sub_network=SUBNET.to_dict()).hidden, expected)
+    assert torch.allclose(matched(student, teacher, args, subnet=SUBNET).hidden, expected)
 
 
 def test_a_student_in_another_basis_is_compared_in_it():
@@ -81,14 +82,14 @@ def test_a_student_in_another_basis_is_compared_in_it():
     basis = torch.linalg.qr(torch.randn(48, 32)).Q.T.contiguous()
     ours, theirs = streams(student, "block"), streams(teacher, "block")
     expected = sum(relative(ours[i], theirs[j] @ basis.double().T) for i, j in enumerate((0, 2, 3))) / 3
-    losses = matched(student, teacher, HiddenArgs(weight=1.0), sub_network=SUBNET.to_dict(), basis=basis)
+    losses = matched(student, teacher, HiddenArgs(weight=1.0), subnet=SUBNET, basis=basis)
     assert torch.allclose(losses.hidden, expected)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_match():
     full = SubNet.full(TEACHER)
     student, teacher = models(full)
-    losses = matched(student, teacher, HiddenArgs(weight=1.0, attention=1.0), sub_network=full.to_dict())
+    losses = matched(student, teacher, HiddenArgs(weight=1.0, attention=1.0), subnet=full)
     assert losses.hidden.abs() < 1e-20
 
 
@@ -115,7 +116,7 @@ def test_unrelated_layers_are_matched_by_depth():
 def test_a_compiled_student_matches_too():
     student, teacher = models()
     student.float(), teacher.float()
-    hidden = HiddenLoss(student, TEACHER, HiddenArgs(weight=1.0), SUBNET.to_dict())
+    hidden = HiddenLoss(student, TEACHER, HiddenArgs(weight=1.0), SUBNET)
     root = LossModel(student, hidden)
     compiled = torch.compile(root, backend="aot_eager")
     watch = Watch(teacher, hidden.pairs.values())
@@ -146,6 +147,23 @@ def test_a_run_comes_nearer_to_the_teachers_stream_and_goes_on_exactly(tmp_path,
     assert sum(parts[-3:]) < 0.8 * sum(parts[:3])
     assert same(unbroken, interrupted(tmp_path, monkeypatch, 4, **kwargs))
     assert [row["hidden"] for row in rows(tmp_path / "broken", "hidden")] == parts
+
+
+def test_an_extracted_student_in_another_basis_keeps_it_over_a_resumption(tmp_path):
+    teacher = checkpoint(tmp_path / "teacher", n_layer=3, n_embd=48)
+    SubNet(config(n_layer=3, n_embd=48), n_layer="0,2", n_embd=32).save(tmp_path / "sub_network.yaml")
+    extract_student(teacher, tmp_path / "sub_network.yaml", tmp_path / "student")
+    basis = torch.linalg.qr(torch.randn(48, 32)).Q.T.contiguous()
+    torch.save({"basis": basis}, tmp_path / "student/basis.pth")  # as a repair leaves it
+    kwargs = {
+        "teacher_checkpoint_dir": teacher,
+        "distill": DistillArgs(hidden=HiddenArgs(weight=1.0)),
+        "train": train_args(save_interval=2),
+    }
+    unbroken = run(tmp_path / "unbroken", initial_checkpoint_dir=tmp_path / "student", **kwargs)
+    assert torch.equal(torch.load(tmp_path / "unbroken/final/basis.pth", weights_only=True)["basis"], basis)
+    step_two = tmp_path / "unbroken/step-00000002"
+    assert same(unbroken, run(tmp_path / "resumed", resume=step_two, model_config=None, **kwargs))
 
 
 @pytest.mark.parametrize(

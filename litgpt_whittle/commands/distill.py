@@ -60,6 +60,7 @@ from litgpt_whittle.resume import (
 from litgpt_whittle.run import Job, Run, Schedule
 from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole_state
 from litgpt_whittle.student import BASIS, Student
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.train import fit, load_data
@@ -171,7 +172,7 @@ def setup(
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
     if cache is not None:
         check_cache(cache, objectives(0.0).terms, distill, seq_length, used_dir)
-    check_hidden(distill.hidden, student.config.n_layer, student.sub_network)
+    origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
     settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
@@ -189,6 +190,7 @@ def setup(
         num_nodes=num_nodes,
         seed=seed,
         student=student,
+        origin=origin,
         teacher_dir=used_dir,
         cache=cache,
         data=data,
@@ -214,6 +216,7 @@ def main(
     num_nodes: int,
     seed: int,
     student: Student,
+    origin: SubNet | None,
     teacher_dir: Path | None,
     cache: Cache | None,
     data: DataModule,
@@ -241,7 +244,7 @@ def main(
         checkpoint_activations(model)
     hidden = None
     if distill.hidden.is_used:
-        hidden = HiddenLoss(model, check_checkpoint(teacher_dir), distill.hidden, student.sub_network, student.basis)
+        hidden = HiddenLoss(model, check_checkpoint(teacher_dir), distill.hidden, origin, student.basis)
         hidden.to(fabric.device)
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
