@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -295,18 +294,7 @@ def run_settings(
     settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
     if teacher_cache is not None:
         # its checksums tell what is in it
-        settings["teacher_cache's index"] = _fingerprint(teacher_cache / INDEX)
+        settings["teacher_cache's index"] = file_fingerprint(teacher_cache / INDEX)
     elif teacher_dir is not None:
-        settings["teacher_checkpoint_dir's weights"] = _fingerprint(teacher_dir / "lit_model.pth")
+        settings["teacher_checkpoint_dir's weights"] = file_fingerprint(teacher_dir / WEIGHTS)
     return settings
-
-
-def _fingerprint(path: Path) -> str:
-    """Tells files apart by their size and a few parts, wherever they lie."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for position in (0, size // 3, 2 * size // 3, max(0, size - 2**16)):
-            file.seek(position)
-            digest.update(file.read(2**16))
-    return digest.hexdigest()[:12]
