@@ -19,6 +19,7 @@ from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
 from litgpt_whittle.hf_config import student_hf_config
+from litgpt_whittle.parts import Rows, has_parts, read_parts
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
@@ -38,7 +39,7 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     if not checkpoint_dir.is_dir():
         raise UserError(f"there is no checkpoint directory {str(checkpoint_dir)!r}; see 'litgpt download list'")
-    if not (checkpoint_dir / WEIGHTS).is_file():
+    if not (checkpoint_dir / WEIGHTS).is_file() and not has_parts(checkpoint_dir):
         raise UserError(
             f"{str(checkpoint_dir)!r} is not a litgpt checkpoint, it has no {WEIGHTS}; "
             "make one with 'litgpt download' or 'litgpt convert_to_litgpt'"
@@ -64,7 +65,7 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
     """
     config = check_checkpoint(checkpoint_dir)
     path = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS
-    weights = _open(path)
+    weights = _open(path) if path.is_file() else _put_together(path.parent, config)
     weights = weights.get("model", weights) if isinstance(weights, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{str(path)!r} holds no weights; name a checkpoint of a litgpt model")
@@ -84,6 +85,14 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
     if extra := sorted(set(weights) - set(expected)):
         raise UserError(f"{str(path)!r} has {extra[0]}, which its model_config.yaml does not know; use matching files")
     return weights
+
+
+def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
+    """The weights of a sharded checkpoint, as a full one would have them."""
+    rows = read_parts(checkpoint_dir, "weights")
+    weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
+    shape = read_model_class(checkpoint_dir).get("shape")
+    return weights if shape is None else pad(SubNet.from_dict(config, shape), weights)
 
 
 def _open(path: Path) -> Any:
@@ -195,7 +204,7 @@ def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:
 def save_checkpoint(
     out_dir: Path,
     model: Config | SubNet,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | None,
     tokenizer_dir: Path | None = None,
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -206,7 +215,7 @@ def save_checkpoint(
         out_dir: The directory.
         model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is
             written zero-padded, and its true shape beside it, so that `load_model` opens it as it was.
-        weights: The weights.
+        weights: The weights; `None` where they are saved in parts.
         tokenizer_dir: Where to copy tokenizer and Hugging Face config from; sizes in the latter are the student's.
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
@@ -215,7 +224,8 @@ def save_checkpoint(
     layerwise = isinstance(model, SubNet) and not model.is_uniform
     Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out_dir) as folder:
-        torch.save(dict(pad(model, weights) if layerwise else weights), folder / WEIGHTS)
+        if weights is not None:
+            torch.save(dict(pad(model, weights) if layerwise else weights), folder / WEIGHTS)
         for name, content in (extra or {}).items():
             torch.save(content, folder / name)
         if tokenizer_dir is not None:

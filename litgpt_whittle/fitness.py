@@ -13,7 +13,7 @@ from litgpt.model import GPT
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.losses import IGNORE_INDEX
-from litgpt_whittle.processes import gather, rank, world_size
+from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
 from litgpt_whittle.quick_repair import QuickRepair
 from litgpt_whittle.sharding import is_sharded
 from litgpt_whittle.subnet import SubNet
@@ -123,7 +123,10 @@ class Perplexity:
         """The loss of each of a batch's windows, added up over its tokens, float64, shape (B,)."""
         caught = self._caught(model, tap, batch.input_ids)
         windows = (caught._replace(hidden=hidden) for hidden in caught.hidden)
-        means = [self._loss(window, batch, i) for i, window in enumerate(windows)]
+        means = []
+        for i, window in enumerate(windows):
+            means.append(self._loss(window, batch, i))
+            give_back_freed()
         return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
 
     def _loss(self, window: HeadInput, batch: Batch, i: int) -> torch.Tensor:
@@ -144,6 +147,7 @@ class Perplexity:
             caught, tap.caught = tap.caught, None
             assert caught is not None, "the sub-network's forward did not reach its head"
             hidden.append(caught.hidden)
+            give_back_freed()
         tap.tapping = False
         return caught._replace(hidden=torch.cat(hidden))
 

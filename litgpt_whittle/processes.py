@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
@@ -23,6 +25,16 @@ Item = TypeVar("Item")
 
 _n_spread = 0
 """How often work was spread over the processes"""
+
+HELD_BYTES = 2**26
+"""Freed memory that the system's allocator may hold on to, at least"""
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+_resident_when_trimmed = 0
+
+_resident_at_launch = 0
+"""Bytes of this process's memory before it began"""
 
 
 def n_devices(asked: int | str) -> int:
@@ -59,6 +71,8 @@ def launch(
         strategy: How they share the work, as Fabric has it; where there is one device it does not matter.
         loggers: As Fabric has them.
     """
+    global _resident_at_launch
+    _resident_at_launch = _resident()
     strategy = strategy if n * num_nodes > 1 else "auto"
     fabric = L.Fabric(devices=n, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=[*loggers])
     fabric.launch()
@@ -97,13 +111,34 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
     os._exit(1)
 
 
-def free_memory(device: torch.device) -> torch.Tensor:
-    """Bytes that a process may still take on its device; the processes of a machine share its memory evenly."""
+def free_memory(device: torch.device, n_local: int) -> int:
+    """Bytes that a process may still take on its device; the `n_local` processes of a machine share its memory."""
     if device.type == "cuda":
-        n_bytes = torch.cuda.mem_get_info(device)[0]
-    else:
-        n_bytes = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return torch.tensor(float(n_bytes), device=device)
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // n_local
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process took on its device at most since `launch`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _resident_at_launch
+
+
+def give_back_freed() -> None:
+    """Returns memory to the system that is free and that the system's allocator (glibc's) still holds.
+
+    Buffers of many sizes, in turns, leave it with gaps that add up to more than what is in use. What is returned must
+    be fetched again, so nothing is until `HELD_BYTES` have come together.
+    """
+    global _resident_when_trimmed
+    if _trim is not None and _resident() > _resident_when_trimmed + HELD_BYTES:
+        _trim(0)
+        _resident_when_trimmed = _resident()
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
 
 
 class Termination:

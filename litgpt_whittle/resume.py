@@ -13,6 +13,7 @@ import torch
 from litgpt.data import DataModule
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.parts import has_parts, read_parts
 
 TRAINING_STATE = "training_state.pth"
 
@@ -84,16 +85,16 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
         return None
     if isinstance(resume, Path):
         folder = resume.parent if resume.suffix == ".pth" else resume
-        if not (folder / TRAINING_STATE).is_file():
+        if not has_training_state(folder):
             raise UserError(
                 f"resume must be a checkpoint directory of a run, with a {TRAINING_STATE} in it, got {str(resume)!r}; "
                 "to start from weights alone use --initial_checkpoint_dir"
             )
         return folder
-    found = [path.parent for path in Path(out_dir).glob(f"step-*/{TRAINING_STATE}")]
+    found = [folder for folder in Path(out_dir).glob("step-*") if has_training_state(folder)]
     latest = max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
     final = Path(out_dir) / "final"
-    if (final / TRAINING_STATE).is_file():
+    if has_training_state(final):
         steps = load_training_state(final)["step_count"]
         if latest is None or steps >= int(latest.name.removeprefix("step-")):
             latest = final
@@ -102,8 +103,15 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
     return latest
 
 
+def has_training_state(folder: Path) -> bool:
+    """Whether a folder is a checkpoint from which a run can go on."""
+    return (Path(folder) / TRAINING_STATE).is_file() or has_parts(folder)
+
+
 def load_training_state(folder: Path) -> dict[str, Any]:
     """Reads a checkpoint's training state, without running code from it."""
+    if has_parts(folder):
+        return read_parts(folder, "training")
     try:
         return torch.load(Path(folder) / TRAINING_STATE, map_location="cpu", weights_only=True)
     except Exception as error:

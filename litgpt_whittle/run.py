@@ -16,7 +16,7 @@ from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.resume import generator_states, rng_state, set_generator_states, set_rng_state
-from litgpt_whittle.sharding import load_optimizer_state, load_whole_state, optimizer_state, whole_state
+from litgpt_whittle.sharding import load_gathered, load_optimizer_state
 
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
@@ -39,8 +39,9 @@ class Job:
     """Set up by Fabric"""
     step: TrainingStep
     score: Score
-    save: Callable[[Path, dict[str, Any]], None]
-    """Writes a checkpoint directory with the weights and the given training state, whole or not at all"""
+    save: Callable[[Path, dict[str, Any], bool], None]
+    """Writes a checkpoint directory with the weights and the given training state, whole or not at all; the last says
+    whether it is the final one. All processes call it"""
     teacher_score: Score | None = None
     helper: nn.Module | None = None
     """Trained with the model, and no part of what is saved of it: learned projections between two models"""
@@ -119,10 +120,10 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def training_state(self) -> dict[str, Any]:
-        """All that a checkpoint needs besides the weights; loads with `weights_only=True`."""
+        """All that a checkpoint needs besides the weights, tensors as they are spread over the processes."""
         return {
-            "optimizer": optimizer_state(self.job.optimizer),
-            "helper": {} if self.job.helper is None else whole_state(self.job.helper),
+            "optimizer": self.job.optimizer.state_dict(),
+            "helper": {} if self.job.helper is None else self.job.helper.state_dict(),
             "iter_num": self.progress.iter_num,
             "accumulation": self.schedule.accumulation,
             "step_count": self.progress.step_count,
@@ -139,7 +140,7 @@ class Run:
         """Goes to where `training_state` was taken. The weights are the caller's to load."""
         load_optimizer_state(self.job.optimizer, state["optimizer"])
         if self.job.helper is not None:
-            load_whole_state(self.job.helper, state["helper"])
+            load_gathered(self.job.helper, state["helper"])
         # with another number of devices there are more or fewer iterations to a step
         iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
         self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])

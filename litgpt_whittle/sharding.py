@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.head import LossModel, tap_head
+from litgpt_whittle.parts import Rows, map_tensors
 from litgpt_whittle.processes import rank
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.supergpt import is_tied
@@ -37,6 +38,21 @@ def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossMode
     return fully_shard(root, mesh=mesh, mp_policy=policy)
 
 
+def shard_frozen(model: GPT, mesh: DeviceMesh | None = None, keep_root: bool = False) -> None:
+    """Spreads a model that only runs over the processes: each block, and the rest of it.
+
+    Args:
+        model: The model, whole or without content.
+        mesh: The devices; by default all.
+        keep_root: Whether embedding, last norm and head stay whole from the first forward pass on, so that the head
+            can be used after one.
+    """
+    tap_head(model)  # what is sharded knows its modules
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=not keep_root)
+
+
 def checkpoint_activations(model: GPT) -> None:
     """Has every block computed anew in the backward pass, so that what it computed need not be kept."""
     for block in model.transformer.h:
@@ -51,27 +67,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
     return full.cpu() if rank() == 0 else None
 
 
-def whole_state(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """A module's weights as one process alone would have them, on the first process; all must ask for them."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def gathered(tree: Any) -> Any:
+    """A tree of tensors as one process alone would have it, on the first process; all must ask for it."""
+    return map_tensors(tree, whole)
 
 
-def load_whole_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Undoes `whole_state`, over any number of processes."""
+def load_gathered(module: nn.Module, state: dict[str, torch.Tensor | Rows]) -> None:
+    """Gives a module the weights that `gathered` or `read_parts` gave of it, over any number of processes."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             tensor.copy_(_like(state[name], tensor))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state as one process alone would have it; only the first process's is of use."""
-    state = optimizer.state_dict()
-    own = {i: {name: whole(value) for name, value in slots.items()} for i, slots in state["state"].items()}
-    return state | {"state": own}
-
-
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Undoes `optimizer_state`, over any number of processes."""
+    """Gives an optimizer the state that `gathered` or `read_parts` gave of it, over any number of processes."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {
         i: {name: _like(value, parameters[i]) for name, value in slots.items()} for i, slots in state["state"].items()
@@ -81,6 +90,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 def _like(value: Any, parameter: torch.Tensor) -> Any:
     """This process's part of what belongs to a parameter entry by entry."""
+    if isinstance(value, Rows) and isinstance(parameter, DTensor):
+        # FSDP gives every process as many rows, as far as there are any
+        n_rows = -(-len(parameter) // parameter.device_mesh.size())
+        own = value[rank() * n_rows : (rank() + 1) * n_rows].to(parameter.device)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+    value = value[:] if isinstance(value, Rows) else value
     if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     value = value.to(parameter.device)
@@ -105,8 +122,7 @@ def load_sharded(
         dtype: What the weights are converted to.
         device: This process's device.
         max_seq_length: The longest sequence that the model will see.
-        keep_root: Whether embedding, last norm and head stay whole from the first forward pass on, so that the head
-            can be used after one.
+        keep_root: As `shard_frozen` has it.
 
     Returns:
         The model, in evaluation mode and without gradients.
@@ -118,10 +134,7 @@ def load_sharded(
     if is_tied(weights):
         model.lm_head.weight = model.transformer.wte.weight
     model.to(dtype).eval().requires_grad_(False)
-    tap_head(model)  # what is sharded knows its modules
-    for block in model.transformer.h:
-        fully_shard(block)
-    fully_shard(model, reshard_after_forward=not keep_root)
+    shard_frozen(model, keep_root=keep_root)
     state = {}
     for name, empty in model.state_dict().items():
         # every process has the file, so that nothing is sent

@@ -105,7 +105,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     if eval.final_validation and run.val_loader is not None:
         with _random_state_kept(run):
             log.validation(validate(run, job.score, eval.max_iters), final=True)
-    _save(run, run.out_dir / "final")
+    _save(run, run.out_dir / "final", is_final=True)
     log.finish()
 
 
@@ -149,11 +149,11 @@ def _last_good(run: Run) -> str:
     return "there is no checkpoint yet" if folder is None else f"the last good checkpoint is {str(folder)!r}"
 
 
-def _save(run: Run, folder: Path) -> None:
+def _save(run: Run, folder: Path, is_final: bool = False) -> None:
     run.fabric.print(f"Saving checkpoint to {str(folder)!r}")
     state = run.training_state()
     try:
-        run.job.save(folder, state)
+        run.job.save(folder, state, is_final)
     except (OSError, RuntimeError) as error:
         # PyTorch's writer has no error of its own
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream|write", str(error)):

@@ -12,6 +12,8 @@ import torch
 from lightning.fabric.utilities.throughput import ThroughputMonitor
 
 from litgpt_whittle.curves import MetricsLog, plot_training
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.processes import peak_memory
 from litgpt_whittle.run import Run
 
 
@@ -123,8 +125,7 @@ class TrainLog:
         tokens = (run.progress.iter_num - self.first_iter) * run.schedule.tokens_per_iter * run.fabric.world_size
         seconds = max(1e-9, run.progress.seconds - self.first_seconds)
         run.fabric.print(f"Trained on {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
-        if run.fabric.device.type == "cuda":
-            run.fabric.print(f"Peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+        run.fabric.print(f"Peak memory {readable_size(peak_memory(run.fabric.device))}")
 
 
 def perplexity(loss: float) -> float:

@@ -86,8 +86,16 @@ def test_two_processes_have_the_losses_of_one(one, tmp_path, strategy, placement
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first):
+@pytest.mark.parametrize(
+    "first, kind",
+    [
+        pytest.param(1, "full", marks=pytest.mark.slow),
+        (2, "full"),
+        pytest.param(1, "sharded", marks=pytest.mark.slow),
+        (2, "sharded"),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first, kind):
     teacher = {"teacher_checkpoint_dir": one / "teacher"}
 
     def by_one(out, **more):
@@ -100,7 +108,10 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first):
         assert code == 0, printed
 
     begin, go_on = (by_one, by_two) if first == 1 else (by_two, by_one)
-    begin(tmp_path / "first")
+    begin(tmp_path / "first", checkpoint_type=kind)
+    files = {path.name for path in (tmp_path / "first/step-00000002").iterdir()}
+    assert ("part-00001-of-00002.pth" in files) == (kind == "sharded" and first == 2)
+    assert ("lit_model.pth" in files) == (kind == "full")
     go_on(tmp_path / "second", resume=tmp_path / "first/step-00000002")
     expected, found = (rows(tmp_path / name) for name in ("first", "second"))
     assert [row["step"] for row in found] == [3, 4, 5, 6]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pprint
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
@@ -31,7 +33,7 @@ from litgpt.utils import (
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.cache import Cache
-from litgpt_whittle.checkpoint import check_checkpoint, read_weights, save_checkpoint
+from litgpt_whittle.checkpoint import check_checkpoint, save_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
     check_cache,
@@ -48,8 +50,10 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
 from litgpt_whittle.head import LossModel
 from litgpt_whittle.hidden import HiddenLoss
+from litgpt_whittle.memory_plan import Step, show_plan, teacher_dtype
 from litgpt_whittle.objective import Objective
-from litgpt_whittle.processes import free_memory, launch
+from litgpt_whittle.parts import save_parts
+from litgpt_whittle.processes import launch
 from litgpt_whittle.resume import (
     TRAINING_STATE,
     check_settings,
@@ -58,15 +62,11 @@ from litgpt_whittle.resume import (
     load_training_state,
 )
 from litgpt_whittle.run import Job, Run, Schedule
-from litgpt_whittle.sharding import checkpoint_activations, shard_student, whole_state
+from litgpt_whittle.sharding import checkpoint_activations, gathered, shard_student
 from litgpt_whittle.student import BASIS, Student
-from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.train import fit, load_data
-
-TEACHER_SHARE = 0.4
-"""Of a device's free memory, a teacher may take so much before it is spread over the devices"""
 
 
 def setup(
@@ -104,6 +104,8 @@ def setup(
     strategy: Literal["auto", "fsdp", "ddp"] = "auto",
     teacher_placement: Literal["auto", "replicated", "sharded"] = "auto",
     activation_checkpointing: bool = False,
+    checkpoint_type: Literal["full", "sharded"] = "full",
+    dry_run: bool = False,
 ):
     """Pretrain a student with its teacher's help.
 
@@ -143,6 +145,9 @@ def setup(
         teacher_placement: How they share the teacher: each has all of it, they hold a part each, or what memory asks
             for.
         activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
+        checkpoint_type: What is saved on the way: a stock litgpt checkpoint, for which the first process gathers all
+            weights and the optimizer's state, or each process's own part. The final one is full.
+        dry_run: Whether to stop when everything is checked and the memory that training will take is printed.
     """
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
@@ -179,6 +184,32 @@ def setup(
     state = None if resume_dir is None else load_training_state(resume_dir)
     if state is not None:
         check_settings(state["settings"], settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_live = used_dir is not None and cache is None
+
+    def make_hidden(model: GPT) -> HiddenLoss:
+        return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
+
+    step = Step(
+        build_student=student.build,
+        build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=device.type == "cuda"),
+        precision=precision,
+        device=device,
+        n_devices=devices * num_nodes,
+        is_sharded=strategy != "ddp",
+        micro_batch_size=train.micro_batch_size,
+        seq_length=seq_length,
+        is_accumulating=train.gradient_accumulation_iters(devices, num_nodes) > 1,
+        max_norm=train.max_norm,
+        objective=objectives(0.0),
+        activation_checkpointing=activation_checkpointing,
+        tie_embeddings=bool(train.tie_embeddings),
+        build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
+        build_hidden=make_hidden if distill.hidden.is_used else None,
+    )
+    is_sharded = show_plan(step, teacher_placement, devices, dry_run) if rank_zero_only.rank == 0 else False
+    if dry_run:
+        return
     logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
     fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
     fabric.print(pprint.pformat(arguments))
@@ -190,7 +221,6 @@ def setup(
         num_nodes=num_nodes,
         seed=seed,
         student=student,
-        origin=origin,
         teacher_dir=used_dir,
         cache=cache,
         data=data,
@@ -198,11 +228,13 @@ def setup(
         tokenizer_dir=tokenizer_dir,
         train=train,
         eval=eval,
-        optimizer=optimizer,
+        make_optimizer=step.build_optimizer,
+        make_hidden=step.build_hidden,
         distill=distill,
         compile=compile,
-        teacher_placement=teacher_placement,
+        teacher_is_sharded=fabric.broadcast(is_sharded),
         activation_checkpointing=activation_checkpointing,
+        checkpoint_type=checkpoint_type,
         seq_length=seq_length,
         arguments=arguments,
         settings=settings,
@@ -216,7 +248,6 @@ def main(
     num_nodes: int,
     seed: int,
     student: Student,
-    origin: SubNet | None,
     teacher_dir: Path | None,
     cache: Cache | None,
     data: DataModule,
@@ -224,11 +255,13 @@ def main(
     tokenizer_dir: Path | None,
     train: TrainArgs,
     eval: EvalArgs,
-    optimizer: str | dict,
+    make_optimizer: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
+    make_hidden: Callable[[GPT], HiddenLoss] | None,
     distill: DistillArgs,
     compile: bool,
-    teacher_placement: str,
+    teacher_is_sharded: bool,
     activation_checkpointing: bool,
+    checkpoint_type: str,
     seq_length: int,
     arguments: dict[str, Any],
     settings: dict[str, Any],
@@ -242,28 +275,31 @@ def main(
         model.load_state_dict(student.weights())
     if activation_checkpointing:
         checkpoint_activations(model)
-    hidden = None
-    if distill.hidden.is_used:
-        hidden = HiddenLoss(model, check_checkpoint(teacher_dir), distill.hidden, origin, student.basis)
-        hidden.to(fabric.device)
+    hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
-    optimizer = instantiate_torch_optimizer(optimizer, root.parameters(), fused=fabric.device.type == "cuda")
-    optimizer = fabric.setup_optimizers(optimizer)
+    optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
     train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     # one that is cached is run for its validation only, before training
     is_run = teacher_dir is not None and (cache is None or state is None)
-    live = load_teacher(fabric, teacher_dir, seq_length, teacher_placement) if is_run else None
+    dtype = teacher_dtype(fabric._precision.precision)
+    live = LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, teacher_is_sharded) if is_run else None
     teacher = live if cache is None else CachedTeacher(cache, fabric.device)
     if hidden is not None:
         live.watch(hidden.pairs.values())
 
-    def save(folder: Path, training_state: dict[str, Any]) -> None:
-        weights = whole_state(model)
+    def save(folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
+        fill = partial(save_student, model=model, tokenizer_dir=tokenizer_dir, student=student, arguments=arguments)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint_type == "sharded" and not is_final:
+            save_parts(folder, {"weights": model.state_dict(), "training": training_state}, fill)
+            return
+        weights, training_state = gathered(model.state_dict()), gathered(training_state)
         if fabric.global_rank == 0:
-            save_student(folder, model, weights, tokenizer_dir, student, arguments, training_state)
+            with new_folder(folder) as inside:
+                fill(inside, weights=weights, training_state=training_state)
 
     job = make_job(root, losses_of, optimizer, teacher, live, distill.objectives(), save)
     job.helper = hidden
@@ -306,17 +342,6 @@ def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
     )
 
 
-def load_teacher(fabric: L.Fabric, teacher_dir: Path, seq_length: int, placement: str) -> LiveTeacher:
-    """The teacher, in bf16 where training is."""
-    dtype = torch.bfloat16 if fabric._precision.precision.startswith("bf16") else torch.float32
-    is_sharded = fabric.world_size > 1 and placement != "replicated"
-    if placement == "auto" and is_sharded:
-        n_bytes = sum(weight.numel() for weight in read_weights(teacher_dir).values()) * dtype.itemsize
-        is_sharded = n_bytes > TEACHER_SHARE * fabric.all_reduce(free_memory(fabric.device), reduce_op="min").item()
-        fabric.print(f"The teacher takes {n_bytes / 1e9:.1f} GB: {'sharded' if is_sharded else 'replicated'}")
-    return LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, is_sharded)
-
-
 def make_job(
     root: Any,
     losses_of: LossModel,
@@ -357,21 +382,19 @@ def make_job(
 def save_student(
     folder: Path,
     model: GPT,
-    weights: dict[str, torch.Tensor],
     tokenizer_dir: Path | None,
     student: Student,
     arguments: dict[str, Any],
-    training_state: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+    training_state: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a stock litgpt checkpoint that also says how it was trained and how to go on."""
+    """Fills a folder: with weights it is a stock litgpt checkpoint. It also says how the student was trained."""
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as inside:
-        extra = {TRAINING_STATE: training_state}
-        if student.basis is not None:
-            extra[BASIS] = {"basis": student.basis}
-        save_checkpoint(inside, shape, weights, tokenizer_dir, student.sub_network, extra)
-        write_text(inside / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
+    extra = {} if training_state is None else {TRAINING_STATE: training_state}
+    if student.basis is not None:
+        extra[BASIS] = {"basis": student.basis}
+    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra)
+    write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
 
 
 def count_flops(model: GPT, teacher: LiveTeacher | None, micro_batch_size: int, seq_length: int) -> int:

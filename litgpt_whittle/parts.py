@@ -1,0 +1,146 @@
+"""Checkpoints to which every process writes its own part, so that no memory ever holds a whole one.
+
+A tensor that is spread over the processes (`DTensor`, by its rows) is saved as each process's rows, and read as `Rows`,
+of which any number of processes take what they need. All else is saved with the first process's part only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import new_folder
+from litgpt_whittle.processes import gather, rank, world_size
+
+_ROWS = "rows of a spread tensor"
+
+
+class Rows:
+    """A tensor that lies in several files, row after row.
+
+    Args:
+        pieces: Its parts, memory-mapped, in their order.
+    """
+
+    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
+        self.pieces = pieces
+        self.shape = torch.Size([sum(len(piece) for piece in pieces), *pieces[0].shape[1:]])
+
+    def __getitem__(self, which: slice) -> torch.Tensor:
+        """Some of the rows, read now."""
+        start, stop, _ = which.indices(self.shape[0])
+        found, at = [], 0
+        for piece in self.pieces:
+            found.append(piece[max(start - at, 0) : max(stop - at, 0)])
+            at += len(piece)
+        return torch.cat(found)
+
+
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Applies a function to all tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    """Writes a folder together, whole or not at all; all processes must call it.
+
+    Args:
+        folder: The folder; an older one is replaced.
+        tree: What is saved: nested dicts and lists of tensors, spread or not, and of what else `torch.save` takes.
+        fill: Writes further files into the folder that it is given; called by the first process only.
+
+    Raises:
+        OSError: On all processes, if one cannot write.
+    """
+    is_spread = any(gather(_is_spread(tree)))
+    with new_folder(folder) if rank() == 0 else nullcontext() as inside:
+        inside = gather(inside)[0]
+        _together(lambda: fill(inside) if rank() == 0 else None)
+        _together(lambda: _save_part(inside, tree, is_spread))
+
+
+def _together(write: Callable[[], None]) -> None:
+    """Has every process write something, and raises on all of them what went wrong on one."""
+    problem = None
+    try:
+        write()
+    except (OSError, RuntimeError) as error:
+        problem = str(error).splitlines()[0]
+    for found in gather(problem):
+        if found is not None:
+            raise OSError(found)
+
+
+def _save_part(folder: Path, tree: dict[str, Any], is_spread: bool) -> None:
+    if rank() > 0 and not is_spread:
+        return
+    own = map_tensors(tree, _own if rank() == 0 else _own_if_spread)
+    with open(folder / f"part-{rank():05d}-of-{world_size() if is_spread else 1:05d}.pth", "wb") as file:
+        torch.save(own, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether a folder was written by `save_parts`."""
+    return any(Path(folder).glob("part-*-of-*.pth"))
+
+
+def read_parts(folder: Path, key: str) -> Any:
+    """What `save_parts` wrote under a key, with `Rows` in the place of tensors that were spread.
+
+    Raises:
+        UserError: If a part is missing or damaged.
+    """
+    paths = sorted(Path(folder).glob("part-*-of-*.pth"))
+    n = int(re.search(r"of-(\d+)", paths[0].name)[1])
+    trees = []
+    for i in range(n):
+        path = Path(folder) / f"part-{i:05d}-of-{n:05d}.pth"
+        if not path.is_file():
+            raise UserError(f"{str(folder)!r} lacks {path.name}; copy all parts of the checkpoint, or use another")
+        try:
+            trees.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True)[key])
+        except Exception as error:
+            raise UserError(f"{str(path)!r} cannot be read ({type(error).__name__}); use another checkpoint") from None
+    return _join(trees)
+
+
+def _is_spread(tree: Any) -> bool:
+    found = []
+    map_tensors(tree, lambda tensor: found.append(isinstance(tensor, DTensor)))
+    return any(found)
+
+
+def _own(tensor: torch.Tensor) -> Any:
+    # a part is a view, and all of the memory behind it would be saved
+    return {_ROWS: tensor.to_local().cpu().clone()} if isinstance(tensor, DTensor) else tensor
+
+
+def _own_if_spread(tensor: torch.Tensor) -> Any:
+    return _own(tensor) if isinstance(tensor, DTensor) else None
+
+
+def _join(trees: Sequence[Any]) -> Any:
+    first = trees[0]
+    if isinstance(first, dict) and _ROWS in first:
+        return Rows([tree[_ROWS] for tree in trees])
+    if isinstance(first, dict):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_join(items) for items in zip(*trees))
+    return first

@@ -1,0 +1,193 @@
+"""The plan of memory: against closed forms, against the same step on real tensors, and against what processes take."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from litgpt import GPT, Config
+from test_train import checkpoint, run, train_args
+
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
+from litgpt_whittle.objective import Objective
+
+CONFIG = Config(n_layer=3, n_embd=64, n_head=4, block_size=64, padded_vocab_size=512, vocab_size=512)
+TEACHER = replace(CONFIG, n_embd=128, n_layer=4)
+
+
+def a_step(**settings) -> Step:
+    usual = {
+        "build_student": lambda: GPT(CONFIG),
+        "build_optimizer": lambda weights: torch.optim.AdamW(weights),
+        "precision": "32-true",
+        "device": torch.device("cpu"),
+        "n_devices": 1,
+        "is_sharded": True,
+        "micro_batch_size": 4,
+        "seq_length": 64,
+        "is_accumulating": False,
+        "max_norm": 1.0,
+        "objective": Objective(0.2, 0.8, 0.9),
+        "build_teacher": lambda: GPT(TEACHER),
+    }
+    return Step(**usual | settings)
+
+
+def n_bytes(config: Config) -> int:
+    with torch.device("meta"):
+        return 4 * sum(weight.numel() for weight in GPT(config).parameters())
+
+
+def test_live_bytes_counts_memory_once_and_forgets_it():
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        y = x[10:].view(9, 10)
+        assert live.now == 400
+        z = y + 1
+        assert live.now == live.peak == 400 + 360
+        del z
+        z = x.double()
+        assert live.now == live.peak == 400 + 800
+        z.untyped_storage().resize_(0)
+        assert live.now == 400
+        del x
+        assert live.now == 400  # y is a view of it
+        del y
+        assert live.now == 0
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_what_is_held_is_the_closed_form(n):
+    plan = plan_memory(a_step(n_devices=n, teacher_is_sharded=n > 1))
+    rotary = {id(config): 4 * sum(buffer.numel() for buffer in GPT(config).buffers()) for config in (CONFIG, TEACHER)}
+    assert plan.weights == pytest.approx(n_bytes(CONFIG) / n + rotary[id(CONFIG)], rel=0.02)
+    assert plan.gradients == pytest.approx(n_bytes(CONFIG) / n, rel=0.02)
+    assert plan.optimizer == pytest.approx(2 * n_bytes(CONFIG) / n, rel=0.02)
+    assert plan.teacher == pytest.approx(n_bytes(TEACHER) / n + rotary[id(TEACHER)], rel=0.02)
+    # the first process puts whole weights and AdamW's whole state together
+    assert plan.checkpoint == (0 if n == 1 else pytest.approx(3 * n_bytes(CONFIG), rel=0.03))
+    in_step = plan.weights + plan.gradients + plan.optimizer + plan.teacher + plan.step
+    assert plan.total == max(in_step, plan.weights + plan.optimizer + plan.teacher + plan.checkpoint)
+
+
+def test_other_precisions_devices_and_optimizers():
+    plan = plan_memory(a_step())
+    sgd = plan_memory(a_step(build_optimizer=lambda weights: torch.optim.SGD(weights)))
+    assert sgd.optimizer == 0 and sgd.weights == plan.weights
+    true = plan_memory(a_step(precision="bf16-true"))
+    assert true.weights == pytest.approx(plan.weights / 2, rel=0.02)
+    mixed = plan_memory(a_step(precision="bf16-mixed"))
+    assert mixed.weights == plan.weights and mixed.teacher == pytest.approx(plan.teacher / 2, rel=0.02)
+    ddp = plan_memory(a_step(n_devices=2, is_sharded=False))
+    assert ddp.weights == plan.weights and ddp.gradients == 2 * plan.gradients
+    tied = plan_memory(a_step(tie_embeddings=True))
+    assert plan.weights - tied.weights == 512 * 64 * 4
+    assert plan_memory(a_step(build_teacher=None)).teacher == 0
+    longer = dict(micro_batch_size=16)
+    saved = plan_memory(a_step(**longer)).step - plan_memory(a_step(**longer, activation_checkpointing=True)).step
+    # a block keeps at least its two norms' outputs, queries, keys and values, and the MLP's input twice
+    assert saved > 2 * 16 * 64 * 4 * (2 * 64 + 3 * 64 + 2 * 256)
+
+
+def test_the_state_of_the_process_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    plan_memory(a_step(n_devices=2))
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.distributed.is_initialized() and torch.get_default_dtype() == torch.float32
+
+
+def test_the_teacher_is_sharded_where_it_does_not_fit_otherwise(monkeypatch, capsys):
+    step = a_step(n_devices=4)
+    whole, spread = plan_memory(step).total, plan_memory(replace(step, teacher_is_sharded=True)).total
+    assert spread < whole
+    for free, expected in ((whole, False), (whole - 1, True), (spread - 1, True)):
+        monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_, free=free: free)
+        assert show_plan(step, "auto", 4) is expected
+        assert ("more than the" in capsys.readouterr().out) == (free < spread)
+
+
+def test_no_plan_is_made_where_memory_is_plenty(monkeypatch, capsys):
+    monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_: 10**12)
+    step = a_step(n_devices=4)
+    assert show_plan(step, "auto", 4) is show_plan(step, "replicated", 4) is False
+    assert show_plan(step, "sharded", 4) is True
+    assert show_plan(replace(step, n_devices=1), "sharded", 1) is False
+    assert not capsys.readouterr().out
+    show_plan(step, "auto", 4, is_final=True)
+    assert "at the peak" in capsys.readouterr().out
+
+
+def test_what_cannot_run_without_content_is_told(monkeypatch):
+    monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_: 10**6)
+
+    class Reading(torch.optim.SGD):
+        def step(self):
+            if float(self.param_groups[0]["params"][0].detach().sum()) > 0:
+                super().step()
+
+    step = a_step(build_optimizer=lambda weights: Reading(weights, 0.1))
+    with pytest.warns(UserWarning, match="memory cannot be planned"):
+        assert show_plan(step, "auto", 1) is False
+    with pytest.raises(UserError, match="memory cannot be planned.*leave --dry_run out"):
+        show_plan(step, "auto", 1, is_final=True)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    teacher = checkpoint(tmp_path / "teacher", n_embd=48)
+    with pytest.raises(UserError, match="no checkpoint directory"):  # which `run` would give
+        run(tmp_path / "out", teacher_checkpoint_dir=teacher, distill=DistillArgs(), train=train_args(), dry_run=True)
+    assert not (tmp_path / "out").exists()
+    printed = capsys.readouterr().out
+    assert "student's weights" in printed and "teacher" in printed and "at the peak" in printed
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from litgpt import Config
+from litgpt.args import EvalArgs
+from test_train import TokenData, checkpoint, run, train_args
+from litgpt_whittle.args import DistillArgs
+torch.set_num_threads(1)
+if {devices} == 1 or "LOCAL_RANK" not in __import__("os").environ:
+    checkpoint(Path({folder!r}) / "teacher", n_embd=256, block_size=64, padded_vocab_size=16384)
+student = Config(n_layer=4, n_embd=512, n_head=8, block_size=64, padded_vocab_size=16384, vocab_size=16384)
+run(
+    Path({folder!r}) / "out", teacher_checkpoint_dir=Path({folder!r}) / "teacher", distill=DistillArgs(),
+    model_config=student, eval=EvalArgs(initial_validation=False, final_validation=False, max_iters=1),
+    data=TokenData(), devices={devices}, teacher_placement="auto" if {devices} == 1 else "sharded",
+    train=train_args(max_seq_length=64, max_steps=3, max_tokens=None, global_batch_size=8, micro_batch_size=2),
+)
+"""
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_processes_take_what_was_planned(tmp_path, devices):
+    # each freed buffer goes back to the system, so that what is resident is what is in use
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path), devices=devices))
+    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned, taken = (
+        float(number) * {"GB": 1e9, "MB": 1e6}[unit]
+        for number, unit in (
+            re.search(pattern + r"\s+([\d.]+) (\wB)", done.stdout).groups()
+            for pattern in ("at the peak", "Peak memory")
+        )
+    )
+    assert taken == pytest.approx(planned, rel=0.15)
+
+
+def test_the_table_leaves_out_what_there_is_none_of():
+    shown = str(MemoryPlan(weights=10**6, gradients=10**6, optimizer=0, teacher=0, step=10**9))
+    assert "optimizer" not in shown and "teacher" not in shown and "1.00 GB" in shown
