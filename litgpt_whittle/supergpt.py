@@ -20,7 +20,7 @@ from litgpt_whittle.subnet import SubNet
 
 Weights = dict[str, torch.Tensor]
 
-KEPT_BYTES = 96 * 2**20
+KEPT_BYTES = 256 * 2**20
 """Of a candidate's weights that are copies, so many are kept from one batch to the next, the head's before the blocks'.
 The others are copied anew for every batch, which takes some hundredths of its time and no memory"""
 
