@@ -287,7 +287,7 @@ def run_settings(
     How often it saves and logs, how long it may take and where it writes can change when it is resumed.
     """
     names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed", "distill", "num_nodes")
-    settings = flatten({name: arguments[name] for name in names})
+    settings = flatten({name: arguments[name] for name in (*names, "teacher_quantize")})
     for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
         settings.pop(name, None)
     settings["precision"] = precision

@@ -101,6 +101,8 @@ class Step:
     tie_embeddings: bool = False
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
+    quantized_bytes: int = 0
+    """What quantising saves of the teacher's memory"""
     build_hidden: Callable[[GPT], HiddenLoss] | None = None
     """From the student"""
 
@@ -186,7 +188,7 @@ def plan_memory(step: Step) -> MemoryPlan:
             weights=weights,
             gradients=gradients + buckets,
             optimizer=state,
-            teacher=teacher_bytes,
+            teacher=teacher_bytes - step.quantized_bytes,
             step=max(0, live.peak - weights - teacher_bytes - state - gradients),
             checkpoint=(weights + state) * step.n_devices if shared and step.is_sharded else 0,
             on_cpu=step.device.type == "cpu",

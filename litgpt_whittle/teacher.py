@@ -14,6 +14,7 @@ from litgpt_whittle.codecs import Codec
 from litgpt_whittle.head import HeadLosses, SoftTargets, TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.hidden import Place, Watch
 from litgpt_whittle.objective import SparseTargets
+from litgpt_whittle.quantize import quantize
 from litgpt_whittle.sharding import load_sharded
 
 
@@ -34,6 +35,7 @@ class LiveTeacher:
         dtype: Its weights' and activations' type; no autocast is needed.
         device: Where it runs.
         is_sharded: Whether its weights are spread over the processes (FSDP2), which then run it together.
+        quantized: How its blocks are quantised, if they are (`litgpt_whittle.quantize`).
     """
 
     _watch: Watch | None = None
@@ -45,11 +47,16 @@ class LiveTeacher:
         dtype: torch.dtype,
         device: torch.device,
         is_sharded: bool = False,
+        quantized: str | None = None,
     ) -> None:
         if is_sharded:
             self.model = load_sharded(checkpoint_dir, "SuperGPT", dtype, device, max_seq_length, keep_root=True)
             return
-        self.model = load_model(checkpoint_dir, dtype=dtype, device=device).requires_grad_(False)
+        if quantized is None:
+            self.model = load_model(checkpoint_dir, dtype=dtype, device=device)
+        else:
+            self.model = quantize(load_model(checkpoint_dir, dtype=dtype), quantized, device)
+        self.model.requires_grad_(False)
         self.model.max_seq_length = max_seq_length
         # positions need fp32 whatever the weights are
         self.model.cos, self.model.sin = self.model.rope_cache(device=device)

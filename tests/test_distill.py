@@ -54,7 +54,8 @@ DIFFERENT = {
     "train": "litgpt's arguments and some more",
 }
 ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "distill", "compile"}
-ADDED |= {"strategy", "teacher_placement", "activation_checkpointing", "checkpoint_type", "dry_run"}
+ADDED |= {"strategy", "teacher_placement", "teacher_quantize"}
+ADDED |= {"activation_checkpointing", "checkpoint_type", "dry_run"}
 
 
 def test_arguments_are_those_of_litgpt_pretrain_field_by_field():

@@ -119,3 +119,25 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first, ki
     # the rate is litgpt's, which changes with every micro-batch: after the next step it is no longer quite the same
     assert found[0]["loss"] == pytest.approx(expected[2]["loss"], abs=1e-5)
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected[2:]], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_cluster_launchers_start_it(one, tmp_path, launcher):
+    script = tmp_path / "script.py"
+    settings = ARGS | {"devices": 2, "teacher_checkpoint_dir": Code(f"Path({str(one / 'teacher')!r})")}
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out"), settings=settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if launcher == "torchrun":
+        commands = [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]]
+        environments = [environment]
+    else:
+        job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "7"}
+        job |= {"SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+        commands = [[sys.executable, str(script)]] * 2
+        environments = [environment | job | {"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in ("0", "1")]
+    processes = [subprocess.Popen(command, env=env) for command, env in zip(commands, environments)]
+    assert [process.wait(timeout=300) for process in processes] == [0] * len(processes)
+    for key in KEYS:
+        expected = [row[key] for row in rows(one / "out", key)]
+        assert [row[key] for row in rows(tmp_path / "out", key)] == pytest.approx(expected, abs=1e-5), key

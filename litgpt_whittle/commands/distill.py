@@ -54,6 +54,7 @@ from litgpt_whittle.memory_plan import Step, show_plan, teacher_dtype
 from litgpt_whittle.objective import Objective
 from litgpt_whittle.parts import save_parts
 from litgpt_whittle.processes import launch
+from litgpt_whittle.quantize import check_quantize, saved_bytes
 from litgpt_whittle.resume import (
     TRAINING_STATE,
     check_settings,
@@ -103,6 +104,7 @@ def setup(
     compile: bool = True,
     strategy: Literal["auto", "fsdp", "ddp"] = "auto",
     teacher_placement: Literal["auto", "replicated", "sharded"] = "auto",
+    teacher_quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", None] = None,
     activation_checkpointing: bool = False,
     checkpoint_type: Literal["full", "sharded"] = "full",
     dry_run: bool = False,
@@ -144,6 +146,7 @@ def setup(
             default; with ``ddp`` each has all of it, which is faster for small ones.
         teacher_placement: How they share the teacher: each has all of it, they hold a part each, or what memory asks
             for.
+        teacher_quantize: Runs the teacher's blocks in fewer bits, as ``litgpt generate --quantize`` does.
         activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
         checkpoint_type: What is saved on the way: a stock litgpt checkpoint, for which the first process gathers all
             weights and the optimizer's state, or each process's own part. The final one is full.
@@ -158,6 +161,7 @@ def setup(
     check_writable(out_dir)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
+    check_quantize(teacher_quantize, teacher_placement)
     teacher_dir = _checkpoint_dir(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
     if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
@@ -205,9 +209,11 @@ def setup(
         activation_checkpointing=activation_checkpointing,
         tie_embeddings=bool(train.tie_embeddings),
         build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
+        quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
         build_hidden=make_hidden if distill.hidden.is_used else None,
     )
-    is_sharded = show_plan(step, teacher_placement, devices, dry_run) if rank_zero_only.rank == 0 else False
+    placement = "replicated" if teacher_quantize else teacher_placement
+    is_sharded = show_plan(step, placement, devices, dry_run) if rank_zero_only.rank == 0 else False
     if dry_run:
         return
     logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
@@ -233,6 +239,7 @@ def setup(
         distill=distill,
         compile=compile,
         teacher_is_sharded=fabric.broadcast(is_sharded),
+        teacher_quantize=teacher_quantize,
         activation_checkpointing=activation_checkpointing,
         checkpoint_type=checkpoint_type,
         seq_length=seq_length,
@@ -260,6 +267,7 @@ def main(
     distill: DistillArgs,
     compile: bool,
     teacher_is_sharded: bool,
+    teacher_quantize: str | None,
     activation_checkpointing: bool,
     checkpoint_type: str,
     seq_length: int,
@@ -285,7 +293,9 @@ def main(
     # one that is cached is run for its validation only, before training
     is_run = teacher_dir is not None and (cache is None or state is None)
     dtype = teacher_dtype(fabric._precision.precision)
-    live = LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, teacher_is_sharded) if is_run else None
+    live = None
+    if is_run:
+        live = LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, teacher_is_sharded, teacher_quantize)
     teacher = live if cache is None else CachedTeacher(cache, fabric.device)
     if hidden is not None:
         live.watch(hidden.pairs.values())
