@@ -6,7 +6,6 @@ cache_teacher --codec NAME` finds these and those of other packages in the entry
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -14,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from litgpt_whittle import registry
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.objective import SparseTargets, log_rest
-from litgpt_whittle.registry import lookup
 
 GROUP = "litgpt_whittle.codecs"
 
@@ -177,7 +176,7 @@ def make_codec(choice: CodecChoice, vocab_size: int, temperature: float) -> Code
         UserError: If there is none of that name, or it does not take a setting.
     """
     ((name, settings),) = with_settings(choice).items()
-    return lookup(GROUP, name)(vocab_size, temperature, **settings)
+    return registry.lookup(GROUP, name)(vocab_size, temperature, **settings)
 
 
 def with_settings(choice: CodecChoice) -> dict[str, dict[str, Any]]:
@@ -186,15 +185,7 @@ def with_settings(choice: CodecChoice) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: As `make_codec` does.
     """
-    choice = {choice: {}} if isinstance(choice, str) else choice
-    if not isinstance(choice, dict) or len(choice) != 1 or not all(isinstance(s, dict) for s in choice.values()):
-        raise UserError(f"codec must be one name, or one with its settings such as {{top_k: {{k: 32}}}}, got {choice}")
-    ((name, settings),) = choice.items()
-    known = list(inspect.signature(lookup(GROUP, name)).parameters.values())[2:]
-    if unknown := sorted(set(settings) - {parameter.name for parameter in known}):
-        takes = ", ".join(parameter.name for parameter in known) or "none"
-        raise UserError(f"the codec {name} has no setting {unknown[0]!r}; it takes {takes}")
-    return {name: {parameter.name: parameter.default for parameter in known} | settings}
+    return registry.with_settings(GROUP, choice, "codec", n_given=2)
 
 
 def id_bytes(vocab_size: int) -> int:

@@ -52,7 +52,14 @@ def plot_training(metrics_path: Path, png_path: Path) -> None:
     rows = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 6), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    for key, label, style in (("ce", "train, cross-entropy", "-"), ("val_loss", "validation", "o-")):
+    lines = [
+        ("ce", "train, cross-entropy", "-"),
+        ("full", "train, full network", "-"),
+        ("val_loss", "validation", "o-"),
+    ]
+    others = dict.fromkeys(key for row in rows for key in row if key.startswith("val_loss/"))
+    lines += [(key, f"validation, {key.removeprefix('val_loss/')}", ".-") for key in others]
+    for key, label, style in lines:
         points = [(row["tokens"], row[key]) for row in rows if key in row]
         if points:
             loss.plot(*zip(*points), style, label=label, linewidth=1, markersize=4)

@@ -57,7 +57,7 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> HeadInput:
         model: A litgpt `GPT`; its head is replaced by a `HeadTap` with the same parameters at the first call.
         input_ids: Token ids, shape (B, T).
     """
-    tap = tap_head(model)
+    tap = tap_head(getattr(model, "head_owner", model))
     tap.tapping = True
     model(input_ids)
     caught, tap.caught, tap.tapping = tap.caught, None, False

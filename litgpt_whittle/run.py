@@ -45,6 +45,8 @@ class Job:
     teacher_score: Score | None = None
     helper: nn.Module | None = None
     """Trained with the model, and no part of what is saved of it: learned projections between two models"""
+    more_scores: Mapping[str, Score] = field(default_factory=dict)
+    """What else is validated with the model, by name"""
     flops_per_iter: int = 0
     """Floating-point operations of one micro-batch, for the throughput monitor"""
 

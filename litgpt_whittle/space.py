@@ -80,6 +80,12 @@ class Space:
         """Whether a sub-network keeps to the limits that need no clock."""
         return self.limits.admits(subnet)
 
+    def smallest(self) -> SubNet:
+        """A sub-network with the fewest parameters; of the units, the first ones, or random ones in a fine space."""
+        least = copy.copy(self)
+        least.bin = Bin(self.sizes.smallest, self.sizes.smallest)
+        return least.sample(np.random.default_rng(0))
+
     def sample(self, rng: np.random.Generator) -> SubNet:
         """Draws a sub-network: each size among those that keep the bin within reach, then which units.
 

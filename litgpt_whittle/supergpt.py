@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,19 +92,26 @@ class SuperGPT(BlocksGPT):
         """Whether the LM head is the embedding."""
         return self.lm_head.weight is self.transformer.wte.weight
 
+    @property
+    def head_owner(self) -> GPT:
+        """The model whose LM head `forward` calls: this one, or that of the sub-network which it runs as."""
+        return self if self._running is None else self._running.module
+
     def forward(self, idx: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | list[torch.Tensor]:
         if self._running is None:
             return super().forward(idx, *args, **kwargs)
         return self._running(self, idx, *args, **kwargs)
 
     @contextmanager
-    def running(self, subnet: SubNet, materialize: bool = False) -> Iterator[SuperGPT]:
+    def running(self, subnet: SubNet, materialize: bool = False, trains: bool = False) -> Iterator[SuperGPT]:
         """Makes `forward` compute the sub-network's logits, with gradients to the weights that it uses.
 
         Args:
             subnet: A sub-network of this model.
             materialize: Slice once, now, without gradients, instead of in every forward: for scoring a candidate on
                 many batches. Contiguous runs stay views, which take no memory; of the rest, `KEPT_BYTES` are kept.
+            trains: Give the weights of layers that are left out gradients of zero instead of none, and call their
+                modules: whatever wraps these (FSDP2, DDP) then finds all of them used, on every process.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -112,7 +119,7 @@ class SuperGPT(BlocksGPT):
         takes = plan(self.config, subnet, tied=self.tied)
         with torch.device("meta"):
             blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
-            shell = BlocksGPT(subnet.config, [_Delegate(self.transformer.h[layer]) for layer in subnet.layers])
+            shell = BlocksGPT(subnet.config, self._delegates(subnet.layers, trains))
             if not isinstance(takes[_EMBEDDING].index[1], slice):
                 shell.transformer.wte = _Lookup(self.config, takes[_EMBEDDING])
                 takes[_EMBEDDING] = Take(_EMBEDDING, ())
@@ -122,6 +129,9 @@ class SuperGPT(BlocksGPT):
         active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope))]
         for i, layer in enumerate(subnet.layers):
             active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {})))
+        if trains:
+            left_out = set(range(self.config.n_layer)) - set(subnet.layers)
+            active += [(self.transformer.h[layer], _pass_on) for layer in sorted(left_out)]
         left = KEPT_BYTES if materialize else 0
         try:
             for module, running in active:
@@ -132,6 +142,16 @@ class SuperGPT(BlocksGPT):
         finally:
             for module, _ in active:
                 module._running = None
+
+    def _delegates(self, layers: Sequence[int], trains: bool) -> list[_Delegate]:
+        """What calls each layer; where it `trains`, those that are left out are called with the one behind them."""
+        blocks, delegates, begin = self.transformer.h, [], 0
+        for layer in layers:
+            delegates.append(_Delegate(blocks[begin : layer + 1] if trains else [blocks[layer]]))
+            begin = layer + 1
+        if trains:
+            delegates[-1].behind = tuple(blocks[begin:])
+        return delegates
 
     def _rope(self, subnet: SubNet) -> tuple[torch.Tensor, torch.Tensor]:
         """The sub-network's rotary cache: this model's own unless heads shrink."""
@@ -188,14 +208,44 @@ class _Lookup(nn.Embedding):
 
 
 class _Delegate(nn.Module):
-    """Calls a block of the super-network from within the sub-network's model, without owning its weights."""
+    """Calls a block of the super-network from within the sub-network's model, without owning its weights.
 
-    def __init__(self, block: nn.Module) -> None:
+    Args:
+        blocks: The block, and before it those that only pass the stream on.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        self._block = (block,)  # a tuple hides it from PyTorch's registry of submodules
+        # tuples hide them from PyTorch's registry of submodules
+        *before, block = blocks
+        self.before, self.block, self.behind = tuple(before), (block,), ()
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._block[0](*args, **kwargs)
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        for block in self.before:
+            x = block(x)
+        x = self.block[0](x, *args, **kwargs)
+        for block in self.behind:
+            x = block(x)
+        return x
+
+
+def _pass_on(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Stands for a block that is left out: gives what it gets."""
+    return _PassOn.apply(x, *block.parameters())
+
+
+class _PassOn(torch.autograd.Function):
+    """The identity, with gradients of zero for weights that it does not use."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights)
+        return grad, *zeros
 
 
 def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:

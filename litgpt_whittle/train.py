@@ -72,7 +72,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
         UserError: If a loss is not finite, or a checkpoint cannot be written.
         SystemExit: After SIGTERM, with the run's state saved.
     """
-    fabric, job, schedule, progress = run.fabric, run.job, run.schedule, run.progress
+    fabric, schedule, progress = run.fabric, run.schedule, run.progress
     log = TrainLog(run, train.log_interval)
     _first_validation(run, log, eval)
     started, seconds_before = time.perf_counter(), progress.seconds
@@ -93,7 +93,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
             progress.seconds = seconds_before + time.perf_counter() - started
             log.train_step()
             if stepped and run.val_loader is not None and progress.step_count % eval.interval == 0:
-                log.validation(validate(run, job.score, eval.max_iters))
+                _validate(run, log, eval)
             is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
             is_told_to_stop = stepped and termination.agreed(fabric)
             if stepped and (is_due or is_told_to_stop):
@@ -104,7 +104,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
                 raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
     if eval.final_validation and run.val_loader is not None:
         with _random_state_kept(run):
-            log.validation(validate(run, job.score, eval.max_iters), final=True)
+            _validate(run, log, eval, final=True)
     _save(run, run.out_dir / "final", is_final=True)
     log.finish()
 
@@ -177,6 +177,15 @@ def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
         log.validation(validate(run, run.job.score, eval.max_iters))
     else:
         validate(run, run.job.score, max_iters=2)
+
+
+def _validate(run: Run, log: TrainLog, eval: EvalArgs, final: bool = False) -> None:
+    """Scores the model, and what else is validated with it on the same data."""
+    more = {}
+    for name, score in run.job.more_scores.items():
+        with _random_state_kept(run):
+            more[name] = validate(run, score, eval.max_iters)
+    log.validation(validate(run, run.job.score, eval.max_iters), more, final)
 
 
 @contextmanager

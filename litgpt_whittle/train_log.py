@@ -86,14 +86,16 @@ class TrainLog:
             f"{timedelta(seconds=int(row['remaining_time']))} left"
         )
 
-    def validation(self, val_loss: float, final: bool = False) -> None:
-        """Logs a validation of the student."""
+    def validation(self, val_loss: float, more: Mapping[str, float], final: bool = False) -> None:
+        """Logs a validation of the model, and of what else was validated with it, by name."""
         progress = self.run.progress
         progress.val_loss = val_loss
         row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
+        row |= {f"val_loss/{name}": loss for name, loss in more.items()}
         self.run.fabric.print(
             f"{'final' if final else f'step {progress.step_count}'} | val loss {val_loss:.4f} | "
             f"val perplexity {row['val_ppl']:.3f}"
+            + "".join(f" | {name} {perplexity(x):.3f}" for name, x in more.items())
         )
         where = {"iter": progress.iter_num, "step": progress.step_count, "tokens": self._tokens()}
         self._write(where | row, progress.iter_num - (0 if final else 1), {}, row)

@@ -301,7 +301,7 @@ def test_resuming_with_another_cache_is_refused(teacher_dir, full, tmp_path):
 
 def test_where_the_teacher_is_given_too_it_is_validated_and_then_forgotten(teacher_dir, full, tmp_path, monkeypatch):
     teachers, look_up = [], CachedTeacher.__call__
-    load = distill_command.load_teacher
+    load = distill_command.LiveTeacher
 
     def watched(*args):
         live = load(*args)
@@ -312,7 +312,7 @@ def test_where_the_teacher_is_given_too_it_is_validated_and_then_forgotten(teach
         assert teachers and teachers[0]() is None, "the teacher is still in memory"
         return look_up(self, input_ids)
 
-    monkeypatch.setattr(distill_command, "load_teacher", watched)
+    monkeypatch.setattr(distill_command, "LiveTeacher", watched)
     monkeypatch.setattr(CachedTeacher, "__call__", without_teacher)
     both = {"teacher_checkpoint_dir": teacher_dir, "teacher_cache": full, "distill": DistillArgs()}
     run(tmp_path / "out", data=TokenData(n_train=20), **both)

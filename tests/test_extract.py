@@ -223,3 +223,21 @@ def test_a_full_disk_is_told_before_anything_is_cut(checkpoint, tmp_path, monkey
     with pytest.raises(UserError, match="free some"):
         setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    counts = {}
+    for name, perplexity in (("best-1M", 12.5), ("best-2M", 8.25), ("best-1M-by-score", 1.0)):
+        subnet = SubNet(TEACHER, n_embd=16 if name.startswith("best-1M") else 24)
+        subnet.save(tmp_path / "search" / f"{name}.yaml", perplexity=perplexity)
+        counts[name] = n_params(TEACHER, subnet)
+    setup(checkpoint, tmp_path / "search", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best-1M", "best-2M"]
+    rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows == [[f"{counts['best-1M']:,}", "12.50"], [f"{counts['best-2M']:,}", "8.25"]]
+    for name in ("best-1M", "best-2M"):
+        assert sum(weight.numel() for weight in load_model(tmp_path / "out" / name).parameters()) == counts[name]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="has no best.*yaml of a search"):
+        setup(checkpoint, tmp_path / "nothing", tmp_path / "more")

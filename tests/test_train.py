@@ -226,7 +226,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path, monkeypat
 
 
 def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, monkeypatch):
-    import litgpt_whittle.commands.distill as command
+    import litgpt_whittle.pretraining as command
 
     write = command.save_checkpoint
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import pprint
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.loggers import CSVLogger
-from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
 from litgpt.model import GPT
-from litgpt.pretrain import initialize_weights
 from litgpt.types import LoggerChoice
 from litgpt.utils import (
-    extend_checkpoint_dir,
     get_default_supported_precision,
     init_out_dir,
     instantiate_torch_optimizer,
@@ -33,7 +27,7 @@ from litgpt.utils import (
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.cache import Cache
-from litgpt_whittle.checkpoint import check_checkpoint, save_checkpoint
+from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
     check_cache,
@@ -45,27 +39,24 @@ from litgpt_whittle.checks import (
     make_logger,
     run_settings,
 )
-from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable, new_folder, write_text
+from litgpt_whittle.files import check_writable
 from litgpt_whittle.head import LossModel
 from litgpt_whittle.hidden import HiddenLoss
 from litgpt_whittle.memory_plan import Step, show_plan, teacher_dtype
 from litgpt_whittle.objective import Objective
-from litgpt_whittle.parts import save_parts
+from litgpt_whittle.pretraining import Saver, begin, build_model, checkpoint_dir_of, count_flops, make_strategy
 from litgpt_whittle.processes import launch
 from litgpt_whittle.quantize import check_quantize, saved_bytes
 from litgpt_whittle.resume import (
-    TRAINING_STATE,
     check_settings,
     describe,
     find_resume,
     load_training_state,
 )
-from litgpt_whittle.run import Job, Run, Schedule
-from litgpt_whittle.sharding import checkpoint_activations, gathered, shard_student
-from litgpt_whittle.student import BASIS, Student
-from litgpt_whittle.supergpt import LayerwiseGPT
+from litgpt_whittle.run import Job, Schedule
+from litgpt_whittle.sharding import checkpoint_activations
+from litgpt_whittle.student import Student
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.train import fit, load_data
 
@@ -162,7 +153,7 @@ def setup(
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     check_quantize(teacher_quantize, teacher_placement)
-    teacher_dir = _checkpoint_dir(teacher_checkpoint_dir)
+    teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
     if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
         raise UserError(
@@ -171,13 +162,13 @@ def setup(
         )
     cache = Cache(teacher_cache) if teacher_cache is not None and distill.uses_teacher else None
     resume_dir = find_resume(resume, out_dir)
-    student_dir = _checkpoint_dir(resume_dir or initial_checkpoint_dir)
+    student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
     student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
     used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
     if cache is not None:
         used_teacher = cache.teacher_config
     speaking_dir = used_dir if cache is None else cache.folder
-    tokenizer_dir = check_tokenizers(_checkpoint_dir(tokenizer_dir), student_dir, speaking_dir)
+    tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
     if cache is not None:
         check_cache(cache, objectives(0.0).terms, distill, seq_length, used_dir)
@@ -277,7 +268,7 @@ def main(
 ) -> None:
     """Builds student, teacher and data, in litgpt's order, and trains."""
     fabric.seed_everything(seed)
-    model = build_student(fabric, student, train, seq_length)
+    model = build_model(fabric, student, train, seq_length)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
     if student.weights is not None:
         model.load_state_dict(student.weights())
@@ -300,56 +291,14 @@ def main(
     if hidden is not None:
         live.watch(hidden.pairs.values())
 
-    def save(folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
-        fill = partial(save_student, model=model, tokenizer_dir=tokenizer_dir, student=student, arguments=arguments)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if checkpoint_type == "sharded" and not is_final:
-            save_parts(folder, {"weights": model.state_dict(), "training": training_state}, fill)
-            return
-        weights, training_state = gathered(model.state_dict()), gathered(training_state)
-        if fabric.global_rank == 0:
-            with new_folder(folder) as inside:
-                fill(inside, weights=weights, training_state=training_state)
-
+    save = Saver(fabric, model, student, tokenizer_dir, arguments, checkpoint_type)
     job = make_job(root, losses_of, optimizer, teacher, live, distill.objectives(), save)
     job.helper = hidden
-    job.flops_per_iter = count_flops(model, live if cache is None else None, train.micro_batch_size, seq_length)
+    frozen = [live.model.config] if live is not None and cache is None else []
+    job.flops_per_iter = count_flops(model, train.micro_batch_size, seq_length, frozen)
     del live  # a cached one is gone after its validation
-    stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
-    if state is not None:
-        run.restore(state)
-        fabric.print(f"Resuming at step {run.progress.step_count}")
+    run = begin(fabric, job, train_loader, val_loader, schedule, seq_length, out_dir, settings, state)
     fit(run, train, eval)
-
-
-def _checkpoint_dir(path: Path | None) -> Path | None:
-    return None if path is None else extend_checkpoint_dir(Path(path))
-
-
-def build_student(fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int) -> GPT:
-    """The model, initialised exactly as `litgpt pretrain` does it, drawing the same random numbers."""
-    # weights that will be spread over devices are whole at first, in the CPU's memory
-    device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
-    with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
-        model = student.build()
-    initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
-    if train.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
-    model.max_seq_length = seq_length
-    return model
-
-
-def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
-    """How several devices share the student, as Fabric has it."""
-    if n_devices == 1 or name == "ddp":
-        return "ddp"
-    return ModelParallelStrategy(
-        lambda root, mesh: shard_student(root, mesh["data_parallel"], precision),
-        data_parallel_size=n_devices,
-        tensor_parallel_size=1,
-        save_distributed_checkpoint=False,
-    )
 
 
 def make_job(
@@ -387,39 +336,3 @@ def make_job(
 
     teacher_score = None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce
     return Job(root, optimizer, step, score, save, teacher_score)
-
-
-def save_student(
-    folder: Path,
-    model: GPT,
-    tokenizer_dir: Path | None,
-    student: Student,
-    arguments: dict[str, Any],
-    weights: dict[str, torch.Tensor] | None = None,
-    training_state: dict[str, Any] | None = None,
-) -> None:
-    """Fills a folder: with weights it is a stock litgpt checkpoint. It also says how the student was trained."""
-    shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
-    extra = {} if training_state is None else {TRAINING_STATE: training_state}
-    if student.basis is not None:
-        extra[BASIS] = {"basis": student.basis}
-    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra)
-    write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
-
-
-def count_flops(model: GPT, teacher: LiveTeacher | None, micro_batch_size: int, seq_length: int) -> int:
-    """Floating-point operations of one micro-batch: the student forward and backward, the teacher forward."""
-
-    def on_meta(model: GPT) -> GPT:
-        fresh = LayerwiseGPT(model.shape) if isinstance(model, LayerwiseGPT) else GPT(model.config)
-        fresh.max_seq_length = seq_length
-        return fresh
-
-    with torch.device("meta"):
-        x = torch.randint(0, 1, (micro_batch_size, seq_length))
-        student = on_meta(model)
-        flops = measure_flops(student, lambda: student(x), lambda logits: logits.sum())
-        if teacher is not None:
-            frozen = on_meta(teacher.model)
-            flops += measure_flops(frozen, lambda: frozen(x))
-    return flops

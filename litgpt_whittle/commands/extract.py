@@ -50,8 +50,9 @@ def setup(
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        sub_network: The YAML that says what to keep, such as ``best.yaml`` of ``litgpt search``.
-        out_dir: Where the student's checkpoint goes.
+        sub_network: The YAML that says what to keep, such as ``best.yaml`` of ``litgpt search``; or the search's
+            folder: the best of each bin is cut out then.
+        out_dir: Where the student's checkpoint goes; of a search's folder, each into a folder of its own in it.
         dtype: Store the weights as this type; by default as the teacher stores them.
         overwrite: Replace the checkpoint in ``out_dir``.
         repair: Fit what is cut off into what stays, in closed form: ``true``, or settings such as
@@ -64,6 +65,13 @@ def setup(
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     sub_network, out_dir = Path(sub_network), Path(out_dir)
+    if sub_network.is_dir():
+        students = _best_of_search(sub_network, devices)
+        for path in students:
+            setup(checkpoint_dir, path, out_dir / path.stem, dtype, overwrite, repair, data, train, devices, seed)
+            print()
+        print(_students_table(students, out_dir))
+        return
     teacher = check_checkpoint(checkpoint_dir)
     subnet = SubNet.load(sub_network, teacher)
     _check_out_dir(out_dir, overwrite, needed=(checkpoint_dir, sub_network))
@@ -116,6 +124,28 @@ def setup(
         scratch.remove()
     if not any((out_dir / name).is_file() for name in TOKENIZER_FILES):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
+
+
+def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
+    """The best sub-networks that a search left in its folder."""
+    found = sorted(path for path in folder.glob("best*.yaml") if not path.stem.endswith("-by-score"))
+    if not found:
+        raise UserError(
+            f"{str(folder)!r} has no best*.yaml of a search; name a sub-network's YAML or a search's folder"
+        )
+    if n_devices(devices) > 1:
+        raise UserError(f"several students are cut out with one device, got devices = {devices}; use --devices 1")
+    return found
+
+
+def _students_table(students: Iterable[Path], out_dir: Path) -> str:
+    """The students of a search, with the perplexities that it measured before any repair."""
+    lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
+    for path in students:
+        origin = read_choice(out_dir / path.stem / "sub_network.yaml")["provenance"]
+        measured = f"{origin['perplexity']:.2f}" if "perplexity" in origin else "not measured"
+        lines.append(f"{str(out_dir / path.stem):<40}{origin['n_params']:>14,}{measured:>25}")
+    return "\n".join(lines)
 
 
 def _check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> None:

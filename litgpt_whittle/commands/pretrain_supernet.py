@@ -1,0 +1,255 @@
+"""`litgpt pretrain_supernet`: train a model so that its sub-networks are good, too. Takes all of `litgpt pretrain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pprint
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.loggers import CSVLogger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from litgpt import Tokenizer
+from litgpt.args import EvalArgs, LogArgs
+from litgpt.config import Config, name_to_config
+from litgpt.data import DataModule
+from litgpt.types import LoggerChoice
+from litgpt.utils import (
+    get_default_supported_precision,
+    init_out_dir,
+    instantiate_torch_optimizer,
+    num_parameters,
+)
+
+import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.args import TrainArgs
+from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.checks import (
+    check_arguments,
+    check_devices,
+    check_pair,
+    check_tokenizers,
+    default_data,
+    make_logger,
+    run_settings,
+)
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.memory_plan import Step, show_plan
+from litgpt_whittle.objective import Objective
+from litgpt_whittle.pretraining import Saver, begin, build_model, checkpoint_dir_of, count_flops, make_strategy
+from litgpt_whittle.processes import launch
+from litgpt_whittle.resume import check_settings, describe, find_resume, load_training_state
+from litgpt_whittle.run import Job, Schedule
+from litgpt_whittle.samplers import Sampler
+from litgpt_whittle.sharding import checkpoint_activations
+from litgpt_whittle.student import Student
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, is_tied
+from litgpt_whittle.supernet import SuperLossModel, SupernetArgs, SupernetStep, score_of
+from litgpt_whittle.train import fit, load_data
+
+
+def setup(
+    model_name: str | None = None,
+    model_config: Config | None = None,
+    out_dir: Path = Path("out/pretrain_supernet"),
+    precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None,
+    initial_checkpoint_dir: Path | None = None,
+    resume: bool | Literal["auto"] | Path = False,
+    data: DataModule | None = None,
+    train: TrainArgs = TrainArgs(
+        save_interval=1000,
+        log_interval=1,
+        global_batch_size=512,
+        micro_batch_size=4,
+        max_tokens=int(3e12),
+        max_norm=1.0,
+        min_lr=4e-5,
+        lr_warmup_steps=2000,
+        tie_embeddings=False,
+    ),
+    eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),
+    log: LogArgs = LogArgs(),
+    optimizer: str | dict = "AdamW",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    tokenizer_dir: Path | None = None,
+    logger_name: LoggerChoice = "tensorboard",
+    seed: int = 42,
+    supernet: SupernetArgs = SupernetArgs(),
+    strategy: Literal["auto", "fsdp", "ddp"] = "auto",
+    activation_checkpointing: bool = False,
+    checkpoint_type: Literal["full", "sharded"] = "full",
+    dry_run: bool = False,
+):
+    """Pretrain, or go on training, a model so that its sub-networks are good, too.
+
+    The result is a stock litgpt checkpoint, which search, extract, distill and generate take as any other. With one
+    of litgpt's instruction data modules, it is finetuned this way.
+
+    Arguments:
+        model_name: A litgpt model to start from random weights. Use "list" to list them.
+        model_config: The same by its ``litgpt.Config``. Overrides ``model_name``.
+        out_dir: Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``.
+        precision: The precision to train in. Determines a compatible precision setting by default.
+        initial_checkpoint_dir: A pretrained litgpt checkpoint directory to go on from.
+        resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
+            ``out_dir``, or ``'auto'`` for the same but only if there is one. All settings must be those of the run.
+        data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
+        train: Training-related arguments. Training ends at the first of ``max_tokens``, ``max_steps`` and
+            ``max_time``. A token counts once, however many networks see it.
+        eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
+        log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
+        optimizer: An optimizer name (such as "AdamW") or config.
+        devices: How many devices to use.
+        num_nodes: How many nodes the code is being run on.
+        tokenizer_dir: Tokenizer for the data module, copied into the checkpoints. By default the checkpoint's.
+        logger_name: The name of the logger to send metrics to.
+        seed: The random seed to use for reproducibility.
+        supernet: Which sub-networks are trained, and what they learn.
+        strategy: How several devices share the model: ``fsdp`` spreads its weights over them (FSDP2), which is the
+            default; with ``ddp`` each has all of it.
+        activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
+        checkpoint_type: What is saved on the way: a stock litgpt checkpoint, for which the first process gathers all
+            weights and the optimizer's state, or each process's own part. The final one is full.
+        dry_run: Whether to stop when everything is checked and the memory that training will take is printed.
+    """
+    if model_name == "list":
+        print("Available values:\n" + "\n".join(sorted(name_to_config)))
+        return
+    arguments = {name: describe(value) for name, value in locals().items()}
+    out_dir = init_out_dir(out_dir)
+    check_arguments(train, eval, initial_checkpoint_dir, None, resume)
+    check_writable(out_dir)
+    supernet.distill.objectives()
+    devices = check_devices(devices, num_nodes, train)
+    resume_dir = find_resume(resume, out_dir)
+    start_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
+    model = _super_network(start_dir, model_name, model_config)
+    is_one = train.tie_embeddings or (start_dir is not None and is_tied(read_weights(start_dir)))
+    sampler = supernet.make_sampler(model.config, bool(is_one))
+    tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), start_dir, None)
+    seq_length = check_pair(model.config, None, train.max_seq_length)
+    data = default_data() if data is None else data
+    precision = precision or get_default_supported_precision(training=True)
+    settings = run_settings(arguments, model.config, None, precision)
+    state = None if resume_dir is None else load_training_state(resume_dir)
+    if state is not None:
+        check_settings(state["settings"], settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = Step(
+        build_student=model.build,
+        build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=device.type == "cuda"),
+        precision=precision,
+        device=device,
+        n_devices=devices * num_nodes,
+        is_sharded=strategy != "ddp",
+        micro_batch_size=train.micro_batch_size,
+        seq_length=seq_length,
+        is_accumulating=train.gradient_accumulation_iters(devices, num_nodes) > 1,
+        max_norm=train.max_norm,
+        objective=Objective(),
+        activation_checkpointing=activation_checkpointing,
+        tie_embeddings=bool(train.tie_embeddings),
+    )
+    if rank_zero_only.rank == 0:
+        show_plan(step, "replicated", devices, dry_run)
+    if dry_run:
+        return
+    logger = make_logger(logger_name, out_dir, f"supernet-{model.config.name}", bool(resume_dir), train, log)
+    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
+    fabric.print(pprint.pformat(arguments))
+    if logger_name in ("tensorboard", "wandb", "mlflow") and not isinstance(logger, CSVLogger):
+        fabric.logger.log_hyperparams(arguments)
+    main(
+        fabric=fabric,
+        devices=devices,
+        num_nodes=num_nodes,
+        seed=seed,
+        start=model,
+        sampler=sampler,
+        supernet=supernet,
+        data=data,
+        out_dir=out_dir,
+        tokenizer_dir=tokenizer_dir,
+        train=train,
+        eval=eval,
+        step=step,
+        checkpoint_type=checkpoint_type,
+        arguments=arguments,
+        settings=settings,
+        state=state,
+    )
+
+
+def _super_network(start_dir: Path | None, model_name: str | None, model_config: Config | None) -> Student:
+    """Where the model comes from; it is built as a super-network."""
+    if start_dir is None and model_name is None and model_config is None:
+        raise UserError(
+            "there is no model; set --initial_checkpoint_dir to go on with a pretrained one, or --model_name to start "
+            "from random weights"
+        )
+    model = Student.choose(start_dir, None, None, model_name, model_config)
+    with torch.device("meta"):
+        is_layerwise = isinstance(model.build(), LayerwiseGPT)
+    if is_layerwise:
+        raise UserError(
+            f"a super-network's layers must all have the same sizes, those of {str(start_dir)!r} differ; choose a "
+            "uniform one"
+        )
+    return dataclasses.replace(model, build=lambda: SuperGPT(model.config))
+
+
+def main(
+    fabric: L.Fabric,
+    devices: int,
+    num_nodes: int,
+    seed: int,
+    start: Student,
+    sampler: Sampler,
+    supernet: SupernetArgs,
+    data: DataModule,
+    out_dir: Path,
+    tokenizer_dir: Path | None,
+    train: TrainArgs,
+    eval: EvalArgs,
+    step: Step,
+    checkpoint_type: str,
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> None:
+    """Builds model and data, in litgpt's order, and trains."""
+    fabric.seed_everything(seed)
+    model = build_model(fabric, start, train, step.seq_length)
+    smallest = sampler.space.smallest()
+    fabric.print(f"{num_parameters(model):,} parameters, the smallest sub-network {sampler.space.n_params(smallest):,}")
+    if start.weights is not None:
+        model.load_state_dict(start.weights())
+    if step.activation_checkpointing:
+        checkpoint_activations(model)
+    losses_of = SuperLossModel(model)
+    root = fabric.setup(losses_of)
+    optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))
+    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
+    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, step.seq_length)
+    schedule = Schedule.of(train, step.seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
+    train_step = SupernetStep(
+        root,
+        losses_of,
+        sampler,
+        supernet.distill.objectives(),
+        seed,
+        schedule.max_iters,
+        schedule.accumulation,
+        differs=supernet.per_rank == "different",
+    )
+    save = Saver(fabric, model, start, tokenizer_dir, arguments, checkpoint_type)
+    job = Job(root, optimizer, train_step, score_of(root, losses_of, None), save)
+    validated = supernet.validated(sampler.space)
+    job.more_scores = {name: score_of(root, losses_of, subnet) for name, subnet in validated.items()}
+    job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length)
+    run = begin(fabric, job, train_loader, val_loader, schedule, step.seq_length, out_dir, settings, state)
+    fit(run, train, eval)
