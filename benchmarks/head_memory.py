@@ -31,7 +31,8 @@ OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
 def make_inputs(args: argparse.Namespace) -> tuple[HeadInput, HeadInput, torch.Tensor]:
     torch.manual_seed(0)
     student, teacher = (
-        HeadInput(torch.randn(1, args.tokens, width), torch.randn(args.vocab, width) / width**0.5, None)
+        # in place: what is made and thrown away here would hide what the loss takes
+        HeadInput(torch.randn(1, args.tokens, width), torch.randn(args.vocab, width).div_(width**0.5), None)
         for width in (args.n_embd, args.teacher_n_embd)
     )
     for tensor in student[:2]:
