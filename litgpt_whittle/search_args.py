@@ -192,14 +192,14 @@ class SurrogateArgs:
 
 
 def check_positive(section: str, **values: int | None) -> None:
-    """Refuses settings below 1.
+    """Refuses settings that are no whole numbers from 1.
 
     Raises:
         UserError: If there is one.
     """
     for name, value in values.items():
-        if value is not None and value < 1:
-            raise UserError(f"{section}.{name} must be at least 1, got {value}")
+        if value is not None and (value != int(value) or value < 1):
+            raise UserError(f"{section}.{name} must be {'a whole number, ' if value >= 1 else ''}at least 1, got {value}")
 
 
 def check_shares(section: str, **values: float) -> None:

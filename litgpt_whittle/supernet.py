@@ -35,7 +35,7 @@ class SupernetArgs:
     """The sub-networks that there are, as `litgpt search` has it"""
     search_space: SpaceArgs = field(default_factory=SpaceArgs)
     """What may shrink, how far and in which steps"""
-    sampler: str | dict[str, dict[str, float]] = "sandwich"
+    sampler: str | dict[str, dict[str, int | float]] = "sandwich"
     """Which networks a step trains, by name in `litgpt_whittle.samplers`: standard, random, sandwich, random_linear,
     alternate, in_place_distillation, size_weighted; or one with its settings: ``{sandwich: {n: 3}}``"""
     per_rank: Literal["same", "different"] = "same"
