@@ -287,7 +287,7 @@ def run_settings(
     How often it saves and logs, how long it may take and where it writes can change when it is resumed.
     """
     names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed", "num_nodes")
-    names += ("distill", "teacher_quantize", "supernet")
+    names += ("distill", "repair", "teacher_quantize", "supernet")
     settings = flatten({name: arguments[name] for name in names if name in arguments})
     for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
         settings.pop(name, None)

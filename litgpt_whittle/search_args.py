@@ -199,7 +199,9 @@ def check_positive(section: str, **values: int | None) -> None:
     """
     for name, value in values.items():
         if value is not None and (value != int(value) or value < 1):
-            raise UserError(f"{section}.{name} must be {'a whole number, ' if value >= 1 else ''}at least 1, got {value}")
+            raise UserError(
+                f"{section}.{name} must be {'a whole number, ' if value >= 1 else ''}at least 1, got {value}"
+            )
 
 
 def check_shares(section: str, **values: float) -> None:

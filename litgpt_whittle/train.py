@@ -174,7 +174,7 @@ def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
             log.teacher_validation(validate(run, run.job.teacher_score, eval.max_iters))
         run.job.teacher_score = None  # so that nothing keeps a teacher in memory that is not trained with
     if eval.initial_validation:
-        log.validation(validate(run, run.job.score, eval.max_iters))
+        _validate(run, log, eval)
     else:
         validate(run, run.job.score, max_iters=2)
 

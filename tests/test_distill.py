@@ -53,7 +53,7 @@ DIFFERENT = {
     "out_dir": "out/distill instead of out/pretrain",
     "train": "litgpt's arguments and some more",
 }
-ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "distill", "compile"}
+ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "repair", "distill", "compile"}
 ADDED |= {"strategy", "teacher_placement", "teacher_quantize"}
 ADDED |= {"activation_checkpointing", "checkpoint_type", "dry_run"}
 

@@ -10,12 +10,15 @@ import time
 import pytest
 import torch
 import yaml
+from litgpt.args import EvalArgs
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.utils import save_config
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import distill
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
@@ -182,3 +185,48 @@ def test_a_disk_too_small_for_the_streams_is_told(folder, tmp_path, monkeypatch)
 def test_little_data_is_said(folder, tmp_path, capsys):
     extract(folder, tmp_path / "s", repair=RepairArgs(tokens=10**6))
     assert "fewer than repair.tokens = 1,000,000" in capsys.readouterr().out
+
+
+# -- as the first stage of `litgpt distill`
+
+
+def distilled(folder, out_dir, **changes):
+    settings = {
+        "teacher_checkpoint_dir": folder / "teacher",
+        "sub_network": folder / "half.yaml",
+        "repair": RepairArgs(tokens=4000, refine_steps=2),
+        "data": data(folder),
+        "train": TrainArgs(
+            global_batch_size=8, micro_batch_size=8, max_seq_length=32, max_steps=2, save_interval=1, lr_warmup_steps=0
+        ),
+        "eval": EvalArgs(interval=10, max_iters=2, initial_validation=True),
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}},
+        "precision": "32-true",
+        "devices": 1,
+        "logger_name": "csv",
+        "compile": False,
+    }
+    distill.setup(out_dir=out_dir, **settings | changes)
+    return out_dir
+
+
+def test_distill_repairs_and_refines_what_it_cuts(folder, tmp_path):
+    expected = extract(folder, tmp_path / "student", repair=RepairArgs(tokens=4000, refine_steps=2))
+    out = distilled(folder, tmp_path / "out")
+    start = weights(out / "start")
+    assert all(torch.equal(start[name], weight) for name, weight in weights(expected).items())
+    assert torch.equal(*(torch.load(path / "basis.pth")["basis"] for path in (expected, out / "final")))
+    # a run that goes on does not begin again
+    shutil.rmtree(out / "start")
+    again = distilled(folder, tmp_path / "again", resume=out / "step-00000001")
+    assert not (again / "start").exists()
+    assert all(torch.equal(weights(again / "final")[name], weight) for name, weight in weights(out / "final").items())
+
+
+def test_a_repair_without_a_cut_or_on_several_devices_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="repair mends the cut of a sub-network; set --sub_network"):
+        distilled(folder, tmp_path / "out", sub_network=None, initial_checkpoint_dir=folder / "teacher")
+    with pytest.raises(UserError, match="needs one device here, got 2; run 'litgpt extract --repair true --devices 2'"):
+        train = TrainArgs(global_batch_size=8, micro_batch_size=4, max_steps=1)
+        distilled(folder, tmp_path / "out", devices=2, train=train)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pprint
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +28,7 @@ from litgpt.utils import (
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.cache import Cache
-from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
 from litgpt_whittle.checks import (
     check_arguments,
     check_cache,
@@ -39,6 +40,7 @@ from litgpt_whittle.checks import (
     make_logger,
     run_settings,
 )
+from litgpt_whittle.commands import extract
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.head import LossModel
@@ -48,6 +50,7 @@ from litgpt_whittle.objective import Objective
 from litgpt_whittle.pretraining import Saver, begin, build_model, checkpoint_dir_of, count_flops, make_strategy
 from litgpt_whittle.processes import launch
 from litgpt_whittle.quantize import check_quantize, saved_bytes
+from litgpt_whittle.repair import RepairArgs
 from litgpt_whittle.resume import (
     check_settings,
     describe,
@@ -55,6 +58,7 @@ from litgpt_whittle.resume import (
     load_training_state,
 )
 from litgpt_whittle.run import Job, Schedule
+from litgpt_whittle.search_args import BatchArgs
 from litgpt_whittle.sharding import checkpoint_activations
 from litgpt_whittle.student import Student
 from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
@@ -91,6 +95,7 @@ def setup(
     teacher_checkpoint_dir: Path | None = None,
     teacher_cache: Path | None = None,
     sub_network: Path | None = None,
+    repair: bool | RepairArgs = False,
     distill: DistillArgs = DistillArgs(),
     compile: bool = True,
     strategy: Literal["auto", "fsdp", "ddp"] = "auto",
@@ -131,6 +136,8 @@ def setup(
         teacher_cache: What ``litgpt cache_teacher`` wrote of the teacher on the same data. No teacher is run then, but
             for its one validation where ``teacher_checkpoint_dir`` is given too.
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
+        repair: Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
+            settings; ``--repair.refine_steps 100`` warms every block up by itself.
         distill: What the student learns from.
         compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
         strategy: How several devices share the student: ``fsdp`` spreads its weights over them (FSDP2), which is the
@@ -153,6 +160,7 @@ def setup(
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     check_quantize(teacher_quantize, teacher_placement)
+    _check_repair(repair, sub_network, devices * num_nodes)
     teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
     if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
@@ -179,6 +187,14 @@ def setup(
     state = None if resume_dir is None else load_training_state(resume_dir)
     if state is not None:
         check_settings(state["settings"], settings)
+    if repair and resume_dir is None and not dry_run:
+        start = out_dir / "start"
+        if not (resume and (start / WEIGHTS).is_file()):
+            seen = BatchArgs(train.micro_batch_size, seq_length)
+            module = copy.deepcopy(data)  # training connects it anew
+            extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
+        student = Student.choose(start, None, None, None, None)
+        origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_live = used_dir is not None and cache is None
 
@@ -238,6 +254,16 @@ def setup(
         settings=settings,
         state=state,
     )
+
+
+def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, n: int) -> None:
+    if repair and sub_network is None:
+        raise UserError("repair mends the cut of a sub-network; set --sub_network, or leave it out")
+    if repair and n > 1:
+        raise UserError(
+            f"repair needs one device here, got {n}; run 'litgpt extract --repair true --devices {n}' first and give "
+            "its student as --initial_checkpoint_dir"
+        )
 
 
 def main(
