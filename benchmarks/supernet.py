@@ -62,8 +62,9 @@ def measure_cost(args: argparse.Namespace) -> None:
             started = time.process_time()
             losses = []
             for part in parts:
-                losses.append(part(ids, targets).loss)
-                losses[-1].backward()
+                part_loss = part(ids, targets).loss
+                part_loss.backward()
+                losses.append(part_loss.item())
             seconds["parts"].append(time.process_time() - started)
             model.zero_grad()
         assert math.isclose(loss, sum(losses) / len(losses), rel_tol=1e-4), "not the same networks"
