@@ -66,7 +66,8 @@ def measure_cost(args: argparse.Namespace) -> None:
                 part_loss.backward()
                 losses.append(part_loss.item())
             seconds["parts"].append(time.process_time() - started)
-            model.zero_grad()
+            for trained_model in (model, *parts):
+                trained_model.zero_grad()
         assert math.isclose(loss, sum(losses) / len(losses), rel_tol=1e-4), "not the same networks"
         ours, theirs = (statistics.median(times[1:]) for times in seconds.values())  # the first round warms up
         print(

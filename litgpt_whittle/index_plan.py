@@ -42,6 +42,23 @@ class Take:
             tensor = take_along(tensor, dim, index)
         return tensor
 
+    def add_into(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
+        """Adds a part, of the student's shape, to the places of the teacher's tensor that it was taken of."""
+        indexed = []
+        for dim, index in enumerate(self.index):
+            if isinstance(index, slice):
+                tensor = take_along(tensor, dim, index)
+            else:
+                indexed.append((dim, index.to(tensor.device)))
+        while len(indexed) > 1:
+            dim, index = indexed.pop()
+            shape = [*part.shape[:dim], tensor.shape[dim], *part.shape[dim + 1 :]]
+            part = part.new_zeros(shape).index_add_(dim, index, part)
+        if indexed:
+            tensor.index_add_(*indexed[0], part)
+        else:
+            tensor.add_(part)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The student's shape."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import nn
@@ -110,26 +111,31 @@ class SuperGPT(BlocksGPT):
             subnet: A sub-network of this model.
             materialize: Slice once, now, without gradients, instead of in every forward: for scoring a candidate on
                 many batches. Contiguous runs stay views, which take no memory; of the rest, `KEPT_BYTES` are kept.
-            trains: Give the weights of layers that are left out gradients of zero instead of none, and call their
-                modules: whatever wraps these (FSDP2, DDP) then finds all of them used, on every process.
+            trains: Give the weights of layers that are left out gradients of zero instead of none. Where processes
+                train together, their modules are called, too: whatever wraps them (FSDP2, DDP) then finds all of them
+                used, on every process. A single process adds gradients to the full weights' own in place.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
         """
         takes = plan(self.config, subnet, tied=self.tied)
+        in_place = trains and not dist.is_initialized()
+        calls_all = trains and not in_place
+        if in_place:
+            self._fill_gradients()
         with torch.device("meta"):
             blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
-            shell = BlocksGPT(subnet.config, self._delegates(subnet.layers, trains))
+            shell = BlocksGPT(subnet.config, self._delegates(subnet.layers, calls_all))
             if not isinstance(takes[_EMBEDDING].index[1], slice):
                 shell.transformer.wte = _Lookup(self.config, takes[_EMBEDDING])
                 takes[_EMBEDDING] = Take(_EMBEDDING, ())
         shell.max_seq_length = self.max_seq_length
         rope = dict(zip(("cos", "sin"), self._rope(subnet)))
         root = {name: take for name, take in takes.items() if not name.startswith("transformer.h.")}
-        active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope))]
+        active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope, in_place))]
         for i, layer in enumerate(subnet.layers):
-            active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {})))
-        if trains:
+            active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {}, in_place)))
+        if calls_all:
             left_out = set(range(self.config.n_layer)) - set(subnet.layers)
             active += [(self.transformer.h[layer], _pass_on) for layer in sorted(left_out)]
         left = KEPT_BYTES if materialize else 0
@@ -143,13 +149,18 @@ class SuperGPT(BlocksGPT):
             for module, _ in active:
                 module._running = None
 
-    def _delegates(self, layers: Sequence[int], trains: bool) -> list[_Delegate]:
-        """What calls each layer; where it `trains`, those that are left out are called with the one behind them."""
+    def _fill_gradients(self) -> None:
+        for weight in self.parameters():
+            if weight.requires_grad and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+
+    def _delegates(self, layers: Sequence[int], calls_all: bool) -> list[_Delegate]:
+        """What calls each layer, those that are left out with the one behind them where it `calls_all`."""
         blocks, delegates, begin = self.transformer.h, [], 0
         for layer in layers:
-            delegates.append(_Delegate(blocks[begin : layer + 1] if trains else [blocks[layer]]))
+            delegates.append(_Delegate(blocks[begin : layer + 1] if calls_all else [blocks[layer]]))
             begin = layer + 1
-        if trains:
+        if calls_all:
             delegates[-1].behind = tuple(blocks[begin:])
         return delegates
 
@@ -166,8 +177,11 @@ class SuperGPT(BlocksGPT):
 class _Running:
     """A sub-network's module, without weights of its own, and what it takes of the module that it stands in for."""
 
-    def __init__(self, module: nn.Module, takes: Mapping[str, Take], constants: Weights) -> None:
+    def __init__(
+        self, module: nn.Module, takes: Mapping[str, Take], constants: Weights, in_place: bool = False
+    ) -> None:
         self.module = module.eval()
+        self.in_place = in_place
         self.takes = takes
         self.constants = constants
         self.weights: Weights | None = None
@@ -193,7 +207,27 @@ class _Running:
     def _take(self, owner: nn.Module) -> Weights:
         # tied weights under both their names
         tensors = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers())
-        return {name: take(tensors[take.name]) for name, take in self.takes.items()}
+        return {name: self._part(take, tensors[take.name]) for name, take in self.takes.items()}
+
+    def _part(self, take: Take, tensor: torch.Tensor) -> torch.Tensor:
+        return _TakeInPlace.apply(tensor, take) if self.in_place and tensor.requires_grad else take(tensor)
+
+
+class _TakeInPlace(torch.autograd.Function):
+    """A part of a leaf, with its gradient added to the leaf's own.
+
+    Autograd's own slicing would make every part's gradient as large as the whole before it adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, take: Take) -> torch.Tensor:
+        ctx.leaf, ctx.take = leaf, take
+        return take(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        ctx.take.add_into(ctx.leaf.grad, grad)
+        return None, None
 
 
 class _Lookup(nn.Embedding):
