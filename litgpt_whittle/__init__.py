@@ -17,12 +17,15 @@ _PUBLIC = {
     "SuperGPT": "supergpt",
     "Take": "index_plan",
     "UserError": "errors",
-    "extract": "supergpt",
+    "distill": "api",
+    "extract": "api",
+    "extract_weights": "supergpt:extract",
     "load_model": "checkpoint",
     "n_params": "index_plan",
     "plan": "index_plan",
     "reorder": "order",
     "save_checkpoint": "checkpoint",
+    "search": "api",
     "student_model": "supergpt",
 }
 __all__ = sorted(_PUBLIC)  # noqa: PLE0605
@@ -31,7 +34,8 @@ __all__ = sorted(_PUBLIC)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    module, _, own_name = _PUBLIC[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), own_name or name)
 
 
 def __dir__() -> list[str]:

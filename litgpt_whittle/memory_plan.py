@@ -38,6 +38,10 @@ LITTLE = 0.01
 """Of the free memory: where the weights need less, nobody needs a plan"""
 
 
+class NoPlan(UserError):
+    """A training whose memory cannot be planned."""
+
+
 def teacher_dtype(precision: str) -> torch.dtype:
     """A teacher's precision, bf16 where training is."""
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32
@@ -119,7 +123,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
         is_final: Whether a plan is all that is wanted.
 
     Raises:
-        UserError: If there can be none and `is_final`; else a warning says so.
+        NoPlan: If there can be none and `is_final`; else a warning says so.
     """
     placements = {"replicated": [False], "sharded": [True], "auto": [False, True]}[placement]
     if step.n_devices == 1 or step.build_teacher is None:
@@ -135,7 +139,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
     except Exception as error:  # whatever an optimizer or a loss of somebody else's does with no content
         message = f"memory cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if is_final:
-            raise UserError(f"{message}; leave --dry_run out") from None
+            raise NoPlan(f"{message}; leave --dry_run out") from None
         warnings.warn(message, stacklevel=2)
         return placements[-1]
     print(plan)

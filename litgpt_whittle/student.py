@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class Student:
                     f"model_name must be a litgpt model, got {model_name!r}; see --model_name list"
                 ) from None
         return cls(model_config, lambda: GPT(model_config))
+
+    def with_random_weights(self) -> Student:
+        """The same architecture without what it knows."""
+        shape = self.sub_network and {name: value for name, value in self.sub_network.items() if name != "provenance"}
+        return replace(self, weights=None, sub_network=shape, basis=None)
 
     @classmethod
     def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:

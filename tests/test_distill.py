@@ -53,7 +53,7 @@ DIFFERENT = {
     "out_dir": "out/distill instead of out/pretrain",
     "train": "litgpt's arguments and some more",
 }
-ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "repair", "distill", "compile"}
+ADDED = {"teacher_checkpoint_dir", "teacher_cache", "sub_network", "repair", "random_weights", "distill", "compile"}
 ADDED |= {"strategy", "teacher_placement", "teacher_quantize"}
 ADDED |= {"activation_checkpointing", "checkpoint_type", "dry_run"}
 
@@ -182,6 +182,14 @@ def test_a_sub_network_cut_on_the_fly_trains_like_the_extracted_one(tmp_path, te
     stock.load_state_dict(torch.load(final / "lit_model.pth", weights_only=True))
     idx = torch.arange(SEQ).unsqueeze(0)
     assert torch.allclose(opened(idx), stock(idx), atol=1e-5)
+
+
+def test_random_weights_take_the_architecture_alone(tmp_path, teacher_dir):
+    subnet = cut(teacher_dir, n_embd=32, n_layer=2, intermediate_size=128)
+    save_checkpoint(tmp_path / "student", subnet, extract(read_weights(teacher_dir), subnet))
+    plain = {"distill": DistillArgs(beta=0.0)}
+    taken = run(tmp_path / "a", initial_checkpoint_dir=tmp_path / "student", random_weights=True, **plain)
+    assert same(taken, run(tmp_path / "b", model_config=subnet.config, **plain))
 
 
 def test_a_layerwise_student_resumes_bit_for_bit(tmp_path, teacher_dir):

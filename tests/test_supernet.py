@@ -16,7 +16,7 @@ from litgpt.args import EvalArgs
 from test_train import TokenData, checkpoint, config, predict, rows, same, train_args
 from torch.utils.data import DataLoader
 
-from litgpt_whittle import SubNet, extract, load_model
+from litgpt_whittle import SubNet, load_model
 from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.commands.pretrain_supernet import setup
 from litgpt_whittle.errors import UserError
@@ -36,7 +36,7 @@ from litgpt_whittle.samplers import (
 )
 from litgpt_whittle.search_args import SizeArgs, SpaceArgs
 from litgpt_whittle.space import Space
-from litgpt_whittle.supergpt import SuperGPT, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract, student_model
 from litgpt_whittle.supernet import SuperLossModel, SupernetArgs, SupernetStep
 
 SEARCH_SPACE = SpaceArgs(smallest=SizeArgs(n_embd=16, n_query_groups=1, intermediate_size=32))

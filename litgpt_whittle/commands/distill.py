@@ -96,6 +96,7 @@ def setup(
     teacher_cache: Path | None = None,
     sub_network: Path | None = None,
     repair: bool | RepairArgs = False,
+    random_weights: bool = False,
     distill: DistillArgs = DistillArgs(),
     compile: bool = True,
     strategy: Literal["auto", "fsdp", "ddp"] = "auto",
@@ -138,6 +139,7 @@ def setup(
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
         repair: Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
             settings; ``--repair.refine_steps 100`` warms every block up by itself.
+        random_weights: Take the student's architecture alone and start from random weights, for a comparison.
         distill: What the student learns from.
         compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
         strategy: How several devices share the student: ``fsdp`` spreads its weights over them (FSDP2), which is the
@@ -160,7 +162,7 @@ def setup(
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     check_quantize(teacher_quantize, teacher_placement)
-    _check_repair(repair, sub_network, devices * num_nodes)
+    _check_repair(repair, sub_network, random_weights, devices * num_nodes)
     teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
     teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
     if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
@@ -172,6 +174,8 @@ def setup(
     resume_dir = find_resume(resume, out_dir)
     student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
     student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
+    if random_weights and resume_dir is None:
+        student = student.with_random_weights()
     used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
     if cache is not None:
         used_teacher = cache.teacher_config
@@ -256,7 +260,9 @@ def setup(
     )
 
 
-def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, n: int) -> None:
+def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, random_weights: bool, n: int) -> None:
+    if repair and random_weights:
+        raise UserError("random_weights leaves nothing to repair; leave --repair or --random_weights out")
     if repair and sub_network is None:
         raise UserError("repair mends the cut of a sub-network; set --sub_network, or leave it out")
     if repair and n > 1:

@@ -1,0 +1,125 @@
+"""Search, extract and distill from Python, a notebook for instance, as small as litgpt's own `LLM`.
+
+    from litgpt_whittle import distill, extract, search
+
+    found = search("EleutherAI/pythia-160m", bin="50M", data="corpus.jsonl", iterations=200)
+    student = extract(found, data="corpus.jsonl", repair=True)
+    trained = distill(student, data="corpus.jsonl", train={"max_tokens": 10_000_000})
+    print(found, trained.perplexity)
+    trained.checkpoint.llm().generate("Once upon a time")
+
+Settings have the commands' own names; sections are dicts, or litgpt's dataclasses, as in a YAML. Everything runs in
+this process, on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from litgpt.data import DataModule
+from litgpt.utils import extend_checkpoint_dir
+
+from litgpt_whittle.commands import distill as distill_command
+from litgpt_whittle.commands import extract as extract_command
+from litgpt_whittle.commands import search as search_command
+from litgpt_whittle.data import HFText
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.results import Checkpoint, SearchResult, TrainingResult
+from litgpt_whittle.resume import describe
+from litgpt_whittle.sections import Section
+
+Data = DataModule | str | Path | None
+
+
+def search(
+    checkpoint_dir: str | Path,
+    bin: str | int | list[str],
+    data: Data = None,
+    out_dir: str | Path = "out/search",
+    **settings: Any,
+) -> SearchResult:
+    """Searches a checkpoint for its best sub-networks, as `litgpt search` does.
+
+    Args:
+        checkpoint_dir: The teacher's checkpoint directory.
+        bin: How many parameters the sub-network may have, such as ``410M±5%``.
+        data: What candidates are scored on: a litgpt data module, or the path of a text for `HFText`.
+        out_dir: Where journal and report go.
+        settings: Of `litgpt search`.
+
+    Raises:
+        UserError: As the command does.
+    """
+    _call("search", search_command.setup, data, settings, checkpoint_dir=checkpoint_dir, bin=bin, out_dir=out_dir)
+    return SearchResult(Path(out_dir), extend_checkpoint_dir(Path(checkpoint_dir)))
+
+
+def extract(
+    sub_network: SearchResult | str | Path,
+    checkpoint_dir: str | Path | None = None,
+    data: Data = None,
+    out_dir: str | Path = "out/extract",
+    **settings: Any,
+) -> Checkpoint:
+    """Cuts a sub-network out of its teacher, as `litgpt extract` does.
+
+    Args:
+        sub_network: What a search in one bin found, or the YAML of a sub-network.
+        checkpoint_dir: The teacher's checkpoint directory; not needed for what a search found.
+        data: What a repair calibrates on, as in `search`.
+        out_dir: Where the student's checkpoint goes.
+        settings: Of `litgpt extract`, such as ``repair=True``.
+
+    Raises:
+        UserError: As the command does; or if the teacher is not named, or the search had several bins.
+    """
+    if isinstance(sub_network, SearchResult):
+        checkpoint_dir = checkpoint_dir or sub_network.teacher
+        sub_network = sub_network.best_path
+    if checkpoint_dir is None:
+        raise UserError("a sub-network is cut out of its teacher; name it as checkpoint_dir")
+    inputs = {"checkpoint_dir": checkpoint_dir, "sub_network": sub_network, "out_dir": out_dir}
+    _call("extract", extract_command.setup, data, settings, **inputs)
+    return Checkpoint(Path(out_dir))
+
+
+def distill(
+    student: Checkpoint | str | Path,
+    teacher: str | Path | None = None,
+    data: Data = None,
+    out_dir: str | Path = "out/distill",
+    **settings: Any,
+) -> TrainingResult:
+    """Pretrains a student with its teacher's help, as `litgpt distill` does.
+
+    Args:
+        student: An extracted checkpoint.
+        teacher: The teacher's checkpoint directory; by default what the student was cut out of.
+        data: What it is trained and validated on, as in `search`.
+        out_dir: Where checkpoints and figures go.
+        settings: Of `litgpt distill`, such as ``train={"max_tokens": 10_000_000}``.
+
+    Raises:
+        UserError: As the command does.
+    """
+    student = student if isinstance(student, Checkpoint) else Checkpoint(extend_checkpoint_dir(Path(student)))
+    teacher = teacher or student.origin.get("checkpoint_dir")
+    inputs = {"initial_checkpoint_dir": student.folder, "out_dir": out_dir}
+    if teacher is not None and "teacher_cache" not in settings:
+        inputs["teacher_checkpoint_dir"] = teacher
+    _call("distill", distill_command.setup, data, settings, **inputs)
+    return TrainingResult(Path(out_dir))
+
+
+def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **inputs: Any) -> None:
+    """Runs a command with settings that its own parser has read."""
+    settings = {"devices": 1} | settings
+    if settings["devices"] != 1:
+        raise UserError(
+            f"from Python {name} runs on one device, got devices = {settings['devices']}; several need litgpt {name}"
+        )
+    module = HFText(path=str(data)) if isinstance(data, str | Path) else data
+    given = {key: describe(value) for key, value in (settings | inputs).items()}
+    command(**vars(Section(name, command, given).parse()) | {"data": module})

@@ -1,0 +1,98 @@
+"""`litgpt whittle`: from a teacher to trained students of the sizes asked for, by the other commands in turn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from litgpt.data import DataModule
+from litgpt.utils import extend_checkpoint_dir, init_out_dir
+
+import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.bins import Bin, parse_bins
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.estimates import cost_table, costs, measure_speed
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.outcome import PAGE, write_outcome
+from litgpt_whittle.pipeline import Pipeline, folder_of
+from litgpt_whittle.report import as_text
+from litgpt_whittle.results import Checkpoint
+from litgpt_whittle.resume import describe
+from litgpt_whittle.stages import Request, Stages
+
+Section = dict
+
+
+def setup(
+    checkpoint_dir: Path,
+    target: str | int | float | list[str | int | float] | None = None,
+    data: DataModule | None = None,
+    out_dir: Path = Path("out/whittle"),
+    rank: bool | Section | None = None,
+    search: Section | None = None,
+    extract: Section | None = None,
+    cache_teacher: bool | Section | None = None,
+    distill: Section | None = None,
+    baseline: bool = False,
+    devices: int | str = 1,
+    seed: int = 42,
+    dry_run: bool = False,
+) -> None:
+    """Turn a teacher into trained students: rank, search, extract and repair, distill, report.
+
+    Every stage is the command of its name, and its section holds that command's own settings; each may have a
+    ``data`` of its own. The same command again goes on where it was interrupted.
+
+    Arguments:
+        checkpoint_dir: The teacher's checkpoint directory.
+        target: The parameters of the student, as ``litgpt search --bin`` has them (410M±5%), or of several students,
+            separated by commas. They share the ranking and the cached teacher.
+        data: What all stages read: any litgpt data module, or ``--data HFText --data.path PATH``.
+        out_dir: Directory of the stages' folders, the students and the report.
+        rank: The settings of ``litgpt rank``, or whether to rank at all; by default where the search space is coarse,
+            which then keeps the most important units first.
+        search: The settings of ``litgpt search``, such as ``--search.iterations 1000``.
+        extract: The settings of ``litgpt extract``. Students are repaired unless ``--extract.repair false``.
+        cache_teacher: The settings of ``litgpt cache_teacher``, or whether to cache the teacher; by default for
+            several students.
+        distill: The settings of ``litgpt distill``. ``--distill.train.max_tokens`` must be there.
+        baseline: Train each student's architecture from random weights too, without the teacher, on as many tokens.
+        devices: Devices that each stage uses, as far as it can.
+        seed: The random seed of all stages.
+        dry_run: Check everything, print the stages with what they will take, and stop.
+    """
+    arguments = {name: describe(value) for name, value in locals().items() if name not in ("out_dir", "dry_run")}
+    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("litgpt whittle runs on one machine, started once; on several, run the stages one by one")
+    if target is None:
+        raise UserError("target must say how many parameters the student is to have; give one such as --target 410M")
+    check_writable(out_dir)
+    check_checkpoint(checkpoint_dir)
+    pipeline = Pipeline(out_dir, arguments | {"teacher": file_fingerprint(checkpoint_dir / WEIGHTS)})
+    request = Request(checkpoint_dir, _targets(target), out_dir, data, devices, seed, baseline)
+    stages = Stages(request, rank, search or {}, extract or {}, cache_teacher, distill or {})
+    memory = stages.check()
+    if dry_run:
+        print(memory)
+        print("Measuring the speed of this machine, for a minute at most …", flush=True)
+        print(as_text(cost_table(costs(stages), measure_speed(stages))))
+        return
+    try:
+        pipeline.run(stages.all(), stages.files())
+    except KeyboardInterrupt:
+        raise UserError("interrupted; run the same command again to go on from there") from None
+    rows = write_outcome(out_dir, list(request.bins), Checkpoint(checkpoint_dir))
+    print(f"\n{as_text(rows)}\nThe report is {out_dir / PAGE}; students are in {out_dir}/*/distilled/final")
+
+
+def _targets(target: str | int | float | list[str | int | float]) -> dict[str, Bin]:
+    """The bins by the names of their students' folders."""
+    texts = target.split(",") if isinstance(target, str) else target if isinstance(target, list) else [target]
+    bins = parse_bins([*texts])
+    named = dict(zip((folder_of(str(text)) for text in texts), bins))
+    if len(named) < len(bins):
+        raise UserError(f"targets must differ before their tolerance, got {target!r}; give ranges instead")
+    return named

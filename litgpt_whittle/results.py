@@ -1,0 +1,166 @@
+"""What commands leave in their folders, as objects: for the Python API, reports and whoever asks afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model
+from litgpt_whittle.curves import read_metrics
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.page import table
+from litgpt_whittle.report import Findings, as_text
+from litgpt_whittle.subnet import SubNet, read_choice
+
+if TYPE_CHECKING:
+    from litgpt import LLM
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `litgpt search` left in its folder."""
+
+    folder: Path
+    teacher: Path | None = None
+    """The teacher's checkpoint directory"""
+
+    @cached_property
+    def findings(self) -> Findings:
+        """Its evaluations, and what their scores depend on."""
+        return Findings.read(self.folder)
+
+    @property
+    def bests(self) -> dict[str, Evaluation]:
+        """The best evaluation of every bin."""
+        return best_of(self.findings.evaluations, self.findings.score)
+
+    @property
+    def best(self) -> Evaluation:
+        """The best evaluation, of the first bin where there are several."""
+        return next(iter(self.bests.values()))
+
+    @property
+    def subnet(self) -> SubNet:
+        """The sub-network of `best`."""
+        return SubNet.from_dict(self.findings.teacher, self.best.subnet)
+
+    @property
+    def best_path(self) -> Path:
+        """The YAML of `best`.
+
+        Raises:
+            UserError: If there are several bins.
+        """
+        if len(self.bests) > 1:
+            raise UserError(f"the search had {len(self.bests)} bins; name one of {str(self.folder)!r}/best-*.yaml")
+        return self.folder / "best.yaml"
+
+    def __str__(self) -> str:
+        return as_text(self.findings.bests)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return table(self.findings.bests)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A litgpt checkpoint, such as `litgpt extract` leaves it."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Config:
+        """litgpt's config, padded to the widest layer where layers differ."""
+        return check_checkpoint(self.folder)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where it was cut from, as it was noted then; empty where that is not known."""
+        path = self.folder / "sub_network.yaml"
+        return (read_choice(path).get("provenance") or {}) if path.is_file() else {}
+
+    @property
+    def n_params(self) -> int:
+        """Its parameters, in its true shape."""
+        if (known := self.origin.get("n_params")) is not None:
+            return known
+        return n_params(self.config, SubNet.full(self.config))
+
+    @property
+    def calibration_tokens(self) -> int:
+        """The tokens that its repair saw."""
+        return (self.origin.get("repair") or {}).get("tokens", 0)
+
+    def load(self) -> GPT:
+        """The model, with its weights."""
+        return load_model(self.folder)
+
+    def llm(self) -> LLM:
+        """The same as litgpt's `LLM`, which generates text; it needs the tokenizer."""
+        from litgpt import LLM
+
+        return LLM.load(str(self.folder))
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `litgpt distill` or `litgpt pretrain_supernet` left in its folder."""
+
+    folder: Path
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of its ``metrics.jsonl``."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Tokens and validation loss in nats per token, as training went on."""
+        return [(row["tokens"], row["val_loss"]) for row in self.rows if "val_loss" in row]
+
+    @property
+    def val_loss(self) -> float:
+        """The last validation loss, in nats per token.
+
+        Raises:
+            UserError: If there was none yet.
+        """
+        if not self.curve:
+            raise UserError(f"{str(self.folder)!r} has no validation loss; name the out_dir of a training that ended")
+        return self.curve[-1][1]
+
+    @property
+    def perplexity(self) -> float:
+        """The last validation perplexity."""
+        return math.exp(self.val_loss)
+
+    @property
+    def teacher_val_loss(self) -> float | None:
+        """The teacher's loss on the same batches, where it was measured."""
+        return next((row["teacher_val_loss"] for row in self.rows if "teacher_val_loss" in row), None)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The trained model."""
+        return Checkpoint(self.folder / "final")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training ended, and its model is saved."""
+        return (self.folder / "final" / WEIGHTS).is_file()
+
+
+def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
+    """The first number of tokens at which a curve is at most `loss`; none where it never is."""
+    return next((tokens for tokens, value in curve if value <= loss), None)

@@ -1,0 +1,234 @@
+"""`litgpt whittle`: its stages, going on after an interruption, what it refuses, and what it says beforehand."""
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from litgpt import GPT
+from litgpt.config import Config
+from test_metrics import counted_flops
+from texts import documents, write_jsonl, write_tokenizer
+
+from litgpt_whittle import SubNet, load_model, save_checkpoint
+from litgpt_whittle import __main__ as program
+from litgpt_whittle import pipeline as pipeline_module
+from litgpt_whittle.bins import Bin
+from litgpt_whittle.commands import search
+from litgpt_whittle.commands.whittle import setup
+from litgpt_whittle.data import HFText
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.estimates import Speed, cost_table, costs
+from litgpt_whittle.pipeline import folder_of
+from litgpt_whittle.results import TrainingResult, tokens_to_reach
+from litgpt_whittle.resume import describe
+from litgpt_whittle.sections import merge
+from litgpt_whittle.stages import Request, Stages
+
+TEACHER = Config(
+    name="teacher", block_size=32, vocab_size=300, padded_vocab_size=300, n_layer=3, n_embd=32, n_head=4, bias=True
+)
+BATCH = {"micro_batch_size": 4, "max_seq_length": 32}
+SECTIONS = {
+    "rank": {"tokens": 256, "layer_tokens": 0, "train": BATCH},
+    "search": {"iterations": 4, "train": BATCH, "eval": {"max_iters": 1}, "strategy": "RandomSearch"},
+    "extract": {"repair": {"tokens": 1024}, "train": BATCH},
+    "distill": {
+        "precision": "32-true",
+        "logger_name": "csv",
+        "compile": False,
+        "train": BATCH | {"global_batch_size": 4, "max_tokens": 768, "lr_warmup_steps": 1, "save_interval": None},
+        "eval": {"interval": 3, "max_iters": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whittle") / "teacher"
+    torch.manual_seed(0)
+    save_checkpoint(folder, SubNet.full(TEACHER), GPT(TEACHER).state_dict())
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    train = write_jsonl(folder / "train.jsonl", documents(60))
+    validation = write_jsonl(folder / "validation.jsonl", [text.upper() for text in documents(30, seed=1)])
+    return HFText(path=str(train), val_path=str(validation))
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Runs stages in this process, by the same command line; gives what was called."""
+    called = []
+
+    def call(command):
+        called.append(command[3])
+        monkeypatch.setattr(sys, "argv", ["litgpt-whittle", *command[3:]])
+        program.main()
+        return 0
+
+    monkeypatch.setattr(pipeline_module, "call", call)
+    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")  # drawing takes longer than the search
+    return called
+
+
+def run(teacher, data, out_dir, target, **changes):
+    setup(teacher, target, data, out_dir, **(SECTIONS | changes))
+
+
+def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher, data, tmp_path, calls, monkeypatch):
+    settings = {"target": "14K", "cache_teacher": False, "baseline": True}
+    in_process = pipeline_module.call
+    monkeypatch.setattr(pipeline_module, "call", lambda command: 1 if command[3] == "extract" else in_process(command))
+    with pytest.raises(UserError, match="stage 14K/start ended with exit code 1"):
+        run(teacher, data, tmp_path / "out", **settings)
+    monkeypatch.setattr(pipeline_module, "call", in_process)
+    run(teacher, data, tmp_path / "out", **settings)
+    assert calls == ["rank", "search", "extract", "distill", "distill"]
+    folder = tmp_path / "out/14K"
+    assert sum(p.numel() for p in load_model(folder / "distilled/final").parameters()) in Bin.parse("14K")
+    trained, alone = TrainingResult(folder / "distilled"), TrainingResult(folder / "baseline")
+    assert any("distill" in row for row in trained.rows)
+    # nobody teaches the baseline, and it starts from nothing
+    assert not any("distill" in row for row in alone.rows)
+    assert alone.curve[0][1] == pytest.approx(math.log(300), rel=0.1)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"{trained.perplexity:.2f}" in page and f"{alone.perplexity:.2f}" in page and "data:image/png" in page
+    commands = (tmp_path / "out/commands.sh").read_text().splitlines()
+    assert [line.split()[:2] for line in commands] == [["litgpt", name] for name in calls]
+
+    run(teacher, data, tmp_path / "out", **settings)  # nothing is left to do
+    assert len(calls) == len(commands)
+    with pytest.raises(UserError, match="search.iterations was 4 and is 5"):
+        run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
+
+
+@pytest.mark.slow
+def test_several_targets_share_ranking_search_and_cache(teacher, data, tmp_path, calls):
+    run(teacher, data, tmp_path / "out", "18K,14K")
+    assert calls == ["rank", "search", "cache_teacher", *["extract", "distill"] * 2]
+    for name in ("18K", "14K"):
+        model = load_model(tmp_path / "out" / name / "distilled/final")
+        assert sum(p.numel() for p in model.parameters()) in Bin.parse(name)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
+    """Whole processes, killed with all that they have started, at moments spread over a run's time."""
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SECTIONS | {"data": describe(data), "target": "14K"}))
+    command = [sys.executable, "-m", "litgpt_whittle", "whittle", str(teacher), "--config=settings.yaml"]
+
+    def begin(out_dir: str) -> subprocess.Popen:
+        return subprocess.Popen([*command, f"--out_dir={out_dir}"], cwd=tmp_path, start_new_session=True)
+
+    started = time.perf_counter()
+    assert begin("whole").wait() == 0
+    seconds = time.perf_counter() - started
+    for i in range(6):
+        process = begin("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds * (0.2 + 0.15 * i))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert begin("killed").wait() == 0
+    one, other = (torch.load(tmp_path / run / "14K/distilled/final/lit_model.pth") for run in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target": None}, "target must say"),
+        ({"target": "14K,14K±3%"}, "targets must differ before their tolerance"),
+        ({"target": "3M"}, "3"),
+        ({"search": {"iterationz": 4}}, "section search cannot be read: .*iterationz"),
+        ({"search": {"eval.max_iters": 0}}, "search: eval.max_iters must be at least 1, got 0"),
+        ({"search": {"bin": "14K"}}, "search.bin is what the pipeline itself provides"),
+        ({"distill": {}}, "set --distill.train.max_tokens"),
+        ({"distill": SECTIONS["distill"] | {"sub_network": "x"}}, "distill.sub_network is what the pipeline"),
+        ({"distill": SECTIONS["distill"] | {"train.global_batch_size": 3}}, "global_batch_size"),
+        ({"out_dir": "."}, "out_dir must be empty, new or a pipeline's"),
+    ],
+)
+def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls, changes, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    settings = {"target": "14K", "out_dir": "out"} | changes
+    with pytest.raises(UserError, match=message) as error:
+        run(teacher, data, settings.pop("out_dir"), **settings)
+    assert "\n" not in str(error.value)
+    assert not calls and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_the_stages_will_take(teacher, data, tmp_path, calls, capsys):
+    run(teacher, data, tmp_path / "out", "18K,14K", dry_run=True)
+    printed = capsys.readouterr().out
+    assert "at the peak" in printed and "18K/distilled" in printed
+    assert not calls and not (tmp_path / "out").exists()
+
+
+def test_costs_are_counted_passes(teacher, data, tmp_path):
+    """Against PyTorch's own counter, on the sub-networks that stand for the students."""
+    bins = {"14K": Bin.parse("14K")}
+    request = Request(teacher, bins, tmp_path, data, 1, 42, True)
+    sections = {name: SECTIONS[name] for name in ("rank", "search", "extract", "distill")}
+    stages = Stages(request, cache=True, **sections)
+    whole, part = (counted_flops(subnet, 1, 32) for subnet in (SubNet.full(TEACHER), stages.examples["14K"]))
+    found = {cost.name: cost for cost in costs(stages)}
+    n = SECTIONS["distill"]["train"]["max_tokens"]
+    assert found["rank"].training == pytest.approx(3 * 256 * whole)
+    assert found["search"].forward == pytest.approx(4 * 4 * 32 * part)
+    assert found["cache_teacher"].forward == pytest.approx(n * whole)
+    assert found["14K/distilled"].training == found["14K/baseline"].training == pytest.approx(3 * n * part)
+    assert found["14K/distilled"].forward == 0  # the teacher is cached
+    rows = cost_table([found["14K/baseline"]], Speed(1.0, 3 * n * part / 9000))
+    assert rows[1][-1] == rows[2][-1] == "2.5 h"
+
+
+def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+    searched = SECTIONS["search"] | {"selection": {"rungs": ["2x256"]}}
+    distilled = SECTIONS["distill"] | {"train.max_norm": 0.5}
+    stages = Stages(request, False, searched, {}, None, distilled)
+    ((path, text),) = stages.files().items()
+    assert stages.search.parse(checkpoint_dir=teacher).selection.config == path
+    assert yaml.safe_load(text)["train"]["max_norm"] == 0.5  # what the command line said, too
+
+
+def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+    rest = {"extract": {}, "cache": None, "distill": SECTIONS["distill"]}
+    coarse = Stages(request, None, {}, **rest)
+    assert [stage.command for stage in coarse.all()][:2] == ["rank", "search"]
+    assert coarse.search.settings["order"] == "importance"
+    fine = Stages(request, None, {"space": "fine_uniform"}, **rest)
+    assert fine.all()[0].command == "search" and "order" not in fine.search.settings
+    own = Stages(request, None, {"order": "importance", "importance": "mine.pt"}, **rest)
+    assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
+
+
+def test_settings_are_merged():
+    below = {"a": 1, "b": {"c": 2, "d": 3}, "data": {"class_path": "A", "init_args": {"x": 1}}}
+    above = {"b": {"c": 4}, "data": {"class_path": "B"}}
+    assert merge(below, above) == {"a": 1, "b": {"c": 4, "d": 3}, "data": {"class_path": "B"}}
+
+
+@pytest.mark.parametrize("target, folder", [("410M±5%", "410M"), ("385M-426M", "385M-426M"), (" 1B+-2%", "1B")])
+def test_students_folders_have_the_targets_names(target, folder):
+    assert folder_of(target) == folder
+
+
+def test_tokens_to_reach_a_loss():
+    curve = [(0, 5.0), (10, 4.0), (20, 4.5)]
+    assert tokens_to_reach(curve, 4.2) == 10 and tokens_to_reach(curve, 3.0) is None
