@@ -26,7 +26,7 @@ from litgpt_whittle.batches import Batch, connect, validation_batches
 from litgpt_whittle.head import TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.objective import Objective
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 OUT = Path("out/fitness_tokens")
 MEASURES = ("perplexity", "KL")
@@ -68,7 +68,7 @@ def score(data: Data, n: int, n_batches: int) -> tuple[np.ndarray, np.ndarray]:
 
 def student_of(model: SuperGPT, subnet: SubNet) -> GPT:
     student = student_model(subnet)
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     return student.eval()
 
 

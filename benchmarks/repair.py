@@ -21,7 +21,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.repair import Repair, RepairArgs
 from litgpt_whittle.scratch import Scratch
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 
 OUT = Path("out/repair")
 LLAMA = dict(
@@ -115,7 +115,7 @@ class Bench:
     def gap(self, refine_steps: int) -> None:
         """The table of starts."""
         cut = student_model(self.subnet).eval()
-        cut.load_state_dict(extract(self.weights, self.subnet))
+        cut.load_state_dict(extract_weights(self.weights, self.subnet))
         windows = self.windows(65_536)
         print(
             f"student of {self.share:.1%}, {windows.numel():,} tokens to calibrate; teacher NLL {self.teacher_nll:.3f}"

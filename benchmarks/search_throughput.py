@@ -38,7 +38,7 @@ from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.space import Space
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 
 GOALS = {("coarse_layerwise", "extracted"): 0.95, ("fine_layerwise", "extracted"): 0.95}
 GOALS |= {("coarse_layerwise", "whittle"): 1.3, ("fine_layerwise", "whittle"): 2.0}
@@ -86,7 +86,7 @@ def main() -> None:
     students = {}
     for space, subnet in subnets.items():
         students[space] = student_model(subnet)
-        students[space].load_state_dict(extract(model, subnet))
+        students[space].load_state_dict(extract_weights(model, subnet))
         students[space].eval().requires_grad_(False)
     ways: dict[str, Way] = {
         "ours": timed(lambda space: score(subnets[space])["nll"]),

@@ -33,7 +33,7 @@ from litgpt_whittle.samplers import Sandwich
 from litgpt_whittle.search_args import SizeArgs, SpaceArgs
 from litgpt_whittle.space import Space
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 from litgpt_whittle.supernet import SuperLossModel, SupernetStep
 
 OUT = Path("out/supernet")
@@ -79,7 +79,7 @@ def extracted(model: torch.nn.Module, network: SubNet | None) -> LossModel:
     """A network as a model of its own."""
     subnet = network or SubNet.full(model.config)
     student = student_model(subnet)
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     return LossModel(student)
 
 

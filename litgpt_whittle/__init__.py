@@ -19,7 +19,7 @@ _PUBLIC = {
     "UserError": "errors",
     "distill": "api",
     "extract": "api",
-    "extract_weights": "supergpt:extract",
+    "extract_weights": "supergpt",
     "load_model": "checkpoint",
     "n_params": "index_plan",
     "plan": "index_plan",
@@ -34,8 +34,7 @@ __all__ = sorted(_PUBLIC)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, own_name = _PUBLIC[name].partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), own_name or name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:

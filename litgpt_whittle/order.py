@@ -17,7 +17,7 @@ from litgpt.model import GPT
 
 from litgpt_whittle.keep import Keep, Ordered
 from litgpt_whittle.subnet import PER_LAYER, SubNet, experts_of, layer_sizes
-from litgpt_whittle.supergpt import Weights, extract
+from litgpt_whittle.supergpt import Weights, extract_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,4 +81,4 @@ def reorder(teacher: GPT | Mapping[str, torch.Tensor], order: Order, tied: bool 
     Returns:
         Weights for the teacher's config, copies. The best n units of any dimension are now its first n.
     """
-    return extract(teacher, order.reordered, tied)
+    return extract_weights(teacher, order.reordered, tied)

@@ -15,7 +15,7 @@ from litgpt.model import GPT
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, extract, student_model
+from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, student_model
 
 BASIS = "basis.pth"
 """What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
@@ -95,7 +95,7 @@ class Student:
         return cls(
             subnet.config,
             lambda: student_model(subnet),
-            lambda: extract(read_weights(teacher_dir), subnet),
+            lambda: extract_weights(read_weights(teacher_dir), subnet),
             subnet.to_dict(),
         )
 

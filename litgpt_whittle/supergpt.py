@@ -297,7 +297,7 @@ def student_model(subnet: SubNet) -> GPT:
     return GPT(subnet.config) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
-def extract(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:
+def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:
     """Cuts a sub-network's weights out of its teacher.
 
     Args:
@@ -381,7 +381,7 @@ def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 def unpad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
     """Undoes `pad`: the true shape of a layer-wise student from its padded stock weights."""
     shape = shape_of(subnet)
-    return _rescale_norms(shape, extract(weights, shape), inverse=True)
+    return _rescale_norms(shape, extract_weights(weights, shape), inverse=True)
 
 
 def _as_tensor(index: slice | torch.Tensor, device: torch.device) -> torch.Tensor:

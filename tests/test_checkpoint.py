@@ -14,7 +14,7 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, student_model
 
 LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
@@ -48,7 +48,7 @@ def test_tied_weights_stay_tied(checkpoint):
     model = load_model(checkpoint, "SuperGPT")
     assert model.tied and model.lm_head.weight is model.transformer.wte.weight
     subnet = SubNet(LLAMA, n_embd=8)
-    save_checkpoint(checkpoint.parent / "student", subnet, extract(model, subnet))
+    save_checkpoint(checkpoint.parent / "student", subnet, extract_weights(model, subnet))
     student = load_model(checkpoint.parent / "student")
     assert student.lm_head.weight is student.transformer.wte.weight
 
@@ -56,7 +56,7 @@ def test_tied_weights_stay_tied(checkpoint):
 def test_layerwise_student_opens_in_its_true_shape_and_in_stock_litgpt(checkpoint):
     teacher = load_model(checkpoint)
     subnet = SubNet(LLAMA, n_layer="0,2-3", intermediate_size=[4, 10, 7], n_query_groups=[1, 2, 2])
-    save_checkpoint(checkpoint.parent / "student", subnet, extract(teacher, subnet), checkpoint)
+    save_checkpoint(checkpoint.parent / "student", subnet, extract_weights(teacher, subnet), checkpoint)
     student = load_model(checkpoint.parent / "student")
     assert isinstance(student, LayerwiseGPT) and student.transformer.h[0].mlp.fc_1.out_features == 4
     stock = GPT(Config.from_checkpoint(checkpoint.parent / "student"))
@@ -64,7 +64,7 @@ def test_layerwise_student_opens_in_its_true_shape_and_in_stock_litgpt(checkpoin
     idx = torch.arange(12)[None]
     torch.testing.assert_close(student(idx), stock(idx))
     expected = student_model(subnet)
-    expected.load_state_dict(extract(teacher, subnet))
+    expected.load_state_dict(extract_weights(teacher, subnet))
     assert torch.equal(student(idx), expected(idx))
 
 
@@ -155,6 +155,6 @@ def test_places_that_cannot_be_written_to_are_refused(tmp_path):
 def test_copied_hugging_face_config_has_the_students_sizes(checkpoint):
     (checkpoint / "config.json").write_text('{"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 61}')
     subnet = SubNet(LLAMA, n_embd=8, n_layer=2)
-    save_checkpoint(checkpoint.parent / "student", subnet, extract(load_model(checkpoint), subnet), checkpoint)
+    save_checkpoint(checkpoint.parent / "student", subnet, extract_weights(load_model(checkpoint), subnet), checkpoint)
     written = yaml.safe_load((checkpoint.parent / "student/config.json").read_text())
     assert written["hidden_size"] == 8 and written["num_hidden_layers"] == 2 and written["vocab_size"] == 61

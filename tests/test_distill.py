@@ -21,7 +21,7 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, extract
+from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_the_teachers_logged_perplexity_is_that_of_litgpts_model(tmp_path, teach
 def test_the_first_loss_is_the_papers_formula_on_litgpts_logits(tmp_path, teacher_dir):
     subnet = cut(teacher_dir, n_embd=32, n_layer=2)
     student_dir = tmp_path / "student"
-    save_checkpoint(student_dir, subnet, extract(read_weights(teacher_dir), subnet))
+    save_checkpoint(student_dir, subnet, extract_weights(read_weights(teacher_dir), subnet))
     data = TokenData(n_train=8)
     run(
         tmp_path / "out",
@@ -168,7 +168,7 @@ def test_a_sub_network_cut_on_the_fly_trains_like_the_extracted_one(tmp_path, te
     """Uniform and layer-wise; the latter trains in its true shape and is saved padded."""
     subnet = cut(teacher_dir, n_embd=32, n_layer=2, intermediate_size=intermediate_size)
     subnet.save(tmp_path / "best.yaml")
-    save_checkpoint(tmp_path / "student", subnet, extract(read_weights(teacher_dir), subnet))
+    save_checkpoint(tmp_path / "student", subnet, extract_weights(read_weights(teacher_dir), subnet))
     common = {"teacher_checkpoint_dir": teacher_dir, "distill": DistillArgs()}
     from_yaml = run(tmp_path / "a", sub_network=tmp_path / "best.yaml", **common)
     from_checkpoint = run(tmp_path / "b", initial_checkpoint_dir=tmp_path / "student", **common)
@@ -186,7 +186,7 @@ def test_a_sub_network_cut_on_the_fly_trains_like_the_extracted_one(tmp_path, te
 
 def test_random_weights_take_the_architecture_alone(tmp_path, teacher_dir):
     subnet = cut(teacher_dir, n_embd=32, n_layer=2, intermediate_size=128)
-    save_checkpoint(tmp_path / "student", subnet, extract(read_weights(teacher_dir), subnet))
+    save_checkpoint(tmp_path / "student", subnet, extract_weights(read_weights(teacher_dir), subnet))
     plain = {"distill": DistillArgs(beta=0.0)}
     taken = run(tmp_path / "a", initial_checkpoint_dir=tmp_path / "student", random_weights=True, **plain)
     assert same(taken, run(tmp_path / "b", model_config=subnet.config, **plain))

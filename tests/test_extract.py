@@ -25,7 +25,7 @@ from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights
 
 TEACHER = Config.from_name(
     "pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=48, block_size=64, vocab_size=300
@@ -80,7 +80,7 @@ def test_it_writes_what_runs_in_the_super_network(student, checkpoint):
         ours = load_model(folder)
         torch.testing.assert_close(ours(IDX), expected, rtol=1e-5, atol=1e-5)
     assert isinstance(ours, LayerwiseGPT) != subnet.is_uniform
-    weights = extract(teacher, subnet)
+    weights = extract_weights(teacher, subnet)
     assert all(torch.equal(value, weights[name]) for name, value in ours.state_dict().items())
 
 
@@ -146,7 +146,7 @@ def test_a_dtype_can_be_chosen(checkpoint, tmp_path):
     SubNet(TEACHER, n_embd=16).save(tmp_path / "s.yaml")
     setup(checkpoint, tmp_path / "s.yaml", tmp_path / "half", dtype="bfloat16")
     teacher = load_model(checkpoint, SuperGPT.__name__)
-    expected = extract(teacher, SubNet(TEACHER, n_embd=16))
+    expected = extract_weights(teacher, SubNet(TEACHER, n_embd=16))
     for name, value in torch.load(tmp_path / "half/lit_model.pth", weights_only=True).items():
         assert torch.equal(value, expected[name].bfloat16())
 

@@ -15,7 +15,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.index_plan import Take, plan
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=3, n_embd=32, n_head=4, intermediate_size=64, block_size=24)
 
@@ -36,7 +36,7 @@ def loader(sizes=(4, 4, 2), length=17) -> list[torch.Tensor]:
 def plain_nll(model: SuperGPT, subnet: SubNet, batches) -> float:
     """Mean over all tokens, in float64, of the extracted model."""
     student = student_model(subnet)
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     student = student.double().eval()
     losses = []
     with torch.no_grad():

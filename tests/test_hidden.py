@@ -13,7 +13,7 @@ from litgpt_whittle.head import LossModel, TeacherLogits, hidden_states
 from litgpt_whittle.hidden import HiddenLoss, Place, Watch
 from litgpt_whittle.objective import Objective
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 
 TEACHER = config(n_layer=4, n_embd=48)
 SUBNET = SubNet(TEACHER, n_layer="0,2,3", n_embd="1-20,30-41", intermediate_size=96, n_query_groups="0,2")
@@ -23,7 +23,7 @@ def models(subnet=SUBNET):
     torch.manual_seed(0)
     teacher = GPT(TEACHER)
     student = student_model(subnet)
-    student.load_state_dict(extract(teacher, subnet))
+    student.load_state_dict(extract_weights(teacher, subnet))
     return student.double(), teacher.double().requires_grad_(False)
 
 

@@ -11,13 +11,13 @@ from litgpt_whittle import head, registry
 from litgpt_whittle.batches import Batch, fixed_batches
 from litgpt_whittle.kl import KLDivergence
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 
 def plain_kl(model: SuperGPT, subnet: SubNet, batches: list[Batch]) -> float:
     """Mean over all tokens that count, in float64, of the extracted model."""
     student, teacher = student_model(subnet), SuperGPT(model.config)
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     teacher.load_state_dict(model.state_dict())
     values = []
     with torch.no_grad():

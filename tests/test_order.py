@@ -16,7 +16,7 @@ from litgpt_whittle.index_plan import plan
 from litgpt_whittle.keep import Keep, Ordered
 from litgpt_whittle.order import Order, reorder
 from litgpt_whittle.subnet import SubNet, layer_sizes
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -87,8 +87,8 @@ def test_a_prefix_of_the_reordered_teacher_has_the_best_units(teacher):
     chosen = SubNet(teacher, n_embd=order.best("n_embd", 0, 20), **best)
     assert chosen == SubNet.from_dict(teacher, chosen.to_dict())
     ours, theirs = student_model(chosen), student_model(prefix)
-    ours.load_state_dict(extract(gpt, chosen))
-    theirs.load_state_dict(extract(reordered, prefix))
+    ours.load_state_dict(extract_weights(gpt, chosen))
+    theirs.load_state_dict(extract_weights(reordered, prefix))
     with torch.no_grad():
         expected = theirs(idx)
         torch.testing.assert_close(ours(idx), expected, rtol=0, atol=2e-5 * expected.abs().max().item())

@@ -19,7 +19,7 @@ from litgpt_whittle.journal import read_journal
 from litgpt_whittle.proxies import BlockInfluence, ImportanceMass, WeightMagnitude
 from litgpt_whittle.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 NAMES = ["phi-2", "Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "Llama-3.1-8B", "latent"]
 TEACHERS = {name: super_network(ARCHITECTURES[name]) for name in NAMES}
@@ -28,7 +28,7 @@ TEACHERS = {name: super_network(ARCHITECTURES[name]) for name in NAMES}
 def magnitude(model: SuperGPT, subnet: SubNet) -> float:
     """Σ |w| of the extracted model's parameters, weight by weight, in float64."""
     student = student_model(subnet)
-    student.load_state_dict(extract(model, subnet, model.tied))
+    student.load_state_dict(extract_weights(model, subnet, model.tied))
     if model.tied:
         student.lm_head.weight = student.transformer.wte.weight
     return sum(float(parameter.detach().double().abs().sum()) for parameter in student.parameters())

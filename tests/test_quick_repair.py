@@ -17,7 +17,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.quick_repair import QuickRepair, normalised
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 PYTHIA = Config.from_name(
     "pythia-14m",
@@ -42,7 +42,7 @@ def super_gpt(teacher) -> SuperGPT:
 
 def cut_of(teacher, subnet):
     cut = student_model(subnet).eval().requires_grad_(False)
-    cut.load_state_dict(extract(teacher, subnet))
+    cut.load_state_dict(extract_weights(teacher, subnet))
     return cut
 
 

@@ -15,7 +15,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
 
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -77,7 +77,7 @@ def test_a_repaired_student_is_nearer_to_its_teacher_than_the_cut(config, basis,
     teacher, subnet = model(config), half(config)
     repaired = repair(teacher, subnet, tmp_path, basis=basis)
     cut = student_model(subnet).eval().requires_grad_(False)
-    cut.load_state_dict(extract(teacher, subnet))
+    cut.load_state_dict(extract_weights(teacher, subnet))
     student = student_of(repaired)
     assert n_params(config, repaired.subnet) == n_params(config, subnet) == sum(p.numel() for p in student.parameters())
     assert [layer.layer for layer in repaired.layers] == list(subnet.layers)
@@ -149,7 +149,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, subnet = model(config, tied=True), half(config)
     cut = student_model(subnet).eval().requires_grad_(False)
-    cut.load_state_dict(extract(teacher, subnet))
+    cut.load_state_dict(extract_weights(teacher, subnet))
     for basis in ("pca", "coordinates"):
         repaired = repair(teacher, subnet, tmp_path, basis=basis)
         assert repaired.weights["lm_head.weight"] is repaired.weights["transformer.wte.weight"]
@@ -171,7 +171,7 @@ def test_dropped_layers_are_stood_in_for(tmp_path):
     for layers in ("0,2-3", "1-3"):
         subnet = SubNet(config, n_layer=layers)
         cut = student_model(subnet).eval().requires_grad_(False)
-        cut.load_state_dict(extract(teacher, subnet))
+        cut.load_state_dict(extract_weights(teacher, subnet))
         repaired = repair(teacher, subnet, tmp_path)
         assert repaired.basis_name == "coordinates"  # no channel is cut
         assert distance(student_of(repaired), teacher) < 0.8 * distance(cut, teacher)

@@ -14,7 +14,7 @@ from litgpt_whittle.index_plan import kept_indices, units_of
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.scores import METRICS, Scores, magnitudes, measure
 from litgpt_whittle.subnet import SubNet, layer_sizes
-from litgpt_whittle.supergpt import SuperGPT, extract
+from litgpt_whittle.supergpt import SuperGPT, extract_weights
 
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -241,7 +241,7 @@ def test_magnitudes_are_what_a_student_without_the_unit_lacks(config, tied):
         if size == 1 or kind == "n_expert":
             continue
         for unit in {0, size // 2, size - 1}:
-            left = squares(extract(model, without(config, kind, layer, unit, size), tied))
+            left = squares(extract_weights(model, without(config, kind, layer, unit, size), tied))
             found = scores.square()[..., unit].sum() if kind == "n_embd" else scores[unit] ** 2
             assert float(found) == pytest.approx(total - left, rel=1e-9)
     if "n_expert" in got.layers[layer]:
@@ -282,7 +282,7 @@ def test_layers_by_how_they_turn_the_stream_and_by_what_is_lost_without_them(nam
         assert float(got.layers["block_influence"][layer]) == pytest.approx(expected, rel=1e-9)
         others = [i for i in range(config.n_layer) if i != layer]
         student = GPT(dataclasses.replace(config, n_layer=config.n_layer - 1)).double().eval()
-        student.load_state_dict(extract(model, SubNet(config, n_layer=Keep(others))))
+        student.load_state_dict(extract_weights(model, SubNet(config, n_layer=Keep(others))))
         expected = math.exp(float(losses(student, ids[:3]).mean()))
         assert float(got.layers["perplexity"][layer]) == pytest.approx(expected, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(float(losses(model, ids[:3]).mean())), rel=1e-6)

@@ -14,7 +14,7 @@ from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract, pad, student_model, unpad
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, pad, student_model, unpad
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -59,7 +59,7 @@ def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, 
     subnet, tied = data.draw(subnets(teacher)), data.draw(st.booleans())
     model, idx = supergpt(teacher, tied), tokens(teacher)
     out_dir = tmp_path_factory.mktemp("student") / "student"
-    save_checkpoint(out_dir, subnet, extract(model, subnet))
+    save_checkpoint(out_dir, subnet, extract_weights(model, subnet))
     student = load_model(out_dir)
     assert type(student) is (GPT if subnet.is_uniform else LayerwiseGPT)
     if subnet.is_uniform:
@@ -105,7 +105,7 @@ def test_padded_export_gives_the_layerwise_logits(teacher, data):
     subnet = data.draw(subnets(teacher, uniform=False))
     model, idx = supergpt(teacher, std=0.08), tokens(teacher)  # larger ones amplify rounding from layer to layer
     student = student_model(subnet)
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     padded = pad(subnet, student.state_dict())
     stock = GPT(subnet.config)
     stock.load_state_dict(padded)
@@ -142,7 +142,7 @@ def test_tied_head_gets_both_gradients():
     subnet = SubNet(teacher, n_embd="0-7,12-19", n_layer=2)
     student = student_model(subnet)
     student.lm_head.weight = student.transformer.wte.weight
-    student.load_state_dict(extract(model, subnet))
+    student.load_state_dict(extract_weights(model, subnet))
     loss_of(student(idx), idx).backward()
     with model.running(subnet):
         loss_of(model(idx), idx).backward()
@@ -154,7 +154,7 @@ def test_extracting_leaves_the_teacher_alone():
     teacher = ARCHITECTURES["Llama-3.1-8B"]
     model = supergpt(teacher)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for weight in extract(model, SubNet(teacher, n_layer=2)).values():
+    for weight in extract_weights(model, SubNet(teacher, n_layer=2)).values():
         weight.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -36,7 +36,7 @@ from litgpt_whittle.samplers import (
 )
 from litgpt_whittle.search_args import SizeArgs, SpaceArgs
 from litgpt_whittle.space import Space
-from litgpt_whittle.supergpt import SuperGPT, extract, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 from litgpt_whittle.supernet import SuperLossModel, SupernetArgs, SupernetStep
 
 SEARCH_SPACE = SpaceArgs(smallest=SizeArgs(n_embd=16, n_query_groups=1, intermediate_size=32))
@@ -93,7 +93,7 @@ def test_a_steps_gradients_are_the_mean_of_those_of_extracted_models(family, tea
     for network in networks:
         subnet = network or SubNet.full(teacher)
         student = student_model(subnet).double()
-        student.load_state_dict(extract(model, subnet))
+        student.load_state_dict(extract_weights(model, subnet))
         logits = student(ids)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if teaches and network is not None:
@@ -215,7 +215,7 @@ def test_it_leaves_a_stock_checkpoint_and_scores_of_sub_networks(tmp_path):
     assert len(names) == 3 and names[0].startswith("val_loss/smallest (")
     smallest = Space(config(), "coarse_layerwise", args=SEARCH_SPACE).smallest()
     student = student_model(smallest)
-    student.load_state_dict(extract(stock, smallest))
+    student.load_state_dict(extract_weights(stock, smallest))
     for name, model in (("val_loss", stock), (names[0], student)):
         data = TokenData()
         data.connect(batch_size=4, max_seq_length=8)

@@ -29,7 +29,7 @@ from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.search_args import BatchArgs
 from litgpt_whittle.student import BASIS
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
-from litgpt_whittle.supergpt import Weights, extract, is_tied
+from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -103,7 +103,7 @@ def setup(
         subnet, student = repaired.subnet, repaired.weights
         counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
     if repaired is None:
-        student = extract(weights, subnet, tied)
+        student = extract_weights(weights, subnet, tied)
     if dtype or repaired:
         _convert(student, as_type)
     origin = (read_choice(sub_network).get("provenance") or {}) | {
