@@ -174,7 +174,13 @@ def _rope_scaling(config: Config) -> dict[str, Any] | None:
 def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tensor], tied: bool) -> Weights:
     """A model's weights under the names of `transformers`, by litgpt's mapping; a tied LM head is left out."""
     converted: Weights = {}
-    family.copy_weights(config, converted, dict(weights))
+    try:
+        family.copy_weights(config, converted, dict(weights))
+    except (KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"litgpt's converter knows no {family.architecture} with {error.args[0] if error.args else 'such norms'}, "
+            f"as {config.name!r} has; use the checkpoint in litgpt"
+        ) from None
     head = "embed_out.weight" if "embed_out.weight" in converted else "lm_head.weight"
     if tied:
         converted.pop(head, None)

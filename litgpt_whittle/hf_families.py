@@ -1,7 +1,8 @@
 """Which model of `transformers` computes what a litgpt model does, and litgpt's own mapping to its weights' names.
 
 Facts about classes and their settings are those of `transformers`' configuration and modeling files (5.3); litgpt tells
-families by the model's name, in `litgpt.scripts.convert_lit_checkpoint`, and so does this file.
+families by the model's name, in `litgpt.scripts.convert_lit_checkpoint`, and so does this file (but for `Gemma-2b`,
+which litgpt 0.5.13 takes for a Gemma 2).
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def check_expressible(config: Config) -> Family:
     if name == "GPT-NeoX" and config.n_query_groups != config.n_head:
         raise _refusal(name, "n_query_groups = n_head", f"{config.n_query_groups} and {config.n_head}")
     if "beta_fast" in (config.rope_adjustments or {}):
-        raise _refusal(name, "other rope_adjustments, its YaRN interpolates other frequencies", "YaRN's")
+        raise _refusal(name, "rope_adjustments without YaRN, which is another one there", config.rope_adjustments)
     if config.rope_adjustments and config.rope_condense_ratio != 1:
         raise _refusal(name, "either rope_adjustments or rope_condense_ratio", "both")
     windows = config.sliding_window_indices or []
