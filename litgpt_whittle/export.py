@@ -54,8 +54,8 @@ class Exported:
     family: Family
     n_params: int
     """Parameters, padding included"""
-    n_head: int
-    """Heads of a layer, padded ones included"""
+    zero_heads: int
+    """Heads of zeros that fill up the channels of a layer"""
     difference: float | None
     """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
 
@@ -88,13 +88,15 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: str = "5GB", 
     with new_folder(out_dir) as folder:
         for name in COPIED:
             if (checkpoint_dir / name).is_file():
-                shutil.copy(checkpoint_dir / name, folder)
+                shutil.copyfile(checkpoint_dir / name, folder / name)
         write_text(folder / "config.json", json.dumps(content, indent=2))
         write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
         save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=max_shard_size)
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the user read what it wrote
+            shutil.copymode(folder / "config.json", file)
         del weights
         difference = _difference(checkpoint_dir, folder, config) if check else None
-    return Exported(family, count, shape.teacher.n_head, difference)
+    return Exported(family, count, shape.teacher.n_head - config.n_head, difference)
 
 
 def fit_heads(config: Config, family: Family) -> SubNet:

@@ -78,11 +78,9 @@ def _scores(config: Config) -> dict[str, Any]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-    """A window that no text fills stands for none, where the class cannot do without."""
-    if config.sliding_window_size is None:
-        return {"sliding_window": config.block_size, "layer_types": ["full_attention"] * config.n_layer}
-    kinds = ["sliding_attention" if index else "full_attention" for index in config.sliding_window_indices]
-    return {"sliding_window": config.sliding_window_size, "layer_types": kinds}
+    """Room for `student_hf_config` to say which layers have a window; one that no text fills stands for none."""
+    size = config.sliding_window_size or config.block_size
+    return {"sliding_window": size, "layer_types": ["full_attention"] * config.n_layer}
 
 
 def _falcon(config: Config) -> dict[str, Any]:
@@ -98,23 +96,15 @@ def _falcon(config: Config) -> dict[str, Any]:
     }
 
 
-def _experts(config: Config) -> dict[str, Any]:
-    return {"num_experts_per_tok": config.n_expert_per_token}
-
-
 def _qwen3_experts(config: Config) -> dict[str, Any]:
-    every_layer = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    # litgpt's router always weighs the chosen experts by a softmax over them
-    return (
-        _experts(config)
-        | _bias(config)
-        | every_layer
-        | {
-            "num_experts": config.n_expert,
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "norm_topk_prob": True,
-        }
-    )
+    return _bias(config) | {
+        "num_experts": config.n_expert,
+        "num_experts_per_tok": config.n_expert_per_token,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,  # litgpt's router always weighs the chosen experts by a softmax over them
+    }
 
 
 def _copy_olmo2(config: Config, state_dict: dict[str, Any], weights: dict[str, Any]) -> None:
@@ -162,7 +152,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "Mixtral": dataclasses.replace(
         _llama, model_type="mixtral", architecture="MixtralForCausalLM",
-        facts=lambda config: _experts(config) | {"num_local_experts": config.n_expert, "sliding_window": None},
+        facts=lambda config: {
+            "num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_per_token,
+            "sliding_window": None,
+        },
     ),
     "OLMo": dataclasses.replace(
         _llama, model_type="olmo", architecture="OlmoForCausalLM", norm_eps=None,
@@ -183,7 +176,7 @@ FAMILIES: dict[str, Family] = {
         },
         rotary="partial_rotary_factor", expresses=("sliding_window_size",),
     ),
-    "Qwen 2 and 2.5": dataclasses.replace(
+    "Qwen 2.5": dataclasses.replace(
         _llama, model_type="qwen2", architecture="Qwen2ForCausalLM", copy_weights=converter.copy_weights_qwen_2_5,
         facts=lambda config: {"use_sliding_window": False},
     ),
@@ -202,11 +195,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_name(config: Config) -> str:
-    """The family of a model, as litgpt's converter tells it.
-
-    Raises:
-        UserError: If litgpt has no way back for it.
-    """
+    """The family of a model, as litgpt's converter tells it."""
     name, low, has_experts = config.name, config.name.lower(), config.mlp_class_name == "LLaMAMoE"
     if "falcon" in name:
         return "Falcon"
@@ -216,7 +205,7 @@ def family_name(config: Config) -> str:
     if low.startswith("phi"):
         return "Phi 3 and 4" if low.startswith(("phi-3", "phi-4")) else "Phi"
     if low.startswith(("qwen2.5", "qwq")):
-        return "Qwen 2 and 2.5"
+        return "Qwen 2.5"
     if low.startswith("qwen3"):
         return "Qwen 3 with experts" if has_experts else "Qwen 3"
     if config.mlp_class_name == "GptNeoxMLP":

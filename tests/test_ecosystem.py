@@ -220,12 +220,25 @@ def test_convert_from_litgpt_gives_what_transformers_opens(extracted, tmp_path):
         torch.testing.assert_close(model(idx).logits, load_model(extracted)(idx), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def likeliest(folder, choices):
+    """The oracle: which of these ends the student in its true shape finds likeliest."""
+    model, tokenizer, scores = load_model(folder), Tokenizer(folder), []
+    start = len(tokenizer.encode(PROMPT))
+    for choice in choices:
+        idx = tokenizer.encode(f"{PROMPT} {choice}")
+        log_probs = model(idx[None])[0].log_softmax(-1)
+        scores.append(sum(log_probs[i - 1, idx[i]].item() for i in range(start, len(idx))))
+    return scores.index(max(scores))
+
+
 @pytest.mark.slow  # lm-eval alone takes ten seconds to be imported
 def test_evaluate_measures_it(student, tmp_path, monkeypatch):
     evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs the extra 'ecosystem'")
     tasks = pytest.importorskip("lm_eval.tasks")
-    rows = [{"text": PROMPT, "choices": [" fox", " jugs", " wizards"], "answer": i % 3} for i in range(6)]
-    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = ["fox", "jugs", "wizards"]
+    row = {"text": PROMPT, "choices": choices, "answer": likeliest(student, choices)}
+    (tmp_path / "rows.json").write_text(json.dumps(row) + "\n")
     files = {"data_files": {"test": str(tmp_path / "rows.json")}}
     task = {
         "task": "foxes", "dataset_path": "json", "dataset_kwargs": files,
@@ -237,8 +250,7 @@ def test_evaluate_measures_it(student, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator, "TaskManager", local)
     convert_and_evaluate(student, "foxes", out_dir=tmp_path / "out", device="cpu", dtype="float32")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    # each answer is right for a third of the rows
-    assert results["foxes"]["acc,none"] == pytest.approx(1 / 3)
+    assert results["foxes"]["acc,none"] == 1
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_litgpt_converts_it_back_to_the_same_weights(config, tmp_path, monkeypat
     save_checkpoint(tmp_path / "lit", config, weights)
     export.export_hf(tmp_path / "lit", tmp_path / "hf", max_shard_size="20KB")
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
-    assert opened(tmp_path / "hf").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
     monkeypatch.setitem(litgpt.config.name_to_config, name, dataclasses.asdict(config))
     convert_hf_checkpoint(tmp_path / "hf", model_name=name)
     back = torch.load(tmp_path / "hf/lit_model.pth")
@@ -148,12 +148,10 @@ def test_the_teachers_config_is_kept_where_it_says_more(tmp_path):
     export.export_hf(tmp_path / "lit", tmp_path / "hf")
     config = opened(tmp_path / "hf").config
     assert (config.initializer_range, config.eos_token_id, config.vocab_size) == (0.123, 7, LLAMA.padded_vocab_size)
-    assert config.dtype == torch.float32 and "auto_map" not in json.loads((tmp_path / "hf/config.json").read_text())
+    assert {"auto_map", "dtype"}.isdisjoint(json.loads((tmp_path / "hf/config.json").read_text()))
 
 
-@pytest.mark.parametrize(
-    ("n_embd", "n_head", "filled"), [(64, 4, 4), (64, 1, 4), (48, 2, 3), (48, 4, None), (40, 2, None)]
-)
+@pytest.mark.parametrize(("n_embd", "n_head", "filled"), [(64, 1, 3), (48, 2, 1), (48, 4, None), (40, 2, None)])
 def test_zero_heads_fill_up_the_channels_where_they_can(n_embd, n_head, filled, tmp_path):
     config = dataclasses.replace(NEOX, n_embd=n_embd, n_head=n_head, n_query_groups=n_head)
     if filled is None:
@@ -162,7 +160,7 @@ def test_zero_heads_fill_up_the_channels_where_they_can(n_embd, n_head, filled, 
         assert not (tmp_path / "hf").exists()
     else:
         exported = export.export_hf(save(tmp_path / "lit", config), tmp_path / "hf")
-        assert exported.n_head == filled and exported.difference < 1e-5
+        assert exported.zero_heads == filled and exported.difference < 1e-5
 
 
 # -- bad input

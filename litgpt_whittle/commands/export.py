@@ -34,6 +34,8 @@ def setup(
     check_out_dir(out_dir, overwrite, (checkpoint_dir,), "model*.safetensors")
     exported = export_hf(checkpoint_dir, out_dir.resolve(), max_shard_size, check)
     print(f"Exported {checkpoint_dir} to {out_dir}: {exported.family.architecture}, {exported.n_params:,} parameters")
+    if exported.zero_heads:
+        print(f"Its heads have n_embd / n_head dimensions there: {exported.zero_heads} of zeros fill up each layer.")
     if exported.difference is None:
         print("It was not compared with litgpt's model (--check false).")
     else:
