@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import save_torch_state_dict
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
 from litgpt_whittle.hf_config import student_hf_config, text_part
 from litgpt_whittle.hf_families import Family, check_expressible
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
 
 COPIED = (
@@ -60,19 +60,20 @@ class Exported:
     """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
 
 
-def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: str = "5GB", check: bool = True) -> Exported:
+def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "5GB", check: bool = True) -> Exported:
     """Writes a Hugging Face directory, whole or not at all; an older one is replaced.
 
     Args:
         checkpoint_dir: A litgpt checkpoint. What a layer-wise student's layers lack is filled up with zeros.
         out_dir: The directory.
-        max_shard_size: How large a file of weights may be.
+        max_shard_size: How many bytes a file of weights may have, as a number or such as "5GB".
         check: Whether to open it with `transformers`, and compare its logits on random tokens with litgpt's.
 
     Raises:
         UserError: If the checkpoint cannot be read, if litgpt has no way back for it or the model's class in
             `transformers` cannot be built like it, if the disk is full, or if the check finds a difference.
     """
+    n_bytes = int(parse_amount(max_shard_size, "bytes"))
     config = check_checkpoint(checkpoint_dir)
     family = check_expressible(config)
     shape = fit_heads(config, family)
@@ -91,7 +92,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: str = "5GB", 
                 shutil.copyfile(checkpoint_dir / name, folder / name)
         write_text(folder / "config.json", json.dumps(content, indent=2))
         write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
-        save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=max_shard_size)
+        save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=n_bytes)
         for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the user read what it wrote
             shutil.copymode(folder / "config.json", file)
         del weights
@@ -268,7 +269,7 @@ def model_card(config: Config, n_params: int, provenance: Mapping[str, Any]) -> 
     """What is known of a model, in a few lines for people."""
     lines = ["---", "library_name: transformers", "---", f"# {config.name}", ""]
     lines.append(f"{n_params:,} parameters, {config.n_layer} layers, {config.n_embd} channels.")
-    if "teacher" in provenance:
+    if {"teacher", "n_params", "n_params_teacher"} <= provenance.keys():
         share = f"{provenance['n_params']:,} of its {provenance['n_params_teacher']:,} parameters"
         lines.append(f"A sub-network of {provenance['teacher']}, cut out of it with {share} by litgpt_whittle.")
     return "\n".join([*lines, ""])
@@ -276,4 +277,4 @@ def model_card(config: Config, n_params: int, provenance: Mapping[str, Any]) -> 
 
 def _provenance(checkpoint_dir: Path) -> dict[str, Any]:
     path = checkpoint_dir / "sub_network.yaml"
-    return (yaml.safe_load(path.read_text()).get("provenance") or {}) if path.is_file() else {}
+    return (read_choice(path).get("provenance") or {}) if path.is_file() else {}

@@ -7,10 +7,9 @@ import litgpt.config
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
-from litgpt.utils import CLI, save_config
+from litgpt.utils import CLI
 from texts import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -218,6 +217,7 @@ def test_damaged_inputs_are_told(tmp_path):
     (tmp_path / "lit/config.json").write_text("{")
     with pytest.raises(UserError, match="is not a Hugging Face config"):
         setup(tmp_path / "lit", out_dir=tmp_path / "hf")
-    save_config(Config.from_name("pythia-14m"), tmp_path / "lit")
+    with pytest.raises(UserError, match="an amount in bytes looks like"):
+        setup(tmp_path / "lit", out_dir=tmp_path / "hf", max_shard_size="5 apples")
     with pytest.raises(UserError, match="there is no checkpoint"):
         setup(tmp_path / "nowhere", out_dir=tmp_path / "hf")
