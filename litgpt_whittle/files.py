@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,33 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"out_dir must be writable, got {str(folder)!r} ({error.strerror}); choose another or change permissions"
         ) from None
+
+
+def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker: str) -> None:
+    """Refuses an output directory that cannot be written, or whose contents would be lost.
+
+    Args:
+        out_dir: The directory, which `new_folder` will fill.
+        overwrite: Whether what is in it may be replaced, if it is a checkpoint.
+        needed: What is read, and must not be in it.
+        marker: The file, or a pattern of it, that tells a checkpoint of the kind that will be written.
+
+    Raises:
+        UserError: For the first such mistake.
+    """
+    check_writable(out_dir)
+    # it is written beside and renamed into place
+    check_writable(out_dir.resolve().parent)
+    if not out_dir.exists() or not any(out_dir.iterdir()):
+        return
+    shown = repr(str(out_dir))
+    if not overwrite:
+        raise UserError(f"out_dir must be empty or new, got {shown}; choose another or add --overwrite true")
+    for path in needed:
+        if path.resolve().is_relative_to(out_dir.resolve()):
+            raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
+    if not any(out_dir.glob(marker)) or any(entry.is_dir() for entry in out_dir.iterdir()):
+        raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 
 def check_space(folder: Path, n_bytes: int, what: str) -> None:

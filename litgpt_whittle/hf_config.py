@@ -7,9 +7,6 @@ from typing import Any
 
 from litgpt.config import Config
 
-FIXED_HEADS = ("gpt_neox", "stablelm", "falcon")
-"""Model types whose head size, in `transformers`, is always `hidden_size / num_attention_heads`."""
-
 
 def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
     """Puts a student's sizes into its teacher's Hugging Face config.
@@ -19,12 +16,7 @@ def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequenc
         config: The student's litgpt config.
         layers: The teacher's layer behind each of the student's, where the student is new.
     """
-    # litgpt converts only the text part of a multimodal model
-    content = hf_config | hf_config["text_config"] if "text_config" in hf_config else dict(hf_config)
-    if "text_config" in hf_config:
-        content = {k: v for k, v in content.items() if k not in ("text_config", "vision_config")}
-        if content.get("model_type") == "gemma3_text":
-            content["architectures"] = ["Gemma3ForCausalLM"]
+    content = text_part(hf_config)
     content |= _sizes(content, config)
     content |= _rope(content, config)
     if layer_types := _layer_types(content, config, layers):
@@ -32,9 +24,15 @@ def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequenc
     return content
 
 
-def fits_transformers(hf_config: dict[str, Any], config: Config) -> bool:
-    """Whether the model's class in `transformers` can have heads of this size."""
-    return hf_config.get("model_type") not in FIXED_HEADS or config.n_head * config.head_size == config.n_embd
+def text_part(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a config; of a multimodal model's, its text part, which is all that litgpt converts."""
+    if "text_config" not in hf_config:
+        return dict(hf_config)
+    content = {k: v for k, v in hf_config.items() if k not in ("text_config", "vision_config")}
+    content |= hf_config["text_config"]
+    if content.get("model_type") == "gemma3_text":
+        content["architectures"] = ["Gemma3ForCausalLM"]
+    return content
 
 
 def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:

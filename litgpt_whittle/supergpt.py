@@ -363,19 +363,32 @@ def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
         The weights of a stock `GPT(subnet.config)`.
     """
     shape = shape_of(subnet)
+    return fill_up(shape, _rescale_norms(shape, dict(weights), inverse=False))
+
+
+def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
+    """Puts a sub-network's weights where `shape` takes them from, among zeros.
+
+    Args:
+        shape: The part of the whole model (`shape.teacher`) that the weights are; all its channels are kept.
+        weights: They, in the sub-network's true shape.
+
+    Returns:
+        The weights of a stock `GPT(shape.teacher)`.
+    """
     with torch.device("meta"):
-        stock = GPT(subnet.config).state_dict()
-    true = _rescale_norms(shape, dict(weights), inverse=False)
-    padded: Weights = {}
-    for name, take in plan(subnet.config, shape).items():
-        padded[name] = torch.zeros(stock[take.name].shape, dtype=true[name].dtype, device=true[name].device)
-        index = [i if isinstance(i, slice) else i.to(true[name].device) for i in take.index]
+        stock = GPT(shape.teacher).state_dict()
+    filled: Weights = {}
+    for name, take in plan(shape.teacher, shape).items():
+        part = weights[name]
+        filled[name] = torch.zeros(stock[take.name].shape, dtype=part.dtype, device=part.device)
+        index = [i if isinstance(i, slice) else i.to(part.device) for i in take.index]
         if sum(not isinstance(i, slice) for i in index) > 1:
-            index = torch.meshgrid(*(_as_tensor(i, true[name].device) for i in index), indexing="ij")
-        padded[name][tuple(index)] = true[name]
+            index = torch.meshgrid(*(_as_tensor(i, part.device) for i in index), indexing="ij")
+        filled[name][tuple(index)] = part
     if weights["lm_head.weight"] is weights["transformer.wte.weight"]:
-        padded["lm_head.weight"] = padded["transformer.wte.weight"]
-    return padded
+        filled["lm_head.weight"] = filled["transformer.wte.weight"]
+    return filled
 
 
 def unpad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:

@@ -1,24 +1,15 @@
 """`litgpt extract`: what it writes opens in stock litgpt, and what it refuses."""
 
-import json
 import shutil
 
-import litgpt.pretrain
 import pytest
 import torch
 import yaml
-from litgpt.args import EvalArgs
 from litgpt.config import Config
-from litgpt.data import JSON
-from litgpt.finetune import full
-from litgpt.generate import base
 from litgpt.model import GPT
-from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import CLI, save_config
-from test_train import TokenData
 from texts import write_tokenizer
 
-from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import extract as command
 from litgpt_whittle.commands.extract import setup
@@ -58,14 +49,6 @@ def student(request, checkpoint, tmp_path_factory):
     return folder / "student", subnet
 
 
-@pytest.fixture
-def stock(monkeypatch):
-    """Lets litgpt's training scripts run inside a test: no compiler, no reading of pytest's own command line."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    for script in (full, litgpt.pretrain):
-        monkeypatch.setattr(script, "save_hyperparameters", lambda *_: None)
-
-
 IDX = torch.arange(3, 33)[None]
 
 
@@ -93,53 +76,6 @@ def test_it_says_where_the_student_comes_from(student, checkpoint):
     assert origin["perplexity"] == 12.5  # the search's own lines are kept
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_text() == (checkpoint / name).read_text()
-
-
-def test_stock_litgpt_generates_with_it(student, capsys):
-    base.main(student[0], "the quick", max_new_tokens=8, precision="32-true")
-    assert "the quick" in capsys.readouterr().out
-
-
-def test_stock_litgpt_converts_it(student, tmp_path):
-    convert_lit_checkpoint(student[0], tmp_path)
-    weights = torch.load(tmp_path / "model.pth", weights_only=True)
-    config = Config.from_checkpoint(student[0])
-    assert weights["gpt_neox.embed_in.weight"].shape == (config.padded_vocab_size, 16)
-
-
-def test_stock_litgpt_finetunes_it(student, tmp_path, stock):
-    examples = [{"instruction": "say", "input": "", "output": "the quick brown fox"}] * 4
-    (tmp_path / "data.json").write_text(json.dumps(examples))
-    full.setup(
-        student[0],
-        tmp_path / "out",
-        precision="32-true",
-        data=JSON(tmp_path / "data.json", val_split_fraction=0.5, num_workers=0),
-        train=TrainArgs(
-            global_batch_size=1, micro_batch_size=1, epochs=1, max_steps=2, max_seq_length=32, lr_warmup_steps=1
-        ),
-        eval=EvalArgs(interval=10, max_new_tokens=2, max_iters=1, final_validation=False),
-    )
-    assert load_model(tmp_path / "out/final").config.n_embd == 16
-
-
-def test_stock_litgpt_pretrains_from_it(student, tmp_path, stock):
-    folder, _ = student
-    litgpt.pretrain.setup(
-        Config.from_checkpoint(folder).name,
-        Config.from_checkpoint(folder),
-        out_dir=tmp_path,
-        precision="32-true",
-        initial_checkpoint_dir=folder,
-        data=TokenData(),
-        train=TrainArgs(
-            global_batch_size=1, micro_batch_size=1, max_tokens=32, max_seq_length=16, lr_warmup_steps=0, max_norm=0.0
-        ),
-        eval=EvalArgs(max_iters=1, initial_validation=False, final_validation=False),
-        devices=1,
-        logger_name="csv",
-    )
-    assert load_model(tmp_path / "final").config == Config.from_checkpoint(folder)
 
 
 def test_a_dtype_can_be_chosen(checkpoint, tmp_path):

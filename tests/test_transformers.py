@@ -29,6 +29,7 @@ from transformers import (
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.extract import setup as extract
+from litgpt_whittle.export import export_hf
 from litgpt_whittle.subnet import SubNet
 
 GATED = dict(bias=False, norm_class_name="RMSNorm", parallel_residual=False, rotary_percentage=1.0)
@@ -183,6 +184,13 @@ def test_student_is_the_same_in_transformers(teacher, choice, tmp_path):
         torch.testing.assert_close(exported(IDX).logits, expected, rtol=1e-4, atol=5e-5)
 
 
+def test_export_undoes_litgpts_conversion(teacher, tmp_path):
+    _, folder, expected = teacher
+    assert export_hf(folder, tmp_path / "hf", check=False).n_params
+    with torch.no_grad():
+        torch.testing.assert_close(reopen(tmp_path / "hf")(IDX).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def export(student, folder, family):
     """Converts a student with litgpt and opens it with transformers."""
     if family.name.startswith("OLMo-2"):
@@ -196,6 +204,10 @@ def export(student, folder, family):
     shutil.copy(student / "config.json", folder)
     # the name under which transformers 5 looks for it; litgpt's tutorial passes `state_dict`, which no longer works
     (folder / "model.pth").rename(folder / "pytorch_model.bin")
+    return reopen(folder)
+
+
+def reopen(folder):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.eval()

@@ -20,7 +20,7 @@ from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, s
 from litgpt_whittle.curves import plot_repair
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_space, check_writable, readable_size
+from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import launch, leave, n_devices, rank
@@ -74,7 +74,7 @@ def setup(
         return
     teacher = check_checkpoint(checkpoint_dir)
     subnet = SubNet.load(sub_network, teacher)
-    _check_out_dir(out_dir, overwrite, needed=(checkpoint_dir, sub_network))
+    check_out_dir(out_dir, overwrite, (checkpoint_dir, sub_network), WEIGHTS)
     weights = read_weights(checkpoint_dir)
     tied = is_tied(weights)
     as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
@@ -146,23 +146,6 @@ def _students_table(students: Iterable[Path], out_dir: Path) -> str:
         measured = f"{origin['perplexity']:.2f}" if "perplexity" in origin else "not measured"
         lines.append(f"{str(out_dir / path.stem):<40}{origin['n_params']:>14,}{measured:>25}")
     return "\n".join(lines)
-
-
-def _check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> None:
-    """Refuses an output directory that cannot be written, or whose contents would be lost."""
-    check_writable(out_dir)
-    # the student is written beside and renamed into place
-    check_writable(out_dir.resolve().parent)
-    if not out_dir.exists() or not any(out_dir.iterdir()):
-        return
-    shown = repr(str(out_dir))
-    if not overwrite:
-        raise UserError(f"out_dir must be empty or new, got {shown}; choose another or add --overwrite true")
-    for path in needed:
-        if path.resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
-    if not (out_dir / WEIGHTS).is_file() or any(entry.is_dir() for entry in out_dir.iterdir()):
-        raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 
 def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
