@@ -57,6 +57,7 @@ def _examples(monkeypatch):
 def test_every_command_can_be_typed(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the paths in config_hub begin
     _, command, *arguments = shlex.split(line, comments=True)
+    assert "--config" not in [word for word in arguments if word.startswith("--")][1:], "it overrides what comes before"
     parsed = parser(command).parse_args(arguments)
     parser(command).instantiate_classes(parsed)  # so that settings are checked, as far as they can be without files
 
