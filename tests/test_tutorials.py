@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentParser, capture_parser
+from jsonargparse import ArgumentParser, capture_parser, set_docstring_parse_options
 from jsonargparse.typehints import ActionTypeHint
 from litgpt.utils import CLI
 
@@ -57,9 +57,12 @@ def _examples(monkeypatch):
 def test_every_command_can_be_typed(page, line, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the paths in config_hub begin
     _, command, *arguments = shlex.split(line, comments=True)
+    known = parser(command)
+    # nobody asks for help here, and to read it takes most of the time
+    set_docstring_parse_options(attribute_docstrings=False)
     assert "--config" not in [word for word in arguments if word.startswith("--")][1:], "it overrides what comes before"
-    parsed = parser(command).parse_args(arguments)
-    parser(command).instantiate_classes(parsed)  # so that settings are checked, as far as they can be without files
+    # as classes, so that settings are checked as far as they can be without files
+    known.instantiate_classes(known.parse_args(arguments))
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
