@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from litgpt_whittle.args import TrainArgs
@@ -80,6 +81,11 @@ class Schedule:
                 f"{train.max_tokens} and {train.max_steps}; raise them"
             )
         warmup = train.warmup_iters(devices, num_nodes, min(limits), loader)
+        if warmup == min(limits):
+            rank_zero_warn(
+                f"the learning rate's warm-up takes all of the training's {-(-warmup // accumulation):,} steps and "
+                "never reaches its peak; lower train.lr_warmup_steps"
+            )
         decay = round(train.lr_decay_fraction * min(limits)) if train.lr_schedule == "wsd" else None
         return cls(min(limits), warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
 

@@ -100,7 +100,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
                 _save(run, run.out_dir / f"step-{progress.step_count:08d}")
                 log.restart_clock()
             if is_told_to_stop:
-                fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume true")
+                fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume auto")
                 raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
     if eval.final_validation and run.val_loader is not None:
         with _random_state_kept(run):
@@ -160,7 +160,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
             raise
         raise UserError(
             f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
-            "and continue with --resume true"
+            "and continue with --resume auto"
         ) from None
     run.fabric.barrier()
 

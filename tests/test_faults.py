@@ -165,7 +165,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
     told = Training(tmp_path / "told", 400)
     told.wait_for(30)
     code, printed = told.end(signal.SIGTERM)
-    assert code == 143 and "Stopped by SIGTERM after step" in printed and "--resume true" in printed
+    assert code == 143 and "Stopped by SIGTERM after step" in printed and "--resume auto" in printed
     assert not (tmp_path / "told/final").exists()
     assert Training(tmp_path / "told", 400).end()[0] == whole.end()[0] == 0
     ours, theirs = (load_model(tmp_path / name / "final").state_dict() for name in ("told", "whole"))

@@ -276,6 +276,12 @@ def test_the_schedule_is_litgpts():
         assert schedule.lr(i) == pytest.approx(litgpt.pretrain.get_lr(3e-3, i, 10, 40, train.min_lr), abs=1e-15)
 
 
+def test_a_warm_up_without_an_end_is_told():
+    train = train_args(max_tokens=40 * 4 * SEQ, lr_warmup_steps=20)
+    with pytest.warns(UserWarning, match="warm-up takes all of the training's 20 steps"):
+        Schedule.of(train, SEQ, 3e-3, 1, 1, [])
+
+
 def test_validation_is_weighted_by_tokens_and_ignores_masked_ones(tmp_path):
     """Against one plain pass over all samples, the last batch being smaller."""
 

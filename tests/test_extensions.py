@@ -1,0 +1,224 @@
+"""A strategy, a fitness and a loss of another package, installed with pip, found by name and used by the commands."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_each_strategy
+import test_strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from litgpt.model import GPT
+from test_search import BIN, TEACHER, Tokens, lines, make_checkpoint
+from test_search import run as run_search
+from test_train import TokenData, checkpoint, config, rows
+from test_train import run as run_distill
+
+from litgpt_whittle import registry
+from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.batches import fixed_batches
+from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import search
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.journal import read_journal
+from litgpt_whittle.losses import forward_kl
+from litgpt_whittle.search_args import RacingArgs
+from litgpt_whittle.strategies import RandomSearch
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import extract_weights
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "tests" / "example_package"
+ANNEALING, ERROR, RENYI = "SimulatedAnnealing", "next_token_error", "renyi"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The package as pip installs it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--target", str(folder / "site"), str(folder / "source")], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.fixture(autouse=True)
+def package(installed, monkeypatch):
+    monkeypatch.syspath_prepend(str(installed))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("teachers") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def distilled_from(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("teachers") / "wide", n_embd=48)
+
+
+def strategy(**settings):
+    return registry.lookup("litgpt_whittle.strategies", ANNEALING)(**settings)
+
+
+# -- the strategy
+
+CONTRACT = [
+    test
+    for name, test in vars(test_strategies).items()
+    if name.startswith("test_") and list(inspect.signature(test).parameters) == ["name"]
+]
+
+
+@pytest.mark.parametrize("test", CONTRACT, ids=lambda test: test.__name__)
+def test_the_strategy_keeps_the_contract_of_all(test):
+    test(ANNEALING)
+
+
+def test_the_strategys_own_defaults_hold_on_the_command_line(capsys):
+    registry.load_all("litgpt_whittle.strategies")
+    test_strategies.test_a_strategys_own_defaults_hold_on_the_command_line(ANNEALING, capsys)
+
+
+def test_a_replayed_journal_brings_the_strategy_back():
+    test_strategies.test_a_replayed_journal_brings_the_strategy_back(ANNEALING, 13)
+
+
+def test_the_strategy_beats_random_search():
+    test_each_strategy.test_what_learns_beats_random_search(ANNEALING)
+
+
+def test_a_cold_walk_goes_downhill_only_and_a_hot_one_anywhere():
+    for temperature, goes_up in ((1e-12, False), (1e12, True)):
+        walk = strategy(temperature=temperature, cooling=1.0)
+        walk.start(test_strategies.SPACE, seed=1)
+        ups = []
+        for _ in range(30):
+            before = walk.at
+            (scored,) = test_strategies.run(walk, 1)
+            if before is not None and scored.score > before.score:
+                ups.append(walk.at.subnet == scored.subnet)
+        assert ups and all(up == goes_up for up in ups)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"cooling": 1.5}, {"cooling": 0}])
+def test_the_strategy_refuses_wrong_settings(settings):
+    with pytest.raises(UserError, match=f"strategy.{next(iter(settings))} must be above 0"):
+        strategy(**settings)
+
+
+# -- the fitness
+
+
+def test_the_fitness_counts_the_tokens_that_the_extracted_model_gets_wrong(teacher):
+    data = Tokens()
+    data.connect(batch_size=2, max_seq_length=12)
+    batches = fixed_batches(data.val_dataloader(), 2, 12)
+    subnet = SubNet(TEACHER, n_embd=16, n_layer="0,2", intermediate_size=20)
+    model = load_model(teacher, "SuperGPT")
+    scores = registry.lookup("litgpt_whittle.fitness", ERROR)(model, batches)(subnet)
+    student = GPT(subnet.config)
+    student.load_state_dict(extract_weights(model, subnet))
+    wrong = sum(int((student(ids).argmax(-1) != targets).sum()) for ids, targets in batches)
+    assert scores == {ERROR: pytest.approx(wrong / sum(targets.numel() for _, targets in batches))}
+
+
+# -- the loss
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
+def test_the_loss_is_the_formula(seed, alpha):
+    generator = torch.Generator().manual_seed(seed)
+    q, p = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).mul(2).softmax(-1)
+    renyi = registry.lookup("litgpt_whittle.losses", RENYI)
+    expected = (p**alpha * q ** (1 - alpha)).sum(-1).log() / (alpha - 1)
+    torch.testing.assert_close(renyi(q.log(), p.log(), alpha=alpha), expected)
+    assert (expected >= -1e-12).all() and renyi(p.log(), p.log(), alpha=alpha).abs().max() < 1e-12
+    near_one = renyi(q.log(), p.log(), alpha=1 - 1e-7)
+    torch.testing.assert_close(near_one, forward_kl(q.log(), p.log()), rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_refuses_an_order_beyond_its_range():
+    with pytest.raises(UserError, match="renyi's alpha must be between 0 and 1, got 1.0"):
+        registry.lookup("litgpt_whittle.losses", RENYI)(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)
+
+
+# -- the commands
+
+
+def test_search_uses_the_strategy_and_the_fitness(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    annealing = strategy(temperature=0.2)
+    run_search(teacher, tmp_path / "out", strategy=annealing, fitness=ERROR, iterations=8)
+    header, evaluations = read_journal(tmp_path / "out/journal.jsonl")
+    assert header["settings"]["strategy_settings"]["temperature"] == 0.2 and header["settings"]["fitness"] == ERROR
+    assert all(0 < evaluation.scores[ERROR] <= 1 for evaluation in evaluations)
+    best = min(evaluations, key=lambda evaluation: evaluation.scores[ERROR])
+    assert SubNet.load(tmp_path / "out/best.yaml", TEACHER).to_dict() == best.subnet
+
+    # interrupted and resumed, it is the same search
+    run_search(teacher, tmp_path / "parts", strategy=strategy(temperature=0.2), fitness=ERROR, iterations=5)
+    again = strategy(temperature=0.2)
+    run_search(teacher, tmp_path / "parts", strategy=again, fitness=ERROR, iterations=8, resume=True)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "out")
+
+
+def test_candidates_race_by_the_fitness(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    run_search(teacher, tmp_path / "out", fitness=ERROR, racing=RacingArgs(), strategy=RandomSearch(), iterations=8)
+    assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 8
+    with pytest.raises(UserError, match="SimulatedAnnealing needs all of them; leave racing out"):
+        run_search(teacher, tmp_path / "no", fitness=ERROR, racing=True, strategy=strategy())
+
+
+def test_distill_learns_by_the_loss(distilled_from, tmp_path):
+    args = DistillArgs(loss={RENYI: {"alpha": 0.3}}, alpha=0.0, beta=1.0, temperature=1.0)
+    run_distill(tmp_path, model_config=config(), teacher_checkpoint_dir=distilled_from, distill=args)
+    logged = rows(tmp_path)
+    assert logged[-1]["distill"] < logged[0]["distill"]
+
+
+@pytest.mark.slow
+def test_the_commands_find_them_by_name(installed, teacher, distilled_from, tmp_path):
+    tests = str(ROOT / "tests")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), tests]), "TORCHDYNAMO_DISABLE": "1"}
+
+    def litgpt(*arguments):
+        program = [str(Path(sys.executable).with_name("litgpt")), *map(str, arguments)]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sizes = ["--train.max_seq_length", 12, "--train.micro_batch_size", 2, "--eval.max_iters", 2, "--iterations", 6]
+    named = ["--strategy", ANNEALING, "--strategy.cooling", 0.9, "--fitness", ERROR]
+    litgpt("search", teacher, "--bin", BIN, "--data", "test_search.Tokens", *sizes, *named, "--out_dir", tmp_path / "a")
+    header, evaluations = read_journal(tmp_path / "a/journal.jsonl")
+    assert header["settings"]["strategy_settings"]["cooling"] == 0.9 and len(evaluations) == 6
+
+    student = ["--initial_checkpoint_dir", checkpoint(tmp_path / "student"), "--teacher_checkpoint_dir", distilled_from]
+    data = ["--data", f"{TokenData.__module__}.{TokenData.__name__}", "--train.global_batch_size", 4]
+    short = ["--train.max_tokens", 4 * 4 * 8, "--train.save_interval", "null", "--logger_name", "csv"]
+    loss = ["--distill.loss", f"{{{RENYI}: {{alpha: 0.3}}}}", "--precision", "32-true"]
+    litgpt("distill", *student, *data, *short, *loss, "--out_dir", tmp_path / "b")
+    assert len(rows(tmp_path / "b")) == 4
+
+
+# -- the tutorial
+
+
+def test_the_tutorial_shows_the_packages_code():
+    files = [path.read_text() for path in SOURCE.rglob("*") if path.suffix in (".py", ".toml")]
+    tutorial = (ROOT / "tutorials/extending.md").read_text()
+    shown = [block.partition("\n") for block in tutorial.split("```")[1::2]]
+    listings = [text for language, _, text in shown if language in ("python", "toml")]
+    assert len(listings) >= 4
+    for listing in listings:
+        assert any(listing in file for file in files), listing

@@ -1,0 +1,87 @@
+"""What README.md and the tutorials tell people to type is what the commands take; nothing is run."""
+
+import importlib
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser, capture_parser, set_docstring_parse_options
+from jsonargparse.typehints import ActionTypeHint
+from litgpt.utils import CLI
+
+from litgpt_whittle import registry
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))
+PAGES = [ROOT / "README.md", *TUTORIALS]
+OURS = "litgpt.commands"
+
+
+def command_lines(page: Path) -> list[str]:
+    """The litgpt commands in a page's blocks of code, those over several lines as one."""
+    text = page.read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if re.match(r"\s*litgpt(-whittle)? \w+", line)]
+
+
+@cache
+def parser(command: str) -> ArgumentParser:
+    """The parser that litgpt's command line gives a command."""
+    from litgpt.__main__ import PARSER_DATA
+
+    ours = command in registry.names(OURS)
+    function = registry.lookup(OURS, command) if ours else PARSER_DATA[command]
+    return capture_parser(lambda: CLI(function, exit_on_error=False))
+
+
+def takes(parser: ArgumentParser, option: str) -> bool:
+    """Whether a parser knows an option, or one whose value has parts of such names."""
+    options = parser._option_string_actions
+    parts = option.split(".")
+    above = (options.get(".".join(parts[:n])) for n in range(1, len(parts)))
+    return option in options or any(isinstance(action, ActionTypeHint) for action in above)
+
+
+LINES = list(dict.fromkeys((page.name, line) for page in PAGES for line in command_lines(page)))
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch):
+    """The package that extending.md is about."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/example_package"))
+    importlib.import_module("whittle_example.annealing")
+
+
+@pytest.mark.parametrize("page, line", LINES, ids=lambda part: part[:60])
+def test_every_command_can_be_typed(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the paths in config_hub begin
+    _, command, *arguments = shlex.split(line, comments=True)
+    known = parser(command)
+    # nobody asks for help here, and to read it takes most of the time
+    set_docstring_parse_options(attribute_docstrings=False)
+    assert "--config" not in [word for word in arguments if word.startswith("--")][1:], "it overrides what comes before"
+    # as classes, so that settings are checked as far as they can be without files
+    known.instantiate_classes(known.parse_args(arguments))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
+def test_every_option_exists(page):
+    parsers = [parser(command) for command in registry.names(OURS)]
+    inline = re.findall(r"`[^`]+`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    options = {option for code in inline for option in re.findall(r"(?<!\S)`?(--[\w.-]*\w)", code)}
+    unknown = [option for option in sorted(options) if not any(takes(each, option) for each in parsers)]
+    assert not unknown
+
+
+@pytest.mark.parametrize("command", registry.names(OURS))
+def test_every_command_has_a_page_that_shows_it(command):
+    lines = command_lines(ROOT / f"tutorials/{command}.md")
+    assert any(line.split()[1] == command for line in lines)
+    assert f"tutorials/{command}.md" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_project_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
