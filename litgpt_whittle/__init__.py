@@ -10,12 +10,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Checkpoint": "results",
     "Keep": "keep",
     "LayerwiseGPT": "supergpt",
     "Ranking": "ranking",
+    "SearchResult": "results",
     "SubNet": "subnet",
     "SuperGPT": "supergpt",
     "Take": "index_plan",
+    "TrainingResult": "results",
     "UserError": "errors",
     "distill": "api",
     "extract": "api",

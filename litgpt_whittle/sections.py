@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, capture_parser
-from litgpt.utils import CLI
+from jsonargparse import CLI, ArgumentParser, Namespace, capture_parser, set_parsing_settings
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
@@ -35,7 +34,12 @@ class Section:
     @cached_property
     def parser(self) -> ArgumentParser:
         """The command's own."""
-        parser: ArgumentParser = capture_parser(lambda: CLI(self.command))
+        # help texts, which nobody will read here, take longer than all else
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
+        try:
+            parser: ArgumentParser = capture_parser(lambda: CLI(self.command))
+        finally:
+            set_parsing_settings(docstring_parse_attribute_docstrings=True)
         parser.exit_on_error = False
         return parser
 
