@@ -14,6 +14,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.processes import rank
@@ -78,8 +79,12 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
     return asked or min(teacher.block_size, 2048)
 
 
-def connect(data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int) -> None:
+def connect(
+    data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
+) -> None:
     """Readies a data module, with the checkpoint's tokenizer if it has one."""
+    if validation_only and isinstance(data, HFText):
+        data.parts = ("validation",)
     has_tokenizer = any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer else None
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)

@@ -82,6 +82,8 @@ class LayerReport:
     """The same, repaired"""
     left_as_cut: list[str] = field(default_factory=list)
     """Maps that were not fitted"""
+    refined: bool | None = None
+    """Whether refinement brought anything, where there was one"""
 
 
 @dataclass
@@ -309,9 +311,10 @@ class Repair:
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
         before = repair.error()
         repair.fit()
+        refined = None
         if self.args.refine_steps:
             barrier()  # every process trains on all tokens
-            repair.refine(self.args.refine_steps, self.args.refine_lr)
+            refined = repair.refine(self.args.refine_steps, self.args.refine_lr)
         after = repair.error()
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
@@ -319,7 +322,7 @@ class Repair:
         for batch in self.calibration.batches:
             self.student_stream[batch] = block(streams.student[batch].to(self.device), *args)
         weights = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-        return keep, weights, LayerReport(layer, before, after, repair.left_as_cut)
+        return keep, weights, LayerReport(layer, before, after, repair.left_as_cut, refined)
 
     def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
         """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""

@@ -90,10 +90,13 @@ class BlockRepair:
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
-    def refine(self, n_steps: int, lr: float) -> None:
+    def refine(self, n_steps: int, lr: float) -> bool:
         """Trains the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
 
         Every process takes the same steps.
+
+        Returns:
+            Whether it was better.
         """
         start = {name: tensor.clone() for name, tensor in self.block.state_dict().items()}
         before = self.error()
@@ -112,8 +115,10 @@ class BlockRepair:
                 optimizer.step()
                 schedule.step()
         self.block.requires_grad_(False)
-        if not self.error() < before:
+        is_better = self.error() < before
+        if not is_better:
             self.block.load_state_dict(start)
+        return is_better
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from litgpt.tokenizer import Tokenizer
 from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import plugin
+from litgpt_whittle.batches import connect
 from litgpt_whittle.data import HFText, hf_text
 from litgpt_whittle.data.token_file import is_written
 from litgpt_whittle.data_stream import DataStream
@@ -230,3 +231,11 @@ def test_its_mistakes_are_told_in_one_line_wherever_they_are_found(monkeypatch, 
     assert capsys.readouterr().err == (
         "error: data.val_path must not be the training data 'a'; leave it out to split that\n"
     )
+
+
+def test_a_search_does_not_wait_for_training_text_to_be_tokenised(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", documents(30)), write_jsonl(tmp_path / "val.jsonl", documents(30, seed=1))
+    data = HFText(str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "val.jsonl"), cache_dir=tmp_path / "cache")
+    connect(data, write_tokenizer(tmp_path / "teacher"), 2, 16, validation_only=True)
+    assert [folder.name.partition("-")[0] for folder in (tmp_path / "cache").iterdir()] == ["validation"]
+    assert len(data.val_dataloader()) > 0

@@ -162,6 +162,7 @@ def test_refinement_brings_each_block_nearer(tmp_path):
     plain, refined = (repair(teacher, subnet, tmp_path, refine_steps=steps) for steps in (0, 30))
     assert refined.layers[0].after < plain.layers[0].after
     assert refined.layers[-1].after < plain.layers[-1].after
+    assert plain.layers[0].refined is None and refined.layers[0].refined
 
 
 def test_dropped_layers_are_stood_in_for(tmp_path):

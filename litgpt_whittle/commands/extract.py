@@ -184,6 +184,8 @@ def _repair_summary(repaired: Repaired) -> str:
         "Repaired. The student's stream differs from the teacher's, in squares, by",
         f"  {layers[-1].after:.1%} behind the last block; a block left as cut would add up to {before:.1%} on average.",
     ]
+    if tried := [layer.refined for layer in layers if layer.refined is not None]:
+        lines.append(f"  Refinement helped {sum(tried)} of {len(tried)} blocks; the others keep the closed form.")
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")
     return "\n".join(lines)

@@ -162,7 +162,8 @@ def setup(
     L.seed_everything(seed, verbose=False)
     batches = []
     if reads_data:
-        connect(data, checkpoint_dir, train.micro_batch_size, seq_length)
+        validation_only = not getattr(measure, "n_calibration", 0)
+        connect(data, checkpoint_dir, train.micro_batch_size, seq_length, validation_only)
         batches = validation_batches(data, seq_length, eval.max_iters)
     n_calibration = getattr(measure, "n_calibration", 0)
     wanted = {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}

@@ -21,6 +21,9 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": 
 """Which of the `datasets` builders reads a file; all others are read as one document of plain text."""
 
 
+PARTS = ("train", "validation")
+
+
 @dataclass
 class HFText(DataModule):
     """Text from local files or the Hugging Face hub, tokenised once and packed into blocks.
@@ -58,6 +61,8 @@ class HFText(DataModule):
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
+    parts: tuple[str, ...] = field(default=PARTS, init=False, repr=False)
+    """What is prepared; whoever reads validation text alone need not wait for the rest"""
     train_dataset: Windows | None = field(default=None, init=False, repr=False)
     val_dataset: Windows | None = field(default=None, init=False, repr=False)
 
@@ -87,7 +92,7 @@ class HFText(DataModule):
         Raises:
             UserError: If there is no usable tokenizer, or the data cannot be read or is empty.
         """
-        for part in ("train", "validation"):
+        for part in self.parts:
             if not is_written(folder := self._folder(part)):
                 self._tokenise(part, folder)
 
@@ -97,8 +102,9 @@ class HFText(DataModule):
         Raises:
             UserError: If they do not fill one block.
         """
-        self.train_dataset, self.val_dataset = (Windows(self._folder(p), self.max_seq_length) for p in PARTS)
-        for part, dataset in zip(PARTS, (self.train_dataset, self.val_dataset)):
+        datasets = {part: Windows(self._folder(part), self.max_seq_length) for part in self.parts}
+        self.train_dataset, self.val_dataset = (datasets.get(part) for part in PARTS)
+        for part, dataset in datasets.items():
             if len(dataset) == 0:
                 raise UserError(
                     f"the {part} data must fill a block of {self.max_seq_length} tokens, got "
@@ -171,9 +177,6 @@ class HFText(DataModule):
             raise UserError(f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}")
         vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, _largest_id(tokenizer) + 1)
         write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
-
-
-PARTS = ("train", "validation")
 
 
 def read_texts(
