@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from litgpt.config import Config
 
-from litgpt_whittle import SubNet
+from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.metrics import flops
 
 
@@ -46,3 +46,23 @@ def training_flops(
 def gpu_hours(n_flops: float, gpu: GPU = H100, utilisation: float = UTILISATION) -> float:
     """Hours of one GPU."""
     return n_flops / (gpu.peak * utilisation) / 3600
+
+
+def traffic(student: Config, n: int, strategy: str, n_accumulated: int, sharded_teacher: Config | None = None) -> float:
+    """Bytes that each of n GPUs receives per micro-batch, in bf16-mixed.
+
+    With "fsdp", weights come in bf16, for the forward and for the backward pass, those of a sharded teacher once; the
+    gradients of a step are spread in fp32, once for all of its micro-batches. With "ddp", these go round twice.
+
+    Args:
+        student: The student's config.
+        n: GPUs.
+        strategy: "fsdp" or "ddp".
+        n_accumulated: Micro-batches per step and GPU.
+        sharded_teacher: The teacher's config, where it is spread over the GPUs.
+    """
+    own = n_params(student, SubNet.full(student))
+    weights, gradients = (2 * 2 * own, 4 * own) if strategy == "fsdp" else (0, 2 * 4 * own)
+    if sharded_teacher is not None:
+        weights += 2 * n_params(sharded_teacher, SubNet.full(sharded_teacher))
+    return (weights + gradients / n_accumulated) * (n - 1) / n

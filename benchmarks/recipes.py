@@ -1,6 +1,6 @@
 """What the recipes in config_hub take: prints the figures of their headers, or puts them there.
 
-    python benchmarks/recipes.py [--write] [config_hub/distill/pythia-6.9b/410m.yaml …]
+    python benchmarks/recipes.py [--write] [--no_plan] [config_hub/distill/pythia-6.9b/410m.yaml …]
 
 Memory is the plan of `litgpt distill --dry_run` (`litgpt_whittle.memory_plan`), made on the CPU for GPUs that are not
 here, of a student in the recipe's bin whose sizes are as near as can be to those of a known model. Nothing is compiled
@@ -26,7 +26,7 @@ from litgpt import GPT, Config
 from litgpt.utils import CLI
 
 from litgpt_whittle import SubNet
-from litgpt_whittle.bins import parse_bins, short
+from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
 from litgpt_whittle.quantize import saved_bytes
 from litgpt_whittle.sizes import Sizes
@@ -174,10 +174,10 @@ class Recipe:
         n = self.flops()
         hours = gpu_hours(n)
         shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
-        return (
-            f"# Cost: {shown} GPU-hours ({n:.1e} FLOPs, computed, at an assumed {UTILISATION:.0%} of an {H100.name}'s "
-            f"{H100.peak / 1e12:.0f} TFLOP/s)."
-        ).replace("%", " %")
+        # a race drops candidates, and most networks of a super-network are smaller than the full one
+        limit = "at most " if self.command == "pretrain_supernet" or self.args.get("racing") else ""
+        peak = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {H100.peak / 1e12:.0f} TFLOP/s"
+        return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs, computed, at an assumed {peak})."
 
     def memory(self, plan: Callable[[Step], MemoryPlan] = plan_memory) -> str:
         """The header's sentence on memory."""
@@ -186,13 +186,13 @@ class Recipe:
             return f"Memory: {2 * n / 1e9:.1f} GB for the teacher, and its candidates' activations."
         return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
 
-    def write(self) -> None:
-        """Puts memory and costs into the header."""
+    def write(self, memory: str | None) -> None:
+        """Puts the costs into the header, and the memory where it is known."""
         lines = self.path.read_text().splitlines(keepends=True)
         for i, line in enumerate(lines):
-            if line.startswith("# Hardware:"):
+            if line.startswith("# Hardware:") and memory is not None:
                 before, _, after = line.partition("Memory:")
-                lines[i] = f"{before}{self.memory()} Tokens:{after.partition('Tokens:')[2]}"
+                lines[i] = f"{before}{memory} Tokens:{after.partition('Tokens:')[2]}"
             if line.startswith("# Cost:"):
                 lines[i] = f"{self.cost()}\n"
         self.path.write_text("".join(lines))
@@ -230,17 +230,19 @@ def recipes(*commands: str) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="*", help="by default all for search, distill and pretrain_supernet")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="put the figures into the headers")
+    parser.add_argument("--no_plan", action="store_true", help="leave the memory out, which takes most of the time")
     args = parser.parse_args()
     for path in args.paths or recipes("search", "distill", "pretrain_supernet"):
         recipe = open_recipe(path.resolve())
         print(recipe.command, recipe.name, flush=True)
         if recipe.command in ("search", "distill"):
             student = recipe.student
-            print(f"  student: {short(recipe.space.n_params(student))} parameters, {len(student)} layers")
-        print(f"  {recipe.memory()}\n  {recipe.cost()[2:]}", flush=True)
+            print(f"  student: {recipe.space.n_params(student):,} parameters, {len(student)} layers")
+        memory = None if args.no_plan and recipe.command != "search" else recipe.memory()
+        print(*(["  " + memory] if memory else []), "  " + recipe.cost()[2:], sep="\n", flush=True)
         if args.write:
-            recipe.write()
+            recipe.write(memory)
 
 
 if __name__ == "__main__":
