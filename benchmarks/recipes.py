@@ -183,7 +183,7 @@ class Recipe:
         """The header's sentence on memory."""
         if self.command == "search":
             n = sum(weight.numel() for weight in _meta(self.teacher).parameters())
-            return f"Memory: {2 * n / 1e9:.1f} GB for the teacher, and its candidates' activations."
+            return f"Memory: {2 * n / 1e9:.1f} GB and activations."
         return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
 
     def write(self, memory: str | None) -> None:
