@@ -28,6 +28,7 @@ from litgpt.utils import CLI
 from litgpt_whittle import SubNet
 from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
+from litgpt_whittle.objective import Objective
 from litgpt_whittle.quantize import saved_bytes
 from litgpt_whittle.sizes import Sizes
 from litgpt_whittle.space import Space
@@ -124,16 +125,14 @@ class Recipe:
             student, teacher = self.student, self.teacher
             build = lambda: student_model(student)
             objective = args.distill.objectives()(0.0)
-            saved = saved_bytes(teacher, args.teacher_quantize, teacher_dtype(args.precision))
-            is_sharded = args.teacher_placement == "sharded"
             rest = {
                 "build_teacher": lambda: GPT(teacher),
-                "quantized_bytes": saved,
-                "teacher_is_sharded": is_sharded,
+                "quantized_bytes": saved_bytes(teacher, args.teacher_quantize, teacher_dtype(args.precision)),
+                "teacher_is_sharded": args.teacher_placement == "sharded",
             }
         else:
             build = lambda: SuperGPT(self.teacher)
-            objective = args.supernet.distill.objectives()(0.0)
+            objective = Objective()
         return Step.of(
             args.train,
             build,
@@ -177,7 +176,7 @@ class Recipe:
         # a race drops candidates, and most networks of a super-network are smaller than the full one
         limit = "at most " if self.command == "pretrain_supernet" or self.args.get("racing") else ""
         peak = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {H100.peak / 1e12:.0f} TFLOP/s"
-        return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs, computed, at an assumed {peak})."
+        return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs at an assumed {peak})."
 
     def memory(self, plan: Callable[[Step], MemoryPlan] = plan_memory) -> str:
         """The header's sentence on memory."""
