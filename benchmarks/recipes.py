@@ -39,17 +39,18 @@ GIVEN = {"search": ["TEACHER"], "rank": ["TEACHER"], "cache_teacher": ["TEACHER"
 """What a command is given before its options"""
 
 LIKE = {
-    "410m": Config.from_name("pythia-410m"),
-    "1b": Config.from_name("pythia-1b"),
-    "2.8b": Config.from_name("pythia-2.8b"),
     "llama-3.1-8b/1b": Config.from_name("Llama-3.2-1B"),
     "llama-3.1-8b/3b": Config.from_name("Llama-3.2-3B"),
     "qwen3-8b/0.6b": Config.from_name("Qwen3-0.6B"),
     "qwen3-8b/1.7b": Config.from_name("Qwen3-1.7B"),
     "olmo-2-7b/1b": Config(n_layer=16, n_embd=2048, n_head=16, intermediate_size=8192),
     "smollm2-1.7b/360m": Config.from_name("SmolLM2-360M"),
+} | {
+    f"{teacher}/{size}": Config.from_name(f"pythia-{size}")
+    for teacher in ("pythia-6.9b", "pythia-12b")
+    for size in ("410m", "1b", "2.8b")
 }
-"""The model whose size a recipe aims at, by the ends of their paths"""
+"""The model whose size a recipe aims at"""
 
 
 class Recipe:
@@ -102,8 +103,7 @@ class Recipe:
         """A student of the recipe's size, as like the known model of that size as its space and bin allow."""
         if self.command == "distill":
             return self.twin("search").student
-        space = self.space
-        like = next(config for end, config in LIKE.items() if self.name.endswith(end))
+        space, like = self.space, LIKE[self.name]
         wished = vars(like) | {"heads_per_group": like.n_head // like.n_query_groups}
         layers = np.linspace(0, space.teacher.n_layer - 1, min(like.n_layer, space.teacher.n_layer)).round().astype(int)
         layers = tuple(layers.tolist())
