@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from litgpt.model import GPT
+from litgpt.utils import instantiate_torch_optimizer
 from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,9 +24,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
-from litgpt_whittle.head import LossModel, SoftTargets, TeacherLogits, hidden_states
+from litgpt_whittle.head import CHUNK_ELEMENTS, LossModel, SoftTargets, TeacherLogits, hidden_states
 from litgpt_whittle.hidden import HiddenLoss, Watch
 from litgpt_whittle.objective import Objective
 from litgpt_whittle.processes import free_memory
@@ -109,6 +111,53 @@ class Step:
     """What quantising saves of the teacher's memory"""
     build_hidden: Callable[[GPT], HiddenLoss] | None = None
     """From the student"""
+    is_elsewhere: bool = False
+    """Whether it will run on GPUs that this machine does not have; `device` is the CPU, which stands for them"""
+
+    @classmethod
+    def of(
+        cls,
+        train: TrainArgs,
+        build_student: Callable[[], GPT],
+        optimizer: str | dict,
+        precision: str,
+        device: torch.device,
+        n_devices: int,
+        strategy: str,
+        seq_length: int,
+        objective: Objective,
+        **rest: Any,
+    ) -> Step:
+        """A step of a command that trains, from its arguments.
+
+        Args:
+            train: Batch sizes and all else in the section `train`.
+            build_student: Makes the model.
+            optimizer: An optimizer's name or config.
+            precision: As Fabric names it.
+            device: Where it runs.
+            n_devices: Devices on all machines.
+            strategy: "auto", "fsdp" or "ddp".
+            seq_length: Tokens per sample.
+            objective: What is learned.
+            rest: The other fields.
+        """
+        is_fused = device.type == "cuda" or rest.get("is_elsewhere", False)
+        return cls(
+            build_student=build_student,
+            build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=is_fused),
+            precision=precision,
+            device=device,
+            n_devices=n_devices,
+            is_sharded=strategy != "ddp",
+            micro_batch_size=train.micro_batch_size,
+            seq_length=seq_length,
+            is_accumulating=train.gradient_accumulation_iters(n_devices) > 1,
+            max_norm=train.max_norm,
+            objective=objective,
+            tie_embeddings=bool(train.tie_embeddings),
+            **rest,
+        )
 
 
 def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
@@ -172,8 +221,9 @@ def plan_memory(step: Step) -> MemoryPlan:
     shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
     live = LiveBytes()
     devices = _pretended_devices(step) if shared else nullcontext()
+    chunks = _chunks_of_a_gpu() if step.is_elsewhere else nullcontext()
     without_content = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), devices as mesh, without_content, live, step.device:
+    with torch.random.fork_rng(devices=[]), devices as mesh, chunks, without_content, live, step.device:
         root = _student(step, mesh)
         weights = live.now
         teacher = None if step.build_teacher is None else _Teacher(step, root, mesh)
@@ -195,7 +245,7 @@ def plan_memory(step: Step) -> MemoryPlan:
             teacher=teacher_bytes - step.quantized_bytes,
             step=max(0, live.peak - weights - teacher_bytes - state - gradients),
             checkpoint=(weights + state) * step.n_devices if shared and step.is_sharded else 0,
-            on_cpu=step.device.type == "cpu",
+            on_cpu=step.device.type == "cpu" and not step.is_elsewhere,
         )
 
 
@@ -260,6 +310,17 @@ def _pretended_devices(step: Step) -> Iterator[Any]:
         yield init_device_mesh(step.device.type, (step.n_devices,))
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _chunks_of_a_gpu() -> Iterator[None]:
+    """The head's chunks on the CPU as large as they are on a GPU."""
+    before = CHUNK_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS["cpu"] = before
 
 
 @contextmanager

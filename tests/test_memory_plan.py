@@ -13,6 +13,7 @@ from test_train import checkpoint, run, train_args
 
 from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.head import CHUNK_ELEMENTS
 from litgpt_whittle.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
 from litgpt_whittle.objective import Objective
 
@@ -92,6 +93,17 @@ def test_other_precisions_devices_and_optimizers():
     saved = plan_memory(a_step(**longer)).step - plan_memory(a_step(**longer, activation_checkpointing=True)).step
     # a block keeps at least its two norms' outputs, queries, keys and values, and the MLP's input twice
     assert saved > 2 * 16 * 64 * 4 * (2 * 64 + 3 * 64 + 2 * 256)
+
+
+def test_a_plan_for_gpus_elsewhere_has_their_chunks_of_logits_and_their_main_memory_beside(monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 64 * 512)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cuda", 256 * 512)
+    step = a_step(n_devices=2)
+    here, there = plan_memory(step), plan_memory(replace(step, is_elsewhere=True))
+    assert (there.weights, there.optimizer, there.checkpoint) == (here.weights, here.optimizer, here.checkpoint)
+    assert there.step - here.step > (256 - 64) * 512 * 4  # at least the student's logits
+    assert here.on_cpu and not there.on_cpu
+    assert CHUNK_ELEMENTS["cpu"] == 64 * 512
 
 
 def test_the_state_of_the_process_is_left_alone():

@@ -21,7 +21,6 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import (
     get_default_supported_precision,
     init_out_dir,
-    instantiate_torch_optimizer,
     num_parameters,
 )
 
@@ -205,20 +204,17 @@ def setup(
     def make_hidden(model: GPT) -> HiddenLoss:
         return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
 
-    step = Step(
-        build_student=student.build,
-        build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=device.type == "cuda"),
-        precision=precision,
-        device=device,
-        n_devices=devices * num_nodes,
-        is_sharded=strategy != "ddp",
-        micro_batch_size=train.micro_batch_size,
-        seq_length=seq_length,
-        is_accumulating=train.gradient_accumulation_iters(devices, num_nodes) > 1,
-        max_norm=train.max_norm,
-        objective=objectives(0.0),
+    step = Step.of(
+        train,
+        student.build,
+        optimizer,
+        precision,
+        device,
+        devices * num_nodes,
+        strategy,
+        seq_length,
+        objectives(0.0),
         activation_checkpointing=activation_checkpointing,
-        tie_embeddings=bool(train.tie_embeddings),
         build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
         quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
         build_hidden=make_hidden if distill.hidden.is_used else None,

@@ -19,7 +19,6 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import (
     get_default_supported_precision,
     init_out_dir,
-    instantiate_torch_optimizer,
     num_parameters,
 )
 
@@ -138,21 +137,17 @@ def setup(
     state = None if resume_dir is None else load_training_state(resume_dir)
     if state is not None:
         check_settings(state["settings"], settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step = Step(
-        build_student=model.build,
-        build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=device.type == "cuda"),
-        precision=precision,
-        device=device,
-        n_devices=devices * num_nodes,
-        is_sharded=strategy != "ddp",
-        micro_batch_size=train.micro_batch_size,
-        seq_length=seq_length,
-        is_accumulating=train.gradient_accumulation_iters(devices, num_nodes) > 1,
-        max_norm=train.max_norm,
-        objective=Objective(),
+    step = Step.of(
+        train,
+        model.build,
+        optimizer,
+        precision,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        devices * num_nodes,
+        strategy,
+        seq_length,
+        Objective(),
         activation_checkpointing=activation_checkpointing,
-        tie_embeddings=bool(train.tie_embeddings),
     )
     if rank_zero_only.rank == 0:
         show_plan(step, "replicated", devices, dry_run)

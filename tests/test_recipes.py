@@ -1,0 +1,121 @@
+"""Every file of config_hub is read by its command, fits its models, reaches its bin, and costs what its header says."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import set_parsing_settings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from recipes import HUB, Recipe, open_recipe, recipes
+
+from litgpt_whittle.bins import parse_bins
+from litgpt_whittle.checks import check_pair
+from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.racing_loop import check_can_race
+from litgpt_whittle.search_loop import Search
+from litgpt_whittle.supergpt import student_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_help():
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)  # it takes longer than all else
+    yield
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def each(*commands: str):
+    return pytest.mark.parametrize("path", recipes(*commands), ids=lambda path: str(path.relative_to(HUB)))
+
+
+def number(text: str) -> float:
+    """What a header means by 10B or 5,050."""
+    digits, unit = re.fullmatch(r"([\d.,]+)([KMB]?)", text).groups()
+    return float(digits.replace(",", "")) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
+
+
+@pytest.mark.parametrize("path", sorted(HUB.rglob("*.yaml")), ids=lambda path: str(path.relative_to(HUB)))
+def test_its_command_reads_it_and_its_header_says_what_it_takes(path):
+    recipe = open_recipe(path)
+    assert recipe.args.data is not None
+    for word in ("Hardware:", "Memory:", "Tokens:", "Cost:"):
+        assert word in recipe.header
+    if path.stem != "demo":
+        assert f"litgpt {recipe.command} " in recipe.header and str(path.relative_to(HUB.parent)) in recipe.header
+        assert all(len(line) <= 120 for line in path.read_text().splitlines())
+
+
+@each("search")
+def test_a_sub_network_lies_in_the_bin(path):
+    recipe = open_recipe(path)
+    args, space, student = recipe.args, recipe.space, recipe.student
+    (bin,) = parse_bins(args.bin)
+    with torch.device("meta"):
+        model = student_model(student)
+    counts = {name: weight.numel() for name, weight in model.named_parameters()}
+    if space.tied:
+        del counts["transformer.wte.weight"]
+    assert sum(counts.values()) == space.n_params(student) and sum(counts.values()) in bin
+    assert model.config.padded_vocab_size == recipe.teacher.padded_vocab_size
+    assert args.train.max_seq_length <= recipe.teacher.block_size
+    if args.racing:
+        check_can_race(Perplexity, args.fitness, [Search.begin(space, args.strategy, "perplexity", 0)])
+
+
+@each("search")
+def test_a_search_scores_as_many_candidates_on_as_much_text_as_its_header_says(path):
+    recipe = open_recipe(path)
+    candidates, tokens = re.search(r"Tokens: ([\d,]+) × ([\d,]+)", recipe.header).groups()
+    assert (number(candidates), number(tokens)) == (recipe.args.iterations, recipe.tokens)
+    assert recipe.memory() in recipe.header and recipe.cost() in recipe.header
+    strategy = recipe.args.strategy
+    if recipe.name.startswith("pythia"):  # 50 random ones, then 100 generations of 50
+        assert recipe.args.iterations == strategy.population_size + 100 * strategy.n_offspring == 5050
+
+
+@each("distill", "pretrain_supernet")
+def test_the_batch_is_shared_evenly_and_the_models_fit_each_other(path):
+    recipe = open_recipe(path)
+    train, n = recipe.args.train, recipe.n_devices
+    assert train.global_batch_size % (n * train.micro_batch_size) == 0
+    assert train.gradient_accumulation_iters(n) * n * train.micro_batch_size == train.global_batch_size
+    steps = train.max_tokens // (train.global_batch_size * train.max_seq_length)
+    assert train.lr_warmup_steps < steps / 10 and recipe.args.eval.interval < steps
+    assert recipe.args.data.max_tokens > train.max_tokens
+    if recipe.command == "distill":
+        assert check_pair(recipe.student.config, recipe.teacher, train.max_seq_length) == train.max_seq_length
+        distill = recipe.args.distill
+        assert (distill.alpha, distill.beta, distill.temperature) == (0.2, 0.8, 0.9)
+        assert recipe.args.initial_checkpoint_dir == Path(f"out/{recipe.name}/student")
+    else:
+        space = recipe.supernet_space()
+        assert space.n_params(space.smallest()) < space.sizes.largest / 2
+    assert number(re.search(r"Tokens: (\w+)", recipe.header)[1]) == train.max_tokens
+    assert recipe.cost() in recipe.header
+
+
+@each("search")
+def test_a_pipeline_hands_on_what_the_next_command_expects(path):
+    recipe = open_recipe(path)
+    extract = open_recipe(HUB / "extract" / f"{recipe.name.split('/')[0]}.yaml")
+    assert recipe.args.out_dir == Path(f"out/{recipe.name}/search")
+    assert recipe.twin("distill").args.teacher_checkpoint_dir.name in recipe.header + extract.header
+    if recipe.args.order == "importance":
+        rank = open_recipe(HUB / "rank" / extract.path.name)
+        assert recipe.args.importance == rank.args.out_dir / "importance.pt"
+    # a repair must see more tokens than there are inputs to a map
+    assert extract.args.repair.tokens > 8 * max(recipe.teacher.intermediate_size, recipe.teacher.n_embd)
+
+
+@pytest.mark.slow
+@each("distill", "pretrain_supernet")
+def test_the_header_gives_the_memory_of_the_plan(path):
+    recipe = Recipe(path)
+    assert _gigabytes(recipe.header) == pytest.approx(_gigabytes(recipe.memory()), rel=0.05)
+    assert _gigabytes(recipe.header) < 0.9 * 80  # the driver, the interpreter and gaps take some, too
+
+
+def _gigabytes(text: str) -> float:
+    return float(re.search(r"Memory: ([\d.]+) GB per GPU", text)[1])
