@@ -35,7 +35,8 @@ from litgpt_whittle.space import Space
 from litgpt_whittle.supergpt import SuperGPT, student_model
 
 HUB = Path(__file__).parents[1] / "config_hub"
-GIVEN = {"search": ["TEACHER"], "rank": ["TEACHER"], "cache_teacher": ["TEACHER"], "extract": ["TEACHER", "best.yaml"]}
+GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "whittle")}
+GIVEN["extract"] = ["TEACHER", "best.yaml"]
 """What a command is given before its options"""
 
 LIKE = {

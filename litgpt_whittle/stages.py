@@ -33,7 +33,14 @@ from litgpt_whittle.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
 
-_COMMANDS = (rank, search, extract, cache_teacher, distill)
+COMMANDS = {
+    "rank": rank,
+    "search": search,
+    "extract": extract,
+    "cache_teacher": cache_teacher,
+    "distill": distill,
+}
+"""The modules of the commands that a pipeline runs, by the names of their sections"""
 
 SELECTION_CONFIG = "selection-distill.yaml"
 """What the students of a selection are trained with, where the search does not say"""
@@ -162,9 +169,8 @@ class Stages:
         return Stage(section.name, folder, settings, section.flags, inputs)
 
     def _section(self, name: str, given: Mapping[str, Any], **defaults: Any) -> Section:
-        command = next(command for command in _COMMANDS if command.__name__.endswith(f".{name}"))
         common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
-        return Section(name, command.setup, given, common | defaults)
+        return Section(name, COMMANDS[name].setup, given, common | defaults)
 
     def _distill_section(self, given: Mapping[str, Any]) -> Section:
         teacher = {"teacher_checkpoint_dir": str(self.request.checkpoint_dir), "devices": self.request.devices}
@@ -194,8 +200,9 @@ class Stages:
 
     def _needs_ranking(self) -> bool:
         """Whether a ranking is of use: where the first units are kept, those should be the most important ones."""
-        own = {"importance", "order"} & self.search.settings.keys()
-        return self.searched.space.startswith("coarse") and not own
+        settings = self.search.settings
+        given = "importance" in settings or settings.get("order") == "given"
+        return self.searched.space.startswith("coarse") and not given
 
     def _search_by_importance(self) -> None:
         settings, args = self.search.settings, self.searched

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -16,6 +17,8 @@ from litgpt_whittle.checks import check_pair
 from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.racing_loop import check_can_race
 from litgpt_whittle.search_loop import Search
+from litgpt_whittle.sections import Section
+from litgpt_whittle.stages import COMMANDS
 from litgpt_whittle.supergpt import student_model
 
 
@@ -39,7 +42,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("path", sorted(HUB.rglob("*.yaml")), ids=lambda path: str(path.relative_to(HUB)))
 def test_its_command_reads_it_and_its_header_says_what_it_takes(path):
     recipe = open_recipe(path)
-    assert recipe.args.data is not None
+    assert recipe.args.data is not None or recipe.command == "whittle"  # whose sections have it
     for word in ("Hardware:", "Memory:", "Tokens:", "Cost:"):
         assert word in recipe.header
     if path.stem != "demo":
@@ -107,6 +110,29 @@ def test_a_pipeline_hands_on_what_the_next_command_expects(path):
         assert recipe.args.importance == rank.args.out_dir / "importance.pt"
     # a repair must see more tokens than there are inputs to a map
     assert extract.args.repair.tokens > 8 * max(recipe.teacher.intermediate_size, recipe.teacher.n_embd)
+
+
+PROVIDED = {
+    "search": {"bin", "out_dir", "importance"},
+    "distill": {"initial_checkpoint_dir", "teacher_checkpoint_dir", "out_dir", "resume", "devices"},
+}
+"""What the pipeline itself tells its stages"""
+
+
+@each("whittle")
+def test_a_pipelines_sections_are_the_commands_own_recipes(path):
+    name, content = path.relative_to(HUB / "whittle").with_suffix("").as_posix(), yaml.safe_load(path.read_text())
+    assert open_recipe(path).args.target == content["target"]
+    for command, section in content.items():
+        if command in COMMANDS and section and name != "demo":
+            file = f"{name if command in PROVIDED else name.split('/')[0]}.yaml"
+            own = yaml.safe_load((HUB / command / file).read_text())
+            assert section == {key: own[key] for key in own.keys() - PROVIDED.get(command, {"out_dir"})}
+            if command == "search":
+                assert content["target"] == own["bin"]
+        elif command in COMMANDS and section:
+            inputs = {"checkpoint_dir": "teacher", "sub_network": "best.yaml"} if command == "extract" else {}
+            Section(command, COMMANDS[command].setup, section).parse(**inputs)
 
 
 @pytest.mark.slow
