@@ -6,6 +6,7 @@ Questions (all by default, or `--questions starts …`):
 
 starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
 strategies  evolution, random search, or importance alone, before and after training
+fitness     scored as cut, or as repaired from moments, before and after training
 spaces      the four search spaces, a small and a middle student
 losses      weights, temperature and kind of the distillation loss
 teachers    another teacher for the distillation than the one the student was cut from (with --other)
@@ -27,8 +28,7 @@ import yaml
 from students import Data, litgpt, search, train_settings
 
 from litgpt_whittle import SubNet, n_params
-from litgpt_whittle.evaluations import best_of
-from litgpt_whittle.results import TrainingResult
+from litgpt_whittle.results import SearchResult, TrainingResult
 
 CALIBRATION = 16_384
 
@@ -60,13 +60,14 @@ class Bench:
     other: Path | None = None
 
     def found(self, share: float, seed: int, *flags: str) -> tuple[Path, float]:
-        """A search's best sub-network of a share of the teacher, with its perplexity."""
+        """A search's best sub-network of a share of the teacher, with its score."""
         name = "-".join(["search", f"{share:g}", str(seed), *(f.lstrip("-").split(".")[-1] for f in flags)])
         folder = self.out_dir / name.replace("=", "-").replace("/", "_")
         settings = (f"--seed={seed}", "--eval.max_iters=2", *flags)
         size = int(n_params(self.data.config, SubNet.full(self.data.config)) * share)
-        (best,) = best_of(search(self.data, folder, self.iterations, *settings, size=size)).values()
-        return folder / "best.yaml", best.score("perplexity")
+        search(self.data, folder, self.iterations, *settings, size=size)
+        result = SearchResult(folder)
+        return result.best_path, result.best.score(result.findings.score)
 
     def importance(self) -> Path:
         """The teacher's ranking."""
@@ -120,6 +121,14 @@ def strategies(bench: Bench, seed: int) -> dict[str, Student]:
     return {name: Student(path, cut=cut) for name, (path, cut) in found.items()}
 
 
+def fitness(bench: Bench, seed: int) -> dict[str, Student]:
+    students = {}
+    for name in ("perplexity", "repaired_perplexity"):
+        found, cut = bench.found(1 / 3, seed, f"--fitness={name}", "--strategy=EvoPress")
+        students[name] = Student(found, cut=cut)
+    return students
+
+
 def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("small", 1 / 3), ("middle", 2 / 3)):
@@ -161,6 +170,7 @@ def teachers(bench: Bench, seed: int) -> dict[str, Student]:
 QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "starts": starts,
     "strategies": strategies,
+    "fitness": fitness,
     "spaces": spaces,
     "losses": losses,
     "teachers": teachers,

@@ -68,8 +68,7 @@ def score(data: Data, subnets: list[SubNet]) -> None:
     """The rankings before training, and how they agree with the one after it."""
     from scipy.stats import kendalltau
 
-    from litgpt_whittle.fitness import Perplexity
-    from litgpt_whittle.quick_repair import RepairedPerplexity
+    from litgpt_whittle.fitness import Perplexity, RepairedPerplexity
 
     torch.set_num_threads(1)
     module = data.module()
@@ -80,17 +79,20 @@ def score(data: Data, subnets: list[SubNet]) -> None:
     model.max_seq_length = data.config.block_size
     columns: dict[str, list[float]] = {"as cut": [], "repaired from moments": [], "repaired": [], "trained": []}
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
-    for i, subnet in enumerate(subnets):
-        losses = val_losses(OUT / f"{i:02d}/trained")
+    trained = [i for i in range(len(subnets)) if (OUT / f"{i:02d}/trained/final/lit_model.pth").is_file()]
+    for i in trained:
+        subnet, losses = subnets[i], val_losses(OUT / f"{i:02d}/trained")
         for name, loss in zip(
             columns, (cut(subnet)["nll"], repaired(subnet)["nll"], losses[0][1], losses[-1][1]), strict=True
         ):
             columns[name].append(loss)
     (OUT / "losses.json").write_text(json.dumps(columns))
+    print(f"{len(trained)} of {len(subnets)} sub-networks are trained")
     print(f"{'validation NLL':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
     for name, losses in columns.items():
-        tau = kendalltau(losses, columns["trained"]).statistic
-        print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{tau:>30.2f}")
+        tau = kendalltau(losses, columns["trained"])
+        shown = f"{tau.statistic:.2f} (p = {tau.pvalue:.2g})"
+        print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>30}")
     print(f"tau of as cut with repaired from moments: {kendalltau(*list(columns.values())[:2]).statistic:.2f}")
     plot(columns)
 
