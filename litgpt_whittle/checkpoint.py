@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
 from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
+from litgpt_whittle.files import MappedWeights, check_writable, new_folder, to_yaml, write_text
 from litgpt_whittle.hf_config import student_hf_config
 from litgpt_whittle.parts import Rows, has_parts, read_parts
 from litgpt_whittle.registry import lookup
@@ -55,6 +55,32 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
             f"has a model_config.yaml that litgpt refuses ({str(error).splitlines()[0] if str(error) else error!r})"
         )
     raise UserError(f"{str(checkpoint_dir)!r} {problem}; copy it from where the checkpoint came from")
+
+
+def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> None:
+    """Refuses a folder for a new checkpoint that cannot be written, or whose contents would be lost.
+
+    Args:
+        out_dir: The folder.
+        overwrite: Whether a checkpoint in it may be replaced.
+        needed: What is read, and so must not be replaced.
+
+    Raises:
+        UserError: If it is no such folder.
+    """
+    check_writable(out_dir)
+    # it is written beside and renamed into place
+    check_writable(out_dir.resolve().parent)
+    if not out_dir.exists() or not any(out_dir.iterdir()):
+        return
+    shown = repr(str(out_dir))
+    if not overwrite:
+        raise UserError(f"out_dir must be empty or new, got {shown}; choose another or add --overwrite true")
+    for path in needed:
+        if path.resolve().is_relative_to(out_dir.resolve()):
+            raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
+    if not (out_dir / WEIGHTS).is_file() or any(entry.is_dir() for entry in out_dir.iterdir()):
+        raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 
 def read_weights(checkpoint_dir: Path) -> MappedWeights:
@@ -208,6 +234,7 @@ def save_checkpoint(
     tokenizer_dir: Path | None = None,
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
 
@@ -219,6 +246,7 @@ def save_checkpoint(
         tokenizer_dir: Where to copy tokenizer and Hugging Face config from; sizes in the latter are the student's.
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
+        notes: Further YAML files, by name.
     """
     config = model.config if isinstance(model, SubNet) else model
     layerwise = isinstance(model, SubNet) and not model.is_uniform
@@ -237,6 +265,8 @@ def save_checkpoint(
             write_text(folder / MODEL_CLASS, to_yaml(shape))
         if sub_network is not None:
             write_text(folder / "sub_network.yaml", to_yaml(sub_network))
+        for name, content in (notes or {}).items():
+            write_text(folder / name, to_yaml(content))
 
 
 def _resize_hf_config(path: Path, model: Config | SubNet) -> None:

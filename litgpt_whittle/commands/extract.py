@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +14,17 @@ from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.batches import read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, check_out_dir, read_weights, save_checkpoint
 from litgpt_whittle.curves import plot_repair
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_space, check_writable, readable_size
+from litgpt_whittle.files import check_space, readable_size
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import launch, leave, n_devices, rank
+from litgpt_whittle.registry import version
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
-from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.search_args import BatchArgs
 from litgpt_whittle.student import BASIS
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
@@ -74,7 +73,7 @@ def setup(
         return
     teacher = check_checkpoint(checkpoint_dir)
     subnet = SubNet.load(sub_network, teacher)
-    _check_out_dir(out_dir, overwrite, needed=(checkpoint_dir, sub_network))
+    check_out_dir(out_dir, overwrite, needed=(checkpoint_dir, sub_network))
     weights = read_weights(checkpoint_dir)
     tied = is_tied(weights)
     as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
@@ -112,7 +111,7 @@ def setup(
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         **counts,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "litgpt_whittle": _version(),
+        "litgpt_whittle": version(),
     }
     choice = subnet.to_dict() | {"provenance": origin}
     extra = {BASIS: {"basis": repaired.basis}} if repaired else None
@@ -148,23 +147,6 @@ def _students_table(students: Iterable[Path], out_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path]) -> None:
-    """Refuses an output directory that cannot be written, or whose contents would be lost."""
-    check_writable(out_dir)
-    # the student is written beside and renamed into place
-    check_writable(out_dir.resolve().parent)
-    if not out_dir.exists() or not any(out_dir.iterdir()):
-        return
-    shown = repr(str(out_dir))
-    if not overwrite:
-        raise UserError(f"out_dir must be empty or new, got {shown}; choose another or add --overwrite true")
-    for path in needed:
-        if path.resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
-    if not (out_dir / WEIGHTS).is_file() or any(entry.is_dir() for entry in out_dir.iterdir()):
-        raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
-
-
 def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     """Parameters of student and teacher; of the student's padded stock form too, where that is larger."""
     counts = {
@@ -188,10 +170,7 @@ def _open_scratch(
     n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
     # a stream of each model before and behind a block, and the teacher's within it
     check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
-    digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(repr([keys, tuple(windows.shape), _version()]).encode())
-    folder = out_dir.resolve()
-    return Scratch(folder.with_name(f".{folder.name}.repair"), digest.hexdigest())
+    return scratch_beside(out_dir, "repair", windows, keys)
 
 
 def _repair_summary(repaired: Repaired) -> str:
@@ -214,13 +193,6 @@ def _convert(weights: Weights, dtype: torch.dtype) -> None:
         if tensor.data_ptr() not in done:
             done[tensor.data_ptr()] = tensor.to(dtype)
         weights[name] = done[tensor.data_ptr()]
-
-
-def _version() -> str:
-    try:
-        return metadata.version("litgpt-whittle")
-    except metadata.PackageNotFoundError:  # run from its source folder
-        return "unknown"
 
 
 def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir: Path) -> str:
