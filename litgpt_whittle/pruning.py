@@ -72,7 +72,7 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
             block = Block(shape.layer_config(i), i)
         layers.append({name: module for name, module in block.named_modules() if _is_prunable(name, module)})
     kinds = dict.fromkeys(kind_of(name) for maps in layers for name in maps)
-    for target in targets or [""]:
+    for target in targets:
         if not any(_matches(kind, target) for kind in kinds):
             raise UserError(f"targets must be attn, mlp or some of {', '.join(kinds)}, got {target!r}; change it")
     chosen = [

@@ -45,8 +45,8 @@ def setup(
     out_dir: Path = Path("out/prune"),
     method: str | dict[str, dict[str, Any]] = "sparsegpt",
     sparsity: float | None = None,
-    pattern: str | None = None,
-    targets: list[str] = ["attn", "mlp"],  # noqa: B006 (shown on the command line, never changed)
+    pattern: str | int | None = None,
+    targets: str = "attn,mlp",
     refit: bool = False,
     data: DataModule | None = None,
     tokens: int = 65_536,
@@ -67,7 +67,8 @@ def setup(
             ``sparsegpt``, which adapts what stays (``{sparsegpt: {damp: 0.01, block_size: 128}}``).
         sparsity: The share of weights that become zero; 0.5 where there is no pattern either.
         pattern: Keep N of every M weights along the inputs: ``2:4``, which GPUs multiply faster, ``4:8``, ….
-        targets: What is pruned: ``attn``, ``mlp``, or kinds of maps such as ``attn.qkv`` and ``mlp.experts.proj``.
+        targets: What is pruned, separated by commas: ``attn``, ``mlp``, or kinds of maps such as ``attn.qkv`` and
+            ``mlp.experts.proj``.
         refit: Then fit what stays of each map in closed form to what the whole map gives.
         data: What pruning calibrates on and perplexity is measured on: any litgpt data module, or
             ``--data HFText --data.path PATH``. Only magnitude does without.
@@ -86,7 +87,7 @@ def setup(
     check_out_dir(out_dir, overwrite, needed=(checkpoint_dir,))
     model = Student.choose(checkpoint_dir, None, None, None, None)
     shape, weights = _shape(model), model.weights()
-    maps = maps_to_prune(shape, targets, pruner.sparsity)
+    maps = maps_to_prune(shape, [name.strip() for name in targets.split(",")], pruner.sparsity)
     check_space(out_dir, sum(weight.numel() * weight.element_size() for weight in weights.values()), "the checkpoint")
 
     device = L.Fabric(devices=1).device
@@ -100,8 +101,8 @@ def setup(
     notes = {
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "method": method,
-        "pattern" if pattern else "sparsity": pattern or pruner.sparsity.share,
-        "targets": list(targets),
+        "pattern" if pattern else "sparsity": str(pruner.sparsity) if pattern else pruner.sparsity.share,
+        "targets": targets,
         "refit": refit,
         "data": None if data is None else type(data).__name__,
         "tokens": 0 if windows is None else windows.numel(),

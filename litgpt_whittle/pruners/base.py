@@ -22,7 +22,7 @@ class Sparsity:
     """n and m, which 2:4 kernels want as 2 and 4; None where the zeros may lie anywhere"""
 
     @classmethod
-    def parse(cls, sparsity: float | None, pattern: str | None) -> Sparsity:
+    def parse(cls, sparsity: float | None, pattern: str | int | None) -> Sparsity:
         """Reads the command line's two ways to say it; one half where it says neither.
 
         Raises:
@@ -37,6 +37,8 @@ class Sparsity:
             if not 0 < share < 1:
                 raise UserError(f"sparsity must lie between 0 and 1, got {share}; 0.5 makes half of the weights zero")
             return cls(share)
+        if isinstance(pattern, int):  # YAML takes 2:4 without quotes for two minutes and four seconds
+            pattern = "{}:{}".format(*divmod(pattern, 60))
         found = re.fullmatch(r"(\d+):(\d+)", pattern)
         n, m = map(int, found.groups()) if found else (0, 0)
         if not 0 < n < m:

@@ -1,0 +1,131 @@
+"""What pruning costs a trained teacher: its perplexity by method, pattern and refit, beside whittle's own pruning.
+
+    python benchmarks/prune.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
+
+With --whittle_python, an environment that has whittle: its pruners get the same calibration windows, and what they
+leave is measured here, on the same text. They prune N:M only, and biases and routers as little as ours.
+"""
+
+import argparse
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from students import Data
+
+from litgpt_whittle import SubNet, load_model
+from litgpt_whittle.batches import calibration_windows, connect, validation_batches
+from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.pruners import Magnitude, SparseGPT, Sparsity, Wanda
+from litgpt_whittle.pruning import Pruning, maps_to_prune
+from litgpt_whittle.scratch import Scratch
+
+METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+
+WHITTLE = """
+import sys
+import torch
+from litgpt.config import Config
+from whittle import pruning
+from whittle.models.gpt import GPT
+
+folder, teacher, method, n, m = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(1)
+windows = torch.load(f"{folder}/windows.pt")
+config = Config.from_checkpoint(teacher)
+config.fix_head_size = True
+model = GPT(config)
+model.load_state_dict(torch.load(f"{teacher}/lit_model.pth", weights_only=True), strict=False)
+model.max_seq_length = windows.shape[1]
+model.eval()
+# windows come one at a time: of a batch, its pruners go on with the first alone
+loader = torch.utils.data.DataLoader(windows, batch_size=1, collate_fn=torch.stack)
+with torch.no_grad():
+    pruner = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}[method]
+    getattr(pruning, pruner + "Pruner")()(
+        model, prune_n=m - n, prune_m=m, dataloader=loader, nsamples=len(windows), device="cpu"
+    )
+torch.save(model.state_dict(), f"{folder}/pruned.pth")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Data.add_arguments(parser)
+    parser.add_argument("--sparsities", nargs="*", default=["0.5", "2:4"], help="shares and patterns")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--refit", action="store_true", help="also with what stays fitted in closed form")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--whittle_python", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(Data(args), args.tokens)
+    print(f"{bench.windows.numel():,} calibration tokens; the teacher's perplexity {bench.perplexity():.2f}")
+    print(f"{'':<24}" + "".join(f"{sparsity:>18}" for sparsity in args.sparsities))
+    ways = {
+        f"{name}{', refitted' * fitted}": (name, fitted) for fitted in (0, 1)[: 1 + args.refit] for name in args.methods
+    }
+    for label, (name, fitted) in ways.items():
+        found = [bench.ours(name, parse(sparsity), bool(fitted)) for sparsity in args.sparsities]
+        show(label, found)
+    for name in args.methods if args.whittle_python else ():
+        sparsities = [parse(sparsity) for sparsity in args.sparsities]
+        show(f"whittle, {name}", [bench.whittle(args.whittle_python, name, sparsity) for sparsity in sparsities])
+
+
+def parse(text: str) -> Sparsity:
+    return Sparsity.parse(None, text) if ":" in text else Sparsity.parse(float(text), None)
+
+
+def show(label: str, found: list[tuple[float, float] | None]) -> None:
+    cells = ["none" if pair is None else f"{pair[0]:.3f} ({pair[1]:.0f} s)" for pair in found]
+    print(f"{label:<24}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+
+
+class Bench:
+    """A teacher, what it is calibrated and what it is measured on."""
+
+    def __init__(self, data: Data, tokens: int) -> None:
+        self.data, self.weights = data, read_weights(data.teacher)
+        module, length = data.module(), data.config.block_size
+        connect(module, data.teacher, 16, length)
+        self.windows = calibration_windows(module, length, tokens)
+        self.validation = validation_batches(module, length, 1000)
+
+    def perplexity(self, weights: dict[str, torch.Tensor] | None = None) -> float:
+        """The teacher's, or that of other weights, over all of the validation text."""
+        model = load_model(self.data.teacher, "SuperGPT", dtype=torch.float32)
+        if weights is not None:
+            model.load_state_dict(weights, assign=True)
+        return Perplexity(model, self.validation)(SubNet.full(model.config))["perplexity"]
+
+    def ours(self, method: str, sparsity: Sparsity, refit: bool) -> tuple[float, float]:
+        """The perplexity of the pruned teacher, and the CPU seconds that pruning took."""
+        shape = SubNet.full(self.data.config)
+        maps = maps_to_prune(shape, ["attn", "mlp"], sparsity)
+        with tempfile.TemporaryDirectory() as folder:
+            scratch, started = Scratch(Path(folder) / "scratch", "key"), time.process_time()
+            run = Pruning(shape, self.weights, maps, METHODS[method](sparsity), scratch, self.windows, 16, refit)
+            weights, _ = run.run(progress=False)
+            seconds = time.process_time() - started
+        return self.perplexity(weights), seconds
+
+    def whittle(self, python: Path, method: str, sparsity: Sparsity) -> tuple[float, float] | None:
+        """The same of whittle's pruner, with the seconds that its process took."""
+        if sparsity.pattern is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(self.windows, f"{folder}/windows.pt")
+            started = time.perf_counter()
+            arguments = [folder, self.data.teacher, method, *sparsity.pattern]
+            subprocess.run([python, "-c", WHITTLE, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+            seconds = time.perf_counter() - started
+            weights = torch.load(f"{folder}/pruned.pth", weights_only=True)
+        return self.perplexity({name: weights[name] for name in self.weights}), seconds
+
+
+if __name__ == "__main__":
+    main()
