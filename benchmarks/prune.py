@@ -7,6 +7,8 @@ leave is measured here, on the same text. They prune N:M only, and biases and ro
 """
 
 import argparse
+import os
+import resource
 import subprocess
 import tempfile
 import time
@@ -27,28 +29,27 @@ METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 
 WHITTLE = """
 import sys
+from pathlib import Path
 import torch
 from litgpt.config import Config
 from whittle import pruning
 from whittle.models.gpt import GPT
 
-folder, teacher, method, n, m = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-torch.set_num_threads(1)
-windows = torch.load(f"{folder}/windows.pt")
+folder, teacher, pruner, n, m = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+windows = torch.load(folder / "windows.pt")
 config = Config.from_checkpoint(teacher)
 config.fix_head_size = True
 model = GPT(config)
-model.load_state_dict(torch.load(f"{teacher}/lit_model.pth", weights_only=True), strict=False)
+model.load_state_dict(torch.load(folder / "weights.pt"))
 model.max_seq_length = windows.shape[1]
 model.eval()
-# windows come one at a time: of a batch, its pruners go on with the first alone
-loader = torch.utils.data.DataLoader(windows, batch_size=1, collate_fn=torch.stack)
+# one at a time: of a batch of several, its pruners go on with the first window alone
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(windows), batch_size=1)
 with torch.no_grad():
-    pruner = {"magnitude": "Magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}[method]
     getattr(pruning, pruner + "Pruner")()(
         model, prune_n=m - n, prune_m=m, dataloader=loader, nsamples=len(windows), device="cpu"
     )
-torch.save(model.state_dict(), f"{folder}/pruned.pth")
+torch.save(model.state_dict(), folder / "pruned.pt")
 """
 
 
@@ -59,20 +60,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--refit", action="store_true", help="also with what stays fitted in closed form")
     parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--batches", type=int, default=1000, help="validation batches of 16 windows")
     parser.add_argument("--whittle_python", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(Data(args), args.tokens)
-    print(f"{bench.windows.numel():,} calibration tokens; the teacher's perplexity {bench.perplexity():.2f}")
-    print(f"{'':<24}" + "".join(f"{sparsity:>18}" for sparsity in args.sparsities))
-    ways = {
-        f"{name}{', refitted' * fitted}": (name, fitted) for fitted in (0, 1)[: 1 + args.refit] for name in args.methods
-    }
-    for label, (name, fitted) in ways.items():
-        found = [bench.ours(name, parse(sparsity), bool(fitted)) for sparsity in args.sparsities]
-        show(label, found)
+    bench = Bench(Data(args), args.tokens, args.batches)
+    sparsities = [parse(sparsity) for sparsity in args.sparsities]
+    n_scored = sum(batch.n_tokens for batch in bench.validation)
+    print(f"{bench.windows.numel():,} calibration tokens, {n_scored:,} of validation, CPU seconds in brackets")
+    print(f"{'':<24}" + "".join(f"{str(sparsity):>18}" for sparsity in sparsities))
+    print(f"{'teacher':<24}{bench.perplexity():>10.3f}", flush=True)
+    for refit in (False, True)[: 1 + args.refit]:
+        for name in args.methods:
+            show(name + ", refitted" * refit, [bench.ours(name, sparsity, refit) for sparsity in sparsities])
     for name in args.methods if args.whittle_python else ():
-        sparsities = [parse(sparsity) for sparsity in args.sparsities]
         show(f"whittle, {name}", [bench.whittle(args.whittle_python, name, sparsity) for sparsity in sparsities])
 
 
@@ -85,15 +86,21 @@ def show(label: str, found: list[tuple[float, float] | None]) -> None:
     print(f"{label:<24}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
+def children_seconds() -> float:
+    """CPU seconds of all processes that this one has started and seen end."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Bench:
     """A teacher, what it is calibrated and what it is measured on."""
 
-    def __init__(self, data: Data, tokens: int) -> None:
+    def __init__(self, data: Data, tokens: int, batches: int) -> None:
         self.data, self.weights = data, read_weights(data.teacher)
         module, length = data.module(), data.config.block_size
         connect(module, data.teacher, 16, length)
         self.windows = calibration_windows(module, length, tokens)
-        self.validation = validation_batches(module, length, 1000)
+        self.validation = validation_batches(module, length, batches)
 
     def perplexity(self, weights: dict[str, torch.Tensor] | None = None) -> float:
         """The teacher's, or that of other weights, over all of the validation text."""
@@ -114,16 +121,18 @@ class Bench:
         return self.perplexity(weights), seconds
 
     def whittle(self, python: Path, method: str, sparsity: Sparsity) -> tuple[float, float] | None:
-        """The same of whittle's pruner, with the seconds that its process took."""
+        """The same of whittle's pruner; its process's start counts."""
         if sparsity.pattern is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.windows, f"{folder}/windows.pt")
-            started = time.perf_counter()
-            arguments = [folder, self.data.teacher, method, *sparsity.pattern]
-            subprocess.run([python, "-c", WHITTLE, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
-            seconds = time.perf_counter() - started
-            weights = torch.load(f"{folder}/pruned.pth", weights_only=True)
+            torch.save(dict(self.weights), f"{folder}/weights.pt")
+            arguments = [folder, self.data.teacher, METHODS[method].__name__, *sparsity.pattern]
+            environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+            started = children_seconds()
+            subprocess.run([python, "-c", WHITTLE, *map(str, arguments)], check=True, env=environment)
+            seconds = children_seconds() - started
+            weights = torch.load(f"{folder}/pruned.pt", weights_only=True)
         return self.perplexity({name: weights[name] for name in self.weights}), seconds
 
 
