@@ -112,10 +112,11 @@ class Bench:
     def ours(self, method: str, sparsity: Sparsity, refit: bool) -> tuple[float, float]:
         """The perplexity of the pruned teacher, and the CPU seconds that pruning took."""
         shape = SubNet.full(self.data.config)
+        windows = self.windows if METHODS[method].reads_data or refit else None
         maps = maps_to_prune(shape, ["attn", "mlp"], sparsity)
         with tempfile.TemporaryDirectory() as folder:
             scratch, started = Scratch(Path(folder) / "scratch", "key"), time.process_time()
-            run = Pruning(shape, self.weights, maps, METHODS[method](sparsity), scratch, self.windows, 16, refit)
+            run = Pruning(shape, self.weights, maps, METHODS[method](sparsity), scratch, windows, 16, refit)
             weights, _ = run.run(progress=False)
             seconds = time.process_time() - started
         return self.perplexity(weights), seconds

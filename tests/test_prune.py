@@ -1,5 +1,8 @@
 """Pruning: exact counts of zeros, masks and adapted weights against brute force, every architecture, the command."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -190,7 +193,7 @@ def pruned(teacher: GPT, folder, pruner=Wanda, n: int = 12, size: int = 4, ids=N
 def test_all_architectures_lose_half_of_their_maps_and_nothing_else(config, tmp_path):
     teacher = model(config)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    weights, reports = pruned(teacher, tmp_path, SparseGPT)
+    weights, reports = pruned(teacher, tmp_path, SparseGPT, n=4)
     stock = GPT(config)
     stock.load_state_dict(weights)
     assert stock(windows(config, 2)).isfinite().all()
@@ -207,6 +210,7 @@ def test_all_architectures_lose_half_of_their_maps_and_nothing_else(config, tmp_
             assert torch.equal(tensor, before[name])
 
 
+@torch.no_grad()
 def test_each_block_is_pruned_for_what_the_pruned_ones_before_it_compute(tmp_path):
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, ids = model(config), windows(config, 12)
@@ -224,7 +228,6 @@ def test_each_block_is_pruned_for_what_the_pruned_ones_before_it_compute(tmp_pat
     whole(*seen[0])
     for name, x in inputs.items():
         weight = whole.get_submodule(name).weight
-        weight = weight.detach()
         expected = Wanda(Sparsity()).prune(weight, moments_of(x))
         assert torch.equal(part.get_submodule(name).weight, expected)
         (report,) = [report for report in reports if (report.layer, report.name) == (2, name)]
@@ -363,6 +366,17 @@ def test_a_student_whose_layers_differ_is_pruned_in_its_true_shape(folder, tmp_p
     assert [block.mlp.proj.in_features for block in opened.transformer.h] == [20, 32]
     # where it came from is still known, for distilling it from its teacher
     assert SubNet.load(tmp_path / "out/sub_network.yaml", CONFIG) == subnet and (tmp_path / "out/basis.pth").is_file()
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_path):
+    (tmp_path / "settings.yaml").write_text("pattern: 2:4\nmethod: {sparsegpt: {damp: 0.1}}\ntargets: mlp.fc_1,attn\n")
+    command = [sys.executable, "-m", "litgpt_whittle", "prune", folder / "model", f"--config={tmp_path}/settings.yaml"]
+    command += [f"--out_dir={tmp_path}/out", "--data=HFText", f"--data.path={folder}/train.jsonl", "--tokens=2000"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0 and "mlp.fc_1" in done.stdout, done.stderr
+    notes = yaml.safe_load((tmp_path / "out/pruning.yaml").read_text())
+    assert notes["pattern"] == "2:4" and notes["method"] == {"sparsegpt": {"damp": 0.1, "block_size": 128}}
 
 
 @pytest.mark.parametrize(

@@ -113,19 +113,15 @@ def setup(
     pruned, reports = Pruning(shape, weights, maps, pruner, scratch, windows, size, refit, device).run()
     stored = pruned if shape.is_uniform else pad(shape, pruned)
     after = _perplexity(checkpoint_dir, stored, batches, device)
-    by_magnitude = [f"{report.name} of layer {report.layer}" for report in reports if not report.saw_tokens]
-    notes |= {"perplexity_before": before, "perplexity": after, "saw_no_tokens": by_magnitude if batches else None}
+    unseen = [f"{report.name} of layer {report.layer}" for report in reports if not report.saw_tokens]
+    notes |= {"perplexity_before": before, "perplexity": after, "saw_no_tokens": unseen if batches else None}
     notes |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "litgpt_whittle": version()}
     extra = None if model.basis is None else {BASIS: {"basis": model.basis}}
     whole = config if shape.is_uniform else shape
     save_checkpoint(out_dir.resolve(), whole, pruned, checkpoint_dir, model.sub_network, extra, {NOTES: notes})
-    print(table(reports))
     if batches:
         plot_pruning(reports, out_dir / "pruning.png")
-        print(f"perplexity {before:.2f} -> {after:.2f}")
-        if by_magnitude:
-            print(f"No token was routed to these, which are pruned by magnitude: {', '.join(by_magnitude)}.")
-    print(f"Saved {out_dir / WEIGHTS}. Try: litgpt generate {out_dir}")
+    print(_summary(reports, notes, out_dir))
     scratch.remove()
 
 
@@ -159,6 +155,16 @@ def _perplexity(
     # half precision is slow on CPUs
     model = model.to(device, torch.float32 if device.type == "cpu" else None)
     return Perplexity(model, batches)(SubNet.full(model.config))["perplexity"]
+
+
+def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Path) -> str:
+    """What was done, for people."""
+    lines = [table(reports)]
+    if notes["perplexity"] is not None:
+        lines.append(f"perplexity {notes['perplexity_before']:.2f} -> {notes['perplexity']:.2f}")
+    if unseen := notes["saw_no_tokens"]:
+        lines.append(f"No token was routed to these, which were pruned by magnitude: {', '.join(unseen)}.")
+    return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. Try: litgpt generate {out_dir}"])
 
 
 def table(reports: Sequence[MapReport]) -> str:
