@@ -387,7 +387,7 @@ def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_pat
         ({"pattern": "3:5"}, "pattern 3:5 needs multiples of 5 inputs, attn.qkv of layer 0 has 32; choose another"),
         ({"sparsity": 1.2}, "sparsity must lie between 0 and 1, got 1.2"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "sparsity and pattern both say how many weights go"),
-        ({"method": "wanda", "data": None}, "Wanda needs data to calibrate on; for example --data HFText"),
+        ({"method": "wanda", "data": None}, "the method wanda needs data to calibrate on; for example --data HFText"),
         ({"method": "magnitude", "refit": True, "data": None}, "refit needs data to calibrate on"),
         ({"method": "lottery"}, "there is no 'lottery' in litgpt_whittle.pruners; choose from magnitude, sparsegpt"),
         ({"method": {"wanda": {"damp": 1.0}}}, "the method wanda has no setting 'damp'; it takes none"),

@@ -30,7 +30,7 @@ from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.scratch import scratch_beside
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, check_positive
+from litgpt_whittle.search_args import BatchArgs, BudgetArgs
 from litgpt_whittle.student import BASIS, Student
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
@@ -82,8 +82,11 @@ def setup(
     config = check_checkpoint(checkpoint_dir)
     method = with_settings(GROUP, method, "method", n_given=1)
     pruner = _make_pruner(method, Sparsity.parse(sparsity, pattern))
-    check_positive("prune", tokens=tokens)
-    _check_data(data, pruner, refit)
+    if tokens < 1:
+        raise UserError(f"tokens must be at least 1, got {tokens}; 65536 suit small models")
+    if data is None and (refit or pruner.reads_data):
+        what = "refit" if refit else f"the method {next(iter(method))}"
+        raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
     check_out_dir(out_dir, overwrite, needed=(checkpoint_dir,))
     model = Student.choose(checkpoint_dir, None, None, None, None)
     shape, weights = _shape(model), model.weights()
@@ -128,12 +131,6 @@ def setup(
 def _make_pruner(method: Mapping[str, Mapping[str, Any]], sparsity: Sparsity) -> Pruner:
     ((name, settings),) = method.items()
     return lookup(GROUP, name)(sparsity, **settings)
-
-
-def _check_data(data: DataModule | None, pruner: Pruner, refit: bool) -> None:
-    if data is None and (pruner.reads_data or refit):
-        what = "refit" if refit else type(pruner).__name__
-        raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
 
 
 def _shape(model: Student) -> SubNet:
