@@ -3,7 +3,7 @@
     python benchmarks/prune.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
 With --whittle_python, an environment that has whittle: its pruners get the same calibration windows, and what they
-leave is measured here, on the same text. They prune N:M only, and biases and routers as little as ours.
+leave is measured here, on the same text. They prune N:M only.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import resource
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ from litgpt.config import Config
 from whittle import pruning
 from whittle.models.gpt import GPT
 
-folder, teacher, pruner, n, m = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+folder, teacher, pruner = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+n, m, batch_size = map(int, sys.argv[4:])
 windows = torch.load(folder / "windows.pt")
 config = Config.from_checkpoint(teacher)
 config.fix_head_size = True
@@ -43,11 +45,10 @@ model = GPT(config)
 model.load_state_dict(torch.load(folder / "weights.pt"))
 model.max_seq_length = windows.shape[1]
 model.eval()
-# one at a time: of a batch of several, its pruners go on with the first window alone
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(windows), batch_size=1)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(windows), batch_size)
 with torch.no_grad():
     getattr(pruning, pruner + "Pruner")()(
-        model, prune_n=m - n, prune_m=m, dataloader=loader, nsamples=len(windows), device="cpu"
+        model, prune_n=m - n, prune_m=m, dataloader=loader, nsamples=len(loader), device="cpu"
     )
 torch.save(model.state_dict(), folder / "pruned.pt")
 """
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--batches", type=int, default=1000, help="validation batches of 16 windows")
     parser.add_argument("--whittle_python", type=Path)
+    parser.add_argument("--whittle_batch", type=int, default=1, help="windows that whittle sees at a time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(Data(args), args.tokens, args.batches)
@@ -74,7 +76,8 @@ def main() -> None:
         for name in args.methods:
             show(name + ", refitted" * refit, [bench.ours(name, sparsity, refit) for sparsity in sparsities])
     for name in args.methods if args.whittle_python else ():
-        show(f"whittle, {name}", [bench.whittle(args.whittle_python, name, sparsity) for sparsity in sparsities])
+        rival = partial(bench.whittle, args.whittle_python, args.whittle_batch, name)
+        show(f"whittle, {name}", [rival(sparsity) for sparsity in sparsities])
 
 
 def parse(text: str) -> Sparsity:
@@ -121,14 +124,14 @@ class Bench:
             seconds = time.process_time() - started
         return self.perplexity(weights), seconds
 
-    def whittle(self, python: Path, method: str, sparsity: Sparsity) -> tuple[float, float] | None:
+    def whittle(self, python: Path, batch_size: int, method: str, sparsity: Sparsity) -> tuple[float, float] | None:
         """The same of whittle's pruner; its process's start counts."""
         if sparsity.pattern is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
             torch.save(self.windows, f"{folder}/windows.pt")
             torch.save(dict(self.weights), f"{folder}/weights.pt")
-            arguments = [folder, self.data.teacher, METHODS[method].__name__, *sparsity.pattern]
+            arguments = [folder, self.data.teacher, METHODS[method].__name__, *sparsity.pattern, batch_size]
             environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
             started = children_seconds()
             subprocess.run([python, "-c", WHITTLE, *map(str, arguments)], check=True, env=environment)
