@@ -3,7 +3,7 @@
     python benchmarks/prune.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
 With --whittle_python, an environment that has whittle: its pruners get the same calibration windows, and what they
-leave is measured here, on the same text. They prune N:M only.
+leave is measured here, on the same text. Only N:M is compared: unstructured, only its SparseGPT can prune.
 """
 
 import argparse
