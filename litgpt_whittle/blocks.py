@@ -13,6 +13,7 @@ from litgpt.config import Config
 from litgpt.model import Block, LLaMAMoE
 from torch import nn
 
+from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.supergpt import BlocksGPT, Weights
 
 
@@ -22,6 +23,26 @@ def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) 
         block = Block(config, layer)
     block.load_state_dict(weights, assign=True)
     return block.eval().requires_grad_(False)
+
+
+def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:
+    """A layer's weights by their names in the block, in float32; of memory-mapped ones no page stays in memory."""
+    prefix = f"transformer.h.{layer}."
+    names = [name for name in weights if name.startswith(prefix)]
+    read = {name.removeprefix(prefix): weights[name].to(device, torch.float32) for name in names}
+    if isinstance(weights, MappedWeights):
+        for name in names:
+            weights.forget(name)
+    return read
+
+
+def read_outside(weights: Mapping[str, torch.Tensor], device: torch.device | str) -> Weights:
+    """The weights outside of the blocks, in float32."""
+    return {
+        name: tensor.to(device, torch.float32)
+        for name, tensor in weights.items()
+        if not name.startswith("transformer.h.")
+    }
 
 
 class Outside(nn.Module):

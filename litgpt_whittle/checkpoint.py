@@ -208,6 +208,7 @@ def save_checkpoint(
     tokenizer_dir: Path | None = None,
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
 
@@ -219,6 +220,7 @@ def save_checkpoint(
         tokenizer_dir: Where to copy tokenizer and Hugging Face config from; sizes in the latter are the student's.
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
+        notes: Further YAML files, by name.
     """
     config = model.config if isinstance(model, SubNet) else model
     layerwise = isinstance(model, SubNet) and not model.is_uniform
@@ -237,6 +239,8 @@ def save_checkpoint(
             write_text(folder / MODEL_CLASS, to_yaml(shape))
         if sub_network is not None:
             write_text(folder / "sub_network.yaml", to_yaml(sub_network))
+        for name, content in (notes or {}).items():
+            write_text(folder / name, to_yaml(content))
 
 
 def _resize_hf_config(path: Path, model: Config | SubNet) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_whittle.files import write_text
 
 if TYPE_CHECKING:
+    from litgpt_whittle.pruning import MapReport
     from litgpt_whittle.repair import LayerReport
 
 
@@ -90,5 +91,26 @@ def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
     axes.set(xlabel="the teacher's layer", ylabel="relative squared error of the stream", yscale="log")
     axes.set_title("The student's stream behind each block, against the teacher's")
     axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(png_path, dpi=120)
+
+
+def plot_pruning(reports: Sequence[MapReport], png_path: Path) -> None:
+    """Draws what each layer's maps lose on calibration data, the mean over its experts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(report.kind for report in reports):
+        errors: dict[int, list[float]] = {}
+        for report in reports:
+            if report.kind == kind and report.error is not None:
+                errors.setdefault(report.layer, []).append(report.error)
+        axes.plot(list(errors), [sum(own) / len(own) for own in errors.values()], "o-", markersize=4, label=kind)
+    axes.set(xlabel="layer", ylabel="relative squared error of the output")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_title("What pruning takes from each map, on what the pruned model feeds it")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(png_path, dpi=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from importlib import metadata
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -71,3 +72,11 @@ def with_settings(group: str, choice: str | dict[str, dict[str, Any]], kind: str
         takes = ", ".join(parameter.name for parameter in known) or "none"
         raise UserError(f"the {kind} {name} has no setting {unknown[0]!r}; it takes {takes}")
     return {name: {parameter.name: parameter.default for parameter in known} | settings}
+
+
+def version() -> str:
+    """This project's version."""
+    try:
+        return metadata.version("litgpt-whittle")
+    except metadata.PackageNotFoundError:  # run from its source folder
+        return "unknown"

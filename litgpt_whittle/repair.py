@@ -29,11 +29,10 @@ from litgpt.model import Block
 from tqdm import tqdm
 
 from litgpt_whittle.basis import Basis, Worth, is_centring, readers, standardised
-from litgpt_whittle.blocks import Outside, load_block, run_block
+from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.cut import cut_block, cut_outside
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier
@@ -146,9 +145,9 @@ class Repair:
     @torch.no_grad()
     def run(self, progress: bool = True) -> Repaired:
         """Repairs all of it."""
-        self.theirs = self._outside(self.teacher, self._outer_weights())
+        self.theirs = self._outside(self.teacher, read_outside(self.weights, self.device))
         self.basis = self._find_basis()
-        cut = cut_outside(self.teacher, self._outer_weights(), self.basis, self.tied)
+        cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
         self.ours = self._outside(self.subnet.config, cut)
         layers = list(self._finished())
         self._begin_streams(len(layers))
@@ -190,25 +189,11 @@ class Repair:
 
     # the models -------------------------------------------------------------------------------------------------------
 
-    def _outer_weights(self) -> Weights:
-        """The teacher's weights outside of its blocks."""
-        return {
-            name: tensor.to(self.device, torch.float32)
-            for name, tensor in self.weights.items()
-            if not name.startswith("transformer.h.")
-        }
-
     def _outside(self, config: Config, weights: Weights) -> Outside:
         return Outside(config, weights, self.calibration.shape[1], self.device)
 
     def _teacher_block(self, layer: int) -> Block:
-        prefix = f"transformer.h.{layer}."
-        names = [name for name in self.weights if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self.weights[name].to(self.device, torch.float32) for name in names}
-        if isinstance(self.weights, MappedWeights):
-            for name in names:
-                self.weights.forget(name)
-        return load_block(self.teacher, layer, weights)
+        return load_block(self.teacher, layer, read_block(self.weights, layer, self.device))
 
     def _find_basis(self) -> Basis:
         if self.basis_name == "coordinates":

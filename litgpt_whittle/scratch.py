@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from litgpt_whittle.processes import barrier, rank
+from litgpt_whittle.registry import version
 
 
 class Stream:
@@ -84,3 +86,18 @@ class Scratch:
         self._streams.clear()
         if rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def scratch_beside(out_dir: Path, kind: str, windows: torch.Tensor, keys: Any) -> Scratch:
+    """A hidden folder beside `out_dir`, found again by the same work.
+
+    Args:
+        out_dir: Where the result will go.
+        kind: What is done, which ends the folder's name.
+        windows: The tokens that it is done with, of any shape.
+        keys: What else the work depends on, told apart by its `repr`.
+    """
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    digest.update(repr([keys, tuple(windows.shape), version()]).encode())
+    folder = Path(out_dir).resolve()
+    return Scratch(folder.with_name(f".{folder.name}.{kind}"), digest.hexdigest())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +22,9 @@ from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import launch, leave, n_devices, rank
+from litgpt_whittle.registry import version
 from litgpt_whittle.repair import Repair, RepairArgs, Repaired
-from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.search_args import BatchArgs
 from litgpt_whittle.student import BASIS
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
@@ -112,7 +111,7 @@ def setup(
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         **counts,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "litgpt_whittle": _version(),
+        "litgpt_whittle": version(),
     }
     choice = subnet.to_dict() | {"provenance": origin}
     extra = {BASIS: {"basis": repaired.basis}} if repaired else None
@@ -171,10 +170,7 @@ def _open_scratch(
     n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
     # a stream of each model before and behind a block, and the teacher's within it
     check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
-    digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(repr([keys, tuple(windows.shape), _version()]).encode())
-    folder = out_dir.resolve()
-    return Scratch(folder.with_name(f".{folder.name}.repair"), digest.hexdigest())
+    return scratch_beside(out_dir, "repair", windows, keys)
 
 
 def _repair_summary(repaired: Repaired) -> str:
@@ -199,13 +195,6 @@ def _convert(weights: Weights, dtype: torch.dtype) -> None:
         if tensor.data_ptr() not in done:
             done[tensor.data_ptr()] = tensor.to(dtype)
         weights[name] = done[tensor.data_ptr()]
-
-
-def _version() -> str:
-    try:
-        return metadata.version("litgpt-whittle")
-    except metadata.PackageNotFoundError:  # run from its source folder
-        return "unknown"
 
 
 def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir: Path) -> str:

@@ -1,0 +1,266 @@
+"""Makes a model's linear maps sparse, block by block: each is pruned for what the pruned blocks before it compute.
+
+So do Wanda and SparseGPT. A block's maps are pruned for what they read while the block is whole; then the block runs
+again, pruned, for the next one. All calibration tokens count. Only moments are kept in memory
+(`litgpt_whittle.least_squares`), the stream lies in scratch files, and the model is read block by block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from litgpt.model import Block
+from torch import nn
+from tqdm import tqdm
+
+from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.least_squares import Moments, no_outputs, solve
+from litgpt_whittle.pruners.base import Pruner, Sparsity
+from litgpt_whittle.pruners.magnitude import Magnitude
+from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import Weights
+
+REFIT_RIDGE = 1e-3
+"""Draws refitted weights towards what they were, relative to the mean squares of the inputs"""
+
+
+@dataclass(frozen=True)
+class MapReport:
+    """What pruning did to one linear map."""
+
+    layer: int
+    name: str
+    """Within its block"""
+    n_zero: int
+    n_weights: int
+    error: float | None
+    """‖(W' − W) X‖² / ‖W X‖² on the calibration tokens X; None where there are none"""
+    saw_tokens: bool
+    """Whether there were any; experts that no token was routed to are pruned by magnitude"""
+
+    @property
+    def kind(self) -> str:
+        """Its name but for the number of its expert."""
+        return kind_of(self.name)
+
+
+def kind_of(name: str) -> str:
+    """The name of a linear map in a block without the number of its expert."""
+    return re.sub(r"\.\d+\.", ".", name)
+
+
+def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> list[list[str]]:
+    """The linear maps that are pruned in each layer, by their names in the block. Routers never are.
+
+    Args:
+        shape: The model.
+        targets: What is pruned: parts (`attn`, `mlp`) or kinds of maps (`attn.qkv`, `mlp.experts.proj`).
+        sparsity: How sparse they become.
+
+    Raises:
+        UserError: If a target names nothing, or inputs cannot be divided into the pattern's groups.
+    """
+    layers = []
+    for i in range(len(shape)):
+        with torch.device("meta"):
+            block = Block(shape.layer_config(i), i)
+        layers.append({name: module for name, module in block.named_modules() if _is_prunable(name, module)})
+    kinds = dict.fromkeys(kind_of(name) for maps in layers for name in maps)
+    for target in targets:
+        if not any(_matches(kind, target) for kind in kinds):
+            raise UserError(f"targets must be attn, mlp or some of {', '.join(kinds)}, got {target!r}; change it")
+    chosen = [
+        {name: module for name, module in maps.items() if any(_matches(kind_of(name), target) for target in targets)}
+        for maps in layers
+    ]
+    for i, maps in enumerate(chosen):
+        for name, module in maps.items():
+            if module.in_features % sparsity.group:
+                raise UserError(
+                    f"pattern {sparsity} needs multiples of {sparsity.group} inputs, {name} of layer {i} has "
+                    f"{module.in_features}; choose another pattern, or targets without it"
+                )
+    return [list(maps) for maps in chosen]
+
+
+def _is_prunable(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not name.startswith("mlp.gate")
+
+
+def _matches(kind: str, target: str) -> bool:
+    return kind == target or kind.startswith(f"{target}.")
+
+
+def refit(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """What stays of a pruned map, fitted to what the whole map gives: least squares for each output.
+
+    Args:
+        weight: The whole map, shape (n_out, n_in).
+        pruned: The pruned one; its zeros stay.
+        moments: Of the inputs.
+    """
+    fitted = torch.zeros_like(pruned)
+    products = weight.to(moments.zz.dtype) @ moments.zz  # Σ y xᵀ of the whole map's outputs y
+    for row, kept in enumerate(pruned != 0):
+        if not kept.any():
+            continue
+        own = Moments(int(kept.sum()), 1, moments.zz.device)
+        own.n, own.zz, own.yz = moments.n, moments.zz[kept][:, kept], products[row, None, kept]
+        fitted[row, kept] = solve(own, weight[row, None, kept], REFIT_RIDGE, intercept=False).weight[0].to(fitted.dtype)
+    return fitted
+
+
+class Pruning:
+    """Walks through a model and prunes its linear maps, a block at a time.
+
+    Args:
+        shape: The model.
+        weights: Its weights, in their true shape; memory-mapped ones are read a block at a time.
+        maps: What to prune in each layer (`maps_to_prune`).
+        pruner: How.
+        scratch: Where the stream and finished blocks go; pruning that was stopped goes on with what it finds there.
+        windows: Calibration tokens, shape (N, T); None where a pruner that reads no data does without them.
+        micro_batch_size: Windows per batch.
+        refit: Fit what stays of each map in closed form.
+        device: Where to compute, in float32.
+
+    Raises:
+        UserError: If activations are not finite.
+    """
+
+    def __init__(
+        self,
+        shape: SubNet,
+        weights: Mapping[str, torch.Tensor],
+        maps: Sequence[Sequence[str]],
+        pruner: Pruner,
+        scratch: Scratch,
+        windows: torch.Tensor | None = None,
+        micro_batch_size: int = 4,
+        refit: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert windows is not None or not (pruner.reads_data or refit), "nothing to calibrate on"
+        self.shape, self.weights, self.maps, self.pruner = shape, weights, maps, pruner
+        self.scratch, self.windows, self.refit, self.device = scratch, windows, refit, device
+        n = 0 if windows is None else len(windows)
+        self.batches = [slice(start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)]
+
+    @torch.no_grad()
+    def run(self, progress: bool = True) -> tuple[Weights, list[MapReport]]:
+        """Prunes all of it.
+
+        Returns:
+            All weights, those that were not pruned as they were given, and what was done to each map.
+        """
+        finished = list(self._finished())
+        if self.batches:
+            self._begin_stream(len(finished))
+        bar = tqdm(total=len(self.shape), desc="prune", unit="layer", disable=not progress, initial=len(finished))
+        for i in range(len(finished), len(self.shape)):
+            finished.append(self._prune_layer(i))
+            self._finish(i, *finished[-1])
+            bar.update()
+        bar.close()
+        weights = dict(self.weights)
+        for pruned, _ in finished:
+            weights |= pruned
+        return weights, [report for _, reports in finished for report in reports]
+
+    def _finish(self, i: int, weights: Weights, reports: list[MapReport]) -> None:
+        """Saves a layer, so that interrupted pruning goes on behind it."""
+        if self.batches:
+            self.stream.flush()
+        rows = [dataclasses.asdict(report) for report in reports]
+        self.scratch.save(f"layer-{i}", {"weights": weights, "reports": rows})
+        self.scratch.remove_streams_before(i)
+
+    def _finished(self) -> Iterator[tuple[Weights, list[MapReport]]]:
+        """The layers that interrupted pruning had finished."""
+        for i in range(len(self.shape)):
+            if (saved := self.scratch.load(f"layer-{i}")) is None:
+                return
+            yield saved["weights"], [MapReport(**row) for row in saved["reports"]]
+
+    def _open_stream(self, i: int) -> None:
+        """The file of the stream before block i."""
+        self.stream = self.scratch.stream(f"stream-{i}", *self.windows.shape, len(self.shape.n_embd))
+
+    def _begin_stream(self, n_finished: int) -> None:
+        """The stream before the first block that is still to do."""
+        outside = read_outside(self.weights, self.device)
+        outside = Outside(self.shape.config, outside, self.windows.shape[1], self.device)
+        self.block_args = outside.block_args
+        self._open_stream(n_finished)
+        for batch in self.batches if n_finished == 0 else ():
+            self.stream[batch] = outside.embed(self.windows[batch].to(self.device))
+
+    # one layer --------------------------------------------------------------------------------------------------------
+
+    def _prune_layer(self, i: int) -> tuple[Weights, list[MapReport]]:
+        block = load_block(self.shape.layer_config(i), i, read_block(self.weights, i, self.device))
+        moments = self._moments(i, block)
+        pruned, reports = {}, []
+        for name in self.maps[i]:
+            full_name, module = f"transformer.h.{i}.{name}.weight", block.get_submodule(name)
+            weight, report = self._prune_map(module.weight, moments.get(name))
+            pruned[full_name] = weight.to(self.weights[full_name].dtype).cpu()
+            reports.append(MapReport(i, name, **report))
+            # the block goes on with what is saved; its old weights may be memory-mapped, and so are not overwritten
+            module.weight = nn.Parameter(pruned[full_name].to(self.device, torch.float32), requires_grad=False)
+        self._advance(i, block)
+        return pruned, reports
+
+    def _moments(self, i: int, block: Block) -> dict[str, Moments]:
+        """The moments of what the maps read on all batches; maps that read the same share them."""
+        found: dict[str, Moments] = {}
+        for batch in self.batches:
+            seen = run_block(block, self.stream[batch].to(self.device), self.block_args[i], self.maps[i])
+            by_tensor: dict[int, Moments] = {}
+            for name in self.maps[i]:
+                x = seen[name]
+                if id(x) not in by_tensor:
+                    by_tensor[id(x)] = found.setdefault(name, Moments(x.shape[-1], 0, self.device, rough=True))
+                    by_tensor[id(x)].add(x, no_outputs(x))
+                found[name] = by_tensor[id(x)]
+        for name, moments in found.items():
+            if not moments.zz.isfinite().all():
+                raise UserError(
+                    f"what {name} of layer {i} reads is not finite on calibration data; the checkpoint is damaged"
+                )
+        return found
+
+    def _prune_map(self, weight: torch.Tensor, moments: Moments | None) -> tuple[torch.Tensor, dict]:
+        """What remains of a map, and the facts of its report."""
+        saw_tokens = moments is not None and moments.n > 0
+        pruner = self.pruner
+        if pruner.reads_data and not saw_tokens:
+            pruner = Magnitude(pruner.sparsity)
+        pruned = pruner.prune(weight, moments)
+        if self.refit and saw_tokens:
+            pruned = refit(weight, pruned, moments)
+        error = relative_error(weight, pruned, moments) if saw_tokens else None
+        n_zero = int((pruned == 0).sum())
+        return pruned, {"n_zero": n_zero, "n_weights": weight.numel(), "error": error, "saw_tokens": saw_tokens}
+
+    def _advance(self, i: int, block: Block) -> None:
+        """Takes the stream through the pruned block."""
+        if not self.batches:
+            return
+        before = self.stream
+        self._open_stream(i + 1)
+        for batch in self.batches:
+            self.stream[batch] = block(before[batch].to(self.device), *self.block_args[i])
+
+
+def relative_error(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> float:
+    """‖(W' − W) X‖² / ‖W X‖² of a pruned map W' on the inputs X whose moments these are."""
+    w, off = (x.to(moments.zz.dtype) for x in (weight, pruned - weight))
+    lost, all_of_it = (((x @ moments.zz) * x).sum() for x in (off, w))
+    return float(lost / all_of_it.clamp_min(1e-30))
