@@ -35,7 +35,7 @@ from litgpt_whittle.space import Space
 from litgpt_whittle.supergpt import SuperGPT, student_model
 
 HUB = Path(__file__).parents[1] / "config_hub"
-GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "whittle")}
+GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "prune", "whittle")}
 GIVEN["extract"] = ["TEACHER", "best.yaml"]
 """What a command is given before its options"""
 

@@ -22,7 +22,9 @@ OURS = "litgpt.commands"
 def command_lines(page: Path) -> list[str]:
     """The litgpt commands in a page's blocks of code, those over several lines as one."""
     text = page.read_text().replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if re.match(r"\s*litgpt(-whittle)? \w+", line)]
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [line for line in [*fenced.splitlines(), *indented] if re.match(r"litgpt(-whittle)? \w+", line)]
 
 
 @cache
