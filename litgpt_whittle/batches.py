@@ -83,11 +83,11 @@ def connect(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
 ) -> None:
     """Readies a data module, with the checkpoint's tokenizer if it has one."""
-    if validation_only and isinstance(data, HFText):
-        data.parts = ("validation",)
     has_tokenizer = any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer else None
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
+    if validation_only and isinstance(data, HFText):
+        data.parts = ("validation",)
     data.prepare_data()
     data.setup()
 

@@ -239,3 +239,5 @@ def test_a_search_does_not_wait_for_training_text_to_be_tokenised(tmp_path):
     connect(data, write_tokenizer(tmp_path / "teacher"), 2, 16, validation_only=True)
     assert [folder.name.partition("-")[0] for folder in (tmp_path / "cache").iterdir()] == ["validation"]
     assert len(data.val_dataloader()) > 0
+    connect(data, tmp_path / "teacher", 2, 16)  # whoever comes next may read all
+    assert len(data.train_dataloader()) > 0

@@ -84,6 +84,7 @@ class HFText(DataModule):
         """Takes what is only known at run time; blocks hold one token more, since each is predicted from the last."""
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.parts = PARTS
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
 
     def prepare_data(self) -> None:
