@@ -67,6 +67,20 @@ def check_arguments(
         )
 
 
+def check_optimizer(optimizer: str | dict) -> None:
+    """Refuses settings that litgpt would leave unread.
+
+    Raises:
+        UserError: Naming them.
+    """
+    unread = sorted(set(optimizer) - {"class_path", "init_args"}) if isinstance(optimizer, dict) else []
+    if unread:
+        raise UserError(
+            f"optimizer has a class_path and init_args, got {', '.join(unread)} beside them, which nobody reads; set "
+            "init_args in a YAML, or all of it: --optimizer '{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}'"
+        )
+
+
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     """How many devices to train on.
 

@@ -33,6 +33,7 @@ from litgpt_whittle.checks import (
     check_cache,
     check_devices,
     check_hidden,
+    check_optimizer,
     check_pair,
     check_tokenizers,
     default_data,
@@ -157,6 +158,7 @@ def setup(
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
+    check_optimizer(optimizer)
     check_writable(out_dir)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)

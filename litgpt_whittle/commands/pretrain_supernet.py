@@ -28,6 +28,7 @@ from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.checks import (
     check_arguments,
     check_devices,
+    check_optimizer,
     check_pair,
     check_tokenizers,
     default_data,
@@ -121,6 +122,7 @@ def setup(
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, None, resume)
+    check_optimizer(optimizer)
     check_writable(out_dir)
     supernet.distill.objectives()
     devices = check_devices(devices, num_nodes, train)
