@@ -186,6 +186,8 @@ def write_baseline_config(teacher: Path, data: dict[str, str]) -> None:
 
 def report(tokens_per_step: int, data: dict[str, str]) -> None:
     """The table, and the curves of both students as a picture; tokens of the repair count."""
+    from litgpt_whittle.results import tokens_to_reach
+
     rows = [json.loads(line) for line in (OUT / "distilled/metrics.jsonl").read_text().splitlines()]
     teacher = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
     repair = yaml.safe_load((OUT / "student/sub_network.yaml").read_text())["provenance"]["repair"]
@@ -196,8 +198,8 @@ def report(tokens_per_step: int, data: dict[str, str]) -> None:
         ("teacher", "", teacher),
         ("sub-network as cut", "", validation_loss("cut", data)),
         ("sub-network repaired", "", distilled[0][1]),
-        ("repaired and distilled", reaches(distilled, best), min(loss for _, loss in distilled)),
-        ("the same from random weights", reaches(baseline, best), best),
+        ("repaired and distilled", tokens_to_reach(distilled, best), min(loss for _, loss in distilled)),
+        ("the same from random weights", tokens_to_reach(baseline, best), best),
     ]
     print(f"\n{'':32}{'perplexity':>12}{'tokens to reach the baseline':>32}")
     for name, tokens, loss in rows:
@@ -230,11 +232,6 @@ def read_csv(run: str, tokens_per_step: int) -> list[tuple[int, float]]:
     with open(path) as file:
         rows = [(int(row["step"]), row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
     return [((step + 1) * tokens_per_step, float(loss)) for step, loss in rows]
-
-
-def reaches(points: list[tuple[int, float]], loss: float) -> int | None:
-    """The first number of tokens at which a curve is at most `loss`."""
-    return next((tokens for tokens, value in points if value <= loss), None)
 
 
 def plot(teacher: float, distilled: list[tuple[int, float]], baseline: list[tuple[int, float]]) -> None:

@@ -1,7 +1,6 @@
 """What the benchmarks that train students share: the teacher with its text, litgpt's commands, settings, losses."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from litgpt.config import Config
 from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.data import HFText
 from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
+from litgpt_whittle.results import TrainingResult
 
 
 class Data:
@@ -99,5 +99,4 @@ def train_settings(
 
 def val_losses(out_dir: Path) -> list[tuple[int, float]]:
     """Tokens and validation loss of a run, in their order."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    return TrainingResult(out_dir).curve
