@@ -1,5 +1,15 @@
 """Turns a large pretrained language model into a good small one, from litgpt's command line.
 
+To read the code, begin with `subnet` (what a student keeps), `index_plan` (which weights that means) and `supergpt` (a
+teacher that runs as any of its sub-networks), and go on with one of `commands`. Packages, from what to how:
+
+commands, pipeline, api    what people type: each command by itself, all of them as one, the same from Python
+spaces, ranking, fitness   what may shrink, what its parts are worth, what a candidate is scored by
+strategies, surrogates     who proposes candidates; searching: the loop around them
+repair                     what was cut off, fitted into what stays
+distillation, training     what a student learns, and the loop in which it does; samplers: super-networks' steps
+pruners, hf, reports       sparse weights; Hugging Face directories; tables, pictures and pages
+
 Names are imported when they are first used (PEP 562): the bootstrap in `plugin` runs in every `import torch`, and so
 must this file.
 """
@@ -13,7 +23,7 @@ _PUBLIC = {
     "Checkpoint": "results",
     "Keep": "keep",
     "LayerwiseGPT": "supergpt",
-    "Ranking": "ranking",
+    "Ranking": "ranking.ranking",
     "SearchResult": "results",
     "SubNet": "subnet",
     "SuperGPT": "supergpt",
@@ -26,7 +36,7 @@ _PUBLIC = {
     "load_model": "checkpoint",
     "n_params": "index_plan",
     "plan": "index_plan",
-    "reorder": "order",
+    "reorder": "ranking.order",
     "save_checkpoint": "checkpoint",
     "search": "api",
     "student_model": "supergpt",

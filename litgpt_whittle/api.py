@@ -26,9 +26,9 @@ from litgpt_whittle.commands import extract as extract_command
 from litgpt_whittle.commands import search as search_command
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.results import Checkpoint, SearchResult, TrainingResult
-from litgpt_whittle.resume import describe
-from litgpt_whittle.sections import Section
+from litgpt_whittle.training.resume import describe
 
 Data = DataModule | str | Path | None
 

@@ -15,10 +15,10 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.losses import IGNORE_INDEX
 from litgpt_whittle.processes import rank
-from litgpt_whittle.train import split_batch
+from litgpt_whittle.training.loop import split_batch
 
 
 class Batch(NamedTuple):

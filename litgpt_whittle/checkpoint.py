@@ -18,11 +18,11 @@ from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
-from litgpt_whittle.hf_config import student_hf_config
-from litgpt_whittle.parts import Rows, has_parts, read_parts
+from litgpt_whittle.hf.config import student_hf_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
+from litgpt_whittle.training.parts import Rows, has_parts, read_parts
 
 WEIGHTS = "lit_model.pth"
 MODEL_CLASS = "model_class.yaml"

@@ -14,3 +14,11 @@ class UserError(ValueError):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         UserError.last = self
+
+    @classmethod
+    def inside(cls, error: BaseException) -> UserError | None:
+        """The last mistake, where another error tells of it among others.
+
+        Where an argument may be of several types, jsonargparse tells what each of them had against it.
+        """
+        return cls.last if cls.last is not None and str(cls.last) in str(error) else None

@@ -122,7 +122,7 @@ class Keep:
 class Ordered(Keep):
     """All units of one dimension, in an order of their own.
 
-    In a `SubNet` it makes the plan of a reordered teacher (`litgpt_whittle.order`); a YAML cannot say it.
+    In a `SubNet` it makes the plan of a reordered teacher (`litgpt_whittle.ranking.order`); a YAML cannot say it.
 
     Args:
         order: The units in their new order, a permutation of 0, 1, ….

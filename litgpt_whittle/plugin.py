@@ -126,9 +126,8 @@ def show_user_errors_in_one_line() -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         from litgpt_whittle.errors import UserError
 
-        # where an argument may be of several types, jsonargparse tells what each of them had against it
-        if isinstance(error, ValueError) and UserError.last is not None and str(UserError.last) in str(error):
-            error = UserError.last
+        if isinstance(error, ValueError):
+            error = UserError.inside(error) or error
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         else:

@@ -3,8 +3,8 @@
 import torch
 from litgpt.config import Config
 
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.scores import Scores, UnitScores
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.ranking.scores import Scores, UnitScores
 from litgpt_whittle.subnet import layer_sizes
 
 

@@ -11,12 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt_whittle import cache as module
-from litgpt_whittle.cache import Cache, Contents, Index, Layout, Shard, _Table, shard_path, window_key, write_shard
-from litgpt_whittle.codecs import with_settings
+from litgpt_whittle.distillation import cache as module
+from litgpt_whittle.distillation.cache import (
+    Cache,
+    Contents,
+    Index,
+    Layout,
+    Shard,
+    _Table,
+    shard_path,
+    window_key,
+    write_shard,
+)
+from litgpt_whittle.distillation.codecs import with_settings
+from litgpt_whittle.distillation.objective import SparseTargets
+from litgpt_whittle.distillation.teacher import CachedTeacher
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.objective import SparseTargets
-from litgpt_whittle.teacher import CachedTeacher
 
 V, T = 300, 6
 

@@ -12,7 +12,7 @@ import pytest
 from test_cache_teacher import cache, contents_of
 from test_train import checkpoint
 
-from litgpt_whittle.cache import Cache, Index
+from litgpt_whittle.distillation.cache import Cache, Index
 from litgpt_whittle.errors import UserError
 
 SCRIPT = """
@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_cache_teacher
-from litgpt_whittle.teacher import LiveTeacher
+from litgpt_whittle.distillation.teacher import LiveTeacher
 said = LiveTeacher.__call__
 LiveTeacher.__call__ = lambda self, ids: time.sleep({pause}) or said(self, ids)
 test_cache_teacher.cache(Path({teacher!r}), Path({out!r}), **{settings})
@@ -90,4 +90,11 @@ def test_two_killed_processes_are_replaced_by_one(teacher_dir, one, tmp_path, mo
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(teacher_dir, one, tmp_path):
     finish(start(teacher_dir, tmp_path / "cache", devices=2))
+    assert contents_of(tmp_path / "cache") == one
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_a_teacher_each_write_the_files_of_one(teacher_dir, one, tmp_path):
+    """Three shards for two processes: in the second round one of them has nothing to write."""
+    finish(start(teacher_dir, tmp_path / "cache", devices=2, teacher_placement="sharded"))
     assert contents_of(tmp_path / "cache") == one

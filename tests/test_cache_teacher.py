@@ -17,21 +17,22 @@ from texts import documents, write_jsonl, write_tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 
 import litgpt_whittle.commands.distill as distill_command
-from litgpt_whittle import caching, files
-from litgpt_whittle.args import DistillArgs, RampArgs
-from litgpt_whittle.cache import Cache, Index, shard_path
-from litgpt_whittle.caching import unique_windows, whole_pass
+from litgpt_whittle import files
 from litgpt_whittle.checkpoint import check_checkpoint, load_model
 from litgpt_whittle.commands import cache_teacher as command
 from litgpt_whittle.commands.cache_teacher import WindowArgs, setup
-from litgpt_whittle.curves import read_metrics
 from litgpt_whittle.data import HFText
-from litgpt_whittle.data_stream import DataStream
+from litgpt_whittle.distillation import caching
+from litgpt_whittle.distillation.cache import Cache, Index, shard_path
+from litgpt_whittle.distillation.caching import unique_windows, whole_pass
+from litgpt_whittle.distillation.head import LossModel
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.head import LossModel
-from litgpt_whittle.objective import Objective
-from litgpt_whittle.teacher import CachedTeacher, LiveTeacher
-from litgpt_whittle.train import split_batch
+from litgpt_whittle.training.args import DistillArgs, RampArgs
+from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.loop import split_batch
 
 CPU = torch.device("cpu")
 SAMPLED, TOP_K = {"sampled": {"draws": 12}}, {"top_k": {"k": 8}}
@@ -406,6 +407,7 @@ def test_a_damaged_cache_is_refused_before_training(teacher_dir, tmp_path):
         ({"shard_size": "many"}, "an amount in bytes looks like"),
         ({"train": WindowArgs(4, SEQ + 1)}, "at most the teacher's block_size 8, got 9"),
         ({"devices": 4096}, "devices must be at most"),
+        ({"teacher_placement": "sharded"}, "teacher_placement sharded needs several devices, got 1"),
         ({"resume": True}, "there is nothing to resume"),
         ({"max_tokens": 16}, "max_tokens needs data whose order depends on its seed alone, such as HFText, got 16"),
     ],

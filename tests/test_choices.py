@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankings import random_ranking
 
-from litgpt_whittle.bins import Bin
-from litgpt_whittle.choices import Choices
-from litgpt_whittle.search_args import SizeArgs, SpaceArgs
-from litgpt_whittle.sizes import SizeSpace
-from litgpt_whittle.space import Space, SpaceName
+from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.sizes import SizeSpace
+from litgpt_whittle.spaces.space import Space, SpaceName
+from litgpt_whittle.strategies.choices import Choices
 from litgpt_whittle.subnet import layer_sizes
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_whittle import losses, registry
-from litgpt_whittle.cache import KEY_BYTES, Layout
-from litgpt_whittle.codecs import Full, Sampled, TopK, make_codec, pack_ids, unpack_ids, with_settings
+from litgpt_whittle import registry
+from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation.cache import KEY_BYTES, Layout
+from litgpt_whittle.distillation.codecs import Full, Sampled, TopK, make_codec, pack_ids, unpack_ids, with_settings
+from litgpt_whittle.distillation.head import HeadInput, head_loss
+from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.head import HeadInput, head_loss
-from litgpt_whittle.objective import Objective, SparseTargets, Term
 
 V, N = 37, 23
 NONE = torch.empty(N, 0, dtype=torch.float64)

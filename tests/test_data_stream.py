@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from litgpt_whittle.data_stream import DataStream, SkippingBatches, shared_batches, skipping
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.data_stream import DataStream, SkippingBatches, shared_batches, skipping
 
 
 class Counted(IterableDataset):

@@ -16,12 +16,12 @@ from litgpt.args import EvalArgs
 from litgpt.utils import CLI
 from test_train import SEQ, VOCAB, TokenData, checkpoint, config, read_metrics, rows, run, same, train_args
 
-from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, save_checkpoint
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights
+from litgpt_whittle.training.args import DistillArgs
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_tokenizer_files_come_from_the_teacher_where_nobody_names_others(tmp_pat
 
 
 def test_tensorboard_falls_back_to_csv_where_it_is_missing(tmp_path, monkeypatch):
-    import litgpt_whittle.checks as checks
+    import litgpt_whittle.training.checks as checks
 
     choose = checks.choose_logger
 

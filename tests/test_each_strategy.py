@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from litgpt.config import Config
 from test_strategies import SMALL, SPACE, TEACHER, loss, make, measures, run
 
-from litgpt_whittle import space as space_module
-from litgpt_whittle.bins import Bin
-from litgpt_whittle.choices import Choices
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces import space as space_module
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import NSGA2, TPE, Evolution, EvoPress, LocalSearch, StratifiedRandom
+from litgpt_whittle.strategies.choices import Choices
 
 # a small vocabulary, so that the count does not hang on the channels alone
 LEAN = Config.from_name(

@@ -14,6 +14,7 @@ import litgpt.pretrain
 import pytest
 import torch
 import yaml
+from checkpoints import write_random_model
 from litgpt.api import LLM
 from litgpt.args import EvalArgs
 from litgpt.config import Config
@@ -22,20 +23,18 @@ from litgpt.deploy import serve
 from litgpt.eval.evaluate import convert_and_evaluate
 from litgpt.finetune import full, lora
 from litgpt.generate import base
-from litgpt.model import GPT
 from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.scripts.merge_lora import merge_lora
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import save_config
 from test_train import TokenData, train_args
 from texts import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup as distill
 from litgpt_whittle.commands.extract import setup as extract
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.training.args import TrainArgs
 
 TEACHER = Config(
     name="Llama-tiny", block_size=64, n_layer=4, n_embd=32, n_head=4, head_size=8, n_query_groups=2, vocab_size=300,
@@ -56,12 +55,7 @@ PROMPT = "the quick brown"
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = write_tokenizer(tmp_path_factory.mktemp("ecosystem") / "teacher")
-    torch.manual_seed(0)
-    model = GPT(TEACHER)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    torch.save(model.state_dict(), folder / "lit_model.pth")
-    save_config(TEACHER, folder)
+    write_random_model(folder, TEACHER)
     HF.save_pretrained(folder)
     return folder
 

@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 import yaml
+from checkpoints import write_random_model
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.utils import CLI, save_config
+from litgpt.utils import CLI
 from texts import write_tokenizer
 
 from litgpt_whittle.checkpoint import load_model
@@ -29,14 +30,7 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = write_tokenizer(tmp_path_factory.mktemp("extract") / "teacher")
-    torch.manual_seed(0)
-    model = GPT(TEACHER)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    torch.save(model.state_dict(), folder / "lit_model.pth")
-    save_config(TEACHER, folder)
-    return folder
+    return write_random_model(write_tokenizer(tmp_path_factory.mktemp("extract") / "teacher"), TEACHER)
 
 
 @pytest.fixture(scope="module", params=CHOICES)

@@ -10,21 +10,21 @@ import time
 import pytest
 import torch
 import yaml
+from checkpoints import write_random_model
 from litgpt.args import EvalArgs
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.utils import save_config
 from texts import documents, write_jsonl, write_tokenizer
 
-from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.repair import RepairArgs
-from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.repair.walk import RepairArgs
+from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.training.args import TrainArgs
 
 TEACHER = Config.from_name(
     "Llama-3.2-1B",
@@ -45,13 +45,7 @@ TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=32)
 def folder(tmp_path_factory):
     """A teacher, its data, and a sub-network of half its sizes."""
     folder = tmp_path_factory.mktemp("repair")
-    write_tokenizer(folder / "teacher")
-    torch.manual_seed(0)
-    model = GPT(TEACHER)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    torch.save(model.state_dict(), folder / "teacher/lit_model.pth")
-    save_config(TEACHER, folder / "teacher")
+    write_random_model(write_tokenizer(folder / "teacher"), TEACHER, norm_mean=1.0)
     write_jsonl(folder / "train.jsonl", documents(400))
     write_jsonl(folder / "validation.jsonl", documents(40, seed=1))
     HALF.save(folder / "half.yaml", perplexity=12.5)

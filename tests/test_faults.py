@@ -13,13 +13,13 @@ import pytest
 import torch
 from test_train import interrupted, rows, run, same, train_args
 
-from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.curves import read_metrics
+from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.head import LossModel
-from litgpt_whittle.resume import find_resume
-from litgpt_whittle.run import Schedule
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.training.resume import find_resume
+from litgpt_whittle.training.run import Schedule
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_skipped_steps_are_counted_over_a_resumption(tmp_path, broken_at, monkey
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     kwargs = {"train": train_args(save_interval=2)}
     unbroken = run(tmp_path / "unbroken", **kwargs)
-    import litgpt_whittle.train
+    import litgpt_whittle.training.loop
 
-    save, limits = litgpt_whittle.train._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = litgpt_whittle.training.loop._save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def without_room(run, folder):
         if folder.name == "step-00000004":
@@ -85,14 +85,14 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, monkeypatc
         save(run, folder)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(litgpt_whittle.train, "_save", without_room)
+    monkeypatch.setattr(litgpt_whittle.training.loop, "_save", without_room)
     try:
         with pytest.raises(UserError, match="step-00000004' could not be written .*the last good checkpoint is .*2'"):
             run(tmp_path / "full", **kwargs)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    monkeypatch.setattr(litgpt_whittle.train, "_save", save)
+    monkeypatch.setattr(litgpt_whittle.training.loop, "_save", save)
     assert {path.name for path in (tmp_path / "full").glob("*step*")} == {"step-00000002"}
     assert same(unbroken, run(tmp_path / "full", resume=True, **kwargs))
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from litgpt.config import Config
 from rankings import random_ranking
 
-from litgpt_whittle.features import N_PARTS, Features
 from litgpt_whittle.index_plan import plan
 from litgpt_whittle.keep import Keep, ranges
-from litgpt_whittle.ranking import Ranking
+from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
+from litgpt_whittle.surrogates.features import N_PARTS, Features
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 

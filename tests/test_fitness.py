@@ -9,10 +9,12 @@ from architectures import ARCHITECTURES
 from litgpt.config import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle import fitness, head, supergpt
+from litgpt_whittle import supergpt
 from litgpt_whittle.batches import fingerprint, fixed_batches
+from litgpt_whittle.distillation import head
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.fitness import perplexity as fitness
+from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import Take, plan
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model

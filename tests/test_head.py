@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
 
-from litgpt_whittle import losses
-from litgpt_whittle.head import HeadInput, TeacherLogits, head_loss, hidden_states
-from litgpt_whittle.losses import forward_kl
-from litgpt_whittle.objective import Objective, SparseTargets, Term
+from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.distillation.losses import forward_kl
+from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
 
 N, V, E, E_TEACHER = 23, 37, 8, 12
 

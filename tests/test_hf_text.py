@@ -18,8 +18,8 @@ from litgpt_whittle import plugin
 from litgpt_whittle.batches import connect
 from litgpt_whittle.data import HFText, hf_text
 from litgpt_whittle.data.token_file import is_written
-from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.data_stream import DataStream
 
 DOCUMENTS = documents(60)
 LENGTH = 8

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_whittle.importance import elimination_order
+from litgpt_whittle.repair.importance import elimination_order
 
 
 def best(covariance: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, n: int) -> list[int]:

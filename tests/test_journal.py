@@ -7,7 +7,7 @@ import os
 import pytest
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.journal import Evaluation, Journal, file_fingerprint, read_journal
+from litgpt_whittle.searching.journal import Evaluation, Journal, file_fingerprint, read_journal
 
 HEADER = {"teacher": {"name": "t", "weights": "ab"}, "settings": {"seed": 1, "bin": ["1M-2M"], "space": "fine_uniform"}}
 

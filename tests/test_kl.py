@@ -7,9 +7,10 @@ import torch
 from architectures import ARCHITECTURES
 from test_fitness import PYTHIA, Largest, loader, super_network
 
-from litgpt_whittle import head, registry
+from litgpt_whittle import registry
 from litgpt_whittle.batches import Batch, fixed_batches
-from litgpt_whittle.kl import KLDivergence
+from litgpt_whittle.distillation import head
+from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 

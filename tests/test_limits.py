@@ -11,16 +11,16 @@ from test_strategies import GROUP, make, measures
 
 from litgpt_whittle import metrics, registry
 from litgpt_whittle.amounts import format_amount
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.journal import read_journal
+from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.latency import Latency
-from litgpt_whittle.limits import Limits
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.search_args import LimitArgs
-from litgpt_whittle.space import Space
+from litgpt_whittle.searching.args import LimitArgs
+from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.subnet import SubNet
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from litgpt_whittle import losses, registry
+from litgpt_whittle import registry
+from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation.losses import jensen_shannon
+from litgpt_whittle.distillation.objective import SparseTargets, log_probabilities
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.losses import jensen_shannon
-from litgpt_whittle.objective import SparseTargets, log_probabilities
 
 NAMES = registry.names("litgpt_whittle.losses")
 ON_LOGITS = ("l1", "mse")

@@ -11,11 +11,11 @@ import torch
 from litgpt import GPT, Config
 from test_train import checkpoint, run, train_args
 
-from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.distillation.head import CHUNK_ELEMENTS
+from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.head import CHUNK_ELEMENTS
-from litgpt_whittle.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
-from litgpt_whittle.objective import Objective
+from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.training.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
 
 CONFIG = Config(n_layer=3, n_embd=64, n_head=4, block_size=64, padded_vocab_size=512, vocab_size=512)
 TEACHER = replace(CONFIG, n_embd=128, n_layer=4)
@@ -120,13 +120,13 @@ def test_the_teacher_is_sharded_where_it_does_not_fit_otherwise(monkeypatch, cap
     whole, spread = plan_memory(step).total, plan_memory(replace(step, teacher_is_sharded=True)).total
     assert spread < whole
     for free, expected in ((whole, False), (whole - 1, True), (spread - 1, True)):
-        monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_, free=free: free)
+        monkeypatch.setattr("litgpt_whittle.training.memory_plan.free_memory", lambda *_, free=free: free)
         assert show_plan(step, "auto", 4) is expected
         assert ("more than the" in capsys.readouterr().out) == (free < spread)
 
 
 def test_no_plan_is_made_where_memory_is_plenty(monkeypatch, capsys):
-    monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_: 10**12)
+    monkeypatch.setattr("litgpt_whittle.training.memory_plan.free_memory", lambda *_: 10**12)
     step = a_step(n_devices=4)
     assert show_plan(step, "auto", 4) is show_plan(step, "replicated", 4) is False
     assert show_plan(step, "sharded", 4) is True
@@ -137,7 +137,7 @@ def test_no_plan_is_made_where_memory_is_plenty(monkeypatch, capsys):
 
 
 def test_what_cannot_run_without_content_is_told(monkeypatch):
-    monkeypatch.setattr("litgpt_whittle.memory_plan.free_memory", lambda *_: 10**6)
+    monkeypatch.setattr("litgpt_whittle.training.memory_plan.free_memory", lambda *_: 10**6)
 
     class Reading(torch.optim.SGD):
         def step(self):
@@ -168,7 +168,7 @@ import torch
 from litgpt import Config
 from litgpt.args import EvalArgs
 from test_train import TokenData, checkpoint, run, train_args
-from litgpt_whittle.args import DistillArgs
+from litgpt_whittle.training.args import DistillArgs
 torch.set_num_threads(1)
 if {devices} == 1 or "LOCAL_RANK" not in __import__("os").environ:
     checkpoint(Path({folder!r}) / "teacher", n_embd=256, block_size=64, padded_vocab_size=16384)

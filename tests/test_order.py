@@ -14,7 +14,7 @@ from rankings import random_ranking
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
 from litgpt_whittle.keep import Keep, Ordered
-from litgpt_whittle.order import Order, reorder
+from litgpt_whittle.ranking.order import Order, reorder
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import extract_weights, student_model
 

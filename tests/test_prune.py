@@ -21,9 +21,9 @@ from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.pruners import Magnitude, SparseGPT, Sparsity, Wanda
-from litgpt_whittle.pruning import Pruning, maps_to_prune, refit, relative_error
+from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune, refit, relative_error
 from litgpt_whittle.scratch import Scratch
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs
+from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, is_tied
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from litgpt.config import Config
 from test_repair import distance, doubled, half, model, windows
 
-from litgpt_whittle.basis import Basis
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.fitness import Perplexity, RepairedPerplexity
+from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
-from litgpt_whittle.quick_repair import QuickRepair, normalised
+from litgpt_whittle.repair.basis import Basis
+from litgpt_whittle.repair.from_moments import QuickRepair, normalised
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 

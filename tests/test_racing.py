@@ -9,14 +9,14 @@ from scipy import stats
 from test_search import TEACHER
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import WindowLosses
-from litgpt_whittle.racing import estimate, losers, stages
-from litgpt_whittle.racing_loop import RaceNotes, RacingLoop, check_can_race
-from litgpt_whittle.search_args import RacingArgs
-from litgpt_whittle.search_loop import Loop, Search
-from litgpt_whittle.space import Space
+from litgpt_whittle.fitness.perplexity import WindowLosses
+from litgpt_whittle.searching.args import RacingArgs
+from litgpt_whittle.searching.loop import Loop, Search
+from litgpt_whittle.searching.racing import estimate, losers, stages
+from litgpt_whittle.searching.racing_loop import RaceNotes, RacingLoop, check_can_race
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import NSGA2, Evolution, RandomSearch
 
 
@@ -161,7 +161,7 @@ def test_candidates_that_fail_within_a_race_are_journalled(tmp_path):
 
 def test_notes_survive_a_torn_line(tmp_path):
     path = tmp_path / "race.jsonl"
-    from litgpt_whittle.racing_loop import Leg
+    from litgpt_whittle.searching.racing_loop import Leg
 
     notes = RaceNotes(path, [])
     notes.add("8K-10K from 0", 3, 1, Leg([1.5, 2.5], 0.1))

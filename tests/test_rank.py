@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from architectures import ARCHITECTURES
+from checkpoints import write_random_model
 from litgpt.config import Config
-from litgpt.model import GPT
 from litgpt.utils import CLI, save_config
 from texts import documents, write_jsonl, write_tokenizer
 
@@ -17,10 +17,10 @@ from litgpt_whittle.commands import rank
 from litgpt_whittle.commands.rank import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.heat_map import plot_importance
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.scores import LAYER_METRICS, METRICS, measure
-from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, measure
+from litgpt_whittle.reports.heat_map import plot_importance
+from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.supergpt import SuperGPT
 
 TEACHER = Config.from_name(
@@ -41,13 +41,7 @@ TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=64)
 def folder(tmp_path_factory):
     """A teacher and its data."""
     folder = tmp_path_factory.mktemp("rank")
-    write_tokenizer(folder / "teacher")
-    torch.manual_seed(0)
-    model = GPT(TEACHER)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    torch.save(model.state_dict(), folder / "teacher/lit_model.pth")
-    save_config(TEACHER, folder / "teacher")
+    write_random_model(write_tokenizer(folder / "teacher"), TEACHER, norm_mean=1.0)
     write_jsonl(folder / "train.jsonl", documents(200))
     write_jsonl(folder / "validation.jsonl", documents(40, seed=1))
     return folder

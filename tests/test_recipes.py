@@ -12,14 +12,14 @@ from jsonargparse import set_parsing_settings
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from recipes import HUB, Recipe, open_recipe, recipes
 
-from litgpt_whittle.bins import parse_bins
-from litgpt_whittle.checks import check_pair
-from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.racing_loop import check_can_race
-from litgpt_whittle.search_loop import Search
-from litgpt_whittle.sections import Section
-from litgpt_whittle.stages import COMMANDS
+from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.pipeline.sections import Section
+from litgpt_whittle.pipeline.stages import COMMANDS
+from litgpt_whittle.searching.loop import Search
+from litgpt_whittle.searching.racing_loop import check_can_race
+from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.training.checks import check_pair
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ from litgpt.model import GPT
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.repair import Repair, RepairArgs, Repaired
+from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, student_model

@@ -12,7 +12,7 @@ from litgpt.model import GPT, LLaMAMoE
 
 from litgpt_whittle.index_plan import kept_indices, units_of
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.scores import METRICS, Scores, magnitudes, measure
+from litgpt_whittle.ranking.scores import METRICS, Scores, magnitudes, measure
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT, extract_weights
 

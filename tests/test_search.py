@@ -11,24 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoints import write_random_model
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.model import GPT
-from litgpt.utils import CLI, save_config
+from litgpt.utils import CLI
 from rankings import random_ranking
 
 from litgpt_whittle.batches import fixed_batches
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.journal import file_fingerprint, read_journal
-from litgpt_whittle.order import reorder
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
+from litgpt_whittle.ranking.order import reorder
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
+from litgpt_whittle.searching.journal import file_fingerprint, read_journal
+from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet
 
@@ -65,14 +65,7 @@ class Tokens(DataModule):
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    folder.mkdir()
-    model = GPT(TEACHER)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    torch.save(model.state_dict(), folder / "lit_model.pth")
-    save_config(TEACHER, folder)
-    return folder
+    return write_random_model(folder, TEACHER, std=0.3, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +256,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_search
-from litgpt_whittle.fitness import Perplexity
+from litgpt_whittle.fitness.perplexity import Perplexity
 score = Perplexity.__call__
 Perplexity.__call__ = lambda self, subnet: time.sleep(0.05) or score(self, subnet)
 test_search.run(Path({checkpoint!r}), Path({out!r}), iterations=15, bin=["8K-10K", "14K"])

@@ -14,8 +14,8 @@ import yaml
 from test_search import lines
 
 from litgpt_whittle.commands import search
-from litgpt_whittle.journal import read_journal
-from litgpt_whittle.search_args import BudgetArgs, RacingArgs
+from litgpt_whittle.searching.args import BudgetArgs, RacingArgs
+from litgpt_whittle.searching.journal import read_journal
 
 SCRIPT = """
 import sys, time
@@ -24,8 +24,8 @@ sys.path.insert(0, {tests!r})
 import test_search
 from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.search_args import BudgetArgs, RacingArgs
+from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.searching.args import BudgetArgs, RacingArgs
 search.write_report = lambda out_dir: "the report"
 losses = Perplexity.losses
 Perplexity.losses = lambda self, *args: time.sleep({pause}) or losses(self, *args)

@@ -15,9 +15,9 @@ from litgpt_whittle.commands import distill, extract, search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.journal import Evaluation, read_journal
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs, SelectionArgs
-from litgpt_whittle.selection import Result, Rung, Selection, parse_rungs, read_results, rung_table
+from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SelectionArgs
+from litgpt_whittle.searching.journal import Evaluation, read_journal
+from litgpt_whittle.searching.selection import Result, Rung, Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.subnet import SubNet
 

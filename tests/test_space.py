@@ -13,13 +13,13 @@ from litgpt.config import Config
 from litgpt.utils import num_parameters
 from rankings import random_ranking
 
-from litgpt_whittle.bins import Bin, parse_bins, short
-from litgpt_whittle.draw import check_reachable, draw_sizes, nearest
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.search_args import SizeArgs, SpaceArgs
-from litgpt_whittle.sizes import EVERY, SizeSpace
-from litgpt_whittle.space import Space, SpaceName
+from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.bins import Bin, parse_bins, short
+from litgpt_whittle.spaces.draw import check_reachable, draw_sizes, nearest
+from litgpt_whittle.spaces.sizes import EVERY, SizeSpace
+from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
@@ -299,7 +299,7 @@ def test_parts_share_all_but_the_bin():
 
 def test_a_space_whose_parts_seem_empty_is_one_part(monkeypatch):
     space = Space(PYTHIA, "coarse_uniform", whole(PYTHIA))
-    monkeypatch.setattr("litgpt_whittle.space.draw_sizes", lambda *_: None)
+    monkeypatch.setattr("litgpt_whittle.spaces.space.draw_sizes", lambda *_: None)
     assert space.split(5) == [space]
 
 

@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.search_args import SurrogateArgs
+from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.surrogate import Examples, Surrogate
+from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 from litgpt_whittle.surrogates.text import Text, describe
 
 WORDS = ["[PAD]", "[UNK]", "width", "head", "heads", "neurons", "|", "-", *map(str, range(101))]

@@ -18,15 +18,15 @@ from litgpt.data import DataModule
 from litgpt.utils import save_config
 from torch.utils.data import DataLoader, TensorDataset
 
-from litgpt_whittle.args import DistillArgs, TrainArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
-from litgpt_whittle.curves import read_metrics
-from litgpt_whittle.data_stream import DataStream
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.resume import rng_state, set_rng_state
-from litgpt_whittle.run import Schedule
-from litgpt_whittle.train import split_batch
+from litgpt_whittle.training.args import DistillArgs, TrainArgs
+from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.loop import split_batch
+from litgpt_whittle.training.resume import rng_state, set_rng_state
+from litgpt_whittle.training.run import Schedule
 
 SEQ = 8
 VOCAB = 100
@@ -186,19 +186,19 @@ def test_a_given_checkpoint_trains_as_litgpt_trains_it(tmp_path, monkeypatch):
 
 def interrupted(tmp_path, monkeypatch, at_step, **kwargs):
     """Runs, is killed right after the checkpoint of a step, and resumes."""
-    import litgpt_whittle.train
+    import litgpt_whittle.training.loop
 
-    save, out_dir = litgpt_whittle.train._save, tmp_path / "broken"
+    save, out_dir = litgpt_whittle.training.loop._save, tmp_path / "broken"
 
     def save_and_die(run, folder):
         save(run, folder)
         if folder.name == f"step-{at_step:08d}":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(litgpt_whittle.train, "_save", save_and_die)
+    monkeypatch.setattr(litgpt_whittle.training.loop, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run(out_dir, **kwargs)
-    monkeypatch.setattr(litgpt_whittle.train, "_save", save)
+    monkeypatch.setattr(litgpt_whittle.training.loop, "_save", save)
     kwargs.pop("initial_checkpoint_dir", None)
     return run(out_dir, resume=True, **kwargs)
 
@@ -226,7 +226,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path, monkeypat
 
 
 def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, monkeypatch):
-    import litgpt_whittle.pretraining as command
+    import litgpt_whittle.training.pretraining as command
 
     write = command.save_checkpoint
 

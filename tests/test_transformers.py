@@ -29,7 +29,7 @@ from transformers import (
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.extract import setup as extract
-from litgpt_whittle.export import export_hf
+from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.subnet import SubNet
 
 GATED = dict(bias=False, norm_class_name="RMSNorm", parallel_residual=False, rotary_percentage=1.0)

@@ -18,18 +18,18 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle import pipeline as pipeline_module
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.commands import search
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.estimates import Speed, cost_table, costs
-from litgpt_whittle.pipeline import folder_of
+from litgpt_whittle.pipeline import run as pipeline_module
+from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
+from litgpt_whittle.pipeline.run import folder_of
+from litgpt_whittle.pipeline.sections import merge
+from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
-from litgpt_whittle.resume import describe
-from litgpt_whittle.sections import merge
-from litgpt_whittle.stages import Request, Stages
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.training.resume import describe
 
 TEACHER = Config(
     name="teacher", block_size=32, vocab_size=300, padded_vocab_size=300, n_layer=3, n_embd=32, n_head=4, bias=True
@@ -194,6 +194,9 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert found["14K/distilled"].forward == 0  # the teacher is cached
     rows = cost_table([found["14K/baseline"]], Speed(1.0, 3 * n * part / 9000))
     assert rows[1][-1] == rows[2][-1] == "2.5 h"
+    sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
+    again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
+    assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # once more forward
 
 
 def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path):

@@ -15,19 +15,19 @@ from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir,
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.args import DistillArgs
 from litgpt_whittle.batches import connect
-from litgpt_whittle.cache import INDEX, Contents, Index, differences, shard_path
-from litgpt_whittle.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights
-from litgpt_whittle.codecs import make_codec, with_settings
+from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
+from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
+from litgpt_whittle.distillation.codecs import make_codec, with_settings
+from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
-from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import barrier, first_does, launch, leave, n_devices, rank, world_size
-from litgpt_whittle.resume import describe, flatten
-from litgpt_whittle.search_args import BatchArgs
-from litgpt_whittle.teacher import LiveTeacher
+from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.searching.journal import file_fingerprint
+from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.training.resume import describe, flatten
 
 
 @dataclass
@@ -48,6 +48,7 @@ def setup(
     max_tokens: int | None = None,
     precision: Literal["bf16-true", "16-true", "32-true", None] = None,
     devices: int | str = 1,
+    teacher_placement: Literal["replicated", "sharded"] = "replicated",
     shard_size: str = "64MB",
     resume: bool = False,
     seed: int = 42,
@@ -71,6 +72,8 @@ def setup(
         precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
         devices: Devices that share the work: GPUs, or processes on a CPU's cores. The cache is the same with any
             number of them.
+        teacher_placement: How they share the teacher: each has all of it, or they hold a part each (FSDP2), for one
+            that is larger than a device's memory.
         shard_size: The size of the files, which is also what is lost when caching is interrupted.
         resume: Continue the cache in ``out_dir``. All else must be the same.
         seed: The seed of random draws and of the data's order.
@@ -85,6 +88,8 @@ def setup(
             f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {length}; "
             "lower it"
         )
+    if teacher_placement == "sharded" and n == 1:
+        raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
     gives = make_codec(codec, teacher.padded_vocab_size, temperature).gives
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     read_weights(checkpoint_dir)  # so that damaged ones are told before the data is read
@@ -113,8 +118,9 @@ def setup(
         _write_index(out_dir, index, checkpoint_dir, teacher)
     barrier()
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-    live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device)
-    index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0)
+    is_sharded = teacher_placement == "sharded"
+    live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
+    index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0, in_step=is_sharded)
     if leave():
         print(summary(out_dir, index))
 

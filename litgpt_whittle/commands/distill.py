@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import pprint
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
@@ -25,10 +23,20 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.args import DistillArgs, TrainArgs
-from litgpt_whittle.cache import Cache
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
-from litgpt_whittle.checks import (
+from litgpt_whittle.commands import extract
+from litgpt_whittle.distillation.cache import Cache
+from litgpt_whittle.distillation.head import LossModel
+from litgpt_whittle.distillation.hidden import HiddenLoss
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
+from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teacher
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.repair.walk import RepairArgs
+from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.training.args import DistillArgs, TrainArgs
+from litgpt_whittle.training.checks import (
     check_arguments,
     check_cache,
     check_devices,
@@ -40,29 +48,23 @@ from litgpt_whittle.checks import (
     make_logger,
     run_settings,
 )
-from litgpt_whittle.commands import extract
-from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
-from litgpt_whittle.head import LossModel
-from litgpt_whittle.hidden import HiddenLoss
-from litgpt_whittle.memory_plan import Step, show_plan, teacher_dtype
-from litgpt_whittle.objective import Objective
-from litgpt_whittle.pretraining import Saver, begin, build_model, checkpoint_dir_of, count_flops, make_strategy
-from litgpt_whittle.processes import launch
-from litgpt_whittle.quantize import check_quantize, saved_bytes
-from litgpt_whittle.repair import RepairArgs
-from litgpt_whittle.resume import (
-    check_settings,
+from litgpt_whittle.training.loop import fit, load_data
+from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
+from litgpt_whittle.training.pretraining import (
+    Saver,
+    begin,
+    build_model,
+    checkpoint_dir_of,
+    count_flops,
+    launch_training,
+)
+from litgpt_whittle.training.resume import (
     describe,
     find_resume,
-    load_training_state,
+    state_to_resume,
 )
-from litgpt_whittle.run import Job, Schedule
-from litgpt_whittle.search_args import BatchArgs
-from litgpt_whittle.sharding import checkpoint_activations
-from litgpt_whittle.student import Student
-from litgpt_whittle.teacher import CachedTeacher, LiveTeacher, Teacher
-from litgpt_whittle.train import fit, load_data
+from litgpt_whittle.training.run import Job, Schedule
+from litgpt_whittle.training.student import Student
 
 
 def setup(
@@ -189,9 +191,7 @@ def setup(
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
     settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
-    state = None if resume_dir is None else load_training_state(resume_dir)
-    if state is not None:
-        check_settings(state["settings"], settings)
+    state = state_to_resume(resume_dir, settings)
     if repair and resume_dir is None and not dry_run:
         start = out_dir / "start"
         if not (resume and (start / WEIGHTS).is_file()):
@@ -226,10 +226,7 @@ def setup(
     if dry_run:
         return
     logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
-    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
-    fabric.print(pprint.pformat(arguments))
-    if logger_name in ("tensorboard", "wandb", "mlflow") and not isinstance(logger, CSVLogger):
-        fabric.logger.log_hyperparams(arguments)
+    fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
     main(
         fabric=fabric,
         devices=devices,
@@ -298,12 +295,8 @@ def main(
 ) -> None:
     """Builds student, teacher and data, in litgpt's order, and trains."""
     fabric.seed_everything(seed)
-    model = build_model(fabric, student, train, seq_length)
+    model = build_model(fabric, student, train, seq_length, activation_checkpointing)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
-    if student.weights is not None:
-        model.load_state_dict(student.weights())
-    if activation_checkpointing:
-        checkpoint_activations(model)
     hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)

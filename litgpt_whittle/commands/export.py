@@ -7,8 +7,8 @@ from typing import Literal
 
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.export import export_hf
 from litgpt_whittle.files import check_out_dir
+from litgpt_whittle.hf.export import export_hf
 
 
 def setup(

@@ -15,20 +15,20 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_whittle.batches import read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
-from litgpt_whittle.curves import plot_repair
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
-from litgpt_whittle.repair import Repair, RepairArgs, Repaired
+from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch, scratch_beside
-from litgpt_whittle.search_args import BatchArgs
-from litgpt_whittle.student import BASIS
+from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
+from litgpt_whittle.training.curves import plot_repair
+from litgpt_whittle.training.student import BASIS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 

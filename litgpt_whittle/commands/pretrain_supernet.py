@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import pprint
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
@@ -23,9 +21,14 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.args import TrainArgs
 from litgpt_whittle.checkpoint import read_weights
-from litgpt_whittle.checks import (
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.samplers import Sampler
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, is_tied
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.checks import (
     check_arguments,
     check_devices,
     check_optimizer,
@@ -35,20 +38,20 @@ from litgpt_whittle.checks import (
     make_logger,
     run_settings,
 )
-from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
-from litgpt_whittle.memory_plan import Step, show_plan
-from litgpt_whittle.objective import Objective
-from litgpt_whittle.pretraining import Saver, begin, build_model, checkpoint_dir_of, count_flops, make_strategy
-from litgpt_whittle.processes import launch
-from litgpt_whittle.resume import check_settings, describe, find_resume, load_training_state
-from litgpt_whittle.run import Job, Schedule
-from litgpt_whittle.samplers import Sampler
-from litgpt_whittle.sharding import checkpoint_activations
-from litgpt_whittle.student import Student
-from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, is_tied
-from litgpt_whittle.supernet import SuperLossModel, SupernetArgs, SupernetStep, score_of
-from litgpt_whittle.train import fit, load_data
+from litgpt_whittle.training.loop import fit, load_data
+from litgpt_whittle.training.memory_plan import Step, show_plan
+from litgpt_whittle.training.pretraining import (
+    Saver,
+    begin,
+    build_model,
+    checkpoint_dir_of,
+    count_flops,
+    launch_training,
+)
+from litgpt_whittle.training.resume import describe, find_resume, state_to_resume
+from litgpt_whittle.training.run import Job, Schedule
+from litgpt_whittle.training.student import Student
+from litgpt_whittle.training.supernet import SuperLossModel, SupernetArgs, SupernetStep, score_of
 
 
 def setup(
@@ -136,9 +139,7 @@ def setup(
     data = default_data() if data is None else data
     precision = precision or get_default_supported_precision(training=True)
     settings = run_settings(arguments, model.config, None, precision)
-    state = None if resume_dir is None else load_training_state(resume_dir)
-    if state is not None:
-        check_settings(state["settings"], settings)
+    state = state_to_resume(resume_dir, settings)
     step = Step.of(
         train,
         model.build,
@@ -156,10 +157,7 @@ def setup(
     if dry_run:
         return
     logger = make_logger(logger_name, out_dir, f"supernet-{model.config.name}", bool(resume_dir), train, log)
-    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
-    fabric.print(pprint.pformat(arguments))
-    if logger_name in ("tensorboard", "wandb", "mlflow") and not isinstance(logger, CSVLogger):
-        fabric.logger.log_hyperparams(arguments)
+    fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
     main(
         fabric=fabric,
         devices=devices,
@@ -220,13 +218,9 @@ def main(
 ) -> None:
     """Builds model and data, in litgpt's order, and trains."""
     fabric.seed_everything(seed)
-    model = build_model(fabric, start, train, step.seq_length)
+    model = build_model(fabric, start, train, step.seq_length, step.activation_checkpointing)
     smallest = sampler.space.smallest()
     fabric.print(f"{num_parameters(model):,} parameters, the smallest sub-network {sampler.space.n_params(smallest):,}")
-    if start.weights is not None:
-        model.load_state_dict(start.weights())
-    if step.activation_checkpointing:
-        checkpoint_activations(model)
     losses_of = SuperLossModel(model)
     root = fabric.setup(losses_of)
     optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))

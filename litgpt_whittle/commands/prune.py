@@ -19,20 +19,20 @@ from litgpt_whittle.checkpoint import (
     load_model,
     save_checkpoint,
 )
-from litgpt_whittle.curves import plot_pruning
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space
-from litgpt_whittle.fitness import Perplexity
-from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.pruners import Pruner, Sparsity
-from litgpt_whittle.pruning import MapReport, Pruning, maps_to_prune
+from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.scratch import scratch_beside
-from litgpt_whittle.search_args import BatchArgs, BudgetArgs
-from litgpt_whittle.student import BASIS, Student
+from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
+from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
+from litgpt_whittle.training.curves import plot_pruning
+from litgpt_whittle.training.student import BASIS, Student
 
 GROUP = "litgpt_whittle.pruners"
 NOTES = "pruning.yaml"

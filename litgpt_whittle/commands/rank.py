@@ -16,12 +16,12 @@ from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, rea
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.heat_map import LAYER_TITLES, plot_importance
-from litgpt_whittle.journal import file_fingerprint
 from litgpt_whittle.plugin import save_hyperparameters
-from litgpt_whittle.ranking import FILE, Ranking
-from litgpt_whittle.scores import LAYER_METRICS, METRICS, Scores, measure
-from litgpt_whittle.search_args import BatchArgs
+from litgpt_whittle.ranking.ranking import FILE, Ranking
+from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
+from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
+from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.searching.journal import file_fingerprint
 
 
 def setup(

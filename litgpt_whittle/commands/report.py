@@ -6,7 +6,7 @@ from pathlib import Path
 
 from litgpt.utils import init_out_dir
 
-from litgpt_whittle.report import PAGE, write_report
+from litgpt_whittle.reports.report import PAGE, write_report
 
 
 def setup(out_dir: Path) -> None:

@@ -18,24 +18,18 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 from litgpt_whittle import registry
 from litgpt_whittle.batches import Batch, calibration_windows, connect, fingerprint, sequence_length, validation_batches
-from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.evaluations import best_of, prediction_tau
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.fitness import Fitness
-from litgpt_whittle.fronts import save_fronts
-from litgpt_whittle.journal import JOURNAL, Evaluation, check_resumable, file_fingerprint, open_record
-from litgpt_whittle.limits import Limits
+from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.metrics import MeasureArgs
-from litgpt_whittle.objectives import objective_measures, objective_names
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
-from litgpt_whittle.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.report import as_text, write_report
-from litgpt_whittle.search_args import (
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.reports.fronts import save_fronts
+from litgpt_whittle.reports.report import as_text, write_report
+from litgpt_whittle.searching.args import (
     BatchArgs,
     BudgetArgs,
     LimitArgs,
@@ -44,15 +38,21 @@ from litgpt_whittle.search_args import (
     SpaceArgs,
     SurrogateArgs,
 )
-from litgpt_whittle.search_loop import Loop, Search
-from litgpt_whittle.selection import Selection, parse_rungs, read_results, rung_table
-from litgpt_whittle.sharding import load_sharded
-from litgpt_whittle.space import Space, SpaceName
+from litgpt_whittle.searching.evaluations import best_of, prediction_tau
+from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, file_fingerprint, open_record
+from litgpt_whittle.searching.loop import Loop, Search
+from litgpt_whittle.searching.objectives import objective_measures, objective_names
+from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
+from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
+from litgpt_whittle.spaces.bins import parse_bins
+from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.strategies.surrogate_search import SurrogateSearch, with_surrogate
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.training.sharding import load_sharded
 
 registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by their names
 

@@ -9,18 +9,18 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.bins import Bin, parse_bins
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.estimates import cost_table, costs, measure_speed
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.journal import file_fingerprint
-from litgpt_whittle.outcome import PAGE, write_outcome
-from litgpt_whittle.pipeline import Pipeline, folder_of
-from litgpt_whittle.report import as_text
+from litgpt_whittle.pipeline.estimates import cost_table, costs, measure_speed
+from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
+from litgpt_whittle.pipeline.run import Pipeline, folder_of
+from litgpt_whittle.pipeline.stages import Request, Stages
+from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint
-from litgpt_whittle.resume import describe
-from litgpt_whittle.stages import Request, Stages
+from litgpt_whittle.searching.journal import file_fingerprint
+from litgpt_whittle.spaces.bins import Bin, parse_bins
+from litgpt_whittle.training.resume import describe
 
 Section = dict
 

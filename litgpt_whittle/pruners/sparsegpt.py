@@ -7,7 +7,7 @@ import torch
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.pruners.base import Pruner, Sparsity, lowest
-from litgpt_whittle.search_args import check_positive
+from litgpt_whittle.searching.args import check_positive
 
 
 class SparseGPT(Pruner):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
 Networks = list[SubNet | None]

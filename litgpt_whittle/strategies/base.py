@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
 _TRIES = 20

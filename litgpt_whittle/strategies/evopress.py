@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from litgpt_whittle.search_args import check_positive
-from litgpt_whittle.space import Space
+from litgpt_whittle.searching.args import check_positive
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.strategies.generations import Generations
 from litgpt_whittle.subnet import SubNet
@@ -16,13 +16,10 @@ from litgpt_whittle.subnet import SubNet
 class EvoPress(Generations):
     """Keeps one parent, whose offspring trade the size of one part for that of another, so that the budget stays met.
 
-    The paper selects offspring in steps of more and more tokens; a race (`litgpt_whittle.racing`) does that for any
-    strategy, and is what makes this one cheap.
-
-    Args:
-        n_initial: Random sub-networks to start with, the best of which becomes the first parent.
-        n_children: Offspring per generation, λ.
-        max_trades: Each offspring makes the smaller of two random numbers of trades between 1 and this.
+    The paper selects offspring in steps of more and more tokens; a race (`litgpt_whittle.searching.racing`) does that
+    for any strategy, and is what makes this one cheap. Args: n_initial: Random sub-networks to start with, the best of
+    which becomes the first parent. n_children: Offspring per generation, λ. max_trades: Each offspring makes the
+    smaller of two random numbers of trades between 1 and this.
     """
 
     def __init__(self, n_initial: int = 32, n_children: int = 16, max_trades: int = 3) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored, Strategy
 from litgpt_whittle.subnet import SubNet
 

@@ -20,13 +20,13 @@ from litgpt.config import Config
 
 from litgpt_whittle import registry
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.search_args import SurrogateArgs, check_positive
-from litgpt_whittle.space import Space
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.args import SurrogateArgs, check_positive
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored, Strategy
 from litgpt_whittle.strategies.generations import Generations
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.surrogate import Examples, Surrogate
+from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 
 _LEAST_GROWTH = 10
 """Evaluations between two fits of a filter at least"""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from litgpt.config import Config
 
-from litgpt_whittle.features import Choice
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.search_args import SurrogateArgs
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.args import SurrogateArgs
+from litgpt_whittle.surrogates.features import Choice
 
 
 class Regressor(ABC):

@@ -13,11 +13,11 @@ import torch
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.features import Choice, Features
 from litgpt_whittle.latency import default_device
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.search_args import SurrogateArgs
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.surrogates.base import Regressor
+from litgpt_whittle.surrogates.features import Choice, Features
 
 BATCH_SIZE = 16
 

@@ -8,17 +8,17 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.features import Choice, Features
 from litgpt_whittle.index_plan import ConfigKey
-from litgpt_whittle.ranking import Ranking
-from litgpt_whittle.search_args import SurrogateArgs
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.surrogates.base import Regressor
+from litgpt_whittle.surrogates.features import Choice, Features
 
 N_TREES = 100
 
 
 class Trees(Regressor):
-    """scikit-learn's `ExtraTreesRegressor` on `litgpt_whittle.features`.
+    """scikit-learn's `ExtraTreesRegressor` on `litgpt_whittle.surrogates.features`.
 
     Its shares of importance scores count where all sub-networks that it is fitted on are of a ranked teacher.
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from litgpt_whittle import SubNet, UserError
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces import Space
 from litgpt_whittle.strategies import Generations, Scored
 
 

@@ -1,0 +1,368 @@
+"""What a teacher says about a corpus, on disk: windows of tokens, and beside each what the teacher predicts.
+
+A cache is a folder of shards and an index. Every window is found by its content, a hash of its tokens, so no order,
+batch size, epoch or number of devices can put a window together with another one's targets. The folder also holds the
+teacher's config and tokenizer, so that a student can be checked against them where the teacher itself is not at hand.
+Nothing in it is ever run or unpickled: the index is JSON, the shards are plain arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from litgpt.config import Config
+
+from litgpt_whittle.distillation.codecs import Codec, id_bytes, make_codec, pack_ids
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import write_text
+
+INDEX = "index.json"
+VERSION = 1
+KEY_BYTES = 16
+
+EAGER_BYTES = 4 * 10**9
+"""Caches up to this size are checked whole when they are opened, which takes seconds, so that a damaged one stops a run
+before it begins. Of larger ones each shard is checked before its first use, since reading them all takes minutes."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache was made of. It decides every byte of the shards."""
+
+    teacher: str
+    """The teacher's name"""
+    weights: str
+    """What tells its weights from others (`journal.file_fingerprint`)"""
+    vocab_size: int
+    """Its padded vocabulary"""
+    codec: dict[str, dict[str, Any]]
+    """The codec's name and its settings"""
+    temperature: float | None
+    """What the teacher's probabilities were taken at; None where logits are stored"""
+    seed: int
+    """The seed of draws and of the data's order"""
+    precision: str
+    """What the teacher ran in"""
+    max_seq_length: int
+    """Tokens of a window at most"""
+    max_tokens: int | None
+    """Where caching stopped"""
+    micro_batch_size: int
+    """Windows per forward pass, on which rounding may depend"""
+    shard_bytes: int
+    """The size of shards that was asked for"""
+    data: dict[str, Any]
+    """The data module and its settings, by name"""
+
+    def make_codec(self) -> Codec:
+        """The codec, from its entry point."""
+        return make_codec(self.codec, self.vocab_size, 1.0 if self.temperature is None else self.temperature)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, as the index knows it."""
+
+    n_windows: int
+    checksum: int
+    """CRC-32 of the whole file"""
+
+
+@dataclass(frozen=True)
+class Index:
+    """A cache's table of contents."""
+
+    contents: Contents
+    length: int | None = None
+    """Tokens of a window, T: `max_seq_length`, or fewer where the data has shorter ones; None before the first one"""
+    shards: tuple[Shard, ...] = ()
+    complete: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Writes it, whole or not at all."""
+        content = {"version": VERSION, **asdict(self)}
+        content["shards"] = [[shard.n_windows, shard.checksum] for shard in self.shards]
+        write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """Reads a folder's index.
+
+        Raises:
+            UserError: If there is none, or it is damaged.
+        """
+        path = Path(folder) / INDEX
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("version") != VERSION:
+                raise UserError(f"{str(path)!r} is of another version of litgpt_whittle; cache the teacher anew")
+            shards = tuple(Shard(*map(_natural, shard)) for shard in content.pop("shards"))
+            contents = Contents(**content.pop("contents"))
+            length = content.pop("length")
+            index = cls(contents, None if length is None else _natural(length), shards, content.pop("complete") is True)
+            if not isinstance(contents.temperature, float | None) or not isinstance(contents.codec, dict):
+                raise TypeError("temperature or codec")
+            _natural(contents.vocab_size)
+            _natural(contents.max_seq_length)
+        except OSError:
+            raise UserError(
+                f"{str(folder)!r} holds no teacher's cache, it has no {INDEX}; make one with litgpt cache_teacher"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{str(path)!r} is damaged ({error!r}); cache the teacher anew") from None
+        return index
+
+
+def _natural(number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{number!r} is no natural number")
+    return number
+
+
+def shard_path(folder: Path, i: int) -> Path:
+    """Where shard i lies. Names come from numbers alone, so an index cannot lead anywhere else."""
+    return Path(folder) / f"shard-{i:05d}.bin"
+
+
+def window_key(ids: np.ndarray) -> bytes:
+    """A window's content, token ids of shape (T,), in 16 bytes."""
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<u4").tobytes()).digest()[:KEY_BYTES]
+
+
+class Layout:
+    """What a shard of n windows is: their keys, one after the other, then for each its tokens and their targets.
+
+    Args:
+        codec: The codec.
+        length: Tokens per window, T.
+
+    Raises:
+        UserError: If a window is too large to be one array.
+    """
+
+    def __init__(self, codec: Codec, length: int) -> None:
+        self.codec = codec
+        tokens = ("tokens", "u1", (length, id_bytes(codec.vocab_size)))
+        try:
+            self.record = np.dtype([tokens, ("targets", codec.dtype, (length, *codec.shape))])
+        except ValueError:
+            raise UserError(
+                f"a window must take less than 2 GB, got {length} tokens of {codec.n_bytes:,} bytes; choose another "
+                "codec"
+            ) from None
+        self.window_bytes = KEY_BYTES + self.record.itemsize
+
+    def keys(self, path: Path, n: int) -> np.ndarray:
+        """The keys of a shard's n windows, bytes, shape (n, 16)."""
+        return np.fromfile(path, "u1", n * KEY_BYTES).reshape(-1, KEY_BYTES)
+
+    def map(self, path: Path, n: int) -> np.ndarray:
+        """Its n windows, memory-mapped: fields `tokens` (n, T, bytes of an id) and `targets` (n, T, *codec.shape)."""
+        return np.memmap(path, self.record, "r", offset=n * KEY_BYTES, shape=(n,))
+
+    def records(self, ids: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+        """What is written of windows (n, T) and their targets (n, T, *codec.shape)."""
+        records = np.empty(len(ids), self.record)
+        records["tokens"] = pack_ids(ids, self.codec.vocab_size).numpy()
+        records["targets"] = targets.cpu().numpy()
+        return records
+
+
+def write_shard(path: Path, keys: Sequence[bytes], batches: Iterable[np.ndarray]) -> Shard:
+    """Writes a shard beside and renames it into place.
+
+    Args:
+        path: Where it goes.
+        keys: Those of its windows.
+        batches: Its windows in the same order, as `Layout.records` gives them.
+
+    Raises:
+        UserError: If the disk is full.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            checksum = _write(file, b"".join(keys), 0)
+            for records in batches:
+                checksum = _write(file, records.tobytes(), checksum)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error.strerror}); free some space and continue with --resume true"
+        ) from None
+    os.replace(beside, path)
+    return Shard(len(keys), checksum)
+
+
+def _write(file: BinaryIO, content: bytes, checksum: int) -> int:
+    file.write(content)
+    return zlib.crc32(content, checksum)
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file: it is there to find damage, and reads as fast as a disk does."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for path in Path(folder).glob(".shard-*"):
+        path.unlink()
+
+
+class Cache:
+    """A teacher's cache, open for reading.
+
+    Args:
+        folder: What `litgpt cache_teacher` wrote.
+
+    Raises:
+        UserError: If it is none, is not finished, or is damaged; a damaged or missing shard is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = Path(folder), Index.read(folder)
+        self.contents = self.index.contents
+        if not self.index.complete or not self.index.length:
+            raise UserError(
+                f"the cache {str(folder)!r} is not finished; continue it with litgpt cache_teacher --resume true"
+            )
+        self.codec = self.contents.make_codec()
+        self.layout = Layout(self.codec, self.index.length)
+        self._windows: dict[int, np.ndarray] = {}
+        keys = []
+        for i, shard in enumerate(self.index.shards):
+            self._check_size(i, shard)
+            keys.append(self.layout.keys(shard_path(folder, i), shard.n_windows))
+        sizes = [shard.n_windows for shard in self.index.shards]
+        self._starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        self._table = _Table(np.concatenate(keys) if keys else np.empty((0, KEY_BYTES), "u1"))
+        if self._starts[-1] * self.layout.window_bytes <= EAGER_BYTES:
+            for i in range(len(sizes)):
+                self._open(i)
+
+    @property
+    def n_windows(self) -> int:
+        """How many different windows it holds."""
+        return int(self._starts[-1])
+
+    @property
+    def teacher_config(self) -> Config:
+        """The teacher's config.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        try:
+            config = Config.from_file(self.folder / "model_config.yaml")
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"the cache {str(self.folder)!r} has no readable model_config.yaml ({reason}); copy it from the teacher"
+            ) from None
+        if config.padded_vocab_size != self.contents.vocab_size:
+            raise UserError(
+                f"the model_config.yaml of the cache {str(self.folder)!r} has a padded_vocab_size of "
+                f"{config.padded_vocab_size}, its targets have {self.contents.vocab_size}; copy it from the teacher"
+            )
+        return config
+
+    def targets(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What is stored of windows.
+
+        Args:
+            input_ids: Token ids, shape (B, T), on the CPU.
+
+        Returns:
+            Shape (B · T, *codec.shape), a copy.
+
+        Raises:
+            UserError: If a window is not there, or its shard is damaged.
+        """
+        if input_ids.size(1) != self.index.length:
+            raise UserError(
+                f"the windows of the cache {str(self.folder)!r} have {self.index.length} tokens, got one of "
+                f"{input_ids.size(1)}; use the data and the train.max_seq_length that it was made with"
+            )
+        tokens = pack_ids(input_ids, self.contents.vocab_size).numpy()
+        out = np.empty((len(input_ids), *self.layout.record["targets"].shape), self.codec.dtype)
+        for i, ids in enumerate(input_ids.numpy()):
+            row = self._table.find(window_key(ids))
+            if row is None:
+                raise UserError(
+                    f"the cache {str(self.folder)!r} lacks a window that begins with the tokens {ids[:8].tolist()}: it "
+                    "was made with other data, another train.max_seq_length, another tokenizer or fewer max_tokens; "
+                    "use the same"
+                )
+            shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+            record = self._open(shard)[row - self._starts[shard]]
+            if not np.array_equal(record["tokens"], tokens[i]):
+                raise self._damaged(shard, "the tokens of a window are not those of its key")
+            out[i] = record["targets"]
+        return torch.from_numpy(out.reshape(-1, *self.codec.shape))
+
+    def _open(self, i: int) -> np.ndarray:
+        """A shard's windows, whose checksum was looked at once."""
+        if i not in self._windows:
+            path, shard = shard_path(self.folder, i), self.index.shards[i]
+            if checksum_of(path) != shard.checksum:
+                raise self._damaged(i, "its checksum is not that of the index")
+            self._windows[i] = self.layout.map(path, shard.n_windows)
+        return self._windows[i]
+
+    def _check_size(self, i: int, shard: Shard) -> None:
+        path, expected = shard_path(self.folder, i), shard.n_windows * self.layout.window_bytes
+        if not path.is_file():
+            raise self._damaged(i, "the file is missing")
+        if path.stat().st_size != expected:
+            raise self._damaged(i, f"it has {path.stat().st_size:,} bytes instead of {expected:,}")
+
+    def _damaged(self, i: int, what: str) -> UserError:
+        return UserError(
+            f"{str(shard_path(self.folder, i))!r} is damaged: {what}; remove it and write it anew with the same litgpt "
+            "cache_teacher and --resume true"
+        )
+
+
+class _Table:
+    """Finds rows by their keys, in 32 bytes per row: a dictionary would take several times as much.
+
+    Args:
+        keys: All different, bytes, shape (n, 16).
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)  # (n, 2)
+        self._rows = np.lexsort((halves[:, 1], halves[:, 0]))
+        self._high, self._low = halves[self._rows, 0], halves[self._rows, 1]
+
+    def find(self, key: bytes) -> int | None:
+        """A key's row, None where there is none."""
+        high, low = np.frombuffer(key, ">u8").astype(np.uint64)
+        start = np.searchsorted(self._high, high, side="left")
+        stop = np.searchsorted(self._high, high, side="right")
+        place = start + np.searchsorted(self._low[start:stop], low)
+        return int(self._rows[place]) if place < stop and self._low[place] == low else None
+
+
+def differences(saved: Contents, now: Contents) -> list[str]:
+    """What differs, in words."""
+    pairs = {field.name: (getattr(saved, field.name), getattr(now, field.name)) for field in fields(Contents)}
+    return [f"{name} was {was} and is {is_}" for name, (was, is_) in pairs.items() if was != is_]

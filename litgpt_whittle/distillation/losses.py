@@ -1,0 +1,105 @@
+"""Distillation losses: how far a student's predictions are from its teacher's.
+
+Each is a pure function of both for N tokens, and gives the loss of every token. What it is given are log-probabilities
+of the tempered distributions, over the whole vocabulary or over the tokens that a cached teacher knows and a last entry
+for all others together; or, where it is marked so, logits. All is fp32 (float64 stays). T² and means over tokens are
+its caller's (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME` finds them, and those of other
+packages, in the entry-point group `litgpt_whittle.losses`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from litgpt_whittle.errors import UserError
+
+IGNORE_INDEX = -100
+
+Loss = Callable[..., torch.Tensor]
+"""(student (N, V), teacher (N, V)) -> (N,), and settings by keyword. Two attributes may be set on it:
+
+`on_logits`: it takes logits, divided by the temperature, and cannot learn from a teacher of which a part is known.
+`is_linear`: its gradient is linear in the teacher's probabilities, so that unbiased samples of these will do.
+"""
+
+
+def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) in nats (Hinton et al., arXiv 1503.02531)."""
+    return _mean(teacher, teacher - student)
+
+
+forward_kl.is_linear = True
+
+
+def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """-Σ p log q in nats, for the teacher's p and the student's q; `forward_kl` but for the teacher's entropy."""
+    return _mean(teacher, -student)
+
+
+soft_cross_entropy.is_linear = True
+
+
+def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(student ‖ teacher) in nats: rather miss a mode than put mass where the teacher has none (arXiv 2306.08543)."""
+    return forward_kl(teacher, student)
+
+
+def symmetric_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The mean of `forward_kl` and `reverse_kl`."""
+    return (forward_kl(student, teacher) + reverse_kl(student, teacher)) / 2
+
+
+def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
+    """The generalised Jensen–Shannon divergence in nats (arXiv 2306.13649): β KL(p ‖ m) + (1 - β) KL(q ‖ m).
+
+    p is the teacher's distribution, q the student's, m = β p + (1 - β) q. At most ln 2.
+
+    Args:
+        student: Log-probabilities, shape (N, V).
+        teacher: Log-probabilities, shape (N, V).
+        beta: The teacher's part in the mixture, between 0 and 1; 0.5 is the plain one.
+    """
+    if not 0 < beta < 1:
+        raise UserError(f"jensen_shannon's beta must be between 0 and 1, got {beta}; 0.5 is the plain one")
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)
+
+
+def total_variation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """½ Σ |p - q|, between 0 and 1."""
+    return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+
+
+def cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - the cosine between both vectors of probabilities."""
+    return 1 - F.cosine_similarity(student.exp(), teacher.exp(), dim=-1)
+
+
+def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The mean squared difference of the logits."""
+    return (student - teacher).square().mean(-1)
+
+
+mse.on_logits = True
+
+
+def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The mean absolute difference of the logits."""
+    return (student - teacher).abs().mean(-1)
+
+
+l1.on_logits = True
+
+
+def _mean(log_weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Σ exp(log_weights) · values; entries without any weight do not count, infinite ones neither."""
+    return (log_weights.exp() * values.masked_fill(log_weights == -math.inf, 0.0)).sum(-1)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return x if x.dtype == torch.float64 else x.float()

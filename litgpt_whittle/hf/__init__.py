@@ -1,0 +1,1 @@
+"""Checkpoints as Hugging Face directories: `litgpt export`."""

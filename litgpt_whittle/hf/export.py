@@ -1,0 +1,280 @@
+"""A litgpt checkpoint as a Hugging Face directory, whose model computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from litgpt.config import Config
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_whittle.amounts import parse_amount
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_space, new_folder, write_text
+from litgpt_whittle.hf.config import student_hf_config, text_part
+from litgpt_whittle.hf.families import Family, check_expressible
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.subnet import SubNet, read_choice
+from litgpt_whittle.supergpt import Weights, fill_up, is_tied
+
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""What a Hugging Face directory has beside the model"""
+
+_STALE = (
+    "rope_parameters",
+    "rope_scaling",
+    "dtype",
+    "auto_map",
+    "quantization_config",
+    "_name_or_path",
+    "_commit_hash",
+)
+"""Settings of the teacher's `config.json` that are said anew, or not true of the student"""
+
+_CHECKED_TOKENS = 64
+_TOLERANCE = 1e-3
+"""Of the largest logit. Rounding stays below 1e-4; a wrong activation, norm or rotary setting does not"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export."""
+
+    family: Family
+    n_params: int
+    """Parameters, padding included"""
+    zero_heads: int
+    """Heads of zeros that fill up the channels of a layer"""
+    difference: float | None
+    """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
+
+
+def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "5GB", check: bool = True) -> Exported:
+    """Writes a Hugging Face directory, whole or not at all; an older one is replaced.
+
+    Args:
+        checkpoint_dir: A litgpt checkpoint. What a layer-wise student's layers lack is filled up with zeros.
+        out_dir: The directory.
+        max_shard_size: How many bytes a file of weights may have, as a number or such as "5GB".
+        check: Whether to open it with `transformers`, and compare its logits on random tokens with litgpt's.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, if litgpt has no way back for it or the model's class in
+            `transformers` cannot be built like it, if the disk is full, or if the check finds a difference.
+    """
+    n_bytes = int(parse_amount(max_shard_size, "bytes"))
+    config = check_checkpoint(checkpoint_dir)
+    family = check_expressible(config)
+    shape = fit_heads(config, family)
+    original = _read_original(checkpoint_dir / "config.json")
+    weights: Mapping[str, torch.Tensor] = read_weights(checkpoint_dir)
+    dtype, tied = weights["lm_head.weight"].dtype, is_tied(weights)
+    count = n_params(shape.teacher, SubNet.full(shape.teacher), tied)
+    check_space(out_dir, count * dtype.itemsize, "the exported model")
+    if shape.teacher is not config:
+        weights = fill_up(shape, weights)
+    content = hf_content(original, shape.teacher, family, tied, dtype) | _special_tokens(checkpoint_dir, original)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out_dir) as folder:
+        for name in COPIED:
+            if (checkpoint_dir / name).is_file():
+                shutil.copyfile(checkpoint_dir / name, folder / name)
+        write_text(folder / "config.json", json.dumps(content, indent=2))
+        write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
+        save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=n_bytes)
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the user read what it wrote
+            shutil.copymode(folder / "config.json", file)
+        del weights
+        difference = _difference(checkpoint_dir, folder, config) if check else None
+    return Exported(family, count, shape.teacher.n_head - config.n_head, difference)
+
+
+def fit_heads(config: Config, family: Family) -> SubNet:
+    """The model as a part of one whose heads have the size that its class in `transformers` gives them.
+
+    Some classes have heads of `n_embd / n_head` dimensions only. Where that leaves room for more heads of the model's
+    own size, heads of zeros fill it up, and change no output.
+
+    Raises:
+        UserError: If it leaves none.
+    """
+    n_embd, size, groups = config.n_embd, config.head_size, config.n_query_groups
+    if family.free_heads or config.n_head * size == n_embd:
+        return SubNet.full(config)
+    n_head, rest = divmod(n_embd, size)
+    has_own_keys = groups == config.n_head
+    if rest or n_head < config.n_head or (not has_own_keys and n_head % groups):
+        raise UserError(
+            f"{family.architecture} of transformers has heads of n_embd / n_head dimensions, got n_embd = {n_embd}, "
+            f"n_head = {config.n_head} and head_size = {size}; keep n_embd at a multiple of {size} and at most "
+            f"n_embd / {size} heads, as a search does with --search_space.fixed '[head_size, n_embd]'"
+        )
+    wider = dataclasses.replace(config, n_head=n_head, n_query_groups=n_head if has_own_keys else groups)
+    if has_own_keys:
+        return SubNet(wider, n_query_groups=groups)
+    return SubNet(wider, heads_per_group=config.n_head // groups)
+
+
+def hf_content(
+    original: dict[str, Any], config: Config, family: Family, tied: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The content of a model's `config.json`, in the layout that `transformers` 4 and 5 both read.
+
+    Args:
+        original: The teacher's, where it is known. What litgpt's config says goes before it.
+        config: litgpt's config.
+        family: The model's family.
+        tied: Whether the LM head is the embedding.
+        dtype: That of the weights.
+    """
+    content = {key: value for key, value in text_part(original).items() if key not in _STALE}
+    gelu = "gelu_pytorch_tanh" if config.gelu_approximate == "tanh" else "gelu"
+    content |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        family.activation: gelu if config.mlp_class_name in ("GptNeoxMLP", "GemmaMLP") else "silu",
+        "max_position_embeddings": config.block_size,
+        "vocab_size": config.padded_vocab_size,
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if family.norm_eps:
+        content[family.norm_eps] = config.norm_eps
+    if family.rotary:
+        content[family.rotary] = config.rotary_percentage
+    if family.free_heads:
+        content["head_dim"] = config.head_size
+    if scaling := _rope_scaling(config):
+        content["rope_scaling"] = scaling
+    return student_hf_config(content | family.facts(config), config)
+
+
+def _rope_scaling(config: Config) -> dict[str, Any] | None:
+    adjustments = config.rope_adjustments or {}
+    if "low_freq_factor" in adjustments:
+        return {
+            "rope_type": "llama3",
+            "factor": adjustments["factor"],
+            "low_freq_factor": adjustments["low_freq_factor"],
+            "high_freq_factor": adjustments["high_freq_factor"],
+            "original_max_position_embeddings": adjustments["original_max_seq_len"],
+        }
+    factor = adjustments.get("factor", config.rope_condense_ratio)
+    return None if factor == 1 else {"rope_type": "linear", "factor": float(factor)}
+
+
+def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tensor], tied: bool) -> Weights:
+    """A model's weights under the names of `transformers`, by litgpt's mapping; a tied LM head is left out."""
+    converted: Weights = {}
+    try:
+        family.copy_weights(config, converted, dict(weights))
+    except (KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"litgpt's converter knows no {family.architecture} with {error.args[0] if error.args else 'such norms'}, "
+            f"as {config.name!r} has; use the checkpoint in litgpt"
+        ) from None
+    head = "embed_out.weight" if "embed_out.weight" in converted else "lm_head.weight"
+    if tied:
+        converted.pop(head, None)
+    else:
+        # litgpt leaves out what most checkpoints of a family tie, though a student may have untied it
+        converted.setdefault(head, weights["lm_head.weight"])
+    # safetensors refuses parts of a tensor, which queries, keys and values are here
+    return {
+        name: part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+        for name, part in converted.items()
+    }
+
+
+def _read_original(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a Hugging Face config; fetch it again or remove it")
+    return content
+
+
+def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids that a text begins and ends with, where no `config.json` says them: a class's own may not exist here."""
+    if original:
+        return {}
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = Tokenizer(checkpoint_dir)
+        ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return ids
+
+
+@torch.inference_mode()
+def _difference(checkpoint_dir: Path, folder: Path, config: Config) -> float:
+    """How far the exported model's logits are from litgpt's, relative to the largest, in float32.
+
+    Raises:
+        UserError: If `transformers` does not open it as it should, or it computes something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(config.vocab_size, (1, min(_CHECKED_TOKENS, config.block_size)), generator=generator)
+    expected = load_model(checkpoint_dir, dtype=torch.float32)(idx)  # (1, T, V)
+    difference = _open(folder)(idx).logits.sub_(expected).abs().max().item() / expected.abs().max().item()
+    if not difference <= _TOLERANCE:
+        raise UserError(
+            f"the exported model's logits differ from litgpt's by {difference:.1e} of the largest, so nothing was "
+            "exported; the checkpoint's model_config.yaml asks for what its class in transformers does not do"
+        )
+    return difference
+
+
+def _open(folder: Path) -> torch.nn.Module:
+    """The exported model, in float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", local_files_only=True
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise UserError(f"transformers does not open the exported model ({reason}), so nothing was exported") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise UserError(
+                f"transformers finds {kind.replace('_', ' ')} in the exported model, such as {min(info[kind])}, so "
+                "nothing was exported; the checkpoint's model_config.yaml asks for what its class does not have"
+            )
+    return model.float().eval()
+
+
+def model_card(config: Config, n_params: int, provenance: Mapping[str, Any]) -> str:
+    """What is known of a model, in a few lines for people."""
+    lines = ["---", "library_name: transformers", "---", f"# {config.name}", ""]
+    lines.append(f"{n_params:,} parameters, {config.n_layer} layers, {config.n_embd} channels.")
+    if {"teacher", "n_params", "n_params_teacher"} <= provenance.keys():
+        share = f"{provenance['n_params']:,} of its {provenance['n_params_teacher']:,} parameters"
+        lines.append(f"A sub-network of {provenance['teacher']}, cut out of it with {share} by litgpt_whittle.")
+    return "\n".join([*lines, ""])
+
+
+def _provenance(checkpoint_dir: Path) -> dict[str, Any]:
+    path = checkpoint_dir / "sub_network.yaml"
+    return (read_choice(path).get("provenance") or {}) if path.is_file() else {}

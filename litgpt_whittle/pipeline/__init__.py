@@ -1,0 +1,1 @@
+"""`litgpt whittle`: the other commands as the stages of one."""

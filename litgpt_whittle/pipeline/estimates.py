@@ -1,0 +1,183 @@
+"""What a pipeline's stages will take: tokens, floating-point operations, and time at the speed of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.distillation.head import LossModel
+from litgpt_whittle.metrics import flops
+from litgpt_whittle.pipeline.stages import Stages
+from litgpt_whittle.processes import n_devices as n_devices_of
+from litgpt_whittle.repair.walk import RepairArgs
+from litgpt_whittle.searching.selection import Rung
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
+
+BACKWARD = 2
+"""How many forward passes a backward pass costs"""
+
+REPAIR_PASSES = 3
+"""How many passes of the teacher a repair takes on its tokens, at most; see benchmarks/repair.py"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage will take, at most."""
+
+    name: str
+    tokens: int
+    forward: float
+    """FLOPs of passes without gradients"""
+    training: float = 0.0
+    """FLOPs of passes with gradients, forward and backward"""
+
+    def seconds(self, speed: Speed) -> float:
+        """At a machine's speed."""
+        return self.forward / speed.forward + self.training / speed.training
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What all devices of this machine do, in FLOPs per second."""
+
+    forward: float
+    training: float
+
+
+def costs(stages: Stages) -> list[Cost]:
+    """Every stage's cost, for students as the search could propose them.
+
+    A stage that may end sooner, such as a race or a search in little validation text, counts in full.
+    """
+    request, length = stages.request, _length(stages)
+    whole = flops(stages.teacher, SubNet.full(stages.teacher), length)
+    parts = {name: flops(stages.teacher, subnet, length) for name, subnet in stages.examples.items()}
+    found = []
+    if stages.ranks:
+        args = stages.ranked
+        n_layer_passes = stages.teacher.n_layer * args.layer_tokens
+        passes = Cost(
+            "rank", args.tokens + n_layer_passes, n_layer_passes * whole, (1 + BACKWARD) * args.tokens * whole
+        )
+        found.append(passes)
+    found.append(_search_cost(stages, whole, list(parts.values()), length))
+    n_tokens = _training_tokens(stages, length)
+    if stages.caches:
+        n_cached = stages.cached.max_tokens or n_tokens
+        found.append(Cost("cache_teacher", n_cached, n_cached * whole))
+    taught = stages.trained.distill.uses_teacher and not stages.caches
+    for name in request.bins:
+        repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
+        n_calibration = repair.tokens if repair else 0
+        found.append(Cost(f"{name}/start", n_calibration, REPAIR_PASSES * n_calibration * whole))
+        # a block whose activations are not kept runs forward twice
+        training = (1 + BACKWARD + stages.trained.activation_checkpointing) * n_tokens * parts[name]
+        found.append(Cost(f"{name}/distilled", n_tokens, n_tokens * whole * taught, training))
+        if request.has_baseline:
+            found.append(Cost(f"{name}/baseline", n_tokens, 0.0, training))
+    return found
+
+
+def _search_cost(stages: Stages, whole: int, parts: list[int], length: int) -> Cost:
+    args = stages.searched
+    n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or length)
+    tokens = args.iterations * n_each * len(parts)
+    forward = args.iterations * n_each * sum(parts)
+    training = 0.0
+    for rung in map(Rung.parse, args.selection.rungs):
+        tokens += rung.n * rung.tokens * len(parts)
+        forward += rung.n * rung.tokens * whole * len(parts)
+        training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
+    return Cost("search", tokens, forward, training)
+
+
+def _length(stages: Stages) -> int:
+    return stages.trained.train.max_seq_length or stages.teacher.block_size
+
+
+def _training_tokens(stages: Stages, length: int) -> int:
+    train = stages.trained.train
+    limits = [train.max_tokens] if train.max_tokens else []
+    if train.max_steps:
+        limits.append(train.max_steps * train.global_batch_size * length)
+    return min(limits)
+
+
+def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
+    """Runs the teacher forward, and the largest student forward and backward, for a minute at most.
+
+    Args:
+        stages: What will run.
+        budget: Seconds for it; the first pass of each is made in any case.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = stages.trained.precision or ("bf16-true" if device.type == "cuda" else "32-true")
+    length = _length(stages)
+    ids = torch.randint(stages.teacher.vocab_size, (stages.trained.train.micro_batch_size, length), device=device)
+    subnet = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
+    training = (1 + BACKWARD) * flops(stages.teacher, subnet, length) * ids.numel()
+    training /= _seconds(_training_pass(subnet, ids, precision), budget / 2, device)
+    forward = flops(stages.teacher, SubNet.full(stages.teacher), length) * ids.numel()
+    forward /= _seconds(_forward_pass(stages.request.checkpoint_dir, ids, precision), budget / 2, device)
+    # the processes of a CPU share its cores, which one of them has used already
+    n_devices = n_devices_of(stages.request.devices) if device.type == "cuda" else 1
+    return Speed(forward * n_devices, training * n_devices)
+
+
+def _training_pass(subnet: SubNet, ids: torch.Tensor, precision: str) -> Callable[[], None]:
+    autocast = torch.autocast(ids.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    with ids.device:
+        student = LossModel(student_model(subnet).to(WEIGHTS_DTYPE.get(precision, torch.float32)))
+    student.model.max_seq_length = ids.shape[1]
+
+    def run() -> None:
+        with autocast:
+            loss = student(ids, ids).loss
+        loss.backward()
+        student.zero_grad()
+
+    return run
+
+
+def _forward_pass(checkpoint_dir: Path, ids: torch.Tensor, precision: str) -> Callable[[], None]:
+    teacher = load_model(checkpoint_dir, dtype=teacher_dtype(precision), device=ids.device)
+    teacher.max_seq_length = ids.shape[1]
+    return torch.no_grad()(lambda: teacher(ids))
+
+
+def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> float:
+    """The shortest of some runs, the first of which only warms up where there is time for a second one."""
+    times: list[float] = []
+    while not times or (sum(times) + times[-1] < budget and len(times) < 6):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:
+    """The stages' costs as a table, below a row of headings."""
+    rows = [["stage", "tokens", "FLOPs", "about"]]
+    for cost in found:
+        flop = cost.forward + cost.training
+        rows.append([cost.name, f"{cost.tokens:,}", f"{flop:.2g}", duration(cost.seconds(speed))])
+    total = sum(cost.seconds(speed) for cost in found)
+    flop = sum(cost.forward + cost.training for cost in found)
+    return [*rows, ["all", f"{sum(cost.tokens for cost in found):,}", f"{flop:.2g}", duration(total)]]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,132 @@
+"""What a pipeline came to, for people: a table, a picture of the trainings, and one page with the stages' pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt_whittle.files import write_text
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.pipeline.run import COMMANDS
+from litgpt_whittle.reports.page import Section, code, page, picture, table
+from litgpt_whittle.reports.plots import BLACK, COLORS, GRAY
+from litgpt_whittle.results import Checkpoint, TrainingResult, tokens_to_reach
+from litgpt_whittle.subnet import SubNet
+
+_ABOUT = """
+Perplexities on validation text. 'As cut' is what the search measured, on as much text as it read; the others are the
+training's: before its first step, after its last one, and what the same architecture comes to that starts from random
+weights, without the teacher. The repair's tokens count.
+"""
+
+PAGE, CURVES = "report.html", "students.png"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One student."""
+
+    name: str
+    start: Checkpoint
+    distilled: TrainingResult
+    baseline: TrainingResult | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome:
+        """Reads a student's folder."""
+        baseline = TrainingResult(folder / "baseline")
+        distilled = TrainingResult(folder / "distilled")
+        return cls(folder.name, Checkpoint(folder / "start"), distilled, baseline if baseline.is_finished else None)
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Tokens, those of the repair included, and validation loss."""
+        return [(self.start.calibration_tokens + tokens, loss) for tokens, loss in self.distilled.curve]
+
+    def row(self, n_teacher: int) -> list[str]:
+        """Its line in the table."""
+        searched = self.start.origin.get("perplexity")
+        cells = [self.name, f"{self.start.n_params:,}", f"{self.start.n_params / n_teacher:.0%}"]
+        cells.append("" if searched is None else f"{searched:.2f}")
+        cells += [f"{math.exp(self.curve[0][1]):.2f}", f"{self.distilled.perplexity:.2f}", f"{self.curve[-1][0]:,}"]
+        if self.baseline is None:
+            return [*cells, "", ""]
+        reached = tokens_to_reach(self.curve, min(loss for _, loss in self.baseline.curve))
+        return [*cells, f"{self.baseline.perplexity:.2f}", "never" if reached is None else f"{reached:,}"]
+
+
+def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> list[list[str]]:
+    """Writes the page and the picture.
+
+    Args:
+        out_dir: The pipeline's folder.
+        names: Its students.
+        teacher: Their teacher.
+
+    Returns:
+        The table, below a row of headings.
+    """
+    outcomes = [Outcome.read(out_dir / name) for name in names]
+    n_teacher = n_params(teacher.config, SubNet.full(teacher.config))
+    rows = [["", "parameters", "of the teacher", "as cut", "at the start", "distilled", "tokens"]]
+    rows[0] += ["random weights", "tokens to reach that"]
+    taught = next((o.distilled.teacher_val_loss for o in outcomes if o.distilled.teacher_val_loss is not None), None)
+    rows.append(["teacher", f"{n_teacher:,}", "100%", "", "", "", "", "", ""])
+    if taught is not None:
+        rows[-1][5] = f"{math.exp(taught):.2f}"
+    rows += [outcome.row(n_teacher) for outcome in outcomes]
+    empty = [i for i in range(len(rows[0])) if i and not any(row[i] for row in rows[1:])]
+    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+    plot_students(outcomes, taught, out_dir / CURVES)
+    sections = [Section("The students", _ABOUT, table(rows) + picture(out_dir / CURVES, "The trainings"))]
+    sections += [
+        Section(title, "", picture(path, title)) for title, path in _pictures(out_dir, names) if path.is_file()
+    ]
+    commands = out_dir / COMMANDS
+    sections.append(Section("Commands", "What ran, as it can be run again.", code(commands.read_text())))
+    write_text(out_dir / PAGE, page(f"Students of {teacher.config.name}", sections))
+    return rows
+
+
+def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
+    searched = out_dir / "search"
+    found = [("What matters in the teacher", out_dir / "rank/importance.png")]
+    found += [("The search", searched / "search.png"), ("Size and score", searched / "candidates.png")]
+    for path in sorted(searched.glob("architecture*.png")):
+        found.append((f"The best sub-network {path.stem.removeprefix('architecture').removeprefix('-')}".strip(), path))
+    for name in names:
+        found.append((f"{name}: the repair", out_dir / name / "start/repair.png"))
+        found.append((f"{name}: the training", out_dir / name / "distilled/training.png"))
+    return found
+
+
+def plot_students(outcomes: Sequence[Outcome], teacher_val_loss: float | None, path: Path) -> None:
+    """Draws validation perplexity over tokens, of every student and of its baseline."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for i, outcome in enumerate(outcomes):
+        color = COLORS[i % len(COLORS)]
+        _draw(axes, outcome.curve, f"{outcome.name}, {math.exp(outcome.curve[-1][1]):.2f}", color, "-")
+        if outcome.baseline is not None:
+            curve = outcome.baseline.curve
+            label = f"{outcome.name} from random weights, {math.exp(curve[-1][1]):.2f}"
+            _draw(axes, curve, label, GRAY if len(outcomes) == 1 else color, ":")
+    if teacher_val_loss is not None:
+        value = math.exp(teacher_val_loss)
+        axes.axhline(value, color=BLACK, linestyle="--", linewidth=1, label=f"teacher, {value:.2f}")
+    axes.set(yscale="log", xlabel="tokens of calibration and training", ylabel="validation perplexity")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title("The students' trainings", loc="left")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes, curve: Sequence[tuple[int, float]], label: str, color: str, style: str) -> None:
+    tokens, losses = zip(*curve)
+    axes.plot(tokens, [math.exp(loss) for loss in losses], "o" + style, ms=3, color=color, label=label)

@@ -1,0 +1,93 @@
+"""The settings of one command within another's: read by its own parser, so that nothing has another name there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import CLI, ArgumentParser, Namespace, capture_parser, set_parsing_settings
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import to_yaml
+
+
+class Section:
+    """What one command is told.
+
+    Args:
+        name: What the settings are called, for errors.
+        command: The command's function.
+        given: Its settings, as a YAML has them; such as ``eval.max_iters``, from a command line, come after all others.
+        defaults: Settings for where it says nothing else.
+    """
+
+    def __init__(
+        self, name: str, command: Callable, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name, self.command = name, command
+        self.settings = merge(defaults or {}, {key: value for key, value in given.items() if "." not in key})
+        self.flags = [f"--{key}={_as_text(value)}" for key, value in given.items() if "." in key]
+
+    @cached_property
+    def parser(self) -> ArgumentParser:
+        """The command's own."""
+        # help texts, which nobody will read here, take longer than all else
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
+        try:
+            parser: ArgumentParser = capture_parser(lambda: CLI(self.command))
+        finally:
+            set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        parser.exit_on_error = False
+        return parser
+
+    def parse(self, **inputs: Any) -> Namespace:
+        """Every argument of the command, defaults included, as its function gets them.
+
+        Args:
+            inputs: Arguments that the settings leave out.
+
+        Raises:
+            UserError: If the command does not take the settings.
+        """
+        return self._told(lambda: self.parser.instantiate_classes(self._read(inputs)))
+
+    def dump(self, **inputs: Any) -> str:
+        """The same as a YAML."""
+        return self._told(lambda: self.parser.dump(self._read(inputs)))
+
+    def _read(self, inputs: Mapping[str, Any]) -> Namespace:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{self.name}.yaml"
+            path.write_text(to_yaml(self.settings | {name: str(value) for name, value in inputs.items()}))
+            # just as the command will read it
+            read = self.parser.parse_args([f"--config={path}", *self.flags])
+        del read["config"]
+        return read
+
+    def _told(self, read: Callable[[], Any]) -> Any:
+        UserError.last = None
+        try:
+            return read()
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+        except Exception as error:
+            told = str(UserError.inside(error) or " ".join(str(error).split())[:300])
+            raise UserError(f"the section {self.name} cannot be read: {told}") from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, of which those above count where both say something; what lies within sections is merged too."""
+    merged = {**below}
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping) and "class_path" not in value
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, Path | str | int | float) else repr(value)

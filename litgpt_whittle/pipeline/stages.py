@@ -1,0 +1,228 @@
+"""What `litgpt whittle` tells each command, and the checks that can be made before the first of them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import Namespace
+from litgpt.data import DataModule
+
+from litgpt_whittle.checkpoint import check_checkpoint, read_weights
+from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
+from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.metrics import MeasureArgs
+from litgpt_whittle.pipeline.run import Stage
+from litgpt_whittle.pipeline.sections import Section
+from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
+from litgpt_whittle.registry import lookup
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.training.memory_plan import NoPlan
+from litgpt_whittle.training.resume import describe
+
+COMMANDS = {
+    "rank": rank,
+    "search": search,
+    "extract": extract,
+    "cache_teacher": cache_teacher,
+    "distill": distill,
+}
+"""The modules of the commands that a pipeline runs, by the names of their sections"""
+
+SELECTION_CONFIG = "selection-distill.yaml"
+"""What the students of a selection are trained with, where the search does not say"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pipeline is asked for."""
+
+    checkpoint_dir: Path
+    bins: dict[str, Bin]
+    """By the names of the students' folders"""
+    out_dir: Path
+    data: DataModule | None
+    devices: int | str
+    seed: int
+    has_baseline: bool
+
+
+class Stages:
+    """The commands of a pipeline.
+
+    Args:
+        request: What is asked for.
+        rank: The section of `litgpt rank`, or whether to rank; None where the space is coarse.
+        search: The section of `litgpt search`.
+        extract: The section of `litgpt extract`.
+        cache: The section of `litgpt cache_teacher`, or whether to cache; None for several students.
+        distill: The section of `litgpt distill`.
+
+    Raises:
+        UserError: If a command would not take its section.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        rank: bool | dict[str, Any] | None,
+        search: dict[str, Any],
+        extract: dict[str, Any],
+        cache: bool | dict[str, Any] | None,
+        distill: dict[str, Any],
+    ) -> None:
+        self.request = request
+        self.teacher = check_checkpoint(request.checkpoint_dir)
+        self.distill = self._distill_section(distill)
+        self.trained = self.distill.parse()
+        self._check_trained()
+        self.search, self.searched = self._search_section(search)
+        self.ranks = self._needs_ranking() if rank is None else rank is not False
+        self.rank = self._section("rank", rank if isinstance(rank, dict) else {})
+        self.ranked = self.rank.parse(checkpoint_dir=request.checkpoint_dir)
+        if self.ranks:
+            self._search_by_importance()
+        self.extract = self._section("extract", extract, repair=True, devices=request.devices)
+        self.extracted = self.extract.parse(checkpoint_dir=request.checkpoint_dir, sub_network="best.yaml")
+        self.caches = self._can_cache() and len(request.bins) > 1 if cache is None else cache is not False
+        self.cache = self._cache_section(cache if isinstance(cache, dict) else {})
+        self.cached = self.cache.parse(checkpoint_dir=request.checkpoint_dir)
+
+    def all(self) -> list[Stage]:
+        """Every stage in its order."""
+        teacher, out_dir = self.request.checkpoint_dir, self.request.out_dir
+        stages = [self._stage(self.rank, out_dir / "rank", teacher)] if self.ranks else []
+        stages.append(self._stage(self.search, out_dir / "search", teacher))
+        if self.caches:
+            stages.append(self._stage(self.cache, out_dir / "teacher_cache", teacher))
+        for name, bin in self.request.bins.items():
+            folder = out_dir / name
+            best = out_dir / "search" / ("best.yaml" if len(self.request.bins) == 1 else f"best-{bin}.yaml")
+            stages.append(self._stage(self.extract, folder / "start", teacher, best))
+            more = {"initial_checkpoint_dir": str(folder / "start")}
+            source = {"teacher_cache": str(out_dir / "teacher_cache")} if self.caches else {}
+            stages.append(self._stage(self.distill, folder / "distilled", **more, **source))
+            if self.request.has_baseline:
+                alone = self._stage(self.distill, folder / "baseline", **more)
+                stages.append(replace(alone, flags=[*alone.flags, "--random_weights=true", "--distill.beta=0"]))
+        return stages
+
+    def files(self) -> dict[Path, str]:
+        """What must lie in the pipeline's folder beside the stages' own YAMLs."""
+        if not self.searched.selection.rungs or "config" in self.search.settings.get("selection", {}):
+            return {}
+        return {self.request.out_dir / SELECTION_CONFIG: self.distill.dump()}
+
+    @cached_property
+    def examples(self) -> dict[str, SubNet]:
+        """A sub-network of each bin, as the search could propose it.
+
+        Raises:
+            UserError: If a bin is out of reach.
+        """
+        args, tied = self.searched, is_tied(read_weights(self.request.checkpoint_dir))
+        limits = Limits()
+        if ranges := args.limit.ranges():
+            limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
+        return {
+            name: Space(self.teacher, args.space, bin, tied, args.search_space, limits=limits).sample(
+                np.random.default_rng(self.request.seed)
+            )
+            for name, bin in self.request.bins.items()
+        }
+
+    def check(self) -> str:
+        """Makes the checks of the commands to come that need no student yet.
+
+        Returns:
+            What training the largest student takes of each device's memory, as far as that can be told.
+        """
+        name = max(self.examples, key=lambda name: self.request.bins[name].hi)
+        arguments = vars(self.trained) | {"dry_run": True}
+        if self.caches:  # the cache is not there yet
+            arguments["distill"] = DistillArgs(beta=0.0)
+        said = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
+            path = Path(folder) / "sub_network.yaml"
+            self.examples[name].save(path)
+            try:
+                distill.setup(**arguments | {"sub_network": path, "out_dir": self.request.out_dir})
+            except NoPlan as error:
+                return str(error)
+        return said.getvalue().strip()
+
+    def _stage(self, section: Section, folder: Path, *inputs: Path, **more: Any) -> Stage:
+        settings = Section(section.name, section.command, more, section.settings).settings
+        return Stage(section.name, folder, settings, section.flags, inputs)
+
+    def _section(self, name: str, given: Mapping[str, Any], **defaults: Any) -> Section:
+        common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
+        return Section(name, COMMANDS[name].setup, given, common | defaults)
+
+    def _distill_section(self, given: Mapping[str, Any]) -> Section:
+        teacher = {"teacher_checkpoint_dir": str(self.request.checkpoint_dir), "devices": self.request.devices}
+        return self._section("distill", given, **teacher, eval={"initial_validation": True})
+
+    def _check_trained(self) -> None:
+        args, section = self.trained, self.distill
+        # litgpt's own default would be trillions of tokens
+        told = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
+        if not any(name.removeprefix("--train.") in ("max_tokens", "max_steps", "max_time") for name in told):
+            raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
+        for name in ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "teacher_cache", "resume"):
+            if getattr(args, name):
+                raise UserError(f"distill.{name} is what the pipeline itself provides; leave it out")
+
+    def _search_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
+        bins = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
+        section = self._section("search", given, devices=self.request.devices)
+        for name in ("bin", "resume"):
+            if name in section.settings:
+                raise UserError(f"search.{name} is what the pipeline itself provides; leave it out")
+        section.settings["bin"] = bins
+        args = section.parse(checkpoint_dir=self.request.checkpoint_dir)
+        if args.selection.rungs and args.selection.config is None:
+            section.flags.append(f"--selection.config={self.request.out_dir / SELECTION_CONFIG}")
+        return section, args
+
+    def _needs_ranking(self) -> bool:
+        """Whether a ranking is of use: where the first units are kept, those should be the most important ones."""
+        settings = self.search.settings
+        given = "importance" in settings or settings.get("order") == "given"
+        return self.searched.space.startswith("coarse") and not given
+
+    def _search_by_importance(self) -> None:
+        settings, args = self.search.settings, self.searched
+        orders = args.space.startswith("coarse") or args.search_space.layers == "best"
+        if orders:
+            settings.setdefault("order", "importance")
+        if orders or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
+            settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
+
+    def _can_cache(self) -> bool:
+        """Whether a cache has all that the students learn from."""
+        args: DistillArgs = self.trained.distill
+        return args.uses_teacher and not args.hidden.is_used and isinstance(args.temperature, int | float)
+
+    def _cache_section(self, given: Mapping[str, Any]) -> Section:
+        args = self.trained
+        seen = {"micro_batch_size": args.train.micro_batch_size, "max_seq_length": args.train.max_seq_length}
+        told = {"devices": self.request.devices, "train": seen}
+        if isinstance(args.distill.temperature, int | float):
+            told |= {"temperature": args.distill.temperature}
+        if isinstance(args.data, HFText) and args.train.max_tokens:
+            told |= {"max_tokens": args.train.max_tokens}
+        return self._section("cache_teacher", given, **told)

@@ -1,0 +1,116 @@
+"""`importance.pt`: what `litgpt rank` found out about a teacher, and the order that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.ranking.scores import Scores, UnitScores
+from litgpt_whittle.subnet import fingerprint
+
+VERSION = 1
+FILE = "importance.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The scores of a teacher, and which of them count."""
+
+    teacher: Config
+    scores: Scores
+    metric: str
+    """What orders units"""
+    layer_metric: str
+    """What orders layers"""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Plain values: the weights and the text that were looked at"""
+
+    @cached_property
+    def order(self) -> Order:
+        """The most important units first."""
+        units = self.scores.units[self.metric]
+        own = tuple({name: scores.numpy() for name, scores in layer.items()} for layer in units.layers)
+        layers = self.scores.layers[self.layer_metric]
+        return Order.by(self.teacher, units.n_embd.sum(0).numpy(), layers.numpy(), own)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell orders apart."""
+        digest = hashlib.sha256()
+        for order in (self.order.n_embd, self.order.n_layer, *(x for own in self.order.layers for x in own.values())):
+            digest.update(order.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def scores_fingerprint(self) -> str:
+        """Sixteen hex digits that tell scores apart, also those that give one order."""
+        digest = hashlib.sha256(f"{self.metric} {self.layer_metric}".encode())
+        units = self.scores.units[self.metric]
+        own = [layer[name] for layer in units.layers for name in sorted(layer)]
+        for scores in (units.n_embd, *own, *(self.scores.layers[name] for name in sorted(self.scores.layers))):
+            digest.update(scores.numpy().astype("<f8").tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Writes it beside and renames it into place."""
+        units = {
+            metric: {"n_embd": scores.n_embd, "layers": list(scores.layers)}
+            for metric, scores in self.scores.units.items()
+        }
+        content = {
+            "version": VERSION,
+            "teacher": self.teacher.name,
+            "teacher_config": fingerprint(self.teacher),
+            "metric": self.metric,
+            "layer_metric": self.layer_metric,
+            "units": units,
+            "layers": self.scores.layers,
+            "perplexity": self.scores.perplexity,
+            "provenance": self.provenance,
+        }
+        beside = path.with_name(f".{path.name}.new")
+        torch.save(content, beside)
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, teacher: Config) -> Ranking:
+        """Reads the ranking of `teacher`; `path` may be the folder that it lies in.
+
+        Raises:
+            UserError: If there is none, it is damaged, or it ranks another architecture.
+        """
+        path = path / FILE if path.is_dir() else path
+        content = _read(path)
+        if content["teacher_config"] != fingerprint(teacher):
+            raise UserError(
+                f"{str(path)!r} ranks {content['teacher']!r} ({content['teacher_config']}), not {teacher.name!r} "
+                f"({fingerprint(teacher)}); name the checkpoint that it was made for, or rank this one"
+            )
+        units = {
+            metric: UnitScores(scores["n_embd"], tuple(scores["layers"])) for metric, scores in content["units"].items()
+        }
+        scores = Scores(units, content["layers"], content["perplexity"])
+        return cls(teacher, scores, content["metric"], content["layer_metric"], content["provenance"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no {str(path)!r}; make it with 'litgpt rank'")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
+        raise UserError(f"{str(path)!r} is damaged or no file of 'litgpt rank'; make it again") from None
+    if not isinstance(content, dict) or not {"version", "metric", "units"} <= set(content):
+        raise UserError(f"{str(path)!r} is no file of 'litgpt rank'; name its {FILE}")
+    if content["version"] != VERSION:
+        raise UserError(f"{str(path)!r} has format {content['version']}, this version reads {VERSION}; rank again")
+    return content

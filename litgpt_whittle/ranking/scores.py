@@ -1,0 +1,288 @@
+"""What the units of a teacher are worth, by what they compute on calibration text, their weights and their gradients.
+
+Three measures of channels, query groups, heads within groups, neurons and experts, the higher the more important. A
+unit computes what a map to the residual stream reads from it (the outputs of heads, the neurons behind the gate), an
+expert what it adds to the stream, a channel the outputs of all norms over channels.
+
+- `activation`: the unit's L2 norm, a mean over a sequence's tokens, the root of the sum of squares over sequences:
+  (batch = L2, sequence = mean), the best of Minitron (arXiv 2407.14679, section 2.2). Channels add up over the norms.
+- `magnitude`: the L2 norm of the weights (not the biases) that only this unit has.
+- `taylor`: |gradient · activation|, the first-order change of a sequence's loss when the unit is set to zero (Molchanov
+  et al., arXiv 1611.06440), summed over its tokens before and averaged over sequences after taking the absolute value.
+  Channels add up over the norms. In nats per token.
+
+Two measures of layers:
+
+- `block_influence`: one minus the cosine between a token's stream before and behind the layer, a mean over tokens
+  (ShortGPT, arXiv 2403.03853).
+- `perplexity`: the teacher's perplexity without the layer.
+
+litgpt's own modules are watched while they run; which tensor belongs to whom is read off the plan's rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from litgpt.config import Config
+from litgpt.model import GPT, LLaMAMoE
+from torch import nn
+from tqdm import tqdm
+
+from litgpt_whittle.batches import Batch
+from litgpt_whittle.blocks import routing
+from litgpt_whittle.distillation.head import head_loss, hidden_states
+from litgpt_whittle.distillation.losses import IGNORE_INDEX, wide
+from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.index_plan import axes_of, units_of
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.supergpt import SuperGPT
+
+METRICS = ("activation", "magnitude", "taylor")
+LAYER_METRICS = ("block_influence", "perplexity")
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScores:
+    """What every unit is worth by one measure, float64 on the CPU."""
+
+    n_embd: torch.Tensor
+    """Channels, in every layer and at last outside of the layers, shape (n_layer + 1, n_embd); their sum counts"""
+    layers: tuple[dict[str, torch.Tensor], ...]
+    """Every layer's own units, by the names of a `SubNet`'s fields, each of shape (n_units,)"""
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(x.isfinite().all()) for x in (self.n_embd, *(x for own in self.layers for x in own.values())))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What units and layers are worth, by the names of the measures."""
+
+    units: dict[str, UnitScores]
+    layers: dict[str, torch.Tensor]
+    """Each of shape (n_layer,)"""
+    perplexity: float | None
+    """Of the whole teacher, where its layers' was measured"""
+
+
+def measure(
+    model: SuperGPT,
+    windows: torch.Tensor,
+    n_layer_windows: int,
+    micro_batch_size: int = 4,
+    autocast: Autocast = nullcontext,
+    progress: bool = True,
+) -> Scores:
+    """Scores a teacher's units in one pass over text, forward and backward, and its layers in one more pass for each.
+
+    Args:
+        model: The teacher, whose weights lose their gradients.
+        windows: Token ids, shape (N, T), with T at least 2.
+        n_layer_windows: How many of them measure the perplexity without a layer; 0 leaves that measure out.
+        micro_batch_size: Windows per batch. With experts they come one at a time: a routed token's sequence is unknown.
+        autocast: Gives the context to compute in, as `Fabric.autocast` does.
+        progress: Show a bar.
+    """
+    model.requires_grad_(False)
+    watch = _Watch(model, windows.shape[1])
+    has_experts = any(isinstance(block.mlp, LLaMAMoE) for block in model.transformer.h)
+    for ids in tqdm(windows.split(1 if has_experts else micro_batch_size), "units", disable=not progress):
+        watch.run(ids.to(model.lm_head.weight.device), autocast)
+    units = {
+        "activation": watch.scores(watch.activation, torch.sqrt),
+        "magnitude": magnitudes(model),
+        "taylor": watch.scores(watch.taylor, lambda total: total / len(windows)),
+    }
+    layers, perplexity = {"block_influence": watch.influence / windows.numel()}, None
+    if n_layer_windows:
+        batches = [Batch(ids[:, :-1], ids[:, 1:]) for ids in windows[:n_layer_windows].split(micro_batch_size)]
+        score = Perplexity(model, batches, autocast)
+        perplexity = score(SubNet.full(model.config))["perplexity"]
+        layers["perplexity"] = perplexities_without(model.config, score, progress)
+    return Scores(units, layers, perplexity)
+
+
+def perplexities_without(teacher: Config, score: Perplexity, progress: bool = True) -> torch.Tensor:
+    """The perplexity of the teacher without each of its layers, shape (n_layer,); infinite for the only one."""
+    n_layer = teacher.n_layer
+    found = torch.full((n_layer,), torch.inf, dtype=torch.float64)
+    for layer in tqdm(range(n_layer if n_layer > 1 else 0), "layers", disable=not progress):
+        others = Keep([other for other in range(n_layer) if other != layer])
+        found[layer] = score(SubNet(teacher, n_layer=others))["perplexity"]
+    return found
+
+
+@torch.no_grad()
+def magnitudes(model: GPT) -> UnitScores:
+    """The L2 norm of the weights that only this unit has; tied weights count once."""
+    config = model.config
+    channels = torch.zeros(config.n_layer + 1, config.n_embd, dtype=torch.float64)
+    units = [units_of(config, layer) for layer in range(config.n_layer)]
+    layers = [
+        {name: torch.zeros(size, dtype=torch.float64) for name, size in layer_sizes(config, layer).items()}
+        for layer in range(config.n_layer)
+    ]
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            continue
+        inside = re.match(r"transformer\.h\.(\d+)\.(.+)", name)
+        layer, module = (int(inside[1]), inside[2]) if inside else (config.n_layer, name)
+        module, squares = module.rpartition(".")[0], wide(weight).square()
+        for dim, axis in enumerate(axes_of(module)):
+            sums = squares.sum(1 - dim).double().cpu()
+            if axis == "n_embd":
+                channels[layer] += sums
+            for kind, own in units[layer].items() if inside else ():
+                if axis in own:
+                    layers[layer][kind] += sums[own[axis]].sum(-1)
+        if module.startswith("mlp.experts."):
+            layers[layer]["n_expert"][int(module.split(".")[2])] += float(squares.sum())
+    return UnitScores(channels.sqrt(), tuple({name: total.sqrt() for name, total in own.items()} for own in layers))
+
+
+Place = tuple[int, str]
+"""What is scored: a layer and its kind of units, or a norm over channels (`n_layer` for the last one)"""
+
+
+class _Watch:
+    """Watches a model while it runs on batches of sequences, and adds up what its units do."""
+
+    def __init__(self, model: GPT, n_tokens: int) -> None:
+        self.model, self.n_tokens, self.n_layer = model, n_tokens, model.config.n_layer
+        self.activation, self.taylor = _Sums(power=2), _Sums(power=1)
+        self.influence = torch.zeros(self.n_layer, dtype=torch.float64)
+        self.units = [units_of(model.config, layer) for layer in range(self.n_layer)]
+        self.moe_inputs: dict[int, torch.Tensor] = {}
+
+    def run(self, ids: torch.Tensor, autocast: Autocast) -> None:
+        """Adds the sequences `ids`, shape (B, T)."""
+        self.n_sequences = len(ids)
+        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+        with self._watching(), torch.enable_grad():
+            with autocast():
+                head_input = hidden_states(self.model, ids)
+                loss = head_loss(head_input, targets, softcap=self.model.config.final_logit_softcapping).loss
+            # every token's loss counts 1 for now, since small gradients would underflow in fp16
+            (loss * (targets != IGNORE_INDEX).sum()).backward()
+        with torch.no_grad(), autocast():
+            for layer, x in self.moe_inputs.items():
+                size = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+                given = routing(self.model.transformer.h[layer].mlp, x, times=size)
+                self.activation.add((layer, "n_expert"), self._per_sequence(wide(given)) / self.n_tokens)
+        self.moe_inputs.clear()
+        self.activation.close()
+        self.taylor.close()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        handles = [self.model.transformer.wte.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
+        handles += [self._watch_output(self.model.transformer.ln_f, (self.n_layer, "ln_f"))]
+        for layer, block in enumerate(self.model.transformer.h):
+            handles += [block.register_forward_hook(partial(self._note_block, layer))]
+            for name, module in block.named_modules():
+                handles += self._watch(layer, name, module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, layer: int, name: str, module: nn.Module) -> list:
+        """Watches a module of a block if units can be seen there."""
+        if isinstance(module, LLaMAMoE):
+            note_input = lambda _, inputs: self.moe_inputs.update({layer: inputs[0].detach()})
+            handles = [module.register_forward_pre_hook(note_input)]
+            for j, expert in enumerate(module.experts):
+                handles.append(expert.register_forward_hook(partial(self._note_expert, layer, j)))
+            return handles
+        if isinstance(module, nn.Identity) or next(module.children(), None) is not None:
+            return []
+        axes = axes_of(name)
+        if axes == ("n_embd",):
+            return [self._watch_output(module, (layer, name))]
+        if axes[0] != "n_embd":
+            return []
+        own = {(layer, kind): units[axes[1]] for kind, units in self.units[layer].items() if axes[1] in units}
+        return [module.register_forward_pre_hook(lambda _, inputs: self._note(inputs[0], own))]
+
+    def _watch_output(self, norm: nn.Module, place: Place):
+        channels = np.arange(self.model.config.n_embd)[:, None]
+        return norm.register_forward_hook(lambda _, inputs, output: self._note(output, {place: channels}))
+
+    def _note(self, x: torch.Tensor, own: dict[Place, np.ndarray]) -> None:
+        """Takes what units compute, (…, n), of which each has its own indices, shape (n_units, size)."""
+        seen = x.detach()  # a hook that held x itself would keep it from being freed
+        for place, indices in own.items():
+            size = torch.linalg.vector_norm(_by_unit(wide(seen), indices), dim=-1)
+            self.activation.add(place, self._per_sequence(size) / self.n_tokens)
+        x.register_hook(lambda gradient: self._note_gradient(wide(gradient) * wide(seen), own))
+
+    def _note_gradient(self, product: torch.Tensor, own: dict[Place, np.ndarray]) -> None:
+        for place, indices in own.items():
+            change = self._per_sequence(_by_unit(product, indices).sum(-1))
+            self.taylor.add(place, change / (self.n_tokens - 1))
+
+    def _note_expert(self, layer: int, j: int, expert: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen = output.detach()
+
+        def note(gradient: torch.Tensor) -> None:
+            changes = torch.zeros(1, self.model.config.n_expert, dtype=torch.float64)
+            changes[0, j] = float((wide(gradient) * wide(seen)).sum()) / (self.n_tokens - 1)
+            self.taylor.add((layer, "n_expert"), changes)
+
+        output.register_hook(note)
+
+    def _note_block(self, layer: int, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        cosine = F.cosine_similarity(wide(inputs[0].detach()), wide(output.detach()), dim=-1)  # (B, T)
+        self.influence[layer] += float((1 - cosine).sum())
+
+    def _per_sequence(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over tokens: (…, n_units), a sequence's tokens in a row, to (B, n_units)."""
+        rows = values.flatten(0, -2)
+        return rows.view(self.n_sequences, len(rows) // self.n_sequences, rows.shape[-1]).sum(1)
+
+    def scores(self, sums: _Sums, of: Callable[[torch.Tensor], torch.Tensor]) -> UnitScores:
+        """What the sums say, each through the function `of`."""
+        channels = torch.zeros(self.n_layer + 1, self.model.config.n_embd, dtype=torch.float64)
+        for (layer, name), total in sums.total.items():
+            if layer == self.n_layer or name not in self.units[layer]:
+                channels[layer] += of(total)
+        layers = ({kind: of(sums.total[i, kind]) for kind in units} for i, units in enumerate(self.units))
+        return UnitScores(channels, tuple(layers))
+
+
+def _by_unit(x: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+    """What each unit has: (…, n) to (…, n_units, size)."""
+    return x.unsqueeze(-1) if indices.shape[1] == 1 else x[..., torch.from_numpy(indices).to(x.device)]
+
+
+class _Sums:
+    """Sums over sequences of a power of what each of them gives in total."""
+
+    def __init__(self, power: int) -> None:
+        self.power = power
+        self.total: dict[Place, torch.Tensor] = {}
+        self._open: dict[Place, torch.Tensor] = {}
+
+    def add(self, place: Place, values: torch.Tensor) -> None:
+        """Adds something to the sequences of this batch, shape (B, n_units)."""
+        self._open[place] = self._open[place] + values if place in self._open else values
+
+    def close(self) -> None:
+        """Ends the batch."""
+        for place, values in self._open.items():
+            power = values.cpu().double().abs().pow(self.power).sum(0)
+            self.total[place] = self.total[place] + power if place in self.total else power
+        self._open.clear()

@@ -1,0 +1,256 @@
+"""Fits the maps of one block of a student in the order in which they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from litgpt.model import Block
+from torch import nn
+
+from litgpt_whittle.blocks import input_of, routing, run_block
+from litgpt_whittle.calibration import Batch, Calibration
+from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.least_squares import Fit, Moments, fit
+from litgpt_whittle.processes import add_up
+from litgpt_whittle.repair.basis import Basis, norm_weight, set_norm_weight
+from litgpt_whittle.repair.cut import linear_names
+from litgpt_whittle.repair.readers import fit_readers
+from litgpt_whittle.scratch import Stream
+
+Pair = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+"""Gives the inputs and the outputs that are wanted of a linear map, on a batch"""
+
+
+@dataclass
+class Streams:
+    """Both models' residual streams around a block, in its calibration's batches."""
+
+    teacher: Stream
+    """The teacher's before the block"""
+    student: Stream
+    """The student's before the block"""
+    middle: Stream | None
+    """The teacher's before the block's MLP; None where attention and MLP read the same stream"""
+    ahead: Stream
+    """The teacher's behind the block, and behind the dropped ones that follow it"""
+
+
+class BlockRepair:
+    """Fits the maps of a student's block.
+
+    Args:
+        block: The student's block, fitted in place.
+        takes: What it takes of the teacher's.
+        teacher: The teacher's block.
+        args: What the student's block is called with besides the stream.
+        streams: Both models' streams.
+        basis: What the student's channels carry.
+        calibration: The tokens.
+        ridges: The ridges to choose from.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        takes: Plan,
+        teacher: Block,
+        args: tuple,
+        streams: Streams,
+        basis: Basis,
+        calibration: Calibration,
+        ridges: tuple[float, ...],
+    ) -> None:
+        self.block, self.takes, self.teacher, self.args = block, takes, teacher, args
+        self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
+        self.is_parallel = streams.middle is None
+        self.left_as_cut = linear_names(takes, "inner")
+
+    def fit(self) -> None:
+        """Fits all maps."""
+        block, teacher = self.block, self.teacher
+        self._read("attn", teacher.norm_1, block.norm_1)
+        if self.is_parallel:
+            shared = block.config.shared_attention_norm
+            self._read("mlp", *((teacher.norm_1, block.norm_1) if shared else (teacher.norm_2, block.norm_2)))
+            self._write("attn", "mlp")
+        else:
+            self._write("attn")
+            self._read("mlp", teacher.norm_2, block.norm_2)
+            self._write_experts() if hasattr(block.mlp, "experts") else self._write("mlp")
+
+    def error(self) -> float:
+        """The relative squared error of the student's stream behind this block, on held-out tokens."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
+        for batch in filter(self.calibration.is_held_out, self.calibration.batches):
+            target = self._goal(batch)
+            off = self.block(self._student(batch), *self.args) - target
+            sums += torch.stack([off.double().square().sum(), target.double().square().sum()])
+        off, total = add_up(sums).tolist()
+        return off / max(total, 1e-30)
+
+    def refine(self, n_steps: int, lr: float) -> bool:
+        """Trains the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
+
+        Every process takes the same steps.
+
+        Returns:
+            Whether it was better.
+        """
+        start = {name: tensor.clone() for name, tensor in self.block.state_dict().items()}
+        before = self.error()
+        batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
+        optimizer = torch.optim.Adam(self.block.parameters(), lr=lr, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+        order = torch.Generator().manual_seed(0)
+        self.block.requires_grad_(True)
+        with torch.enable_grad():
+            for _ in range(n_steps):
+                batch = batches[int(torch.randint(len(batches), (), generator=order))]
+                target = self._goal(batch)
+                loss = (self.block(self._student(batch), *self.args) - target).square().mean() / target.var()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self.block.requires_grad_(False)
+        is_better = self.error() < before
+        if not is_better:
+            self.block.load_state_dict(start)
+        return is_better
+
+    # maps that read the stream ----------------------------------------------------------------------------------------
+
+    def _read(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> None:
+        """Fits all maps of `attn` or `mlp` that read the stream.
+
+        Experts share one regression too, which gives each of them more tokens than are routed to it.
+        """
+        inside = part == "mlp" and not self.is_parallel
+
+        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
+            ours = self._run(batch, ["norm_2"])["norm_2"] if inside else self._student(batch)
+            return student_norm(ours), teacher_norm(theirs)
+
+        n_out, n_in = self.basis.matrix.shape[1], self.basis.matrix.shape[0]
+        moments = self.calibration.moments(n_in, n_out, pair)
+        anchor = self.basis.reconstruction(teacher_norm, moments[0])
+
+        def find(intercept: bool, metric: torch.Tensor) -> Fit:
+            return fit(*moments, anchor, intercept, metric, self.ridges)
+
+        fit_readers(self.block, self.takes, self.teacher, part, find)
+
+    # maps that write to the stream ------------------------------------------------------------------------------------
+
+    def _write(self, *parts: str) -> None:
+        """Fits the maps through which `attn`, `mlp` or both together write to the stream."""
+        names = [f"{part}.proj" for part in parts]
+        modules = [self.block.get_submodule(name) for name in names]
+        inside = parts == ("mlp",)
+
+        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            seen = self._run(batch, names + ["norm_2"] * inside)
+            start = seen["norm_2"] if inside else self._student(batch)
+            goal = self._goal(batch, self.streams.middle if parts == ("attn",) else self.streams.ahead)
+            return torch.cat([seen[name] for name in names], -1), goal - start
+
+        sizes = [module.in_features for module in modules]
+        moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], pair)
+        anchor, last = torch.cat([module.weight for module in modules], 1), modules[-1]
+        found = fit(*moments, anchor, last.bias is not None, ridges=self.ridges)
+        for module, weight in zip(modules, found.weight.split(sizes, 1)):
+            module.weight.copy_(weight)
+            if module.bias is not None:
+                module.bias.copy_(found.bias if module is last else torch.zeros_like(found.bias))
+        for i, part in enumerate(parts):
+            norm = getattr(self.block, f"post_{'attention' if part == 'attn' else part}_norm")
+            if norm_weight(norm) is not None:
+                self._refit_post_norm(norm, modules[i], slice(sum(sizes[:i]), sum(sizes[: i + 1])), pair)
+
+    def _refit_post_norm(self, norm: nn.Module, module: nn.Module, columns: slice, pair: Pair) -> None:
+        """The weight of a norm behind a writing map that reads these columns: the best one per channel."""
+        sums = torch.zeros(2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
+        for batch in self.calibration.batches:
+            z, y = pair(batch)
+            normed = norm(module(z[..., columns]))
+            sums += torch.stack([normed * y, normed.square()]).flatten(1, -2).sum(1)
+        products, squares = add_up(sums)
+        set_norm_weight(norm, norm_weight(norm) * (products / squares.clamp_min(1e-30)).to(torch.float32))
+
+    def _write_experts(self) -> None:
+        """Fits what experts write, and then what shared experts do.
+
+        Each expert, on the tokens that are routed to it, is fitted to the teacher's same expert on the teacher's
+        stream, plus its share of what all that leaves of the way to the teacher's stream. Shared experts, which see
+        all tokens, are fitted to what is then still left.
+        """
+        mlp, theirs = self.block.mlp, self.teacher.mlp
+        if len(mlp.experts) > self.basis.matrix.shape[0]:  # then `routing` cannot tell them apart
+            self.left_as_cut += [name for name in linear_names(self.takes, "writing") if name.startswith("mlp")]
+            return
+        of = [self.takes[f"mlp.experts.{j}.proj.weight"].name.split(".")[2] for j in range(len(mlp.experts))]
+        experts = [theirs.experts[int(j)] for j in of]
+        project, shared = self.basis.project, getattr(theirs, "shared_experts", None)
+        size, width = self.basis.matrix.shape[0], mlp.experts[0].proj.in_features
+        device = self.calibration.device
+        sums = [[Moments(width, size, device) for _ in range(2)] for _ in experts]
+        for batch in self.calibration.batches:
+            start, x = self._before_mlp(batch)
+            theirs_x = self.teacher.norm_2(self._on_device(self.streams.middle, batch)).flatten(0, -2)
+            parts = routing(mlp, x)  # (B · T, n_expert)
+            flat, left = x.flatten(0, -2), (self._goal(batch) - start).flatten(0, -2)
+            answers = [project(expert(theirs_x[parts[:, j] > 0])) for j, expert in enumerate(experts)]
+            for j, answer in enumerate(answers):
+                left[parts[:, j] > 0] -= parts[parts[:, j] > 0, j, None] * answer
+            if shared is not None:
+                left = left - project(shared(theirs_x))
+            left = left / parts.sum(1, keepdim=True).clamp_min(1e-6)
+            for j, (ours, answer) in enumerate(zip(mlp.experts, answers)):
+                rows = parts[:, j] > 0
+                if rows.any():
+                    part, y = parts[rows, j, None], answer + left[rows]
+                    if ours.proj.bias is not None:
+                        y = y - ours.proj.bias
+                    z = input_of(ours.proj, ours, flat[rows])
+                    sums[j][self.calibration.is_held_out(batch)].add(part * z, part * y)
+        for ours, pair in zip(mlp.experts, sums):
+            fitted, held_out = (moments.over_processes() for moments in pair)
+            if fitted.n >= width and held_out.n:
+                ours.proj.weight.copy_(fit(fitted, held_out, ours.proj.weight, False, ridges=self.ridges).weight)
+        if shared is not None:
+            self._write_shared_experts(mlp.shared_experts)
+
+    def _write_shared_experts(self, shared: nn.Module) -> None:
+        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            start, x = self._before_mlp(batch)
+            return input_of(shared.proj, shared, x), self._goal(batch) - start - (self.block.mlp(x) - shared(x))
+
+        moments = self.calibration.moments(shared.proj.in_features, self.basis.matrix.shape[0], pair)
+        intercept = shared.proj.bias is not None
+        found = fit(*moments, shared.proj.weight, intercept, ridges=self.ridges)
+        shared.proj.weight.copy_(found.weight)
+        if intercept:
+            shared.proj.bias.copy_(found.bias)
+
+    def _before_mlp(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's stream before its MLP, and normalised."""
+        start = self._run(batch, ["norm_2"])["norm_2"]
+        return start, self.block.norm_2(start)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch, wanted: list[str]) -> dict[str, torch.Tensor]:
+        return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
+
+    def _student(self, batch: Batch) -> torch.Tensor:
+        return self._on_device(self.streams.student, batch)
+
+    def _goal(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+        """The teacher's stream, by default behind the block, in the student's basis."""
+        return self.basis.project(self._on_device(self.streams.ahead if stream is None else stream, batch))
+
+    def _on_device(self, stream: Stream, batch: Batch) -> torch.Tensor:
+        return stream[batch].to(self.calibration.device)

@@ -1,0 +1,89 @@
+"""A student as it is cut, in its own basis: where every repair begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from litgpt.config import Config
+from litgpt.model import Block
+
+from litgpt_whittle.blocks import load_block
+from litgpt_whittle.index_plan import Plan, axes_of, layer_plan
+from litgpt_whittle.repair.basis import Basis
+from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.supergpt import Weights
+
+
+def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Basis, tied: bool) -> Weights:
+    """What lies outside of a student's blocks.
+
+    Args:
+        teacher: The teacher's config.
+        weights: The teacher's weights; those of its blocks are not looked at.
+        basis: The student's channels.
+        tied: Whether the LM head is the embedding.
+    """
+    n_student, n_teacher = basis.matrix.shape
+    embedding = basis.project(weights["transformer.wte.weight"])
+    if teacher.scale_embeddings:  # litgpt multiplies by the square root of each model's own width
+        embedding = embedding * math.sqrt(n_teacher / n_student)
+    cut = {"transformer.wte.weight": embedding.contiguous()}
+    for name, tensor in weights.items():
+        if name.startswith("transformer.ln_f.") or name == "lm_head.weight":
+            cut[name] = basis.project(tensor).contiguous()
+        elif name == "lm_head.bias":
+            cut[name] = tensor.clone()
+    if tied:
+        cut["lm_head.weight"] = cut["transformer.wte.weight"]
+    return cut
+
+
+def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher: Block) -> tuple[Block, Plan]:
+    """A student's block, and what it takes of the teacher's block."""
+    takes = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
+    tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in takes.items()}
+    block = load_block(subnet.layer_config(index), index, weights)
+    if not basis.is_coordinates:
+        for name in ("norm_1", "norm_2", "post_attention_norm", "post_mlp_norm"):
+            if getattr(teacher, name, None) is not None:
+                basis.turn_norm(getattr(teacher, name), getattr(block, name))
+        for name in linear_names(takes, "writing"):
+            take, module = takes[f"{name}.weight"], block.get_submodule(name)
+            wide = teacher.get_submodule(take.name.removesuffix(".weight"))
+            module.weight.copy_(basis.matrix @ wide.weight[:, on(take.index[1], wide.weight)].float())
+            if module.bias is not None:
+                module.bias.copy_(basis.matrix @ wide.bias.float())
+    return block, takes
+
+
+def linear_names(takes: Plan, kind: str) -> list[str]:
+    """The linear maps of a block.
+
+    Args:
+        takes: The block's plan.
+        kind: "reading" for those that read the stream, "writing" for those that write to it, "inner" for the rest.
+    """
+    names = []
+    for name, take in takes.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and len(take.index) == 2:
+            out, inn = axes_of(module)
+            if kind == ("reading" if inn == "n_embd" else "writing" if out == "n_embd" else "inner"):
+                names.append(module)
+    return names
+
+
+def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The teacher's weight and bias in the place of a linear map of the student, at the kept outputs."""
+    take = takes[f"{name}.weight"]
+    wide = teacher.get_submodule(take.name.removesuffix(".weight"))
+    rows, bias = on(take.index[0], wide.weight), getattr(wide, "bias", None)
+    return wide.weight[rows], None if bias is None else bias[rows]
+
+
+def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
+    """An index where a tensor is."""
+    return index if isinstance(index, slice) else index.to(like.device)

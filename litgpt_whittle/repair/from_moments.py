@@ -1,0 +1,273 @@
+"""Repairs a cut from the teacher's moments alone: collected once, they give any candidate for the cost of solves.
+
+`litgpt_whittle.repair` runs the student to see what its maps really read. Here each map is fitted as if all before it
+were the teacher's own, so that no token has to pass through the candidate. What comes out is a little worse, and tells
+what a repair will make of a candidate, which its plain cut does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from litgpt.model import GPT, Block
+from torch import nn
+
+from litgpt_whittle.blocks import stopping_at
+from litgpt_whittle.index_plan import Plan, layer_plan
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.least_squares import Fit, Moments, no_outputs, solve
+from litgpt_whittle.repair.basis import Basis, Worth, is_centring, norm_weight, readers, set_norm_weight, standardised
+from litgpt_whittle.repair.cut import cut_block, cut_outside, linear_names, on
+from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
+from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
+from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
+
+RIDGE = 1e-4
+"""Relative strength of the ridge, which a repair would choose for each map"""
+
+
+class QuickRepair:
+    """Makes repaired students of a teacher.
+
+    Args:
+        teacher: The teacher.
+        windows: Calibration tokens, shape (N, T).
+        micro_batch_size: Windows per forward pass.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: SuperGPT, windows: torch.Tensor, micro_batch_size: int = 8) -> None:
+        self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
+        self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
+        self.final = Moments(self.config.n_embd, 0, self.device)
+        handle = teacher.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: self._add(self.final, inputs[0]))
+        for ids in windows.split(micro_batch_size):
+            with stopping_at(teacher.transformer.ln_f):  # the logits would take memory for nothing
+                teacher(ids.to(self.device))
+        for watching in [handle, *(handle for layer in self.layers for handle in layer.handles)]:
+            watching.remove()
+        self._form = self._worth().form
+        self._bases: dict[Keep, Basis] = {}
+
+    def _add(self, moments: Moments, stream: torch.Tensor) -> None:
+        """Adds the stream as a norm without weights would leave it."""
+        moments.add(standardised(stream.float(), self.config), no_outputs(stream))
+
+    def _worth(self) -> Worth:
+        worth = Worth()
+        for layer, block in zip(self.layers, self.teacher.transformer.h):
+            mlp_norm = block.norm_1 if self.config.shared_attention_norm else block.norm_2
+            worth.add(layer.before_attn, block.norm_1, readers(block, "attn"))
+            worth.add(layer.before_mlp, mlp_norm, readers(block, "mlp"))
+        head = self.teacher.lm_head.weight.float()
+        worth.add(self.final, self.teacher.transformer.ln_f, [head - head.mean(0)], times=len(self.layers))
+        return worth
+
+    @torch.no_grad()
+    def student(self, subnet: SubNet) -> GPT:
+        """A repaired student, in principal directions where channels are cut, with units of the repair's choice."""
+        basis = self._basis(subnet.n_embd)
+        blocks = []
+        for i, layer in enumerate(subnet.layers):
+            theirs, moments = self.teacher.transformer.h[layer], self.layers[layer]
+            block, takes = cut_block(subnet, i, moments.choose(subnet, i), basis, theirs)
+            moments.fit(block, takes, basis)
+            blocks.append(block)
+        weights = {name: w for name, w in self.teacher.state_dict().items() if not name.startswith("transformer.h.")}
+        with torch.device("meta"):
+            shell = BlocksGPT(subnet.config, [])
+        shell.load_state_dict(cut_outside(self.config, weights, basis, self.teacher.tied), assign=True)
+        shell.transformer["h"] = nn.ModuleList(blocks)
+        shell.max_seq_length = self.teacher.max_seq_length
+        shell.cos, shell.sin = shell.rope_cache(device=self.device)
+        self._fit_head(shell, basis)
+        return shell.eval().requires_grad_(False)
+
+    def _basis(self, n_embd: Keep) -> Basis:
+        if n_embd not in self._bases:
+            if len(n_embd) == self.config.n_embd:
+                basis = Basis.coordinates(torch.from_numpy(n_embd.indices).to(self.device), self.config.n_embd)
+            else:
+                basis = Basis.principal(self._form, len(n_embd), is_centring(self.config))
+            self._bases[n_embd] = basis
+        return self._bases[n_embd]
+
+    def _fit_head(self, student: GPT, basis: Basis) -> None:
+        theirs, ours = self.teacher.transformer.ln_f, student.transformer.ln_f
+        if not basis.is_coordinates:
+            basis.turn_norm(theirs, ours)
+        moments = normalised(self.final, basis, theirs, ours)
+        if self.teacher.tied:
+            fit_tied_norm(ours, student.lm_head.weight, self.teacher.lm_head.weight, moments)
+            student.lm_head.weight = student.transformer.wte.weight
+        else:
+            anchor = basis.reconstruction(theirs, moments)
+            fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, RIDGE, b))
+
+
+class _LayerMoments:
+    """What one block of the teacher reads, and what its writing maps do."""
+
+    def __init__(self, repair: QuickRepair, layer: int, block: Block) -> None:
+        self.config, self.layer, self.block, self.device = repair.config, layer, block, repair.device
+        self.full = SubNet.full(self.config).layer(layer)
+        full_plan = layer_plan(
+            self.config, layer, Keep(self.config.n_embd), SubNet.full(self.config).head_cut.dims, self.full
+        )
+        parallel = self.config.parallel_residual
+        self.before_attn = Moments(self.config.n_embd, 0, self.device)
+        self.before_mlp = self.before_attn if parallel else Moments(self.config.n_embd, 0, self.device)
+        writing = linear_names(full_plan, "writing")
+        # in a parallel block attention and MLP write together
+        self.sites = [tuple(writing)] if parallel and len(writing) == 2 else [(name,) for name in writing]
+        self.handles = [block.register_forward_pre_hook(lambda _, x: repair._add(self.before_attn, x[0]))]
+        if not parallel:
+            self.handles.append(block.norm_2.register_forward_pre_hook(lambda _, x: repair._add(self.before_mlp, x[0])))
+        self.moments: dict[tuple[str, ...], Moments] = {}
+        for names in self.sites:
+            self._watch(names)
+        self._orders: Orders = {}
+
+    def _watch(self, names: tuple[str, ...]) -> None:
+        modules = [self.block.get_submodule(name) for name in names]
+        post_norm = self.post_norm(self.block, names)
+        size = sum(module.in_features for module in modules)
+        moments = self.moments[names] = Moments(size, 0 if post_norm is None else self.config.n_embd, self.device)
+        seen: list[torch.Tensor] = []
+
+        def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
+            moments.add(z, no_outputs(z) if post_norm is None else output.flatten(0, -2).float())
+            seen.clear()
+
+        self.handles += [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
+        # the MLP computes last
+        self.handles.append((modules[-1] if post_norm is None else post_norm).register_forward_hook(add))
+
+    @staticmethod
+    def post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:
+        """The norm behind a writing map; None where there is none or it has no weight."""
+        if len(names) > 1 or names[0].startswith("mlp.") and names[0] != "mlp.proj":
+            return None
+        norm = getattr(block, "post_attention_norm" if names[0].startswith("attn") else "post_mlp_norm")
+        return None if norm_weight(norm) is None else norm
+
+    def choose(self, subnet: SubNet, index: int) -> LayerKeep:
+        """As many units as a candidate keeps of this layer, but those that the others can least make up for."""
+        covariances = {}
+        for name in maps_to_choose_for(subnet, index):
+            names = next(names for names in self.moments if name in names)
+            columns = self._columns(names)[name]
+            intercept = self.block.get_submodule(name).bias is not None
+            covariances[name] = self.moments[names].covariances(intercept)[0][columns, columns]
+        return choose_units(subnet, index, self.block, covariances, orders=self._orders)
+
+    def fit(self, block: Block, takes: Plan, basis: Basis) -> None:
+        """Fits all maps of a student's block that read the stream or write to it, in place."""
+        self._read("attn", self.before_attn, (self.block.norm_1, block.norm_1), block, takes, basis)
+        mlp_norms = [b.norm_1 if self.config.shared_attention_norm else b.norm_2 for b in (self.block, block)]
+        self._read("mlp", self.before_mlp, mlp_norms, block, takes, basis)
+        for names in self.moments:
+            self._write(names, block, takes, basis)
+
+    def _read(
+        self, part: str, stream: Moments, norms: Sequence[nn.Module], block: Block, takes: Plan, basis: Basis
+    ) -> None:
+        moments = normalised(stream, basis, *norms)
+        anchor = basis.reconstruction(norms[0], moments)
+        fit_readers(block, takes, self.block, part, lambda b, _: solve(moments, anchor, RIDGE, b))
+
+    def _columns(self, names: tuple[str, ...]) -> dict[str, slice]:
+        """Where each of the maps that write together has its inputs."""
+        ends = np.cumsum([0, *(self.block.get_submodule(name).in_features for name in names)])
+        return {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
+
+    def _write(self, names: tuple[str, ...], block: Block, takes: Plan, basis: Basis) -> None:
+        ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in takes.items()}
+        if names[0] not in ours:  # an expert that is not kept
+            return
+        students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
+        theirs = [self.block.get_submodule(name) for name in names]
+        # in coordinates a norm behind the map is the teacher's own, whose input is linear; in directions it is not
+        post_norm = None if basis.is_coordinates else self.post_norm(self.block, names)
+        kept = []
+        for name, columns in self._columns(names).items():
+            index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
+            kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
+        weight = None if post_norm is not None else torch.cat([module.weight for module in theirs], 1)
+        bias = sum(module.bias for module in theirs) if theirs[0].bias is not None else None
+        wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
+        anchor = torch.cat([module.weight for module in students], 1)
+        found = solve(wanted, anchor, RIDGE, bias is not None)
+        if post_norm is not None:
+            found = self._through_norm(found, wanted, self.post_norm(block, names))
+        for module, part in zip(students, found.weight.split([module.in_features for module in students], 1)):
+            module.weight.copy_(part)
+            if module.bias is not None:
+                module.bias.copy_(found.bias if module is students[-1] else torch.zeros_like(found.bias))
+
+    def _through_norm(self, found: Fit, moments: Moments, norm: nn.Module) -> Fit:
+        """Lets a norm behind the map give each channel its size, so that the norm's own input has all of one size."""
+        size = ((found.weight @ (moments.zz / moments.n)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
+        set_norm_weight(norm, size.float())
+        return Fit(found.weight / size[:, None], found.bias / size, found.ridge)
+
+
+def _writing_moments(
+    moments: Moments, kept: torch.Tensor, basis: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> Moments:
+    """The moments of the kept inputs of writing maps and of what they should add to the student's stream.
+
+    Args:
+        moments: Of all inputs, and of the teacher's outputs where there is no `weight`.
+        kept: Which inputs are kept.
+        basis: The student's channels, shape (n_embd_student, n_embd).
+        weight: The teacher's map, shape (n_embd, n_in); None where a norm follows it, so that it is not linear.
+        bias: Its bias.
+    """
+    new = Moments(len(kept), len(basis), moments.zz.device)
+    basis = basis.to(new.zz.dtype)
+    new.n, new.z, new.zz = moments.n, moments.z[kept], moments.zz[kept][:, kept]
+    if weight is None:
+        new.yz, new.y = basis @ moments.yz[:, kept], basis @ moments.y
+        return new
+    wide = basis @ weight.to(basis.dtype)
+    new.yz, new.y = wide @ moments.zz[:, kept], wide @ moments.z
+    if bias is not None:
+        bias = basis @ bias.to(basis.dtype)
+        new.yz, new.y = new.yz + torch.outer(bias, new.z), new.y + moments.n * bias
+    return new
+
+
+def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module) -> Moments:
+    """The moments of both models' normalised streams, as if the student's stream were the teacher's in its basis.
+
+    A norm over fewer channels divides by something else at each token; on average, here.
+
+    Args:
+        stream: Of the teacher's stream as a norm without weights leaves it.
+        basis: The student's channels.
+        theirs: The teacher's norm.
+        ours: The student's.
+    """
+    turn = basis.matrix.to(stream.zz.dtype)
+    n_student, n_teacher = turn.shape
+    if isinstance(ours, nn.LayerNorm):
+        turn = turn - turn.mean(0)
+    size = ((turn @ (stream.zz / stream.n)) * turn).sum()
+    turn = turn * (n_student / size).sqrt()
+    scale, shift = _affine(ours, n_student, turn)
+    out_scale, out_shift = _affine(theirs, n_teacher, turn)
+    return stream.affine(scale[:, None] * turn, shift, torch.diag(out_scale), out_shift)
+
+
+def _affine(norm: nn.Module, n: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a norm multiplies its channels by, and what it adds to them."""
+    weight, bias = norm_weight(norm), getattr(norm, "bias", None)
+    return (
+        like.new_ones(n) if weight is None else weight.to(like.dtype),
+        like.new_zeros(n) if bias is None else bias.data.to(like.dtype),
+    )

@@ -1,0 +1,89 @@
+"""Which heads and neurons of a layer a repaired student keeps: those that the others can least make up for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from litgpt.model import Block
+
+from litgpt_whittle.index_plan import kept_indices
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.repair.importance import elimination_order
+from litgpt_whittle.subnet import LayerKeep, SubNet
+
+Orders = dict[tuple[str, bytes], list[int]]
+"""Units in the order in which they are best removed, by the map that reads them and the columns that they have in it"""
+
+
+def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:
+    """The writing maps of a student's layer whose inputs are cut."""
+    keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
+    maps = []
+    if (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group):
+        maps.append("attn.proj")
+    # experts are not chosen between here: which one runs depends on the token
+    if keep.n_expert is None and keep.intermediate_size != full.intermediate_size:
+        maps.append("mlp.proj")
+    return maps
+
+
+def choose_units(
+    subnet: SubNet,
+    index: int,
+    teacher: Block,
+    covariances: Mapping[str, torch.Tensor],
+    basis: torch.Tensor | None = None,
+    orders: Orders | None = None,
+) -> LayerKeep:
+    """Chooses as many units of each kind as a student's layer keeps.
+
+    Args:
+        subnet: What is to be kept, of which only the numbers count.
+        index: The student's layer.
+        teacher: The teacher's block behind it.
+        covariances: Of what these writing maps of the teacher read, shape (n_in, n_in); a choice is made for each.
+        basis: The student's channels, whose errors count, shape (n_embd_student, n_embd); all channels if None.
+        orders: Remembers whole orders from one call to the next, for callers that try many numbers of units.
+    """
+    keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
+
+    def best(name: str, units: np.ndarray, n: int) -> Keep:
+        """The best n of the units, each a row of the columns that it has in a map."""
+        if n == len(units):
+            return Keep(n)
+        key = (name, units.tobytes())
+        if orders is not None and key in orders:
+            removed = orders[key]
+        else:
+            weight = teacher.get_submodule(name).weight
+            columns = torch.from_numpy(units.ravel()).to(weight.device)
+            weight = weight[:, columns].float()
+            places = torch.arange(len(columns), device=weight.device).view(units.shape)
+            removed = elimination_order(
+                covariances[name][columns][:, columns],
+                weight if basis is None else basis @ weight,
+                places,
+                n_keep=n if orders is None else 0,
+            )
+            if orders is not None:
+                orders[key] = removed
+        return Keep(np.setdiff1d(np.arange(len(units)), removed[: len(units) - n]))
+
+    def columns(groups: Keep, heads: Keep) -> np.ndarray:
+        of = dataclasses.replace(full, n_query_groups=groups, heads_per_group=heads)
+        return kept_indices(subnet.teacher, 0, subnet.head_cut.dims, of)["attention"]
+
+    if "attn.proj" in covariances:
+        rows = [columns(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
+        groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
+        # a head's place within its group is kept or dropped in all of them
+        rows = [columns(groups, Keep([head])) for head in full.heads_per_group.indices]
+        heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
+        keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)
+    if "mlp.proj" in covariances:
+        neurons = best("mlp.proj", np.arange(len(full.intermediate_size))[:, None], len(keep.intermediate_size))
+        keep = dataclasses.replace(keep, intermediate_size=neurons)
+    return keep

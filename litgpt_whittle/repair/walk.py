@@ -1,0 +1,379 @@
+"""Repairs a cut in closed form: fits what was cut off into what stays, before any training.
+
+Most of what removed channels, neurons, heads and layers carried is a linear function of what stays. So teacher and
+student walk through their blocks side by side on the same calibration tokens, and every linear map of the student is
+fitted to what the teacher has in its place, given the inputs that the already repaired student really computes:
+
+- Maps that read the residual stream (queries, keys, values, the MLP's inputs, routers, the LM head) want the teacher's
+  pre-activations, which are linear in the teacher's normalised stream. So one regression of that on the student's
+  normalised stream serves all maps behind a norm, the LM head included, whose logits never exist.
+- Maps that write to the stream want to bring the student's stream to the teacher's, so each block also repairs what
+  accumulated before it. Before a gap of dropped layers the target is the teacher's stream behind the gap.
+
+Only moments are kept in memory (`litgpt_whittle.least_squares`), the streams lie in scratch files, and the teacher is
+read block by block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from litgpt.config import Config
+from litgpt.model import Block
+from tqdm import tqdm
+
+from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
+from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
+from litgpt_whittle.processes import add_up, barrier
+from litgpt_whittle.repair.basis import Basis, Worth, is_centring, readers, standardised
+from litgpt_whittle.repair.block import BlockRepair, Streams
+from litgpt_whittle.repair.cut import cut_block, cut_outside
+from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
+from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
+from litgpt_whittle.scratch import Scratch, Stream
+from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.supergpt import Weights, is_tied
+
+
+@dataclass
+class RepairArgs:
+    """How a cut is repaired before it is saved"""
+
+    basis: Literal["pca", "coordinates"] = "pca"
+    """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
+    choose_units: bool = True
+    """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
+    tokens: int = 65_536
+    """Calibration tokens"""
+    refine_steps: int = 0
+    """Steps that train each block, after its closed form, to map the student's stream to the teacher's"""
+    refine_lr: float = 1e-3
+    """Learning rate of these steps, annealed to zero"""
+
+    def __post_init__(self) -> None:
+        if self.basis not in ("pca", "coordinates"):
+            raise UserError(f"repair.basis must be pca or coordinates, got {self.basis!r}")
+        if self.tokens < 1:
+            raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
+        if self.refine_steps < 0:
+            raise UserError(f"repair.refine_steps must be 0 or more, got {self.refine_steps}")
+        if not self.refine_lr > 0:
+            raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
+
+
+@dataclass
+class LayerReport:
+    """What repairing a layer did, on held-out tokens."""
+
+    layer: int
+    before: float
+    """Relative squared error of the student's stream behind this block, as it was sliced"""
+    after: float
+    """The same, repaired"""
+    left_as_cut: list[str] = field(default_factory=list)
+    """Maps that were not fitted"""
+    refined: bool | None = None
+    """Whether refinement brought anything, where there was one"""
+
+
+@dataclass
+class Repaired:
+    """A repaired student."""
+
+    subnet: SubNet
+    """Its sub-network, with the units that were chosen"""
+    weights: Weights
+    layers: list[LayerReport]
+    basis_name: str
+    basis: torch.Tensor
+    """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
+
+
+class Repair:
+    """Walks through teacher and student and fits the student, a block at a time.
+
+    Where several processes run it together, each takes its share of the tokens, and all get the same student.
+
+    Args:
+        weights: The teacher's weights; memory-mapped ones are read a block at a time.
+        subnet: What the student keeps.
+        calibration: The tokens, and where to compute, in float32.
+        args: How to repair.
+        scratch: Where streams and finished blocks go; a repair that was stopped goes on with what it finds there.
+
+    Raises:
+        UserError: If activations of the teacher are not finite.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        subnet: SubNet,
+        calibration: Calibration,
+        args: RepairArgs,
+        scratch: Scratch,
+    ) -> None:
+        self.weights, self.subnet, self.args, self.scratch = weights, subnet, args, scratch
+        self.calibration, self.device = calibration, calibration.device
+        self.teacher, self.tied = subnet.teacher, is_tied(weights)
+        self.n_embd = len(subnet.n_embd)
+        self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
+        self.ridges = self._ridges()
+
+    def _ridges(self) -> tuple[float, ...]:
+        """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
+        config, n_tokens = self.subnet.config, self.calibration.n_fitted
+        widest = max(config.n_embd, config.n_head * config.head_size, config.intermediate_size or 0)
+        if n_tokens >= widest:
+            return RIDGES
+        warnings.warn(
+            f"{n_tokens:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; the repair stays "
+            "near the plain cut, raise repair.tokens",
+            stacklevel=3,
+        )
+        return tuple(ridge for ridge in RIDGES if ridge >= 1e-2)
+
+    @torch.no_grad()
+    def run(self, progress: bool = True) -> Repaired:
+        """Repairs all of it."""
+        self.theirs = self._outside(self.teacher, read_outside(self.weights, self.device))
+        self.basis = self._find_basis()
+        cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
+        self.ours = self._outside(self.subnet.config, cut)
+        layers = list(self._finished())
+        self._begin_streams(len(layers))
+        bar = tqdm(total=len(self.subnet), desc="repair", unit="layer", disable=not progress, initial=len(layers))
+        for i in range(len(layers), len(self.subnet)):
+            layers.append(self._repair_layer(i))
+            self._finish(i, *layers[-1])
+            bar.set_postfix_str(f"error {layers[-1][2].before:.3f} -> {layers[-1][2].after:.3f}", refresh=False)
+            bar.update()
+        bar.close()
+        student = {
+            f"transformer.h.{i}.{name}": tensor
+            for i, (_, weights, _) in enumerate(layers)
+            for name, tensor in weights.items()
+        }
+        student = {name: tensor.cpu() for name, tensor in (student | self._repair_head()).items()}
+        if self.tied:
+            student["lm_head.weight"] = student["transformer.wte.weight"]
+        keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
+        return Repaired(self._chosen(keeps), student, reports, self.basis_name, self.basis.matrix.cpu())
+
+    def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
+        """Saves a layer, so that an interrupted repair goes on behind it."""
+        self.teacher_stream.flush()
+        self.student_stream.flush()
+        barrier()  # all processes' parts of the streams are on disk
+        units = {name: None if value is None else value.to_yaml() for name, value in vars(keep).items()}
+        self.scratch.save(f"layer-{i}", {"keep": units, "weights": weights, "report": dataclasses.asdict(report)})
+        self.scratch.remove_streams_before(i)
+
+    def _finished(self) -> Iterator[tuple[LayerKeep, Weights, LayerReport]]:
+        """The layers that an interrupted repair had finished."""
+        for i in range(len(self.subnet)):
+            if (saved := self.scratch.load(f"layer-{i}")) is None:
+                return
+            units = {name: None if value is None else Keep.parse(value) for name, value in saved["keep"].items()}
+            weights = {name: tensor.to(self.device) for name, tensor in saved["weights"].items()}
+            yield LayerKeep(**units), weights, LayerReport(**saved["report"])
+
+    # the models -------------------------------------------------------------------------------------------------------
+
+    def _outside(self, config: Config, weights: Weights) -> Outside:
+        return Outside(config, weights, self.calibration.shape[1], self.device)
+
+    def _teacher_block(self, layer: int) -> Block:
+        return load_block(self.teacher, layer, read_block(self.weights, layer, self.device))
+
+    def _find_basis(self) -> Basis:
+        if self.basis_name == "coordinates":
+            kept = torch.from_numpy(self.subnet.n_embd.indices).to(self.device)
+            return Basis.coordinates(kept, self.teacher.n_embd)
+        saved = self.scratch.load("basis")
+        barrier()  # nobody saves before all have looked
+        if saved is not None:
+            return Basis(saved["matrix"].to(self.device))
+        basis = Basis.principal(self._worth().form, self.n_embd, is_centring(self.teacher))
+        self.scratch.save("basis", {"matrix": basis.matrix})
+        return basis
+
+    def _worth(self) -> Worth:
+        """What directions of the teacher's stream are worth to what reads it in the kept layers, and to its head."""
+        # thirty-two tokens for each channel suffice for directions, from all over the calibration data
+        batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
+        batches = self.calibration.share(batches[:: max(self.calibration.windows.numel() // n_needed, 1)])
+        streams = [self.theirs.embed(self.calibration.ids(batch)) for batch in batches]
+        worth = Worth()
+        for layer in range(self.teacher.n_layer):
+            block = self._teacher_block(layer)
+            before, middle = (Moments(self.teacher.n_embd, 0, self.device) for _ in range(2))
+            inside = [] if self.teacher.parallel_residual else ["norm_2"]
+            for i, stream in enumerate(streams):
+                before.add(standardised(stream, self.teacher), no_outputs(stream))
+                seen = run_block(block, stream, self.theirs.block_args[layer], inside)
+                if inside:
+                    middle.add(standardised(seen["norm_2"], self.teacher), no_outputs(stream))
+                streams[i] = seen["out"]
+            if layer in self.subnet.layers:
+                before.over_processes()
+                mlp_norm = block.norm_1 if self.teacher.shared_attention_norm else block.norm_2
+                worth.add(before, block.norm_1, readers(block, "attn"))
+                worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
+        final = Moments(self.teacher.n_embd, 0, self.device)
+        for stream in streams:
+            final.add(standardised(stream, self.teacher), no_outputs(stream))
+        head = self.theirs.head.weight
+        # as much as half of the layers' readers: of 1, 1/2, 1/4 and 1/8 the best on a teacher of 8 layers
+        worth.add(final.over_processes(), self.theirs.norm, [head - head.mean(0)], times=len(self.subnet))
+        return worth
+
+    # streams ----------------------------------------------------------------------------------------------------------
+
+    def _stream(self, name: str, n_embd: int) -> Stream:
+        return self.scratch.stream(name, *self.calibration.shape, n_embd)
+
+    def _begin_streams(self, n_finished: int) -> None:
+        """Both models' streams before the first block that is still to do."""
+        self.teacher_stream = self._stream(f"teacher-{n_finished}", self.teacher.n_embd)
+        self.student_stream = self._stream(f"student-{n_finished}", self.n_embd)
+        if n_finished:
+            if (embedding := self.scratch.load("embedding")) is not None:
+                self.ours.embedding.copy_(embedding)
+            return
+        for batch in self.calibration.batches:
+            self.teacher_stream[batch] = self.theirs.embed(self.calibration.ids(batch))
+        for layer in range(self.subnet.layers[0]):
+            self._advance(self.teacher_stream, layer)
+        if self.subnet.layers[0] and not self.tied:
+            self._repair_embedding()
+        for batch in self.calibration.batches:
+            self.student_stream[batch] = self.ours.embed(self.calibration.ids(batch))
+
+    def _advance(self, stream: Stream, layer: int) -> None:
+        """Takes the teacher's stream through one of its blocks, in place."""
+        block = self._teacher_block(layer)
+        for batch in self.calibration.batches:
+            stream[batch] = block(stream[batch].to(self.device), *self.theirs.block_args[layer])
+
+    def _repair_embedding(self) -> None:
+        """Each token's embedding becomes the mean of the stream behind the dropped first layers where it occurs.
+
+        A ridge of four occurrences draws rare tokens towards their own embedding.
+        """
+        weight = self.ours.embedding
+        factor = math.sqrt(self.n_embd) if self.teacher.scale_embeddings else 1.0
+        total, count = torch.zeros_like(weight), torch.zeros(len(weight), 1, device=weight.device)
+        for batch in self.calibration.batches:
+            tokens = self.calibration.ids(batch).flatten()
+            target = self.basis.project(self.teacher_stream[batch].to(self.device))
+            total.index_add_(0, tokens, target.flatten(0, 1))
+            count.index_add_(0, tokens, torch.ones(len(tokens), 1, device=count.device))
+        add_up(total), add_up(count)
+        weight.copy_((total + weight * factor * 4) / (count + 4) / factor)
+        self.scratch.save("embedding", weight)
+
+    # one layer --------------------------------------------------------------------------------------------------------
+
+    def _repair_layer(self, i: int) -> tuple[LayerKeep, Weights, LayerReport]:
+        layer = self.subnet.layers[i]
+        teacher = self._teacher_block(layer)
+        middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
+        ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
+        streams = Streams(self.teacher_stream, self.student_stream, middle, ahead)
+        keep = self._walk_teacher(i, teacher, streams)
+        block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
+        args = self.ours.block_args[i]
+        repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
+        before = repair.error()
+        repair.fit()
+        refined = None
+        if self.args.refine_steps:
+            barrier()  # every process trains on all tokens
+            refined = repair.refine(self.args.refine_steps, self.args.refine_lr)
+        after = repair.error()
+        if not math.isfinite(after):
+            raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
+        self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
+        for batch in self.calibration.batches:
+            self.student_stream[batch] = block(streams.student[batch].to(self.device), *args)
+        weights = {name: tensor.detach() for name, tensor in block.state_dict().items()}
+        return keep, weights, LayerReport(layer, before, after, repair.left_as_cut, refined)
+
+    def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
+        """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""
+        layers = self.subnet.layers
+        layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
+        chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
+        moments = {
+            name: Moments(teacher.get_submodule(name).in_features, 0, self.device, rough=True) for name in chosen
+        }
+        for batch in self.calibration.batches:
+            stream = streams.teacher[batch].to(self.device)
+            # sixteen tokens for each input suffice to choose, from the beginning of the data
+            n_before = batch.start * self.calibration.shape[1]
+            wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
+            inside = [] if streams.middle is None else ["norm_2"]
+            seen = run_block(teacher, stream, self.theirs.block_args[layer], inside + wanted)
+            if streams.middle is not None:
+                streams.middle[batch] = seen["norm_2"]
+            for name in wanted:
+                moments[name].add(seen[name], no_outputs(seen[name]))
+            streams.ahead[batch] = seen["out"]
+            if not torch.isfinite(seen["out"]).all():
+                raise UserError(
+                    f"the teacher's layer {layer} gives activations that are not finite on calibration data; "
+                    "the checkpoint is damaged"
+                )
+        for dropped in range(layer + 1, behind):
+            self._advance(streams.ahead, dropped)
+        covariances = {
+            name: sums.over_processes().covariances(teacher.get_submodule(name).bias is not None)[0]
+            for name, sums in moments.items()
+        }
+        return choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
+
+    # behind the last layer --------------------------------------------------------------------------------------------
+
+    def _repair_head(self) -> Weights:
+        """Fits the LM head to the teacher's logits, through the moments of both final norms."""
+        theirs, ours = self.theirs, self.ours
+        if not self.basis.is_coordinates:
+            self.basis.turn_norm(theirs.norm, ours.norm)
+
+        def pair(batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return tuple(
+                outside.norm(stream[batch].to(self.device))
+                for outside, stream in ((ours, self.student_stream), (theirs, self.teacher_stream))
+            )
+
+        moments = self.calibration.moments(self.n_embd, self.teacher.n_embd, pair)
+        if self.tied:
+            fit_tied_norm(ours.norm, ours.embedding, theirs.embedding, moments[0] + moments[1])
+        else:
+            anchor = self.basis.reconstruction(theirs.norm, moments[0])
+            fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
+        return dict(ours.model.state_dict())
+
+    def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
+        """The sub-network with the units that were chosen."""
+        subnet = self.subnet
+        width = "moe_intermediate_size" if self.teacher.moe_intermediate_size is not None else "intermediate_size"
+        fields: dict[str, list[Keep | None]] = {}
+        for i, keep in enumerate(keeps):
+            values = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
+            values["intermediate_size" if keep.n_expert is None else width] = keep.intermediate_size
+            if keep.n_expert is not None:
+                values["n_expert"] = keep.n_expert
+            for name, value in values.items():
+                fields.setdefault(name, [None] * len(keeps))[i] = value
+        return SubNet(self.teacher, n_embd=subnet.n_embd, n_layer=subnet.n_layer, head_size=subnet.head_size, **fields)

@@ -1,0 +1,1 @@
+"""Findings for people: tables, pictures, and HTML pages that hold both."""

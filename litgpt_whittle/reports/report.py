@@ -1,0 +1,175 @@
+"""What a search found, for people: a table, pictures, and one HTML page that holds both, drawn from its journal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import check_writable, to_yaml, write_text
+from litgpt_whittle.reports.blueprint import plot_architecture, rows
+from litgpt_whittle.reports.fronts import folder_name, front_table
+from litgpt_whittle.reports.page import Section, code, page, picture, table
+from litgpt_whittle.reports.plots import (
+    number,
+    plot_candidates,
+    plot_dimensions,
+    plot_front,
+    plot_predictions,
+    plot_search,
+)
+from litgpt_whittle.searching.evaluations import best_of, bins_of, fronts_of, scored
+from litgpt_whittle.searching.journal import JOURNAL, Evaluation, read_journal
+from litgpt_whittle.searching.selection import read_results, rung_table
+from litgpt_whittle.subnet import SubNet
+
+PAGE = "report.html"
+
+Plot = Callable[[Any, Path, str], None]
+"""Draws something into a PNG file, with a label"""
+
+IMPORTANCE = "importance.png"
+"""A picture of importance scores, which the page takes in where a search's folder has one"""
+
+
+def write_report(out_dir: Path) -> str:
+    """Writes `report.html` and its pictures beside a search's journal, which is only read, also during the search.
+
+    Args:
+        out_dir: The search's folder.
+
+    Returns:
+        The best of each bin as a table in text; where there are several objectives, their front too.
+
+    Raises:
+        UserError: If the folder holds no search, or none of its candidates has a score yet.
+    """
+    out_dir = Path(out_dir)
+    found = Findings.read(out_dir)
+    check_writable(out_dir)
+    bests = found.bests
+    sections = [Section("The best", _summary(found), table(bests)), *draw(found, out_dir)]
+    sections.append(Section("Settings", "What the scores depend on.", code(to_yaml(found.header))))
+    write_text(out_dir / PAGE, page(f"Search of {found.teacher.name}", sections))
+    return "\n\n".join(map(as_text, (bests, *found.fronts)))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A search as its journal tells it."""
+
+    teacher: Config
+    score: str
+    """The score that counts"""
+    header: dict[str, Any]
+    """What the scores depend on"""
+    evaluations: list[Evaluation]
+
+    @classmethod
+    def read(cls, out_dir: Path) -> Findings:
+        """Reads a search's journal; raises `UserError` if it has none, or no score yet."""
+        path = out_dir / JOURNAL
+        if not path.is_file():
+            raise UserError(f"{str(out_dir)!r} holds no search, it has no {JOURNAL}; name the out_dir of litgpt search")
+        header, evaluations = read_journal(path)
+        try:
+            teacher, score = Config(**header["teacher"].pop("architecture")), header["settings"]["score"]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{str(path)!r} was written by another version; use that one for its report") from None
+        if not scored(evaluations, score):
+            raise UserError(f"{str(path)!r} has no candidate with a score among its {len(evaluations)}; wait for one")
+        return cls(teacher, score, header, evaluations)
+
+    @property
+    def bests(self) -> list[list[str]]:
+        """The best of each bin as a table, below a row of headings."""
+        kinds = [row.name for row in rows(SubNet.full(self.teacher))]
+        lines = [["bin", self.score, "parameters", "layers", "channels", *kinds, "found at", "evaluated"]]
+        for bin, best in best_of(self.evaluations, self.score).items():
+            subnet = SubNet.from_dict(self.teacher, best.subnet)
+            own = [e.index for e in self.evaluations if e.bin == bin]
+            line = [bin, number(best.score(self.score)), f"{best.n_params:,}"]
+            line += [f"{len(subnet)}/{self.teacher.n_layer}", f"{len(subnet.n_embd)}/{self.teacher.n_embd}"]
+            line += [f"{row.span}/{max(row.of)}" for row in rows(subnet)]
+            lines.append([*line, str(own.index(best.index) + 1), str(len(own))])
+        return lines
+
+    @property
+    def objectives(self) -> list[str]:
+        """What the strategy minimised."""
+        return self.header["settings"].get("objectives", [self.score])
+
+    @property
+    def fronts(self) -> list[list[list[str]]]:
+        """The front of each bin as a table; none for a single objective."""
+        fronts = fronts_of(self.evaluations, self.objectives) if len(self.objectives) > 1 else {}
+        return [
+            front_table(self.teacher, front, self.objectives, folder_name(bin, self.evaluations))
+            for bin, front in fronts.items()
+        ]
+
+
+def draw(found: Findings, out_dir: Path) -> list[Section]:
+    """Draws the pictures that there is data for, as PNG files in `out_dir`."""
+    evaluations, score = found.evaluations, found.score
+
+    def drawn(title: str, text: str, name: str, plot: Plot, what: Any = evaluations, label: str = score) -> Section:
+        plot(what, out_dir / name, label)
+        return Section(title, text, picture(out_dir / name, title))
+
+    sections = []
+    if fronts := found.fronts:
+        text = "What no other candidate of the bin beats in all objectives, along the first one. At its end, a search "
+        text += "leaves each in a file of its own."
+        plot_front(evaluations, out_dir / "front.png", found.objectives)
+        content = picture(out_dir / "front.png", "The front") + "\n".join(map(table, fronts))
+        sections.append(Section("The front", text, content))
+    text = f"On the front, no other candidate has both fewer parameters and a lower {score}."
+    sections.append(drawn("Size and score", text, "candidates.png", plot_candidates))
+    text = "A search that still improved at its end is worth continuing: --resume true with more --iterations."
+    sections.append(drawn("Progress", text, "search.png", plot_search))
+    text = f"Where ρ is below 0, candidates of a bin with more of a dimension tend to have a lower {score}. "
+    text += "Of dimensions that may differ from layer to layer, the mean over the layers."
+    sections.append(drawn("What matters", text, "dimensions.png", plot_dimensions))
+    bests = best_of(evaluations, score)
+    for bin, best in bests.items():
+        name = "architecture.png" if len(bests) == 1 else f"architecture-{bin}.png"
+        label = f"The best of {bin}: {score} {number(best.score(score))}, {best.n_params:,} parameters"
+        subnet = SubNet.from_dict(found.teacher, best.subnet)
+        text = "What is kept of each of the teacher's layers."
+        sections.append(drawn(f"Architecture for {bin}", text, name, plot_architecture, subnet, label))
+    if scored(scored(evaluations, score), "predicted"):
+        text = f"What the surrogate expected of candidates before their {score} was measured."
+        sections.append(drawn("The surrogate", text, "predictions.png", plot_predictions))
+    if results := read_results(out_dir):
+        text = f"Ranks by {score} before training and by validation loss after it, with the value in brackets."
+        sections.append(Section("Selection", text, table(rung_table(results, evaluations, score))))
+    if (out_dir / IMPORTANCE).is_file():
+        text = "What the units of each of the teacher's layers are worth."
+        sections.append(Section("Importance", text, picture(out_dir / IMPORTANCE, "Importance")))
+    return sections
+
+
+def as_text(table: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _summary(found: Findings) -> str:
+    """How much was tried in each bin, and what failed why."""
+    evaluations = found.evaluations
+    minutes = sum(e.seconds for e in evaluations) / 60
+    tried = ", ".join(f"{sum(e.bin == bin for e in evaluations):,} of {bin}" for bin in bins_of(evaluations))
+    text = f"Candidates evaluated: {tried}, which took {minutes:,.1f} minutes."
+    failures = Counter(e.error or f"no {found.score}" for e in evaluations if not math.isfinite(e.score(found.score)))
+    if failures:
+        text += f" Failed: {', '.join(f'{n:,} ({why})' for why, n in failures.items())}."
+    return text

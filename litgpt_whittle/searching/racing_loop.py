@@ -1,0 +1,207 @@
+"""The loop of a search whose candidates race: most see a part of the data, the best see all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.processes import rank
+from litgpt_whittle.searching.args import RacingArgs
+from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.searching.loop import Loop, Outcome, Search, attempt, check_replayed, finite
+from litgpt_whittle.searching.racing import estimate, losers, stages
+from litgpt_whittle.subnet import SubNet
+
+NOTES = "race.jsonl"
+"""What the race under way has seen, in a search's folder"""
+
+
+class Leg(NamedTuple):
+    """What a candidate lost in one stage of a race."""
+
+    sums: list[float]
+    """The loss of each window, added up over its tokens"""
+    seconds: float
+    error: str | None = None
+    costs: dict[str, float] = {}
+    """What it costs, measured in the first stage, and what its strategy expects of it"""
+
+
+class RaceNotes:
+    """The legs of the race under way, kept on disk so that a killed search repeats none of them.
+
+    Args:
+        path: The file; it is made anew for every race.
+        known: What it holds, as `read` gives it.
+    """
+
+    def __init__(self, path: Path, known: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.legs = {(note["race"], note["candidate"], note["end"]): Leg(**note["leg"]) for note in known}
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """What an interrupted search left behind, but for a line that was not finished."""
+        notes = []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                notes.append(json.loads(line))
+            except ValueError:
+                break
+        return notes
+
+    def add(self, race: str, candidate: int, end: int, leg: Leg) -> None:
+        """Writes down a leg."""
+        self.legs[race, candidate, end] = leg
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"race": race, "candidate": candidate, "end": end, "leg": leg._asdict()}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def clear(self) -> None:
+        """Forgets a race that the journal has."""
+        self.legs.clear()
+        if rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+class RacingLoop(Loop):
+    """Evaluates candidates, those that were asked for together in a race (`litgpt_whittle.searching.racing`).
+
+    Args:
+        racing: When candidates are dropped.
+        notes: Keeps what the race under way has seen.
+        rest: As for `Loop`; the fitness gives losses by window.
+    """
+
+    def __init__(self, *rest: Any, racing: RacingArgs, notes: RaceNotes, **more: Any) -> None:
+        super().__init__(*rest, **more)
+        self.racing, self.notes = racing, notes
+        batches = self.fitness.batches
+        self.n_tokens = np.concatenate([(batch.targets != IGNORE_INDEX).sum(1).cpu().numpy() for batch in batches])
+        self.n_windows = np.cumsum([0, *(len(batch.targets) for batch in batches)])
+        self.finished: dict[str, list[np.ndarray]] = {str(search.space.bin): [] for search in self.searches}
+
+    def _round(self, search: Search, candidates: list[SubNet]) -> None:
+        known = self.known_of(search, len(candidates))
+        outcomes: list[Outcome] = [] if len(known) == len(candidates) else list(self._race(search, candidates))
+        for i, candidate in enumerate(candidates):
+            if i < len(known):
+                check_replayed(known[i], search, candidate)
+                self._finish(search, candidate, known[i])
+            else:
+                self._append(search, candidate, outcomes[i])
+        self.notes.clear()
+
+    def _finish(self, search: Search, candidate: SubNet, evaluation: Evaluation) -> None:
+        super()._finish(search, candidate, evaluation)
+        if evaluation.losses is not None:
+            self.finished[evaluation.bin].append(np.array(evaluation.losses))
+
+    def _race(self, search: Search, candidates: list[SubNet]) -> Iterator[Outcome]:
+        """Runs a race; one outcome for each candidate, in their order."""
+        runners = [_Runner() for _ in candidates]
+        left, begin = list(range(len(candidates))), 0
+        for end in stages(self.racing, len(self.fitness.batches)):
+            self._run_stage(search, candidates, left, runners, begin, end)
+            left = [i for i in left if runners[i].error is None]
+            n_seen = self.n_windows[end]
+            seen = {i: self._means(runners[i].sums) for i in left}
+            if end < len(self.fitness.batches) and seen:
+                done = [losses[:n_seen] for losses in self.finished[str(search.space.bin)]]
+                out = losers(seen, done, search.strategy.n_kept, self.racing.alpha)
+                left = [i for i in left if i not in out]
+            begin = end
+        finished = [*self.finished[str(search.space.bin)], *(self._means(runners[i].sums) for i in left)]
+        yardstick = min(finished, key=lambda losses: np.average(losses, weights=self.n_tokens), default=None)
+        for i, runner in enumerate(runners):
+            yield self._outcome(runner, i in left, yardstick)
+
+    def _run_stage(
+        self, search: Search, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
+    ) -> None:
+        race = f"{search.space.bin} from {search.n_told}"
+        missing = [i for i in left if (race, i, end) not in self.notes.legs]
+        run = partial(self._leg, search, which=slice(begin, end))
+        for i, leg in zip(missing, self.spread(lambda i: run(candidates[i]), missing)):
+            self.notes.add(race, i, end, leg)
+        for i in left:
+            runners[i].add(self.notes.legs[race, i, end], end)
+
+    def _leg(self, search: Search, candidate: SubNet, which: slice) -> Leg:
+        started = time.perf_counter()
+        costs, error = ({}, None) if which.start else search.costs(candidate)
+        if not which.start:
+            costs |= search.strategy.expects(candidate)
+        sums: list[float] = []
+        if error is None:
+            losses, error = attempt(lambda: self.fitness.losses(candidate, which))
+            sums = [] if losses is None else losses.sums.tolist()
+            if not np.isfinite(sums).all():
+                sums, error = [], "its loss is not finite"
+        return Leg(sums, round(time.perf_counter() - started, 4), error, costs)
+
+    def _outcome(self, runner: _Runner, is_finished: bool, yardstick: np.ndarray | None) -> Outcome:
+        scores, error, losses = runner.costs, runner.error, self._means(runner.sums)
+        if error is None:
+            if is_finished or yardstick is None:
+                loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
+            else:
+                loss = estimate(losses, self.n_tokens, yardstick)
+            scores = self.fitness.scores(loss) | scores
+        scores, error = finite(scores, error)
+        return Outcome(
+            scores,
+            batches=runner.batches,
+            tokens=int(self.n_tokens[: len(losses)].sum()),
+            seconds=round(runner.seconds, 4),
+            error=error,
+            dropped=error is None and not is_finished,
+            losses=losses.tolist() if is_finished else None,
+        )
+
+    def _means(self, sums: list[float]) -> np.ndarray:
+        """Mean losses of windows; 0 for one without tokens."""
+        return np.array(sums) / np.maximum(self.n_tokens[: len(sums)], 1)
+
+
+class _Runner:
+    """A candidate in a race."""
+
+    def __init__(self) -> None:
+        self.sums: list[float] = []
+        self.costs: dict[str, float] = {}
+        self.seconds, self.batches, self.error = 0.0, 0, None
+
+    def add(self, leg: Leg, end: int) -> None:
+        self.seconds += leg.seconds
+        self.costs |= leg.costs
+        self.error = leg.error
+        if leg.error is None:
+            self.sums += leg.sums
+            self.batches = end
+
+
+def check_can_race(fitness: type, name: str, searches: list[Search]) -> None:
+    """Refuses to race where it cannot be.
+
+    Raises:
+        UserError: If the fitness does not tell windows apart, or the strategy needs exact scores of all.
+    """
+    if not (hasattr(fitness, "losses") and hasattr(fitness, "scores")):
+        raise UserError(f"racing needs losses by window, which fitness {name!r} does not give; leave racing out")
+    strategy = searches[0].strategy
+    if strategy.n_kept is None:
+        raise UserError(
+            f"racing finds the best by one score, and {type(strategy).__name__} needs all of them; leave racing out"
+        )

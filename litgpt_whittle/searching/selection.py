@@ -1,0 +1,241 @@
+"""Chooses among the best of a search by what they become: short distillations in rungs, fewer and longer each time.
+
+Ranks before training can flip after it, which training-aware selection answers (DarwinLM, arXiv 2502.07780). Each
+rung's students start anew, so that their learning-rate schedules are whole ones of their rung's length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from litgpt_whittle.amounts import parse_amount
+from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.searching.args import SelectionArgs
+from litgpt_whittle.searching.evaluations import scored
+from litgpt_whittle.searching.journal import Evaluation
+
+FOLDER = "selection"
+"""Where students and their training go, in a search's folder"""
+
+RESULTS = "selection.json"
+"""The rungs' results, in a search's folder"""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the selection."""
+
+    n: int
+    """How many students are trained"""
+    tokens: int
+    """For how many tokens each"""
+
+    @classmethod
+    def parse(cls, text: str) -> Rung:
+        """Reads students x tokens, such as `8x200k`.
+
+        Raises:
+            UserError: If it is no such thing.
+        """
+        n, _, tokens = str(text).partition("x")
+        if not n.strip().isdigit() or int(n) < 1 or not tokens:
+            raise UserError(f"a rung is students x tokens, such as 8x200k, got {text!r}")
+        return cls(int(n), int(parse_amount(tokens, "parameters")))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a candidate in a rung."""
+
+    rung: int
+    bin: str
+    evaluation: int
+    """Its index in the journal"""
+    tokens: int
+    val_loss: float
+
+
+def parse_rungs(args: SelectionArgs) -> list[Rung]:
+    """The rungs, checked.
+
+    Raises:
+        UserError: If there is none, if students do not get fewer, or tokens not more, from rung to rung, or if the
+            settings to train with are missing.
+    """
+    rungs = [Rung.parse(text) for text in args.rungs]
+    for before, after in zip(rungs, rungs[1:]):
+        if after.n >= before.n or after.tokens <= before.tokens:
+            raise UserError(
+                f"from rung to rung selection.rungs must have fewer students and more tokens, got {before.n}x"
+                f"{before.tokens} and then {after.n}x{after.tokens}"
+            )
+    if rungs and args.config is None:
+        raise UserError(
+            "selection.rungs need selection.config, a YAML file of litgpt distill with data and batch sizes"
+        )
+    if args.config is not None and not rungs:
+        raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
+    if rungs:
+        _read_config(args.config)
+    return rungs
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read selection.config {str(path)!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or "data" not in content:
+        raise UserError(f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section")
+    return content
+
+
+class Selection:
+    """Trains the best candidates of a search and ranks them by their validation loss.
+
+    Each student is extracted and trained by the same commands that a user would type, in processes of their own. What
+    is finished is found again after an interruption.
+
+    Args:
+        checkpoint_dir: The teacher.
+        out_dir: The search's folder.
+        args: The rungs, and what to train with.
+        devices: What the training uses.
+    """
+
+    def __init__(self, checkpoint_dir: Path, out_dir: Path, args: SelectionArgs, devices: int | str = 1) -> None:
+        self.checkpoint_dir, self.out_dir, self.args, self.devices = checkpoint_dir, out_dir, args, devices
+        self.rungs = parse_rungs(args)
+        self.config = _read_config(args.config)
+
+    def run(self, evaluations: Sequence[Evaluation], score: str) -> dict[str, Evaluation]:
+        """Runs all rungs for every bin.
+
+        Returns:
+            The winner of each bin: the best of the last rung.
+        """
+        bins = dict.fromkeys(evaluation.bin for evaluation in evaluations)
+        ranked = {
+            bin: sorted(
+                (e for e in scored(evaluations, score) if e.bin == bin and not e.dropped),
+                key=lambda e: (e.score(score), e.index),
+            )
+            for bin in bins
+        }
+        n_students = sum(min(rung.n, len(own)) for own in ranked.values() for rung in self.rungs)
+        results: list[Result] = []
+        winners = {}
+        with tqdm(total=n_students, desc="selection", unit="student", dynamic_ncols=True) as bar:
+            for bin, left in ranked.items():
+                for i, rung in enumerate(self.rungs):
+                    found = []
+                    for evaluation in left[: rung.n]:
+                        loss = self._train(evaluation, rung)
+                        found.append(Result(i, bin, evaluation.index, rung.tokens, loss))
+                        bar.update()
+                    results += found
+                    order = {r.evaluation: r.val_loss for r in found}
+                    left = sorted(left[: rung.n], key=lambda e: (order[e.index], e.index))
+                    write_text(self.out_dir / RESULTS, json.dumps([asdict(r) for r in results], indent=1))
+                if left:
+                    winners[bin] = left[0]
+        return winners
+
+    def _train(self, evaluation: Evaluation, rung: Rung) -> float:
+        """Trains a candidate's student on its rung's tokens; gives the validation loss."""
+        folder = self.out_dir / FOLDER / f"candidate-{evaluation.index}"
+        student, trained = folder / "student", folder / f"trained-{rung.tokens}"
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"data": self.config["data"]}
+        if not (student / "lit_model.pth").is_file():
+            write_text(folder / "sub_network.yaml", to_yaml(evaluation.subnet))
+            write_text(folder / "extract.yaml", to_yaml(data))
+            repair = [f"--config={folder / 'extract.yaml'}", "--repair=true"] if self.args.repair else []
+            where = [self.checkpoint_dir, folder / "sub_network.yaml", f"--out_dir={student}"]
+            self._call("extract", *where, *repair, log=folder / "extract.log")
+        if not (trained / "final/lit_model.pth").is_file():
+            settings = folder / f"train-{rung.tokens}.yaml"
+            write_text(settings, to_yaml(self._settings(rung)))
+            flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", "--resume=auto"]
+            self._call("distill", f"--config={settings}", *flags, log=folder / f"train-{rung.tokens}.log")
+        rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+        return [row["val_loss"] for row in rows if "val_loss" in row][-1]
+
+    def _settings(self, rung: Rung) -> dict[str, Any]:
+        """The user's training settings for so many tokens, a tenth of them to warm up."""
+        train = dict(self.config.get("train") or {})
+        length = train.get("max_seq_length") or check_checkpoint(self.checkpoint_dir).block_size
+        steps = rung.tokens // (train.get("global_batch_size", 512) * length)
+        train |= {"max_tokens": rung.tokens, "save_interval": None}
+        train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
+        paths = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "devices": self.devices}
+        dropped = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "resume", "out_dir")
+        return {k: v for k, v in self.config.items() if k not in dropped} | paths | {"train": train}
+
+    def _call(self, command: str, *arguments: Any, log: Path) -> None:
+        """Runs one of our commands, its output in a file."""
+        environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+        with open(log, "w") as file:
+            line = [sys.executable, "-m", "litgpt_whittle", command, *map(str, arguments)]
+            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
+            raise UserError(f"litgpt {command} failed within the selection ({last}); see {str(log)!r}")
+
+
+_OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""What the search's own processes were told of each other"""
+
+
+def read_results(out_dir: Path) -> list[Result]:
+    """The results of a search's rungs; none where it has none."""
+    path = Path(out_dir) / RESULTS
+    return [Result(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+
+
+def rung_table(results: Sequence[Result], evaluations: Sequence[Evaluation], score: str) -> list[list[str]]:
+    """Each candidate's rank by the score and in every rung that it reached, below a row of headings.
+
+    The last row has Kendall's τ between a rung and the ranking before it, over the candidates of the rung.
+    """
+    rungs = sorted({result.rung for result in results})
+    tokens = {result.rung: result.tokens for result in results}
+    rows = [["bin", "candidate", f"by {score}", *(f"after {tokens[rung]:,} tokens" for rung in rungs)]]
+    for bin in dict.fromkeys(result.bin for result in results):
+        own = {rung: {r.evaluation: r.val_loss for r in results if (r.bin, r.rung) == (bin, rung)} for rung in rungs}
+        before = {index: evaluations[index].score(score) for index in own[rungs[0]]}
+        columns = [before, *own.values()]
+        ranks = [_ranks(column) for column in columns]
+        for index in sorted(before, key=lambda index: [rank.get(index, len(before)) for rank in reversed(ranks)]):
+            cells = [
+                f"{rank[index]} ({column[index]:.4g})" if index in column else ""
+                for rank, column in zip(ranks, columns)
+            ]
+            rows.append([bin, str(index), *cells])
+        taus = [_tau(one, two) for one, two in zip(columns, columns[1:])]
+        rows.append([bin, "Kendall's τ", "", *taus])
+    return rows
+
+
+def _ranks(values: Mapping[int, float]) -> dict[int, int]:
+    return {index: rank for rank, index in enumerate(sorted(values, key=lambda i: (values[i], i)), 1)}
+
+
+def _tau(before: Mapping[int, float], after: Mapping[int, float]) -> str:
+    from scipy.stats import kendalltau
+
+    if len(after) < 2:
+        return ""
+    return f"{kendalltau([before[i] for i in after], list(after.values())).statistic:.2f}"

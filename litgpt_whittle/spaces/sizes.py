@@ -1,0 +1,243 @@
+"""Which sizes sub-networks of a teacher may have, and the closed form of their parameter counts.
+
+The count is a polynomial that is affine in every single size and grows with it, so that how few and how many parameters
+a partly settled choice can have is known without trying (see `litgpt_whittle.spaces.draw`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import layer_params, root_params
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.rope import legal_head_sizes
+from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.subnet import experts_of, layer_sizes
+
+GLOBAL = ("n_embd", "head_size", "n_expert")
+"""Sizes that all layers share in every space"""
+
+ATTENTION = ("n_query_groups", "heads_per_group")
+
+EVERY = -1
+"""Stands for all layers in a key"""
+
+Key = tuple[str, int]
+"""A size that is drawn: its name, and the teacher layer that it belongs to or `EVERY`"""
+
+
+@dataclass
+class Sizes:
+    """The sizes of one sub-network: a value for every key that applies to it."""
+
+    layers: tuple[int, ...]
+    """The teacher's layers that are kept"""
+    values: dict[Key, int]
+
+    def get(self, name: str, layer: int) -> int:
+        """The size `name` of the teacher's layer `layer`."""
+        value = self.values.get((name, layer))
+        return self.values[name, EVERY] if value is None else value
+
+
+class SizeSpace:
+    """All combinations of sizes of a teacher's sub-networks, and their closed-form parameter counts.
+
+    Args:
+        teacher: The teacher's config.
+        layerwise: Whether each layer has its own sizes.
+        tied: Whether the LM head is the embedding.
+        args: What may shrink, how far and in which steps.
+        best_layers: All layers, the most important one first.
+
+    Raises:
+        UserError: If `args` leave a dimension without any size.
+    """
+
+    def __init__(
+        self,
+        teacher: Config,
+        layerwise: bool,
+        tied: bool,
+        args: SpaceArgs,
+        best_layers: Sequence[int] | None = None,
+    ) -> None:
+        self.teacher, self.layerwise, self.args = teacher, layerwise, args
+        _check_args(args)
+        orders = {"any": None, "first": range(teacher.n_layer), "best": best_layers}
+        self.layer_order = orders[args.layers]
+        """Whose first n layers are kept; None where any n may be"""
+        self.limits = _limits(teacher)
+        self.grids = {name: self._grid(name, limit) for name, limit in self.limits.items()}
+        self.root = [root_params(teacher, n, tied) for n in (1, 2)]
+        self._find_kinds()
+        self._find_depths()
+
+    def _grid(self, name: str, limit: int) -> list[int]:
+        """The sizes that a dimension may have, ascending; the teacher's own is always the last."""
+        if name in self.args.fixed:
+            return [limit]
+        step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
+        if least > limit:
+            raise UserError(f"search_space.smallest.{name} must be at most the teacher's {limit}, got {least}")
+        legal = set(_legal(self.teacher, name, limit))
+        return [n for n in (*range(-(-least // step) * step, limit, step), limit) if n in legal]
+
+    # what a layer costs -----------------------------------------------------------------------------------------------
+
+    def _find_kinds(self) -> None:
+        """Tells layers of different costs apart (dense ones and ones with experts), and each kind's closed form."""
+        self.kind_of: list[int] = []
+        self.kinds: list[_Kind] = []
+        seen: dict[tuple, int] = {}
+        for layer in range(self.teacher.n_layer):
+            sizes = layer_sizes(self.teacher, layer)
+            cost = layer_params(self.teacher, layer, self.teacher.n_embd, self.teacher.head_size, *_positional(sizes))
+            key = (tuple(sizes.items()), cost)
+            if key not in seen:
+                seen[key] = len(self.kinds)
+                self.kinds.append(self._kind(layer, sizes))
+            self.kind_of.append(seen[key])
+
+    def _kind(self, layer: int, sizes: Mapping[str, int]) -> _Kind:
+        width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
+        names = ("n_embd", "head_size", "n_expert", *ATTENTION, width)
+        grids = [self.grids[name] if name != "n_expert" or name in sizes else [0] for name in names]
+
+        def cost(n_embd: int, head_size: int, n_expert: int, groups: int, per_group: int, neurons: int) -> int:
+            return layer_params(self.teacher, layer, n_embd, head_size, groups, per_group, neurons, n_expert)
+
+        return _Kind(width, "n_expert" in sizes, multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
+
+    def _find_depths(self) -> None:
+        """All numbers of layers of each kind that a sub-network may have."""
+        totals = [self.kind_of.count(kind) for kind in range(len(self.kinds))]
+        if self.layer_order is not None:
+            kinds = [self.kind_of[layer] for layer in self.layer_order]
+            depths = [[kinds[:n].count(kind) for kind in range(len(totals))] for n in self.grids["n_layer"]]
+        else:
+            allowed = set(self.grids["n_layer"])
+            depths = [d for d in itertools.product(*(range(t + 1) for t in totals)) if sum(d) in allowed]
+        self.depths = np.array(sorted(depths, key=sum))  # (n_depths, n_kinds)
+        # as many ways as there are to choose such layers, so that any set of n layers is as likely as any other
+        ways = [math.prod(math.comb(t, d) for t, d in zip(totals, depth)) for depth in self.depths.tolist()]
+        most = max(ways)
+        self.depth_weights = np.array([way / most for way in ways]).clip(1e-300)
+
+    def count(self, sizes: Sizes) -> int:
+        """The number of parameters."""
+        shared = [sizes.values.get((name, EVERY), 0) for name in GLOBAL]
+        total = self.root_count(shared[0])
+        for layer in sizes.layers:
+            kind = self.kinds[self.kind_of[layer]]
+            own = [sizes.get(name, layer) for name in (*ATTENTION, kind.width)]
+            total += int(kind.at(*shared[:2], shared[2] if kind.has_experts else 0, *own))
+        return total
+
+    def root_count(self, n_embd: int) -> int:
+        return self.root[0] + (n_embd - 1) * (self.root[1] - self.root[0])
+
+    @property
+    def smallest(self) -> int:
+        """Parameters of the smallest sub-network."""
+        lo = [self.grids.get(name, [0])[0] for name in GLOBAL]
+        return self.reach(lo, lo, self.depths)[0]
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest sub-network, the teacher."""
+        hi = [self.grids.get(name, [0])[-1] for name in GLOBAL]
+        return self.reach(hi, hi, self.depths)[1]
+
+    def reach(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[int, int]:
+        """The smallest and largest count with the shared sizes between `lo` and `hi` and one of `depths`."""
+        lows, highs = self.reaches(lo, hi, depths)
+        return int(lows.min()), int(highs.max())
+
+    def reaches(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low = [_contract(kind.low, lo[:2] + [lo[2] if kind.has_experts else 0]) for kind in self.kinds]
+        high = [_contract(kind.high, hi[:2] + [hi[2] if kind.has_experts else 0]) for kind in self.kinds]
+        return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])
+
+
+class _Kind:
+    """Layers of equal cost: a polynomial that is affine in each of six sizes."""
+
+    def __init__(self, width: str, has_experts: bool, coefficients: np.ndarray, grids: list[list[int]]) -> None:
+        self.width, self.has_experts, self.coefficients = width, has_experts, coefficients
+        # with the per-layer sizes at their smallest and at their largest, a polynomial of the shared three
+        own = grids[len(GLOBAL) :]
+        reverse = coefficients.transpose(3, 4, 5, 0, 1, 2)
+        self.low = _contract(reverse, [grid[0] for grid in own])
+        self.high = _contract(reverse, [grid[-1] for grid in own])
+
+    def at(self, *sizes: int) -> np.ndarray:
+        """The polynomial with its leading sizes filled in; the cost itself when all are."""
+        return _contract(self.coefficients, sizes)
+
+
+def _contract(coefficients: np.ndarray, sizes: tuple | list) -> np.ndarray:
+    for size in sizes:
+        coefficients = coefficients[0] + size * coefficients[1]
+    return coefficients
+
+
+def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """Coefficients, shape (2,) * n, of a function affine in each of n integers, from its values at the corners."""
+    corners = itertools.product(*(bound if bound[0] < bound[1] else bound[:1] for bound in bounds))
+    values = np.array([function(*corner) for corner in corners], dtype=np.int64)
+    values = values.reshape([1 if lo == hi else 2 for lo, hi in bounds])
+    for axis, (lo, hi) in enumerate(bounds):
+        first = values.take([0], axis)
+        slope = (values.take([-1], axis) - first) // max(hi - lo, 1)
+        values = np.concatenate((first - slope * lo, slope), axis)
+    return values
+
+
+def _positional(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
+    width = sizes.get("moe_intermediate_size", sizes.get("intermediate_size"))
+    return sizes["n_query_groups"], sizes["heads_per_group"], width, sizes.get("n_expert", 0)
+
+
+def _limits(teacher: Config) -> dict[str, int]:
+    """The teacher's size of every dimension that it has."""
+    limits = {"n_embd": teacher.n_embd, "n_layer": teacher.n_layer, "head_size": teacher.head_size}
+    for layer in range(teacher.n_layer):
+        limits |= layer_sizes(teacher, layer)
+    return limits
+
+
+def _legal(teacher: Config, name: str, limit: int) -> list[int] | range:
+    if name == "head_size":
+        return legal_head_sizes(teacher)
+    if name == "n_expert":
+        return [n for n in range(1, limit + 1) if _is_routable(teacher, n)]
+    return range(1, limit + 1)
+
+
+def _is_routable(teacher: Config, n_expert: int) -> bool:
+    try:
+        experts_of(teacher, Keep(n_expert))
+    except UserError:
+        return False
+    return True
+
+
+def _check_args(args: SpaceArgs) -> None:
+    names = [f.name for f in fields(SizeArgs)]
+    for section in ("step", "smallest"):
+        for name in names:
+            if (value := getattr(getattr(args, section), name)) < 1:
+                raise UserError(f"search_space.{section}.{name} must be at least 1, got {value}")
+    for name in args.fixed:
+        if name not in names:
+            raise UserError(f"search_space.fixed names dimensions ({', '.join(names)}), got {name!r}")
+    if args.layers not in ("any", "first", "best"):
+        raise UserError(f"search_space.layers must be 'any', 'first' or 'best', got {args.layers!r}")

@@ -1,0 +1,351 @@
+"""What may shrink in a search: the four spaces of sub-networks, from which candidates are built into a bin.
+
+A strategy asks a `Space` for a random sub-network, a mutated one or a cross of two, and gets one of the right size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
+from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
+from litgpt_whittle.subnet import SubNet, experts_of
+
+SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
+"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: one choice for all
+layers; layerwise: one each."""
+
+Sets = dict[Key, np.ndarray]
+"""Which units are kept, by the size that says how many"""
+
+
+class Space:
+    """The sub-networks of a teacher that lie in one bin.
+
+    Args:
+        teacher: The teacher's config.
+        name: One of the four spaces.
+        bin: The parameter counts to meet; by default all that there are.
+        tied: Whether the teacher's LM head is its embedding, which then counts once.
+        args: What may shrink, how far and in which steps.
+        order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
+        limits: What the sub-networks may cost. What is drawn here meets the bin, but a strategy has to ask whether it
+            keeps to them, `admits`.
+
+    Raises:
+        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin
+            or keeps to the limits.
+    """
+
+    def __init__(
+        self,
+        teacher: Config,
+        name: SpaceName,
+        bin: Bin | None = None,
+        tied: bool = False,
+        args: SpaceArgs | None = None,
+        order: Order | None = None,
+        limits: Limits = Limits(),
+    ) -> None:
+        if name not in get_args(SpaceName):
+            raise UserError(f"space must be one of {', '.join(get_args(SpaceName))}, got {name!r}")
+        args = args or SpaceArgs()
+        if args.layers == "best" and order is None:
+            raise UserError("search_space.layers 'best' needs --order importance; add it or keep 'any' layers")
+        self.teacher, self.name, self.tied, self.order, self.limits = teacher, name, tied, order, limits
+        self.is_fine, self.is_layerwise = name.startswith("fine"), name.endswith("layerwise")
+        best_layers = None if order is None else order.n_layer.tolist()
+        self.sizes = SizeSpace(teacher, self.is_layerwise, tied, args, best_layers)
+        self.bin = limits.bin(self.sizes.smallest, self.sizes.largest) if bin is None else bin
+        check_reachable(self.sizes, self.bin)
+        limits.check_reachable(self.sample, self.bin)
+
+    def n_params(self, subnet: SubNet) -> int:
+        """The parameters of a sub-network, in closed form."""
+        return n_params(self.teacher, subnet, self.tied)
+
+    def admits(self, subnet: SubNet) -> bool:
+        """Whether a sub-network keeps to the limits that need no clock."""
+        return self.limits.admits(subnet)
+
+    def smallest(self) -> SubNet:
+        """A sub-network with the fewest parameters; of the units, the first ones, or random ones in a fine space."""
+        least = copy.copy(self)
+        least.bin = Bin(self.sizes.smallest, self.sizes.smallest)
+        return least.sample(np.random.default_rng(0))
+
+    def sample(self, rng: np.random.Generator) -> SubNet:
+        """Draws a sub-network: each size among those that keep the bin within reach, then which units.
+
+        Half of the draws give the layers nearly equal shares of what the bin leaves for them. In a deep teacher the
+        others hardly ever would: the sizes drawn first take up the bin, and the rest ends at its smallest.
+        """
+        evenness = 2.0 ** rng.uniform(-1, 6) if rng.random() < 0.5 else None
+        return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
+
+    def split(self, n: int) -> list[Space]:
+        """This space in n equal parts of its bin, in ascending order.
+
+        Parts in which no sub-network was found are left out; where that goes for all of them, the space is one part.
+        """
+        lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
+        edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
+        parts = []
+        for part in (Bin(start, end - 1) for start, end in zip(edges, edges[1:]) if start < end):
+            if draw_sizes(self.sizes, np.random.default_rng(0), part) is not None:
+                parts.append(copy.copy(self))
+                parts[-1].bin = part
+        return parts or [self]
+
+    def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
+        """Changes some of a sub-network's choices; the others give way as little as the bin demands.
+
+        Args:
+            rng: Where the randomness comes from.
+            parent: A sub-network of this space.
+            probability: How likely each size, each set of units and the choice of layers is to change; at least one
+                of them does.
+        """
+        sizes, sets = self.sizes_of(parent), self._sets_of(parent)
+        free, movable = self._free(sizes), self._movable(sets)
+        chances = ["layers", *free, *movable]
+        changed = set(np.flatnonzero(rng.random(len(chances)) < probability).tolist())
+        if not changed:
+            changed = {int(rng.integers(len(chances)))}
+        values: dict[Key, int] = dict(sizes.values)
+        swaps: dict[Key, float] = {}
+        for i in sorted(changed - {0}):
+            if i <= len(free):
+                self._change_size(rng, values, chances[i])
+            else:
+                swaps[chances[i]] = float(rng.random()) ** 2  # mostly a few units
+        layers = self._change_layers(rng, sizes.layers) if 0 in changed else sizes.layers
+        is_global = 0 in changed or any(chances[i][1] == EVERY for i in changed - {0})
+        spread = is_global or bool(rng.random() < 0.5)
+        return self._build(rng, Wish(layers, self._at_layers(values, layers), spread), sets, swaps)
+
+    def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
+        """Mixes two sub-networks: each size, with its units, is a random parent's, as nearly as the bin allows."""
+        parents = [(self.sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
+        values: dict[Key, int] = {}
+        sets: Sets = {}
+        for key in dict.fromkeys([*parents[0][0].values, *parents[1][0].values]):
+            having = [parent for parent in parents if key in parent[0].values]
+            sizes, units = having[int(rng.integers(len(having)))]
+            values[key] = sizes.values[key]
+            sets |= {k: units[k] for k in units if k == key}
+        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts, whose number has another key
+            having = [parent for parent in parents if key in parent[1]]
+            sets.setdefault(key, having[int(rng.integers(len(having)))][1][key])
+        ours, theirs = (set(parent[0].layers) for parent in parents)
+        mixed = (ours & theirs) | {layer for layer in sorted(ours ^ theirs) if rng.random() < 0.5}
+        layers = tuple(sorted(mixed)) or parents[0][0].layers
+        return self._build(rng, Wish(layers, self._at_layers(values, layers)), sets, {})
+
+    def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
+        """Changes one choice and lets another size pay for it, so that the count stays near to what it was.
+
+        The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The choice
+        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others. Near is
+        within a tenth of the bin; where one size cannot pay for that, the others give way too.
+        """
+        sizes, sets = self.sizes_of(parent), self._sets_of(parent)
+        free, movable = self._free(sizes), self._movable(sets)
+        kinds = ["layers", *(["size"] if free else []), *(["units"] if movable else [])]
+        kind = kinds[int(rng.integers(len(kinds)))]
+        if kind == "units":
+            swap = {movable[int(rng.integers(len(movable)))]: float(rng.random()) ** 2}
+            return self._build(rng, Wish(sizes.layers, sizes.values), sets, swap)
+        values, layers, changed = dict(sizes.values), sizes.layers, None
+        if kind == "size":
+            changed = _one_of(rng, free)
+            values[changed] = _step(rng, self.sizes.grids[changed[0]], values[changed])
+        else:
+            layers = self._change_layers(rng, layers)
+        wish = Sizes(layers, self.complete(values, layers))
+        count, slack = self.sizes.count(sizes), (self.bin.hi - self.bin.lo) // 10
+        near = Bin(max(count - slack, self.bin.lo), min(count + slack, self.bin.hi))
+        if payers := [key for key in self._free(wish) if key != changed]:
+            payer, now = _one_of(rng, payers), self.sizes.count(wish)
+            wish.values[payer] += 1
+            price = self.sizes.count(wish) - now  # the count is affine in every size
+            wish.values[payer] += round((rng.uniform(near.lo, near.hi) - now) / max(price, 1)) - 1
+        traded = draw_sizes(self.sizes, rng, near, Wish(layers, wish.values))
+        if traded is None or traded == sizes:  # sizes are too coarse to come that near
+            return self._build(rng, Wish(layers, wish.values), sets, {})
+        return self._keep_units(rng, traded, sets, {})
+
+    def near(
+        self, rng: np.random.Generator, sizes: Sizes, units_of: SubNet | None = None, exchange: float = 0.0
+    ) -> SubNet:
+        """The sub-network whose sizes come as near to the wished ones as the bin allows.
+
+        Args:
+            rng: Where the randomness comes from.
+            sizes: The layers and a size for each key that applies to them; none need be legal.
+            units_of: Whose units are kept in a fine space, as far as their number allows; by default random ones.
+            exchange: How likely some units of each set are exchanged for others.
+        """
+        sets = {} if units_of is None else self._sets_of(units_of)
+        swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
+        return self._build(rng, Wish(sizes.layers, sizes.values), sets, swaps)
+
+    # changes to wishes ------------------------------------------------------------------------------------------------
+
+    def _free(self, sizes: Sizes) -> list[Key]:
+        """The sizes that may differ."""
+        return [key for key in sizes.values if len(self.sizes.grids[key[0]]) > 1]
+
+    def _movable(self, sets: Sets) -> list[Key]:
+        """The sets of units that leave out some; none in a coarse space."""
+        return [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]]
+
+    def _change_size(self, rng: np.random.Generator, values: dict[Key, int], key: Key) -> None:
+        """Half of the time any size, half of the time one nearby."""
+        if rng.random() < 0.5:
+            del values[key]
+            return
+        grid = self.sizes.grids[key[0]]
+        values[key] = round(values[key] + rng.normal() * max((grid[-1] - grid[0]) / 10, 1))
+
+    def _change_layers(self, rng: np.random.Generator, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """A layer more, a layer less, or another one instead."""
+        left = [layer for layer in range(self.teacher.n_layer) if layer not in layers]
+        change = int(rng.integers(3))
+        kept = set(layers)
+        if change != 0 and len(kept) > 1:
+            kept.remove(int(rng.choice(layers)))
+        if change != 1 and left:
+            kept.add(int(rng.choice(left)))
+        return tuple(sorted(kept))
+
+    def _at_layers(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
+        """Wishes at other layers than the parents': a new layer takes its nearest neighbour's sizes."""
+        wished = dict(values)
+        if self.is_layerwise:
+            for layer in layers:
+                for name in (*ATTENTION, self.sizes.kinds[self.sizes.kind_of[layer]].width):
+                    near = [key for key in values if key[0] == name and key[1] != EVERY]
+                    if near and (name, layer) not in values:
+                        wished.setdefault((name, layer), values[min(near, key=lambda key: abs(key[1] - layer))])
+        return wished
+
+    def complete(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
+        """The sizes of exactly these layers: the given ones, those of the nearest layer, or else the teacher's."""
+        wished = self._at_layers(values, layers)
+        keys = {(name, EVERY) for name in ("n_embd", "head_size")}
+        for layer in layers:
+            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
+            keys |= {(name, layer if self.is_layerwise else EVERY) for name in (*ATTENTION, kind.width)}
+            keys |= {("n_expert", EVERY)} if kind.has_experts else set()
+        return {key: wished.get(key, self.sizes.grids[key[0]][-1]) for key in sorted(keys)}
+
+    # between sub-networks and sizes -----------------------------------------------------------------------------------
+
+    def sizes_of(self, subnet: SubNet) -> Sizes:
+        values = {("n_embd", EVERY): len(subnet.n_embd), ("head_size", EVERY): len(subnet.head_size)}
+        for i, layer in enumerate(subnet.layers):
+            for name, keep in self._own(subnet, i).items():
+                values[name, EVERY if name == "n_expert" or not self.is_layerwise else layer] = len(keep)
+        return Sizes(subnet.layers, values)
+
+    def _sets_of(self, subnet: SubNet) -> Sets:
+        if not self.is_fine:
+            return {}
+        sets = {("n_embd", EVERY): subnet.n_embd.indices}
+        for i, layer in enumerate(subnet.layers):
+            for name, keep in self._own(subnet, i).items():
+                units = experts_of(self.teacher, keep) if name == "n_expert" else keep.indices
+                sets[name, layer if self.is_layerwise else EVERY] = units
+        return sets
+
+    def _own(self, subnet: SubNet, index: int) -> dict[str, Keep]:
+        """What the student's layer `index` keeps, by the names of a sub-network's fields."""
+        keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
+        own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
+        own[kind.width] = keep.intermediate_size
+        return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
+
+    def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
+        """Draws sizes into the bin, then units."""
+        sizes = draw_sizes(self.sizes, rng, self.bin, wish)
+        if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
+            sizes = draw_sizes(self.sizes, rng, self.bin)
+        assert sizes is not None, f"the bin {self.bin} was found reachable before"
+        return self._keep_units(rng, sizes, sets, swaps)
+
+    def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
+        """Draws units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
+        chosen: dict[Key, Keep] = {}
+
+        def keep(name: str, layer: int) -> Keep:
+            if self.order is not None and not self.is_fine:
+                return self.order.best(name, layer, sizes.get(name, layer))
+            at = (name, layer if self.is_layerwise else EVERY)
+            if at not in chosen:
+                chosen[at] = self._units(rng, name, sizes.get(name, layer), sets.get(at), swaps.get(at, 0.0))
+            return chosen[at]
+
+        fields: dict[str, Any] = {"n_layer": Keep(np.array(sizes.layers)), "head_size": sizes.get("head_size", EVERY)}
+        fields["n_embd"] = keep("n_embd", EVERY)
+        for i, layer in enumerate(sizes.layers):
+            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
+            for name in (*ATTENTION, kind.width, *(["n_expert"] if kind.has_experts else [])):
+                fields.setdefault(name, [None] * len(sizes.layers))[i] = keep(name, layer)
+        return SubNet(self.teacher, **fields)
+
+    def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> Keep:
+        """Which n units are kept: the first ones in a coarse space, else the wished ones and random others."""
+        limit = self.sizes.limits[name]
+        if not self.is_fine or n == limit:
+            return Keep(n)
+        groups = (self.teacher.n_expert_groups or 1) if name == "n_expert" else 1
+        each = limit // groups
+        parts = []
+        for start in range(0, limit, each):  # routed experts are balanced over their groups
+            own = None if units is None else units[(units >= start) & (units < start + each)] - start
+            parts.append(start + _choose(rng, n // groups, each, own, swap))
+        return Keep(np.concatenate(parts))
+
+
+def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:
+    """Draws n of `limit` units, sorted: wished ones first, of which a share `swap` is exchanged for others."""
+    if wished is None:
+        return np.sort(rng.permutation(limit)[:n])
+    is_wished = np.zeros(limit, dtype=bool)
+    is_wished[wished] = True
+    others = np.flatnonzero(~is_wished)
+    n_stay = min(len(wished), n)
+    n_swap = min(round(swap * n_stay) + (swap > 0), n_stay, len(others) - (n - n_stay))
+    kept = rng.permutation(wished)[: n_stay - n_swap]
+    added = rng.permutation(others)[: n - len(kept)]
+    return np.sort(np.concatenate((kept, added)))
+
+
+def _one_of(rng: np.random.Generator, keys: list[Key]) -> Key:
+    """One of the keys: any dimension as likely as any other, whether it has one key or one in every layer."""
+    names = list(dict.fromkeys(name for name, _ in keys))
+    name = names[int(rng.integers(len(names)))]
+    own = [key for key in keys if key[0] == name]
+    return own[int(rng.integers(len(own)))]
+
+
+def _step(rng: np.random.Generator, grid: list[int], value: int) -> int:
+    """Another value of a grid, mostly a nearby one: about a tenth of the grid away."""
+    at = grid.index(value)
+    by = round(rng.normal() * len(grid) / 10) or (1 if rng.random() < 0.5 else -1)
+    if not 0 <= at + by < len(grid):
+        by = -by
+    return grid[min(max(at + by, 0), len(grid) - 1)]

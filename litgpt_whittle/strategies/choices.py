@@ -1,0 +1,71 @@
+"""The sizes of a sub-network as numbers by name, for optimisers that know nothing of sub-networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from litgpt_whittle.spaces.sizes import EVERY, GLOBAL, Key, Sizes
+from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.subnet import SubNet, layer_sizes
+
+
+class Choices:
+    """What may be chosen in a space: whole numbers between two bounds, such as `n_embd` or `intermediate_size.3`.
+
+    Which layers are kept is one number of 0 or 1 for each, `layer.3`, or, where only the first or the best ones may be
+    kept, how many, `n_layer`. Which units are kept is no such choice.
+
+    Args:
+        space: The space.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self._keys = {_name(key): key for key in _keys(space)}
+        grids = space.sizes.grids
+        self.bounds = {name: (grids[size][0], grids[size][-1]) for name, (size, _) in self._keys.items()}
+        """The smallest and the largest number, by name"""
+        depths = grids["n_layer"]
+        if len(depths) > 1 and space.sizes.layer_order is not None:
+            self.bounds["n_layer"] = depths[0], depths[-1]
+        elif len(depths) > 1:
+            self.bounds |= {f"layer.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
+
+    def of(self, subnet: SubNet) -> dict[str, int]:
+        """A sub-network's numbers, all of them: a dropped layer has the sizes of the nearest kept one."""
+        every = tuple(range(self.space.teacher.n_layer))
+        values = self.space.complete(self.space.sizes_of(subnet).values, every)
+        numbers = {name: values[key] for name, key in self._keys.items()}
+        numbers |= {f"layer.{layer}": int(layer in subnet.layers) for layer in every} | {"n_layer": len(subnet)}
+        return {name: numbers[name] for name in self.bounds}
+
+    def build(
+        self, rng: np.random.Generator, numbers: Mapping[str, int], units_of: SubNet | None = None, exchange: float = 0
+    ) -> SubNet:
+        """The sub-network whose sizes come as near to the numbers as the bin allows (see `Space.near`)."""
+        if "n_layer" in numbers:
+            layers = sorted(self.space.sizes.layer_order[: numbers["n_layer"]])
+        else:
+            layers = [i for i in range(self.space.teacher.n_layer) if numbers.get(f"layer.{i}", 1)] or [0]
+        wish = Sizes(tuple(layers), {key: numbers[name] for name, key in self._keys.items()})
+        return self.space.near(rng, wish, units_of, exchange)
+
+
+def _name(key: Key) -> str:
+    return key[0] if key[1] == EVERY else f"{key[0]}.{key[1]}"
+
+
+def _keys(space: Space) -> list[Key]:
+    """The sizes that may differ."""
+    keys = []
+    for name, grid in space.sizes.grids.items():
+        if name == "n_layer" or len(grid) == 1:
+            continue
+        if name in GLOBAL or not space.is_layerwise:
+            keys.append((name, EVERY))
+        else:
+            layers = range(space.teacher.n_layer)
+            keys += [(name, layer) for layer in layers if name in layer_sizes(space.teacher, layer)]
+    return keys

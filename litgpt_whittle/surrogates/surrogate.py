@@ -1,0 +1,228 @@
+"""Predicts the scores of sub-networks from those of others, of the same search or of another one.
+
+The uses of *Transferrable surrogates in expressive NAS spaces* (2025) are in
+`litgpt_whittle.strategies.surrogate_search`; here is what predicts. Scores are fitted as logarithms, standardised
+within a bin of a search, so that another teacher's, another text's or another measure's can be learnt from. Nothing
+that was fitted is ever loaded, but a journal, on which it is fitted again: no file of a stranger runs code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.searching.evaluations import bins_of, scored
+from litgpt_whittle.searching.journal import JOURNAL, read_journal
+from litgpt_whittle.subnet import fingerprint
+from litgpt_whittle.surrogates.base import Regressor
+from litgpt_whittle.surrogates.features import Choice
+
+LEAST = 10
+"""Scores that a surrogate is fitted on at least"""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The evaluations of another search."""
+
+    teacher: Config
+    bins: tuple[tuple[list[Mapping[str, Any]], np.ndarray], ...]
+    """The sub-networks and scores of each bin"""
+    fingerprint: str
+    """Sixteen hex digits that tell them apart from others"""
+
+    @classmethod
+    def read(cls, path: Path) -> Examples:
+        """Reads a journal, or the one in a search's folder.
+
+        Raises:
+            UserError: If there is none, or too few of its candidates have a score.
+        """
+        path = Path(path)
+        file = path / JOURNAL if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"surrogate.path must be a search's folder or journal, {str(path)!r} has none; correct it")
+        header, evaluations = read_journal(file)
+        try:
+            teacher, score = Config(**header["teacher"]["architecture"]), header["settings"]["score"]
+        except (KeyError, TypeError):
+            raise UserError(f"{str(file)!r} was written by another version; search anew to learn from it") from None
+        found = scored(evaluations, score)
+        if len(found) < LEAST:
+            raise UserError(
+                f"a surrogate learns from {LEAST} candidates with a score or more, {str(file)!r} has {len(found)}; "
+                "name a longer search"
+            )
+        bins = []
+        for bin in bins_of(found):
+            own = [e for e in found if e.bin == bin]
+            bins.append(([e.subnet for e in own], np.array([e.score(score) for e in own])))
+        text = json.dumps([[e.bin, e.subnet, e.score(score)] for e in found])
+        return cls(teacher, tuple(bins), hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def __len__(self) -> int:
+        return sum(len(scores) for _, scores in self.bins)
+
+    @property
+    def choices(self) -> list[Mapping[str, Any]]:
+        """The sub-networks of all bins."""
+        return [choice for choices, _ in self.bins for choice in choices]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The scores of all bins, each bin's standardised, shape (n,)."""
+        return np.concatenate([Scale.of(scores).standardised(scores) for _, scores in self.bins])
+
+
+class Scale(NamedTuple):
+    """How scores are standardised."""
+
+    is_log: bool
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> Scale:
+        """By the mean and the standard deviation of their logarithms, where all are above 0."""
+        is_log = bool((scores > 0).all())
+        values = np.log(scores) if is_log else scores
+        mean, deviation = float(values.mean()), float(values.std())
+        # equal scores may differ from their mean by its rounding
+        return cls(is_log, mean, deviation if deviation > 1e-9 * abs(mean) else 1.0)
+
+    def standardised(self, scores: np.ndarray) -> np.ndarray:
+        return ((np.log(scores) if self.is_log else scores) - self.mean) / self.deviation
+
+    def restored(self, targets: np.ndarray) -> np.ndarray:
+        values = targets * self.deviation + self.mean
+        return np.exp(values.clip(max=700)) if self.is_log else values
+
+
+class Surrogate:
+    """Predicts scores, the lower the better, in the scores' own unit.
+
+    Where it has examples of another search, what it learnt from them is brought to this one's scale by a line, and what
+    is left of this search's scores is learnt from these: however strange the examples, it gets over them.
+
+    Args:
+        make: Makes an unfitted regressor.
+        teacher: Whose sub-networks to predict.
+        ranking: The teacher's ranking, if there is one.
+        examples: Another search to learn from beforehand.
+        seed: Where all randomness comes from.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Regressor],
+        teacher: Config,
+        ranking: Ranking | None = None,
+        examples: Examples | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.make, self.teacher, self.ranking, self.examples, self.seed = make, teacher, ranking, examples, seed
+        self.prior = None if examples is None else make()
+        if examples is not None:
+            self.prior.fit(self._read_examples(examples), examples.targets, seed)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.regressor = self.make()
+        self._is_own = False
+        self._slope, self._offset = 1.0, 0.0
+        # of bins, the one that most is known about
+        scores = [] if self.examples is None else [scores for _, scores in self.examples.bins]
+        self._scale = Scale.of(max(scores, key=len)) if scores else None
+
+    def anew(self) -> Surrogate:
+        """Another one that knows the same examples, and nothing else yet."""
+        another = copy.copy(self)
+        another._reset()
+        return another
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it can predict."""
+        return self._is_own or self.prior is not None
+
+    def fit(self, choices: Sequence[Choice], scores: Sequence[float]) -> None:
+        """Learns anew from this search's evaluations, those that have a score; too few change nothing."""
+        finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
+        if len(finite) < LEAST:
+            return
+        values = np.array([scores[i] for i in finite])
+        read = self.regressor.read(self.teacher, [choices[i] for i in finite], self.ranking)
+        self._scale = Scale.of(values)
+        targets = self._scale.standardised(values)
+        if self.prior is not None:
+            before = self.prior.predict(read)
+            variance = float(before.var())
+            covariance = float(((before - before.mean()) * targets).mean())
+            # examples that say the opposite of what is so say nothing
+            self._slope = max(covariance / variance, 0.0) if variance > 0 else 0.0
+            self._offset = float(-self._slope * before.mean())
+            targets = targets - self._slope * before - self._offset
+        self.regressor.fit(read, targets, self.seed)
+        self._is_own = True
+
+    def predict(self, choices: Sequence[Choice], optimism: float = 0.0) -> np.ndarray:
+        """The scores to expect, shape (n,).
+
+        Args:
+            choices: Sub-networks.
+            optimism: Standard deviations better than expected, where the regressor knows how far off it may be.
+        """
+        assert self._scale is not None, "there was nothing to learn from yet"
+        read = self.regressor.read(self.teacher, choices, self.ranking)
+        expected = np.zeros(len(read))
+        if self.prior is not None:
+            expected += self._slope * self.prior.predict(read) + self._offset
+        if self._is_own:
+            expected += self.regressor.predict(read)
+        if optimism:
+            expected -= optimism * (self.regressor if self._is_own else self.prior).deviation(read)
+        return self._scale.restored(expected)
+
+    def save(self, folder: Path) -> bool:
+        """Writes what was learnt, if it is of a kind that is worth it; says whether it was."""
+        return (self.regressor if self._is_own else self.prior or self.regressor).save(folder)
+
+    def examples_tau(self) -> float:
+        """Kendall's τ of predictions of the examples, each by a regressor that was not fitted on it."""
+        assert self.examples is not None, "there are examples to try"
+        return held_out_tau(self.make, self._read_examples(self.examples), self.examples.targets, self.seed)
+
+    def _read_examples(self, examples: Examples) -> list[Any]:
+        is_same = fingerprint(examples.teacher) == fingerprint(self.teacher)
+        return self.prior.read(examples.teacher, examples.choices, self.ranking if is_same else None)
+
+
+def held_out_tau(make: Callable[[], Regressor], read: Sequence[Any], targets: np.ndarray, seed: int = 0) -> float:
+    """Kendall's τ between targets and predictions, in which no target had a part that is compared with it.
+
+    Args:
+        make: Makes an unfitted regressor.
+        read: What it read of the sub-networks.
+        targets: Their standardised scores, shape (n,).
+        seed: Where all randomness comes from.
+    """
+    from scipy.stats import kendalltau
+    from sklearn.model_selection import KFold
+
+    regressor = make()
+    predicted = np.zeros(len(targets))
+    for known, held_out in KFold(regressor.n_folds, shuffle=True, random_state=seed).split(targets):
+        regressor.fit([read[i] for i in known], targets[known], seed)
+        predicted[held_out] = regressor.predict([read[i] for i in held_out])
+    return float(kendalltau(predicted, targets).statistic)

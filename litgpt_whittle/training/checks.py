@@ -1,0 +1,315 @@
+"""What must hold before a training run starts anything expensive; each mistake is told in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.loggers import Logger
+from litgpt.args import EvalArgs, LogArgs
+from litgpt.config import Config
+from litgpt.data import DataModule, TinyLlama
+from litgpt.utils import choose_logger
+
+from litgpt_whittle.checkpoint import WEIGHTS
+from litgpt_whittle.distillation.cache import INDEX, Cache
+from litgpt_whittle.distillation.objective import Term
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.processes import n_devices
+from litgpt_whittle.searching.journal import file_fingerprint
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
+from litgpt_whittle.training.resume import flatten
+
+
+def check_arguments(
+    train: TrainArgs,
+    eval: EvalArgs,
+    initial_checkpoint_dir: Path | None,
+    sub_network: Path | None,
+    resume: bool | Literal["auto"] | Path,
+) -> None:
+    """Refuses arguments that contradict each other or that the loop does not know.
+
+    Raises:
+        UserError: For the first such mistake.
+    """
+    if train.epochs is not None:
+        raise UserError(f"train.epochs is not supported, got {train.epochs}; set train.max_tokens or train.max_steps")
+    if eval.max_new_tokens is not None:
+        raise UserError(f"eval.max_new_tokens is not supported, got {eval.max_new_tokens}; leave it out")
+    if train.max_tokens is None and train.max_steps is None:
+        raise UserError("training must end somewhere; set train.max_tokens or train.max_steps")
+    counts = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.global_batch_size": train.global_batch_size,
+        "train.log_interval": train.log_interval,
+        "train.save_interval": train.save_interval,
+        "train.max_seq_length": train.max_seq_length,
+        "eval.interval": eval.interval,
+        "eval.max_iters": eval.max_iters,
+    }
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be 1 or more, got {count}; raise it")
+    if initial_checkpoint_dir is not None and sub_network is not None:
+        raise UserError("initial_checkpoint_dir and sub_network both name the student; leave one out")
+    if initial_checkpoint_dir is not None and resume and resume != "auto":
+        raise UserError(
+            "resume goes on with the weights of the run, initial_checkpoint_dir starts from others; leave one out, or "
+            "use --resume auto to start from the latter only where there is nothing to resume"
+        )
+
+
+def check_optimizer(optimizer: str | dict) -> None:
+    """Refuses settings that litgpt would leave unread.
+
+    Raises:
+        UserError: Naming them.
+    """
+    unread = sorted(set(optimizer) - {"class_path", "init_args"}) if isinstance(optimizer, dict) else []
+    if unread:
+        raise UserError(
+            f"optimizer has a class_path and init_args, got {', '.join(unread)} beside them, which nobody reads; set "
+            "init_args in a YAML, or all of it: --optimizer '{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}'"
+        )
+
+
+def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
+    """How many devices to train on.
+
+    Raises:
+        UserError: If there are fewer, if they cannot share a batch evenly, or if the machines cannot find each other.
+    """
+    devices = n_devices(devices)
+    samples = train.micro_batch_size * devices * num_nodes
+    if train.global_batch_size % samples:
+        raise UserError(
+            "train.global_batch_size must be a multiple of train.micro_batch_size times devices times num_nodes, got "
+            f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
+            f"{max(1, round(train.global_batch_size / samples)) * samples}"
+        )
+    # SLURM and torchrun say it by their own names
+    if num_nodes > 1 and not any(name in os.environ for name in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK")):
+        raise UserError(
+            f"num_nodes = {num_nodes} needs every machine to know its part; start each with torchrun or by SLURM, or "
+            "set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
+    return devices
+
+
+def check_pair(student: Config, teacher: Config | None, max_seq_length: int | None) -> int:
+    """The sequence length to train on: `max_seq_length`, or the student's block size.
+
+    Args:
+        student: The student's config.
+        teacher: The teacher's, where one is needed.
+        max_seq_length: As asked for.
+
+    Raises:
+        UserError: If either model cannot take such sequences, or if their vocabularies differ.
+    """
+    seq_length = max_seq_length or student.block_size
+    for name, config in (("student", student), ("teacher", teacher)):
+        if config is not None and seq_length > config.block_size:
+            raise UserError(
+                f"train.max_seq_length must be at most the {name}'s block_size {config.block_size}, got {seq_length}; "
+                "lower it"
+            )
+    if teacher is not None and student.padded_vocab_size != teacher.padded_vocab_size:
+        raise UserError(
+            f"teacher and student must have the same vocabulary, got {teacher.padded_vocab_size} and "
+            f"{student.padded_vocab_size} tokens; give the student a padded_vocab_size of {teacher.padded_vocab_size} "
+            "if they share a tokenizer, else choose another teacher"
+        )
+    return seq_length
+
+
+def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teacher_dir: Path | None) -> Path | None:
+    """The directory to take the tokenizer from: the one asked for, the student's or the teacher's, if any has one.
+
+    Raises:
+        UserError: If the one asked for has none, or if the directories' tokenizers differ.
+    """
+    if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
+        raise UserError(
+            f"tokenizer_dir must hold a tokenizer.json or tokenizer.model, got {str(tokenizer_dir)!r}; choose another"
+        )
+    known = {}
+    for folder in (tokenizer_dir, student_dir, teacher_dir):
+        if folder is not None and _vocabulary(folder) is not None:
+            known[folder] = _vocabulary(folder)
+    first = next(iter(known), None)
+    for folder, vocabulary in known.items():
+        # a tokenizer.json cannot be compared with a SentencePiece model
+        if type(vocabulary) is type(known[first]) and vocabulary != known[first]:
+            raise UserError(
+                f"teacher and student must have the same tokenizer, those in {str(first)!r} and {str(folder)!r} "
+                "differ; choose a teacher with the student's tokenizer"
+            )
+    return first
+
+
+def _vocabulary(folder: Path) -> dict | bytes | None:
+    """Which token has which id, as far as it can be told without loading the tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+            vocab = content["model"]["vocab"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{str(folder / 'tokenizer.json')!r} is not a tokenizer; fetch it again") from None
+        # unigram models list [token, score] in the order of ids
+        pairs = vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+        return pairs | added
+    if (folder / "tokenizer.model").is_file():
+        return (folder / "tokenizer.model").read_bytes()
+    return None
+
+
+def check_cache(
+    cache: Cache,
+    terms: Sequence[Term],
+    distill: DistillArgs,
+    max_seq_length: int,
+    teacher_dir: Path | None,
+) -> None:
+    """Refuses a teacher's cache that a run cannot learn from.
+
+    Args:
+        cache: The cache.
+        terms: The losses.
+        distill: What is learned.
+        max_seq_length: The run's.
+        teacher_dir: The teacher itself, where it is given too.
+
+    Raises:
+        UserError: If a loss needs more than was stored, if windows or temperature are others, or the teacher is.
+    """
+    contents, name, temperature = cache.contents, repr(str(cache.folder)), distill.temperature
+    if distill.hidden.is_used:
+        raise UserError(f"distill.hidden needs a teacher that runs, and the cache {name} has its predictions only")
+    for loss in (term.loss for term in terms if term.weight):
+        if cache.codec.gives != "logits" and getattr(loss, "on_logits", False):
+            raise UserError(
+                f"{loss.__name__} needs all logits, the cache {name} has {cache.codec.gives}; choose a loss of "
+                "probabilities such as forward_kl, or cache the teacher with --codec full"
+            )
+        if cache.codec.gives == "samples" and not getattr(loss, "is_linear", False):
+            raise UserError(
+                f"{loss.__name__} is biased on the samples of the cache {name}; choose forward_kl or "
+                "soft_cross_entropy, or cache the teacher with --codec top_k"
+            )
+    if contents.temperature is not None and temperature != contents.temperature:
+        raise UserError(
+            f"distill.temperature must be {contents.temperature}, at which the cache {name} was made, got "
+            f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher at another"
+        )
+    if max_seq_length != contents.max_seq_length:
+        raise UserError(
+            f"train.max_seq_length must be {contents.max_seq_length}, as the cache {name} was made with, got "
+            f"{max_seq_length}; set --train.max_seq_length {contents.max_seq_length}"
+        )
+    if teacher_dir is not None and file_fingerprint(teacher_dir / WEIGHTS) != contents.weights:
+        raise UserError(
+            f"teacher_checkpoint_dir must be the teacher of the cache {name}, {contents.teacher}, got "
+            f"{str(teacher_dir)!r} with other weights; leave it out or choose the cache of this teacher"
+        )
+
+
+def check_hidden(
+    args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
+) -> SubNet | None:
+    """Which part of its teacher a student is, where their streams are matched by that.
+
+    Args:
+        args: What is matched.
+        n_layer: The student's layers.
+        sub_network: What the student's `sub_network.yaml` says, where it has one.
+        teacher: The teacher's config.
+
+    Raises:
+        UserError: If a layer does not exist, or the student did not come from this teacher and nothing is learned in
+            between.
+    """
+    if not args.is_used:
+        return None
+    missing = [layer for layer in args.layers or () if not 0 <= layer < n_layer]
+    if missing:
+        raise UserError(f"distill.hidden.layers must be among the student's 0 … {n_layer - 1}, got {missing[0]}")
+    if args.projection:
+        return None
+    if sub_network is None:
+        raise UserError(
+            "distill.hidden compares channels with those that they came from, and this student has no "
+            "sub_network.yaml; add --distill.hidden.projection true to learn which belong together"
+        )
+    return SubNet.from_saved(sub_network, teacher, "the student's sub_network.yaml")
+
+
+def default_data() -> DataModule:
+    """litgpt's default corpus.
+
+    Raises:
+        UserError: If what it needs is not installed.
+    """
+    if importlib.util.find_spec("litdata") is None:
+        raise UserError(
+            "data must be chosen, the default TinyLlama needs the package litdata; use for example "
+            "--data HFText --data.path PATH"
+        )
+    return TinyLlama()
+
+
+def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
+    """litgpt's logger of that name. Its default, tensorboard, falls back to csv where it is not installed.
+
+    Raises:
+        UserError: If another one is not installed.
+    """
+
+    def choose(logger_name: str) -> Logger:
+        return choose_logger(
+            logger_name, out_dir, name=name, resume=resume, log_interval=train.log_interval, log_args=asdict(log)
+        )
+
+    try:
+        return choose(logger_name)
+    except ModuleNotFoundError:
+        if logger_name != "tensorboard":
+            raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv") from None
+    # litgpt's default, and so what nobody chose: the run should not end over it
+    warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
+    return choose("csv")
+
+
+def run_settings(
+    arguments: dict[str, Any],
+    student: Config,
+    teacher_dir: Path | None,
+    precision: str,
+    teacher_cache: Path | None = None,
+) -> dict[str, Any]:
+    """What decides the weights that a run ends with, by the names of the arguments.
+
+    How often it saves and logs, how long it may take and where it writes can change when it is resumed.
+    """
+    names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed", "num_nodes")
+    names += ("distill", "repair", "teacher_quantize", "supernet")
+    settings = flatten({name: arguments[name] for name in names if name in arguments})
+    for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
+        settings.pop(name, None)
+    settings["precision"] = precision
+    settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
+    if teacher_cache is not None:
+        # its checksums tell what is in it
+        settings["teacher_cache's index"] = file_fingerprint(teacher_cache / INDEX)
+    elif teacher_dir is not None:
+        settings["teacher_checkpoint_dir's weights"] = file_fingerprint(teacher_dir / WEIGHTS)
+    return settings

@@ -1,0 +1,165 @@
+"""Training batches one after the other, epoch after epoch, shared by any number of processes, from any point on.
+
+The batches and their order are those of one process with the whole of the data. With n of them, process i takes every
+n-th batch from batch i on, so that an optimizer step sees the same samples however many processes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.resume import generator_states, rng_state, set_epoch, set_generator_states, set_rng_state
+
+
+class DataStream:
+    """Cycles through a dataloader, and can go on at any batch of any epoch.
+
+    Dataloaders draw their order from random generators when an epoch starts. The generators' state at that moment is
+    what is kept: resuming sets it again and skips the batches that were trained on, whatever the data module is.
+
+    Args:
+        loader: A dataloader that gives at least one batch; if it skips by itself (`skipping`), other processes'
+            batches are never read.
+        rank: This process's number.
+        world_size: How many processes share the batches.
+    """
+
+    def __init__(self, loader: Iterable, rank: int = 0, world_size: int = 1) -> None:
+        self.loader, self.rank, self.world_size = loader, rank, world_size
+        self.epoch = 0
+        sampler = getattr(loader, "batch_sampler", None)
+        self._skip = sampler if isinstance(sampler, SkippingBatches) else None
+        self._batch = 0  # of all processes, in this epoch
+        self._start: dict[str, Any] = {}
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> DataStream:
+        return self
+
+    def __next__(self) -> Any:
+        own = None
+        for turn in range(self.world_size):
+            batch = self._advance(turn)
+            own = batch if turn == self.rank else own
+        return own
+
+    def _advance(self, turn: int) -> Any:
+        """Goes over one batch, which is read if it has to be: this process's, or where batches cannot be skipped."""
+        if self._iterator is None:
+            self._begin(turn)
+        elif self._skip is not None and self._batch == len(self._skip.batch_sampler):
+            self._begin_next(turn)
+        if self._skip is not None and turn != self.rank:
+            self._batch += 1
+            return None
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self._begin_next(turn)
+            batch = next(self._iterator, None)
+            if batch is None:
+                raise UserError("the training data must fill at least one batch, got none; add data") from None
+        self._batch += 1
+        return batch
+
+    def _begin_next(self, turn: int) -> None:
+        self.epoch += 1
+        self._begin(turn)
+
+    def _begin(self, turn: int, batch: int = 0) -> None:
+        """Starts an epoch at a batch of it, whose turn it is to be taken."""
+        self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
+        set_epoch(self.loader, self.epoch)
+        if self._skip is not None:
+            self._skip.first, self._skip.step = batch + (self.rank - turn) % self.world_size, self.world_size
+        self._iterator = iter(self.loader)
+        if self._skip is not None:
+            self._skip.draw()
+        self._batch = batch
+
+    @property
+    def position(self) -> str:
+        """Where the stream is, in words."""
+        return f"epoch {self.epoch + 1}, batch {self._batch}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is; what `torch.load(weights_only=True)` takes. The same for any number of processes."""
+        return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes there. Changes the global random generators, which the caller sets afterwards."""
+        if not state["start"]:
+            return
+        self.epoch = state["epoch"]
+        set_rng_state(state["start"]["rng"])
+        set_generator_states(self.loader, state["start"]["generators"])
+        if self._skip is not None:
+            self._begin(0, state["batch"])
+            return
+        self._begin(0)
+        for _ in range(state["batch"]):
+            if next(self._iterator, None) is None:
+                raise UserError("the training data are less than they were; go on with the same data")
+        self._batch = state["batch"]
+
+
+class SkippingBatches(Sampler[list[int]]):
+    """Every n-th batch of another batch sampler, from some batch on; the others' samples are not read.
+
+    Args:
+        batch_sampler: The other one.
+    """
+
+    def __init__(self, batch_sampler: BatchSampler) -> None:
+        self.batch_sampler = batch_sampler
+        self.sampler = batch_sampler.sampler
+        self.first, self.step = 0, 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._all, self._drawn = iter(self.batch_sampler), []
+        return self._own()
+
+    def _own(self) -> Iterator[list[int]]:
+        self.draw()
+        yield from islice(chain(self._drawn, self._all), self.first, None, self.step)
+
+    def draw(self) -> None:
+        """Has the epoch's order drawn, so that all processes draw it at the same time, whoever's turn comes first."""
+        if not self._drawn:
+            self._drawn = list(islice(self._all, 1))
+
+    def __len__(self) -> int:
+        return len(range(self.first, len(self.batch_sampler), self.step))
+
+
+def skipping(loader: Any) -> Any:
+    """The same dataloader, made so that a `DataStream` can skip batches without reading them, where it can be."""
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return loader
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    names += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device")
+    same = {name: getattr(loader, name) for name in names}
+    return DataLoader(loader.dataset, batch_sampler=SkippingBatches(loader.batch_sampler), **same)
+
+
+def shared_batches(loader: Iterable, most: int, rank: int, world_size: int) -> Iterator[tuple[Any, bool]]:
+    """This process's part of the first batches, and whether each counts.
+
+    All processes get equally many, because they work together on each: where the last ones are too few, some get a
+    batch of another process's that does not count for them.
+    """
+    turn: list[Any] = []
+    for i, batch in enumerate(loader):
+        if i >= most:
+            break
+        turn.append(batch)
+        if len(turn) == world_size:
+            yield turn[rank], True
+            turn = []
+    if turn:
+        yield turn[min(rank, len(turn) - 1)], rank < len(turn)

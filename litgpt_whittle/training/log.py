@@ -1,0 +1,135 @@
+"""What a training run says while it goes on: to the terminal, to litgpt's logger, to `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import ThroughputMonitor
+
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.processes import peak_memory
+from litgpt_whittle.training.curves import MetricsLog, plot_training
+from litgpt_whittle.training.run import Run
+
+
+class TrainLog:
+    """Sends a run's figures to the terminal, to litgpt's logger and to `metrics.jsonl`."""
+
+    def __init__(self, run: Run, log_interval: int) -> None:
+        self.run = run
+        self.interval = log_interval
+        self.throughput = ThroughputMonitor(run.fabric, window_size=5)
+        self.first_iter, self.first_seconds = run.progress.iter_num, run.progress.seconds
+        self.started = self.last_time = time.perf_counter()
+        self.last_iter = run.progress.iter_num
+        self.sums: dict[str, torch.Tensor] = {}
+        self.n = 0
+        is_main = run.fabric.global_rank == 0
+        self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
+
+    def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
+        """Takes in one micro-batch's scalars, without waiting for the device."""
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.n += 1
+
+    def train_step(self) -> None:
+        """Logs the means since the last time, every `log_interval` optimizer steps."""
+        run, progress = self.run, self.run.progress
+        if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
+            return
+        means = {name: run.fabric.all_reduce(value / self.n, reduce_op="mean") for name, value in self.sums.items()}
+        means = {name: value.item() for name, value in means.items()}  # waits for the device
+        self.sums, self.n = {}, 0
+        now = time.perf_counter()
+        iters, seconds = progress.iter_num - self.last_iter, now - self.last_time
+        self.last_iter, self.last_time = progress.iter_num, now
+        done = progress.iter_num - self.first_iter
+        tokens_per_second = iters * run.schedule.tokens_per_iter * run.fabric.world_size / max(seconds, 1e-9)
+        row = means | {
+            "iter": progress.iter_num,
+            "step": progress.step_count,
+            "epoch": run.stream.epoch,
+            "iter_time": seconds / iters,
+            "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
+            "tokens": self._tokens(),
+            "total_tokens": self._tokens() * run.fabric.world_size,
+            "learning_rate": run.job.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens_per_second,
+        }
+        self._print_step(row)
+        self._write(row, progress.iter_num - 1, self._throughput(now))
+
+    def _throughput(self, now: float) -> dict[str, float]:
+        done = self.run.progress.iter_num - self.first_iter
+        samples_per_iter = self.run.schedule.tokens_per_iter // self.run.seq_length
+        self.throughput.update(
+            time=now - self.started,
+            batches=done,
+            samples=done * samples_per_iter,
+            lengths=done * self.run.schedule.tokens_per_iter,
+            flops=self.run.job.flops_per_iter * self.interval * self.run.schedule.accumulation or None,
+        )
+        return self.throughput.compute()
+
+    def _print_step(self, row: dict[str, Any]) -> None:
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("ce", "distill", "hidden") if name in row)
+        val = "n/a" if self.run.progress.val_loss is None else f"{self.run.progress.val_loss:.3f}"
+        self.run.fabric.print(
+            f"epoch {row['epoch'] + 1} | step {row['step']} | loss {row['loss']:.3f}{f' ({parts})' if parts else ''} | "
+            f"val {val} | lr {row['learning_rate']:.2e} | {row['tokens_per_second']:,.0f} tokens/s | "
+            f"{timedelta(seconds=int(row['remaining_time']))} left"
+        )
+
+    def validation(self, val_loss: float, more: Mapping[str, float], final: bool = False) -> None:
+        """Logs a validation of the model, and of what else was validated with it, by name."""
+        progress = self.run.progress
+        progress.val_loss = val_loss
+        row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
+        row |= {f"val_loss/{name}": loss for name, loss in more.items()}
+        self.run.fabric.print(
+            f"{'final' if final else f'step {progress.step_count}'} | val loss {val_loss:.4f} | "
+            f"val perplexity {row['val_ppl']:.3f}"
+            + "".join(f" | {name} {perplexity(x):.3f}" for name, x in more.items())
+        )
+        where = {"iter": progress.iter_num, "step": progress.step_count, "tokens": self._tokens()}
+        self._write(where | row, progress.iter_num - (0 if final else 1), {}, row)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last step out of the next one's time."""
+        self.last_time = time.perf_counter()
+
+    def teacher_validation(self, val_loss: float) -> None:
+        """Logs the teacher's one validation."""
+        row = {"teacher_val_loss": val_loss, "teacher_val_ppl": perplexity(val_loss)}
+        self.run.fabric.print(f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}")
+        self._write({"iter": 0, "tokens": 0} | row, 0, {}, row)
+
+    def _tokens(self) -> int:
+        return self.run.progress.iter_num * self.run.schedule.tokens_per_iter
+
+    def _write(self, row: dict, step: int, more: dict, logged: dict | None = None) -> None:
+        self.run.fabric.log_dict((row if logged is None else logged) | more, step=step)
+        if self.file is not None:
+            self.file.write(row)
+
+    def finish(self) -> None:
+        """Draws the plot and sums the run up."""
+        run = self.run
+        if self.file is not None:
+            plot_training(self.file.path, run.out_dir / "training.png")
+        tokens = (run.progress.iter_num - self.first_iter) * run.schedule.tokens_per_iter * run.fabric.world_size
+        seconds = max(1e-9, run.progress.seconds - self.first_seconds)
+        run.fabric.print(f"Trained on {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+        run.fabric.print(f"Peak memory {readable_size(peak_memory(run.fabric.device))}")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite instead of an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,217 @@
+"""The one training loop: `litgpt distill` runs on it, and whatever else trains a model on next tokens can.
+
+What is trained is a `Job`: how a batch becomes gradients, how it is scored, how the weights are saved. The loop brings
+the rest: accumulation, clipping, learning rate, validation, logging, checkpoints, stopping and going on. Where
+`litgpt pretrain` does the same thing it happens in the same order, so that the random generators, and with them
+weights and data order, run in step with litgpt's.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from litgpt import Tokenizer
+from litgpt.args import EvalArgs
+from litgpt.data import DataModule
+from torch.distributed.tensor import DTensor
+
+from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.processes import Termination
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.data_stream import shared_batches, skipping
+from litgpt_whittle.training.log import TrainLog
+from litgpt_whittle.training.resume import find_resume, generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.training.run import Run, Score
+
+
+def load_data(
+    fabric: L.Fabric, data: DataModule, tokenizer: Tokenizer | None, batch_size: int, seq_length: int
+) -> tuple[Any, Any]:
+    """Connects a data module and gives its train and validation dataloaders.
+
+    Raises:
+        UserError: If there is less than one batch of either.
+    """
+    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
+    with fabric.rank_zero_first():
+        data.prepare_data()
+    data.setup()
+    loaders = data.train_dataloader(), data.val_dataloader()
+    for name, loader in zip(("training", "validation"), loaders):
+        if loader is not None and hasattr(loader, "__len__") and len(loader) == 0:
+            raise UserError(
+                f"the {name} data must fill at least one batch of {batch_size} samples of {seq_length + 1} tokens; "
+                "add data, or lower train.micro_batch_size or train.max_seq_length"
+            )
+    # the processes share batches out among themselves (`DataStream`, `shared_batches`)
+    return skipping(loaders[0]), loaders[1]
+
+
+def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and next tokens, each (B, T), of a batch of token ids (B, T + 1) or of one with `labels`."""
+    ids, labels = (batch["input_ids"], batch["labels"]) if isinstance(batch, Mapping) else (batch, batch)
+    length = min(seq_length, ids.size(1) - 1)
+    if length < 1:
+        raise UserError(f"samples must have at least 2 tokens, got {ids.size(1)}; check the data module")
+    return ids[:, :length].contiguous().long(), labels[:, 1 : length + 1].contiguous().long()
+
+
+def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
+    """Trains until the first of max_tokens, max_steps and max_time, and saves the final checkpoint.
+
+    Raises:
+        UserError: If a loss is not finite, or a checkpoint cannot be written.
+        SystemExit: After SIGTERM, with the run's state saved.
+    """
+    fabric, schedule, progress = run.fabric, run.schedule, run.progress
+    log = TrainLog(run, train.log_interval)
+    _first_validation(run, log, eval)
+    started, seconds_before = time.perf_counter(), progress.seconds
+    with Termination() as termination:
+        while progress.iter_num < schedule.max_iters:
+            # the clocks of several processes differ
+            if train.max_time is not None and fabric.broadcast(progress.seconds) >= train.max_time:
+                fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
+                break
+            loss, begin = torch.zeros((), device=fabric.device), run.stream.position
+            for _ in range(min(schedule.accumulation, schedule.max_iters - progress.iter_num)):
+                scalars = _micro_step(run)
+                loss = loss + scalars["loss"]
+                log.add(scalars)
+            stepped = progress.iter_num % schedule.accumulation == 0
+            if stepped:
+                _optimizer_step(run, train, loss, begin)
+            progress.seconds = seconds_before + time.perf_counter() - started
+            log.train_step()
+            if stepped and run.val_loader is not None and progress.step_count % eval.interval == 0:
+                _validate(run, log, eval)
+            is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
+            is_told_to_stop = stepped and termination.agreed(fabric)
+            if stepped and (is_due or is_told_to_stop):
+                _save(run, run.out_dir / f"step-{progress.step_count:08d}")
+                log.restart_clock()
+            if is_told_to_stop:
+                fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume auto")
+                raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
+    if eval.final_validation and run.val_loader is not None:
+        with _random_state_kept(run):
+            _validate(run, log, eval, final=True)
+    _save(run, run.out_dir / "final", is_final=True)
+    log.finish()
+
+
+def _micro_step(run: Run) -> dict[str, torch.Tensor]:
+    """Adds one micro-batch's gradients."""
+    fabric, job, schedule = run.fabric, run.job, run.schedule
+    batch = fabric.to_device(next(run.stream))
+    for group in job.optimizer.param_groups:
+        group["lr"] = schedule.lr(run.progress.iter_num)
+    run.progress.iter_num += 1
+    input_ids, targets = split_batch(batch, run.seq_length)
+    is_accumulating = run.progress.iter_num % schedule.accumulation != 0
+    with fabric.no_backward_sync(job.module, enabled=is_accumulating):
+        done = (run.progress.iter_num - 1) / schedule.max_iters
+        scalars = job.step(input_ids, targets, lambda loss: fabric.backward(loss / schedule.accumulation), done)
+    return {name: value.detach() for name, value in scalars.items()}
+
+
+def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) -> None:
+    """Updates the weights, unless the loss or a gradient is not finite on any process."""
+    fabric, job, progress = run.fabric, run.job, run.progress
+    if train.max_norm is not None:
+        norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
+        loss = loss + (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    progress.step_count += 1
+    if fabric.all_reduce(loss.float(), reduce_op="sum").isfinite():
+        job.optimizer.step()
+    elif train.skip_nan:
+        progress.n_skipped += 1
+        fabric.print(f"step {progress.step_count} skipped, its loss is not finite ({progress.n_skipped} so far)")
+    else:
+        raise UserError(
+            f"the loss or a gradient is not finite at step {progress.step_count} ({begin} to {run.stream.position}); "
+            f"{_last_good(run)}, lower the learning rate, or leave such steps out with --train.skip_nan true"
+        )
+    job.optimizer.zero_grad()
+
+
+def _last_good(run: Run) -> str:
+    folder = find_resume("auto", run.out_dir)
+    return "there is no checkpoint yet" if folder is None else f"the last good checkpoint is {str(folder)!r}"
+
+
+def _save(run: Run, folder: Path, is_final: bool = False) -> None:
+    run.fabric.print(f"Saving checkpoint to {str(folder)!r}")
+    state = run.training_state()
+    try:
+        run.job.save(folder, state, is_final)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer has no error of its own
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream|write", str(error)):
+            raise
+        raise UserError(
+            f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
+            "and continue with --resume auto"
+        ) from None
+    run.fabric.barrier()
+
+
+def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
+    """Scores the teacher, and runs the validation once before training, so that a mistake in it shows at once."""
+    if run.val_loader is None or run.progress.iter_num > 0:
+        return
+    if run.job.teacher_score is not None:
+        with _random_state_kept(run):
+            log.teacher_validation(validate(run, run.job.teacher_score, eval.max_iters))
+        run.job.teacher_score = None  # so that nothing keeps a teacher in memory that is not trained with
+    if eval.initial_validation:
+        _validate(run, log, eval)
+    else:
+        validate(run, run.job.score, max_iters=2)
+
+
+def _validate(run: Run, log: TrainLog, eval: EvalArgs, final: bool = False) -> None:
+    """Scores the model, and what else is validated with it on the same data."""
+    more = {}
+    for name, score in run.job.more_scores.items():
+        with _random_state_kept(run):
+            more[name] = validate(run, score, eval.max_iters)
+    log.validation(validate(run, run.job.score, eval.max_iters), more, final)
+
+
+@contextmanager
+def _random_state_kept(run: Run) -> Iterator[None]:
+    """For what a run without a teacher, or one that goes on after this, would not have done."""
+    before, generators = rng_state(), generator_states(run.val_loader)
+    yield
+    set_rng_state(before)
+    set_generator_states(run.val_loader, generators)
+
+
+@torch.no_grad()
+def validate(run: Run, score: Score, max_iters: int) -> float:
+    """Mean cross-entropy in nats over all tokens of the first `max_iters` validation batches."""
+    run.fabric.barrier()
+    run.job.module.eval()
+    total = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
+    count = torch.zeros_like(total)
+    for batch, counts in shared_batches(run.val_loader, max_iters, run.fabric.global_rank, run.fabric.world_size):
+        input_ids, targets = split_batch(run.fabric.to_device(batch), run.seq_length)
+        loss, n_tokens = score(input_ids, targets), (targets != IGNORE_INDEX).sum()
+        if counts:
+            total += loss.double() * n_tokens
+            count += n_tokens
+    run.job.module.train()
+    total, count = (run.fabric.all_reduce(x, reduce_op="sum") for x in (total, count))
+    if count == 0:
+        raise UserError("the validation data must fill at least one batch, got none; add data or raise eval.max_iters")
+    return (total / count).item()

@@ -1,0 +1,386 @@
+"""What a training run will take of each device's memory, before anything is allocated.
+
+One training step is run as it will be, sharding, optimizer and teacher included, but on tensors that have a shape and
+no content (`FakeTensorMode`), while what they would take is added up.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from litgpt.model import GPT
+from litgpt.utils import instantiate_torch_optimizer
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from litgpt_whittle.distillation.head import CHUNK_ELEMENTS, LossModel, SoftTargets, TeacherLogits, hidden_states
+from litgpt_whittle.distillation.hidden import HiddenLoss, Watch
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.processes import free_memory
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.sharding import checkpoint_activations, shard_frozen, shard_student
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+WEIGHTS_DTYPE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+LITTLE = 0.01
+"""Of the free memory: where the weights need less, nobody needs a plan"""
+
+
+class NoPlan(UserError):
+    """A training whose memory cannot be planned."""
+
+
+def teacher_dtype(precision: str) -> torch.dtype:
+    """A teacher's precision, bf16 where training is."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each device, where a training step takes most."""
+
+    weights: int
+    """The student's, as far as the device holds them"""
+    gradients: int
+    optimizer: int
+    teacher: int
+    step: int
+    """What comes and goes within a step: activations, gathered weights, logits"""
+    checkpoint: int = 0
+    """What the first process needs of its main memory to put a checkpoint together"""
+    on_cpu: bool = False
+    """Whether that is the device's memory, too"""
+
+    @property
+    def total(self) -> int:
+        """All of it. The interpreter and the device's driver come on top."""
+        saved = self.weights + self.optimizer + self.teacher + (self.checkpoint if self.on_cpu else 0)
+        return max(self.weights + self.gradients + self.optimizer + self.teacher + self.step, saved)
+
+    def __str__(self) -> str:
+        rows = {
+            "student's weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "teacher": self.teacher,
+            "activations, logits": self.step,
+            "at the peak": self.total,
+            "checkpoint, on CPU": self.checkpoint,
+        }
+        lines = [f"  {name:<20}{readable_size(n_bytes):>12}" for name, n_bytes in rows.items() if n_bytes]
+        return "\n".join(["Memory on each device:", *lines])
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that decides what a training step takes."""
+
+    build_student: Callable[[], GPT]
+    build_optimizer: Callable[[Any], torch.optim.Optimizer]
+    """From the student's parameters"""
+    precision: str
+    device: torch.device
+    n_devices: int
+    is_sharded: bool
+    """Whether the student is spread over the devices"""
+    micro_batch_size: int
+    seq_length: int
+    is_accumulating: bool
+    """Whether a step takes several micro-batches"""
+    max_norm: float | None
+    objective: Objective
+    activation_checkpointing: bool = False
+    tie_embeddings: bool = False
+    build_teacher: Callable[[], GPT] | None = None
+    teacher_is_sharded: bool = False
+    quantized_bytes: int = 0
+    """What quantising saves of the teacher's memory"""
+    build_hidden: Callable[[GPT], HiddenLoss] | None = None
+    """From the student"""
+    is_elsewhere: bool = False
+    """Whether it will run on GPUs that this machine does not have; `device` is the CPU, which stands for them"""
+
+    @classmethod
+    def of(
+        cls,
+        train: TrainArgs,
+        build_student: Callable[[], GPT],
+        optimizer: str | dict,
+        precision: str,
+        device: torch.device,
+        n_devices: int,
+        strategy: str,
+        seq_length: int,
+        objective: Objective,
+        **rest: Any,
+    ) -> Step:
+        """A step of a command that trains, from its arguments.
+
+        Args:
+            train: Batch sizes and all else in the section `train`.
+            build_student: Makes the model.
+            optimizer: An optimizer's name or config.
+            precision: As Fabric names it.
+            device: Where it runs.
+            n_devices: Devices on all machines.
+            strategy: "auto", "fsdp" or "ddp".
+            seq_length: Tokens per sample.
+            objective: What is learned.
+            rest: The other fields.
+        """
+        is_fused = device.type == "cuda" or rest.get("is_elsewhere", False)
+        return cls(
+            build_student=build_student,
+            build_optimizer=lambda weights: instantiate_torch_optimizer(optimizer, weights, fused=is_fused),
+            precision=precision,
+            device=device,
+            n_devices=n_devices,
+            is_sharded=strategy != "ddp",
+            micro_batch_size=train.micro_batch_size,
+            seq_length=seq_length,
+            is_accumulating=train.gradient_accumulation_iters(n_devices) > 1,
+            max_norm=train.max_norm,
+            objective=objective,
+            tie_embeddings=bool(train.tie_embeddings),
+            **rest,
+        )
+
+
+def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
+    """Prints what a training will take, and says whether its teacher must be spread over the devices.
+
+    Where memory is plenty, no time is spent on a plan.
+
+    Args:
+        step: A step of it.
+        placement: "replicated", "sharded", or "auto": sharded where it does not fit otherwise.
+        n_local: The devices of this machine.
+        is_final: Whether a plan is all that is wanted.
+
+    Raises:
+        NoPlan: If there can be none and `is_final`; else a warning says so.
+    """
+    placements = {"replicated": [False], "sharded": [True], "auto": [False, True]}[placement]
+    if step.n_devices == 1 or step.build_teacher is None:
+        placements = [False]
+    free = free_memory(step.device, n_local)
+    if not is_final and _weights_alone(step) < free * LITTLE:
+        return placements[0]
+    try:
+        for is_sharded in placements:
+            plan = plan_memory(replace(step, teacher_is_sharded=is_sharded))
+            if plan.total <= free:
+                break
+    except Exception as error:  # whatever an optimizer or a loss of somebody else's does with no content
+        message = f"memory cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if is_final:
+            raise NoPlan(f"{message}; leave --dry_run out") from None
+        warnings.warn(message, stacklevel=2)
+        return placements[-1]
+    print(plan)
+    if step.build_teacher is not None and step.n_devices > 1:
+        print(f"The teacher is {'sharded' if is_sharded else 'replicated'}")
+    if plan.total > free:
+        print(
+            f"That is more than the {readable_size(free)} that are free: use more devices, a smaller "
+            "train.micro_batch_size, or --activation_checkpointing true"
+        )
+    return is_sharded
+
+
+def _weights_alone(step: Step) -> int:
+    """What weights, gradients and AdamW's state take on one device that holds all of them."""
+    with torch.device("meta"):
+        student = sum(weight.numel() for weight in step.build_student().parameters())
+        teacher = step.build_teacher and sum(weight.numel() for weight in step.build_teacher().parameters())
+    return 4 * (4 * student + (teacher or 0))
+
+
+def plan_memory(step: Step) -> MemoryPlan:
+    """Runs a step without content that finds all that a step finds, an optimizer's state too.
+
+    No process group may exist yet; one that only pretends to is made for the time being, and ended.
+
+    Args:
+        step: What is run.
+    """
+    shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
+    live = LiveBytes()
+    devices = _pretended_devices(step) if shared else nullcontext()
+    chunks = _chunks_of_a_gpu() if step.is_elsewhere else nullcontext()
+    without_content = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.random.fork_rng(devices=[]), devices as mesh, chunks, without_content, live, step.device:
+        root = _student(step, mesh)
+        weights = live.now
+        teacher = None if step.build_teacher is None else _Teacher(step, root, mesh)
+        teacher_bytes = live.now - weights
+        optimizer = step.build_optimizer(root.parameters())
+        for weight in root.parameters():
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()  # makes its state
+        optimizer.zero_grad()
+        live.peak = live.now
+        gradients = _run(step, root, teacher, optimizer)
+        state = _n_bytes(value for slots in optimizer.state.values() for value in slots.values())
+        # DDP keeps a second copy of the gradients, in the buckets that it sends
+        buckets = gradients if step.n_devices > 1 and not step.is_sharded else 0
+        return MemoryPlan(
+            weights=weights,
+            gradients=gradients + buckets,
+            optimizer=state,
+            teacher=teacher_bytes - step.quantized_bytes,
+            step=max(0, live.peak - weights - teacher_bytes - state - gradients),
+            checkpoint=(weights + state) * step.n_devices if shared and step.is_sharded else 0,
+            on_cpu=step.device.type == "cpu" and not step.is_elsewhere,
+        )
+
+
+def _student(step: Step, mesh: Any) -> LossModel:
+    with _default_dtype(WEIGHTS_DTYPE.get(step.precision, torch.float32)):
+        model = step.build_student()
+    if step.tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
+    model.max_seq_length = step.seq_length
+    if step.activation_checkpointing:
+        checkpoint_activations(model)
+    root = LossModel(model, None if step.build_hidden is None else step.build_hidden(model))
+    root.objective = step.objective
+    return shard_student(root, mesh, step.precision) if mesh is not None and step.is_sharded else root
+
+
+class _Teacher:
+    """Runs as `litgpt_whittle.distillation.teacher.LiveTeacher` does."""
+
+    def __init__(self, step: Step, root: LossModel, mesh: Any) -> None:
+        with _default_dtype(teacher_dtype(step.precision)):
+            self.model = step.build_teacher().requires_grad_(False).eval()
+        self.model.max_seq_length = step.seq_length
+        self.watch = None if root.hidden is None else Watch(self.model, set(root.hidden.pairs.values()))
+        if step.teacher_is_sharded:
+            shard_frozen(self.model, mesh, keep_root=True)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor) -> SoftTargets:
+        if self.watch is not None:
+            self.watch.is_on = True
+        head_input = hidden_states(self.model, input_ids)
+        streams = None if self.watch is None else self.watch.take()
+        return TeacherLogits(head_input, self.model.config.final_logit_softcapping, streams)
+
+
+def _run(step: Step, root: LossModel, teacher: _Teacher | None, optimizer: torch.optim.Optimizer) -> int:
+    """One optimizer step; gives the bytes of the gradients that it ended with."""
+    ids = torch.zeros(step.micro_batch_size, step.seq_length, dtype=torch.long)
+    autocast = torch.autocast(step.device.type, AUTOCAST.get(step.precision), enabled=step.precision in AUTOCAST)
+    for is_last in [False, True] if step.is_accumulating else [True]:
+        if hasattr(root, "set_requires_gradient_sync"):
+            root.set_requires_gradient_sync(is_last)
+        said = None if teacher is None else teacher(ids)
+        with autocast:
+            loss = root(ids, ids, said).loss
+        loss.backward()
+        del loss, said
+    n_bytes = _n_bytes(weight.grad for weight in root.parameters())
+    if step.max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(root.parameters(), step.max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return n_bytes
+
+
+@contextmanager
+def _pretended_devices(step: Step) -> Iterator[Any]:
+    """A mesh of devices of which there is only this one."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.n_devices)
+    try:
+        yield init_device_mesh(step.device.type, (step.n_devices,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _chunks_of_a_gpu() -> Iterator[None]:
+    """The head's chunks on the CPU as large as they are on a GPU."""
+    before = CHUNK_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS["cpu"] = before
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _n_bytes(tensors: Iterable[Any]) -> int:
+    """What tensors take; some share their memory, such as the sharded gradients of a block."""
+    storages = [_own(tensor).untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the memory of all tensors that are made, and are still there, while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __enter__(self) -> LiveBytes:
+        self._resize = torch.UntypedStorage.resize_
+        # FSDP empties what it gathered this way, behind the dispatcher's back
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = self._resize(storage, size)
+            self._note(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*args)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor):
+                self._note(_own(made).untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            weakref.finalize(storage, self._forget, key)
+        self.now += n_bytes - self._sizes.get(key, 0)
+        self._sizes[key] = n_bytes
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

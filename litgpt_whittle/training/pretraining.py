@@ -1,0 +1,168 @@
+"""What the commands that pretrain have in common: how models are built, shared out, begun with and saved."""
+
+from __future__ import annotations
+
+import pprint
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.fabric.loggers import CSVLogger, Logger
+from lightning.fabric.strategies import ModelParallelStrategy, Strategy
+from lightning.fabric.utilities.throughput import measure_flops
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.pretrain import initialize_weights
+from litgpt.utils import extend_checkpoint_dir
+
+from litgpt_whittle.checkpoint import save_checkpoint
+from litgpt_whittle.files import new_folder, write_text
+from litgpt_whittle.processes import launch
+from litgpt_whittle.supergpt import LayerwiseGPT
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.parts import save_parts
+from litgpt_whittle.training.resume import TRAINING_STATE
+from litgpt_whittle.training.run import Job, Run, Schedule
+from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
+from litgpt_whittle.training.student import BASIS, Student
+
+
+def checkpoint_dir_of(path: Path | None) -> Path | None:
+    """A checkpoint directory, also by its name under `checkpoints/`."""
+    return None if path is None else extend_checkpoint_dir(Path(path))
+
+
+def build_model(
+    fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int, activation_checkpointing: bool
+) -> GPT:
+    """The model with its weights; random ones are as `litgpt pretrain` draws them, from the same random numbers."""
+    # weights that will be spread over devices are whole at first, in the CPU's memory
+    device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
+    with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
+        model = student.build()
+    initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
+    if train.tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
+    model.max_seq_length = seq_length
+    if student.weights is not None:
+        model.load_state_dict(student.weights())
+    if activation_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def launch_training(
+    devices: int, num_nodes: int, precision: str, strategy: str, logger: Logger, arguments: dict[str, Any]
+) -> L.Fabric:
+    """Starts the processes, and tells the terminal and the logger what the command was given."""
+    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
+    fabric.print(pprint.pformat(arguments))
+    if not isinstance(logger, CSVLogger):  # which cannot
+        fabric.logger.log_hyperparams(arguments)
+    return fabric
+
+
+def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
+    """How several devices share the student, as Fabric has it."""
+    if n_devices == 1 or name == "ddp":
+        return "ddp"
+    return ModelParallelStrategy(
+        lambda root, mesh: shard_student(root, mesh["data_parallel"], precision),
+        data_parallel_size=n_devices,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+    )
+
+
+def begin(
+    fabric: L.Fabric,
+    job: Job,
+    train_loader: Any,
+    val_loader: Any,
+    schedule: Schedule,
+    seq_length: int,
+    out_dir: Path,
+    settings: dict[str, Any],
+    state: dict[str, Any] | None,
+) -> Run:
+    """A run at its beginning, or where a checkpoint's `state` says that it was."""
+    stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
+    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
+    if state is not None:
+        run.restore(state)
+        fabric.print(f"Resuming at step {run.progress.step_count}")
+    return run
+
+
+class Saver:
+    """Writes checkpoint directories: stock litgpt checkpoints that also say how they were trained and how to go on.
+
+    Args:
+        fabric: Its processes all call it.
+        model: What is trained.
+        student: Where it came from.
+        tokenizer_dir: Where to copy the tokenizer from.
+        arguments: The command's.
+        kind: "full", or "sharded" for all but the final checkpoint.
+    """
+
+    def __init__(
+        self,
+        fabric: L.Fabric,
+        model: GPT,
+        student: Student,
+        tokenizer_dir: Path | None,
+        arguments: dict[str, Any],
+        kind: str = "full",
+    ) -> None:
+        self.fabric, self.model, self.kind = fabric, model, kind
+        self._fill = partial(
+            save_student, model=model, tokenizer_dir=tokenizer_dir, student=student, arguments=arguments
+        )
+
+    def __call__(self, folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.kind == "sharded" and not is_final:
+            save_parts(folder, {"weights": self.model.state_dict(), "training": training_state}, self._fill)
+            return
+        weights, training_state = gathered(self.model.state_dict()), gathered(training_state)
+        if self.fabric.global_rank == 0:
+            with new_folder(folder) as inside:
+                self._fill(inside, weights=weights, training_state=training_state)
+
+
+def save_student(
+    folder: Path,
+    model: GPT,
+    tokenizer_dir: Path | None,
+    student: Student,
+    arguments: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+    training_state: dict[str, Any] | None = None,
+) -> None:
+    """Fills a folder: with weights it is a stock litgpt checkpoint. It also says how the student was trained."""
+    shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
+    extra = {} if training_state is None else {TRAINING_STATE: training_state}
+    if student.basis is not None:
+        extra[BASIS] = {"basis": student.basis}
+    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra)
+    write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
+
+
+def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:
+    """Floating-point operations of one micro-batch: a model forward and backward, and others forward only."""
+    with torch.device("meta"):
+        x = torch.randint(0, 1, (micro_batch_size, seq_length))
+        trained = LayerwiseGPT(model.shape) if isinstance(model, LayerwiseGPT) else GPT(model.config)
+        trained.max_seq_length = seq_length
+        flops = measure_flops(trained, lambda: trained(x), lambda logits: logits.sum())
+        for config in frozen:
+            other = GPT(config)
+            other.max_seq_length = seq_length
+            flops += measure_flops(other, lambda: other(x))
+    return flops

@@ -1,0 +1,177 @@
+"""Going on exactly where a run stopped: same weights, same data, same random numbers as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from litgpt.data import DataModule
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.parts import has_parts, read_parts
+
+TRAINING_STATE = "training_state.pth"
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's global generators, as what `weights_only` loads."""
+    _, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Undoes what was drawn since `rng_state`."""
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _parts(loader: Any) -> list[Any]:
+    """A dataloader and its samplers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    parts.append(getattr(batch_sampler, "batch_sampler", None))  # ours stands before it
+    return list({id(part): part for part in parts}.values())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    found = [getattr(part, "generator", None) for part in _parts(loader)]
+    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+
+
+def generator_states(loader: Any) -> list[torch.Tensor]:
+    """The state of the generators that a dataloader has of its own."""
+    return [generator.get_state() for generator in _generators(loader)]
+
+
+def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
+    """Undoes what was drawn since `generator_states`."""
+    for generator, state in zip(_generators(loader), states):
+        generator.set_state(state)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells samplers that order by epoch which one it is."""
+    for part in _parts(loader):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
+    """The checkpoint directory to go on from.
+
+    Args:
+        resume: As `litgpt pretrain` has it: `True` for the latest in `out_dir`, "auto" the same if there is one, or a
+            checkpoint directory.
+        out_dir: The run's folder.
+
+    Raises:
+        UserError: If there is nothing to resume from.
+    """
+    if not resume:
+        return None
+    if isinstance(resume, Path):
+        folder = resume.parent if resume.suffix == ".pth" else resume
+        if not has_training_state(folder):
+            raise UserError(
+                f"resume must be a checkpoint directory of a run, with a {TRAINING_STATE} in it, got {str(resume)!r}; "
+                "to start from weights alone use --initial_checkpoint_dir"
+            )
+        return folder
+    found = [folder for folder in Path(out_dir).glob("step-*") if has_training_state(folder)]
+    latest = max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    final = Path(out_dir) / "final"
+    if has_training_state(final):
+        steps = load_training_state(final)["step_count"]
+        if latest is None or steps >= int(latest.name.removeprefix("step-")):
+            latest = final
+    if latest is None and resume is True:
+        raise UserError(f"nothing to resume in out_dir {str(out_dir)!r}; leave --resume out or use --resume auto")
+    return latest
+
+
+def has_training_state(folder: Path) -> bool:
+    """Whether a folder is a checkpoint from which a run can go on."""
+    return (Path(folder) / TRAINING_STATE).is_file() or has_parts(folder)
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's training state, without running code from it."""
+    if has_parts(folder):
+        return read_parts(folder, "training")
+    try:
+        return torch.load(Path(folder) / TRAINING_STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{str(Path(folder) / TRAINING_STATE)!r} cannot be read ({type(error).__name__}); resume from another"
+        ) from None
+
+
+def state_to_resume(folder: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The training state in a checkpoint directory, if there is one to go on from.
+
+    Raises:
+        UserError: If it is that of a run with other settings.
+    """
+    if folder is None:
+        return None
+    state = load_training_state(folder)
+    check_settings(state["settings"], settings)
+    return state
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Raises:
+        UserError: Naming each setting that differs.
+    """
+    differ = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
+    if differ:
+        changes = ", ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in differ)
+        raise UserError(
+            f"a resumed run must keep its settings: {changes}; change back, or start anew from its weights with "
+            "--initial_checkpoint_dir"
+        )
+
+
+def describe(value: Any) -> Any:
+    """A command's argument as what YAML can hold and jsonargparse reads back."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, DataModule):
+        cls = type(value)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": _init_args(value)}
+    if dataclasses.is_dataclass(value):
+        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    return str(value)
+
+
+def _init_args(value: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
+    return {name: describe(getattr(value, name)) for name in names if hasattr(value, name)}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"seed": 1}}` as `{"train.seed": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

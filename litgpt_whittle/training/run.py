@@ -1,0 +1,158 @@
+"""A training run: what is trained, on what schedule, how far it is, and all that it takes to go on from there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.resume import generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.training.sharding import load_gathered, load_optimizer_state
+
+Backward = Callable[[torch.Tensor], None]
+"""Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
+
+TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward, float], Mapping[str, torch.Tensor]]
+"""(input_ids (B, T), targets (B, T), backward, the share of the training that is done) -> scalars to log, "loss" among
+them, without gradients."""
+
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input_ids (B, T), targets (B, T)) -> mean cross-entropy over the targets that count."""
+
+
+@dataclass
+class Job:
+    """What the loop trains."""
+
+    module: nn.Module
+    """The root module, set up by Fabric"""
+    optimizer: torch.optim.Optimizer
+    """Set up by Fabric"""
+    step: TrainingStep
+    score: Score
+    save: Callable[[Path, dict[str, Any], bool], None]
+    """Writes a checkpoint directory with the weights and the given training state, whole or not at all; the last says
+    whether it is the final one. All processes call it"""
+    teacher_score: Score | None = None
+    helper: nn.Module | None = None
+    """Trained with the model, and no part of what is saved of it: learned projections between two models"""
+    more_scores: Mapping[str, Score] = field(default_factory=dict)
+    """What else is validated with the model, by name"""
+    flops_per_iter: int = 0
+    """Floating-point operations of one micro-batch, for the throughput monitor"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, and the learning rate on the way; counted in micro-batches, as litgpt counts."""
+
+    max_iters: int
+    warmup_iters: int
+    accumulation: int
+    tokens_per_iter: int
+    max_lr: float
+    min_lr: float
+    decay_iters: int | None = None
+    """With a warm-up–stable–decay schedule, how long the rate falls in the end; None for a cosine"""
+
+    @classmethod
+    def of(cls, train: TrainArgs, seq_length: int, lr: float, devices: int, num_nodes: int, loader: Any) -> Schedule:
+        """The schedule that litgpt's arguments ask for; it ends where the first of max_tokens and max_steps does."""
+        accumulation = train.gradient_accumulation_iters(devices, num_nodes)
+        tokens_per_iter = train.micro_batch_size * seq_length
+        limits = []
+        if train.max_tokens is not None:
+            limits.append(train.max_tokens // (devices * num_nodes) // tokens_per_iter)
+        if train.max_steps is not None:
+            limits.append(train.max_steps * accumulation)
+        if min(limits) < 1:
+            raise UserError(
+                f"train.max_tokens and train.max_steps must allow one batch of {tokens_per_iter:,} tokens, got "
+                f"{train.max_tokens} and {train.max_steps}; raise them"
+            )
+        warmup = train.warmup_iters(devices, num_nodes, min(limits), loader)
+        if warmup == min(limits):
+            rank_zero_warn(
+                f"the learning rate's warm-up takes all of the training's {-(-warmup // accumulation):,} steps and "
+                "never reaches its peak; lower train.lr_warmup_steps"
+            )
+        decay = round(train.lr_decay_fraction * min(limits)) if train.lr_schedule == "wsd" else None
+        return cls(min(limits), warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
+
+    def lr(self, iteration: int) -> float:
+        """Linear warm-up, then a half cosine from the peak down to `min_lr`, or the peak and a linear way down."""
+        if iteration < self.warmup_iters:
+            return self.max_lr * iteration / self.warmup_iters
+        if self.decay_iters is not None:
+            left = (self.max_iters - iteration) / max(1, self.decay_iters)
+            return self.min_lr + (self.max_lr - self.min_lr) * min(1.0, left)
+        done = (iteration - self.warmup_iters) / max(1, self.max_iters - self.warmup_iters)
+        return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass
+class Progress:
+    """How far a run is, over all its parts."""
+
+    iter_num: int = 0
+    step_count: int = 0
+    seconds: float = 0.0
+    val_loss: float | None = None
+    n_skipped: int = 0
+    """Steps without an update, because their loss was not finite"""
+
+
+@dataclass
+class Run:
+    """One training run: the job, its data, and where it stands."""
+
+    fabric: L.Fabric
+    job: Job
+    stream: DataStream
+    val_loader: Iterable | None
+    schedule: Schedule
+    seq_length: int
+    out_dir: Path
+    settings: dict[str, Any]
+    """What must not change when the run is resumed"""
+    progress: Progress = field(default_factory=Progress)
+
+    def training_state(self) -> dict[str, Any]:
+        """All that a checkpoint needs besides the weights, tensors as they are spread over the processes."""
+        return {
+            "optimizer": self.job.optimizer.state_dict(),
+            "helper": {} if self.job.helper is None else self.job.helper.state_dict(),
+            "iter_num": self.progress.iter_num,
+            "accumulation": self.schedule.accumulation,
+            "step_count": self.progress.step_count,
+            "seconds": self.progress.seconds,
+            "val_loss": self.progress.val_loss,
+            "n_skipped": self.progress.n_skipped,
+            "data": self.stream.state_dict(),
+            "val_generators": generator_states(self.val_loader),
+            "rng": rng_state(),
+            "settings": self.settings,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where `training_state` was taken. The weights are the caller's to load."""
+        load_optimizer_state(self.job.optimizer, state["optimizer"])
+        if self.job.helper is not None:
+            load_gathered(self.job.helper, state["helper"])
+        # with another number of devices there are more or fewer iterations to a step
+        iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
+        self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])
+        self.stream.load_state_dict(state["data"])
+        set_generator_states(self.val_loader, state["val_generators"])
+        # last: finding the place in the data draws random numbers
+        set_rng_state(state["rng"])
