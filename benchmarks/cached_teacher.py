@@ -1,23 +1,16 @@
-"""What a cached teacher costs and gives up: bytes and tokens per second of each codec, students' perplexity.
+"""What a cached teacher costs: bytes and tokens per second of each codec. (`evidence.py` says what it gives up.)
 
     python benchmarks/cached_teacher.py [--student pythia-14m] [--teacher_name pythia-31m] [--steps 12] [--repeats 5]
-    python benchmarks/cached_teacher.py --parts perplexity --teacher CHECKPOINT_DIR --train train.parquet \
-        --validation validation.parquet
 
-Speed: the same student trains on random tokens by `litgpt pretrain`, by `litgpt distill` with each cache, and with the
+The same student trains on random tokens by `litgpt pretrain`, by `litgpt distill` with each cache, and with the
 live teacher, all without compiling and in one process, taking turns. What counts is the CPU time from one optimizer
 step to the next, whatever is done in it; compared are medians. Goal: with a cache at least 0.9 of what `litgpt
 pretrain` does.
-
-Perplexity: students cut from a real teacher, trained on the same tokens with the live teacher and with each cache.
-Runs go on where they were interrupted.
 """
 
 import argparse
 import contextlib
 import io
-import json
-import math
 import shutil
 import statistics
 import time
@@ -34,16 +27,12 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.utils import save_config
-from repair import SIZES
-from students import Data, train_settings, val_losses
-from students import litgpt as command
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from litgpt_whittle import SubNet
-from litgpt_whittle.args import DistillArgs, TrainArgs
-from litgpt_whittle.cache import Index, shard_path
 from litgpt_whittle.commands import cache_teacher, distill
+from litgpt_whittle.distillation.cache import Index, shard_path
+from litgpt_whittle.training.args import DistillArgs, TrainArgs
 
 OUT = Path("out/cached_teacher")
 CODECS = {"sampled 12": {"sampled": {"draws": 12}}, "top-k 64": {"top_k": {"k": 64}}}
@@ -69,9 +58,6 @@ class RandomTokens(DataModule):
         return DataLoader(ids, batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     val_dataloader = train_dataloader
-
-
-# -- bytes and speed
 
 
 def measure_speed(args: argparse.Namespace) -> None:
@@ -201,61 +187,9 @@ def quiet():
         yield
 
 
-# -- perplexity
-
-
-def measure_perplexity(args: argparse.Namespace) -> None:
-    """The same student, the same tokens, by what it learns from."""
-    data = Data(args)
-    folder = OUT / "perplexity"
-    folder.mkdir(parents=True, exist_ok=True)
-    SubNet(data.config, **SIZES["py-stdlib-8m"]).save(folder / "sub_network.yaml")
-    start = folder / "start"
-    if not (start / "lit_model.pth").is_file():
-        command("extract", data.teacher, folder / "sub_network.yaml", f"--out_dir={start}")
-    found: dict[str, list[float]] = {}
-    for seed in args.seeds:
-        teachers = {"no teacher": ["--distill.beta=0"], "live teacher": [f"--teacher_checkpoint_dir={data.teacher}"]}
-        teachers |= {name: [f"--teacher_cache={cached(data, args, name, seed)}"] for name in CODECS}
-        for name, flags in teachers.items():
-            loss = final_loss(data, args, folder / f"{name.replace(' ', '-')}-{seed}", start, seed, flags)
-            found.setdefault(name, []).append(loss)
-            print(f"seed {seed}, {name}: perplexity {math.exp(loss):.3f}", flush=True)
-    for name, losses in found.items():
-        mean = statistics.mean(losses)
-        gap = mean - statistics.mean(found["live teacher"])
-        print(f"{name:14} NLL {mean:.4f}, {gap:+.4f} to the live teacher, perplexity {math.exp(mean):.3f}")
-
-
-def cached(data: Data, args: argparse.Namespace, name: str, seed: int) -> Path:
-    """A cache of the tokens that are trained on, whose order follows from the seed."""
-    folder = OUT / "perplexity" / f"cache-{name.replace(' ', '-')}-{seed}"
-    is_begun = (folder / "index.json").is_file()
-    if not is_begun or not Index.read(folder).complete:
-        flags = [
-            f"--codec={json.dumps(CODECS[name])}",
-            f"--max_tokens={args.tokens}",
-            f"--resume={str(is_begun).lower()}",
-        ]
-        flags += [*data.flags(batch=16, seed=seed), f"--out_dir={folder}", "--precision=32-true"]
-        print(command("cache_teacher", data.teacher, *flags).splitlines()[-2].strip(), flush=True)
-    return folder
-
-
-def final_loss(data: Data, args: argparse.Namespace, folder: Path, start: Path, seed: int, flags: list[str]) -> float:
-    """Validation loss of a student after its training."""
-    if not (folder / "final/lit_model.pth").is_file():
-        path = folder.with_suffix(".yaml")
-        train_settings(path, data, args.tokens, args.lr, every=10_000, seed=seed)
-        flags = flags if "--distill.beta=0" in flags else [*flags, "--distill.beta=0.8"]
-        command("distill", f"--config={path}", f"--initial_checkpoint_dir={start}", f"--out_dir={folder}", *flags)
-    return val_losses(folder)[-1][1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", choices=["speed", "perplexity"], default=["speed"])
-    parser.add_argument("--student", default="pythia-14m", help="a litgpt model, for the speed")
+    parser.add_argument("--student", default="pythia-14m", help="a litgpt model")
     parser.add_argument("--teacher_name", default="pythia-31m", help="likewise")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -263,20 +197,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--teacher", type=Path, help="a litgpt checkpoint, for the perplexity")
-    parser.add_argument("--train", type=Path, help="what it was trained on")
-    parser.add_argument("--validation", type=Path, help="what it was not")
-    parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if "speed" in args.parts:
-        measure_speed(args)
-    if "perplexity" in args.parts:
-        if None in (args.teacher, args.train, args.validation):
-            parser.error("the perplexity needs --teacher, --train and --validation")
-        measure_perplexity(args)
+    measure_speed(args)
 
 
 if __name__ == "__main__":

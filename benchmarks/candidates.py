@@ -13,9 +13,9 @@ import numpy as np
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.space import Space
 
 
 def forbid_models() -> None:

@@ -9,28 +9,42 @@ strategies  evolution, random search, or importance alone, before and after trai
 fitness     scored as cut, or as repaired from moments, before and after training
 spaces      the four search spaces, a small and a middle student
 losses      weights, temperature and kind of the distillation loss
-teachers    another teacher for the distillation than the one the student was cut from (with --other)
+codecs      the live teacher, or what was cached of it: everything, the top 64, 12 draws a token
+teachers    one teacher to be cut from and another to distill: one of another shape (--other), and one of another
+            domain, which is the teacher after a million tokens of C++, the headers that come with PyTorch
 
-All students train on equally many tokens. What is finished is kept, so that an interrupted run goes on; all figures are
-written to a table and a picture in `out/evidence/TEACHER`.
+All students train on equally many tokens, with the teacher's whole predictions from a cache where nothing else is said.
+With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one, which
+is then the other teacher. What is finished is kept, so that an interrupted run goes on; a student that two questions
+ask for is trained once. Tables and pictures go to `out/evidence/TEACHER`, or to --report.
 """
 
 import argparse
+import copy
+import hashlib
+import json
 import math
+import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from students import Data, litgpt, search, train_settings
+from repair import train_llama
+from students import Data, cached, litgpt, search, train_settings, validate
 
-from litgpt_whittle import SubNet, n_params
-from litgpt_whittle.results import SearchResult, TrainingResult
+from litgpt_whittle import SubNet, load_model, n_params
+from litgpt_whittle.batches import connect, validation_batches
+from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
 CALIBRATION = 16_384
+
+
+BATCH = 8
+VALIDATION = 24
+"""Batches of each validation"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,12 @@ class Student:
     repaired: bool = True
     flags: tuple[str, ...] = ("--distill.alpha=0.2", "--distill.beta=0.8", "--distill.temperature=0.9")
     """Of its training; the paper's by default"""
-    cut: float | None = None
-    """What the search measured"""
+    codec: str | None = "full"
+    """How its teacher's predictions are cached; None has the teacher run"""
     teacher: Path | None = None
-    """Who distills, where that is not the one it was cut from"""
+    """Who distills, where that is not the bench's teacher"""
+    source: Path | None = None
+    """What it is cut from, where that is not the bench's teacher"""
 
 
 @dataclass
@@ -59,112 +75,156 @@ class Bench:
     seeds: list[int]
     other: Path | None = None
 
-    def found(self, share: float, seed: int, *flags: str) -> tuple[Path, float]:
-        """A search's best sub-network of a share of the teacher, with its score."""
+    @cached_property
+    def teacher_loss(self) -> float:
+        """The teacher's loss on what its students are validated on."""
+        module, length = self.data.module(), self.data.config.block_size
+        connect(module, self.data.teacher, BATCH, length)
+        return validate(load_model(self.data.teacher), validation_batches(module, length, VALIDATION))
+
+    def found(self, share: float, seed: int, *flags: str, iterations: int | None = None) -> Path:
+        """A search's best sub-network of a share of the teacher."""
         name = "-".join(["search", f"{share:g}", str(seed), *(f.lstrip("-").split(".")[-1] for f in flags)])
         folder = self.out_dir / name.replace("=", "-").replace("/", "_")
         settings = (f"--seed={seed}", "--eval.max_iters=2", *flags)
         size = int(n_params(self.data.config, SubNet.full(self.data.config)) * share)
-        search(self.data, folder, self.iterations, *settings, size=size)
-        result = SearchResult(folder)
-        return result.best_path, result.best.score(result.findings.score)
+        search(self.data, folder, iterations or self.iterations, *settings, size=size)
+        return SearchResult(folder).best_path
 
     def importance(self) -> Path:
         """The teacher's ranking."""
         folder = self.out_dir / "rank"
         if not (folder / "importance.pt").is_file():
             litgpt("rank", self.data.teacher, *self.data.flags(16), f"--out_dir={folder}", "--overwrite=true")
-        return folder / "importance.pt"
+        return folder
 
-    def train(self, question: str, label: str, seed: int, student: Student) -> TrainingResult:
+    def of_another_domain(self, tokens: int = 1_000_000) -> Path:
+        """The teacher, trained on with other text."""
+        folder, text = self.out_dir / "another-domain", self.out_dir / "headers.jsonl"
+        if not (folder / "final/lit_model.pth").is_file():
+            headers = sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
+            random.Random(0).shuffle(headers)
+            texts = [path.read_text(errors="ignore") for path in headers[:2000]]
+            text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            data = copy.copy(self.data)
+            data.train = data.validation = text
+            path = train_settings(folder.with_suffix(".yaml"), data, tokens, 1e-3, 10_000)
+            start = f"--initial_checkpoint_dir={self.data.teacher}"
+            litgpt("distill", f"--config={path}", start, f"--out_dir={folder}", f"--eval.max_iters={VALIDATION}")
+        return folder / "final"
+
+    def cut(self, student: Student, seed: int) -> Path:
+        """The checkpoint that a student starts from; another seed calibrates on other text."""
+        name = student.found.parent.name + (f"-repaired-{seed}" if student.repaired else "-plain")
+        name += "" if student.source is None else "-other"
+        folder = self.out_dir / "starts" / name
+        if not (folder / "lit_model.pth").is_file():
+            repair = [f"--repair.tokens={CALIBRATION}", *self.data.flags(16, seed)] if student.repaired else []
+            litgpt("extract", student.source or self.data.teacher, student.found, f"--out_dir={folder}", *repair)
+        return folder
+
+    def train(self, student: Student, seed: int) -> TrainingResult:
         """Trains a student, if that is not done yet."""
-        folder = self.out_dir / question / f"{label.replace(' ', '_').replace('/', '_')}-{seed}"
-        trained, start = folder / "trained", folder / "start"
-        if not (trained / "final/lit_model.pth").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (start / "lit_model.pth").is_file():
-                repair = [f"--repair.tokens={CALIBRATION}", *self.data.flags(16, seed)] if student.repaired else []
-                litgpt("extract", self.data.teacher, student.found, f"--out_dir={start}", *repair)
-            path = train_settings(folder / "train.yaml", self.data, self.tokens, 1e-3, self.tokens // 4096 // 5, seed)
-            settings = yaml.safe_load(path.read_text())
-            del settings["distill"]
-            settings["eval"]["max_iters"] = 40
-            path.write_text(yaml.safe_dump(settings))
-            flags = [f"--teacher_checkpoint_dir={student.teacher or self.data.teacher}", *student.flags]
-            litgpt("distill", f"--config={path}", f"--initial_checkpoint_dir={start}", f"--out_dir={trained}", *flags)
-        result = TrainingResult(trained)
-        cut = "" if student.cut is None else f"{student.cut:.1f} as cut, "
-        before = math.exp(result.curve[0][1])
-        print(f"{question}: {label}, seed {seed}: {cut}{before:.2f} before, {result.perplexity:.2f} after", flush=True)
-        return result
+        told = {field.name: getattr(student, field.name) for field in fields(student)}
+        told = {name: value for name, value in told.items() if value != getattr(Student, name, None)}
+        told = json.dumps(told | {"seed": seed, "tokens": self.tokens}, default=str, indent=1)
+        folder = self.out_dir / "students" / hashlib.sha256(told.encode()).hexdigest()[:12]
+        if not (folder / "final/lit_model.pth").is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.with_suffix(".json").write_text(told)
+            every = self.tokens // (BATCH * self.data.config.block_size) // 5
+            path = train_settings(folder.with_suffix(".yaml"), self.data, self.tokens, 1e-3, every, seed)
+            flags = [f"--train.micro_batch_size={BATCH}", f"--train.global_batch_size={BATCH}"]
+            flags += ["--train.lr_warmup_steps=10", f"--eval.max_iters={VALIDATION}", *self.taught(student, seed)]
+            start = f"--initial_checkpoint_dir={self.cut(student, seed)}"
+            litgpt("distill", f"--config={path}", start, f"--out_dir={folder}", *flags, *student.flags)
+        return TrainingResult(folder)
+
+    def taught(self, student: Student, seed: int) -> list[str]:
+        """The flag that names a student's teacher."""
+        if "--distill.beta=0" in student.flags:
+            return []
+        if student.codec is None:
+            return [f"--teacher_checkpoint_dir={student.teacher or self.data.teacher}"]
+        folder = self.out_dir / f"cache-{student.codec}-{seed}"
+        return [f"--teacher_cache={cached(self.data, folder, student.codec, self.tokens, BATCH, seed)}"]
 
 
 def starts(bench: Bench, seed: int) -> dict[str, Student]:
-    found, cut = bench.found(1 / 3, 1, "--strategy=EvoPress")
-    alone = ("--distill.beta=0",)
+    found, alone = bench.found(1 / 3, 1, "--strategy=EvoPress"), ("--distill.beta=0",)
     return {
         "random weights": Student(found, False, (*alone, "--random_weights=true")),
-        "random weights distilled": Student(found, False, (*Student.flags, "--random_weights=true")),
-        "plain cut": Student(found, False, alone, cut),
-        "plain cut distilled": Student(found, False, cut=cut),
-        "repaired": Student(found, True, alone, cut),
-        "repaired and distilled": Student(found, True, cut=cut),
+        "random weights, distilled": Student(found, False, (*Student.flags, "--random_weights=true")),
+        "plain cut": Student(found, False, alone),
+        "plain cut, distilled": Student(found, False),
+        "repaired": Student(found, True, alone),
+        "repaired, distilled": Student(found),
     }
 
 
 def strategies(bench: Bench, seed: int) -> dict[str, Student]:
-    ranked = ("--order=importance", f"--importance={bench.importance()}")
     found = {name: bench.found(1 / 3, seed, f"--strategy={name}") for name in ("EvoPress", "Evolution", "RandomSearch")}
-    # Minitron's procedure: the most important units, uniformly, and the best of a few sizes
-    few = Bench(bench.data, bench.out_dir, bench.tokens, 5, bench.seeds)
-    found["importance alone"] = few.found(1 / 3, seed, "--strategy=RandomSearch", "--space=coarse_uniform", *ranked)
-    return {name: Student(path, cut=cut) for name, (path, cut) in found.items()}
+    # Minitron's procedure: the most important units, the same in all layers, and the best of a few sizes
+    ranked = ("--order=importance", f"--importance={bench.importance()}", "--space=coarse_uniform")
+    few = bench.found(1 / 3, seed, "--strategy=RandomSearch", *ranked, iterations=5)
+    plain = {name: Student(path) for name, path in found.items()} | {"importance alone (Minitron)": Student(few)}
+    return plain | {
+        "importance alone, as cut": Student(few, False),
+        "EvoPress, as cut": Student(found["EvoPress"], False),
+    }
 
 
 def fitness(bench: Bench, seed: int) -> dict[str, Student]:
-    students = {}
-    for name in ("perplexity", "repaired_perplexity"):
-        found, cut = bench.found(1 / 3, seed, f"--fitness={name}", "--strategy=EvoPress")
-        students[name] = Student(found, cut=cut)
-    return students
+    repaired = bench.found(1 / 3, seed, "--strategy=EvoPress", "--fitness=repaired_perplexity")
+    return {"perplexity": Student(bench.found(1 / 3, seed, "--strategy=EvoPress")), "repaired": Student(repaired)}
 
 
 def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("small", 1 / 3), ("middle", 2 / 3)):
         for space in ("coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"):
-            path, cut = bench.found(share, seed, f"--space={space}", "--strategy=EvoPress")
-            students[f"{size} {space}"] = Student(path, cut=cut)
+            # the default space is not named, so that its search is that of the other questions
+            flags = () if space == "coarse_layerwise" else (f"--space={space}",)
+            students[f"{size}, {space}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
     return students
 
 
 def losses(bench: Bench, seed: int) -> dict[str, Student]:
-    found, cut = bench.found(1 / 3, 1, "--strategy=EvoPress")
+    found = bench.found(1 / 3, 1, "--strategy=EvoPress")
 
-    def distilled(*flags: str) -> Student:
-        return Student(found, True, (*Student.flags, *(f"--distill.{flag}" for flag in flags)), cut)
+    def distilled(*flags: str, **more: str | None) -> Student:
+        return Student(found, True, (*Student.flags, *(f"--distill.{flag}" for flag in flags)), **more)
 
     return {
-        "paper (0.2, 0.8, T 0.9)": distilled(),
-        "alpha 0": distilled("alpha=0", "beta=1"),
-        "alpha 0.5": distilled("alpha=0.5", "beta=0.5"),
-        "no teacher": distilled("beta=0"),
+        "the paper's (α 0.2, β 0.8, T 0.9)": Student(found),
+        "α 0, β 1": distilled("alpha=0", "beta=1"),
+        "α 0.5, β 0.5": distilled("alpha=0.5", "beta=0.5"),
+        "no teacher": Student(found, True, ("--distill.beta=0",)),
         "T 0.5": distilled("temperature=0.5"),
         "T 2": distilled("temperature=2"),
         "reverse_kl": distilled("loss=reverse_kl"),
         "jensen_shannon": distilled("loss=jensen_shannon"),
-        "hidden states too": distilled("hidden.weight=1"),
+        "hidden states too": distilled("hidden.weight=1", codec=None),
     }
+
+
+def codecs(bench: Bench, seed: int) -> dict[str, Student]:
+    found = bench.found(1 / 3, 1, "--strategy=EvoPress")
+    cached = {name: Student(found, codec=name) for name in ("full", "top_k", "sampled")}
+    return {"no teacher": Student(found, True, ("--distill.beta=0",)), "live": Student(found, codec=None), **cached}
 
 
 def teachers(bench: Bench, seed: int) -> dict[str, Student]:
-    if bench.other is None:
-        return {}
-    found, cut = bench.found(1 / 3, 1, "--strategy=EvoPress")
-    return {
-        "its own teacher": Student(found, cut=cut),
-        "another teacher": Student(found, cut=cut, teacher=bench.other),
+    found, abroad = bench.found(1 / 3, 1, "--strategy=EvoPress"), bench.of_another_domain()
+    students = {
+        "cut from and distilled by one": Student(found),
+        "distilled by one of another domain": Student(found, codec=None, teacher=abroad),
+        "cut from one of another domain": Student(found, source=abroad),
+        "both of another domain": Student(found, codec=None, teacher=abroad, source=abroad),
     }
+    if bench.other is not None:
+        students["distilled by one of another shape"] = Student(found, codec=None, teacher=bench.other)
+    return students
 
 
 QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
@@ -173,16 +233,24 @@ QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "fitness": fitness,
     "spaces": spaces,
     "losses": losses,
+    "codecs": codecs,
     "teachers": teachers,
 }
 
 
 def table(results: dict[str, list[TrainingResult]]) -> str:
-    """Means and standard deviations over the seeds, as Markdown."""
-    lines = ["| student | before training | after |", "| --- | --- | --- |"]
+    """Perplexities, their means and standard deviations over the seeds, as Markdown."""
+    # a random student's run is the measure of the others' tokens, where there is one
+    baseline = results.get("random weights")
+    more = " tokens to the random one's end |" if baseline else ""
+    lines = [f"| student | before training | after |{more}", "| --- | --- | --- |" + " --- |" * bool(baseline)]
     for label, runs in results.items():
-        before = [math.exp(run.curve[0][1]) for run in runs]
-        lines.append(f"| {label} | {_spread(before)} | {_spread([run.perplexity for run in runs])} |")
+        before, after = [math.exp(run.curve[0][1]) for run in runs], [run.perplexity for run in runs]
+        row = f"| {label} | {_spread(before)} | {_spread(after)} |"
+        if baseline:
+            reached = [tokens_to_reach(run.curve, other.val_loss) for run, other in zip(runs, baseline)]
+            row += " " + ", ".join("never" if tokens is None else f"{tokens:,}" for tokens in reached) + " |"
+        lines.append(row)
     return "\n".join(lines)
 
 
@@ -191,7 +259,7 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def plot(question: str, results: dict[str, list[TrainingResult]], path: Path) -> None:
+def plot(question: str, results: dict[str, list[TrainingResult]], taught: float, path: Path) -> None:
     """Mean validation loss over tokens, with the range over the seeds."""
     from matplotlib.figure import Figure
 
@@ -204,49 +272,58 @@ def plot(question: str, results: dict[str, list[TrainingResult]], path: Path) ->
         means = [statistics.mean(column) for column in columns]
         axes.plot(tokens, means, style, marker="o", ms=3, color=color, label=f"{label}: {means[-1]:.3f}")
         axes.fill_between(tokens, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, lw=0)
-    taught = next((run.teacher_val_loss for runs in results.values() for run in runs if run.teacher_val_loss), None)
-    if taught is not None:
-        axes.axhline(taught, color="black", linestyle=":", linewidth=1, label=f"teacher: {taught:.3f}")
+    axes.axhline(taught, color="black", linestyle=":", linewidth=1, label=f"teacher: {taught:.3f}")
     low = min(run.val_loss for runs in results.values() for run in runs)
     axes.set(xlabel="tokens of training", ylabel="validation loss, nats per token")
-    axes.set_ylim(top=min(axes.get_ylim()[1], low + 3))
+    axes.set_ylim(top=min(axes.get_ylim()[1], low + 4))
     axes.set_title(f"{question}, {len(next(iter(results.values())))} seeds", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
 
 
-def answer(bench: Bench, question: str) -> None:
+def answer(bench: Bench, question: str, report: Path) -> None:
     """Trains all students of a question, and writes its table and picture."""
-    results: dict[str, list[Any]] = {}
+    results: dict[str, list[TrainingResult]] = {}
     for seed in bench.seeds:
         for label, student in QUESTIONS[question](bench, seed).items():
-            results.setdefault(label, []).append(bench.train(question, label, seed, student))
+            result = bench.train(student, seed)
+            before = math.exp(result.curve[0][1])
+            print(f"{question}, seed {seed}: {label}: {before:.2f} before, {result.perplexity:.2f} after", flush=True)
+            results.setdefault(label, []).append(result)
     if not results:
         return
-    text = table(results)
-    (bench.out_dir / f"{question}.md").write_text(text + "\n")
-    plot(question, results, bench.out_dir / f"{question}.png")
-    print(f"\n{question}, {bench.tokens:,} tokens, seeds {bench.seeds}\n{text}\n", flush=True)
+    about = f"{bench.tokens:,} tokens of training; seeds {', '.join(map(str, bench.seeds))}; teacher's perplexity "
+    text = f"{about}{math.exp(bench.teacher_loss):.2f}.\n\n{table(results)}\n"
+    (report / f"{question}.md").write_text(text)
+    plot(question, results, bench.teacher_loss, report / f"{question}.png")
+    print(f"\n{question}: {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     Data.add_arguments(parser)
     parser.add_argument("--questions", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
-    parser.add_argument("--tokens", type=int, default=500_000, help="training tokens of each student")
+    parser.add_argument("--tokens", type=int, default=163_840, help="training tokens of each student")
     parser.add_argument("--iterations", type=int, default=60, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
+    parser.add_argument("--llama_tokens", type=int, default=4_000_000)
     parser.add_argument("--other", type=Path, help="another teacher with the same tokenizer")
-    parser.add_argument("--name", default=None, help="the folder in out/evidence; by default the teacher's name")
+    parser.add_argument("--report", type=Path, help="where tables and pictures go")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = Data(args)
-    out_dir = Path("out/evidence") / (args.name or data.config.name or "teacher")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if args.llama:
+        args.other = args.other or args.teacher
+        data = train_llama(data, args.llama_tokens)
+    out_dir = Path("out/evidence") / ("llama" if args.llama else args.teacher.name)
+    report = args.report or out_dir
+    for folder in (out_dir, report):
+        folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(data, out_dir, args.tokens, args.iterations, args.seeds, args.other)
     for question in args.questions:
-        answer(bench, question)
+        answer(bench, question, report)
 
 
 if __name__ == "__main__":

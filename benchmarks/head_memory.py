@@ -22,8 +22,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from litgpt_whittle.head import HeadInput, TeacherLogits, head_loss
-from litgpt_whittle.objective import Objective
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.objective import Objective
 
 OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
 

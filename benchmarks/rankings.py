@@ -1,8 +1,9 @@
 """What predicts a student's place after training: its perplexity as cut, or after a repair from moments?
 
 Draws sub-networks of one bin, repairs each (`litgpt extract --repair`), trains each on a million tokens, and compares
-three rankings by Kendall's τ: perplexity as cut, perplexity repaired from the teacher's moments, perplexity after
-training. Finished students are kept, so that an interrupted run goes on.
+by Kendall's τ the rankings before training (as cut, repaired from the teacher's moments, repaired) and on the way
+(training losses: all students see the same batches in the same order) with the one after it. Finished students are
+kept, so that an interrupted run goes on.
 
     python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from students import Data, litgpt, train_settings, val_losses
+from students import Data, litgpt, train_settings
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
-from litgpt_whittle.bins import parse_bins
-from litgpt_whittle.space import Space
+from litgpt_whittle.results import TrainingResult
+from litgpt_whittle.spaces.bins import parse_bins
+from litgpt_whittle.spaces.space import Space
 
 OUT = Path("out/rankings")
 
@@ -68,7 +70,7 @@ def score(data: Data, subnets: list[SubNet]) -> None:
     """The rankings before training, and how they agree with the one after it."""
     from scipy.stats import kendalltau
 
-    from litgpt_whittle.fitness import Perplexity, RepairedPerplexity
+    from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 
     torch.set_num_threads(1)
     module = data.module()
@@ -77,23 +79,27 @@ def score(data: Data, subnets: list[SubNet]) -> None:
     windows = calibration_windows(module, data.config.block_size, RepairedPerplexity.n_calibration)
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = data.config.block_size
-    columns: dict[str, list[float]] = {"as cut": [], "repaired from moments": [], "repaired": [], "trained": []}
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
-    trained = [i for i in range(len(subnets)) if (OUT / f"{i:02d}/trained/final/lit_model.pth").is_file()]
-    for i in trained:
-        subnet, losses = subnets[i], val_losses(OUT / f"{i:02d}/trained")
-        for name, loss in zip(
-            columns, (cut(subnet)["nll"], repaired(subnet)["nll"], losses[0][1], losses[-1][1]), strict=True
-        ):
-            columns[name].append(loss)
+    runs = {i: TrainingResult(OUT / f"{i:02d}/trained") for i in range(len(subnets))}
+    runs = {i: run for i, run in runs.items() if (run.folder / "final/lit_model.pth").is_file()}
+    columns = {
+        "as cut": [cut(subnets[i])["nll"] for i in runs],
+        "repaired from moments": [repaired(subnets[i])["nll"] for i in runs],
+        "repaired": [run.curve[0][1] for run in runs.values()],
+    }
+    for tokens in sorted({row["tokens"] for run in runs.values() for row in run.rows if "loss" in row}):
+        rows = [next(row for row in run.rows if "loss" in row and row["tokens"] == tokens) for run in runs.values()]
+        columns[f"after {tokens:,} tokens"] = [row["loss"] for row in rows]
+    columns["trained"] = [run.val_loss for run in runs.values()]
     (OUT / "losses.json").write_text(json.dumps(columns))
-    print(f"{len(trained)} of {len(subnets)} sub-networks are trained")
-    print(f"{'validation NLL':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
+    print(f"{len(runs)} of {len(subnets)} sub-networks are trained")
+    print(f"{'loss, nats per token':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
     for name, losses in columns.items():
         tau = kendalltau(losses, columns["trained"])
         shown = f"{tau.statistic:.2f} (p = {tau.pvalue:.2g})"
         print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>30}")
-    print(f"tau of as cut with repaired from moments: {kendalltau(*list(columns.values())[:2]).statistic:.2f}")
+    agreed = kendalltau(columns["as cut"], columns["repaired from moments"]).statistic
+    print(f"tau of as cut with repaired from moments: {agreed:.2f}")
     plot(columns)
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/recipes.py [--write] [--no_plan] [config_hub/distill/pythia-6.9b/410m.yaml …]
 
-Memory is the plan of `litgpt distill --dry_run` (`litgpt_whittle.memory_plan`), made on the CPU for GPUs that are not
-here, of a student in the recipe's bin whose sizes are as near as can be to those of a known model. Nothing is compiled
-in the plan; a compiled student takes less. FLOPs are in closed form, GPU-hours assume a share of the peak (`costs.py`).
+Memory is the plan of `litgpt distill --dry_run` (`litgpt_whittle.training.memory_plan`), made on the CPU for GPUs that
+are not here, of a student in the recipe's bin whose sizes are as near as can be to those of a known model. Nothing is
+compiled in the plan; a compiled student takes less. FLOPs are in closed form, GPU-hours assume a share of the peak
+(`costs.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from litgpt import GPT, Config
 from litgpt.utils import CLI
 
 from litgpt_whittle import SubNet
-from litgpt_whittle.bins import parse_bins
-from litgpt_whittle.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
-from litgpt_whittle.objective import Objective
-from litgpt_whittle.quantize import saved_bytes
-from litgpt_whittle.sizes import Sizes
-from litgpt_whittle.space import Space
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.distillation.quantize import saved_bytes
+from litgpt_whittle.spaces.bins import parse_bins
+from litgpt_whittle.spaces.sizes import Sizes
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT, student_model
+from litgpt_whittle.training.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
 
 HUB = Path(__file__).parents[1] / "config_hub"
 GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "prune", "whittle")}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from litgpt.config import Config
-from students import Data, litgpt, train_settings
+from students import Data, litgpt, train_settings, validate
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
-from litgpt_whittle.repair import Repair, RepairArgs
+from litgpt_whittle.repair.walk import Repair, RepairArgs
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.supergpt import extract_weights, student_model
 
@@ -83,23 +83,13 @@ class Bench:
         module = data.module()
         connect(module, data.teacher, 16, self.length)
         self.validation = validation_batches(module, self.length, 1000)
-        self.teacher_nll = self.nll(load_model(data.teacher))
+        self.teacher_nll = validate(load_model(data.teacher), self.validation)
         self.share = n_params(subnet.teacher, subnet) / n_params(subnet.teacher, SubNet.full(subnet.teacher))
 
     def windows(self, n_tokens: int, seed: int = 42) -> torch.Tensor:
         module = self.data.module(seed)
         connect(module, self.data.teacher, 16, self.length)
         return calibration_windows(module, self.length, n_tokens)
-
-    @torch.inference_mode()
-    def nll(self, model: torch.nn.Module) -> float:
-        """Over all of the validation text."""
-        model.max_seq_length = self.length
-        total = n = 0
-        for ids, targets in self.validation:
-            loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum")
-            total, n = total + float(loss), n + int((targets != -100).sum())
-        return total / n
 
     def repair(self, windows: torch.Tensor, **args) -> tuple[float, float]:
         """The repaired student's NLL, and the seconds that the repair took."""
@@ -110,7 +100,7 @@ class Bench:
         scratch.remove()
         student = student_model(repaired.subnet).eval()
         student.load_state_dict(repaired.weights)
-        return self.nll(student), seconds
+        return validate(student, self.validation), seconds
 
     def gap(self, refine_steps: int) -> None:
         """The table of starts."""
@@ -120,7 +110,7 @@ class Bench:
         print(
             f"student of {self.share:.1%}, {windows.numel():,} tokens to calibrate; teacher NLL {self.teacher_nll:.3f}"
         )
-        first = self.nll(cut)
+        first = validate(cut, self.validation)
         print(f"{'as cut (first entries)':40}{first:>8.3f}", flush=True)
         for name, args in {
             "repaired, coordinates": {"basis": "coordinates", "choose_units": False},

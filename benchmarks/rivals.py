@@ -1,152 +1,64 @@
-"""Is what a tool cuts out what it scored? Ours and whittle, on the same models and the same random sub-networks.
+"""Against the rivals, on one machine, in one run: whittle, Minitron's procedure, and plain `litgpt pretrain`.
 
-    python benchmarks/rivals.py --whittle_python WHITTLE_ENVIRONMENT/bin/python
+    python benchmarks/rivals.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet \
+        --whittle_python WHITTLE_ENVIRONMENT/bin/python
 
-For every sub-network of the four spaces: the logits inside the super-network against those of the extracted model, and
-the parameters that are counted against those that the extracted model has. whittle runs in a process of its own, by its
-own functions: `set_sub_network`, `compute_parameters`, `extract_current_sub_network`. Speed and memory against it are
-measured by search_throughput.py and distill_throughput.py, students by demo.py, repair_training.py and evidence.py.
+Runs the scripts that compare with them one after the other, and keeps what they print, part by part:
+
+extraction    what is cut out against what was scored, and how parameters are counted: whittle
+search        candidates scored per CPU second: whittle
+distillation  tokens per CPU second and memory: whittle, plain `litgpt pretrain`
+pruning       perplexity at 2:4: whittle
+students      perplexity before and after equally many tokens of training: the plain cut, as whittle makes it; random
+              weights, as `litgpt pretrain` has them; the most important units in the best of a few sizes (Minitron)
+
+whittle has an environment of its own, since it asks for another litgpt: `pip install whittle==0.6.0` there.
 """
 
 import argparse
-import json
 import os
 import subprocess
-import tempfile
-from collections import Counter
+import sys
 from pathlib import Path
-from typing import get_args
 
-import numpy as np
-import torch
-from litgpt.config import Config
-from search_memory import random_teacher
-from search_throughput import whittle_choice
+from students import Data
 
-from litgpt_whittle import SubNet, extract_weights, n_params, student_model
-from litgpt_whittle.bins import parse_bins
-from litgpt_whittle.space import Space, SpaceName
-
-SIZES = {"n_layer": 4, "n_embd": 64, "n_head": 8, "vocab_size": 512, "padded_vocab_size": 512, "block_size": 64}
-MODELS = {
-    "Pythia-shaped": ("pythia-14m", SIZES | {"intermediate_size": 256}),
-    "Llama-shaped": ("Llama-3.2-1B", SIZES | {"n_query_groups": 4, "intermediate_size": 256, "head_size": 8}),
-}
-TOLERANCE = 1e-4
-
-RIVAL = """
-import json, sys
-import torch
-from whittle.metrics.parameters import compute_parameters
-from whittle.models.gpt import GPT
-from whittle.models.gpt.extract import extract_current_sub_network
-from litgpt.config import Config
-
-given = torch.load(sys.argv[1], weights_only=True)
-config = Config.from_name(given["name"], **given["sizes"])
-config.fix_head_size = True
-model = GPT(config).eval()
-model.load_state_dict(given["weights"])
-
-def tried(choice):
-    try:
-        with torch.no_grad():
-            model.set_sub_network(**choice)
-            inside, counted = model(given["ids"]), compute_parameters(model)
-            cut = extract_current_sub_network(model).eval()
-            has = sum(p.numel() for p in cut.parameters())
-            difference = float((cut(given["ids"]) - inside).abs().max())
-            return {"difference": difference, "counted": counted, "has": has}
-    except Exception as error:
-        return {"error": type(error).__name__}
-
-# of all ways to say the same, the one that goes best
-found = [min(map(tried, ways), key=lambda result: result.get("difference", 1e9)) for ways in given["choices"]]
-print("RESULT" + json.dumps(found))
-"""
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--whittle_python", help="the Python of an environment that has whittle")
-    parser.add_argument("--n", type=int, default=20, help="sub-networks of each space")
+    Data.add_arguments(parser)
+    parser.add_argument("--whittle_python", type=Path, required=True, help="the Python that has whittle")
+    parser.add_argument("--parts", nargs="*", help="only these")
+    parser.add_argument("--report", type=Path, default=Path("out/rivals"), help="where what is printed is kept")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'model':<15}{'space':<18}{'tool':<9}{'extracted as scored':>20}{'counted right':>15}   otherwise")
-    for title, (name, sizes) in MODELS.items():
-        config = Config.from_name(name, **sizes)
-        model = random_teacher(config).eval()
-        ids = torch.randint(config.vocab_size, (2, 16))
-        for space in get_args(SpaceName):
-            subnets = draw(config, space, args.n)
-            report(title, space, "ours", ours(model, subnets, ids))
-            if args.whittle_python:
-                report(title, space, "whittle", theirs(args.whittle_python, name, sizes, model, subnets, ids))
+    text = [f"--teacher={args.teacher}", f"--train={args.train}", f"--validation={args.validation}"]
+    rival = [f"--whittle_python={args.whittle_python}"]
+    parts = {
+        "extraction": ["extraction.py", "--n=10", *rival],
+        "search": ["search_throughput.py", *rival],
+        "distillation": ["distill_throughput.py", "--steps=6", "--repeats=3", *rival],
+        "pruning": ["prune.py", "--tokens=32768", "--batches=16", "--refit", *text, *rival],
+        "students": ["evidence.py", "--questions", "starts", "strategies", *text],
+    }
+    for unknown in set(args.parts or ()) - set(parts):
+        parser.error(f"there is no part {unknown!r}; choose from {', '.join(parts)}")
+    args.report.mkdir(parents=True, exist_ok=True)
+    for part in args.parts or parts:
+        run(parts[part], args.report / f"{part}.txt")
 
 
-def draw(config: Config, space: SpaceName, n: int) -> list[SubNet]:
-    """Random sub-networks of half the size."""
-    (bin,) = parse_bins(f"{n_params(config, SubNet.full(config)) // 2}±20%")
-    rng = np.random.default_rng(0)
-    return [Space(config, space, bin).sample(rng) for _ in range(n)]
-
-
-@torch.inference_mode()
-def ours(model: torch.nn.Module, subnets: list[SubNet], ids: torch.Tensor) -> list[dict]:
-    found = []
-    for subnet in subnets:
-        with model.running(subnet):
-            inside = model(ids)
-        cut = student_model(subnet).eval()
-        cut.load_state_dict(extract_weights(model, subnet))
-        difference = float((cut(ids) - inside).abs().max())
-        has = sum(p.numel() for p in cut.parameters())
-        found.append({"difference": difference, "counted": n_params(model.config, subnet), "has": has})
-    return found
-
-
-def theirs(
-    python: str, name: str, sizes: dict, model: torch.nn.Module, subnets: list[SubNet], ids: torch.Tensor
-) -> list[dict]:
-    given = {"name": name, "sizes": sizes, "weights": model.state_dict(), "ids": ids}
-    given["choices"] = [in_whittles_words(subnet) for subnet in subnets]
-    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "given.pt"
-        torch.save(given, path)
-        run = subprocess.run([python, "-c", RIVAL, str(path)], env=environment, capture_output=True, text=True)
-    (line,) = (line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT"))
-
-
-def in_whittles_words(subnet: SubNet) -> list[dict]:
-    """The ways of telling whittle of a sub-network: sizes per layer or once, with and without groups."""
-    per_layer = whittle_choice(subnet)
-    if subnet.n_layer.is_prefix:
-        del per_layer["sampled_layer_indices"]
-    once = dict(per_layer)
-    for name in ("sub_network_intermediate_size", "sub_network_num_heads", "sub_network_query_groups"):
-        if len(set(once[name])) == 1:
-            once[name] = once[name][0]
-    per_group = subnet.teacher.n_head // subnet.teacher.n_query_groups
-    ways = [per_layer, once]
-    if isinstance(once["sub_network_num_heads"], int):
-        ways.append(once | {"sub_network_num_heads": once["sub_network_num_heads"] * per_group})
-    return ways + [{k: v for k, v in way.items() if k != "sub_network_query_groups"} for way in ways]
-
-
-def report(title: str, space: str, tool: str, found: list[dict]) -> None:
-    """One line of the table."""
-    n = len(found)
-    same = sum(result.get("difference", float("inf")) < TOLERANCE for result in found)
-    right = sum("has" in result and result["counted"] == result["has"] for result in found)
-    errors = Counter(result["error"] for result in found if "error" in result)
-    told = [f"{count} × {error}" for error, count in errors.items()]
-    if wrong := [r["difference"] for r in found if r.get("difference", 0) >= TOLERANCE]:
-        told.append(f"logits differ by up to {max(wrong):.2g}")
-    if off := [abs(r["counted"] - r["has"]) / r["has"] for r in found if "has" in r and r["counted"] != r["has"]]:
-        told.append(f"counts are off by up to {max(off):.1%}")
-    print(f"{title:<15}{space:<18}{tool:<9}{f'{same}/{n}':>20}{f'{right}/{n}':>15}   {', '.join(told)}", flush=True)
+def run(command: list[str], path: Path) -> None:
+    """Runs a script, shows what it prints, and keeps it."""
+    print(f"\n== {path.stem}: {' '.join(command)}", flush=True)
+    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"} | os.environ
+    started = [sys.executable, str(HERE / command[0]), *command[1:]]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        lines = [line for line in process.stdout if not print(line, end="", flush=True)]
+    if process.returncode:
+        sys.exit(f"{command[0]} failed with exit code {process.returncode}")
+    path.write_text("".join(lines))
 
 
 if __name__ == "__main__":

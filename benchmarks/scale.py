@@ -15,9 +15,9 @@ import torch
 from costs import A100, H100, UTILISATION, gpu_hours, traffic, training_flops
 from litgpt import GPT, Config
 
-from litgpt_whittle.args import TrainArgs
-from litgpt_whittle.memory_plan import Step, plan_memory
-from litgpt_whittle.objective import Objective
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.memory_plan import Step, plan_memory
 
 PILE = 299_892_736_000
 """Tokens that every Pythia saw"""

@@ -25,10 +25,10 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.bins import parse_bins
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.registry import lookup
-from litgpt_whittle.space import Space
+from litgpt_whittle.spaces.bins import parse_bins
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 

@@ -19,13 +19,13 @@ from students import Data
 
 from litgpt_whittle import SubNet, load_model, n_params, registry
 from litgpt_whittle.batches import calibration_windows, connect, fingerprint, validation_batches
-from litgpt_whittle.bins import Bin
 from litgpt_whittle.checkpoint import WEIGHTS
-from litgpt_whittle.fitness import Fitness
-from litgpt_whittle.journal import file_fingerprint
+from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.plots import COLORS
-from litgpt_whittle.space import Space
+from litgpt_whittle.reports.plots import COLORS
+from litgpt_whittle.searching.journal import file_fingerprint
+from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.space import Space
 
 OUT = Path("out/strategies")
 GROUP = "litgpt_whittle.strategies"

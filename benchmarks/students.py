@@ -4,15 +4,19 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 import yaml
 from litgpt.config import Config
+from litgpt.model import GPT
 
 from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.data import HFText
-from litgpt_whittle.journal import JOURNAL, Evaluation, read_journal
+from litgpt_whittle.distillation.cache import Index
 from litgpt_whittle.results import TrainingResult
+from litgpt_whittle.searching.journal import JOURNAL, Evaluation, read_journal
 
 
 class Data:
@@ -95,6 +99,30 @@ def train_settings(
         settings["model_config"] = {k: v for k, v in vars(config).items() if k not in ("rope_n_elem", "norm_class")}
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+CODECS = {"full": "full", "top_k": "{top_k: {k: 64}}", "sampled": "{sampled: {draws: 12}}"}
+
+
+def cached(data: Data, folder: Path, codec: str, tokens: int, batch: int, seed: int) -> Path:
+    """A teacher's cache of the tokens that are trained on; which those are follows from the seed."""
+    is_begun = (folder / "index.json").is_file()
+    if not is_begun or not Index.read(folder).complete:
+        flags = [f"--codec={CODECS[codec]}", f"--max_tokens={tokens}", f"--resume={str(is_begun).lower()}"]
+        flags += [*data.flags(batch, seed), f"--out_dir={folder}", "--precision=32-true"]
+        litgpt("cache_teacher", data.teacher, *flags)
+    return folder
+
+
+@torch.inference_mode()
+def validate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """A model's mean loss over batches, in nats per token, by PyTorch's own cross-entropy."""
+    total = n = 0
+    for ids, targets in batches:
+        model.max_seq_length = ids.size(1)
+        loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum")
+        total, n = total + float(loss), n + int((targets != -100).sum())
+    return total / n
 
 
 def val_losses(out_dir: Path) -> list[tuple[int, float]]:
