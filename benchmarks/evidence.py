@@ -16,16 +16,19 @@ teachers    one teacher to be cut from and another to distill: one of another sh
 All students train on equally many tokens, with the teacher's whole predictions from a cache where nothing else is said.
 With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one, which
 is then the other teacher. What is finished is kept, so that an interrupted run goes on; a student that two questions
-ask for is trained once. Tables and pictures go to `out/evidence/TEACHER`, or to --report.
+ask for is trained once. Tables, pictures and their figures (CSV) go to `out/evidence/TEACHER`, or to --report; seeds
+that are in a question's CSV are not run again.
 """
 
 import argparse
 import copy
+import csv
 import hashlib
 import json
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -39,9 +42,10 @@ from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import connect, validation_batches
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
+Curve = list[tuple[int, float]]
+"""Tokens of training and validation loss, in their order"""
+
 CALIBRATION = 16_384
-
-
 BATCH = 8
 VALIDATION = 24
 """Batches of each validation"""
@@ -132,7 +136,7 @@ class Bench:
         if not (folder / "final/lit_model.pth").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.with_suffix(".json").write_text(told)
-            every = self.tokens // (BATCH * self.data.config.block_size) // 5
+            every = self.tokens // (BATCH * self.data.config.block_size) // 3
             path = train_settings(folder.with_suffix(".yaml"), self.data, self.tokens, 1e-3, every, seed)
             flags = [f"--train.micro_batch_size={BATCH}", f"--train.global_batch_size={BATCH}"]
             flags += ["--train.lr_warmup_steps=10", f"--eval.max_iters={VALIDATION}", *self.taught(student, seed)]
@@ -238,65 +242,106 @@ QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
 }
 
 
-def table(results: dict[str, list[TrainingResult]]) -> str:
+class Runs:
+    """Validation losses of a question's students, kept as CSV: what is reported, and what need not be run again."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        self.path, self.curves = path, {}
+        if path.is_file():
+            with path.open() as file:
+                for row in csv.DictReader(file):
+                    curve = self.curves.setdefault(row["student"], {}).setdefault(int(row["seed"]), [])
+                    curve.append((int(row["tokens"]), float(row["val_loss"])))
+        ends = {curve[-1][0] for by_seed in self.curves.values() for curve in by_seed.values()}
+        if ends - {tokens}:
+            sys.exit(
+                f"{path} has students of {max(ends - {tokens}):,} tokens, not {tokens:,}; move it or change --tokens"
+            )
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for by_seed in self.curves.values() for seed in by_seed})
+
+    def add(self, seed: int, curves: dict[str, Curve]) -> None:
+        """Adds all students of a seed at once: a seed is there or not."""
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            rows = [(label, seed, *point) for label, curve in curves.items() for point in curve]
+            writer.writerows([("student", "seed", "tokens", "val_loss"), *rows] if is_new else rows)
+        for label, curve in curves.items():
+            self.curves.setdefault(label, {})[seed] = curve
+
+    def column(self, label: str, point: int) -> list[float]:
+        """A student's losses at one of its validations, by seed."""
+        return [self.curves[label][seed][point][1] for seed in self.seeds]
+
+
+def table(runs: Runs) -> str:
     """Perplexities, their means and standard deviations over the seeds, as Markdown."""
     # a random student's run is the measure of the others' tokens, where there is one
-    baseline = results.get("random weights")
+    baseline = runs.curves.get("random weights")
     more = " tokens to the random one's end |" if baseline else ""
     lines = [f"| student | before training | after |{more}", "| --- | --- | --- |" + " --- |" * bool(baseline)]
-    for label, runs in results.items():
-        before, after = [math.exp(run.curve[0][1]) for run in runs], [run.perplexity for run in runs]
-        row = f"| {label} | {_spread(before)} | {_spread(after)} |"
+    for label, by_seed in runs.curves.items():
+        row = f"| {label} | {_spread(runs.column(label, 0))} | {_spread(runs.column(label, -1))} |"
         if baseline:
-            reached = [tokens_to_reach(run.curve, other.val_loss) for run, other in zip(runs, baseline)]
+            reached = [tokens_to_reach(by_seed[seed], baseline[seed][-1][1]) for seed in runs.seeds]
             row += " " + ", ".join("never" if tokens is None else f"{tokens:,}" for tokens in reached) + " |"
         lines.append(row)
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def _spread(losses: list[float]) -> str:
+    perplexities = [math.exp(loss) for loss in losses]
+    mean = f"{statistics.mean(perplexities):.2f}"
+    return f"{mean} ± {statistics.stdev(perplexities):.2f}" if len(losses) > 1 else mean
 
 
-def plot(question: str, results: dict[str, list[TrainingResult]], taught: float, path: Path) -> None:
-    """Mean validation loss over tokens, with the range over the seeds."""
+def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
+    """Validation loss over tokens, the seeds' mean and range; pairs that differ in the teacher share a colour."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for i, (label, runs) in enumerate(results.items()):
-        tokens = [t for t, _ in runs[0].curve]
-        columns = [[run.curve[j][1] for run in runs] for j in range(len(tokens))]
-        color, style = f"C{i % 10}", "--" if i >= 10 else "-"
+    kinds = list(dict.fromkeys(label.removesuffix(", distilled") for label in runs.curves))
+    colors = colormaps["tab10" if len(kinds) <= 10 else "tab20"].colors
+    for label, by_seed in runs.curves.items():
+        kind = label.removesuffix(", distilled")
+        style = "--" if label == kind and f"{kind}, distilled" in runs.curves else "-"
+        color = colors[kinds.index(kind)]
+        tokens = [n for n, _ in by_seed[runs.seeds[0]]]
+        columns = [runs.column(label, point) for point in range(len(tokens))]
         means = [statistics.mean(column) for column in columns]
         axes.plot(tokens, means, style, marker="o", ms=3, color=color, label=f"{label}: {means[-1]:.3f}")
         axes.fill_between(tokens, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, lw=0)
     axes.axhline(taught, color="black", linestyle=":", linewidth=1, label=f"teacher: {taught:.3f}")
-    low = min(run.val_loss for runs in results.values() for run in runs)
+    low = min(min(runs.column(label, -1)) for label in runs.curves)
     axes.set(xlabel="tokens of training", ylabel="validation loss, nats per token")
     axes.set_ylim(top=min(axes.get_ylim()[1], low + 4))
-    axes.set_title(f"{question}, {len(next(iter(results.values())))} seeds", loc="left")
+    axes.set_title(f"{question}, {len(runs.seeds)} seeds", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
 
 
 def answer(bench: Bench, question: str, report: Path) -> None:
-    """Trains all students of a question, and writes its table and picture."""
-    results: dict[str, list[TrainingResult]] = {}
-    for seed in bench.seeds:
+    """Trains the students of a question that are not on record, and writes its table and picture."""
+    runs = Runs(report / f"{question}.csv", bench.tokens)
+    for seed in [seed for seed in bench.seeds if seed not in runs.seeds]:
+        curves = {}
         for label, student in QUESTIONS[question](bench, seed).items():
-            result = bench.train(student, seed)
-            before = math.exp(result.curve[0][1])
-            print(f"{question}, seed {seed}: {label}: {before:.2f} before, {result.perplexity:.2f} after", flush=True)
-            results.setdefault(label, []).append(result)
-    if not results:
+            curves[label] = bench.train(student, seed).curve
+            before, after = math.exp(curves[label][0][1]), math.exp(curves[label][-1][1])
+            print(f"{question}, seed {seed}: {label}: {before:.2f} before, {after:.2f} after", flush=True)
+        runs.add(seed, curves)
+    if not runs.curves:
         return
-    about = f"{bench.tokens:,} tokens of training; seeds {', '.join(map(str, bench.seeds))}; teacher's perplexity "
-    text = f"{about}{math.exp(bench.teacher_loss):.2f}.\n\n{table(results)}\n"
+    about = f"{bench.tokens:,} tokens of training; seeds {', '.join(map(str, runs.seeds))}; teacher's perplexity "
+    text = f"{about}{math.exp(bench.teacher_loss):.2f}.\n\n{table(runs)}\n"
     (report / f"{question}.md").write_text(text)
-    plot(question, results, bench.teacher_loss, report / f"{question}.png")
+    plot(question, runs, bench.teacher_loss, report / f"{question}.png")
     print(f"\n{question}: {text}", flush=True)
 
 

@@ -29,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
     parser.add_argument("--n", type=int, default=40, help="sub-networks")
+    parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
     parser.add_argument("--share", default="1/2", help="this process trains every second student, from the first one")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
     data = Data(args)
-    subnets = draw(data, args.n)
+    subnets = draw(data, args.n, args.size)
     first, step = map(int, args.share.split("/"))
     if args.only != "score":
         for i in list(range(args.n))[first - 1 :: step]:
@@ -43,11 +44,10 @@ def main() -> None:
         score(data, subnets)
 
 
-def draw(data: Data, n: int) -> list[SubNet]:
-    """Random sub-networks of a third of the teacher's size, of the default space."""
+def draw(data: Data, n: int, share: float) -> list[SubNet]:
+    """Random sub-networks of one size, of the default space."""
     teacher = data.config
-    third = n_params(teacher, SubNet.full(teacher)) // 3
-    (bin,) = parse_bins(f"{third}±5%")
+    (bin,) = parse_bins(f"{int(share * n_params(teacher, SubNet.full(teacher)))}±5%")
     space, rng = Space(teacher, "coarse_layerwise", bin), np.random.default_rng(0)
     return [space.sample(rng) for _ in range(n)]
 
