@@ -243,6 +243,15 @@ def test_mistakes_about_the_order_are_told(checkpoint, tmp_path, changes, messag
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_strategy_may_be_named(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "named", iterations=3, strategy="RandomSearch")
+    run(checkpoint, tmp_path / "given", iterations=3, strategy=RandomSearch())
+    assert lines(tmp_path / "named") == lines(tmp_path / "given")
+    with pytest.raises(UserError, match="there is no 'Evolutoin' in litgpt_whittle.strategies; choose from EvoPress, "):
+        run(checkpoint, tmp_path / "out", strategy="Evolutoin")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_order_that_would_do_nothing_or_of_other_weights_is_refused(checkpoint, importance, tmp_path):
     with pytest.raises(UserError, match="which units coarse spaces keep, got space = fine_layerwise; choose a coarse"):
         run(checkpoint, tmp_path / "out", order="importance", importance=importance)

@@ -70,7 +70,7 @@ def setup(
     limit: LimitArgs = LimitArgs(),
     order: Literal["given", "importance"] = "given",
     importance: Path | None = None,
-    strategy: Strategy = _DEFAULT_STRATEGY,
+    strategy: Strategy | str = _DEFAULT_STRATEGY,
     surrogate: SurrogateArgs = SurrogateArgs(),
     fitness: str = "perplexity",
     iterations: int = 1000,
@@ -101,7 +101,7 @@ def setup(
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
         importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some
             measures of fitness need it too.
-        strategy: How to search, by its name, with its settings below it.
+        strategy: How to search, by its name in ``litgpt_whittle.strategies``, with its settings below it.
         surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
         iterations: Candidates to evaluate in each bin.
@@ -143,6 +143,8 @@ def setup(
         order, importance, checkpoint_dir, teacher, space, search_space, fitness if needs_importance else None
     )
     tied = is_tied(read_weights(checkpoint_dir))
+    if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
+        strategy = registry.lookup("litgpt_whittle.strategies", strategy)()
     strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
     units = ranking.order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
