@@ -3,21 +3,24 @@
 Draws sub-networks of one bin, repairs each (`litgpt extract --repair`), trains each on a million tokens, and compares
 by Kendall's τ the rankings before training (as cut, repaired from the teacher's moments, repaired) and on the way
 (training losses: all students see the same batches in the same order) with the one after it. Finished students are
-kept, so that an interrupted run goes on.
+kept, so that an interrupted run goes on; those whose losses are in the report's CSV are not trained again.
 
     python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
 
 import argparse
-import json
+import csv
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import kendalltau
 from students import Data, litgpt, train_settings
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
+from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.space import Space
@@ -31,17 +34,23 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="sub-networks")
     parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
-    parser.add_argument("--share", default="1/2", help="this process trains every second student, from the first one")
+    parser.add_argument(
+        "--share", default="1/1", help="2/3: every third student, from the second one on"
+    )
+    parser.add_argument("--report", type=Path, default=OUT, help="where figures (CSV) and the picture go")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
     data = Data(args)
     subnets = draw(data, args.n, args.size)
     first, step = map(int, args.share.split("/"))
+    path = args.report / f"rankings-{args.size:.3g}.csv"
     if args.only != "score":
         for i in list(range(args.n))[first - 1 :: step]:
-            train(data, subnets[i], i, args.tokens)
+            if i not in read(path):
+                train(data, subnets[i], i, args.tokens)
     if args.only != "train":
-        score(data, subnets)
+        args.report.mkdir(parents=True, exist_ok=True)
+        score(data, subnets, path)
 
 
 def draw(data: Data, n: int, share: float) -> list[SubNet]:
@@ -66,12 +75,8 @@ def train(data: Data, subnet: SubNet, i: int, tokens: int) -> None:
         litgpt("distill", f"--config={settings}", start, f"--out_dir={folder / 'trained'}")
 
 
-def score(data: Data, subnets: list[SubNet]) -> None:
-    """The rankings before training, and how they agree with the one after it."""
-    from scipy.stats import kendalltau
-
-    from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
-
+def score(data: Data, subnets: list[SubNet], path: Path) -> None:
+    """Adds what is trained to the figures, and compares the rankings before training with the one after it."""
     torch.set_num_threads(1)
     module = data.module()
     connect(module, data.teacher, 16, data.config.block_size)
@@ -80,42 +85,67 @@ def score(data: Data, subnets: list[SubNet]) -> None:
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = data.config.block_size
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
-    runs = {i: TrainingResult(OUT / f"{i:02d}/trained") for i in range(len(subnets))}
-    runs = {i: run for i, run in runs.items() if (run.folder / "final/lit_model.pth").is_file()}
-    columns = {
-        "as cut": [cut(subnets[i])["nll"] for i in runs],
-        "repaired from moments": [repaired(subnets[i])["nll"] for i in runs],
-        "repaired": [run.curve[0][1] for run in runs.values()],
-    }
-    for tokens in sorted({row["tokens"] for run in runs.values() for row in run.rows if "loss" in row}):
-        rows = [next(row for row in run.rows if "loss" in row and row["tokens"] == tokens) for run in runs.values()]
-        columns[f"after {tokens:,} tokens"] = [row["loss"] for row in rows]
-    columns["trained"] = [run.val_loss for run in runs.values()]
-    (OUT / "losses.json").write_text(json.dumps(columns))
-    print(f"{len(runs)} of {len(subnets)} sub-networks are trained")
+    known = read(path)
+    for i in sorted(set(range(len(subnets))) - set(known)):
+        run = TrainingResult(OUT / f"{i:02d}/trained")
+        if not (run.folder / "final/lit_model.pth").is_file():
+            continue
+        before = {"as cut": cut(subnets[i])["nll"], "repaired from moments": repaired(subnets[i])["nll"]}
+        on_the_way = {f"after {row['tokens']:,} tokens": row["loss"] for row in run.rows if "loss" in row}
+        known[i] = before | {"repaired": run.curve[0][1]} | on_the_way | {"trained": run.val_loss}
+    if not known:
+        sys.exit("none of the sub-networks is trained yet")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["sub-network", *known[min(known)]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"sub-network": i} | known[i] for i in sorted(known))
+    print(f"{len(known)} of {len(subnets)} sub-networks are trained")
     print(f"{'loss, nats per token':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
+    columns = {name: [row[name] for row in known.values()] for name in known[min(known)]}
     for name, losses in columns.items():
-        tau = kendalltau(losses, columns["trained"])
-        shown = f"{tau.statistic:.2f} (p = {tau.pvalue:.2g})"
+        found = kendalltau(losses, columns["trained"])
+        shown = f"{found.statistic:.2f} (p = {found.pvalue:.2g})"
         print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>30}")
     agreed = kendalltau(columns["as cut"], columns["repaired from moments"]).statistic
     print(f"tau of as cut with repaired from moments: {agreed:.2f}")
-    plot(columns)
+    plot(columns, path.with_suffix(".png"))
 
 
-def plot(columns: dict[str, list[float]]) -> None:
+def read(path: Path) -> dict[int, dict[str, float]]:
+    """The losses on record, by the sub-network's number."""
+    if not path.is_file():
+        return {}
+    with path.open() as file:
+        rows = {int(row.pop("sub-network")): row for row in csv.DictReader(file)}
+    return {i: {name: float(loss) for name, loss in row.items()} for i, row in rows.items()}
+
+
+def plot(columns: dict[str, list[float]], path: Path) -> None:
+    """Losses before training against those after it, and how the rankings come to agree on the way."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for ax, name in zip(axes, ("as cut", "repaired from moments")):
         ax.scatter(columns[name], columns["trained"], s=18)
-        ax.set(xlabel=f"NLL {name}, before training")
+        ax.set(xlabel=f"loss {name}, nats per token", title=f"Kendall's τ {tau(columns, name):.2f}")
+    axes[0].set_ylabel("loss after training")
+    axes[1].sharey(axes[0])
+    on_the_way = [(int(name.split()[1].replace(",", "")), name) for name in columns if name.startswith("after")]
+    points = [(0, tau(columns, "repaired")), *((tokens, tau(columns, name)) for tokens, name in on_the_way)]
+    axes[2].plot(*zip(*points), marker="o", ms=4, label="repaired, then trained")
+    axes[2].axhline(tau(columns, "as cut"), color="C1", linestyle="--", label="as cut")
+    axes[2].set(xlabel="tokens of training", ylabel="τ with the last ranking", title="On the way", ylim=(0, 1.03))
+    axes[2].legend()
+    for ax in axes:
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("NLL after training")
-    figure.suptitle("Sub-networks of one bin: what predicts their place after training?")
-    figure.savefig(OUT / "rankings.png", dpi=120)
-    print(f"Picture: {OUT / 'rankings.png'}")
+    figure.suptitle(f"{len(columns['trained'])} sub-networks of one size: what predicts their place after training?")
+    figure.savefig(path, dpi=120)
+    print(f"Figures: {path.with_suffix('.csv')}; picture: {path}")
+
+
+def tau(columns: dict[str, list[float]], name: str) -> float:
+    return kendalltau(columns[name], columns["trained"]).statistic
 
 
 if __name__ == "__main__":
