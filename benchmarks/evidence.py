@@ -206,9 +206,13 @@ def losses(bench: Bench, seed: int) -> dict[str, Student]:
         "no teacher": Student(found, True, ("--distill.beta=0",)),
         "T 0.5": distilled("temperature=0.5"),
         "T 2": distilled("temperature=2"),
+        "T 4": distilled("temperature=4"),
         "reverse_kl": distilled("loss=reverse_kl"),
         "jensen_shannon": distilled("loss=jensen_shannon"),
         "hidden states too": distilled("hidden.weight=1", codec=None),
+        "α 0, β 1, T 2, hidden states too": distilled(
+            "alpha=0", "beta=1", "temperature=2", "hidden.weight=1", codec=None
+        ),
     }
 
 

@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40, help="sub-networks")
     parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
-    parser.add_argument(
-        "--share", default="1/1", help="2/3: every third student, from the second one on"
-    )
+    parser.add_argument("--share", default="1/1", help="2/3: every third student, from the second one on")
     parser.add_argument("--report", type=Path, default=OUT, help="where figures (CSV) and the picture go")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
