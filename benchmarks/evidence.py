@@ -88,11 +88,12 @@ class Bench:
 
     def found(self, share: float, seed: int, *flags: str, iterations: int | None = None) -> Path:
         """A search's best sub-network of a share of the teacher."""
-        name = "-".join(["search", f"{share:g}", str(seed), *(f.lstrip("-").split(".")[-1] for f in flags)])
+        n = iterations or self.iterations
+        name = "-".join(["search", f"{share:g}", str(n), str(seed), *(f.lstrip("-").split(".")[-1] for f in flags)])
         folder = self.out_dir / name.replace("=", "-").replace("/", "_")
         settings = (f"--seed={seed}", "--eval.max_iters=2", *flags)
         size = int(n_params(self.data.config, SubNet.full(self.data.config)) * share)
-        search(self.data, folder, iterations or self.iterations, *settings, size=size)
+        search(self.data, folder, n, *settings, size=size)
         return SearchResult(folder).best_path
 
     def importance(self) -> Path:
@@ -167,7 +168,9 @@ def starts(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def strategies(bench: Bench, seed: int) -> dict[str, Student]:
-    found = {name: bench.found(1 / 3, seed, f"--strategy={name}") for name in ("EvoPress", "Evolution", "RandomSearch")}
+    # five times the evaluations of the other questions, since evolution is random search as long as it is young
+    n, names = 5 * bench.iterations, ("EvoPress", "Evolution", "RandomSearch")
+    found = {name: bench.found(1 / 3, seed, f"--strategy={name}", iterations=n) for name in names}
     # Minitron's procedure: the most important units, the same in all layers, and the best of a few sizes
     ranked = ("--order=importance", f"--importance={bench.importance()}", "--space=coarse_uniform")
     few = bench.found(1 / 3, seed, "--strategy=RandomSearch", *ranked, iterations=5)

@@ -90,7 +90,7 @@ def test_two_processes_have_the_losses_of_one(one, tmp_path, strategy, placement
     "first, kind",
     [
         pytest.param(1, "full", marks=pytest.mark.slow),
-        (2, "full"),
+        pytest.param(2, "full", marks=pytest.mark.slow),
         pytest.param(1, "sharded", marks=pytest.mark.slow),
         (2, "sharded"),
     ],
