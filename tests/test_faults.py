@@ -161,13 +161,13 @@ def figures(out):
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
-    whole = Training(tmp_path / "whole", 400)
-    told = Training(tmp_path / "told", 400)
-    told.wait_for(30)
+    whole = Training(tmp_path / "whole", 120)
+    told = Training(tmp_path / "told", 120)
+    told.wait_for(20)
     code, printed = told.end(signal.SIGTERM)
     assert code == 143 and "Stopped by SIGTERM after step" in printed and "--resume auto" in printed
     assert not (tmp_path / "told/final").exists()
-    assert Training(tmp_path / "told", 400).end()[0] == whole.end()[0] == 0
+    assert Training(tmp_path / "told", 120).end()[0] == whole.end()[0] == 0
     ours, theirs = (load_model(tmp_path / name / "final").state_dict() for name in ("told", "whole"))
     assert same(ours, theirs) and figures(tmp_path / "told") == figures(tmp_path / "whole")
 
