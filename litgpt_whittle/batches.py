@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import rank
+from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.training.loop import split_batch
 
 
@@ -125,13 +125,19 @@ def read_calibration(
         Token ids, shape (N, T).
 
     Raises:
-        UserError: As `calibration_windows` does.
+        UserError: As `calibration_windows` does, or if processes read different tokens.
     """
     L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, batch_size, seq_length)
     windows = calibration_windows(data, seq_length, n_tokens)
     if windows.numel() < n_tokens and rank() == 0:
         print(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
+    digests = gather(hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+    if len(set(digests)) > 1:  # a loader that gives each process a part of its own
+        raise UserError(
+            f"all devices must read the same calibration data, and {type(data).__name__} gives each its own; "
+            "choose other data, or --devices 1"
+        )
     return windows
 
 

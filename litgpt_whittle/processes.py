@@ -104,7 +104,8 @@ def _check(processes: Sequence[Any]) -> None:
 
 
 def _end(what: str, processes: Sequence[Any] = ()) -> None:
-    print(f"Error: {what}; what is finished is kept, continue with --resume true", file=sys.stderr, flush=True)
+    go_on = "run the same command again to go on, with --resume true where it knows that"
+    print(f"Error: {what}; what is finished is kept, {go_on}", file=sys.stderr, flush=True)
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)  # it may hang in a collective

@@ -56,6 +56,11 @@ class Scratch:
         barrier()
         self._streams: dict[str, Stream] = {}
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes of the disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+
     def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream:
         """Opens a stream, or makes one."""
         self._streams[name] = stream = Stream(self.folder / f"{name}.f32", (n, length, n_embd))

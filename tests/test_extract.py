@@ -168,6 +168,15 @@ def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, t
     assert rows == [[f"{counts['best-1M']:,}", "12.50"], [f"{counts['best-2M']:,}", "8.25"]]
     for name in ("best-1M", "best-2M"):
         assert sum(weight.numel() for weight in load_model(tmp_path / "out" / name).parameters()) == counts[name]
+    # the same command goes on; with other settings, or of another search, it is refused before anything is cut
+    shutil.rmtree(tmp_path / "out" / "best-2M")
+    setup(checkpoint, tmp_path / "search", tmp_path / "out")
+    assert f"{tmp_path / 'out' / 'best-1M'} is finished already" in capsys.readouterr().out
+    assert (tmp_path / "out" / "best-2M" / "lit_model.pth").is_file()
+    shutil.rmtree(tmp_path / "out" / "best-1M")
+    with pytest.raises(UserError, match="out_dir must be empty or new, got .*best-2M"):
+        setup(checkpoint, tmp_path / "search", tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out" / "best-1M").exists()
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="has no best.*yaml of a search"):
         setup(checkpoint, tmp_path / "nothing", tmp_path / "more")

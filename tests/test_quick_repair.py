@@ -1,5 +1,6 @@
 """Repairs from moments alone: exact where nothing is lost, better than the cut for every architecture."""
 
+import copy
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from litgpt.config import Config
 from test_repair import distance, doubled, half, model, windows
 
 from litgpt_whittle.batches import Batch
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
+from litgpt_whittle.repair import from_moments
 from litgpt_whittle.repair.basis import Basis
 from litgpt_whittle.repair.from_moments import QuickRepair, normalised
 from litgpt_whittle.subnet import SubNet
@@ -132,3 +135,19 @@ def test_the_fitness_is_the_perplexity_of_the_repaired_student():
     assert scores == fitness(half(config))  # nothing is left over from one candidate to the next
     full = SubNet.full(config)
     assert fitness(full)["nll"] == pytest.approx(Perplexity(net, batches)(full)["nll"], rel=1e-2)
+
+
+@EACH
+def test_a_teacher_in_bfloat16_is_repaired_like_one_in_float32(config):
+    teacher = super_gpt(model(config, std=0.1)).bfloat16()
+    exact = super_gpt(copy.deepcopy(teacher).float())
+    student = QuickRepair(teacher, windows(config)).student(half(config))
+    expected = QuickRepair(exact, windows(config)).student(half(config))
+    assert {weight.dtype for weight in student.parameters()} == {torch.bfloat16}
+    assert distance(student.float(), exact) < 1.2 * distance(expected, exact)
+
+
+def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(from_moments, "free_memory", lambda *_: 10_000)
+    with pytest.raises(UserError, match="a repair from moments keeps those of all layers, .* MB for .* are free"):
+        QuickRepair(super_gpt(model(PYTHIA)), windows(PYTHIA))

@@ -220,12 +220,27 @@ def test_few_tokens_are_warned_about_and_stay_near_the_cut(tmp_path):
         repair(teacher, subnet, tmp_path, n=1)
 
 
-def test_activations_that_are_not_finite_name_their_layer(tmp_path):
+@pytest.mark.parametrize("basis", ["pca", "coordinates"])
+@pytest.mark.parametrize("broken", [1, 2])
+def test_activations_that_are_not_finite_name_their_layer(tmp_path, basis, broken):
     config = ARCHITECTURES["Llama-3.1-8B"]
-    teacher = model(config)
-    teacher.transformer.h[2].mlp.proj.weight[0, 0] = math.inf
-    with pytest.raises(UserError, match="layer 2 gives activations that are not finite"):
-        repair(teacher, half(config), tmp_path, basis="coordinates")
+    teacher, subnet = model(config), half(config)
+    assert 1 not in subnet.layers and 2 in subnet.layers
+    teacher.transformer.h[broken].mlp.proj.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match=f"layer {broken} gives activations that are not finite"):
+        repair(teacher, subnet, tmp_path, basis=basis)
+
+
+def test_what_cannot_be_fitted_is_listed(tmp_path):
+    config = ARCHITECTURES["Mixtral-8x7B-v0.1"]
+    with pytest.warns(UserWarning, match="fewer than"):
+        repaired = repair(model(config), SubNet(config, n_embd=config.n_embd // 2), tmp_path, n=2)
+    assert all(
+        f"mlp.experts.{j}.proj" in layer.left_as_cut for layer in repaired.layers for j in range(config.n_expert)
+    )
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    repaired = repair(model(config, tied=True), SubNet(config, n_layer="1-2"), tmp_path)
+    assert [bool(layer.left_as_cut) for layer in repaired.layers] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -65,11 +66,22 @@ def setup(
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     sub_network, out_dir = Path(sub_network), Path(out_dir)
     if sub_network.is_dir():
-        students = _best_of_search(sub_network, devices)
-        for path in students:
-            setup(checkpoint_dir, path, out_dir / path.stem, dtype, overwrite, repair, data, train, devices, seed)
+        check_checkpoint(checkpoint_dir)
+        students = {path: out_dir / path.stem for path in _best_of_search(sub_network, devices)}
+        finished = {
+            path
+            for path, folder in students.items()
+            if not overwrite and _is_finished(folder, _key(checkpoint_dir, path, dtype, repair, seed))
+        }
+        for path in students.keys() - finished:
+            check_out_dir(students[path], overwrite, (checkpoint_dir, path), WEIGHTS)
+        for path, folder in students.items():
+            if path in finished:
+                print(f"{folder} is finished already.")
+            else:
+                setup(checkpoint_dir, path, folder, dtype, overwrite, repair, data, train, devices, seed)
             print()
-        print(_students_table(students, out_dir))
+        print(_students_table(students))
         return
     teacher = check_checkpoint(checkpoint_dir)
     subnet = SubNet.load(sub_network, teacher)
@@ -109,6 +121,7 @@ def setup(
         "teacher": teacher.name,
         "teacher_config": fingerprint(teacher),
         "checkpoint_dir": str(checkpoint_dir.absolute()),
+        "key": _key(checkpoint_dir, sub_network, dtype, repair, seed),
         **counts,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "litgpt_whittle": version(),
@@ -137,13 +150,25 @@ def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
     return found
 
 
-def _students_table(students: Iterable[Path], out_dir: Path) -> str:
+def _key(checkpoint_dir: Path, sub_network: Path, *settings: Any) -> str:
+    """What tells students of other weights, sub-networks or settings apart."""
+    told = [file_fingerprint(checkpoint_dir / WEIGHTS), sub_network.read_text(), *settings]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def _is_finished(folder: Path, key: str) -> bool:
+    """Whether a folder has the student that would be cut out into it."""
+    path = folder / "sub_network.yaml"
+    return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == key
+
+
+def _students_table(students: Mapping[Path, Path]) -> str:
     """The students of a search, with the perplexities that it measured before any repair."""
     lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
-    for path in students:
-        origin = read_choice(out_dir / path.stem / "sub_network.yaml")["provenance"]
+    for folder in students.values():
+        origin = read_choice(folder / "sub_network.yaml")["provenance"]
         measured = f"{origin['perplexity']:.2f}" if "perplexity" in origin else "not measured"
-        lines.append(f"{str(out_dir / path.stem):<40}{origin['n_params']:>14,}{measured:>25}")
+        lines.append(f"{str(folder):<40}{origin['n_params']:>14,}{measured:>25}")
     return "\n".join(lines)
 
 
@@ -168,9 +193,12 @@ def _open_scratch(
 ) -> Scratch:
     """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
     n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
-    # a stream of each model before and behind a block, and the teacher's within it
-    check_space(out_dir, windows.numel() * 4 * (3 * n_embd + 2 * len(subnet.n_embd)), "the repair's scratch files")
-    return scratch_beside(out_dir, "repair", windows, keys)
+    scratch = scratch_beside(out_dir, "repair", windows, keys)
+    # a stream of each model before and behind a block, the teacher's within it, and the finished layers
+    streams = windows.numel() * (3 * n_embd + 2 * len(subnet.n_embd))
+    needed = 4 * (streams + n_params(subnet.teacher, subnet)) - scratch.size
+    check_space(out_dir, needed, "the repair's scratch files")
+    return scratch
 
 
 def _repair_summary(repaired: Repaired) -> str:

@@ -36,23 +36,18 @@ class Basis:
         return cls(torch.eye(n_embd, device=kept.device)[kept], kept)
 
     @classmethod
-    def principal(cls, worth: torch.Tensor, n_embd: int, centred: bool) -> Basis:
+    def principal(cls, directions: torch.Tensor, n_embd: int, centred: bool) -> Basis:
         """The leading directions.
 
         Args:
-            worth: A symmetric form that says what a direction is worth, such as the normalised stream's covariance;
-                shape (n_embd_teacher, n_embd_teacher).
+            directions: What `principal_directions` gives.
             n_embd: The student's channels.
             centred: Whether the model's norms subtract the mean over channels.
         """
-        n = worth.shape[0]
         if not centred:
-            return cls(torch.linalg.eigh(worth).eigenvectors[:, -n_embd:].flip(1).T.float().contiguous())
-        centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
-        directions = torch.linalg.eigh(centring @ worth @ centring).eigenvectors[:, -(n_embd - 1) :].flip(1)
+            return cls(directions[:n_embd].float().contiguous())
         into = _zero_mean_directions(n_embd).to(directions)  # (n_embd, n_embd - 1)
-        # rounding leaves a trace of the mean in the directions
-        return cls((into @ (directions.T @ centring)).float().contiguous())
+        return cls((into @ directions[: n_embd - 1]).float().contiguous())
 
     @property
     def is_coordinates(self) -> bool:
@@ -91,6 +86,23 @@ class Basis:
         zz, yz = moments.covariances(intercept=True)
         size = ((turn @ zz) * turn).sum()
         return turn * float((turn * yz).sum() / size) if size > 0 else turn
+
+
+def principal_directions(worth: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Orthonormal directions of the stream, the worthiest first, shape (n_embd, n_embd).
+
+    Args:
+        worth: A symmetric form that says what a direction is worth, such as the normalised stream's covariance; shape
+            (n_embd, n_embd).
+        centred: Whether the model's norms subtract the mean over channels, which leaves no direction but those without
+            one; the last of the directions is nothing then.
+    """
+    if not centred:
+        return torch.linalg.eigh(worth).eigenvectors.flip(1).T
+    n = len(worth)
+    centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
+    # rounding leaves a trace of the mean in the directions
+    return torch.linalg.eigh(centring @ worth @ centring).eigenvectors.flip(1).T @ centring
 
 
 def _zero_mean_directions(n: int) -> torch.Tensor:

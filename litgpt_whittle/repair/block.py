@@ -216,10 +216,12 @@ class BlockRepair:
                         y = y - ours.proj.bias
                     z = input_of(ours.proj, ours, flat[rows])
                     sums[j][self.calibration.is_held_out(batch)].add(part * z, part * y)
-        for ours, pair in zip(mlp.experts, sums):
+        for j, (ours, pair) in enumerate(zip(mlp.experts, sums)):
             fitted, held_out = (moments.over_processes() for moments in pair)
             if fitted.n >= width and held_out.n:
                 ours.proj.weight.copy_(fit(fitted, held_out, ours.proj.weight, False, ridges=self.ridges).weight)
+            else:  # too few tokens are routed to it
+                self.left_as_cut.append(f"mlp.experts.{j}.proj")
         if shared is not None:
             self._write_shared_experts(mlp.shared_experts)
 

@@ -7,18 +7,31 @@ what a repair will make of a candidate, which its plain cut does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from functools import lru_cache
 
 import numpy as np
 import torch
+from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import nn
 
-from litgpt_whittle.blocks import stopping_at
+from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping_at
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import Plan, layer_plan
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import Fit, Moments, no_outputs, solve
-from litgpt_whittle.repair.basis import Basis, Worth, is_centring, norm_weight, readers, set_norm_weight, standardised
+from litgpt_whittle.processes import free_memory
+from litgpt_whittle.repair.basis import (
+    Basis,
+    Worth,
+    is_centring,
+    norm_weight,
+    principal_directions,
+    readers,
+    set_norm_weight,
+    standardised,
+)
 from litgpt_whittle.repair.cut import cut_block, cut_outside, linear_names, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
@@ -30,17 +43,22 @@ RIDGE = 1e-4
 
 
 class QuickRepair:
-    """Makes repaired students of a teacher.
+    """Makes repaired students of a teacher, in its precision; what is solved, is solved in float32 at least.
 
     Args:
         teacher: The teacher.
         windows: Calibration tokens, shape (N, T).
         micro_batch_size: Windows per forward pass.
+
+    Raises:
+        UserError: If the moments of all layers would not fit into memory.
     """
 
     @torch.no_grad()
     def __init__(self, teacher: SuperGPT, windows: torch.Tensor, micro_batch_size: int = 8) -> None:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
+        self.weights = teacher.state_dict()
+        _check_memory(self.config, self.device)
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         handle = teacher.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: self._add(self.final, inputs[0]))
@@ -49,8 +67,13 @@ class QuickRepair:
                 teacher(ids.to(self.device))
         for watching in [handle, *(handle for layer in self.layers for handle in layer.handles)]:
             watching.remove()
-        self._form = self._worth().form
-        self._bases: dict[Keep, Basis] = {}
+        self.norm = copy.deepcopy(teacher.transformer.ln_f).float()
+        self._directions = principal_directions(self._worth().form, is_centring(self.config))
+        self._basis = lru_cache(maxsize=16)(self._make_basis)
+
+    def block(self, layer: int) -> Block:
+        """One of the teacher's blocks, in float32."""
+        return load_block(self.config, layer, read_block(self.weights, layer, self.device))
 
     def _add(self, moments: Moments, stream: torch.Tensor) -> None:
         """Adds the stream as a norm without weights would leave it."""
@@ -58,25 +81,26 @@ class QuickRepair:
 
     def _worth(self) -> Worth:
         worth = Worth()
-        for layer, block in zip(self.layers, self.teacher.transformer.h):
+        for i, layer in enumerate(self.layers):
+            block = self.block(i)
             mlp_norm = block.norm_1 if self.config.shared_attention_norm else block.norm_2
             worth.add(layer.before_attn, block.norm_1, readers(block, "attn"))
             worth.add(layer.before_mlp, mlp_norm, readers(block, "mlp"))
         head = self.teacher.lm_head.weight.float()
-        worth.add(self.final, self.teacher.transformer.ln_f, [head - head.mean(0)], times=len(self.layers))
+        worth.add(self.final, self.norm, [head - head.mean(0)], times=len(self.layers))
         return worth
 
     @torch.no_grad()
     def student(self, subnet: SubNet) -> GPT:
         """A repaired student, in principal directions where channels are cut, with units of the repair's choice."""
-        basis = self._basis(subnet.n_embd)
+        basis = self._basis(len(subnet.n_embd))
         blocks = []
         for i, layer in enumerate(subnet.layers):
-            theirs, moments = self.teacher.transformer.h[layer], self.layers[layer]
-            block, takes = cut_block(subnet, i, moments.choose(subnet, i), basis, theirs)
-            moments.fit(block, takes, basis)
+            theirs, moments = self.block(layer), self.layers[layer]
+            block, takes = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
+            moments.fit(block, theirs, takes, basis)
             blocks.append(block)
-        weights = {name: w for name, w in self.teacher.state_dict().items() if not name.startswith("transformer.h.")}
+        weights = read_outside(self.weights, self.device)
         with torch.device("meta"):
             shell = BlocksGPT(subnet.config, [])
         shell.load_state_dict(cut_outside(self.config, weights, basis, self.teacher.tied), assign=True)
@@ -84,19 +108,15 @@ class QuickRepair:
         shell.max_seq_length = self.teacher.max_seq_length
         shell.cos, shell.sin = shell.rope_cache(device=self.device)
         self._fit_head(shell, basis)
-        return shell.eval().requires_grad_(False)
+        return shell.eval().requires_grad_(False).to(self.teacher.lm_head.weight.dtype)
 
-    def _basis(self, n_embd: Keep) -> Basis:
-        if n_embd not in self._bases:
-            if len(n_embd) == self.config.n_embd:
-                basis = Basis.coordinates(torch.from_numpy(n_embd.indices).to(self.device), self.config.n_embd)
-            else:
-                basis = Basis.principal(self._form, len(n_embd), is_centring(self.config))
-            self._bases[n_embd] = basis
-        return self._bases[n_embd]
+    def _make_basis(self, n_embd: int) -> Basis:
+        if n_embd == self.config.n_embd:
+            return Basis.coordinates(torch.arange(n_embd, device=self.device), n_embd)
+        return Basis.principal(self._directions, n_embd, is_centring(self.config))
 
     def _fit_head(self, student: GPT, basis: Basis) -> None:
-        theirs, ours = self.teacher.transformer.ln_f, student.transformer.ln_f
+        theirs, ours = self.norm, student.transformer.ln_f
         if not basis.is_coordinates:
             basis.turn_norm(theirs, ours)
         moments = normalised(self.final, basis, theirs, ours)
@@ -108,34 +128,63 @@ class QuickRepair:
             fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, RIDGE, b))
 
 
+def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
+    """The maps of a block that write to the stream; attention and MLP of a parallel block do it together."""
+    full = SubNet.full(config)
+    plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
+    writing = linear_names(plan, "writing")
+    return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
+
+
+def _check_memory(config: Config, device: torch.device) -> None:
+    """Refuses a teacher whose moments would take more memory than there is."""
+    n_numbers = 0
+    for layer in range(config.n_layer):
+        with torch.device("meta"):
+            block = Block(config, layer)
+        n_numbers += config.n_embd**2 * (1 if config.parallel_residual else 2)
+        for names in _sites(config, layer):
+            n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
+    needed, free = n_numbers * (8 if device.type == "cpu" else 4), free_memory(device, 1)
+    if needed > free:
+        raise UserError(
+            f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
+            f"{readable_size(free)} are free; choose --fitness perplexity, or a larger device"
+        )
+
+
 class _LayerMoments:
-    """What one block of the teacher reads, and what its writing maps do."""
+    """What one block of the teacher reads, and what its writing maps do.
+
+    Args:
+        repair: The repair that it is a part of.
+        layer: Which layer it is.
+        block: The running teacher's block.
+    """
 
     def __init__(self, repair: QuickRepair, layer: int, block: Block) -> None:
-        self.config, self.layer, self.block, self.device = repair.config, layer, block, repair.device
-        self.full = SubNet.full(self.config).layer(layer)
-        full_plan = layer_plan(
-            self.config, layer, Keep(self.config.n_embd), SubNet.full(self.config).head_cut.dims, self.full
-        )
+        self.config, self.device = repair.config, repair.device
         parallel = self.config.parallel_residual
         self.before_attn = Moments(self.config.n_embd, 0, self.device)
         self.before_mlp = self.before_attn if parallel else Moments(self.config.n_embd, 0, self.device)
-        writing = linear_names(full_plan, "writing")
-        # in a parallel block attention and MLP write together
-        self.sites = [tuple(writing)] if parallel and len(writing) == 2 else [(name,) for name in writing]
         self.handles = [block.register_forward_pre_hook(lambda _, x: repair._add(self.before_attn, x[0]))]
         if not parallel:
             self.handles.append(block.norm_2.register_forward_pre_hook(lambda _, x: repair._add(self.before_mlp, x[0])))
         self.moments: dict[tuple[str, ...], Moments] = {}
-        for names in self.sites:
-            self._watch(names)
+        self.columns: dict[tuple[str, ...], dict[str, slice]] = {}
+        """Where each of the maps that write together has its inputs"""
+        for names in _sites(self.config, layer):
+            self._watch(block, names)
         self._orders: Orders = {}
 
-    def _watch(self, names: tuple[str, ...]) -> None:
-        modules = [self.block.get_submodule(name) for name in names]
-        post_norm = self.post_norm(self.block, names)
-        size = sum(module.in_features for module in modules)
-        moments = self.moments[names] = Moments(size, 0 if post_norm is None else self.config.n_embd, self.device)
+    def _watch(self, block: Block, names: tuple[str, ...]) -> None:
+        modules = [block.get_submodule(name) for name in names]
+        ends = np.cumsum([0, *(module.in_features for module in modules)])
+        self.columns[names] = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
+        post_norm = self.post_norm(block, names)
+        moments = self.moments[names] = Moments(
+            int(ends[-1]), 0 if post_norm is None else self.config.n_embd, self.device
+        )
         seen: list[torch.Tensor] = []
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -155,50 +204,44 @@ class _LayerMoments:
         norm = getattr(block, "post_attention_norm" if names[0].startswith("attn") else "post_mlp_norm")
         return None if norm_weight(norm) is None else norm
 
-    def choose(self, subnet: SubNet, index: int) -> LayerKeep:
+    def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerKeep:
         """As many units as a candidate keeps of this layer, but those that the others can least make up for."""
         covariances = {}
         for name in maps_to_choose_for(subnet, index):
             names = next(names for names in self.moments if name in names)
-            columns = self._columns(names)[name]
-            intercept = self.block.get_submodule(name).bias is not None
+            columns = self.columns[names][name]
+            intercept = theirs.get_submodule(name).bias is not None
             covariances[name] = self.moments[names].covariances(intercept)[0][columns, columns]
-        return choose_units(subnet, index, self.block, covariances, orders=self._orders)
+        return choose_units(subnet, index, theirs, covariances, orders=self._orders)
 
-    def fit(self, block: Block, takes: Plan, basis: Basis) -> None:
+    def fit(self, block: Block, theirs: Block, takes: Plan, basis: Basis) -> None:
         """Fits all maps of a student's block that read the stream or write to it, in place."""
-        self._read("attn", self.before_attn, (self.block.norm_1, block.norm_1), block, takes, basis)
-        mlp_norms = [b.norm_1 if self.config.shared_attention_norm else b.norm_2 for b in (self.block, block)]
-        self._read("mlp", self.before_mlp, mlp_norms, block, takes, basis)
+        shared = self.config.shared_attention_norm
+        for part, stream, norm in (
+            ("attn", self.before_attn, "norm_1"),
+            ("mlp", self.before_mlp, "norm_1" if shared else "norm_2"),
+        ):
+            norms = theirs.get_submodule(norm), block.get_submodule(norm)
+            moments = normalised(stream, basis, *norms)
+            anchor = basis.reconstruction(norms[0], moments)
+            fit_readers(block, takes, theirs, part, lambda b, _: solve(moments, anchor, RIDGE, b))
         for names in self.moments:
-            self._write(names, block, takes, basis)
+            self._write(names, block, theirs, takes, basis)
 
-    def _read(
-        self, part: str, stream: Moments, norms: Sequence[nn.Module], block: Block, takes: Plan, basis: Basis
-    ) -> None:
-        moments = normalised(stream, basis, *norms)
-        anchor = basis.reconstruction(norms[0], moments)
-        fit_readers(block, takes, self.block, part, lambda b, _: solve(moments, anchor, RIDGE, b))
-
-    def _columns(self, names: tuple[str, ...]) -> dict[str, slice]:
-        """Where each of the maps that write together has its inputs."""
-        ends = np.cumsum([0, *(self.block.get_submodule(name).in_features for name in names)])
-        return {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
-
-    def _write(self, names: tuple[str, ...], block: Block, takes: Plan, basis: Basis) -> None:
+    def _write(self, names: tuple[str, ...], block: Block, theirs: Block, takes: Plan, basis: Basis) -> None:
         ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in takes.items()}
         if names[0] not in ours:  # an expert that is not kept
             return
         students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
-        theirs = [self.block.get_submodule(name) for name in names]
+        wide = [theirs.get_submodule(name) for name in names]
         # in coordinates a norm behind the map is the teacher's own, whose input is linear; in directions it is not
-        post_norm = None if basis.is_coordinates else self.post_norm(self.block, names)
+        post_norm = None if basis.is_coordinates else self.post_norm(theirs, names)
         kept = []
-        for name, columns in self._columns(names).items():
+        for name, columns in self.columns[names].items():
             index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
-        weight = None if post_norm is not None else torch.cat([module.weight for module in theirs], 1)
-        bias = sum(module.bias for module in theirs) if theirs[0].bias is not None else None
+        weight = None if post_norm is not None else torch.cat([module.weight for module in wide], 1)
+        bias = sum(module.bias for module in wide) if wide[0].bias is not None else None
         wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
         anchor = torch.cat([module.weight for module in students], 1)
         found = solve(wanted, anchor, RIDGE, bias is not None)

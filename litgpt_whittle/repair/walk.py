@@ -34,7 +34,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier
-from litgpt_whittle.repair.basis import Basis, Worth, is_centring, readers, standardised
+from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import BlockRepair, Streams
 from litgpt_whittle.repair.cut import cut_block, cut_outside
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
@@ -132,7 +132,9 @@ class Repair:
     def _ridges(self) -> tuple[float, ...]:
         """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
         config, n_tokens = self.subnet.config, self.calibration.n_fitted
-        widest = max(config.n_embd, config.n_head * config.head_size, config.intermediate_size or 0)
+        writing = config.n_head * config.head_size, config.intermediate_size or 0
+        # in a parallel block attention and MLP write together
+        widest = max(config.n_embd, *((sum(writing),) if config.parallel_residual else writing))
         if n_tokens >= widest:
             return RIDGES
         warnings.warn(
@@ -167,6 +169,8 @@ class Repair:
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
         keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
+        if self.tied and self.subnet.layers[0]:  # it is the head, too
+            reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
         return Repaired(self._chosen(keeps), student, reports, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
@@ -203,7 +207,8 @@ class Repair:
         barrier()  # nobody saves before all have looked
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
-        basis = Basis.principal(self._worth().form, self.n_embd, is_centring(self.teacher))
+        centred = is_centring(self.teacher)
+        basis = Basis.principal(principal_directions(self._worth().form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
         return basis
 
@@ -223,7 +228,7 @@ class Repair:
                 seen = run_block(block, stream, self.theirs.block_args[layer], inside)
                 if inside:
                     middle.add(standardised(seen["norm_2"], self.teacher), no_outputs(stream))
-                streams[i] = seen["out"]
+                streams[i] = _finite(seen["out"], layer)
             if layer in self.subnet.layers:
                 before.over_processes()
                 mlp_norm = block.norm_1 if self.teacher.shared_attention_norm else block.norm_2
@@ -263,7 +268,7 @@ class Repair:
         """Takes the teacher's stream through one of its blocks, in place."""
         block = self._teacher_block(layer)
         for batch in self.calibration.batches:
-            stream[batch] = block(stream[batch].to(self.device), *self.theirs.block_args[layer])
+            stream[batch] = _finite(block(stream[batch].to(self.device), *self.theirs.block_args[layer]), layer)
 
     def _repair_embedding(self) -> None:
         """Each token's embedding becomes the mean of the stream behind the dropped first layers where it occurs.
@@ -328,12 +333,7 @@ class Repair:
                 streams.middle[batch] = seen["norm_2"]
             for name in wanted:
                 moments[name].add(seen[name], no_outputs(seen[name]))
-            streams.ahead[batch] = seen["out"]
-            if not torch.isfinite(seen["out"]).all():
-                raise UserError(
-                    f"the teacher's layer {layer} gives activations that are not finite on calibration data; "
-                    "the checkpoint is damaged"
-                )
+            streams.ahead[batch] = _finite(seen["out"], layer)
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
         covariances = {
@@ -377,3 +377,13 @@ class Repair:
             for name, value in values.items():
                 fields.setdefault(name, [None] * len(keeps))[i] = value
         return SubNet(self.teacher, n_embd=subnet.n_embd, n_layer=subnet.n_layer, head_size=subnet.head_size, **fields)
+
+
+def _finite(stream: torch.Tensor, layer: int) -> torch.Tensor:
+    """The teacher's stream behind a layer, refused where it is not finite."""
+    if not torch.isfinite(stream).all():
+        raise UserError(
+            f"the teacher's layer {layer} gives activations that are not finite on calibration data; the checkpoint is "
+            "damaged"
+        )
+    return stream
