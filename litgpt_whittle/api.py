@@ -4,7 +4,8 @@
 
     found = search("EleutherAI/pythia-160m", bin="50M", data="corpus.jsonl", iterations=200)
     student = extract(found, data="corpus.jsonl", repair=True)
-    trained = distill(student, data="corpus.jsonl", train={"max_tokens": 10_000_000})
+    train = {"max_tokens": 10_000_000, "global_batch_size": 16, "lr_warmup_steps": 50}
+    trained = distill(student, data="corpus.jsonl", train=train)
     print(found, trained.perplexity)
     trained.checkpoint.llm().generate("Once upon a time")
 

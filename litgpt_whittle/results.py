@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.reports.page import table
@@ -20,6 +20,7 @@ from litgpt_whittle.reports.report import Findings, as_text
 from litgpt_whittle.searching.evaluations import best_of
 from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.subnet import SubNet, read_choice
+from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training.curves import read_metrics
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Checkpoint:
         """Its parameters, in its true shape."""
         if (known := self.origin.get("n_params")) is not None:
             return known
-        return n_params(self.config, SubNet.full(self.config))
+        return n_params(self.config, SubNet.full(self.config), is_tied(read_weights(self.folder)))
 
     @property
     def calibration_tokens(self) -> int:

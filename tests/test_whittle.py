@@ -18,14 +18,14 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import distill, search
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.pipeline import run as pipeline_module
 from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
 from litgpt_whittle.pipeline.run import folder_of
-from litgpt_whittle.pipeline.sections import merge
+from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
@@ -158,6 +158,16 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"distill": {}}, "set --distill.train.max_tokens"),
         ({"distill": SECTIONS["distill"] | {"sub_network": "x"}}, "distill.sub_network is what the pipeline"),
         ({"distill": SECTIONS["distill"] | {"train.global_batch_size": 3}}, "global_batch_size"),
+        ({"distill": SECTIONS["distill"] | {"repair": True}}, "set extract.repair instead"),
+        ({"search": SECTIONS["search"] | {"strategy": "Foo"}}, "there is no 'Foo' in litgpt_whittle.strategies"),
+        (
+            {"target": "14K,18K", "distill": SECTIONS["distill"] | {"distill.loss": "no"}},
+            "there is no 'no' in litgpt_whit",
+        ),
+        (
+            {"cache_teacher": True, "distill": SECTIONS["distill"] | {"distill.loss": "reverse_kl"}},
+            "reverse_kl is biased",
+        ),
         ({"out_dir": "."}, "out_dir must be empty, new or a pipeline's"),
     ],
 )
@@ -219,6 +229,27 @@ def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
     assert fine.all()[0].command == "search" and "order" not in fine.search.settings
     own = Stages(request, None, {"order": "importance", "importance": "mine.pt"}, **rest)
     assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
+
+
+def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
+    """What one stage's settings mean for the others."""
+    request = Request(teacher, {"14K": Bin.parse("14K"), "18K": Bin.parse("18K")}, tmp_path, data, 2, 42, True)
+
+    def stages(distilled=(), extract=(), cache=None) -> Stages:
+        told = {"train.max_tokens": None, "train.max_steps": 5} | dict(distilled)
+        return Stages(request, None, SECTIONS["search"], dict(extract), cache, SECTIONS["distill"] | told)
+
+    plain = stages()
+    assert plain.caches and plain.cached.max_tokens == 5 * 4 * 32  # as many as the steps will see
+    assert not stages({"distill.loss": "reverse_kl"}).caches  # which cannot learn from samples
+    assert not stages({"teacher_checkpoint_dir": "another"}).caches
+    assert (plain.extracted.devices, stages(extract={"repair": False}).extracted.devices) == (2, 1)
+    for settings in ({"distill.alpha": 0, "distill.beta": 1}, {"distill.hidden.weight": 1.0}):
+        baseline = stages(settings).all()[-1]
+        section = Section("distill", distill.setup, baseline.settings)
+        section.flags = baseline.flags
+        learned = section.parse().distill
+        assert not learned.uses_teacher and learned.alpha == 1
 
 
 def test_settings_are_merged():

@@ -56,7 +56,7 @@ def costs(stages: Stages) -> list[Cost]:
 
     A stage that may end sooner, such as a race or a search in little validation text, counts in full.
     """
-    request, length = stages.request, _length(stages)
+    request, length = stages.request, stages.length
     whole = flops(stages.teacher, SubNet.full(stages.teacher), length)
     parts = {name: flops(stages.teacher, subnet, length) for name, subnet in stages.examples.items()}
     found = []
@@ -68,7 +68,7 @@ def costs(stages: Stages) -> list[Cost]:
         )
         found.append(passes)
     found.append(_search_cost(stages, whole, list(parts.values()), length))
-    n_tokens = _training_tokens(stages, length)
+    n_tokens = stages.n_tokens
     if stages.caches:
         n_cached = stages.cached.max_tokens or n_tokens
         found.append(Cost("cache_teacher", n_cached, n_cached * whole))
@@ -98,20 +98,8 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int) -> C
     return Cost("search", tokens, forward, training)
 
 
-def _length(stages: Stages) -> int:
-    return stages.trained.train.max_seq_length or stages.teacher.block_size
-
-
-def _training_tokens(stages: Stages, length: int) -> int:
-    train = stages.trained.train
-    limits = [train.max_tokens] if train.max_tokens else []
-    if train.max_steps:
-        limits.append(train.max_steps * train.global_batch_size * length)
-    return min(limits)
-
-
 def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
-    """Runs the teacher forward, and the largest student forward and backward, for a minute at most.
+    """Runs the teacher forward, and the largest student forward and backward, for a minute, at least once each.
 
     Args:
         stages: What will run.
@@ -119,7 +107,7 @@ def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = stages.trained.precision or ("bf16-true" if device.type == "cuda" else "32-true")
-    length = _length(stages)
+    length = stages.length
     ids = torch.randint(stages.teacher.vocab_size, (stages.trained.train.micro_batch_size, length), device=device)
     subnet = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
     training = (1 + BACKWARD) * flops(stages.teacher, subnet, length) * ids.numel()

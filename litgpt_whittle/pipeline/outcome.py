@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_whittle.files import write_text
-from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import BLACK, COLORS, GRAY
 from litgpt_whittle.results import Checkpoint, TrainingResult, tokens_to_reach
-from litgpt_whittle.subnet import SubNet
 
 _ABOUT = """
 Perplexities on validation text. 'As cut' is what the search measured, on as much text as it read; the others are the
@@ -69,7 +67,7 @@ def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> l
         The table, below a row of headings.
     """
     outcomes = [Outcome.read(out_dir / name) for name in names]
-    n_teacher = n_params(teacher.config, SubNet.full(teacher.config))
+    n_teacher = teacher.n_params
     rows = [["", "parameters", "of the teacher", "as cut", "at the start", "distilled", "tokens"]]
     rows[0] += ["random weights", "tokens to reach that"]
     taught = next((o.distilled.teacher_val_loss for o in outcomes if o.distilled.teacher_val_loss is not None), None)

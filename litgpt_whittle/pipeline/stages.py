@@ -18,6 +18,7 @@ from litgpt.data import DataModule
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
 from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.distillation import codecs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.pipeline.run import Stage
@@ -30,6 +31,7 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.training.checks import check_learnable
 from litgpt_whittle.training.memory_plan import NoPlan
 from litgpt_whittle.training.resume import describe
 
@@ -41,6 +43,18 @@ COMMANDS = {
     "distill": distill,
 }
 """The modules of the commands that a pipeline runs, by the names of their sections"""
+
+BASELINE = [
+    "--random_weights=true",
+    "--distill.alpha=1",
+    "--distill.beta=0",
+    "--distill.hidden.weight=0",
+    "--distill.hidden.attention=0",
+]
+"""What makes a distillation plain pretraining from random weights"""
+
+NO_LIMIT = 3_000_000_000_000
+"""Tokens that litgpt trains on where nobody says how many"""
 
 SELECTION_CONFIG = "selection-distill.yaml"
 """What the students of a selection are trained with, where the search does not say"""
@@ -95,8 +109,7 @@ class Stages:
         self.ranked = self.rank.parse(checkpoint_dir=request.checkpoint_dir)
         if self.ranks:
             self._search_by_importance()
-        self.extract = self._section("extract", extract, repair=True, devices=request.devices)
-        self.extracted = self.extract.parse(checkpoint_dir=request.checkpoint_dir, sub_network="best.yaml")
+        self.extract, self.extracted = self._extract_section(extract)
         self.caches = self._can_cache() and len(request.bins) > 1 if cache is None else cache is not False
         self.cache = self._cache_section(cache if isinstance(cache, dict) else {})
         self.cached = self.cache.parse(checkpoint_dir=request.checkpoint_dir)
@@ -117,7 +130,7 @@ class Stages:
             stages.append(self._stage(self.distill, folder / "distilled", **more, **source))
             if self.request.has_baseline:
                 alone = self._stage(self.distill, folder / "baseline", **more)
-                stages.append(replace(alone, flags=[*alone.flags, "--random_weights=true", "--distill.beta=0"]))
+                stages.append(replace(alone, flags=[*alone.flags, *BASELINE]))
         return stages
 
     def files(self) -> dict[Path, str]:
@@ -149,7 +162,17 @@ class Stages:
 
         Returns:
             What training the largest student takes of each device's memory, as far as that can be told.
+
+        Raises:
+            UserError: For the first mistake.
         """
+        if isinstance(self.searched.strategy, str):
+            lookup("litgpt_whittle.strategies", self.searched.strategy)
+        lookup("litgpt_whittle.fitness", self.searched.fitness)
+        if self.caches:
+            ((codec, _),) = codecs.with_settings(self.cached.codec).items()
+            gives = lookup(codecs.GROUP, codec).gives
+            check_learnable(self.trained.distill.objectives()(0.0).terms, gives, "teacher's cache to come")
         name = max(self.examples, key=lambda name: self.request.bins[name].hi)
         arguments = vars(self.trained) | {"dry_run": True}
         if self.caches:  # the cache is not there yet
@@ -185,6 +208,17 @@ class Stages:
         for name in ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "teacher_cache", "resume"):
             if getattr(args, name):
                 raise UserError(f"distill.{name} is what the pipeline itself provides; leave it out")
+        if args.repair:
+            raise UserError("distill.repair is the stage before it; set extract.repair instead")
+
+    def _extract_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
+        inputs = {"checkpoint_dir": self.request.checkpoint_dir, "sub_network": "best.yaml"}
+        section = self._section("extract", given, repair=True, devices=self.request.devices)
+        args = section.parse(**inputs)
+        if not args.repair and "devices" not in given:  # there is nothing to share
+            section.settings["devices"] = 1
+            args = section.parse(**inputs)
+        return section, args
 
     def _search_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
         bins = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
@@ -212,10 +246,28 @@ class Stages:
         if orders or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
             settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
 
+    @property
+    def length(self) -> int:
+        """Tokens of each sample that students are trained on."""
+        return self.trained.train.max_seq_length or self.teacher.block_size
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that each student is trained on, at most."""
+        train = self.trained.train
+        limits = [train.max_tokens] if train.max_tokens else []
+        if train.max_steps:
+            limits.append(train.max_steps * train.global_batch_size * self.length)
+        return min(limits)
+
     def _can_cache(self) -> bool:
-        """Whether a cache has all that the students learn from."""
+        """Whether a cache of samples has all that the students learn from, and is known to end."""
         args: DistillArgs = self.trained.distill
-        return args.uses_teacher and not args.hidden.is_used and isinstance(args.temperature, int | float)
+        own = Path(self.trained.teacher_checkpoint_dir) == self.request.checkpoint_dir
+        is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
+        if not (args.uses_teacher and own and is_plain and self.n_tokens < NO_LIMIT):
+            return False
+        return all(getattr(term.loss, "is_linear", False) for term in args.objectives()(0.0).terms)
 
     def _cache_section(self, given: Mapping[str, Any]) -> Section:
         args = self.trained
@@ -223,6 +275,6 @@ class Stages:
         told = {"devices": self.request.devices, "train": seen}
         if isinstance(args.distill.temperature, int | float):
             told |= {"temperature": args.distill.temperature}
-        if isinstance(args.data, HFText) and args.train.max_tokens:
-            told |= {"max_tokens": args.train.max_tokens}
+        if isinstance(args.data, HFText) and self.n_tokens < NO_LIMIT:
+            told |= {"max_tokens": self.n_tokens}
         return self._section("cache_teacher", given, **told)

@@ -173,6 +173,30 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
     return None
 
 
+def check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
+    """Refuses losses that need more of a teacher than a codec stores.
+
+    Args:
+        terms: The losses.
+        gives: What the codec gives (`Codec.gives`).
+        where: The cache, for people.
+
+    Raises:
+        UserError: For the first such loss.
+    """
+    for loss in (term.loss for term in terms if term.weight):
+        if gives != "logits" and getattr(loss, "on_logits", False):
+            raise UserError(
+                f"{loss.__name__} needs all logits, the {where} has {gives}; choose a loss of "
+                "probabilities such as forward_kl, or cache the teacher with --codec full"
+            )
+        if gives == "samples" and not getattr(loss, "is_linear", False):
+            raise UserError(
+                f"{loss.__name__} is biased on the samples of the {where}; choose forward_kl or "
+                "soft_cross_entropy, or cache the teacher with --codec top_k"
+            )
+
+
 def check_cache(
     cache: Cache,
     terms: Sequence[Term],
@@ -195,17 +219,7 @@ def check_cache(
     contents, name, temperature = cache.contents, repr(str(cache.folder)), distill.temperature
     if distill.hidden.is_used:
         raise UserError(f"distill.hidden needs a teacher that runs, and the cache {name} has its predictions only")
-    for loss in (term.loss for term in terms if term.weight):
-        if cache.codec.gives != "logits" and getattr(loss, "on_logits", False):
-            raise UserError(
-                f"{loss.__name__} needs all logits, the cache {name} has {cache.codec.gives}; choose a loss of "
-                "probabilities such as forward_kl, or cache the teacher with --codec full"
-            )
-        if cache.codec.gives == "samples" and not getattr(loss, "is_linear", False):
-            raise UserError(
-                f"{loss.__name__} is biased on the samples of the cache {name}; choose forward_kl or "
-                "soft_cross_entropy, or cache the teacher with --codec top_k"
-            )
+    check_learnable(terms, cache.codec.gives, f"cache {name}")
     if contents.temperature is not None and temperature != contents.temperature:
         raise UserError(
             f"distill.temperature must be {contents.temperature}, at which the cache {name} was made, got "
