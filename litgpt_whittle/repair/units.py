@@ -72,15 +72,15 @@ def choose_units(
                 orders[key] = removed
         return Keep(np.setdiff1d(np.arange(len(units)), removed[: len(units) - n]))
 
-    def columns(groups: Keep, heads: Keep) -> np.ndarray:
+    def columns_of(groups: Keep, heads: Keep) -> np.ndarray:
         of = dataclasses.replace(full, n_query_groups=groups, heads_per_group=heads)
         return kept_indices(subnet.teacher, 0, subnet.head_cut.dims, of)["attention"]
 
     if "attn.proj" in covariances:
-        rows = [columns(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
+        rows = [columns_of(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
         groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
         # a head's place within its group is kept or dropped in all of them
-        rows = [columns(groups, Keep([head])) for head in full.heads_per_group.indices]
+        rows = [columns_of(groups, Keep([head])) for head in full.heads_per_group.indices]
         heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
         keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)
     if "mlp.proj" in covariances:
