@@ -327,7 +327,7 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     low = min(min(runs.column(label, -1)) for label in runs.curves)
     axes.set(xlabel="tokens of training", ylabel="validation loss, nats per token")
     axes.set_ylim(top=min(axes.get_ylim()[1], low + 4))
-    axes.set_title(f"{question}, {len(runs.seeds)} seeds", loc="left")
+    axes.set_title(f"{question}; seeds: {', '.join(map(str, runs.seeds))}", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)

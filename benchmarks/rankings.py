@@ -25,8 +25,6 @@ from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.space import Space
 
-OUT = Path("out/rankings")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -35,20 +33,21 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
     parser.add_argument("--share", default="1/1", help="2/3: every third student, from the second one on")
-    parser.add_argument("--report", type=Path, default=OUT, help="where figures (CSV) and the picture go")
+    parser.add_argument("--report", type=Path, default=Path("out"), help="where figures (CSV) and the picture go")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
     data = Data(args)
     subnets = draw(data, args.n, args.size)
     first, step = map(int, args.share.split("/"))
-    path = args.report / f"rankings-{args.size:.3g}.csv"
+    name = f"rankings-{args.size:.3g}"
+    path, students = args.report / f"{name}.csv", Path("out") / name
     if args.only != "score":
         for i in list(range(args.n))[first - 1 :: step]:
             if i not in read(path):
-                train(data, subnets[i], i, args.tokens)
+                train(data, subnets[i], students / f"{i:02d}", args.tokens)
     if args.only != "train":
         args.report.mkdir(parents=True, exist_ok=True)
-        score(data, subnets, path)
+        score(data, subnets, students, path)
 
 
 def draw(data: Data, n: int, share: float) -> list[SubNet]:
@@ -59,9 +58,8 @@ def draw(data: Data, n: int, share: float) -> list[SubNet]:
     return [space.sample(rng) for _ in range(n)]
 
 
-def train(data: Data, subnet: SubNet, i: int, tokens: int) -> None:
+def train(data: Data, subnet: SubNet, folder: Path, tokens: int) -> None:
     """Repairs and trains one student, if that is not done yet."""
-    folder = OUT / f"{i:02d}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "student/lit_model.pth").is_file():
         subnet.save(folder / "sub_network.yaml")
@@ -73,7 +71,7 @@ def train(data: Data, subnet: SubNet, i: int, tokens: int) -> None:
         litgpt("distill", f"--config={settings}", start, f"--out_dir={folder / 'trained'}")
 
 
-def score(data: Data, subnets: list[SubNet], path: Path) -> None:
+def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None:
     """Adds what is trained to the figures, and compares the rankings before training with the one after it."""
     torch.set_num_threads(1)
     module = data.module()
@@ -85,7 +83,7 @@ def score(data: Data, subnets: list[SubNet], path: Path) -> None:
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
     known = read(path)
     for i in sorted(set(range(len(subnets))) - set(known)):
-        run = TrainingResult(OUT / f"{i:02d}/trained")
+        run = TrainingResult(students / f"{i:02d}/trained")
         if not (run.folder / "final/lit_model.pth").is_file():
             continue
         before = {"as cut": cut(subnets[i])["nll"], "repaired from moments": repaired(subnets[i])["nll"]}
