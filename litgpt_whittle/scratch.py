@@ -54,6 +54,7 @@ class Scratch:
             self.folder.mkdir(parents=True)
             (self.folder / "key").write_text(key)
         barrier()
+        self.is_new = is_other
         self._streams: dict[str, Stream] = {}
 
     @property

@@ -197,7 +197,12 @@ def _open_scratch(
     # a stream of each model before and behind a block, the teacher's within it, and the finished layers
     streams = windows.numel() * (3 * n_embd + 2 * len(subnet.n_embd))
     needed = 4 * (streams + n_params(subnet.teacher, subnet)) - scratch.size
-    check_space(out_dir, needed, "the repair's scratch files")
+    try:
+        check_space(out_dir, needed, "the repair's scratch files")
+    except UserError:
+        if scratch.is_new:  # nothing to go on from
+            scratch.remove()
+        raise
     return scratch
 
 
