@@ -113,6 +113,7 @@ def test_unrelated_layers_are_matched_by_depth():
     }
 
 
+@pytest.mark.slow
 def test_a_compiled_student_matches_too():
     student, teacher = models()
     student.float(), teacher.float()

@@ -110,8 +110,10 @@ def test_flags_say_what_to_do(folder, tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "out/hyperparameters.yaml").read_text())["tokens"] == 500
 
 
-@pytest.mark.parametrize("name", ["latent", "Mixtral-8x7B-v0.1", "falcon-7b", "phi-2"])
-@pytest.mark.parametrize("n_layer_windows", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "n_layer_windows"),
+    [("latent", 0), ("latent", 2), ("Mixtral-8x7B-v0.1", 2), ("falcon-7b", 2), ("phi-2", 2)],
+)
 def test_heat_maps_show_any_architecture(name, n_layer_windows, tmp_path):
     config = ARCHITECTURES[name] if name != "phi-2" else dataclasses.replace(ARCHITECTURES[name], n_layer=1)
     torch.manual_seed(0)
