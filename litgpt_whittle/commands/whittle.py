@@ -77,10 +77,7 @@ def setup(
     memory = stages.check()
     if dry_run:
         print(memory)
-        print(
-            "Measuring the speed of this machine, for a minute (one pass of the teacher, if that takes longer) …",
-            flush=True,
-        )
+        print("Measuring the speed of this machine, for a minute, or one pass if that takes longer …", flush=True)
         print(as_text(cost_table(costs(stages), measure_speed(stages))))
         return
     try:

@@ -182,9 +182,8 @@ class _LayerMoments:
         ends = np.cumsum([0, *(module.in_features for module in modules)])
         self.columns[names] = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
         post_norm = self.post_norm(block, names)
-        moments = self.moments[names] = Moments(
-            int(ends[-1]), 0 if post_norm is None else self.config.n_embd, self.device
-        )
+        n_out = 0 if post_norm is None else self.config.n_embd
+        moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
