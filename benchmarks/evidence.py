@@ -182,8 +182,13 @@ def strategies(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def fitness(bench: Bench, seed: int) -> dict[str, Student]:
-    repaired = bench.found(1 / 3, seed, "--strategy=EvoPress", "--fitness=repaired_perplexity")
-    return {"perplexity": Student(bench.found(1 / 3, seed, "--strategy=EvoPress")), "repaired": Student(repaired)}
+    students = {}
+    for size, share in (("an eighth", 1 / 8), ("a third", 1 / 3)):
+        for name in ("perplexity", "repaired_perplexity"):
+            # the default is not named, so that its search is that of the other questions
+            flags = () if name == "perplexity" else (f"--fitness={name}",)
+            students[f"{size}, {name}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
+    return students
 
 
 def spaces(bench: Bench, seed: int) -> dict[str, Student]:

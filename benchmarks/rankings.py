@@ -3,7 +3,7 @@
 Draws sub-networks of one bin, repairs each (`litgpt extract --repair`), trains each on a million tokens, and compares
 by Kendall's τ the rankings before training (as cut, repaired from the teacher's moments, repaired) and on the way
 (training losses: all students see the same batches in the same order) with the one after it. Finished students are
-kept, so that an interrupted run goes on; those whose losses are in the report's CSV are not trained again.
+kept, so that an interrupted run goes on; those whose losses are in the report's CSV are not trained again, only scored.
 
     python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -82,13 +82,15 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
     model.max_seq_length = data.config.block_size
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)
     known = read(path)
-    for i in sorted(set(range(len(subnets))) - set(known)):
-        run = TrainingResult(students / f"{i:02d}/trained")
-        if not (run.folder / "final/lit_model.pth").is_file():
-            continue
-        before = {"as cut": cut(subnets[i])["nll"], "repaired from moments": repaired(subnets[i])["nll"]}
-        on_the_way = {f"after {row['tokens']:,} tokens": row["loss"] for row in run.rows if "loss" in row}
-        known[i] = before | {"repaired": run.curve[0][1]} | on_the_way | {"trained": run.val_loss}
+    for i, subnet in enumerate(subnets):
+        if i not in known:
+            run = TrainingResult(students / f"{i:02d}/trained")
+            if not (run.folder / "final/lit_model.pth").is_file():
+                continue
+            on_the_way = {f"after {row['tokens']:,} tokens": row["loss"] for row in run.rows if "loss" in row}
+            known[i] = {"repaired": run.curve[0][1]} | on_the_way | {"trained": run.val_loss}
+        before = {"as cut": cut(subnet)["nll"], "repaired from moments": repaired(subnet)["nll"]}
+        known[i] = before | {name: loss for name, loss in known[i].items() if name not in before}
     if not known:
         sys.exit("none of the sub-networks is trained yet")
     with path.open("w", newline="") as file:

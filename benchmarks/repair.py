@@ -67,6 +67,7 @@ def train_llama(data: Data, tokens: int) -> Data:
     folder = OUT / "llama"
     config = Config.from_name(**LLAMA, vocab_size=data.config.vocab_size, padded_vocab_size=data.config.vocab_size)
     if not (folder / "final/lit_model.pth").is_file():
+        OUT.mkdir(parents=True, exist_ok=True)
         settings = train_settings(OUT / "llama.yaml", data, tokens, lr=2e-3, every=240, config=config)
         print(f"training a Llama-shaped teacher on {tokens:,} tokens", flush=True)
         litgpt("distill", f"--config={settings}", f"--out_dir={folder}", "--eval.max_iters=8")

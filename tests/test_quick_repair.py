@@ -81,6 +81,26 @@ def test_a_cut_that_loses_nothing_is_repaired_exactly(name):
     assert (got - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-2-2b"])
+def test_the_embedding_stands_in_for_dropped_first_layers(name):
+    """Each token's embedding becomes the mean of the stream behind them, drawn to itself by four occurrences."""
+    config = ARCHITECTURES[name]
+    teacher, ids = model(config, std=0.1), windows(config)
+    subnet = SubNet(config, n_layer="1-2")
+    student = QuickRepair(super_gpt(teacher), ids, micro_batch_size=3).student(subnet)
+    seen = []
+    handle = teacher.transformer.h[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher(ids)
+    handle.remove()
+    stream = seen[0].double().flatten(0, 1)
+    factor = math.sqrt(config.n_embd) if config.scale_embeddings else 1.0
+    for token in (*ids[0, :3].tolist(), config.padded_vocab_size - 1):  # the last one is never seen
+        own, n = teacher.transformer.wte.weight[token].double(), int((ids == token).sum())
+        expected = (stream[ids.flatten() == token].sum(0) + 4 * factor * own) / (n + 4) / factor
+        torch.testing.assert_close(student.transformer.wte.weight[token].double(), expected, rtol=1e-4, atol=1e-5)
+    assert distance(student, teacher) < distance(cut_of(teacher, subnet), teacher)
+
+
 def test_tied_embeddings_stay_tied():
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher = model(config, tied=True)

@@ -87,3 +87,35 @@ def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, 
 def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
     """An index where a tensor is."""
     return index if isinstance(index, slice) else index.to(like.device)
+
+
+class TokenMeans:
+    """Means of the teacher's stream by token: they stand in for first layers that are dropped.
+
+    A student without the teacher's first layers begins with the stream behind them, as far as the token alone tells.
+
+    Args:
+        tokens: Those that can occur, in ascending order, shape (n,).
+        n_embd: The teacher's channels.
+    """
+
+    RIDGE = 4
+    """As many occurrences draw a token towards its own embedding, which rare tokens need"""
+
+    def __init__(self, tokens: torch.Tensor, n_embd: int) -> None:
+        self.tokens = tokens
+        self.total = torch.zeros(len(tokens), n_embd, device=tokens.device)
+        self.count = torch.zeros(len(tokens), 1, device=tokens.device)
+
+    def add(self, ids: torch.Tensor, stream: torch.Tensor) -> None:
+        """Adds tokens, shape (…), and the stream where they are, shape (…, n_embd)."""
+        rows = torch.searchsorted(self.tokens, ids.flatten())
+        self.total.index_add_(0, rows, stream.flatten(0, -2).float())
+        self.count.index_add_(0, rows, self.count.new_ones(len(rows), 1))
+
+    def into(self, embedding: torch.Tensor, basis: Basis, config: Config) -> None:
+        """Puts the means into a student's embedding, in place."""
+        factor = math.sqrt(embedding.shape[1]) if config.scale_embeddings else 1.0
+        own = embedding[self.tokens].float() * factor
+        means = (basis.project(self.total) + own * self.RIDGE) / (self.count + self.RIDGE)
+        embedding[self.tokens] = (means / factor).to(embedding.dtype)

@@ -32,7 +32,7 @@ from litgpt_whittle.repair.basis import (
     set_norm_weight,
     standardised,
 )
-from litgpt_whittle.repair.cut import cut_block, cut_outside, linear_names, on
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, linear_names, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -58,15 +58,25 @@ class QuickRepair:
     def __init__(self, teacher: SuperGPT, windows: torch.Tensor, micro_batch_size: int = 8) -> None:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
         self.weights = teacher.state_dict()
-        _check_memory(self.config, self.device)
+        tokens = windows.unique().to(self.device)
+        _check_memory(self.config, len(tokens), self.device)
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
-        handle = teacher.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: self._add(self.final, inputs[0]))
-        for ids in windows.split(micro_batch_size):
+        self.before: dict[int, TokenMeans] = {}
+        """The teacher's stream before those layers that may come first in a student"""
+        watching = [handle for layer in self.layers for handle in layer.handles]
+        watching.append(
+            teacher.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: self._add(self.final, inputs[0]))
+        )
+        for layer in range(1, 1 if teacher.tied else self.config.n_layer):
+            means = self.before[layer] = TokenMeans(tokens, self.config.n_embd)
+            block = teacher.transformer.h[layer]
+            watching.append(block.register_forward_pre_hook(lambda _, x, means=means: means.add(self._ids, x[0])))
+        for self._ids in windows.to(self.device).split(micro_batch_size):
             with stopping_at(teacher.transformer.ln_f):  # the logits would take memory for nothing
-                teacher(ids.to(self.device))
-        for watching in [handle, *(handle for layer in self.layers for handle in layer.handles)]:
-            watching.remove()
+                teacher(self._ids)
+        for handle in watching:
+            handle.remove()
         self.norm = copy.deepcopy(teacher.transformer.ln_f).float()
         self._directions = principal_directions(self._worth().form, is_centring(self.config))
         self._basis = lru_cache(maxsize=16)(self._make_basis)
@@ -104,6 +114,8 @@ class QuickRepair:
         with torch.device("meta"):
             shell = BlocksGPT(subnet.config, [])
         shell.load_state_dict(cut_outside(self.config, weights, basis, self.teacher.tied), assign=True)
+        if subnet.layers[0] in self.before:
+            self.before[subnet.layers[0]].into(shell.transformer.wte.weight, basis, self.config)
         shell.transformer["h"] = nn.ModuleList(blocks)
         shell.max_seq_length = self.teacher.max_seq_length
         shell.cos, shell.sin = shell.rope_cache(device=self.device)
@@ -136,7 +148,7 @@ def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
     return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
 
 
-def _check_memory(config: Config, device: torch.device) -> None:
+def _check_memory(config: Config, n_tokens: int, device: torch.device) -> None:
     """Refuses a teacher whose moments would take more memory than there is."""
     n_numbers = 0
     for layer in range(config.n_layer):
@@ -145,7 +157,8 @@ def _check_memory(config: Config, device: torch.device) -> None:
         n_numbers += config.n_embd**2 * (1 if config.parallel_residual else 2)
         for names in _sites(config, layer):
             n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
-    needed, free = n_numbers * (8 if device.type == "cpu" else 4), free_memory(device, 1)
+    by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
+    needed, free = n_numbers * (8 if device.type == "cpu" else 4) + by_token, free_memory(device, 1)
     if needed > free:
         raise UserError(
             f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "

@@ -36,7 +36,7 @@ from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import BlockRepair, Streams
-from litgpt_whittle.repair.cut import cut_block, cut_outside
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
 from litgpt_whittle.scratch import Scratch, Stream
@@ -271,20 +271,13 @@ class Repair:
             stream[batch] = _finite(block(stream[batch].to(self.device), *self.theirs.block_args[layer]), layer)
 
     def _repair_embedding(self) -> None:
-        """Each token's embedding becomes the mean of the stream behind the dropped first layers where it occurs.
-
-        A ridge of four occurrences draws rare tokens towards their own embedding.
-        """
+        """Lets the embedding stand in for the dropped first layers."""
         weight = self.ours.embedding
-        factor = math.sqrt(self.n_embd) if self.teacher.scale_embeddings else 1.0
-        total, count = torch.zeros_like(weight), torch.zeros(len(weight), 1, device=weight.device)
+        means = TokenMeans(torch.arange(len(weight), device=weight.device), self.teacher.n_embd)
         for batch in self.calibration.batches:
-            tokens = self.calibration.ids(batch).flatten()
-            target = self.basis.project(self.teacher_stream[batch].to(self.device))
-            total.index_add_(0, tokens, target.flatten(0, 1))
-            count.index_add_(0, tokens, torch.ones(len(tokens), 1, device=count.device))
-        add_up(total), add_up(count)
-        weight.copy_((total + weight * factor * 4) / (count + 4) / factor)
+            means.add(self.calibration.ids(batch), self.teacher_stream[batch].to(self.device))
+        add_up(means.total), add_up(means.count)
+        means.into(weight, self.basis, self.teacher)
         self.scratch.save("embedding", weight)
 
     # one layer --------------------------------------------------------------------------------------------------------
