@@ -8,7 +8,8 @@ an anchor, the sliced weights, instead of towards zero: plain least squares over
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,20 @@ from litgpt_whittle.processes import add_up
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Strengths to choose from, relative to the inputs' mean squares; the last one is the anchor itself"""
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiplies float32 matrices as they are.
+
+    litgpt's command line lets GPUs round what they multiply to ten bits, more than most ridges are worth.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Moments:

@@ -79,6 +79,12 @@ class Scratch:
         path = self.folder / f"{name}.pt"
         return torch.load(path, weights_only=True) if path.is_file() else None
 
+    def remove_stream(self, name: str) -> None:
+        """Forgets a stream."""
+        del self._streams[name]
+        if rank() == 0:
+            (self.folder / f"{name}.f32").unlink()
+
     def remove_streams_before(self, i: int) -> None:
         """Forgets the streams that led to layer i."""
         for name in [name for name in self._streams if name.rpartition("-")[2] == str(i)]:

@@ -167,6 +167,20 @@ def test_a_teacher_in_bfloat16_is_repaired_like_one_in_float32(config):
     assert distance(student.float(), exact) < 1.2 * distance(expected, exact)
 
 
+def test_activations_that_are_not_finite_name_their_layer():
+    teacher = model(PYTHIA)
+    teacher.transformer.h[1].mlp.proj.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match="layer 1 gives activations that are not finite"):
+        QuickRepair(super_gpt(teacher), windows(PYTHIA))
+
+
+def test_few_tokens_are_warned_of_and_get_a_strong_ridge():
+    teacher = model(PYTHIA, std=0.1)
+    with pytest.warns(UserWarning, match="48 calibration tokens are fewer than the 56 inputs"):
+        repair = QuickRepair(super_gpt(teacher), windows(PYTHIA, 3))
+    assert repair.ridge > QuickRepair(super_gpt(teacher), windows(PYTHIA, 4)).ridge
+
+
 def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(from_moments, "free_memory", lambda *_: 10_000)
     with pytest.raises(UserError, match="a repair from moments keeps those of all layers, .* MB for .* are free"):

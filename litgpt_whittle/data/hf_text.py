@@ -203,6 +203,8 @@ def read_texts(
             data = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
         else:
             data = datasets.load_dataset(path, name, split=split, streaming=streaming)
+    except StopIteration:
+        raise UserError(f"data.path {path!r} is empty; name data that has text") from None
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         what = "read" if files else "found, neither as a file or folder nor on the Hugging Face hub"

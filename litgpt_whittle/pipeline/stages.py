@@ -203,7 +203,8 @@ class Stages:
         args, section = self.trained, self.distill
         # litgpt's own default would be trillions of tokens
         told = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
-        if not any(name.removeprefix("--train.") in ("max_tokens", "max_steps", "max_time") for name in told):
+        told = {name.removeprefix("--train.") for name in told}
+        if not any(name in told and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
             raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
         for name in ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "teacher_cache", "resume"):
             if getattr(args, name):
@@ -253,7 +254,7 @@ class Stages:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that each student is trained on, at most."""
+        """Tokens that each student is trained on."""
         train = self.trained.train
         limits = [train.max_tokens] if train.max_tokens else []
         if train.max_steps:

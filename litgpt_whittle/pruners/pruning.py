@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.least_squares import Moments, no_outputs, solve
+from litgpt_whittle.least_squares import Moments, exact_products, no_outputs, solve
 from litgpt_whittle.pruners.base import Pruner, Sparsity
 from litgpt_whittle.pruners.magnitude import Magnitude
 from litgpt_whittle.scratch import Scratch
@@ -152,6 +152,7 @@ class Pruning:
         n = 0 if windows is None else len(windows)
         self.batches = [slice(start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)]
 
+    @exact_products()
     @torch.no_grad()
     def run(self, progress: bool = True) -> tuple[Weights, list[MapReport]]:
         """Prunes all of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -141,7 +142,8 @@ class BlockRepair:
         def find(intercept: bool, metric: torch.Tensor) -> Fit:
             return fit(*moments, anchor, intercept, metric, self.ridges)
 
-        fit_readers(self.block, self.takes, self.teacher, part, find)
+        for name, found in fit_readers(self.block, self.takes, self.teacher, part, find).items():
+            self._told(found, name)
 
     # maps that write to the stream ------------------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class BlockRepair:
         sizes = [module.in_features for module in modules]
         moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], pair)
         anchor, last = torch.cat([module.weight for module in modules], 1), modules[-1]
-        found = fit(*moments, anchor, last.bias is not None, ridges=self.ridges)
+        found = self._told(fit(*moments, anchor, last.bias is not None, ridges=self.ridges), *names)
         for module, weight in zip(modules, found.weight.split(sizes, 1)):
             module.weight.copy_(weight)
             if module.bias is not None:
@@ -171,14 +173,27 @@ class BlockRepair:
                 self._refit_post_norm(norm, modules[i], slice(sum(sizes[:i]), sum(sizes[: i + 1])), pair)
 
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, columns: slice, pair: Pair) -> None:
-        """The weight of a norm behind a writing map that reads these columns: the best one per channel."""
-        sums = torch.zeros(2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
+        """The weight of a norm behind a writing map that reads these columns: the best one per channel.
+
+        Channels keep theirs where the one that is best for the other tokens is worse for those held out.
+        """
+        sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
         for batch in self.calibration.batches:
             z, y = pair(batch)
             normed = norm(module(z[..., columns]))
-            sums += torch.stack([normed * y, normed.square()]).flatten(1, -2).sum(1)
-        products, squares = add_up(sums)
-        set_norm_weight(norm, norm_weight(norm) * (products / squares.clamp_min(1e-30)).to(torch.float32))
+            part = sums[int(self.calibration.is_held_out(batch))]
+            part += torch.stack([normed * y, normed.square()]).flatten(1, -2).sum(1)
+        (products, squares), (held_products, held_squares) = add_up(sums)
+        scale = products / squares.clamp_min(1e-30)
+        # ‖scale · normed − y‖² against ‖normed − y‖²
+        is_better = scale.square() * held_squares - 2 * scale * held_products < held_squares - 2 * held_products
+        set_norm_weight(norm, norm_weight(norm) * torch.where(is_better, scale, 1.0).to(torch.float32))
+
+    def _told(self, found: Fit, *names: str) -> Fit:
+        """Lists maps for which no ridge is better than the cut."""
+        if math.isinf(found.ridge):
+            self.left_as_cut += names
+        return found
 
     def _write_experts(self) -> None:
         """Fits what experts write, and then what shared experts do.
@@ -219,7 +234,8 @@ class BlockRepair:
         for j, (ours, pair) in enumerate(zip(mlp.experts, sums)):
             fitted, held_out = (moments.over_processes() for moments in pair)
             if fitted.n >= width and held_out.n:
-                ours.proj.weight.copy_(fit(fitted, held_out, ours.proj.weight, False, ridges=self.ridges).weight)
+                found = fit(fitted, held_out, ours.proj.weight, False, ridges=self.ridges)
+                ours.proj.weight.copy_(self._told(found, f"mlp.experts.{j}.proj").weight)
             else:  # too few tokens are routed to it
                 self.left_as_cut.append(f"mlp.experts.{j}.proj")
         if shared is not None:
@@ -233,6 +249,7 @@ class BlockRepair:
         moments = self.calibration.moments(shared.proj.in_features, self.basis.matrix.shape[0], pair)
         intercept = shared.proj.bias is not None
         found = fit(*moments, shared.proj.weight, intercept, ridges=self.ridges)
+        self._told(found, "mlp.shared_experts.proj")
         shared.proj.weight.copy_(found.weight)
         if intercept:
             shared.proj.bias.copy_(found.bias)

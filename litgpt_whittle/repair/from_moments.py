@@ -8,6 +8,7 @@ what a repair will make of a candidate, which its plain cut does not.
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +21,7 @@ from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import Plan, layer_plan
-from litgpt_whittle.least_squares import Fit, Moments, no_outputs, solve
+from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.repair.basis import (
     Basis,
@@ -51,9 +52,10 @@ class QuickRepair:
         micro_batch_size: Windows per forward pass.
 
     Raises:
-        UserError: If the moments of all layers would not fit into memory.
+        UserError: If the moments of all layers would not fit into memory, or activations are not finite.
     """
 
+    @exact_products()
     @torch.no_grad()
     def __init__(self, teacher: SuperGPT, windows: torch.Tensor, micro_batch_size: int = 8) -> None:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
@@ -77,6 +79,7 @@ class QuickRepair:
                 teacher(self._ids)
         for handle in watching:
             handle.remove()
+        self.ridge = self._checked_ridge()
         self.norm = copy.deepcopy(teacher.transformer.ln_f).float()
         self._directions = principal_directions(self._worth().form, is_centring(self.config))
         self._basis = lru_cache(maxsize=16)(self._make_basis)
@@ -84,6 +87,25 @@ class QuickRepair:
     def block(self, layer: int) -> Block:
         """One of the teacher's blocks, in float32."""
         return load_block(self.config, layer, read_block(self.weights, layer, self.device))
+
+    def _checked_ridge(self) -> float:
+        """The ridge of all maps, a strong one where a map has more inputs than there are tokens."""
+        behind = [*(layer.before_attn for layer in self.layers[1:]), self.final]
+        for layer, moments in enumerate(self.layers):
+            if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), behind[layer])):
+                raise UserError(
+                    f"the teacher's layer {layer} gives activations that are not finite on calibration data; the "
+                    "checkpoint is damaged"
+                )
+        widest = max(len(sums.z) for layer in self.layers for sums in layer.moments.values())
+        if self.final.n >= widest:
+            return RIDGE
+        warnings.warn(
+            f"{self.final.n:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; repairs from "
+            "moments stay near the plain cut, give more text",
+            stacklevel=3,
+        )
+        return 1e-1
 
     def _add(self, moments: Moments, stream: torch.Tensor) -> None:
         """Adds the stream as a norm without weights would leave it."""
@@ -100,6 +122,7 @@ class QuickRepair:
         worth.add(self.final, self.norm, [head - head.mean(0)], times=len(self.layers))
         return worth
 
+    @exact_products()
     @torch.no_grad()
     def student(self, subnet: SubNet) -> GPT:
         """A repaired student, in principal directions where channels are cut, with units of the repair's choice."""
@@ -108,7 +131,7 @@ class QuickRepair:
         for i, layer in enumerate(subnet.layers):
             theirs, moments = self.block(layer), self.layers[layer]
             block, takes = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
-            moments.fit(block, theirs, takes, basis)
+            moments.fit(block, theirs, takes, basis, self.ridge)
             blocks.append(block)
         weights = read_outside(self.weights, self.device)
         with torch.device("meta"):
@@ -137,7 +160,7 @@ class QuickRepair:
             student.lm_head.weight = student.transformer.wte.weight
         else:
             anchor = basis.reconstruction(theirs, moments)
-            fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, RIDGE, b))
+            fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, self.ridge, b))
 
 
 def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
@@ -226,7 +249,7 @@ class _LayerMoments:
             covariances[name] = self.moments[names].covariances(intercept)[0][columns, columns]
         return choose_units(subnet, index, theirs, covariances, orders=self._orders)
 
-    def fit(self, block: Block, theirs: Block, takes: Plan, basis: Basis) -> None:
+    def fit(self, block: Block, theirs: Block, takes: Plan, basis: Basis, ridge: float) -> None:
         """Fits all maps of a student's block that read the stream or write to it, in place."""
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
@@ -236,11 +259,13 @@ class _LayerMoments:
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
-            fit_readers(block, takes, theirs, part, lambda b, _: solve(moments, anchor, RIDGE, b))
+            fit_readers(block, takes, theirs, part, lambda b, _: solve(moments, anchor, ridge, b))
         for names in self.moments:
-            self._write(names, block, theirs, takes, basis)
+            self._write(names, block, theirs, takes, basis, ridge)
 
-    def _write(self, names: tuple[str, ...], block: Block, theirs: Block, takes: Plan, basis: Basis) -> None:
+    def _write(
+        self, names: tuple[str, ...], block: Block, theirs: Block, takes: Plan, basis: Basis, ridge: float
+    ) -> None:
         ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in takes.items()}
         if names[0] not in ours:  # an expert that is not kept
             return
@@ -256,7 +281,7 @@ class _LayerMoments:
         bias = sum(module.bias for module in wide) if wide[0].bias is not None else None
         wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
         anchor = torch.cat([module.weight for module in students], 1)
-        found = solve(wanted, anchor, RIDGE, bias is not None)
+        found = solve(wanted, anchor, ridge, bias is not None)
         if post_norm is not None:
             found = self._through_norm(found, wanted, self.post_norm(block, names))
         for module, part in zip(students, found.weight.split([module.in_features for module in students], 1)):

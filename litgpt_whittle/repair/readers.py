@@ -22,8 +22,8 @@ Find = Callable[[bool, torch.Tensor], Fit]
 """Regresses the teacher's normalised stream on the student's, with an intercept or not, errors weighed by a metric"""
 
 
-def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find) -> None:
-    """Fits all maps of `attn` or `mlp` that read the stream, in place."""
+def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find) -> dict[str, Fit]:
+    """Fits all maps of `attn` or `mlp` that read the stream, in place; gives the regression behind each."""
     names = [name for name in linear_names(takes, "reading") if name.startswith(part)]
     rows = {name: teacher_rows(takes, name, teacher) for name in names}
     wide = torch.cat([weight for weight, _ in rows.values()])
@@ -37,6 +37,7 @@ def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find
         module.weight.copy_(weight.float() @ found[intercept].weight.float())
         if intercept:
             module.bias.copy_(bias + weight.float() @ found[intercept].bias.float())
+    return {name: found[bias is not None] for name, (_, bias) in rows.items()}
 
 
 def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
@@ -49,20 +50,31 @@ def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
         head.bias.copy_(wide.bias + weight @ found.bias.float())
 
 
-def fit_tied_norm(norm: nn.Module, embedding: torch.Tensor, wide: torch.Tensor, moments: Moments) -> None:
+def fit_tied_norm(
+    norm: nn.Module, embedding: torch.Tensor, wide: torch.Tensor, moments: Moments, held_out: Moments | None = None
+) -> None:
     """Fits the weight w of the final norm where the head is the embedding, so that nothing else is free.
 
     With E the student's embedding, V the teacher's, z and y their final normalised streams, ‖E diag(w) z − V y‖² is
-    least where (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ).
+    least where (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ). Kept if it is better on held-out tokens, where there are any.
     """
     if norm_weight(norm) is None:
         return
     ours, theirs = (weight.to(moments.zz.dtype) for weight in (embedding, wide))
-    zz, yz = moments.covariances(intercept=False)
-    gram = (ours.T @ ours) * zz
-    right = ((ours.T @ theirs) @ yz).diagonal()
+
+    def normal_equations(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+        zz, yz = moments.covariances(intercept=False)
+        return (ours.T @ ours) * zz, ((ours.T @ theirs) @ yz).diagonal()
+
+    gram, right = normal_equations(moments)
     factor = torch.linalg.solve(gram + 1e-6 * torch.diag(gram.diagonal().clamp_min(1e-30)), right)
-    if torch.isfinite(factor).all():
+    is_better = bool(torch.isfinite(factor).all())
+    if is_better and held_out is not None:
+        gram, right = normal_equations(held_out)
+        # the error of w, but for what no w changes
+        fitted, unfitted = (float(w @ gram @ w - 2 * right @ w) for w in (factor, torch.ones_like(factor)))
+        is_better = fitted < unfitted
+    if is_better:
         set_norm_weight(norm, norm_weight(norm) * factor.to(norm.weight.dtype))
         if getattr(norm, "bias", None) is not None:
             norm.bias.mul_(factor.to(norm.bias.dtype))

@@ -31,9 +31,10 @@ from tqdm import tqdm
 from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.least_squares import RIDGES, Moments, fit, no_outputs
-from litgpt_whittle.processes import add_up, barrier
+from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
+from litgpt_whittle.processes import add_up, barrier, free_memory, world_size
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import BlockRepair, Streams
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside
@@ -111,7 +112,7 @@ class Repair:
         scratch: Where streams and finished blocks go; a repair that was stopped goes on with what it finds there.
 
     Raises:
-        UserError: If activations of the teacher are not finite.
+        UserError: If activations of the teacher are not finite, or memory does not suffice.
     """
 
     def __init__(
@@ -123,18 +124,30 @@ class Repair:
         scratch: Scratch,
     ) -> None:
         self.weights, self.subnet, self.args, self.scratch = weights, subnet, args, scratch
-        self.calibration, self.device = calibration, calibration.device
+        self.calibration, self.device = calibration, torch.device(calibration.device)
         self.teacher, self.tied = subnet.teacher, is_tied(weights)
         self.n_embd = len(subnet.n_embd)
         self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
-        self.ridges = self._ridges()
-
-    def _ridges(self) -> tuple[float, ...]:
-        """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
-        config, n_tokens = self.subnet.config, self.calibration.n_fitted
+        config = subnet.config
         writing = config.n_head * config.head_size, config.intermediate_size or 0
         # in a parallel block attention and MLP write together
         widest = max(config.n_embd, *((sum(writing),) if config.parallel_residual else writing))
+        self._check_memory(widest)
+        self.ridges = self._ridges(widest)
+
+    def _check_memory(self, widest: int) -> None:
+        """Refuses maps whose moments don't fit: those to fit to, those held out, their sum and its factor."""
+        needed = 4 * widest**2 * (8 if self.device.type == "cpu" else 4)
+        free = free_memory(self.device, world_size() if self.device.type == "cpu" else 1)
+        if needed > free:
+            raise UserError(
+                f"the repair of a map with {widest:,} inputs takes {readable_size(needed)} for its moments, and "
+                f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
+            )
+
+    def _ridges(self, widest: int) -> tuple[float, ...]:
+        """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
+        n_tokens = self.calibration.n_fitted
         if n_tokens >= widest:
             return RIDGES
         warnings.warn(
@@ -144,6 +157,7 @@ class Repair:
         )
         return tuple(ridge for ridge in RIDGES if ridge >= 1e-2)
 
+    @exact_products()
     @torch.no_grad()
     def run(self, progress: bool = True) -> Repaired:
         """Repairs all of it."""
@@ -217,29 +231,34 @@ class Repair:
         # thirty-two tokens for each channel suffice for directions, from all over the calibration data
         batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
         batches = self.calibration.share(batches[:: max(self.calibration.windows.numel() // n_needed, 1)])
-        streams = [self.theirs.embed(self.calibration.ids(batch)) for batch in batches]
-        worth = Worth()
+        stream, worth = self._stream("directions", self.teacher.n_embd), Worth()
+        for batch in batches:
+            stream[batch] = self.theirs.embed(self.calibration.ids(batch))
         for layer in range(self.teacher.n_layer):
             block = self._teacher_block(layer)
             before, middle = (Moments(self.teacher.n_embd, 0, self.device) for _ in range(2))
             inside = [] if self.teacher.parallel_residual else ["norm_2"]
-            for i, stream in enumerate(streams):
-                before.add(standardised(stream, self.teacher), no_outputs(stream))
-                seen = run_block(block, stream, self.theirs.block_args[layer], inside)
+            for batch in batches:
+                x = stream[batch].to(self.device)
+                before.add(standardised(x, self.teacher), no_outputs(x))
+                seen = run_block(block, x, self.theirs.block_args[layer], inside)
                 if inside:
-                    middle.add(standardised(seen["norm_2"], self.teacher), no_outputs(stream))
-                streams[i] = _finite(seen["out"], layer)
+                    middle.add(standardised(seen["norm_2"], self.teacher), no_outputs(x))
+                stream[batch] = _finite(seen["out"], layer)
             if layer in self.subnet.layers:
                 before.over_processes()
                 mlp_norm = block.norm_1 if self.teacher.shared_attention_norm else block.norm_2
                 worth.add(before, block.norm_1, readers(block, "attn"))
                 worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
         final = Moments(self.teacher.n_embd, 0, self.device)
-        for stream in streams:
-            final.add(standardised(stream, self.teacher), no_outputs(stream))
+        for batch in batches:
+            x = stream[batch].to(self.device)
+            final.add(standardised(x, self.teacher), no_outputs(x))
+        final.over_processes()  # all have read the stream
+        self.scratch.remove_stream("directions")
         head = self.theirs.head.weight
         # as much as half of the layers' readers: of 1, 1/2, 1/4 and 1/8 the best on a teacher of 8 layers
-        worth.add(final.over_processes(), self.theirs.norm, [head - head.mean(0)], times=len(self.subnet))
+        worth.add(final, self.theirs.norm, [head - head.mean(0)], times=len(self.subnet))
         return worth
 
     # streams ----------------------------------------------------------------------------------------------------------
@@ -305,7 +324,9 @@ class Repair:
         for batch in self.calibration.batches:
             self.student_stream[batch] = block(streams.student[batch].to(self.device), *args)
         weights = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-        return keep, weights, LayerReport(layer, before, after, repair.left_as_cut, refined)
+        # where the cut loses nothing, nothing is left to be fitted
+        left_as_cut = repair.left_as_cut if before > 1e-6 else []
+        return keep, weights, LayerReport(layer, before, after, left_as_cut, refined)
 
     def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
         """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""
@@ -351,7 +372,7 @@ class Repair:
 
         moments = self.calibration.moments(self.n_embd, self.teacher.n_embd, pair)
         if self.tied:
-            fit_tied_norm(ours.norm, ours.embedding, theirs.embedding, moments[0] + moments[1])
+            fit_tied_norm(ours.norm, ours.embedding, theirs.embedding, *moments)
         else:
             anchor = self.basis.reconstruction(theirs.norm, moments[0])
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
