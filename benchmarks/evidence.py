@@ -112,7 +112,7 @@ class Bench:
             texts = [path.read_text(errors="ignore") for path in headers[:2000]]
             text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             data = copy.copy(self.data)
-            data.train = data.validation = text
+            data.train = text  # and validated on the old text still
             path = train_settings(folder.with_suffix(".yaml"), data, tokens, 1e-3, 10_000)
             start = f"--initial_checkpoint_dir={self.data.teacher}"
             litgpt("distill", f"--config={path}", start, f"--out_dir={folder}", f"--eval.max_iters={VALIDATION}")

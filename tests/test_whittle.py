@@ -29,6 +29,7 @@ from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.training.resume import describe
 
 TEACHER = Config(
@@ -156,6 +157,8 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"search": {"eval.max_iters": 0}}, "search: eval.max_iters must be at least 1, got 0"),
         ({"search": {"bin": "14K"}}, "search.bin is what the pipeline itself provides"),
         ({"distill": {}}, "set --distill.train.max_tokens"),
+        ({"distill": SECTIONS["distill"] | {"train.max_tokens": None}}, "set --distill.train.max_tokens"),
+        ({"distill": {"train.max_time": 60.0}}, "set --distill.train.max_tokens"),
         ({"distill": SECTIONS["distill"] | {"sub_network": "x"}}, "distill.sub_network is what the pipeline"),
         ({"distill": SECTIONS["distill"] | {"train.global_batch_size": 3}}, "global_batch_size"),
         ({"distill": SECTIONS["distill"] | {"repair": True}}, "set extract.repair instead"),
@@ -184,8 +187,12 @@ def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls,
 def test_a_dry_run_says_what_the_stages_will_take(teacher, data, tmp_path, calls, capsys):
     run(teacher, data, tmp_path / "out", "18K,14K", dry_run=True)
     printed = capsys.readouterr().out
-    assert "at the peak" in printed and "18K/distilled" in printed
+    assert "at the peak" in printed and "18K/distilled" in printed and "weights per device" in printed
     assert not calls and not (tmp_path / "out").exists()
+
+
+def n_bytes(model):
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def test_costs_are_counted_passes(teacher, data, tmp_path):
@@ -202,6 +209,13 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert found["cache_teacher"].forward == pytest.approx(n * whole)
     assert found["14K/distilled"].training == found["14K/baseline"].training == pytest.approx(3 * n * part)
     assert found["14K/distilled"].forward == 0  # the teacher is cached
+    meta = GPT(TEACHER)
+    assert found["rank"].weights == found["search"].weights == found["cache_teacher"].weights == n_bytes(meta)
+    assert found["14K/start"].weights == n_bytes(meta.transformer.h[0])
+    assert found["14K/baseline"].weights == n_bytes(student_model(stages.examples["14K"]))
+    assert {cost.name: cost for cost in costs(Stages(request, cache=False, **sections))}["14K/distilled"].weights == (
+        n_bytes(meta) + found["14K/baseline"].weights
+    )
     rows = cost_table([found["14K/baseline"]], Speed(1.0, 3 * n * part / 9000))
     assert rows[1][-1] == rows[2][-1] == "2.5 h"
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}

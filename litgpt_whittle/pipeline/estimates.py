@@ -1,4 +1,4 @@
-"""What a pipeline's stages will take: tokens, floating-point operations, and time at the speed of this machine."""
+"""What a pipeline's stages will take: tokens, floating-point operations, memory, and time at this machine's speed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 
-from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.checkpoint import load_model, read_weights
 from litgpt_whittle.distillation.head import LossModel
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.index_plan import layer_params, n_params
 from litgpt_whittle.metrics import flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.supergpt import is_tied, student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
 
 BACKWARD = 2
@@ -37,6 +40,8 @@ class Cost:
     """FLOPs of passes without gradients"""
     training: float = 0.0
     """FLOPs of passes with gradients, forward and backward"""
+    weights: int = 0
+    """Bytes of models on each device, without activations, gradients and the optimizer"""
 
     def seconds(self, speed: Speed) -> float:
         """At a machine's speed."""
@@ -59,33 +64,74 @@ def costs(stages: Stages) -> list[Cost]:
     request, length = stages.request, stages.length
     whole = flops(stages.teacher, SubNet.full(stages.teacher), length)
     parts = {name: flops(stages.teacher, subnet, length) for name, subnet in stages.examples.items()}
+    held = _Held(stages)
     found = []
     if stages.ranks:
         args = stages.ranked
         n_layer_passes = stages.teacher.n_layer * args.layer_tokens
-        passes = Cost(
-            "rank", args.tokens + n_layer_passes, n_layer_passes * whole, (1 + BACKWARD) * args.tokens * whole
-        )
-        found.append(passes)
-    found.append(_search_cost(stages, whole, list(parts.values()), length))
+        training = (1 + BACKWARD) * args.tokens * whole
+        tokens, weights = args.tokens + n_layer_passes, held.teacher(args.precision)
+        found.append(Cost("rank", tokens, n_layer_passes * whole, training, weights))
+    found.append(_search_cost(stages, whole, list(parts.values()), length, held))
     n_tokens = stages.n_tokens
     if stages.caches:
         n_cached = stages.cached.max_tokens or n_tokens
-        found.append(Cost("cache_teacher", n_cached, n_cached * whole))
+        weights = held.teacher(stages.cached.precision, stages.cached)
+        found.append(Cost("cache_teacher", n_cached, n_cached * whole, weights=weights))
     taught = stages.trained.distill.uses_teacher and not stages.caches
     for name in request.bins:
         repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
         n_calibration = repair.tokens if repair else 0
-        found.append(Cost(f"{name}/start", n_calibration, REPAIR_PASSES * n_calibration * whole))
+        forward = REPAIR_PASSES * n_calibration * whole
+        found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.largest_block))
         # a block whose activations are not kept runs forward twice
         training = (1 + BACKWARD + stages.trained.activation_checkpointing) * n_tokens * parts[name]
-        found.append(Cost(f"{name}/distilled", n_tokens, n_tokens * whole * taught, training))
+        alone = held.student(name)
+        beside = held.teacher_beside if taught else 0
+        found.append(Cost(f"{name}/distilled", n_tokens, n_tokens * whole * taught, training, alone + beside))
         if request.has_baseline:
-            found.append(Cost(f"{name}/baseline", n_tokens, 0.0, training))
+            found.append(Cost(f"{name}/baseline", n_tokens, 0.0, training, alone))
     return found
 
 
-def _search_cost(stages: Stages, whole: int, parts: list[int], length: int) -> Cost:
+class _Held:
+    """Bytes of weights that stages hold on each device."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages, config, full = stages, stages.teacher, SubNet.full(stages.teacher)
+        self.tied = is_tied(read_weights(stages.request.checkpoint_dir))
+        self.n_teacher = n_params(config, full, self.tied)
+        head_size = len(full.head_size)
+        blocks = (layer_params(config, i, config.n_embd, head_size, *full.layer(i).sizes) for i in range(len(full)))
+        self.largest_block = max(blocks) * torch.float32.itemsize
+
+    def teacher(self, precision: str | None, args: Namespace | None = None) -> int:
+        """Of the teacher in a stage that runs it alone, whose arguments may spread it."""
+        n_spread = n_devices_of(args.devices) if args is not None and args.teacher_placement == "sharded" else 1
+        return self.n_teacher * _weights_dtype(precision).itemsize // n_spread
+
+    @property
+    def teacher_beside(self) -> int:
+        """Of the teacher in training, where it stands whole."""
+        trained = self.stages.trained
+        n_spread = n_devices_of(trained.devices) if trained.teacher_placement == "sharded" else 1
+        return self.n_teacher * teacher_dtype(trained.precision or _default_precision()).itemsize // n_spread
+
+    def student(self, name: str) -> int:
+        """Of a student in training, before it is spread over devices."""
+        n = n_params(self.stages.teacher, self.stages.examples[name], self.tied)
+        return n * _weights_dtype(self.stages.trained.precision).itemsize
+
+
+def _default_precision() -> str:
+    return "bf16-true" if torch.cuda.is_available() else "32-true"
+
+
+def _weights_dtype(precision: str | None) -> torch.dtype:
+    return WEIGHTS_DTYPE.get(precision or _default_precision(), torch.float32)
+
+
+def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held: _Held) -> Cost:
     args = stages.searched
     n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or length)
     tokens = args.iterations * n_each * len(parts)
@@ -95,7 +141,7 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int) -> C
         tokens += rung.n * rung.tokens * len(parts)
         forward += rung.n * rung.tokens * whole * len(parts)
         training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-    return Cost("search", tokens, forward, training)
+    return Cost("search", tokens, forward, training, held.teacher(args.precision, args))
 
 
 def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
@@ -106,7 +152,7 @@ def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
         budget: Seconds for it; the first pass of each is made in any case.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = stages.trained.precision or ("bf16-true" if device.type == "cuda" else "32-true")
+    precision = stages.trained.precision or _default_precision()
     length = stages.length
     ids = torch.randint(stages.teacher.vocab_size, (stages.trained.train.micro_batch_size, length), device=device)
     subnet = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
@@ -122,7 +168,7 @@ def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
 def _training_pass(subnet: SubNet, ids: torch.Tensor, precision: str) -> Callable[[], None]:
     autocast = torch.autocast(ids.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
     with ids.device:
-        student = LossModel(student_model(subnet).to(WEIGHTS_DTYPE.get(precision, torch.float32)))
+        student = LossModel(student_model(subnet).to(_weights_dtype(precision)))
     student.model.max_seq_length = ids.shape[1]
 
     def run() -> None:
@@ -154,13 +200,14 @@ def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> fl
 
 def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:
     """The stages' costs as a table, below a row of headings."""
-    rows = [["stage", "tokens", "FLOPs", "about"]]
+    rows = [["stage", "tokens", "FLOPs", "weights per device", "about"]]
     for cost in found:
-        flop = cost.forward + cost.training
-        rows.append([cost.name, f"{cost.tokens:,}", f"{flop:.2g}", duration(cost.seconds(speed))])
+        flop, weights = cost.forward + cost.training, readable_size(cost.weights)
+        rows.append([cost.name, f"{cost.tokens:,}", f"{flop:.2g}", weights, duration(cost.seconds(speed))])
     total = sum(cost.seconds(speed) for cost in found)
     flop = sum(cost.forward + cost.training for cost in found)
-    return [*rows, ["all", f"{sum(cost.tokens for cost in found):,}", f"{flop:.2g}", duration(total)]]
+    largest = readable_size(max(cost.weights for cost in found))
+    return [*rows, ["all", f"{sum(cost.tokens for cost in found):,}", f"{flop:.2g}", largest, duration(total)]]
 
 
 def duration(seconds: float) -> str:
