@@ -6,7 +6,7 @@ Questions (all by default, or `--questions starts …`):
 
 starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
 strategies  evolution, random search, or importance alone, before and after training
-fitness     scored as cut, or as repaired from moments, before and after training
+fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
 spaces      the four search spaces, a small and a middle student
 losses      weights, temperature and kind of the distillation loss
 codecs      the live teacher, or what was cached of it: everything, the top 64, 12 draws a token
@@ -45,6 +45,8 @@ from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 Curve = list[tuple[int, float]]
 """Tokens of training and validation loss, in their order"""
 
+REPAIRED = "--fitness=repaired_perplexity"
+"""Scores candidates as repaired; without it they are scored as cut"""
 CALIBRATION = 16_384
 BATCH = 8
 VALIDATION = 24
@@ -168,9 +170,9 @@ def starts(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def strategies(bench: Bench, seed: int) -> dict[str, Student]:
-    # five times the evaluations of the other questions, since evolution is random search as long as it is young
-    n, names = 5 * bench.iterations, ("EvoPress", "Evolution", "RandomSearch")
-    found = {name: bench.found(1 / 3, seed, f"--strategy={name}", iterations=n) for name in names}
+    # more evaluations than in the other questions, since evolution is random search as long as it is young
+    n, names = 2 * bench.iterations, ("EvoPress", "Evolution", "RandomSearch")
+    found = {name: bench.found(1 / 3, seed, f"--strategy={name}", REPAIRED, iterations=n) for name in names}
     # Minitron's procedure: the most important units, the same in all layers, and the best of a few sizes
     ranked = ("--order=importance", f"--importance={bench.importance()}", "--space=coarse_uniform")
     few = bench.found(1 / 3, seed, "--strategy=RandomSearch", *ranked, iterations=5)
@@ -184,9 +186,7 @@ def strategies(bench: Bench, seed: int) -> dict[str, Student]:
 def fitness(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("an eighth", 1 / 8), ("a third", 1 / 3)):
-        for name in ("perplexity", "repaired_perplexity"):
-            # the default is not named, so that its search is that of the other questions
-            flags = () if name == "perplexity" else (f"--fitness={name}",)
+        for name, flags in (("perplexity", ()), ("repaired_perplexity", (REPAIRED,))):
             students[f"{size}, {name}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
     return students
 
@@ -196,7 +196,7 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     for size, share in (("small", 1 / 3), ("middle", 2 / 3)):
         for space in ("coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"):
             # the default space is not named, so that its search is that of the other questions
-            flags = () if space == "coarse_layerwise" else (f"--space={space}",)
+            flags = (REPAIRED,) if space == "coarse_layerwise" else (REPAIRED, f"--space={space}")
             students[f"{size}, {space}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
     return students
 

@@ -52,12 +52,16 @@ def litgpt(*arguments: str | Path) -> str:
 
 
 def search(data: Data, out_dir: Path, iterations: int, *flags: str, size: int | None = None) -> list[Evaluation]:
-    """The evaluations of `litgpt search` around a size, a third of the teacher; goes on where it was interrupted."""
+    """The evaluations of `litgpt search` around a size, a third of the teacher; goes on where it was interrupted.
+
+    Candidates are scored as cut unless the flags say otherwise.
+    """
     path = out_dir / JOURNAL
     n_done = len(read_journal(path)[1]) if path.is_file() else 0
     if n_done < iterations:
         size = size or n_params(data.config, SubNet.full(data.config)) // 3
-        flags = (*data.flags(batch=4), f"--iterations={iterations}", f"--out_dir={out_dir}", *flags)
+        flags = ("--fitness=perplexity", *data.flags(batch=4), f"--iterations={iterations}", *flags)
+        flags = (*flags, f"--out_dir={out_dir}")
         litgpt("search", data.teacher, f"--bin={size}±5%", f"--resume={str(n_done > 0).lower()}", *flags)
     return read_journal(path)[1][:iterations]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,6 +160,11 @@ class TrainingResult:
     def is_finished(self) -> bool:
         """Whether training ended, and its model is saved."""
         return (self.folder / "final" / WEIGHTS).is_file()
+
+
+def searched_perplexity(origin: Mapping[str, Any]) -> float | None:
+    """What a search measured of the sub-network with this provenance: its perplexity as repaired, or else as cut."""
+    return origin.get("repaired_perplexity", origin.get("perplexity"))
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:

@@ -166,6 +166,62 @@ def test_refinement_brings_each_block_nearer(tmp_path):
     assert plain.layers[0].refined is None and refined.layers[0].refined
 
 
+def watched(net: GPT, idx: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What each module of a model reads and gives, tokens in rows, float64."""
+    seen, handles = {}, []
+    for name, module in net.named_modules():
+
+        def keep(_, inputs, output, name=name):
+            if inputs and torch.is_tensor(output):
+                seen[name] = tuple(x.double().flatten(0, -2) for x in (inputs[0], output))
+
+        handles.append(module.register_forward_hook(keep))
+    net(idx)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "phi-2"])
+def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_path, monkeypatch):
+    """With next to no ridge, against `torch.linalg.lstsq` in float64 on what the finished student's maps read."""
+    config = ARCHITECTURES[name]
+    monkeypatch.setattr("litgpt_whittle.repair.walk.RIDGES", (1e-8,))
+    teacher = model(config, std=0.1)
+    channels, neurons = config.n_embd * 3 // 4, config.intermediate_size // 2
+    subnet = SubNet(config, n_embd=channels, intermediate_size=neurons)
+    student = student_of(repair(teacher, subnet, tmp_path, basis="coordinates", choose_units=False))
+    idx = windows(config)
+    theirs, ours = watched(teacher, idx), watched(student, idx)
+
+    def check(names: list[str], wanted: torch.Tensor) -> None:
+        modules = [student.get_submodule(name) for name in names]
+        z = torch.cat([ours[name][0] for name in names], 1)
+        has_bias = modules[0].bias is not None
+        if has_bias:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        expected = torch.linalg.lstsq(z, wanted, rcond=1e-5, driver="gelsd").solution.T
+        got = torch.cat([module.weight for module in modules], 1).double()
+        if has_bias:
+            got = torch.cat([got, sum(module.bias for module in modules)[:, None].double()], 1)
+        # what they give is compared: behind a LayerNorm, one direction of the weights is free
+        torch.testing.assert_close(z @ got.T, z @ expected.T, rtol=0, atol=1e-3 * float(wanted.std()))
+
+    for i, block in enumerate(student.transformer.h):
+        at = f"transformer.h.{i}"
+        check([f"{at}.attn.qkv"], theirs[f"{at}.attn.qkv"][1])
+        for name, _ in block.mlp.named_children():
+            if name != "proj":
+                check([f"{at}.mlp.{name}"], theirs[f"{at}.mlp.{name}"][1][:, :neurons])
+        behind = theirs[at][1][:, :channels]
+        if config.parallel_residual:
+            check([f"{at}.attn.proj", f"{at}.mlp.proj"], behind - ours[at][0])
+        else:
+            middle = theirs[f"{at}.norm_2"][0][:, :channels]
+            check([f"{at}.attn.proj"], middle - ours[at][0])
+            check([f"{at}.mlp.proj"], behind - ours[f"{at}.norm_2"][0])
+
+
 def test_dropped_layers_are_stood_in_for(tmp_path):
     """The block before a gap learns to do what the dropped ones did, the embedding what the dropped first ones did."""
     config = ARCHITECTURES["Llama-3.1-8B"]

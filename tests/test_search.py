@@ -86,6 +86,7 @@ def run(checkpoint: Path, out_dir: Path, **changes) -> None:
         bin=BIN,
         space="fine_layerwise",
         strategy=Evolution(population_size=6, elites=3, n_offspring=4),
+        fitness="perplexity",
         iterations=12,
         data=Tokens(),
         train=BatchArgs(micro_batch_size=2, max_seq_length=12),
@@ -444,7 +445,18 @@ def cli(*args) -> None:
 
 def test_flags_and_yaml_say_the_same(checkpoint, tmp_path, capsys):
     flags = [checkpoint, "--bin", "8K-10K,14K±5%", "--space", "coarse_uniform", "--strategy", "Evolution"]
-    flags += ["--strategy.population_size", 5, "--iterations", 3, "--data", "test_search.Tokens", "--data.n", 4]
+    flags += [
+        "--fitness",
+        "perplexity",
+        "--strategy.population_size",
+        5,
+        "--iterations",
+        3,
+        "--data",
+        "test_search.Tokens",
+        "--data.n",
+        4,
+    ]
     flags += [
         "--train.micro_batch_size",
         2,
@@ -518,6 +530,7 @@ def test_strategies_and_data_are_found_by_their_bare_names(capsys):
 
 def test_the_command_writes_its_hyperparameters(checkpoint, tmp_path, monkeypatch):
     argv = ["litgpt", "search", str(checkpoint), "--bin", BIN, "--iterations", "2", "--data", "test_search.Tokens"]
+    argv += ["--fitness", "perplexity"]
     monkeypatch.setattr(sys, "argv", [*argv, "--train.max_seq_length", "8", "--out_dir", str(tmp_path / "out")])
     CLI({"search": setup, "other": lambda: None})
     written = yaml.safe_load((tmp_path / "out/hyperparameters.yaml").read_text())

@@ -23,6 +23,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
+from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.searching.journal import file_fingerprint
@@ -163,11 +164,12 @@ def _is_finished(folder: Path, key: str) -> bool:
 
 
 def _students_table(students: Mapping[Path, Path]) -> str:
-    """The students of a search, with the perplexities that it measured before any repair."""
+    """The students of a search, with the perplexities that it measured."""
     lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
     for folder in students.values():
         origin = read_choice(folder / "sub_network.yaml")["provenance"]
-        measured = f"{origin['perplexity']:.2f}" if "perplexity" in origin else "not measured"
+        searched = searched_perplexity(origin)
+        measured = "not measured" if searched is None else f"{searched:.2f}"
         lines.append(f"{str(folder):<40}{origin['n_params']:>14,}{measured:>25}")
     return "\n".join(lines)
 

@@ -72,7 +72,7 @@ def setup(
     importance: Path | None = None,
     strategy: Strategy | str = _DEFAULT_STRATEGY,
     surrogate: SurrogateArgs = SurrogateArgs(),
-    fitness: str = "perplexity",
+    fitness: str = "repaired_perplexity",
     iterations: int = 1000,
     data: DataModule | None = None,
     train: BatchArgs = BatchArgs(),
@@ -103,10 +103,13 @@ def setup(
             measures of fitness need it too.
         strategy: How to search, by its name in ``litgpt_whittle.strategies``, with its settings below it.
         surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
-        fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``.
+        fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``. By default the perplexity
+            after a repair such as ``litgpt extract --repair`` makes; ``perplexity`` is that of the plain cut, which
+            takes less memory and time.
         iterations: Candidates to evaluate in each bin.
         data: What candidates are scored on: the validation part of any litgpt data module, or
-            ``--data HFText --data.path PATH``. Some measures of fitness need none.
+            ``--data HFText --data.path PATH``; repairs are fitted to its training part. Some measures of fitness need
+            none.
         train: How candidates see the data.
         eval: How much of it they see.
         out_dir: Directory for the journal, the best sub-networks and the report.
@@ -241,7 +244,10 @@ def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
     if n == 1:
         raise UserError("teacher_placement sharded spreads the teacher over devices, got 1; raise --devices")
     if not getattr(measure, "can_shard", False):
-        raise UserError(f"fitness {name!r} needs the whole teacher on each device; use --teacher_placement replicated")
+        raise UserError(
+            f"fitness {name!r} needs the whole teacher on each device; use --teacher_placement replicated, or "
+            "--fitness perplexity"
+        )
 
 
 def _ranking(

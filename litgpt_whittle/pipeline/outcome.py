@@ -11,7 +11,7 @@ from litgpt_whittle.files import write_text
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import BLACK, COLORS, GRAY
-from litgpt_whittle.results import Checkpoint, TrainingResult, tokens_to_reach
+from litgpt_whittle.results import Checkpoint, TrainingResult, searched_perplexity, tokens_to_reach
 
 _ABOUT = """
 Perplexities on validation text. 'As cut' is what the search measured, on as much text as it read; the others are the
@@ -45,7 +45,7 @@ class Outcome:
 
     def row(self, n_teacher: int) -> list[str]:
         """Its line in the table."""
-        searched = self.start.origin.get("perplexity")
+        searched = searched_perplexity(self.start.origin)
         cells = [self.name, f"{self.start.n_params:,}", f"{self.start.n_params / n_teacher:.0%}"]
         cells.append("" if searched is None else f"{searched:.2f}")
         cells += [f"{math.exp(self.curve[0][1]):.2f}", f"{self.distilled.perplexity:.2f}", f"{self.curve[-1][0]:,}"]
@@ -68,7 +68,7 @@ def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> l
     """
     outcomes = [Outcome.read(out_dir / name) for name in names]
     n_teacher = teacher.n_params
-    rows = [["", "parameters", "of the teacher", "as cut", "at the start", "distilled", "tokens"]]
+    rows = [["", "parameters", "of the teacher", "as searched", "at the start", "distilled", "tokens"]]
     rows[0] += ["random weights", "tokens to reach that"]
     taught = next((o.distilled.teacher_val_loss for o in outcomes if o.distilled.teacher_val_loss is not None), None)
     rows.append(["teacher", f"{n_teacher:,}", "100%", "", "", "", "", "", ""])
