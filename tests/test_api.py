@@ -23,7 +23,8 @@ def found(teacher, data, tmp_path_factory):  # noqa: F811
 
 def test_from_a_search_to_a_trained_student(found, data, tmp_path):  # noqa: F811
     _, evaluations = read_journal(found.folder / "journal.jsonl")
-    assert found.best.score("perplexity") == min(e.score("perplexity") for e in evaluations)
+    perplexities = [e.scores["repaired_perplexity"] for e in evaluations]
+    assert found.best.scores["repaired_perplexity"] == min(perplexities)
     assert str(found.best.n_params) in str(found).replace(",", "") and "<table>" in found._repr_html_()
 
     student = extract(found, data=data, out_dir=tmp_path / "student", **SECTIONS["extract"])
