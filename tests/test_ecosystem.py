@@ -1,8 +1,10 @@
 """What `extract` and `distill` leave behind is a checkpoint like any other for the rest of litgpt's commands."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -253,7 +255,7 @@ def test_evaluate_measures_it(student, tmp_path, monkeypatch):
 def test_serve_answers_over_http(extracted):
     pytest.importorskip("litserve", reason="needs the extra 'ecosystem'")
     command = [sys.executable, "-m", "litgpt", "serve", str(extracted), "--port", "8231", "--accelerator", "cpu"]
-    server = subprocess.Popen([*command, "--max_new_tokens", "4"])
+    server = subprocess.Popen([*command, "--max_new_tokens", "4"], start_new_session=True)
     try:
         request = urllib.request.Request(
             "http://127.0.0.1:8231/predict",
@@ -269,5 +271,5 @@ def test_serve_answers_over_http(extracted):
                 time.sleep(1)
         assert answer["output"]
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # and the processes that it has started
         server.wait()
