@@ -38,6 +38,8 @@ TEACHER = Config.from_name(
     padded_vocab_size=300,
 )
 HALF = SubNet(TEACHER, n_embd=16, n_layer="0,2-3", n_query_groups=1, intermediate_size=24)
+LATE = SubNet(TEACHER, n_embd=16, n_layer="1-3", n_query_groups=[1, 2, 1], intermediate_size=[24, 40, 8])
+"""Without the first layer, and of layers that differ"""
 TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=32)
 
 
@@ -49,6 +51,7 @@ def folder(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", documents(400))
     write_jsonl(folder / "validation.jsonl", documents(40, seed=1))
     HALF.save(folder / "half.yaml", perplexity=12.5)
+    LATE.save(folder / "late.yaml")
     SubNet.full(TEACHER).save(folder / "full.yaml")
     return folder
 
@@ -72,8 +75,17 @@ def student(folder):
     return extract(folder, folder / "student")
 
 
-def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(folder, student, tmp_path):
-    setup(folder / "teacher", folder / "half.yaml", tmp_path / "cut")
+@pytest.fixture(scope="module")
+def late(folder):
+    return extract(folder, folder / "late", "late.yaml")
+
+
+@pytest.mark.parametrize("name, sub_network, factor", [("student", "half.yaml", 0.8), ("late", "late.yaml", 1.0)])
+def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(
+    name, sub_network, factor, folder, tmp_path, request
+):
+    student = request.getfixturevalue(name)
+    setup(folder / "teacher", folder / sub_network, tmp_path / "cut")
     idx = torch.randint(0, 300, (64, 32), generator=torch.Generator().manual_seed(1))
     logits = []
     with torch.no_grad():
@@ -81,9 +93,9 @@ def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(folder, stud
             model = GPT(Config.from_checkpoint(path))
             model.load_state_dict(weights(path))
             logits.append(torch.log_softmax(model(idx), -1))
-            assert torch.equal(load_model(path)(idx), model(idx))
+            torch.testing.assert_close(load_model(path)(idx), model(idx), rtol=1e-4, atol=1e-5)
     teacher, repaired, cut = logits
-    assert (repaired - teacher).square().mean() < 0.8 * (cut - teacher).square().mean()
+    assert (repaired - teacher).square().mean() < factor * (cut - teacher).square().mean()
 
 
 def test_it_says_how_it_was_repaired(folder, student, capsys, tmp_path):
@@ -110,20 +122,21 @@ def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, capsys):
     assert all(torch.equal(same[name], tensor) for name, tensor in weights(folder / "teacher").items())
 
 
-def cli(folder, out_dir, *flags) -> list[str]:
-    arguments = [folder / "teacher", folder / "half.yaml", f"--out_dir={out_dir}", "--repair.tokens=4000"]
+def cli(folder, out_dir, *flags, sub_network="half.yaml") -> list[str]:
+    arguments = [folder / "teacher", folder / sub_network, f"--out_dir={out_dir}", "--repair.tokens=4000"]
     arguments += ["--data=HFText", f"--data.path={folder / 'train.jsonl'}"]
     arguments += [f"--data.val_path={folder / 'validation.jsonl'}"]
     arguments += ["--train.micro_batch_size=8", "--train.max_seq_length=32", *flags]
     return [sys.executable, "-m", "litgpt_whittle", "extract", *map(str, arguments)]
 
 
-def test_two_processes_find_what_one_finds(folder, student, tmp_path):
-    done = subprocess.run(cli(folder, tmp_path / "two", "--devices=2"), capture_output=True, text=True, timeout=300)
+def test_two_processes_find_what_one_finds(folder, late, tmp_path):
+    command = cli(folder, tmp_path / "two", "--devices=2", sub_network="late.yaml")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved") == 1  # by one of them
-    one, two = weights(student), weights(tmp_path / "two")
-    assert SubNet.load(student / "sub_network.yaml", TEACHER) == SubNet.load(tmp_path / "two/sub_network.yaml", TEACHER)
+    one, two = weights(late), weights(tmp_path / "two")
+    assert SubNet.load(late / "sub_network.yaml", TEACHER) == SubNet.load(tmp_path / "two/sub_network.yaml", TEACHER)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
