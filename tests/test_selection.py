@@ -82,7 +82,7 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
     run(folder, tmp_path / "out", ["3x1024", "2x2048"])
     results = read_results(tmp_path / "out")
     evaluations = read_journal(tmp_path / "out/journal.jsonl")[1]
-    by_score = sorted(evaluations, key=lambda e: e.score("perplexity"))
+    by_score = sorted(evaluations, key=lambda e: e.scores["repaired_perplexity"])
     first, last = ({r.evaluation: r for r in results if r.rung == rung} for rung in (0, 1))
     assert list(first) == [e.index for e in by_score[:3]]
     assert set(last) == set(sorted(first, key=lambda i: first[i].val_loss)[:2])

@@ -10,6 +10,7 @@ from litgpt.config import Config
 from litgpt.model import Block
 
 from litgpt_whittle.blocks import load_block
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import Plan, axes_of, layer_plan
 from litgpt_whittle.repair.basis import Basis
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -87,6 +88,13 @@ def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, 
 def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
     """An index where a tensor is."""
     return index if isinstance(index, slice) else index.to(like.device)
+
+
+def not_finite(layer: int) -> UserError:
+    """What to say where a layer of the teacher gives infinities or NaNs."""
+    return UserError(
+        f"the teacher's layer {layer} gives activations that are not finite on calibration data: it is damaged"
+    )
 
 
 class TokenMeans:

@@ -33,7 +33,7 @@ from litgpt_whittle.repair.basis import (
     set_norm_weight,
     standardised,
 )
-from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, linear_names, on
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, linear_names, not_finite, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -93,10 +93,7 @@ class QuickRepair:
         behind = [*(layer.before_attn for layer in self.layers[1:]), self.final]
         for layer, moments in enumerate(self.layers):
             if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), behind[layer])):
-                raise UserError(
-                    f"the teacher's layer {layer} gives activations that are not finite on calibration data; the "
-                    "checkpoint is damaged"
-                )
+                raise not_finite(layer)
         widest = max(len(sums.z) for layer in self.layers for sums in layer.moments.values())
         if self.final.n >= widest:
             return RIDGE

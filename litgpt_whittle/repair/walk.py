@@ -37,7 +37,7 @@ from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, n
 from litgpt_whittle.processes import add_up, barrier, free_memory, world_size
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import BlockRepair, Streams
-from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
 from litgpt_whittle.scratch import Scratch, Stream
@@ -396,8 +396,5 @@ class Repair:
 def _finite(stream: torch.Tensor, layer: int) -> torch.Tensor:
     """The teacher's stream behind a layer, refused where it is not finite."""
     if not torch.isfinite(stream).all():
-        raise UserError(
-            f"the teacher's layer {layer} gives activations that are not finite on calibration data; the checkpoint is "
-            "damaged"
-        )
+        raise not_finite(layer)
     return stream
