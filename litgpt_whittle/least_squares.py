@@ -34,10 +34,13 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def sums_dtype(device: torch.device | str) -> torch.dtype:
+    """What sums over tokens are kept in: float64 on the CPU, float32 elsewhere (where float64 is slow or missing)."""
+    return torch.float64 if torch.device(device).type == "cpu" else torch.float32
+
+
 class Moments:
     """Sums over tokens of inputs z and outputs y, from which y ≈ W z + b is solved.
-
-    Sums are float64 on the CPU and float32 elsewhere (where float64 is slow or missing).
 
     Args:
         n_in: Size of z.
@@ -47,7 +50,7 @@ class Moments:
     """
 
     def __init__(self, n_in: int, n_out: int, device: torch.device | str = "cpu", *, rough: bool = False) -> None:
-        dtype = torch.float64 if torch.device(device).type == "cpu" else torch.float32
+        dtype = sums_dtype(device)
         self.product_dtype = torch.float32 if rough else dtype
         self.n = 0
         self.zz = torch.zeros(n_in, n_in, dtype=dtype, device=device)

@@ -93,7 +93,10 @@ def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(
             model = GPT(Config.from_checkpoint(path))
             model.load_state_dict(weights(path))
             logits.append(torch.log_softmax(model(idx), -1))
-            torch.testing.assert_close(load_model(path)(idx), model(idx), rtol=1e-4, atol=1e-5)
+            same = load_model(path)(idx)
+            # padded maps are multiplied in another order
+            torch.testing.assert_close(same, model(idx), rtol=1e-4, atol=1e-5)
+            assert name == "late" or torch.equal(same, model(idx))
     teacher, repaired, cut = logits
     assert (repaired - teacher).square().mean() < factor * (cut - teacher).square().mean()
 

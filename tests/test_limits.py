@@ -186,17 +186,8 @@ def test_mistakes_are_told_before_anything_is_written(checkpoint, tmp_path, limi
 
 
 def test_limits_are_flags(checkpoint, tmp_path, capsys):
-    flags = [
-        checkpoint,
-        "--limit.flops",
-        "20K",
-        "--limit.weight_bytes",
-        "8KB-20KB",
-        "--iterations",
-        2,
-        "--fitness",
-        "perplexity",
-    ]
+    flags = [checkpoint, "--limit.flops", "20K", "--limit.weight_bytes", "8KB-20KB", "--iterations", 2]
+    flags += ["--fitness", "perplexity"]
     flags += ["--data", "test_search.Tokens", "--train.max_seq_length", 8, "--out_dir", tmp_path / "out"]
     with pytest.raises(SystemExit):
         cli(*flags, "--print_config")

@@ -445,18 +445,8 @@ def cli(*args) -> None:
 
 def test_flags_and_yaml_say_the_same(checkpoint, tmp_path, capsys):
     flags = [checkpoint, "--bin", "8K-10K,14K±5%", "--space", "coarse_uniform", "--strategy", "Evolution"]
-    flags += [
-        "--fitness",
-        "perplexity",
-        "--strategy.population_size",
-        5,
-        "--iterations",
-        3,
-        "--data",
-        "test_search.Tokens",
-        "--data.n",
-        4,
-    ]
+    flags += ["--strategy.population_size", 5, "--iterations", 3, "--data", "test_search.Tokens", "--data.n", 4]
+    flags += ["--fitness", "perplexity"]
     flags += [
         "--train.micro_batch_size",
         2,

@@ -70,13 +70,13 @@ def costs(stages: Stages) -> list[Cost]:
         args = stages.ranked
         n_layer_passes = stages.teacher.n_layer * args.layer_tokens
         training = (1 + BACKWARD) * args.tokens * whole
-        tokens, weights = args.tokens + n_layer_passes, held.teacher(args.precision)
+        tokens, weights = args.tokens + n_layer_passes, held.teacher(args)
         found.append(Cost("rank", tokens, n_layer_passes * whole, training, weights))
     found.append(_search_cost(stages, whole, list(parts.values()), length, held))
     n_tokens = stages.n_tokens
     if stages.caches:
         n_cached = stages.cached.max_tokens or n_tokens
-        weights = held.teacher(stages.cached.precision, stages.cached)
+        weights = held.teacher(stages.cached)
         found.append(Cost("cache_teacher", n_cached, n_cached * whole, weights=weights))
     taught = stages.trained.distill.uses_teacher and not stages.caches
     for name in request.bins:
@@ -105,17 +105,16 @@ class _Held:
         blocks = (layer_params(config, i, config.n_embd, head_size, *full.layer(i).sizes) for i in range(len(full)))
         self.largest_block = max(blocks) * torch.float32.itemsize
 
-    def teacher(self, precision: str | None, args: Namespace | None = None) -> int:
-        """Of the teacher in a stage that runs it alone, whose arguments may spread it."""
-        n_spread = n_devices_of(args.devices) if args is not None and args.teacher_placement == "sharded" else 1
-        return self.n_teacher * _weights_dtype(precision).itemsize // n_spread
+    def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:
+        """Of the teacher in a stage with these arguments, which may spread it; by default as they say to compute."""
+        n_shards = n_devices_of(args.devices) if args.get("teacher_placement") == "sharded" else 1
+        return self.n_teacher * (dtype or _weights_dtype(args.precision)).itemsize // n_shards
 
     @property
     def teacher_beside(self) -> int:
-        """Of the teacher in training, where it stands whole."""
+        """Of the teacher beside a student in training."""
         trained = self.stages.trained
-        n_spread = n_devices_of(trained.devices) if trained.teacher_placement == "sharded" else 1
-        return self.n_teacher * teacher_dtype(trained.precision or _default_precision()).itemsize // n_spread
+        return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
 
     def student(self, name: str) -> int:
         """Of a student in training, before it is spread over devices."""
@@ -141,7 +140,7 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
         tokens += rung.n * rung.tokens * len(parts)
         forward += rung.n * rung.tokens * whole * len(parts)
         training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-    return Cost("search", tokens, forward, training, held.teacher(args.precision, args))
+    return Cost("search", tokens, forward, training, held.teacher(args))
 
 
 def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:

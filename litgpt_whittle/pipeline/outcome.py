@@ -14,9 +14,9 @@ from litgpt_whittle.reports.plots import BLACK, COLORS, GRAY
 from litgpt_whittle.results import Checkpoint, TrainingResult, searched_perplexity, tokens_to_reach
 
 _ABOUT = """
-Perplexities on validation text. 'As cut' is what the search measured, on as much text as it read; the others are the
-training's: before its first step, after its last one, and what the same architecture comes to that starts from random
-weights, without the teacher. The repair's tokens count.
+Perplexities on validation text. 'As searched' is what the search measured, on as much text as it read; the others are
+the training's: before its first step, after its last one, and what the same architecture comes to that starts from
+random weights, without the teacher. The repair's tokens count.
 """
 
 PAGE, CURVES = "report.html", "students.png"

@@ -21,7 +21,7 @@ from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import Plan, layer_plan
-from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
+from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve, sums_dtype
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.repair.basis import (
     Basis,
@@ -178,7 +178,7 @@ def _check_memory(config: Config, n_tokens: int, device: torch.device) -> None:
         for names in _sites(config, layer):
             n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
     by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
-    needed, free = n_numbers * (8 if device.type == "cpu" else 4) + by_token, free_memory(device, 1)
+    needed, free = n_numbers * sums_dtype(device).itemsize + by_token, free_memory(device, 1)
     if needed > free:
         raise UserError(
             f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "

@@ -33,7 +33,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
+from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs, sums_dtype
 from litgpt_whittle.processes import add_up, barrier, free_memory, world_size
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import BlockRepair, Streams
@@ -137,7 +137,7 @@ class Repair:
 
     def _check_memory(self, widest: int) -> None:
         """Refuses maps whose moments don't fit: those to fit to, those held out, their sum and its factor."""
-        needed = 4 * widest**2 * (8 if self.device.type == "cpu" else 4)
+        needed = 4 * widest**2 * sums_dtype(self.device).itemsize
         free = free_memory(self.device, world_size() if self.device.type == "cpu" else 1)
         if needed > free:
             raise UserError(
