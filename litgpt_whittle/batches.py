@@ -150,19 +150,29 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     Raises:
         UserError: If there are none, or the validation data has much of the same text.
     """
-    windows: list[torch.Tensor] = []
+    samples: list[torch.Tensor] = []
     missing = n_tokens
     for raw in data.train_dataloader():
         if missing <= 0:
             break
-        windows.append(split_batch(raw, seq_length)[0])
-        missing -= windows[-1].numel()
-    if not windows:
+        rows = _without_padding(*split_batch(raw, seq_length))
+        samples += rows
+        missing -= sum(map(len, rows))
+    length = max(map(len, samples), default=0)
+    if not length:
         raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
-    length = min(ids.shape[1] for ids in windows)
-    kept = torch.cat([ids[:, :length] for ids in windows])[: -(-n_tokens // length)]
-    _check_not_validation(data, kept, seq_length)
-    return kept
+    # samples of different lengths, as those of instructions are, follow each other
+    windows = torch.cat(samples)
+    windows = windows[: len(windows) // length * length].view(-1, length)[: -(-n_tokens // length)]
+    _check_not_validation(data, windows, seq_length)
+    return windows
+
+
+def _without_padding(input_ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """A batch's rows, each up to its last token that counts."""
+    counts = (targets != IGNORE_INDEX).flip(1)
+    ends = input_ids.shape[1] - counts.int().argmax(1)  # the first one from behind
+    return [row[:end] for row, end, any_counts in zip(input_ids, ends.tolist(), counts.any(1).tolist()) if any_counts]
 
 
 def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: int) -> None:
@@ -171,7 +181,7 @@ def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: i
     Both are cut into windows at other places, so runs of tokens are compared, wherever they stand. Texts may share a
     licence here and there.
     """
-    size = min(32, max(windows.shape[1] // 4, 1))
+    size = min(32, max(windows.shape[1] // 2, 8), windows.shape[1])  # shorter runs may be chance
     seen, n_tokens = [], 0
     for raw in data.val_dataloader() or ():
         rows = split_batch(raw, seq_length)[0]
@@ -180,11 +190,14 @@ def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: i
         n_tokens += rows.numel()
         if n_tokens > 10_000_000:  # enough to tell
             break
-    ours = _runs(windows, size)
-    share = np.isin(ours, np.concatenate(seen)).mean() if seen else 0.0
+    if not seen:
+        return
+    ours, theirs = _runs(windows, size), np.concatenate(seen)
+    # a validation split that is small may be a small part of what has it all
+    share = max(np.isin(ours, theirs).mean(), np.isin(theirs, ours).mean())
     if share > 0.1:
         raise UserError(
-            f"calibration data must not be validation data, and {share:.0%} of its text is in both; "
+            f"calibration data must not be validation data, and {share:.0%} of the text of one is in the other; "
             "give the data module another validation split"
         )
 
