@@ -63,7 +63,8 @@ class Outside(nn.Module):
         model.max_seq_length = seq_length
         model.cos, model.sin = model.rope_cache(device=device)
         self.model = model.eval().requires_grad_(False)
-        model(torch.zeros(1, seq_length, dtype=torch.long, device=device))
+        with stopping_at(model.transformer.ln_f):  # the logits would take memory for nothing
+            model(torch.zeros(1, seq_length, dtype=torch.long, device=device))
         self.block_args = [probe.seen[1:] for probe in model.transformer.h]
         """What each block is called with besides the stream"""
 

@@ -119,6 +119,11 @@ def free_memory(device: torch.device, n_local: int) -> int:
     return psutil.virtual_memory().available // n_local
 
 
+def n_sharing(device: torch.device) -> int:
+    """How many of this command's processes share a device's memory: all on a CPU, one on a GPU."""
+    return world_size() if device.type == "cpu" else 1
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process took on its device at most since `launch`."""
     if device.type == "cuda":

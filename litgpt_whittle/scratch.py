@@ -31,6 +31,10 @@ class Stream:
     def __setitem__(self, windows: slice, states: torch.Tensor) -> None:
         self._states[windows] = states.cpu().numpy()
 
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """The states of tokens by their places, all windows one after the other: shape (n, n_embd)."""
+        return torch.from_numpy(self._states.reshape(-1, self._states.shape[-1])[rows.numpy()])
+
     def flush(self) -> None:
         self._states.flush()
 

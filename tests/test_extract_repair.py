@@ -1,5 +1,6 @@
 """`litgpt extract --repair`: a repaired student as a checkpoint, by one process or several, unbroken or not."""
 
+import math
 import os
 import shutil
 import signal
@@ -190,6 +191,17 @@ def test_a_disk_too_small_for_the_streams_is_told(folder, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="the repair's scratch files takes .* has 0.2 MB left; free some space"):
         extract(folder, tmp_path / "s")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_repair_that_cannot_be_leaves_nothing_behind(folder, tmp_path):
+    weights = torch.load(folder / "teacher/lit_model.pth", weights_only=True)
+    weights["transformer.h.2.mlp.proj.weight"][0, 0] = math.inf
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    torch.save(weights, tmp_path / "teacher/lit_model.pth")
+    settings = {"repair": RepairArgs(tokens=4000), "data": data(folder), "train": TRAIN}
+    with pytest.raises(UserError, match="layer 2 gives activations that are not finite"):
+        setup(tmp_path / "teacher", folder / "half.yaml", tmp_path / "s", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
 def test_little_data_is_said(folder, tmp_path, capsys):

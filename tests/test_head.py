@@ -74,6 +74,16 @@ def test_either_term_may_be_left_out(alpha, beta):
         assert torch.allclose(a, b, atol=1e-10)
 
 
+def test_without_targets_all_tokens_count_and_there_is_no_cross_entropy():
+    student, teacher, targets = tensors()
+    objective, inputs = Objective(0.0, 1.0, 2.0), [x for x in student if x is not None]
+    expected = head_loss(student, targets, objective, TeacherLogits(teacher))
+    got = head_loss(student, None, objective, TeacherLogits(teacher))
+    assert torch.equal(got.loss, expected.loss) and float(got.ce) == 0.0
+    for a, b in zip(*(torch.autograd.grad(found.loss, inputs) for found in (got, expected))):
+        assert torch.equal(a, b)
+
+
 def test_without_gradients_only_the_values_are_computed():
     student, teacher, targets = tensors()
     objective = Objective(0.2, 0.8, 0.9)

@@ -72,18 +72,40 @@ def distance(student: GPT, teacher: GPT) -> float:
     return float((off - off.mean(-1, keepdim=True)).square().mean())
 
 
+def distance_of_cut(subnet: SubNet, teacher) -> float:
+    cut = student_model(subnet).eval().requires_grad_(False)
+    cut.load_state_dict(extract_weights(teacher, subnet))
+    return distance(cut, teacher)
+
+
+@EACH
+def test_a_student_of_full_size_is_its_teacher(config, tmp_path):
+    teacher = model(config, std=0.1)
+    idx = windows(config, 4, seed=1)
+    student = student_of(repair(teacher, SubNet.full(config), tmp_path))
+    torch.testing.assert_close(student(idx), teacher(idx), rtol=1e-4, atol=1e-5)
+
+
+@EACH
+def test_blocks_that_lose_nothing_stay_whole(config, tmp_path):
+    teacher = model(config, std=0.1)
+    subnet = SubNet(config, n_layer=f"0-{config.n_layer - 2}")
+    repaired = repair(teacher, subnet, tmp_path)
+    assert all(layer.after < 1e-9 for layer in repaired.layers[:-1])
+    assert repaired.layers[-1].after <= repaired.layers[-1].before
+    assert distance(student_of(repaired), teacher) < distance_of_cut(subnet, teacher)
+
+
 @EACH
 @pytest.mark.parametrize("basis", ["pca", "coordinates"])
 def test_a_repaired_student_is_nearer_to_its_teacher_than_the_cut(config, basis, tmp_path):
     teacher, subnet = model(config), half(config)
     repaired = repair(teacher, subnet, tmp_path, basis=basis)
-    cut = student_model(subnet).eval().requires_grad_(False)
-    cut.load_state_dict(extract_weights(teacher, subnet))
     student = student_of(repaired)
     assert n_params(config, repaired.subnet) == n_params(config, subnet) == sum(p.numel() for p in student.parameters())
     assert [layer.layer for layer in repaired.layers] == list(subnet.layers)
     assert all(math.isfinite(layer.after) for layer in repaired.layers)
-    assert distance(student, teacher) < 0.8 * distance(cut, teacher)
+    assert distance(student, teacher) < 0.8 * distance_of_cut(subnet, teacher)
 
 
 def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
@@ -311,7 +333,7 @@ def test_maps_that_no_ridge_helps_are_listed(tmp_path, monkeypatch):
 def test_maps_too_wide_for_the_memory_are_refused(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
     monkeypatch.setattr("litgpt_whittle.repair.walk.free_memory", lambda *_: 10_000)
-    with pytest.raises(UserError, match="the repair of a map with .* inputs takes .* for its moments, and .* are free"):
+    with pytest.raises(UserError, match="the repair takes .* for the moments of its widest maps, and .* are free"):
         repair(model(config), half(config), tmp_path)
 
 
@@ -340,6 +362,7 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
         ({"tokens": 0}, "repair.tokens must be at least 1"),
         ({"refine_steps": -1}, "repair.refine_steps must be 0 or more"),
         ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
+        ({"head_passes": -1}, "repair.head_passes must be 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(args, message):

@@ -107,9 +107,13 @@ def setup(
         fabric = launch(n)
         length, size = sequence_length(teacher, train.max_seq_length), train.micro_batch_size
         windows = read_calibration(data, checkpoint_dir, size, length, args.tokens, seed, "repair.tokens")
-        scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         calibration = Calibration(windows, train.micro_batch_size, fabric.device)
-        repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
+        scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
+        try:
+            repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
+        except UserError:  # nothing that the same command could go on from
+            scratch.remove()
+            raise
         if not leave():
             return  # the first process has the whole student, as all have
         subnet, student = repaired.subnet, repaired.weights
@@ -217,6 +221,12 @@ def _repair_summary(repaired: Repaired) -> str:
     ]
     if tried := [layer.refined for layer in layers if layer.refined is not None]:
         lines.append(f"  Refinement helped {sum(tried)} of {len(tried)} blocks; the others keep the closed form.")
+    if repaired.head is not None:
+        before, after = repaired.head
+        lines.append(
+            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens; "
+            f"{before:.3f} before the head was fitted to them)."
+        )
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")
     return "\n".join(lines)

@@ -155,7 +155,7 @@ class LossModel(nn.Module):
 @torch.compiler.disable
 def head_loss(
     head_input: HeadInput,
-    targets: torch.Tensor,
+    targets: torch.Tensor | None,
     objective: Objective = Objective(),
     teacher: SoftTargets | None = None,
     softcap: float | None = None,
@@ -168,14 +168,15 @@ def head_loss(
 
     Args:
         head_input: The student's hidden states (B, T, n_embd) and head.
-        targets: Next tokens, shape (B, T).
+        targets: Next tokens, shape (B, T); without, all tokens count and there is no cross-entropy.
         objective: The loss.
         teacher: What the teacher says; without, the loss has no part for it.
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; chosen by the vocabulary's size by default.
     """
     hidden, weight, bias = head_input
-    hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.size(-1))
+    targets = None if targets is None else targets.reshape(-1)
     chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.size(0))
     task = _Task(objective, teacher if objective.beta else None, softcap, chunk_size)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
@@ -222,18 +223,19 @@ class _Task:
         b = None if bias is None else bias.to(dtype)
         exact = torch.promote_types(dtype, torch.float32)
         grads = _Gradients(h, w, b, needs, exact)
-        valid = targets != IGNORE_INDEX
+        valid = h.new_ones(len(h), dtype=torch.bool) if targets is None else targets != IGNORE_INDEX
         share = valid.to(exact) / valid.sum().clamp(min=1)  # each token's part of the mean, (N,)
         ce = distill = torch.zeros((), dtype=exact, device=hidden.device)
-        for start in range(0, len(targets), self.chunk_size):
+        for start in range(0, len(h), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             logits = _logits(h[rows], w, b, self.softcap)
             cap_slope = self._cap_slope(logits) if any(needs) else None
-            scores = _Scores(logits, targets[rows].clamp(min=0), share[rows].unsqueeze(1), any(needs))
+            scores = _Scores(logits, share[rows].unsqueeze(1), any(needs))
             if self.teacher is not None:
                 # first, because cross-entropy overwrites the logits
                 scores.add_distill(self.objective, self.teacher.chunk(start, start + len(logits)))
-            scores.add_cross_entropy(self.objective.alpha)
+            if targets is not None:
+                scores.add_cross_entropy(targets[rows].clamp(min=0), self.objective.alpha)
             ce, distill = ce + scores.ce, distill + scores.distill
             if any(needs):
                 grads.add(rows, scores.grad if cap_slope is None else scores.grad.mul_(cap_slope))
@@ -276,24 +278,25 @@ class _Scores:
 
     Args:
         logits: (n, V), overwritten.
-        targets: (n,), valid token ids also where a token does not count.
         share: Each token's part of the mean, 0 where it does not count, (n, 1).
         with_grad: Whether to compute `grad`, (n, V).
     """
 
-    def __init__(self, logits, targets, share, with_grad: bool) -> None:
-        self.logits, self.targets, self.share, self.with_grad = logits, targets.unsqueeze(1), share, with_grad
+    def __init__(self, logits, share, with_grad: bool) -> None:
+        self.logits, self.share, self.with_grad = logits, share, with_grad
         self.grad: torch.Tensor | None = None
         self.ce = self.distill = logits.new_zeros(())
 
-    def add_cross_entropy(self, alpha: float) -> None:
+    def add_cross_entropy(self, targets: torch.Tensor, alpha: float) -> None:
+        """Targets are (n,), valid token ids also where a token does not count."""
+        targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
-        self.ce = -(log_p.gather(1, self.targets) * self.share).sum()
+        self.ce = -(log_p.gather(1, targets) * self.share).sum()
         if not self.with_grad or not alpha:
             return
         weight = alpha * self.share
         grad = torch.exp(log_p, out=self.logits).mul_(weight)  # softmax - one-hot
-        grad.scatter_add_(1, self.targets, -weight)
+        grad.scatter_add_(1, targets, -weight)
         self._add_grad(grad)
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:

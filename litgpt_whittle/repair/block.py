@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,11 @@ from litgpt_whittle.processes import add_up
 from litgpt_whittle.repair.basis import Basis, norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
+from litgpt_whittle.repair.refine import refine
 from litgpt_whittle.scratch import Stream
+
+POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
+"""litgpt's norms between what a part of a block writes and the stream"""
 
 Pair = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 """Gives the inputs and the outputs that are wanted of a linear map, on a batch"""
@@ -36,6 +40,14 @@ class Streams:
     """The teacher's before the block's MLP; None where attention and MLP read the same stream"""
     ahead: Stream
     """The teacher's behind the block, and behind the dropped ones that follow it"""
+    sizes: Mapping[tuple[str, int], torch.Tensor]
+    """What the teacher's norms behind writing maps divide by, shape (B, T, 1), by the norm and the batch's start"""
+
+
+def post_norm(block: Block, *parts: str) -> nn.Module | None:
+    """The norm between what a part of a block writes and the stream; None where there is none or it has no weight."""
+    norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 else None
+    return None if norm_weight(norm) is None else norm
 
 
 class BlockRepair:
@@ -99,27 +111,16 @@ class BlockRepair:
         Returns:
             Whether it was better.
         """
-        start = {name: tensor.clone() for name, tensor in self.block.state_dict().items()}
-        before = self.error()
         batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
-        optimizer = torch.optim.Adam(self.block.parameters(), lr=lr, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        order = torch.Generator().manual_seed(0)
-        self.block.requires_grad_(True)
-        with torch.enable_grad():
-            for _ in range(n_steps):
-                batch = batches[int(torch.randint(len(batches), (), generator=order))]
-                target = self._goal(batch)
-                loss = (self.block(self._student(batch), *self.args) - target).square().mean() / target.var()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        self.block.requires_grad_(False)
-        is_better = self.error() < before
-        if not is_better:
-            self.block.load_state_dict(start)
-        return is_better
+        order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def loss(step: int) -> torch.Tensor:
+            batch = batches[order[step]]
+            target = self._goal(batch)
+            return (self.block(self._student(batch), *self.args) - target).square().mean() / target.var()
+
+        errors = refine([(parameter, lr) for parameter in self.block.parameters()], n_steps, loss, self.error)
+        return errors.after < errors.before
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 
@@ -159,6 +160,10 @@ class BlockRepair:
             goal = self._goal(batch, self.streams.middle if parts == ("attn",) else self.streams.ahead)
             return torch.cat([seen[name] for name in names], -1), goal - start
 
+        norm = post_norm(self.block, *parts)
+        if norm is not None:
+            self._write_through_norm(parts[0], norm, pair)
+            return
         sizes = [module.in_features for module in modules]
         moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], pair)
         anchor, last = torch.cat([module.weight for module in modules], 1), modules[-1]
@@ -167,20 +172,49 @@ class BlockRepair:
             module.weight.copy_(weight)
             if module.bias is not None:
                 module.bias.copy_(found.bias if module is last else torch.zeros_like(found.bias))
-        for i, part in enumerate(parts):
-            norm = getattr(self.block, f"post_{'attention' if part == 'attn' else part}_norm")
-            if norm_weight(norm) is not None:
-                self._refit_post_norm(norm, modules[i], slice(sum(sizes[:i]), sum(sizes[: i + 1])), pair)
 
-    def _refit_post_norm(self, norm: nn.Module, module: nn.Module, columns: slice, pair: Pair) -> None:
-        """The weight of a norm behind a writing map that reads these columns: the best one per channel.
+    def _write_through_norm(self, part: str, norm: nn.Module, pair: Pair) -> None:
+        """Fits a map behind which a norm stands before the stream.
+
+        A norm divides by the size of what it gets, so what it gives is not linear in the map's inputs. With the size
+        that the teacher's norm has at each token it is. The fit is kept if the norm gives something better for it.
+        """
+        name = f"{part}.proj"
+        module, kind = self.block.get_submodule(name), POST_NORMS[part]
+        weight = norm_weight(norm)
+        weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)  # a channel that the norm shuts is not opened
+
+        def through(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            z, y = pair(batch)
+            size = self.streams.sizes[kind, batch.start]
+            bias = 0.0 if module.bias is None else module.bias / size
+            return z / size, y / weight - bias
+
+        moments = self.calibration.moments(module.in_features, self.basis.matrix.shape[0], through)
+        before, start = self._error_behind(norm, module, pair), module.weight.clone()
+        module.weight.copy_(self._told(fit(*moments, start, False, ridges=self.ridges), name).weight)
+        if self._error_behind(norm, module, pair) > before:
+            module.weight.copy_(start)
+            self.left_as_cut.append(name)
+        self._refit_post_norm(norm, module, pair)
+
+    def _error_behind(self, norm: nn.Module, module: nn.Module, pair: Pair) -> float:
+        """The squared error of what a norm gives behind a writing map, over the held-out tokens."""
+        total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
+        for batch in filter(self.calibration.is_held_out, self.calibration.batches):
+            z, y = pair(batch)
+            total += (norm(module(z)) - y).double().square().sum()
+        return float(add_up(total))
+
+    def _refit_post_norm(self, norm: nn.Module, module: nn.Module, pair: Pair) -> None:
+        """The weight of a norm behind a writing map: the best one per channel.
 
         Channels keep theirs where the one that is best for the other tokens is worse for those held out.
         """
         sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
         for batch in self.calibration.batches:
             z, y = pair(batch)
-            normed = norm(module(z[..., columns]))
+            normed = norm(module(z))
             part = sums[int(self.calibration.is_held_out(batch))]
             part += torch.stack([normed * y, normed.square()]).flatten(1, -2).sum(1)
         (products, squares), (held_products, held_squares) = add_up(sums)

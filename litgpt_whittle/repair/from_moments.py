@@ -22,7 +22,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import Plan, layer_plan
 from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve, sums_dtype
-from litgpt_whittle.processes import free_memory
+from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
@@ -178,7 +178,7 @@ def _check_memory(config: Config, n_tokens: int, device: torch.device) -> None:
         for names in _sites(config, layer):
             n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
     by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
-    needed, free = n_numbers * sums_dtype(device).itemsize + by_token, free_memory(device, 1)
+    needed, free = n_numbers * sums_dtype(device).itemsize + by_token, free_memory(device, n_sharing(device))
     if needed > free:
         raise UserError(
             f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
@@ -334,8 +334,9 @@ def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module
     n_student, n_teacher = turn.shape
     if isinstance(ours, nn.LayerNorm):
         turn = turn - turn.mean(0)
-    size = ((turn @ (stream.zz / stream.n)) * turn).sum()
-    turn = turn * (n_student / size).sqrt()
+    if not isinstance(ours, nn.Identity):
+        size = ((turn @ (stream.zz / stream.n)) * turn).sum()
+        turn = turn * (n_student / size).sqrt()
     scale, shift = _affine(ours, n_student, turn)
     out_scale, out_shift = _affine(theirs, n_teacher, turn)
     return stream.affine(scale[:, None] * turn, shift, torch.diag(out_scale), out_shift)

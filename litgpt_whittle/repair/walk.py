@@ -9,6 +9,7 @@ fitted to what the teacher has in its place, given the inputs that the already r
   normalised stream serves all maps behind a norm, the LM head included, whose logits never exist.
 - Maps that write to the stream want to bring the student's stream to the teacher's, so each block also repairs what
   accumulated before it. Before a gap of dropped layers the target is the teacher's stream behind the gap.
+- The LM head is then trained a little further (`litgpt_whittle.repair.head`), since logits are not what counts.
 
 Only moments are kept in memory (`litgpt_whittle.least_squares`), the streams lie in scratch files, and the teacher is
 read block by block.
@@ -34,11 +35,13 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs, sums_dtype
-from litgpt_whittle.processes import add_up, barrier, free_memory, world_size
+from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
-from litgpt_whittle.repair.block import BlockRepair, Streams
+from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite
+from litgpt_whittle.repair.head import OPTIMIZER_COPIES, HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
+from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
 from litgpt_whittle.scratch import Scratch, Stream
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -59,6 +62,8 @@ class RepairArgs:
     """Steps that train each block, after its closed form, to map the student's stream to the teacher's"""
     refine_lr: float = 1e-3
     """Learning rate of these steps, annealed to zero"""
+    head_passes: int = 1
+    """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
 
     def __post_init__(self) -> None:
         if self.basis not in ("pca", "coordinates"):
@@ -69,6 +74,8 @@ class RepairArgs:
             raise UserError(f"repair.refine_steps must be 0 or more, got {self.refine_steps}")
         if not self.refine_lr > 0:
             raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
+        if self.head_passes < 0:
+            raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
 
 
 @dataclass
@@ -94,6 +101,8 @@ class Repaired:
     """Its sub-network, with the units that were chosen"""
     weights: Weights
     layers: list[LayerReport]
+    head: Errors | None
+    """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token; None without any"""
     basis_name: str
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
@@ -136,14 +145,34 @@ class Repair:
         self.ridges = self._ridges(widest)
 
     def _check_memory(self, widest: int) -> None:
-        """Refuses maps whose moments don't fit: those to fit to, those held out, their sum and its factor."""
-        needed = 4 * widest**2 * sums_dtype(self.device).itemsize
-        free = free_memory(self.device, world_size() if self.device.type == "cpu" else 1)
-        if needed > free:
+        """Refuses what would not fit: the moments that are kept at once, and an LM head that is trained."""
+        free = free_memory(self.device, n_sharing(self.device))
+        if (needed := self._n_sums(widest) * sums_dtype(self.device).itemsize) > free:
             raise UserError(
-                f"the repair of a map with {widest:,} inputs takes {readable_size(needed)} for its moments, and "
+                f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
                 f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
             )
+        n_head = 0 if self.tied or not self.args.head_passes else self.teacher.padded_vocab_size * self.n_embd
+        if (needed := 4 * OPTIMIZER_COPIES * n_head) > free:
+            raise UserError(
+                f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
+                f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
+            )
+
+    def _n_sums(self, widest: int) -> int:
+        """How many numbers the moments have that are kept at once, at most."""
+        ours, theirs = self.subnet.config, self.teacher
+        # of a map those to fit to, those held out, their sum and its factor; of experts all of the first two
+        found = [4 * widest * (widest + self.n_embd)]
+        if ours.n_expert:
+            width = ours.moe_intermediate_size or ours.intermediate_size
+            found.append(2 * ours.n_expert * width * (width + self.n_embd))
+        if self.args.choose_units:
+            n_inputs = {"attn.proj": theirs.n_head * theirs.head_size, "mlp.proj": theirs.intermediate_size}
+            chosen = (maps_to_choose_for(self.subnet, i) for i in range(len(self.subnet)))
+            # all inputs of the teacher's map, their covariance, its inverse and a copy
+            found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
+        return max(found)
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
         """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
@@ -179,13 +208,14 @@ class Repair:
             for i, (_, weights, _) in enumerate(layers)
             for name, tensor in weights.items()
         }
-        student = {name: tensor.cpu() for name, tensor in (student | self._repair_head()).items()}
+        outside, head = self._repair_head(progress)
+        student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
         keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
         if self.tied and self.subnet.layers[0]:  # it is the head, too
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
-        return Repaired(self._chosen(keeps), student, reports, self.basis_name, self.basis.matrix.cpu())
+        return Repaired(self._chosen(keeps), student, reports, head, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
         """Saves a layer, so that an interrupted repair goes on behind it."""
@@ -202,8 +232,7 @@ class Repair:
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
             units = {name: None if value is None else Keep.parse(value) for name, value in saved["keep"].items()}
-            weights = {name: tensor.to(self.device) for name, tensor in saved["weights"].items()}
-            yield LayerKeep(**units), weights, LayerReport(**saved["report"])
+            yield LayerKeep(**units), saved["weights"], LayerReport(**saved["report"])
 
     # the models -------------------------------------------------------------------------------------------------------
 
@@ -292,7 +321,7 @@ class Repair:
     def _repair_embedding(self) -> None:
         """Lets the embedding stand in for the dropped first layers."""
         weight = self.ours.embedding
-        means = TokenMeans(torch.arange(len(weight), device=weight.device), self.teacher.n_embd)
+        means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.batches:
             means.add(self.calibration.ids(batch), self.teacher_stream[batch].to(self.device))
         add_up(means.total), add_up(means.count)
@@ -306,13 +335,16 @@ class Repair:
         teacher = self._teacher_block(layer)
         middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
-        streams = Streams(self.teacher_stream, self.student_stream, middle, ahead)
+        streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
         keep = self._walk_teacher(i, teacher, streams)
         block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
-        before = repair.error()
+        before, start = repair.error(), {name: tensor.clone() for name, tensor in block.state_dict().items()}
         repair.fit()
+        if not repair.error() <= before:  # what is cut loses little, and norms are not linear
+            block.load_state_dict(start)
+            repair.left_as_cut = [name.removesuffix(".weight") for name in start if name.endswith(".weight")]
         refined = None
         if self.args.refine_steps:
             barrier()  # every process trains on all tokens
@@ -323,7 +355,8 @@ class Repair:
         self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
         for batch in self.calibration.batches:
             self.student_stream[batch] = block(streams.student[batch].to(self.device), *args)
-        weights = {name: tensor.detach() for name, tensor in block.state_dict().items()}
+        # a device has room for one block
+        weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
         # where the cut loses nothing, nothing is left to be fitted
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut, refined)
@@ -333,6 +366,7 @@ class Repair:
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
+        post_norms = [POST_NORMS[part] for part in POST_NORMS if post_norm(teacher, part) is not None]
         moments = {
             name: Moments(teacher.get_submodule(name).in_features, 0, self.device, rough=True) for name in chosen
         }
@@ -342,9 +376,11 @@ class Repair:
             n_before = batch.start * self.calibration.shape[1]
             wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
             inside = [] if streams.middle is None else ["norm_2"]
-            seen = run_block(teacher, stream, self.theirs.block_args[layer], inside + wanted)
+            seen = run_block(teacher, stream, self.theirs.block_args[layer], inside + wanted + post_norms)
             if streams.middle is not None:
                 streams.middle[batch] = seen["norm_2"]
+            for name in post_norms:
+                streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
             for name in wanted:
                 moments[name].add(seen[name], no_outputs(seen[name]))
             streams.ahead[batch] = _finite(seen["out"], layer)
@@ -358,8 +394,8 @@ class Repair:
 
     # behind the last layer --------------------------------------------------------------------------------------------
 
-    def _repair_head(self) -> Weights:
-        """Fits the LM head to the teacher's logits, through the moments of both final norms."""
+    def _repair_head(self, progress: bool) -> tuple[Weights, Errors | None]:
+        """Fits the LM head to the teacher's logits, through the moments of both final norms, and to its predictions."""
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
             self.basis.turn_norm(theirs.norm, ours.norm)
@@ -376,7 +412,11 @@ class Repair:
         else:
             anchor = self.basis.reconstruction(theirs.norm, moments[0])
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
-        return dict(ours.model.state_dict())
+        head = None
+        if n_passes := self.args.head_passes:
+            streams = self.student_stream, self.teacher_stream
+            head = HeadRepair(ours, theirs, *streams, self.calibration, self.tied).fit(n_passes, progress)
+        return {name: tensor.detach() for name, tensor in ours.model.state_dict().items()}, head
 
     def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
         """The sub-network with the units that were chosen."""
