@@ -65,7 +65,7 @@ class Moments:
         z, y = (x.flatten(0, -2).to(self.product_dtype) for x in (z, y))
         self.n += len(z)
         size = z.shape[1]
-        step = max(size // 8, 64)
+        step = max(size // 4, 64)
         for i in range(0, size, step):  # z zᵀ is symmetric: its blocks below the diagonal are mirrored
             rows, behind = slice(i, i + step), slice(i + step, size)
             products = z[:, rows].T @ z[:, i:]
@@ -108,6 +108,17 @@ class Moments:
         half, cross = d @ self.zz, torch.outer(in_bias, d @ self.z)
         new.zz = half @ d.T + cross + cross.T + self.n * torch.outer(in_bias, in_bias)
         new.yz = e @ half.T + torch.outer(e @ self.z, in_bias) + torch.outer(out_bias, new.z)
+        return new
+
+    def scaled(
+        self, scale: torch.Tensor, shift: torch.Tensor, out_scale: torch.Tensor, out_shift: torch.Tensor
+    ) -> Moments:
+        """The moments of scale · z + shift and of out_scale · y + out_shift, entry by entry."""
+        scale, shift, out_scale, out_shift = (x.to(self.zz) for x in (scale, shift, out_scale, out_shift))
+        new, z, y = Moments(len(self.z), len(self.y), self.zz.device), scale * self.z, out_scale * self.y
+        new.n, new.z, new.y = self.n, z + self.n * shift, y + self.n * out_shift
+        new.zz = scale[:, None] * self.zz * scale + torch.outer(z, shift) + torch.outer(shift, new.z)
+        new.yz = out_scale[:, None] * self.yz * scale + torch.outer(y, shift) + torch.outer(out_shift, new.z)
         return new
 
     def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:

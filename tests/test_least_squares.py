@@ -108,3 +108,13 @@ def test_the_ridge_is_the_one_that_does_best_on_held_out_tokens():
         errors[ridge] = float((held[0] @ tried.weight.T + tried.bias - held[1]).square().sum(1).mean())
     assert found.ridge == min(errors, key=errors.get) and truth.shape == found.weight.shape
     torch.testing.assert_close(found.weight, solve(train + held_out, anchor, found.ridge, True).weight)
+
+
+def test_moments_of_scaled_and_shifted_data_follow_from_those_of_the_data():
+    z, y = data(40, 5, 3)
+    scale, shift, out_scale, out_shift = (torch.randn(n, dtype=torch.float64) for n in (5, 5, 3, 3))
+    found = moments_of(z, y).scaled(scale, shift, out_scale, out_shift)
+    expected = moments_of(scale * z + shift, out_scale * y + out_shift)
+    assert found.n == expected.n
+    for name in ("zz", "yz", "z", "y"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))

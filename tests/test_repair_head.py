@@ -1,4 +1,4 @@
-"""The LM head, fitted to the teacher's predictions: against PyTorch's own divergence, and a convex solver in float64."""
+"""The LM head, fitted to the teacher's predictions: against PyTorch's divergence, and a convex solver in float64."""
 
 import math
 

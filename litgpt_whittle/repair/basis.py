@@ -127,6 +127,12 @@ def set_norm_weight(norm: nn.Module, weight: torch.Tensor | float) -> None:
         norm.weight.data.fill_(0).add_(weight - 1 if getattr(norm, "add_unit_offset", False) else weight)
 
 
+def affine_part(norm: nn.Module, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a norm multiplies its n channels by, and what it adds to them."""
+    weight, bias = norm_weight(norm), getattr(norm, "bias", None)
+    return torch.ones(n) if weight is None else weight, torch.zeros(n) if bias is None else bias.data
+
+
 def is_centring(config: Config) -> bool:
     """Whether the model's norms subtract the mean over channels."""
     return config.norm_class_name == "LayerNorm"

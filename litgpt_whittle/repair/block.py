@@ -15,10 +15,10 @@ from litgpt_whittle.calibration import Batch, Calibration
 from litgpt_whittle.index_plan import Plan
 from litgpt_whittle.least_squares import Fit, Moments, fit
 from litgpt_whittle.processes import add_up
-from litgpt_whittle.repair.basis import Basis, norm_weight, set_norm_weight
+from litgpt_whittle.repair.basis import Basis, affine_part, norm_weight, set_norm_weight, standardised
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.repair.refine import refine
+from litgpt_whittle.repair.refine import Errors, refine
 from litgpt_whittle.scratch import Stream
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
@@ -79,6 +79,8 @@ class BlockRepair:
         self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
         self.is_parallel = streams.middle is None
         self.left_as_cut = linear_names(takes, "inner")
+        self._before: tuple[Moments, Moments] | None = None
+        """Of the streams before a parallel block, which attention and MLP both read"""
 
     def fit(self) -> None:
         """Fits all maps."""
@@ -103,13 +105,10 @@ class BlockRepair:
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
-    def refine(self, n_steps: int, lr: float) -> bool:
+    def refine(self, n_steps: int, lr: float) -> Errors:
         """Trains the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
 
         Every process takes the same steps.
-
-        Returns:
-            Whether it was better.
         """
         batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
         order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -119,8 +118,7 @@ class BlockRepair:
             target = self._goal(batch)
             return (self.block(self._student(batch), *self.args) - target).square().mean() / target.var()
 
-        errors = refine([(parameter, lr) for parameter in self.block.parameters()], n_steps, loss, self.error)
-        return errors.after < errors.before
+        return refine([(parameter, lr) for parameter in self.block.parameters()], n_steps, loss, self.error)
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 
@@ -129,15 +127,7 @@ class BlockRepair:
 
         Experts share one regression too, which gives each of them more tokens than are routed to it.
         """
-        inside = part == "mlp" and not self.is_parallel
-
-        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
-            ours = self._run(batch, ["norm_2"])["norm_2"] if inside else self._student(batch)
-            return student_norm(ours), teacher_norm(theirs)
-
-        n_out, n_in = self.basis.matrix.shape[1], self.basis.matrix.shape[0]
-        moments = self.calibration.moments(n_in, n_out, pair)
+        moments = self._normalised(part, teacher_norm, student_norm)
         anchor = self.basis.reconstruction(teacher_norm, moments[0])
 
         def find(intercept: bool, metric: torch.Tensor) -> Fit:
@@ -145,6 +135,30 @@ class BlockRepair:
 
         for name, found in fit_readers(self.block, self.takes, self.teacher, part, find).items():
             self._told(found, name)
+
+    def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
+        """The moments of both models' streams before `attn` or `mlp`, behind these norms."""
+        n_in, n_out = self.basis.matrix.shape
+        if self.is_parallel:
+            # both parts read one stream, and their norms differ in their weights alone
+            self._before = self._before or self.calibration.moments(
+                n_in,
+                n_out,
+                lambda batch: (
+                    standardised(self._student(batch), self.block.config),
+                    standardised(self._on_device(self.streams.teacher, batch), self.teacher.config),
+                ),
+            )
+            ours, theirs = affine_part(student_norm, n_in), affine_part(teacher_norm, n_out)
+            return tuple(moments.scaled(*ours, *theirs) for moments in self._before)
+        inside = part == "mlp"
+
+        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
+            ours = self._run(batch, ["norm_2"])["norm_2"] if inside else self._student(batch)
+            return student_norm(ours), teacher_norm(theirs)
+
+        return self.calibration.moments(n_in, n_out, pair)
 
     # maps that write to the stream ------------------------------------------------------------------------------------
 

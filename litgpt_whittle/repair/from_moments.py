@@ -26,6 +26,7 @@ from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
+    affine_part,
     is_centring,
     norm_weight,
     principal_directions,
@@ -337,15 +338,7 @@ def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module
     if not isinstance(ours, nn.Identity):
         size = ((turn @ (stream.zz / stream.n)) * turn).sum()
         turn = turn * (n_student / size).sqrt()
-    scale, shift = _affine(ours, n_student, turn)
-    out_scale, out_shift = _affine(theirs, n_teacher, turn)
-    return stream.affine(scale[:, None] * turn, shift, torch.diag(out_scale), out_shift)
-
-
-def _affine(norm: nn.Module, n: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a norm multiplies its channels by, and what it adds to them."""
-    weight, bias = norm_weight(norm), getattr(norm, "bias", None)
-    return (
-        like.new_ones(n) if weight is None else weight.to(like.dtype),
-        like.new_zeros(n) if bias is None else bias.data.to(like.dtype),
+    (scale, shift), (out_scale, out_shift) = (
+        [part.to(turn) for part in affine_part(norm, n)] for norm, n in ((ours, n_student), (theirs, n_teacher))
     )
+    return stream.affine(scale[:, None] * turn, shift, torch.diag(out_scale), out_shift)

@@ -66,7 +66,7 @@ class HeadRepair:
     def error(self) -> float:
         """The divergence on held-out tokens."""
         n, end = self.calibration.n_fitted, self.calibration.windows.numel()
-        parts = torch.arange(n, end).split(16 * TOKENS_PER_STEP)
+        parts = torch.arange(n, end).split(TOKENS_PER_STEP)
         return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
 
     def divergence(self, rows: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ class Repaired:
     weights: Weights
     layers: list[LayerReport]
     head: Errors | None
-    """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token; None without any"""
+    """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token"""
     basis_name: str
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
@@ -342,14 +342,16 @@ class Repair:
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
         before, start = repair.error(), {name: tensor.clone() for name, tensor in block.state_dict().items()}
         repair.fit()
-        if not repair.error() <= before:  # what is cut loses little, and norms are not linear
+        after = repair.error()
+        if after > before:  # what is cut loses little, and norms are not linear
             block.load_state_dict(start)
             repair.left_as_cut = [name.removesuffix(".weight") for name in start if name.endswith(".weight")]
+            after = before
         refined = None
         if self.args.refine_steps:
             barrier()  # every process trains on all tokens
-            refined = repair.refine(self.args.refine_steps, self.args.refine_lr)
-        after = repair.error()
+            errors = repair.refine(self.args.refine_steps, self.args.refine_lr)
+            after, refined = errors.after, errors.after < errors.before
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
         self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
