@@ -101,6 +101,10 @@ class SpaceArgs:
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first", "best"] = "any"
     """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
+    convertible: bool | None = None
+    """Whether heads take no more than the channels and may fill them, as transformers' classes for Pythia (GPT-NeoX),
+    StableLM and Falcon ask for: `n_embd` stays a multiple of the teacher's `head_size`. By default, a search for
+    students of such a teacher keeps to it, nothing else does"""
 
 
 @dataclass
