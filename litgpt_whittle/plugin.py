@@ -138,7 +138,7 @@ def show_user_errors_in_one_line() -> None:
 
 
 def _name_choices() -> None:
-    """Has the parser say what there is to choose from, where jsonargparse (4.41) trips over a text that is none of it."""
+    """Has the parser say what there is to choose from; jsonargparse 4.41 trips over a text that is none of it."""
     from typing import Literal, get_args, get_origin
 
     from jsonargparse import _typehints
