@@ -30,7 +30,7 @@ from litgpt_whittle import SubNet
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import saved_bytes
 from litgpt_whittle.spaces.bins import parse_bins
-from litgpt_whittle.spaces.sizes import Sizes
+from litgpt_whittle.spaces.sizes import Sizes, decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT, student_model
 from litgpt_whittle.training.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
@@ -98,7 +98,7 @@ class Recipe:
             return self.twin("search").space
         args, (bin,) = self.args, parse_bins(self.args.bin)
         tied = bool(self.twin("distill").args.train.tie_embeddings)
-        return Space(self.teacher, args.space, bin, tied, args.search_space)
+        return Space(self.teacher, args.space, bin, tied, decided(args.search_space, self.teacher))
 
     @cached_property
     def student(self) -> SubNet:

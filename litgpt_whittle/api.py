@@ -22,6 +22,7 @@ from typing import Any
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
+from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.commands import distill as distill_command
 from litgpt_whittle.commands import extract as extract_command
 from litgpt_whittle.commands import search as search_command
@@ -106,6 +107,7 @@ def distill(
         UserError: As the command does.
     """
     student = student if isinstance(student, Checkpoint) else Checkpoint(extend_checkpoint_dir(Path(student)))
+    check_checkpoint(student.folder)
     teacher = teacher or student.origin.get("checkpoint_dir")
     inputs = {"initial_checkpoint_dir": student.folder, "out_dir": out_dir}
     if teacher is not None and "teacher_cache" not in settings:
@@ -121,6 +123,8 @@ def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **
         raise UserError(
             f"from Python {name} runs on one device, got devices = {settings['devices']}; several need litgpt {name}"
         )
+    if not isinstance(data, DataModule | str | Path | None):
+        raise UserError(f"data must be a litgpt data module or the path of a text, got {data!r}; see tutorials/data.md")
     module = HFText(path=str(data)) if isinstance(data, str | Path) else data
     given = {key: describe(value) for key, value in (settings | inputs).items()}
     command(**vars(Section(name, command, given).parse()) | {"data": module})

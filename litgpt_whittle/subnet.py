@@ -21,6 +21,7 @@ from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.hf.families import filled_heads, shares_channels
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import HeadCut, cut_head
 
@@ -154,16 +155,33 @@ class SubNet:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether all layers have the same sizes, so that a stock litgpt config describes the student."""
+        """Whether a stock litgpt config describes the student as it is: all layers have the same sizes.
+
+        Where the teacher's class in `transformers` wants heads that fill the channels, they do so, too.
+        """
         sizes = [self.layer(i).sizes for i in range(len(self))]
         dense = {s for s in sizes if s[3] == 0}
         experts = {s for s in sizes if s[3] > 0}
         attention = {s[:2] for s in sizes}
-        return len(attention) == 1 and len(dense) <= 1 and len(experts) <= 1
+        is_same = len(attention) == 1 and len(dense) <= 1 and len(experts) <= 1
+        return is_same and self.config.n_head == self._widest.n_head
 
     @cached_property
     def config(self) -> Config:
-        """The student's litgpt config; of a layer-wise student, the one padded to its widest layer."""
+        """The student's litgpt config; of a layer-wise student, the one padded to its widest layer.
+
+        Where the teacher's class in `transformers` wants heads that fill the channels, so do these as far as they can:
+        what litgpt's converter and `litgpt evaluate` read is this one.
+        """
+        widest = self._widest
+        filled = filled_heads(widest) if shares_channels(self.teacher) else None
+        if filled is None:
+            return widest
+        return dataclasses.replace(widest, n_head=filled[0] * filled[1], n_query_groups=filled[0])
+
+    @cached_property
+    def _widest(self) -> Config:
+        """The config of the smallest model that has room for each of the student's layers."""
         layers = [self.layer(i) for i in range(len(self))]
         dense = [len(k.intermediate_size) for k in layers if k.n_expert is None]
         experts = [len(k.intermediate_size) for k in layers if k.n_expert is not None]

@@ -40,7 +40,8 @@ class BlocksGPT(GPT):
 class LayerwiseGPT(BlocksGPT):
     """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
 
-    Its `config` is the stock one padded to the widest layer, as which it is saved (`pad`).
+    Its `config` is the stock one padded to the widest layer, as which it is saved (`pad`). Layers that are alike become
+    one, too, where the stock model needs more heads than they have (see `SubNet.config`).
 
     Args:
         subnet: The sub-network whose sizes the layers have.

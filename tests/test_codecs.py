@@ -41,6 +41,7 @@ def test_the_codecs_are_registered():
     [
         ("nothing", "there is no 'nothing' in litgpt_whittle.codecs; choose from full, sampled, top_k"),
         ({"top_k": {"n": 3}}, "the codec top_k has no setting 'n'; it takes k$"),
+        ({"sampled": {"draws": "x"}}, "draws must be at least 1, got '?x"),
         ({"full": {"k": 3}}, "the codec full has no setting 'k'; it takes none$"),
         ({"top_k": {}, "full": {}}, "codec must be one name"),
         ({"top_k": 3}, "codec must be one name"),

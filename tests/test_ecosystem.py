@@ -13,6 +13,7 @@ from functools import partial
 
 import litgpt.chat.base
 import litgpt.pretrain
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,11 +31,16 @@ from litgpt.scripts.merge_lora import merge_lora
 from litgpt.tokenizer import Tokenizer
 from test_train import TokenData, train_args
 from texts import write_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup as distill
 from litgpt_whittle.commands.extract import setup as extract
+from litgpt_whittle.commands.pretrain_supernet import _super_network
+from litgpt_whittle.hf.export import export_hf
+from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs
 
@@ -51,6 +57,14 @@ CHOICES = {
     "uniform": dict(n_embd="0-9,14-19", n_layer="0,2-3", n_query_groups=1, intermediate_size=20),
     "layerwise": dict(n_embd=24, n_layer="0,2-3", n_query_groups=[2, 1, 2], intermediate_size=[20, 7, "1-30"]),
 }
+NEOX = Config.from_name(
+    "pythia-14m", block_size=64, n_layer=4, n_embd=32, n_head=4, vocab_size=300, padded_vocab_size=300,
+    intermediate_size=48,
+)  # fmt: skip
+NEOX_HF = GPTNeoXConfig(
+    vocab_size=300, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=64, rotary_pct=0.25, hidden_act="gelu",
+)  # fmt: skip
 PROMPT = "the quick brown"
 
 
@@ -216,6 +230,50 @@ def test_convert_from_litgpt_gives_what_transformers_opens(extracted, tmp_path):
     model, idx = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch.arange(3, 33)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(idx).logits, load_model(extracted)(idx), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def neox_teacher(tmp_path_factory):
+    folder = write_tokenizer(tmp_path_factory.mktemp("neox") / "teacher")
+    write_random_model(folder, NEOX)
+    NEOX_HF.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("space", ["fine_uniform", "coarse_layerwise"])
+def test_students_of_pythia_are_converted_and_exported(neox_teacher, space, tmp_path):
+    """As a search proposes them, with heads that leave channels to be filled up."""
+    space, rng = Space(NEOX, space, args=SpaceArgs(convertible=True)), np.random.default_rng(0)
+    subnet = next(s for s in (space.sample(rng) for _ in range(100)) if not s.is_uniform and 8 < len(s.n_embd) < 32)
+    subnet.save(tmp_path / "best.yaml")
+    extract(neox_teacher, tmp_path / "best.yaml", tmp_path / "student")
+    (tmp_path / "converted").mkdir()
+    convert_lit_checkpoint(tmp_path / "student", tmp_path / "converted")
+    (tmp_path / "converted/model.pth").rename(tmp_path / "converted/pytorch_model.bin")
+    shutil.copy(tmp_path / "student/config.json", tmp_path / "converted")
+    assert export_hf(tmp_path / "student", tmp_path / "exported").zero_heads == 0
+    idx = torch.arange(3, 33)[None]
+    for folder in ("converted", "exported"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            expected = load_model(tmp_path / "student")(idx)
+            torch.testing.assert_close(model(idx).logits, expected, rtol=1e-4, atol=1e-4)
+    # it is trained in its true shape, and stays convertible
+    distill(
+        out_dir=tmp_path / "out", precision="32-true", initial_checkpoint_dir=tmp_path / "student",
+        teacher_checkpoint_dir=neox_teacher, data=TokenData(), devices=1, logger_name="csv", compile=False,
+        train=train_args(max_tokens=None, max_steps=1, max_seq_length=16, lr_warmup_steps=0),
+        eval=EvalArgs(interval=1, max_iters=1),
+    )  # fmt: skip
+    before, after = load_model(tmp_path / "student"), load_model(tmp_path / "out/final")
+    assert after.shape == before.shape and after.config == before.config == subnet.config
+    assert sum(p.numel() for p in after.parameters()) == n_params(NEOX, subnet)
+    assert export_hf(tmp_path / "out/final", tmp_path / "trained").zero_heads == 0
+    if space.name == "fine_uniform":  # heads of zeros are no obstacle to a super-network
+        start = _super_network(tmp_path / "student", None, None)
+        model = start.build()
+        model.load_state_dict(start.weights())
+        torch.testing.assert_close(model.eval()(idx), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -87,6 +87,14 @@ def test_the_command_line_takes_two_paths(checkpoint, tmp_path, capsys):
     assert "channels    32 -> 16" in capsys.readouterr().out and (tmp_path / "student/lit_model.pth").is_file()
 
 
+def test_it_says_what_transformers_cannot_open(checkpoint, tmp_path, capsys):
+    for choice, is_open in ((dict(n_embd=20), False), (dict(n_embd=16, n_query_groups=[1, 2, 1, 1]), True)):
+        SubNet(TEACHER, **choice).save(tmp_path / "s.yaml")
+        setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student", overwrite=True)
+        note = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: litgpt evaluate")]
+        assert len(note) == int(not is_open) and all("n_embd = 20, n_head = 4 and head_size = 8" in n for n in note)
+
+
 # -- bad input
 
 

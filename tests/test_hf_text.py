@@ -204,13 +204,15 @@ def test_data_that_cannot_be_used_is_named(tokenizer, corpus, tmp_path, monkeypa
         with pytest.raises(UserError, match=problem) as error:
             opened(tokenizer, name, cache_dir=tmp_path / "cache")
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="^data.val_path 'nowhere/at-all' cannot be found"):
+        opened(tokenizer, corpus, val_path="nowhere/at-all", cache_dir=tmp_path / "cache")
     data = HFText(str(corpus))
     data.connect(tokenizer, max_seq_length=10**6)
     data.prepare_data()
     with pytest.raises(UserError, match="must fill a block of 1000001 tokens"):
         data.setup()
     data.connect(None, max_seq_length=LENGTH)
-    with pytest.raises(UserError, match="needs a tokenizer; set --tokenizer_dir"):
+    with pytest.raises(UserError, match="needs a tokenizer; set --tokenizer_dir .*where the command has no such flag"):
         data.prepare_data()
     data.connect(Tokenizer(write_tokenizer(tmp_path / "no_eos", eos=False)), max_seq_length=LENGTH)
     with pytest.raises(UserError, match="names no eos_token"):

@@ -81,6 +81,21 @@ def test_extension_can_be_switched_off(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("start", [["-m", "litgpt"], ["-m", "litgpt_whittle"]])
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        (["search", "x", "--space", "fine"], "coarse_uniform, coarse_layerwise, fine_uniform, fine_layerwise"),
+        (["search", "x", "--search_space.layers", "last"], "any, first, best"),
+        (["extract", "x", "y", "--dtype", "int"], "float32, float16, bfloat16"),
+    ],
+)
+def test_a_closed_choice_names_what_there_is(start, arguments, choices):
+    done = run(sys.executable, *start, *arguments)
+    told = [line for line in done.stderr.splitlines() if f"must be one of {choices}, got {arguments[-1]!r}" in line]
+    assert done.returncode == 2 and len(told) == 1 and "Union of no types" not in done.stderr
+
+
 def test_bootstrap_survives_anything_and_imports_next_to_nothing():
     program = (
         "import sys, litgpt_whittle, litgpt_whittle.plugin as p; p.install(); p.install();"

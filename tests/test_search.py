@@ -104,6 +104,17 @@ def lines(out_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
 
 
+def test_students_are_convertible_unless_told_otherwise(checkpoint, tmp_path, capsys):
+    for convertible in (None, False):
+        out = tmp_path / str(convertible)
+        run(checkpoint, out, search_space=SpaceArgs(convertible=convertible), space="fine_uniform")
+        assert ("--search_space.convertible false" in capsys.readouterr().err) == (convertible is None)
+        header, evaluations = read_journal(out / "journal.jsonl")
+        configs = [SubNet.from_dict(TEACHER, e.subnet).config for e in evaluations]
+        fits = [config.n_head * config.head_size == config.n_embd for config in configs]
+        assert all(fits) == (header["settings"]["search_space"]["convertible"] is True) == (convertible is None)
+
+
 def test_a_search_leaves_what_it_found(checkpoint, tmp_path, capsys):
     run(checkpoint, tmp_path / "out")
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """Candidates land in their bin by construction, in all four spaces, and cover them."""
 
+import dataclasses
 import itertools
 from typing import get_args
 
@@ -14,11 +15,13 @@ from litgpt.utils import num_parameters
 from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.hf.export import fit_heads
+from litgpt_whittle.hf.families import FAMILIES, family_name
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
 from litgpt_whittle.spaces.bins import Bin, parse_bins, short
 from litgpt_whittle.spaces.draw import check_reachable, draw_sizes, nearest
-from litgpt_whittle.spaces.sizes import EVERY, SizeSpace
+from litgpt_whittle.spaces.sizes import EVERY, SizeSpace, decided
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
@@ -113,6 +116,62 @@ def test_candidates_of_every_architecture_lie_in_their_bin(teacher, data):
     assert num_parameters(model) == n_params(teacher, mother, tied)
 
 
+# those whose heads must share the channels, as the teacher's do
+SHARED = {name: config for name, config in ARCHITECTURES.items() if not FAMILIES[family_name(config)].free_heads}
+SHARED = {name: dataclasses.replace(config, n_embd=64) for name, config in SHARED.items()}
+CONVERTIBLE = [SpaceArgs(fixed=fixed, convertible=True) for fixed in (["head_size"], ["n_embd"], [])]
+CONVERTIBLE.append(SpaceArgs(SizeArgs(n_embd=8, n_query_groups=3), SizeArgs(heads_per_group=2), [], convertible=True))
+
+
+def assert_convertible(subnet: SubNet) -> None:
+    """What is saved has heads that fill the channels: neither litgpt's converter nor the export has to do anything."""
+    config = subnet.config
+    assert config.n_head * config.head_size == config.n_embd == len(subnet.n_embd)
+    assert fit_heads(config, FAMILIES[family_name(config)]) == SubNet.full(config)
+    for i in range(len(subnet)):
+        own = subnet.layer_config(i)
+        assert own.n_query_groups <= config.n_query_groups
+        assert own.n_head // own.n_query_groups <= config.n_head // config.n_query_groups
+
+
+@pytest.mark.parametrize("teacher", SHARED.values(), ids=SHARED)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_candidates_of_a_convertible_space_lie_in_their_bin_and_are_convertible(teacher, data):
+    name, args = data.draw(st.sampled_from(SPACES)), data.draw(st.sampled_from(CONVERTIBLE))
+    if teacher.n_head == teacher.n_query_groups:
+        args = dataclasses.replace(args, smallest=SizeArgs())
+    sizes = SizeSpace(teacher, name.endswith("layerwise"), False, args)
+    assert sizes.largest == n_params(teacher, SubNet.full(teacher))
+    lo = data.draw(st.integers(sizes.smallest, sizes.largest))
+    hi = sizes.largest if data.draw(st.booleans()) else lo + max(lo // 10, 800)
+    space = Space(teacher, name, Bin(lo, hi), args=args)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    mother, father = space.sample(rng), space.sample(rng)
+    child = space.crossover(rng, mother, father)
+    for subnet in (mother, father, child, space.mutate(rng, mother, 0.5), space.trade(rng, child)):
+        assert n_params(teacher, subnet) in space.bin
+        assert_convertible(subnet)
+
+
+def test_a_search_is_convertible_where_transformers_asks_for_it_and_something_may_shrink():
+    assert decided(SpaceArgs(), PYTHIA).convertible and decided(SpaceArgs(fixed=["n_embd"]), PYTHIA).convertible
+    for args in (SpaceArgs(convertible=False), SpaceArgs(fixed=["head_size", "n_embd"])):
+        assert decided(args, PYTHIA) == args
+    for teacher in (ARCHITECTURES["Llama-3.1-8B"], TINY):  # free heads, heads larger than the channels
+        assert decided(SpaceArgs(), teacher) == SpaceArgs()
+    assert SizeSpace(ARCHITECTURES["Llama-3.1-8B"], True, False, SpaceArgs(convertible=True)).sharing is None
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_convertible_draws_cover_what_there_is(name):
+    space = Space(PYTHIA, name, whole(PYTHIA), args=SpaceArgs(convertible=True))
+    rng = np.random.default_rng(0)
+    draws = [space.sample(rng) for _ in range(500)]
+    seen = {(len(s.n_embd), len(s.layer(i).n_query_groups)) for s in draws for i in range(len(s))}
+    assert seen == {(8 * n, heads) for n in range(1, 5) for heads in range(1, n + 1)}
+
+
 @pytest.mark.parametrize("name", SPACES)
 def test_the_smallest_and_the_largest_are_reached(name):
     sizes = SizeSpace(PYTHIA, name.endswith("layerwise"), False, FREE)
@@ -156,25 +215,40 @@ def test_draws_cover_every_dimension(name):
         }
 
 
-def brute_force(teacher: Config, layerwise: bool) -> dict[int, int]:
+def brute_force(teacher: Config, layerwise: bool, convertible: bool = False) -> dict[int, int]:
     """How many sub-networks have each count, by counting every one of the sizes."""
-    grid = [range(1, 5), [4], range(1, 3), range(1, 3), range(1, 7)]
+    grid = [range(1, teacher.n_embd + 1), [1, 2, 4] if convertible else [4], range(1, 3), range(1, 3), range(1, 7)]
     counts: dict[int, int] = {}
-    for n_embd, _, depth in itertools.product(*grid[:3]):
-        layer = list(itertools.product(grid[3], grid[4]))
+    for n_embd, head_size, depth in itertools.product(*grid[:3]):
+        most = n_embd // head_size if convertible else 2
+        if convertible and n_embd % teacher.head_size:
+            continue
+        layer = list(itertools.product([n for n in grid[3] if n <= most], grid[4]))
         combos = itertools.product(layer, repeat=depth) if layerwise else ((one,) * depth for one in layer)
         for combo in combos:
             heads, widths = [h for h, _ in combo], [w for _, w in combo]
             n = n_params(
-                teacher, SubNet(teacher, n_embd=n_embd, n_layer=depth, n_query_groups=heads, intermediate_size=widths)
-            )
+                teacher,
+                SubNet(
+                    teacher, n_embd=n_embd, n_layer=depth, n_query_groups=heads, intermediate_size=widths,
+                    head_size=head_size,
+                ),
+            )  # fmt: skip
             counts[n] = counts.get(n, 0) + 1
     return counts
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["uniform", "layerwise"])
+@pytest.fixture(
+    scope="module",
+    params=itertools.product([False, True], repeat=2),
+    ids=["uniform", "convertible_uniform", "layerwise", "convertible_layerwise"],
+)
 def tiny(request):
-    return SizeSpace(TINY, request.param, False, SpaceArgs()), sorted(brute_force(TINY, request.param))
+    layerwise, convertible = request.param
+    if not convertible:
+        return SizeSpace(TINY, layerwise, False, SpaceArgs()), sorted(brute_force(TINY, layerwise))
+    teacher, args = dataclasses.replace(TINY, n_embd=8), SpaceArgs(fixed=[], convertible=True)
+    return SizeSpace(teacher, layerwise, False, args), sorted(brute_force(teacher, layerwise, True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -365,11 +439,13 @@ def test_an_order_changes_which_units_are_kept_and_nothing_else():
         (SpaceArgs(fixed=["n_head"]), "search_space.fixed names dimensions"),
         (SpaceArgs(layers="last"), "'any', 'first' or 'best'"),
         (SpaceArgs(layers="best"), "'best' needs --order importance"),
+        (SpaceArgs(convertible=True), "convertible needs a teacher with n_embd = n_head . head_size, got 40, 4 and 8"),
     ],
 )
 def test_wrong_space_settings_are_refused(args, message):
+    teacher = dataclasses.replace(PYTHIA, n_embd=40) if args.convertible else PYTHIA
     with pytest.raises(UserError, match=message):
-        Space(PYTHIA, "coarse_uniform", Bin(1, 10**9), args=args)
+        Space(teacher, "coarse_uniform", Bin(1, 10**9), args=args)
 
 
 def test_an_unknown_space_and_a_bin_beyond_the_teacher_are_refused():

@@ -19,6 +19,8 @@ from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, s
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
+from litgpt_whittle.hf.export import fit_heads
+from litgpt_whittle.hf.families import check_expressible
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
@@ -135,12 +137,23 @@ def setup(
     extra = {BASIS: {"basis": repaired.basis}} if repaired else None
     save_checkpoint(out_dir.resolve(), subnet, student, checkpoint_dir, choice, extra)
     print(_summary(subnet, counts, sub_network, out_dir))
+    if why := _why_not_convertible(subnet):
+        print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot hand it to transformers: {why}")
     if repaired:
         plot_repair(repaired.layers, out_dir / "repair.png")
         print(_repair_summary(repaired))
         scratch.remove()
     if not any((out_dir / name).is_file() for name in TOKENIZER_FILES):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
+
+
+def _why_not_convertible(subnet: SubNet) -> str | None:
+    """What of a student, as it is saved, its class in transformers cannot express; None where it can."""
+    try:
+        fit_heads(subnet.config, check_expressible(subnet.config))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
@@ -254,8 +267,9 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
     lines += [f"  {name:<11} {of} -> {kept}" for name, of, kept in _sizes(subnet)]
     if not subnet.is_uniform:
         lines += [
-            f"Its layers differ in width. Stock litgpt opens it with the same outputs: {WEIGHTS} is padded with zeros",
-            f"to {counts['n_params_padded']:,} parameters. litgpt_whittle.load_model opens its {after:,}.",
+            "Its layers differ in width, or its heads do not fill the channels as transformers asks for. Stock litgpt",
+            f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,} "
+            f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
     weights = out_dir / WEIGHTS
     return "\n".join(

@@ -187,14 +187,17 @@ def _super_network(start_dir: Path | None, model_name: str | None, model_config:
             "from random weights"
         )
     model = Student.choose(start_dir, None, None, model_name, model_config)
+    config = model.config
     with torch.device("meta"):
-        is_layerwise = isinstance(model.build(), LayerwiseGPT)
-    if is_layerwise:
+        built = model.build()
+    if isinstance(built, LayerwiseGPT):
+        config = built.shape.layer_config(0)
+    if isinstance(built, LayerwiseGPT) and len({built.shape.layer(i).sizes for i in range(len(built.shape))}) > 1:
         raise UserError(
             f"a super-network's layers must all have the same sizes, those of {str(start_dir)!r} differ; choose a "
             "uniform one"
         )
-    return dataclasses.replace(model, build=lambda: SuperGPT(model.config))
+    return dataclasses.replace(model, config=config, build=lambda: SuperGPT(config))
 
 
 def main(

@@ -158,6 +158,8 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
     lines = [table(reports)]
     if notes["perplexity"] is not None:
         lines.append(f"perplexity {notes['perplexity_before']:.2f} -> {notes['perplexity']:.2f}")
+    else:
+        lines.append("Perplexity was not measured, for which there is no data; add --data HFText --data.path PATH.")
     if unseen := notes["saw_no_tokens"]:
         lines.append(f"No token was routed to these, which were pruned by magnitude: {', '.join(unseen)}.")
     return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. Try: litgpt generate {out_dir}"])

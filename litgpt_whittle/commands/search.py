@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,7 @@ from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.hf.families import FAMILIES, family_name
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
@@ -46,6 +48,7 @@ from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, c
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.strategies.surrogate_search import SurrogateSearch, with_surrogate
@@ -154,6 +157,7 @@ def setup(
     objectives = [*strategy.objectives, *limits.ranges]
     measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
     searcher, surrogate_settings = with_surrogate(strategy, surrogate, teacher, ranking, seed)
+    chosen, search_space = search_space, decided(search_space, teacher)
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
     searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
     racing = RacingArgs() if racing is True else racing or None
@@ -165,6 +169,8 @@ def setup(
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = launch(n, precision, num_nodes)
     L.seed_everything(seed, verbose=False)
+    if search_space != chosen and rank() == 0:
+        print(_convertible_note(teacher), file=sys.stderr)
     batches = []
     if reads_data:
         validation_only = not getattr(measure, "n_calibration", 0)
@@ -176,7 +182,7 @@ def setup(
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "space": space,
-        "search_space": asdict(search_space),
+        "search_space": asdict(search_space) | {"convertible": search_space.convertible or None},
         "order": order,
         "importance": ranking and (ranking.scores_fingerprint if needs_importance else ranking.fingerprint),
         "bin": [str(search.space.bin) for search in searches],
@@ -213,6 +219,14 @@ def setup(
         loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
         choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
         main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"])
+
+
+def _convertible_note(teacher: Config) -> str:
+    architecture = FAMILIES[family_name(teacher)].architecture
+    return (
+        f"Students stay convertible to {architecture} of transformers, with n_embd a multiple of {teacher.head_size} "
+        "(head_size) and no more heads than fit into it; --search_space.convertible false lifts that"
+    )
 
 
 def _header(

@@ -153,7 +153,10 @@ class HFText(DataModule):
 
     def _checked_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError("HFText needs a tokenizer; set --tokenizer_dir to a checkpoint directory that has one")
+            raise UserError(
+                "HFText needs a tokenizer; set --tokenizer_dir to a directory that has one, or, where the command has "
+                "no such flag, copy tokenizer.json or tokenizer.model into the checkpoint directory"
+            )
         if self.tokenizer.eos_id is None:
             raise UserError(
                 f"the tokenizer of {self.tokenizer.model_name!r} names no eos_token, which separates documents; "
@@ -166,7 +169,8 @@ class HFText(DataModule):
 
         tokenizer = self._checked_tokenizer()
         path, split = self._source(part)
-        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming)
+        option = "data.path" if path == str(self.path) else "data.val_path"
+        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming, option)
         texts = itertools.islice(texts, self.max_documents)
         if (held_out := self._splits_itself(part)) is not None:
             texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
@@ -181,7 +185,7 @@ class HFText(DataModule):
 
 
 def read_texts(
-    path: str, name: str | None, split: str, column: str, streaming: bool
+    path: str, name: str | None, split: str, column: str, streaming: bool, option: str = "data.path"
 ) -> tuple[Iterator[str], int | None]:
     """The documents of a local file, a folder or a dataset on the hub that are not blank, and how many at most.
 
@@ -204,11 +208,13 @@ def read_texts(
         else:
             data = datasets.load_dataset(path, name, split=split, streaming=streaming)
     except StopIteration:
-        raise UserError(f"data.path {path!r} is empty; name data that has text") from None
+        raise UserError(f"{option} {path!r} is empty; name data that has text") from None
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         what = "read" if files else "found, neither as a file or folder nor on the Hugging Face hub"
-        raise UserError(f"data.path {path!r} cannot be {what} ({reason}); check the name") from None
+        # the hub's client says no more than this once it was closed by an earlier failure
+        told = "" if "client has been closed" in reason else f" ({reason})"
+        raise UserError(f"{option} {path!r} cannot be {what}{told}; check the name") from None
     columns = data.column_names
     if columns is not None and column not in columns:
         raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")

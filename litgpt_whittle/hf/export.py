@@ -20,7 +20,7 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
 from litgpt_whittle.hf.config import student_hf_config, text_part
-from litgpt_whittle.hf.families import Family, check_expressible
+from litgpt_whittle.hf.families import Family, check_expressible, filled_heads
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
@@ -112,18 +112,14 @@ def fit_heads(config: Config, family: Family) -> SubNet:
     n_embd, size, groups = config.n_embd, config.head_size, config.n_query_groups
     if family.free_heads or config.n_head * size == n_embd:
         return SubNet.full(config)
-    n_head, rest = divmod(n_embd, size)
-    has_own_keys = groups == config.n_head
-    if rest or n_head < config.n_head or (not has_own_keys and n_head % groups):
+    if (filled := filled_heads(config)) is None:
         raise UserError(
             f"{family.architecture} of transformers has heads of n_embd / n_head dimensions, got n_embd = {n_embd}, "
             f"n_head = {config.n_head} and head_size = {size}; keep n_embd at a multiple of {size} and at most "
-            f"n_embd / {size} heads, as a search does with --search_space.fixed '[head_size, n_embd]'"
+            f"n_embd / {size} heads, as --search_space.convertible and --search_space.fixed '[head_size, n_embd]' do"
         )
-    wider = dataclasses.replace(config, n_head=n_head, n_query_groups=n_head if has_own_keys else groups)
-    if has_own_keys:
-        return SubNet(wider, n_query_groups=groups)
-    return SubNet(wider, heads_per_group=config.n_head // groups)
+    wider = dataclasses.replace(config, n_head=n_embd // size, n_query_groups=filled[0])
+    return SubNet(wider, n_query_groups=groups, heads_per_group=config.n_head // groups)
 
 
 def hf_content(

@@ -219,6 +219,29 @@ def family_name(config: Config) -> str:
     return "Llama" if config.sliding_window_size is None else "Mistral"
 
 
+def shares_channels(config: Config) -> bool:
+    """Whether a model's heads fill its channels, as its class in `transformers` asks of all models."""
+    return not FAMILIES[family_name(config)].free_heads and config.n_head * config.head_size == config.n_embd
+
+
+def filled_heads(config: Config) -> tuple[int, int] | None:
+    """Query groups and heads per group of the model that heads of zeros make of this one, to fill its channels.
+
+    Returns:
+        None where `n_embd` is no multiple of the head size, or has no room for the heads that there are.
+    """
+    n_head, rest = divmod(config.n_embd, config.head_size)
+    groups = config.n_query_groups
+    per_group = config.n_head // groups
+    if rest or n_head < config.n_head:
+        return None
+    # zeros with keys of their own get no gradient; Falcon's only head may be one of many that share their keys
+    if per_group == 1 and (groups > 1 or family_name(config) != "Falcon"):
+        return n_head, 1
+    wider = (n for n in range(groups, n_head + 1) if n_head % n == 0 and n_head // n >= per_group)
+    return next(((n, n_head // n) for n in wider), None)
+
+
 def check_expressible(config: Config) -> Family:
     """The family of a model, once it is known that its class in `transformers` can be built like it.
 

@@ -27,6 +27,7 @@ from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
@@ -147,11 +148,11 @@ class Stages:
             UserError: If a bin is out of reach.
         """
         args, tied = self.searched, is_tied(read_weights(self.request.checkpoint_dir))
-        limits = Limits()
+        space, limits = decided(args.search_space, self.teacher), Limits()
         if ranges := args.limit.ranges():
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
         return {
-            name: Space(self.teacher, args.space, bin, tied, args.search_space, limits=limits).sample(
+            name: Space(self.teacher, args.space, bin, tied, space, limits=limits).sample(
                 np.random.default_rng(self.request.seed)
             )
             for name, bin in self.request.bins.items()

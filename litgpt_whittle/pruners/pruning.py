@@ -64,7 +64,8 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
         sparsity: How sparse they become.
 
     Raises:
-        UserError: If a target names nothing, or inputs cannot be divided into the pattern's groups.
+        UserError: If a target names nothing, nothing would become zero, or inputs cannot be divided into the
+            pattern's groups.
     """
     layers = []
     for i in range(len(shape)):
@@ -79,6 +80,11 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
         {name: module for name, module in maps.items() if any(_matches(kind_of(name), target) for target in targets)}
         for maps in layers
     ]
+    largest = max(module.weight.numel() for maps in chosen for module in maps.values())
+    if round(sparsity.share * largest) == 0:
+        raise UserError(
+            f"sparsity must make some weight of a map zero, got {sparsity.share} of at most {largest:,}; raise it"
+        )
     for i, maps in enumerate(chosen):
         for name, module in maps.items():
             if module.in_features % sparsity.group:

@@ -7,7 +7,7 @@ import torch
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.pruners.base import Pruner, Sparsity, lowest
-from litgpt_whittle.searching.args import check_positive
+from litgpt_whittle.searching.args import check_positive, is_number
 
 
 class SparseGPT(Pruner):
@@ -25,8 +25,8 @@ class SparseGPT(Pruner):
 
     def __init__(self, sparsity: Sparsity, damp: float = 0.01, block_size: int = 128) -> None:
         super().__init__(sparsity)
-        if not damp > 0:
-            raise UserError(f"method.damp must be above 0, got {damp}; 0.01 is the paper's")
+        if not (is_number(damp) and damp > 0):
+            raise UserError(f"method.damp must be above 0, got {damp!r}; 0.01 is the paper's")
         check_positive("method", block_size=block_size)
         self.damp = damp
         # a group is never torn apart

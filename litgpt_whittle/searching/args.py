@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from litgpt_whittle.amounts import Range
 from litgpt_whittle.errors import UserError
@@ -101,6 +101,10 @@ class SpaceArgs:
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first", "best"] = "any"
     """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
+    convertible: bool | None = None
+    """Whether heads take no more than the channels and may fill them, as transformers' classes for Pythia (GPT-NeoX),
+    StableLM and Falcon ask for: `n_embd` stays a multiple of the teacher's `head_size`. By default, a search for
+    students of such a teacher keeps to it, nothing else does"""
 
 
 @dataclass
@@ -198,9 +202,10 @@ def check_positive(section: str, **values: int | None) -> None:
         UserError: If there is one.
     """
     for name, value in values.items():
-        if value is not None and (value != int(value) or value < 1):
+        if value is not None and not (is_number(value) and value >= 1 and value == int(value)):
+            is_small = is_number(value) and value < 1
             raise UserError(
-                f"{section}.{name} must be {'a whole number, ' if value >= 1 else ''}at least 1, got {value}"
+                f"{section}.{name} must be {'' if is_small else 'a whole number, '}at least 1, got {value!r}"
             )
 
 
@@ -211,5 +216,10 @@ def check_shares(section: str, **values: float) -> None:
         UserError: If there is one.
     """
     for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{section}.{name} must be between 0 and 1, got {value}")
+        if not (is_number(value) and 0 <= value <= 1):
+            raise UserError(f"{section}.{name} must be between 0 and 1, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number; settings of parts that are found by name come with no types."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -211,7 +211,7 @@ class _LayerTable:
             self.multiples.append(1)
             for axis, name in enumerate((*ATTENTION, space.kinds[kind].width)):
                 self.users.setdefault((name, at), []).append((term, axis))
-        self.grids = {key: space.grids[key[0]] for key in self.users}
+        self.grids = {key: space.own_grid(key[0], *shared[:2]) for key in self.users}
 
     def cost(self, term: int, sizes: list) -> int:
         """The cost of the layers of one term: groups, heads per group, neurons."""

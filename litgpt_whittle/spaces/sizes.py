@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.hf.families import FAMILIES, family_name, shares_channels
 from litgpt_whittle.index_plan import layer_params, root_params
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import legal_head_sizes
@@ -76,6 +78,10 @@ class SizeSpace:
         """Whose first n layers are kept; None where any n may be"""
         self.limits = _limits(teacher)
         self.grids = {name: self._grid(name, limit) for name, limit in self.limits.items()}
+        self.sharing = _sharing(teacher) if args.convertible else None
+        """Which heads share the channels; None where any number of heads may lie beside any number of channels"""
+        if self.sharing is not None:
+            self._keep_convertible(self.sharing)
         self.root = [root_params(teacher, n, tied) for n in (1, 2)]
         self._find_kinds()
         self._find_depths()
@@ -89,6 +95,25 @@ class SizeSpace:
             raise UserError(f"search_space.smallest.{name} must be at most the teacher's {limit}, got {least}")
         legal = set(_legal(self.teacher, name, limit))
         return [n for n in (*range(-(-least // step) * step, limit, step), limit) if n in legal]
+
+    def _keep_convertible(self, sharing: _Sharing) -> None:
+        """Leaves out channels and head sizes with which heads could not fill the channels.
+
+        What is left needs no look at the other: all head sizes divide the teacher's, of which all channels are
+        multiples. So the most heads that fit into them are always in steps of the heads' own, and the largest layer
+        grows with the channels and with the head size, on which the closed form of what is within reach counts.
+        """
+        size, heads = self.teacher.head_size, set(self.grids[sharing.name])
+        each = size * sharing.groups
+        self.grids["head_size"] = [n for n in self.grids["head_size"] if size % n == 0]
+        self.grids["n_embd"] = [n for n in self.grids["n_embd"] if n % each == 0 and n // each in heads]
+
+    def own_grid(self, name: str, n_embd: int, head_size: int) -> list[int]:
+        """The sizes that a layer's own dimension may have beside these shared ones."""
+        grid, sharing = self.grids[name], self.sharing
+        if sharing is None or name != sharing.name:
+            return grid
+        return grid[: bisect_right(grid, n_embd // (head_size * sharing.groups))]
 
     # what a layer costs -----------------------------------------------------------------------------------------------
 
@@ -163,8 +188,24 @@ class SizeSpace:
 
     def reaches(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low = [_contract(kind.low, lo[:2] + [lo[2] if kind.has_experts else 0]) for kind in self.kinds]
-        high = [_contract(kind.high, hi[:2] + [hi[2] if kind.has_experts else 0]) for kind in self.kinds]
+        high = [self._highest(kind, hi[:2] + [hi[2] if kind.has_experts else 0]) for kind in self.kinds]
         return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])
+
+    def _highest(self, kind: _Kind, shared: list[int]) -> np.ndarray:
+        """What the largest layer of a kind costs beside these shared sizes."""
+        if self.sharing is None:
+            return _contract(kind.high, shared)
+        return kind.at(*shared, *(self.own_grid(name, *shared[:2])[-1] for name in (*ATTENTION, kind.width)))
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Which heads share the channels: `n_embd` of them are at least `groups * size * head_size`."""
+
+    name: str
+    """The size, one of `ATTENTION`"""
+    groups: int
+    """How many of the teacher's there are of it"""
 
 
 class _Kind:
@@ -199,6 +240,29 @@ def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
         slope = (values.take([-1], axis) - first) // max(hi - lo, 1)
         values = np.concatenate((first - slope * lo, slope), axis)
     return values
+
+
+def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:
+    """A search's space with `convertible` decided: true where it is needed for what may shrink, else as it was."""
+    is_needed = shares_channels(teacher) and not {"n_embd", "head_size"} <= set(args.fixed)
+    return replace(args, convertible=True) if args.convertible is None and is_needed else args
+
+
+def _sharing(teacher: Config) -> _Sharing | None:
+    """What must fit into the channels; None where the teacher's class takes heads of any size.
+
+    Raises:
+        UserError: If the teacher itself does not fit.
+    """
+    if FAMILIES[family_name(teacher)].free_heads:
+        return None
+    if not shares_channels(teacher):
+        raise UserError(
+            f"search_space.convertible needs a teacher with n_embd = n_head * head_size, got {teacher.n_embd}, "
+            f"{teacher.n_head} and {teacher.head_size}; leave it out"
+        )
+    has_own_keys = teacher.n_query_groups == teacher.n_head
+    return _Sharing("n_query_groups", 1) if has_own_keys else _Sharing("heads_per_group", teacher.n_query_groups)
 
 
 def _positional(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
