@@ -182,7 +182,8 @@ def setup(
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "space": space,
-        "search_space": asdict(search_space) | {"convertible": search_space.convertible or None},
+        # journals from before there was `convertible` are of spaces without it
+        "search_space": {k: v for k, v in asdict(search_space).items() if k != "convertible" or v},
         "order": order,
         "importance": ranking and (ranking.scores_fingerprint if needs_importance else ranking.fingerprint),
         "bin": [str(search.space.bin) for search in searches],
