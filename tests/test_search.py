@@ -112,7 +112,7 @@ def test_students_are_convertible_unless_told_otherwise(checkpoint, tmp_path, ca
         header, evaluations = read_journal(out / "journal.jsonl")
         configs = [SubNet.from_dict(TEACHER, e.subnet).config for e in evaluations]
         fits = [config.n_head * config.head_size == config.n_embd for config in configs]
-        assert all(fits) == (header["settings"]["search_space"]["convertible"] is True) == (convertible is None)
+        assert all(fits) == (header["settings"]["search_space"].get("convertible") is True) == (convertible is None)
 
 
 def test_a_search_leaves_what_it_found(checkpoint, tmp_path, capsys):
