@@ -5,6 +5,7 @@
 Questions (all by default, or `--questions starts …`):
 
 starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
+repairs     the closed form alone, and the LM head fitted to the teacher's predictions; with and without the teacher
 strategies  evolution, random search, or importance alone, before and after training
 fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
 spaces      the four search spaces, a small and a middle student
@@ -14,6 +15,7 @@ teachers    one teacher to be cut from and another to distill: one of another sh
             domain, which is the teacher after a million tokens of C++, the headers that come with PyTorch
 
 All students train on equally many tokens, with the teacher's whole predictions from a cache where nothing else is said.
+They are repaired in closed form alone, but where the question is what the rest of the repair is worth.
 With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one, which
 is then the other teacher. What is finished is kept, so that an interrupted run goes on; a student that two questions
 ask for is trained once. Tables, pictures and their figures (CSV) go to `out/evidence/TEACHER`, or to --report; seeds
@@ -60,6 +62,8 @@ class Student:
     found: Path
     """The sub-network's YAML"""
     repaired: bool = True
+    head_passes: int = 0
+    """Of its repair"""
     flags: tuple[str, ...] = ("--distill.alpha=0.2", "--distill.beta=0.8", "--distill.temperature=0.9")
     """Of its training; the paper's by default"""
     codec: str | None = "full"
@@ -123,10 +127,14 @@ class Bench:
     def cut(self, student: Student, seed: int) -> Path:
         """The checkpoint that a student starts from; another seed calibrates on other text."""
         name = student.found.parent.name + (f"-repaired-{seed}" if student.repaired else "-plain")
+        name += f"-head-{student.head_passes}" if student.head_passes else ""
         name += "" if student.source is None else "-other"
         folder = self.out_dir / "starts" / name
         if not (folder / "lit_model.pth").is_file():
-            repair = [f"--repair.tokens={CALIBRATION}", *self.data.flags(16, seed)] if student.repaired else []
+            repair = []
+            if student.repaired:
+                repair = [f"--repair.tokens={CALIBRATION}", f"--repair.head_passes={student.head_passes}"]
+                repair += self.data.flags(16, seed)
             litgpt("extract", student.source or self.data.teacher, student.found, f"--out_dir={folder}", *repair)
         return folder
 
@@ -160,12 +168,22 @@ class Bench:
 def starts(bench: Bench, seed: int) -> dict[str, Student]:
     found, alone = bench.found(1 / 3, 1, "--strategy=EvoPress"), ("--distill.beta=0",)
     return {
-        "random weights": Student(found, False, (*alone, "--random_weights=true")),
-        "random weights, distilled": Student(found, False, (*Student.flags, "--random_weights=true")),
-        "plain cut": Student(found, False, alone),
+        "random weights": Student(found, False, flags=(*alone, "--random_weights=true")),
+        "random weights, distilled": Student(found, False, flags=(*Student.flags, "--random_weights=true")),
+        "plain cut": Student(found, False, flags=alone),
         "plain cut, distilled": Student(found, False),
-        "repaired": Student(found, True, alone),
+        "repaired": Student(found, flags=alone),
         "repaired, distilled": Student(found),
+    }
+
+
+def repairs(bench: Bench, seed: int) -> dict[str, Student]:
+    found, alone = bench.found(1 / 3, 1, "--strategy=EvoPress"), ("--distill.beta=0",)
+    return {
+        "closed form": Student(found, flags=alone),
+        "closed form, distilled": Student(found),
+        "and the head": Student(found, head_passes=1, flags=alone),
+        "and the head, distilled": Student(found, head_passes=1),
     }
 
 
@@ -205,13 +223,13 @@ def losses(bench: Bench, seed: int) -> dict[str, Student]:
     found = bench.found(1 / 3, 1, "--strategy=EvoPress")
 
     def distilled(*flags: str, **more: str | None) -> Student:
-        return Student(found, True, (*Student.flags, *(f"--distill.{flag}" for flag in flags)), **more)
+        return Student(found, flags=(*Student.flags, *(f"--distill.{flag}" for flag in flags)), **more)
 
     return {
         "the paper's (α 0.2, β 0.8, T 0.9)": Student(found),
         "α 0, β 1": distilled("alpha=0", "beta=1"),
         "α 0.5, β 0.5": distilled("alpha=0.5", "beta=0.5"),
-        "no teacher": Student(found, True, ("--distill.beta=0",)),
+        "no teacher": Student(found, flags=("--distill.beta=0",)),
         "T 0.5": distilled("temperature=0.5"),
         "T 2": distilled("temperature=2"),
         "T 4": distilled("temperature=4"),
@@ -227,7 +245,7 @@ def losses(bench: Bench, seed: int) -> dict[str, Student]:
 def codecs(bench: Bench, seed: int) -> dict[str, Student]:
     found = bench.found(1 / 3, 1, "--strategy=EvoPress")
     cached = {name: Student(found, codec=name) for name in ("full", "top_k", "sampled")}
-    return {"no teacher": Student(found, True, ("--distill.beta=0",)), "live": Student(found, codec=None), **cached}
+    return {"no teacher": Student(found, flags=("--distill.beta=0",)), "live": Student(found, codec=None), **cached}
 
 
 def teachers(bench: Bench, seed: int) -> dict[str, Student]:
@@ -245,6 +263,7 @@ def teachers(bench: Bench, seed: int) -> dict[str, Student]:
 
 QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "starts": starts,
+    "repairs": repairs,
     "strategies": strategies,
     "fitness": fitness,
     "spaces": spaces,
