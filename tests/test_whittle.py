@@ -50,6 +50,10 @@ SECTIONS = {
 }
 
 
+def changed(section, **settings):
+    return {section: SECTIONS[section] | settings}
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whittle") / "teacher"
@@ -172,6 +176,40 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             "reverse_kl is biased",
         ),
         ({"out_dir": "."}, "out_dir must be empty, new or a pipeline's"),
+        ({"data": HFText(path="missing.jsonl")}, "rank: data.path 'missing.jsonl' cannot be found"),
+        (changed("distill", **{"data.path": "missing.jsonl"}), "distill: data.path 'missing.jsonl' cannot be found"),
+        (changed("distill", **{"data.text_column": "body"}), "data.text_column 'body' is not in"),
+        (changed("distill", **{"train.max_tokens": 10}), "must allow one step of 128 tokens, got 10"),
+        (changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}), "one step of 16,384 tokens"),
+        (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
+        (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
+        (changed("search", **{"train.max_seq_length": 64}), "search: train.max_seq_length .* block_size 32, got 64"),
+        (changed("search", selection={"config": "nofile.yaml"}), "selection.config is read for selection.rungs only"),
+        (
+            changed("search", selection={"config": "nofile.yaml", "rungs": ["2x256"]}),
+            "search: cannot read selection.config 'nofile.yaml'",
+        ),
+        (
+            changed("search", order="importance") | {"rank": False},
+            "search: .* needs --search.importance, the importance",
+        ),
+        (changed("search", teacher_placement="sharded"), "teacher_placement sharded .* raise --devices"),
+        (changed("rank", tokens=0), "rank: tokens must be at least 1, got 0"),
+        (changed("extract", **{"repair.tokens": 8}), "extract: .* at least 2 windows of calibration data, got 1"),
+        (
+            changed("distill", **{"distill.hidden.weight": 1}) | {"cache_teacher": True},
+            "distill.hidden needs a teacher that runs, and the cache to come",
+        ),
+        ({"cache_teacher": {"max_tokens": 10}}, "max_tokens must be at least the 768 that each student is trained on"),
+        (
+            {"cache_teacher": {"temperature": 2.0}},
+            "distill.temperature must be 2.0, at which the cache to come was made",
+        ),
+        (changed("distill", out_dir="x"), "distill.out_dir is what the pipeline itself provides"),
+        (changed("distill", dry_run=True), "distill.dry_run is what the pipeline itself provides"),
+        (changed("distill", random_weights=True), "distill.random_weights is what the pipeline itself provides"),
+        (changed("extract", checkpoint_dir="x"), "extract.checkpoint_dir is what the pipeline itself provides"),
+        ({"cache_teacher": {"resume": True}}, "cache_teacher.resume is what the pipeline itself provides"),
     ],
 )
 def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls, changes, message, monkeypatch):
@@ -179,9 +217,16 @@ def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls,
     (tmp_path / "something").touch()
     settings = {"target": "14K", "out_dir": "out"} | changes
     with pytest.raises(UserError, match=message) as error:
-        run(teacher, data, settings.pop("out_dir"), **settings)
+        run(teacher, settings.pop("data", data), settings.pop("out_dir"), **settings)
     assert "\n" not in str(error.value)
     assert not calls and not (tmp_path / "out").exists()
+
+
+def test_text_needs_a_tokenizer(data, tmp_path, calls):
+    save_checkpoint(tmp_path / "teacher", SubNet.full(TEACHER), GPT(TEACHER).state_dict())
+    with pytest.raises(UserError, match="rank: HFText needs a tokenizer, and .*teacher' has none"):
+        run(tmp_path / "teacher", data, tmp_path / "out", "14K")
+    assert not calls
 
 
 def test_a_dry_run_says_what_the_stages_will_take(teacher, data, tmp_path, calls, capsys):

@@ -87,6 +87,24 @@ class HFText(DataModule):
         self.parts = PARTS
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
 
+    def check(self, reads: bool = False) -> None:
+        """Refuses data that is not there, before anything expensive starts. A name on the hub is not looked up.
+
+        Args:
+            reads: Whether to read a first document of each part, too.
+
+        Raises:
+            UserError: If a file or folder is missing, or the first document cannot be read.
+        """
+        for path, split in {self._source(part): None for part in PARTS}:
+            if not Path(path).exists():
+                if _is_file_name(path):
+                    raise _not_found(path)
+            elif reads:
+                texts, _ = read_texts(path, self.name, split, self.text_column, streaming=True)
+                if next(texts, None) is None:
+                    raise UserError(f"data.path {path!r} is empty; name data that has text")
+
     def prepare_data(self) -> None:
         """Tokenises what has not been tokenised yet.
 
@@ -207,13 +225,28 @@ def read_texts(
         raise UserError(f"data.path {path!r} is empty; name data that has text") from None
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        what = "read" if files else "found, neither as a file or folder nor on the Hugging Face hub"
-        raise UserError(f"data.path {path!r} cannot be {what} ({reason}); check the name") from None
-    columns = data.column_names
-    if columns is not None and column not in columns:
-        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
-    rows = (row[column] for row in data)
+        if not files:
+            raise _not_found(path, f" ({reason})") from None
+        raise UserError(f"data.path {path!r} cannot be read ({reason}); check the name") from None
+    if data.column_names is not None:
+        _check_column(column, data.column_names, path)
+    rows = (_check_column(column, row, path) or row[column] for row in data)
     return (text for text in rows if text and text.strip()), None if streaming else len(data)
+
+
+def _check_column(column: str, columns: Iterable[str], path: str) -> None:
+    if column not in columns:
+        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
+
+
+def _not_found(path: str, reason: str = "") -> UserError:
+    where = "neither as a file or folder nor on the Hugging Face hub"
+    return UserError(f"data.path {path!r} cannot be found, {where}{reason}; check the name")
+
+
+def _is_file_name(path: str) -> bool:
+    """Whether a path cannot be a dataset's name on the hub, which is `name` or `owner/name`."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in {*BUILDERS, ".txt"}
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:

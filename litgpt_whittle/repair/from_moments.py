@@ -61,7 +61,7 @@ class QuickRepair:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
         self.weights = teacher.state_dict()
         tokens = windows.unique().to(self.device)
-        _check_memory(self.config, len(tokens), self.device)
+        check_memory(self.config, len(tokens), self.device)
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
@@ -168,21 +168,44 @@ def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
     return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
 
 
-def _check_memory(config: Config, n_tokens: int, device: torch.device) -> None:
-    """Refuses a teacher whose moments would take more memory than there is."""
-    n_numbers = 0
-    for layer in range(config.n_layer):
-        with torch.device("meta"):
-            block = Block(config, layer)
-        n_numbers += config.n_embd**2 * (1 if config.parallel_residual else 2)
-        for names in _sites(config, layer):
-            n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
+def site_sizes(config: Config, layer: int) -> list[int]:
+    """The inputs of a layer's maps that write to the stream, those counted together that write together."""
+    with torch.device("meta"):
+        block = Block(config, layer)
+    return [sum(block.get_submodule(name).in_features for name in names) for names in _sites(config, layer)]
+
+
+def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
+    """What the moments of all layers take.
+
+    Args:
+        config: The teacher's.
+        n_tokens: Different tokens in the calibration text.
+        device: Where they lie.
+    """
+    streams = config.n_layer * (1 if config.parallel_residual else 2) * config.n_embd**2
+    n_numbers = streams + sum(n_in**2 for layer in range(config.n_layer) for n_in in site_sizes(config, layer))
     by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
-    needed, free = n_numbers * sums_dtype(device).itemsize + by_token, free_memory(device, 1)
+    return n_numbers * sums_dtype(device).itemsize + by_token
+
+
+def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0) -> None:
+    """Refuses a teacher whose moments would take more memory than there is.
+
+    Args:
+        config: The teacher's.
+        n_tokens: Different tokens in the calibration text, 0 where that is not known yet.
+        device: Where the moments will lie.
+        beside: Bytes of what is still to be loaded beside them.
+
+    Raises:
+        UserError: With both numbers.
+    """
+    needed, free = moments_bytes(config, n_tokens, device), free_memory(device, 1) - beside
     if needed > free:
         raise UserError(
             f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
-            f"{readable_size(free)} are free; choose --fitness perplexity, or a larger device"
+            f"{readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger device"
         )
 
 
