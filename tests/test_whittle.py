@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle.commands import distill, search
+from litgpt_whittle.commands import distill, search, whittle
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
@@ -116,6 +118,44 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
     assert len(calls) == len(commands)
     with pytest.raises(UserError, match="search.iterations was 4 and is 5"):
         run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
+
+
+def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, data, tmp_path, monkeypatch):
+    settings, codes = {"target": "14K", "rank": False}, {"search": 0, "extract": 0, "distill": 1}
+
+    def call(command):
+        folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).partition("=")[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        return codes[command[3]]
+
+    def again(match, **changes):
+        with pytest.raises(UserError, match=match) as error:
+            run(teacher, data, tmp_path / "out", **settings | changes)
+        return str(error.value)
+
+    monkeypatch.setattr(pipeline_module, "call", call)
+    assert "run the same command again" not in again("distilled ended with exit code 1; correct what it says above")
+    codes["distill"] = -9
+    # nothing of the distillation is there yet, and devices are no setting
+    longer = changed("distill", **{"train.max_tokens": 1024})
+    again("distilled ended with exit code -9; run the same command again", **longer, devices="auto")
+    (tmp_path / "out/14K/distilled/step-00000002").mkdir()
+    (tmp_path / "out/14K/distilled/step-00000002/training_state.pth").touch()
+    said = again("distill.train.max_tokens was 1024 and is 768; change back, delete .*14K/distilled, or choose another")
+    assert "initial_checkpoint_dir" not in said and "14K/start" not in said
+    shorter = longer | changed("search", iterations=3)
+    again("search.iterations was 4 and is 3; change back, delete .*out/search, .*start, .*distilled,", **shorter)
+    shutil.rmtree(tmp_path / "out/search")
+    again("14K/start has begun with what search left, which is to run anew; delete .*start, .*distilled, or", **shorter)
+    shutil.rmtree(tmp_path / "out/14K")
+    again("ended with exit code -9", **shorter)
+    codes |= {"search": 1, "extract": 1, "distill": 0}
+    monkeypatch.setattr(whittle, "write_outcome", lambda *_: [["a student"]])
+    run(teacher, data, tmp_path / "out", **settings | shorter)
+    shutil.rmtree(tmp_path / "out/search")  # what has served its end is not made again
+    run(teacher, data, tmp_path / "out", **settings | shorter)
+    shutil.rmtree(tmp_path / "out/14K")
+    again("stage search ended with exit code 1", **shorter)
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ def setup(
     pipeline = Pipeline(out_dir, arguments | {"teacher": file_fingerprint(checkpoint_dir / WEIGHTS)})
     request = Request(checkpoint_dir, _targets(target), out_dir, data, devices, seed, baseline)
     stages = Stages(request, rank, search or {}, extract or {}, cache_teacher, distill or {})
+    pipeline.check(stages.all())
     memory = stages.check()
     if dry_run:
         print(memory)
