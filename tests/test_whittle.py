@@ -24,11 +24,15 @@ from litgpt_whittle.commands import distill, search, whittle
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.fitness import RepairedPerplexity
+from litgpt_whittle.pipeline import estimates
 from litgpt_whittle.pipeline import run as pipeline_module
 from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
 from litgpt_whittle.pipeline.run import folder_of
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.pipeline.stages import Request, Stages
+from litgpt_whittle.repair import costs as repair_costs
+from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.supergpt import student_model
@@ -272,6 +276,7 @@ def test_text_needs_a_tokenizer(data, tmp_path, calls):
 def test_a_dry_run_says_what_the_stages_will_take(teacher, data, tmp_path, calls, capsys):
     run(teacher, data, tmp_path / "out", "18K,14K", dry_run=True)
     printed = capsys.readouterr().out
+    assert "Training 18K, as a" in printed and "Disk for the teacher's cache: " in printed
     assert "at the peak" in printed and "18K/distilled" in printed and "weights per device" in printed
     assert not calls and not (tmp_path / "out").exists()
 
@@ -285,6 +290,7 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     bins = {"14K": Bin.parse("14K")}
     request = Request(teacher, bins, tmp_path, data, 1, 42, True)
     sections = {name: SECTIONS[name] for name in ("rank", "search", "extract", "distill")}
+    sections |= changed("search", fitness="perplexity")
     stages = Stages(request, cache=True, **sections)
     whole, part = (counted_flops(subnet, 1, 32) for subnet in (SubNet.full(TEACHER), stages.examples["14K"]))
     found = {cost.name: cost for cost in costs(stages)}
@@ -306,6 +312,43 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
     again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
     assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # once more forward
+
+
+def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+
+    def cost(**changes):
+        return costs(Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"]))[1]
+
+    plain, repaired, twice = cost(fitness="perplexity"), cost(), cost(iterations=8)
+    whole = counted_flops(SubNet.full(TEACHER), 1, 32)
+    assert repaired.tokens - plain.tokens == RepairedPerplexity.n_calibration
+    assert repaired.forward - plain.forward > RepairedPerplexity.n_calibration * whole
+    solves = (twice.forward - repaired.forward) / 4 - plain.forward / 4
+    n_in = 32 + 128  # a writing map's inputs, of attention and the parallel MLP
+    assert 3 * (0.2 * n_in) ** 3 < solves < 3 * 200 * n_in**3
+    model = load_model(teacher, "SuperGPT")
+    repair = QuickRepair(model, torch.arange(300).view(-1, 30))
+    moments = [m for layer in repair.layers for m in (layer.before_attn, *layer.moments.values())]
+    held = sum(m.zz.numel() * 8 for m in moments) + sum(means.total.numel() * 4 for means in repair.before.values())
+    assert repaired.weights - plain.weights == held
+
+
+def test_speed_is_measured_on_a_block(teacher, data, tmp_path, monkeypatch):
+    """Whatever the teacher's size, and in a moment."""
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+    stages, built = Stages(request, None, SECTIONS["search"], {}, None, SECTIONS["distill"]), []
+    monkeypatch.setattr(estimates, "student_model", lambda subnet: built.append(subnet) or student_model(subnet))
+    speed = estimates.measure_speed(stages, budget=0.1)
+    assert speed.forward > 0 and speed.training > 0
+    assert [len(subnet) for subnet in built] == [1, 1] and len(built[1].n_embd) == TEACHER.n_embd
+
+
+def test_moments_that_cannot_fit_are_told_before_the_ranking(teacher, data, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(repair_costs, "free_memory", lambda *_: 1000)
+    with pytest.raises(UserError, match="search: a repair from moments keeps .*; choose --search.fitness perplexity"):
+        run(teacher, data, tmp_path / "out", "14K")
+    assert not calls
 
 
 def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path):

@@ -11,8 +11,8 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
-from litgpt_whittle.pipeline.estimates import cost_table, costs, measure_speed
+from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.pipeline.estimates import cache_bytes, cost_table, costs, measure_speed
 from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.stages import Request, Stages
@@ -78,7 +78,9 @@ def setup(
     memory = stages.check()
     if dry_run:
         print(memory)
-        print("Measuring the speed of this machine, for a minute, or one pass if that takes longer …", flush=True)
+        if stages.caches:
+            print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
+        print("Measuring the speed of this machine on single blocks …", flush=True)
         print(as_text(cost_table(costs(stages), measure_speed(stages))))
         return
     try:

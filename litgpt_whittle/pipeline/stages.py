@@ -220,8 +220,8 @@ class Stages:
             try:
                 distill.setup(**arguments | {"sub_network": path, "out_dir": self.request.out_dir})
             except NoPlan as error:
-                return str(error)
-        return said.getvalue().strip()
+                return f"Training {name}: {error}"
+        return f"Training {name}, as a random sub-network of its size. {said.getvalue().strip()}"
 
     def _stage(self, section: Section, folder: Path, *inputs: Path, **more: Any) -> Stage:
         return Stage(section.name, folder, merge(section.settings, more), section.flags, inputs)

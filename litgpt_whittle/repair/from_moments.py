@@ -13,16 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import nn
 
 from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping_at
-from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import readable_size
-from litgpt_whittle.index_plan import Plan, layer_plan
-from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve, sums_dtype
-from litgpt_whittle.processes import free_memory
+from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
@@ -33,7 +29,8 @@ from litgpt_whittle.repair.basis import (
     set_norm_weight,
     standardised,
 )
-from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, linear_names, not_finite, on
+from litgpt_whittle.repair.costs import check_memory, sites
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -160,55 +157,6 @@ class QuickRepair:
             fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, self.ridge, b))
 
 
-def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
-    """The maps of a block that write to the stream; attention and MLP of a parallel block do it together."""
-    full = SubNet.full(config)
-    plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
-    writing = linear_names(plan, "writing")
-    return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
-
-
-def site_sizes(config: Config, layer: int) -> list[int]:
-    """The inputs of a layer's maps that write to the stream, those counted together that write together."""
-    with torch.device("meta"):
-        block = Block(config, layer)
-    return [sum(block.get_submodule(name).in_features for name in names) for names in _sites(config, layer)]
-
-
-def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
-    """What the moments of all layers take.
-
-    Args:
-        config: The teacher's.
-        n_tokens: Different tokens in the calibration text.
-        device: Where they lie.
-    """
-    streams = config.n_layer * (1 if config.parallel_residual else 2) * config.n_embd**2
-    n_numbers = streams + sum(n_in**2 for layer in range(config.n_layer) for n_in in site_sizes(config, layer))
-    by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
-    return n_numbers * sums_dtype(device).itemsize + by_token
-
-
-def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0) -> None:
-    """Refuses a teacher whose moments would take more memory than there is.
-
-    Args:
-        config: The teacher's.
-        n_tokens: Different tokens in the calibration text, 0 where that is not known yet.
-        device: Where the moments will lie.
-        beside: Bytes of what is still to be loaded beside them.
-
-    Raises:
-        UserError: With both numbers.
-    """
-    needed, free = moments_bytes(config, n_tokens, device), free_memory(device, 1) - beside
-    if needed > free:
-        raise UserError(
-            f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
-            f"{readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger device"
-        )
-
-
 class _LayerMoments:
     """What one block of the teacher reads, and what its writing maps do.
 
@@ -229,7 +177,7 @@ class _LayerMoments:
         self.moments: dict[tuple[str, ...], Moments] = {}
         self.columns: dict[tuple[str, ...], dict[str, slice]] = {}
         """Where each of the maps that write together has its inputs"""
-        for names in _sites(self.config, layer):
+        for names in sites(self.config, layer):
             self._watch(block, names)
         self._orders: Orders = {}
 
