@@ -98,15 +98,16 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
         UserError: If that is not one step, after which nothing would be learned.
     """
     accumulation = train.gradient_accumulation_iters(devices, num_nodes)
-    limits = []
+    limits, n_tokens = [], train.micro_batch_size * seq_length
     if train.max_tokens is not None:
-        limits.append(train.max_tokens // (devices * num_nodes) // (train.micro_batch_size * seq_length))
+        limits.append(train.max_tokens // (devices * num_nodes) // n_tokens)
     if train.max_steps is not None:
         limits.append(train.max_steps * accumulation)
     if min(limits) < accumulation:
         raise UserError(
-            f"train.max_tokens and train.max_steps must allow one step of {train.global_batch_size * seq_length:,} "
-            f"tokens, got {train.max_tokens} and {train.max_steps}; raise them, or lower train.global_batch_size"
+            f"train.max_tokens and train.max_steps must allow one batch of {n_tokens:,} tokens for each of a step's "
+            f"{accumulation * devices * num_nodes:,}, got {train.max_tokens} and {train.max_steps}; raise them, or "
+            "lower train.global_batch_size"
         )
     return min(limits)
 
