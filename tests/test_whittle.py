@@ -201,6 +201,8 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"target": None}, "target must say"),
         ({"target": "14K,14K±3%"}, "targets must differ before their tolerance"),
         ({"target": "3M"}, "3"),
+        ({"target": "3M"}, "^search: no sub-network lies in the bin .*, change --target"),
+        ({"target": "14X"}, "target: a bin looks like"),
         ({"search": {"iterationz": 4}}, "section search cannot be read: .*iterationz"),
         ({"search": {"eval.max_iters": 0}}, "search: eval.max_iters must be at least 1, got 0"),
         ({"search": {"bin": "14K"}}, "search.bin is what the pipeline itself provides"),
@@ -267,6 +269,15 @@ def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls,
         run(teacher, settings.pop("data", data), settings.pop("out_dir"), **settings)
     assert "\n" not in str(error.value)
     assert not calls and not (tmp_path / "out").exists()
+
+
+def test_the_help_names_the_commands_whose_settings_the_sections_hold(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["litgpt-whittle", "whittle", "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    for section in ("rank", "search", "extract", "cache_teacher", "distill"):
+        assert f"litgpt {section} --help" in printed and f"--{section}." in printed
 
 
 def test_text_needs_a_tokenizer(data, tmp_path, calls):

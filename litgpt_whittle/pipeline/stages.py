@@ -181,10 +181,11 @@ class Stages:
             self.rank.told(lambda: rank.check(self.ranked))
         to_come = [self.request.out_dir / "rank" / IMPORTANCE, *self.files()]
         self.search.told(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
+        largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # tells of bins out of reach
         self.extract.told(lambda: extract.check(self.extracted))
         if self.caches:
             self.cache.told(self._check_cache)
-        plan = self.distill.told(self._plan_training)
+        plan = self.distill.told(lambda: self._plan_training(largest))
         for data in self._data():
             data.check(reads=True)
         return plan
@@ -205,9 +206,8 @@ class Stages:
         distill, teacher = self.trained.distill, Path(self.trained.teacher_checkpoint_dir)
         check_cache(contents, "cache to come", distill.objectives()(0.0).terms, distill, self.length, teacher)
 
-    def _plan_training(self) -> str:
-        """Has the distillation check all but the cache, for the largest student."""
-        name = max(self.examples, key=lambda name: self.request.bins[name].hi)
+    def _plan_training(self, name: str) -> str:
+        """Has the distillation check all but the cache, for one of the students."""
         arguments = vars(self.trained) | {"dry_run": True}
         if self.caches:  # the cache is not there yet
             arguments["distill"] = DistillArgs(beta=0.0)
