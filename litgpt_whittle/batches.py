@@ -79,12 +79,36 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
     return asked or min(teacher.block_size, 2048)
 
 
+def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
+    """Refuses text that is not there or that nobody can tokenise, before anything expensive starts.
+
+    Args:
+        data: Any data module; only our own can be asked.
+        checkpoint_dir: Where its tokenizer is to come from; None where no folder has one.
+
+    Raises:
+        UserError: In both cases.
+    """
+    if not isinstance(data, HFText):
+        return
+    if checkpoint_dir is None or not has_tokenizer(checkpoint_dir):
+        where = "" if checkpoint_dir is None else f", and {str(checkpoint_dir)!r} has none"
+        raise UserError(
+            f"HFText needs a tokenizer{where}; put the model's tokenizer.json into its checkpoint directory"
+        )
+    data.check()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint directory has one."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def connect(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
 ) -> None:
     """Readies a data module, with the checkpoint's tokenizer if it has one."""
-    has_tokenizer = any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer else None
+    tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer(checkpoint_dir) else None
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
     if validation_only and isinstance(data, HFText):
         data.parts = ("validation",)

@@ -32,8 +32,7 @@ class Calibration:
 
     def __init__(self, windows: torch.Tensor, micro_batch_size: int = 16, device: torch.device | str = "cpu") -> None:
         n = len(windows)
-        if n < 2:
-            raise UserError(f"a repair needs at least 2 windows of calibration data, got {n}; raise repair.tokens")
+        check_n_windows(n)
         self.windows, self.device = windows, device
         self._first_held_out = n - max(n // 8, 1)
         self.all_batches = [
@@ -78,3 +77,13 @@ class Calibration:
         for batch in self.batches:
             (held_out if self.is_held_out(batch) else fitted).add(*pair(batch))
         return fitted.over_processes(), held_out.over_processes()
+
+
+def check_n_windows(n: int) -> None:
+    """Refuses too few windows: one to fit to and one to judge by are needed.
+
+    Raises:
+        UserError: If there are fewer.
+    """
+    if n < 2:
+        raise UserError(f"a repair needs at least 2 windows of calibration data, got {n}; raise repair.tokens")

@@ -189,6 +189,6 @@ def test_races_need_windows_and_one_score():
 
     search = Search.begin(SPACE, NSGA2(), "nll", 1)
     with pytest.raises(UserError, match="racing needs losses by window, which fitness 'plain' does not give"):
-        check_can_race(Plain, "plain", [search])
+        check_can_race(Plain, "plain", search.strategy)
     with pytest.raises(UserError, match="NSGA2 needs all of them"):
-        check_can_race(Windows, "windows", [search])
+        check_can_race(Windows, "windows", search.strategy)

@@ -64,7 +64,7 @@ def test_a_sub_network_lies_in_the_bin(path):
     assert model.config.padded_vocab_size == recipe.teacher.padded_vocab_size
     assert args.train.max_seq_length <= recipe.teacher.block_size
     if args.racing:
-        check_can_race(Perplexity, args.fitness, [Search.begin(space, args.strategy, "perplexity", 0)])
+        check_can_race(Perplexity, args.fitness, Search.begin(space, args.strategy, "perplexity", 0).strategy)
 
 
 @each("search")

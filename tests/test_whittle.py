@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +20,19 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle.commands import distill, search
+from litgpt_whittle.commands import distill, search, whittle
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.fitness import RepairedPerplexity
+from litgpt_whittle.pipeline import estimates
 from litgpt_whittle.pipeline import run as pipeline_module
 from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
 from litgpt_whittle.pipeline.run import folder_of
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.pipeline.stages import Request, Stages
+from litgpt_whittle.repair import costs as repair_costs
+from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.supergpt import student_model
@@ -48,6 +54,10 @@ SECTIONS = {
         "eval": {"interval": 3, "max_iters": 2},
     },
 }
+
+
+def changed(section, **settings):
+    return {section: SECTIONS[section] | settings}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +124,44 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
         run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
 
 
+def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, data, tmp_path, monkeypatch):
+    settings, codes = {"target": "14K", "rank": False}, {"search": 0, "extract": 0, "distill": 1}
+
+    def call(command):
+        folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).partition("=")[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        return codes[command[3]]
+
+    def again(match, **changes):
+        with pytest.raises(UserError, match=match) as error:
+            run(teacher, data, tmp_path / "out", **settings | changes)
+        return str(error.value)
+
+    monkeypatch.setattr(pipeline_module, "call", call)
+    assert "run the same command again" not in again("distilled ended with exit code 1; correct what it says above")
+    codes["distill"] = -9
+    # nothing of the distillation is there yet, and devices are no setting
+    longer = changed("distill", **{"train.max_tokens": 1024})
+    again("distilled ended with exit code -9; run the same command again", **longer, devices="auto")
+    (tmp_path / "out/14K/distilled/step-00000002").mkdir()
+    (tmp_path / "out/14K/distilled/step-00000002/training_state.pth").touch()
+    said = again("distill.train.max_tokens was 1024 and is 768; change back, delete .*14K/distilled, or choose another")
+    assert "initial_checkpoint_dir" not in said and "14K/start" not in said
+    shorter = longer | changed("search", iterations=3)
+    again("search.iterations was 4 and is 3; change back, delete .*out/search, .*start, .*distilled,", **shorter)
+    shutil.rmtree(tmp_path / "out/search")
+    again("14K/start has begun with what search left, which is to run anew; delete .*start, .*distilled, or", **shorter)
+    shutil.rmtree(tmp_path / "out/14K")
+    again("ended with exit code -9", **shorter)
+    codes |= {"search": 1, "extract": 1, "distill": 0}
+    monkeypatch.setattr(whittle, "write_outcome", lambda *_: [["a student"]])
+    run(teacher, data, tmp_path / "out", **settings | shorter)
+    shutil.rmtree(tmp_path / "out/search")  # what has served its end is not made again
+    run(teacher, data, tmp_path / "out", **settings | shorter)
+    shutil.rmtree(tmp_path / "out/14K")
+    again("stage search ended with exit code 1", **shorter)
+
+
 @pytest.mark.slow
 def test_several_targets_share_ranking_search_and_cache(teacher, data, tmp_path, calls):
     run(teacher, data, tmp_path / "out", "18K,14K")
@@ -153,6 +201,8 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"target": None}, "target must say"),
         ({"target": "14K,14K±3%"}, "targets must differ before their tolerance"),
         ({"target": "3M"}, "3"),
+        ({"target": "3M"}, "^search: no sub-network lies in the bin .*, change --target"),
+        ({"target": "14X"}, "target: a bin looks like"),
         ({"search": {"iterationz": 4}}, "section search cannot be read: .*iterationz"),
         ({"search": {"eval.max_iters": 0}}, "search: eval.max_iters must be at least 1, got 0"),
         ({"search": {"bin": "14K"}}, "search.bin is what the pipeline itself provides"),
@@ -172,6 +222,43 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             "reverse_kl is biased",
         ),
         ({"out_dir": "."}, "out_dir must be empty, new or a pipeline's"),
+        ({"data": HFText(path="missing.jsonl")}, "rank: data.path 'missing.jsonl' cannot be found"),
+        (changed("distill", **{"data.path": "missing.jsonl"}), "distill: data.path 'missing.jsonl' cannot be found"),
+        (changed("distill", **{"data.text_column": "body"}), "data.text_column 'body' is not in"),
+        (changed("distill", **{"train.max_tokens": 10}), "one batch of 128 tokens for each of a step's 1, got 10"),
+        (
+            changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}),
+            "one batch of 128 tokens for each of a step's 128, got 1000",
+        ),
+        (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
+        (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
+        (changed("search", **{"train.max_seq_length": 64}), "search: train.max_seq_length .* block_size 32, got 64"),
+        (changed("search", selection={"config": "nofile.yaml"}), "selection.config is read for selection.rungs only"),
+        (
+            changed("search", selection={"config": "nofile.yaml", "rungs": ["2x256"]}),
+            "search: cannot read selection.config 'nofile.yaml'",
+        ),
+        (
+            changed("search", order="importance") | {"rank": False},
+            "search: .* needs --search.importance, the importance",
+        ),
+        (changed("search", teacher_placement="sharded"), "teacher_placement sharded .* raise --devices"),
+        (changed("rank", tokens=0), "rank: tokens must be at least 1, got 0"),
+        (changed("extract", **{"repair.tokens": 8}), "extract: .* at least 2 windows of calibration data, got 1"),
+        (
+            changed("distill", **{"distill.hidden.weight": 1}) | {"cache_teacher": True},
+            "distill.hidden needs a teacher that runs, and the cache to come",
+        ),
+        ({"cache_teacher": {"max_tokens": 10}}, "max_tokens must be at least the 768 that each student is trained on"),
+        (
+            {"cache_teacher": {"temperature": 2.0}},
+            "distill.temperature must be 2.0, at which the cache to come was made",
+        ),
+        (changed("distill", out_dir="x"), "distill.out_dir is what the pipeline itself provides"),
+        (changed("distill", dry_run=True), "distill.dry_run is what the pipeline itself provides"),
+        (changed("distill", random_weights=True), "distill.random_weights is what the pipeline itself provides"),
+        (changed("extract", checkpoint_dir="x"), "extract.checkpoint_dir is what the pipeline itself provides"),
+        ({"cache_teacher": {"resume": True}}, "cache_teacher.resume is what the pipeline itself provides"),
     ],
 )
 def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls, changes, message, monkeypatch):
@@ -179,14 +266,31 @@ def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls,
     (tmp_path / "something").touch()
     settings = {"target": "14K", "out_dir": "out"} | changes
     with pytest.raises(UserError, match=message) as error:
-        run(teacher, data, settings.pop("out_dir"), **settings)
+        run(teacher, settings.pop("data", data), settings.pop("out_dir"), **settings)
     assert "\n" not in str(error.value)
     assert not calls and not (tmp_path / "out").exists()
+
+
+def test_the_help_names_the_commands_whose_settings_the_sections_hold(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["litgpt-whittle", "whittle", "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    for section in ("rank", "search", "extract", "cache_teacher", "distill"):
+        assert f"litgpt {section} --help" in printed and f"--{section}." in printed
+
+
+def test_text_needs_a_tokenizer(data, tmp_path, calls):
+    save_checkpoint(tmp_path / "teacher", SubNet.full(TEACHER), GPT(TEACHER).state_dict())
+    with pytest.raises(UserError, match="rank: HFText needs a tokenizer, and .*teacher' has none"):
+        run(tmp_path / "teacher", data, tmp_path / "out", "14K")
+    assert not calls
 
 
 def test_a_dry_run_says_what_the_stages_will_take(teacher, data, tmp_path, calls, capsys):
     run(teacher, data, tmp_path / "out", "18K,14K", dry_run=True)
     printed = capsys.readouterr().out
+    assert "Training 18K, as a" in printed and "Disk for the teacher's cache: " in printed
     assert "at the peak" in printed and "18K/distilled" in printed and "weights per device" in printed
     assert not calls and not (tmp_path / "out").exists()
 
@@ -200,6 +304,7 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     bins = {"14K": Bin.parse("14K")}
     request = Request(teacher, bins, tmp_path, data, 1, 42, True)
     sections = {name: SECTIONS[name] for name in ("rank", "search", "extract", "distill")}
+    sections |= changed("search", fitness="perplexity")
     stages = Stages(request, cache=True, **sections)
     whole, part = (counted_flops(subnet, 1, 32) for subnet in (SubNet.full(TEACHER), stages.examples["14K"]))
     found = {cost.name: cost for cost in costs(stages)}
@@ -221,6 +326,43 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
     again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
     assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # once more forward
+
+
+def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+
+    def cost(**changes):
+        return costs(Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"]))[1]
+
+    plain, repaired, twice = cost(fitness="perplexity"), cost(), cost(iterations=8)
+    whole = counted_flops(SubNet.full(TEACHER), 1, 32)
+    assert repaired.tokens - plain.tokens == RepairedPerplexity.n_calibration
+    assert repaired.forward - plain.forward > RepairedPerplexity.n_calibration * whole
+    solves = (twice.forward - repaired.forward) / 4 - plain.forward / 4
+    n_in = 32 + 128  # a writing map's inputs, of attention and the parallel MLP
+    assert 3 * (0.2 * n_in) ** 3 < solves < 3 * 200 * n_in**3
+    model = load_model(teacher, "SuperGPT")
+    repair = QuickRepair(model, torch.arange(300).view(-1, 30))
+    moments = [m for layer in repair.layers for m in (layer.before_attn, *layer.moments.values())]
+    held = sum(m.zz.numel() * 8 for m in moments) + sum(means.total.numel() * 4 for means in repair.before.values())
+    assert repaired.weights - plain.weights == held
+
+
+def test_speed_is_measured_on_a_block(teacher, data, tmp_path, monkeypatch):
+    """Whatever the teacher's size, and in a moment."""
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+    stages, built = Stages(request, None, SECTIONS["search"], {}, None, SECTIONS["distill"]), []
+    monkeypatch.setattr(estimates, "student_model", lambda subnet: built.append(subnet) or student_model(subnet))
+    speed = estimates.measure_speed(stages, budget=0.1)
+    assert speed.forward > 0 and speed.training > 0
+    assert [len(subnet) for subnet in built] == [1, 1] and len(built[1].n_embd) == TEACHER.n_embd
+
+
+def test_moments_that_cannot_fit_are_told_before_the_ranking(teacher, data, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(repair_costs, "free_memory", lambda *_: 1000)
+    with pytest.raises(UserError, match="search: a repair from moments keeps .*; choose --search.fitness perplexity"):
+        run(teacher, data, tmp_path / "out", "14K")
+    assert not calls
 
 
 def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path):

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.batches import connect
+from litgpt_whittle.batches import check_data, connect
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
 from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
@@ -79,36 +80,11 @@ def setup(
         seed: The seed of random draws and of the data's order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    _check(data, temperature, max_tokens, seed)
+    contents = check(Namespace(**locals()))
     check_writable(out_dir)
-    teacher = check_checkpoint(checkpoint_dir)
-    n = n_devices(devices)
-    if (length := train.max_seq_length or teacher.block_size) > teacher.block_size:
-        raise UserError(
-            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {length}; "
-            "lower it"
-        )
-    if teacher_placement == "sharded" and n == 1:
-        raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
-    gives = make_codec(codec, teacher.padded_vocab_size, temperature).gives
-    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-    read_weights(checkpoint_dir)  # so that damaged ones are told before the data is read
-    contents = Contents(
-        teacher=teacher.name,
-        weights=file_fingerprint(checkpoint_dir / WEIGHTS),
-        vocab_size=teacher.padded_vocab_size,
-        codec=with_settings(codec),
-        temperature=None if gives == "logits" else float(temperature),
-        seed=seed,
-        precision=precision,
-        max_seq_length=length,
-        max_tokens=max_tokens,
-        micro_batch_size=train.micro_batch_size,
-        shard_bytes=int(parse_amount(shard_size, "bytes")),
-        data=_described(data),
-    )
+    teacher, precision, length = check_checkpoint(checkpoint_dir), contents.precision, contents.max_seq_length
     index = _begin(out_dir, contents, resume)
-    fabric = launch(n)
+    fabric = launch(n_devices(devices))
     L.seed_everything(seed, verbose=False)
     with fabric.rank_zero_first():
         connect(data, checkpoint_dir, train.micro_batch_size, length)
@@ -125,7 +101,47 @@ def setup(
         print(summary(out_dir, index))
 
 
-def _check(data: DataModule | None, temperature: float, max_tokens: int | None, seed: int) -> None:
+def check(args: Namespace) -> Contents:
+    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+
+    Args:
+        args: The command's arguments, by their names.
+
+    Returns:
+        What the cache is to be made of.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    _check_numbers(args.data, args.temperature, args.max_tokens, args.seed)
+    teacher, length = check_checkpoint(args.checkpoint_dir), args.train.max_seq_length
+    if (length := length or teacher.block_size) > teacher.block_size:
+        raise UserError(
+            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {length}; "
+            "lower it"
+        )
+    if n_devices(args.devices) == 1 and args.teacher_placement == "sharded":
+        raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
+    gives = make_codec(args.codec, teacher.padded_vocab_size, args.temperature).gives
+    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    check_data(args.data, args.checkpoint_dir)
+    return Contents(
+        teacher=teacher.name,
+        weights=file_fingerprint(args.checkpoint_dir / WEIGHTS),
+        vocab_size=teacher.padded_vocab_size,
+        codec=with_settings(args.codec),
+        temperature=None if gives == "logits" else float(args.temperature),
+        seed=args.seed,
+        precision=args.precision or ("bf16-true" if torch.cuda.is_available() else "32-true"),
+        max_seq_length=length,
+        max_tokens=args.max_tokens,
+        micro_batch_size=args.train.micro_batch_size,
+        shard_bytes=int(parse_amount(args.shard_size, "bytes")),
+        data=_described(args.data),
+    )
+
+
+def _check_numbers(data: DataModule | None, temperature: float, max_tokens: int | None, seed: int) -> None:
     if data is None:
         raise UserError("data must be chosen; for example --data HFText --data.path PATH")
     if not 0 < temperature < math.inf:

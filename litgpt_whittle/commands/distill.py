@@ -23,6 +23,7 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.batches import check_data
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
 from litgpt_whittle.commands import extract
 from litgpt_whittle.distillation.cache import Cache
@@ -63,7 +64,7 @@ from litgpt_whittle.training.resume import (
     find_resume,
     state_to_resume,
 )
-from litgpt_whittle.training.run import Job, Schedule
+from litgpt_whittle.training.run import Job, Schedule, n_iters
 from litgpt_whittle.training.student import Student
 
 
@@ -186,9 +187,12 @@ def setup(
     tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
     if cache is not None:
-        check_cache(cache, objectives(0.0).terms, distill, seq_length, used_dir)
+        where = f"cache {str(cache.folder)!r}"
+        check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
     origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
+    n_iters(train, seq_length, devices, num_nodes)
     data = default_data() if data is None else data
+    check_data(data, tokenizer_dir)
     precision = precision or get_default_supported_precision(training=True)
     settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
     state = state_to_resume(resume_dir, settings)

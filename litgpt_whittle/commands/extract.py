@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import read_calibration, sequence_length
-from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.batches import check_data, read_calibration, sequence_length
+from litgpt_whittle.calibration import Calibration, check_n_windows
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
@@ -96,18 +97,14 @@ def setup(
     n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
     check_space(out_dir, n_stored * as_type.itemsize, "the student")
 
-    n = n_devices(devices)
-    if n > 1 and not repair:
-        raise UserError(f"only a repair is shared by several devices, got devices = {n} without one; add --repair true")
-
+    n = _check_devices(devices, repair)
     repaired = scratch = None
     if repair and subnet == SubNet.full(teacher):
         print("The sub-network is the whole teacher, so there is nothing to repair.")
     elif repair:
         args = RepairArgs() if repair is True else repair
-        _check_data(data)
+        length, size = _check_calibration(args, data, train, checkpoint_dir), train.micro_batch_size
         fabric = launch(n)
-        length, size = sequence_length(teacher, train.max_seq_length), train.micro_batch_size
         windows = read_calibration(data, checkpoint_dir, size, length, args.tokens, seed, "repair.tokens")
         calibration = Calibration(windows, train.micro_batch_size, fabric.device)
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
@@ -202,9 +199,36 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     return counts
 
 
-def _check_data(data: DataModule | None) -> None:
+def check(args: Namespace) -> None:
+    """Makes the checks that need no sub-network; `litgpt whittle` makes them before its first stage.
+
+    Args:
+        args: The command's arguments, by their names.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    _check_devices(args.devices, args.repair)
+    if args.repair:
+        repair = RepairArgs() if args.repair is True else args.repair
+        _check_calibration(repair, args.data, args.train, args.checkpoint_dir)
+
+
+def _check_devices(devices: int | str, repair: bool | RepairArgs) -> int:
+    n = n_devices(devices)
+    if n > 1 and not repair:
+        raise UserError(f"only a repair is shared by several devices, got devices = {n} without one; add --repair true")
+    return n
+
+
+def _check_calibration(repair: RepairArgs, data: DataModule | None, train: BatchArgs, checkpoint_dir: Path) -> int:
+    """The length of the samples that a repair sees."""
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
+    length = sequence_length(check_checkpoint(checkpoint_dir), train.max_seq_length)
+    check_n_windows(-(-repair.tokens // length))
+    check_data(data, checkpoint_dir)
+    return length
 
 
 def _open_scratch(

@@ -8,10 +8,12 @@ from typing import Literal
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
+from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
-from litgpt_whittle.batches import fingerprint, read_calibration, sequence_length
+from litgpt_whittle.batches import check_data, fingerprint, read_calibration, sequence_length
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
@@ -55,13 +57,10 @@ def setup(
         seed: The seed of the data's order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
+    teacher, length = check(Namespace(**locals()))
     check_writable(out_dir)
     if (out_dir / FILE).exists() and not overwrite:
         raise UserError(f"{str(out_dir)!r} holds a ranking already; choose another out_dir or add --overwrite true")
-    teacher = check_checkpoint(checkpoint_dir)
-    length = sequence_length(teacher, train.max_seq_length)
-    _check(data, length, metric, layer_metric, tokens, layer_tokens)
-    read_weights(checkpoint_dir)  # so that damaged ones are told before the data is read
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     fabric = L.Fabric(devices=1, precision=precision)
     windows = read_calibration(data, checkpoint_dir, train.micro_batch_size, length, tokens, seed, "tokens")
@@ -89,21 +88,35 @@ def setup(
     print(f"Ranking and heat map are in {out_dir}. Try: {hint}")
 
 
-def _check(
-    data: DataModule | None, length: int, metric: str, layer_metric: str, tokens: int, layer_tokens: int
-) -> None:
-    if data is None:
+def check(args: Namespace) -> tuple[Config, int]:
+    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+
+    Args:
+        args: The command's arguments, by their names.
+
+    Returns:
+        The teacher's config, and the length of samples.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    teacher = check_checkpoint(args.checkpoint_dir)
+    length = sequence_length(teacher, args.train.max_seq_length)
+    if args.data is None:
         raise UserError("a ranking needs data to watch the teacher on; for example --data HFText --data.path PATH")
     if length < 2:
         raise UserError(f"train.max_seq_length must be at least 2, got {length}; raise it")
-    for name, value, known in (("metric", metric, METRICS), ("layer_metric", layer_metric, LAYER_METRICS)):
-        if value not in known:
-            raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    for name, n, least in (("tokens", tokens, 1), ("layer_tokens", layer_tokens, 0)):
-        if n < least:
-            raise UserError(f"{name} must be at least {least}, got {n}; raise it")
-    if layer_metric == "perplexity" and not layer_tokens:
+    for name, known in (("metric", METRICS), ("layer_metric", LAYER_METRICS)):
+        if args[name] not in known:
+            raise UserError(f"{name} must be one of {', '.join(known)}, got {args[name]!r}")
+    for name, least in (("tokens", 1), ("layer_tokens", 0)):
+        if args[name] < least:
+            raise UserError(f"{name} must be at least {least}, got {args[name]}; raise it")
+    if args.layer_metric == "perplexity" and not args.layer_tokens:
         raise UserError("layer_metric perplexity needs layer_tokens, got 0; 16384 suit most models")
+    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    check_data(args.data, args.checkpoint_dir)
+    return teacher, length
 
 
 def table(scores: Scores, layer_metric: str, n: int = 8) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,28 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse import Namespace, lazy_instance
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 from litgpt_whittle import registry
-from litgpt_whittle.batches import Batch, calibration_windows, connect, fingerprint, sequence_length, validation_batches
+from litgpt_whittle.batches import (
+    Batch,
+    calibration_windows,
+    check_data,
+    connect,
+    fingerprint,
+    sequence_length,
+    validation_batches,
+)
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.hf.families import FAMILIES, family_name
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
@@ -129,29 +138,17 @@ def setup(
         resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    if bin is None and not limit.ranges():
-        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit")
+    ranking = check(Namespace(**locals()))
     bins = [None] if bin is None else parse_bins(bin)
-    if iterations < 1:
-        raise UserError(f"iterations must be at least 1, got {iterations}; raise it")
-    n = n_devices(devices)
-    sharded = teacher_placement == "sharded"
+    n, sharded = n_devices(devices), teacher_placement == "sharded"
     check_writable(out_dir)
     check_resumable(out_dir / JOURNAL, resume)
     teacher = check_checkpoint(checkpoint_dir)
     seq_length = sequence_length(teacher, train.max_seq_length)
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
-    reads_data = getattr(measure, "reads_data", True)
-    if data is None and reads_data:
-        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
-    needs_importance = getattr(measure, "needs_importance", False)
-    ranking = _ranking(
-        order, importance, checkpoint_dir, teacher, space, search_space, fitness if needs_importance else None
-    )
+    reads_data, needs_importance = (getattr(measure, *asked) for asked in _ASKED_OF_FITNESS)
     tied = is_tied(read_weights(checkpoint_dir))
-    if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
-        strategy = registry.lookup("litgpt_whittle.strategies", strategy)()
-    strategy = Evolution() if strategy is _DEFAULT_STRATEGY else strategy
+    strategy = _made(strategy)
     units = ranking.order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
@@ -161,12 +158,7 @@ def setup(
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
     searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
     racing = RacingArgs() if racing is True else racing or None
-    if racing:
-        check_can_race(measure, fitness, searches)
-    if sharded:
-        _check_can_shard(measure, fitness, n * num_nodes)
-    parse_rungs(selection)
-    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    precision = precision or _default_precision()
     fabric = launch(n, precision, num_nodes)
     L.seed_everything(seed, verbose=False)
     if search_space != chosen and rank() == 0:
@@ -255,6 +247,65 @@ def _header(
     }
 
 
+def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
+    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+
+    Args:
+        args: The command's arguments, by their names.
+        to_come: Files that are not there yet.
+
+    Returns:
+        The teacher's ranking, where the order of importance or the fitness asks for it and it is there.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    if args.bin is None and not args.limit.ranges():
+        raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit")
+    if args.bin is not None:
+        parse_bins(args.bin)
+    if args.iterations < 1:
+        raise UserError(f"iterations must be at least 1, got {args.iterations}; raise it")
+    n = n_devices(args.devices)
+    teacher = check_checkpoint(args.checkpoint_dir)
+    sequence_length(teacher, args.train.max_seq_length)
+    measure = registry.lookup("litgpt_whittle.fitness", args.fitness)
+    reads_data, needs_importance = (getattr(measure, *asked) for asked in _ASKED_OF_FITNESS)
+    if args.data is None and reads_data:
+        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+    ranking = None
+    if _needs_ranking(args, needs_importance) and args.importance not in to_come:
+        ranking = _load_ranking(args.importance, args.checkpoint_dir, teacher)
+    strategy = _made(args.strategy)
+    if args.racing:
+        check_can_race(measure, args.fitness, strategy)
+    if args.teacher_placement == "sharded":
+        _check_can_shard(measure, args.fitness, n * args.num_nodes)
+    parse_rungs(args.selection, to_come)
+    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    check_data(args.data if reads_data else None, args.checkpoint_dir)
+    if hasattr(measure, "check"):
+        itemsize = _DTYPES.get(args.precision or _default_precision(), torch.float32).itemsize
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        measure.check(teacher, device, n_params(teacher, SubNet.full(teacher)) * itemsize)
+    return ranking
+
+
+_ASKED_OF_FITNESS = (("reads_data", True), ("needs_importance", False))
+
+_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def _default_precision() -> str:
+    return "bf16-true" if torch.cuda.is_available() else "32-true"
+
+
+def _made(strategy: Strategy | str) -> Strategy:
+    if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
+        return registry.lookup("litgpt_whittle.strategies", strategy)()
+    return Evolution() if strategy is _DEFAULT_STRATEGY else strategy
+
+
 def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
     if n == 1:
         raise UserError("teacher_placement sharded spreads the teacher over devices, got 1; raise --devices")
@@ -265,32 +316,29 @@ def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
         )
 
 
-def _ranking(
-    order: str,
-    path: Path | None,
-    checkpoint_dir: Path,
-    teacher: Config,
-    space: SpaceName,
-    search_space: SpaceArgs,
-    fitness: str | None,
-) -> Ranking | None:
-    """The teacher's ranking, where the order of importance or a fitness asks for it."""
+def _needs_ranking(args: Namespace, by_fitness: bool) -> bool:
+    """Whether the order of importance or the fitness asks for the teacher's ranking."""
+    order, path = args.order, args.importance
     if order not in ("given", "importance"):
         raise UserError(f"order must be given or importance, got {order!r}")
-    if order == "given" and fitness is None:
+    if order == "given" and not by_fitness:
         if path is not None:
             raise UserError(
                 "importance is read with --order importance only, or by a fitness that needs it; choose one or leave it"
             )
-        return None
+        return False
     if path is None:
-        who = "--order importance" if order == "importance" else f"--fitness {fitness}"
+        who = "--order importance" if order == "importance" else f"--fitness {args.fitness}"
         raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' leaves behind")
-    if order == "importance" and space.startswith("fine") and search_space.layers != "best":
+    if order == "importance" and args.space.startswith("fine") and args.search_space.layers != "best":
         raise UserError(
-            f"order importance says which units coarse spaces keep, got space = {space}; choose a coarse one, or "
+            f"order importance says which units coarse spaces keep, got space = {args.space}; choose a coarse one, or "
             "order its layers with --search_space.layers best"
         )
+    return True
+
+
+def _load_ranking(path: Path, checkpoint_dir: Path, teacher: Config) -> Ranking:
     ranking = Ranking.load(Path(path), teacher)
     weights = file_fingerprint(checkpoint_dir / WEIGHTS)
     if (ranked := ranking.provenance.get("weights", weights)) != weights:
@@ -362,8 +410,7 @@ def load_fitness(
 
     `wanted` is what this fitness is given beside the teacher and the batches.
     """
-    dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-    dtype = dtypes.get(fabric._precision.precision, torch.float32)
+    dtype = _DTYPES.get(fabric._precision.precision, torch.float32)
     if sharded:
         model = load_sharded(checkpoint_dir, "SuperGPT", dtype, fabric.device, seq_length)
     else:

@@ -11,10 +11,11 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
-from litgpt_whittle.pipeline.estimates import cost_table, costs, measure_speed
+from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.pipeline.estimates import cache_bytes, cost_table, costs, measure_speed
 from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
+from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint
@@ -51,13 +52,15 @@ def setup(
             separated by commas. They share the ranking and the cached teacher.
         data: What all stages read: any litgpt data module, or ``--data HFText --data.path PATH``.
         out_dir: Directory of the stages' folders, the students and the report.
-        rank: The settings of ``litgpt rank``, or whether to rank at all; by default where the search space is coarse,
-            which then keeps the most important units first.
-        search: The settings of ``litgpt search``, such as ``--search.iterations 1000``.
-        extract: The settings of ``litgpt extract``. Students are repaired unless ``--extract.repair false``.
-        cache_teacher: The settings of ``litgpt cache_teacher``, or whether to cache the teacher; by default for
-            several students.
-        distill: The settings of ``litgpt distill``. ``--distill.train.max_tokens`` must be there.
+        rank: Whether to rank at all, by default where the search space is coarse, which then keeps the most important
+            units first; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``.
+        search: Settings such as ``--search.iterations 1000``, see ``litgpt search --help``.
+        extract: Settings such as ``--extract.repair.tokens 100000``, see ``litgpt extract --help``. Students are
+            repaired unless ``--extract.repair false``.
+        cache_teacher: Whether to cache the teacher, by default for several students; or settings such as
+            ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``.
+        distill: Settings such as ``--distill.train.max_tokens 1000000000``, which must be there, see
+            ``litgpt distill --help``.
         baseline: Train each student's architecture from random weights too, without the teacher, on as many tokens.
         devices: Devices that each stage uses, as far as it can.
         seed: The random seed of all stages.
@@ -74,10 +77,13 @@ def setup(
     pipeline = Pipeline(out_dir, arguments | {"teacher": file_fingerprint(checkpoint_dir / WEIGHTS)})
     request = Request(checkpoint_dir, _targets(target), out_dir, data, devices, seed, baseline)
     stages = Stages(request, rank, search or {}, extract or {}, cache_teacher, distill or {})
+    pipeline.check(stages.all())
     memory = stages.check()
     if dry_run:
         print(memory)
-        print("Measuring the speed of this machine, for a minute, or one pass if that takes longer …", flush=True)
+        if stages.caches:
+            print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
+        print("Measuring the speed of this machine on single blocks …", flush=True)
         print(as_text(cost_table(costs(stages), measure_speed(stages))))
         return
     try:
@@ -91,7 +97,10 @@ def setup(
 def _targets(target: str | int | float | list[str | int | float]) -> dict[str, Bin]:
     """The bins by the names of their students' folders."""
     texts = target.split(",") if isinstance(target, str) else target if isinstance(target, list) else [target]
-    bins = parse_bins([*texts])
+    try:
+        bins = parse_bins([*texts])
+    except UserError as error:
+        raise UserError(f"target: {own_flags(str(error), 'search')}") from None
     named = dict(zip((folder_of(str(text)) for text in texts), bins))
     if len(named) < len(bins):
         raise UserError(f"targets must differ before their tolerance, got {target!r}; give ranges instead")

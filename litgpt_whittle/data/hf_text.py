@@ -87,6 +87,25 @@ class HFText(DataModule):
         self.parts = PARTS
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
 
+    def check(self, reads: bool = False) -> None:
+        """Refuses data that is not there, before anything expensive starts. A name on the hub is not looked up.
+
+        Args:
+            reads: Whether to read a first document of each part, too.
+
+        Raises:
+            UserError: If a file or folder is missing, or the first document cannot be read.
+        """
+        for path, split in {self._source(part): None for part in PARTS}:
+            option = self._option(path)
+            if not Path(path).exists():
+                if _is_file_name(path):
+                    raise _not_found(path, option)
+            elif reads:
+                texts, _ = read_texts(path, self.name, split, self.text_column, streaming=True, option=option)
+                if next(texts, None) is None:
+                    raise UserError(f"{option} {path!r} is empty; name data that has text")
+
     def prepare_data(self) -> None:
         """Tokenises what has not been tokenised yet.
 
@@ -131,6 +150,10 @@ class HFText(DataModule):
             return str(self.path), self.train_split
         return str(self.val_path or self.path), self.val_split or self.train_split
 
+    def _option(self, path: str) -> str:
+        """Where a path was given."""
+        return "data.path" if path == str(self.path) else "data.val_path"
+
     def _folder(self, part: str) -> Path:
         path, _ = self._source(part)
         return Path(self.cache_dir or default_cache(path)) / f"{part}-{self._fingerprint(part)}"
@@ -169,8 +192,7 @@ class HFText(DataModule):
 
         tokenizer = self._checked_tokenizer()
         path, split = self._source(part)
-        option = "data.path" if path == str(self.path) else "data.val_path"
-        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming, option)
+        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming, self._option(path))
         texts = itertools.islice(texts, self.max_documents)
         if (held_out := self._splits_itself(part)) is not None:
             texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
@@ -211,15 +233,30 @@ def read_texts(
         raise UserError(f"{option} {path!r} is empty; name data that has text") from None
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        what = "read" if files else "found, neither as a file or folder nor on the Hugging Face hub"
         # the hub's client says no more than this once it was closed by an earlier failure
         told = "" if "client has been closed" in reason else f" ({reason})"
-        raise UserError(f"{option} {path!r} cannot be {what}{told}; check the name") from None
-    columns = data.column_names
-    if columns is not None and column not in columns:
-        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
-    rows = (row[column] for row in data)
+        if not files:
+            raise _not_found(path, option, told) from None
+        raise UserError(f"{option} {path!r} cannot be read{told}; check the name") from None
+    if data.column_names is not None:
+        _check_column(column, data.column_names, path)
+    rows = (_check_column(column, row, path) or row[column] for row in data)
     return (text for text in rows if text and text.strip()), None if streaming else len(data)
+
+
+def _check_column(column: str, columns: Iterable[str], path: str) -> None:
+    if column not in columns:
+        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
+
+
+def _not_found(path: str, option: str, reason: str = "") -> UserError:
+    where = "neither as a file or folder nor on the Hugging Face hub"
+    return UserError(f"{option} {path!r} cannot be found, {where}{reason}; check the name")
+
+
+def _is_file_name(path: str) -> bool:
+    """Whether a path cannot be a dataset's name on the hub, which is `name` or `owner/name`."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in {*BUILDERS, ".txt"}
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:

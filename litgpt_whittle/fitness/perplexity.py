@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
+from litgpt_whittle.repair.costs import check_memory
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
@@ -30,7 +32,8 @@ class Fitness(Protocol):
     in, as `Fabric.autocast` does. Class attributes say what else it wants and can do: with `n_calibration`, it is also
     given so many training tokens, as `calibration`, shape (N, T); with `needs_importance` true the teacher's `Ranking`,
     as `importance`; with `reads_data` false there are no batches; with `can_shard` true it can work with a teacher that
-    is spread over processes. One that gives losses by window (`losses`, `scores`) lets candidates race.
+    is spread over processes. One that gives losses by window (`losses`, `scores`) lets candidates race. A static
+    `check` of the teacher's config, the device and the bytes of the teacher's weights may refuse before they are read.
     """
 
     name: str
@@ -171,6 +174,11 @@ class RepairedPerplexity(Perplexity):
     ) -> None:
         super().__init__(model, batches, autocast)
         self.repair = QuickRepair(model, calibration)
+
+    @staticmethod
+    def check(teacher: Config, device: torch.device, beside: int) -> None:
+        """Refuses a teacher whose moments cannot fit; which tokens the text has is not known yet."""
+        check_memory(teacher, 0, device, beside)
 
     @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:

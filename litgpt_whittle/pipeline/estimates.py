@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
+from litgpt.model import GPT
 
-from litgpt_whittle.checkpoint import load_model, read_weights
+from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.distillation.cache import Layout
+from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.files import readable_size
+from litgpt_whittle.fitness.perplexity import RepairedPerplexity
 from litgpt_whittle.index_plan import layer_params, n_params
 from litgpt_whittle.metrics import flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
+from litgpt_whittle.registry import lookup
+from litgpt_whittle.repair.costs import collecting_flops, moments_bytes, solving_flops
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.subnet import FIELDS, SubNet
 from litgpt_whittle.supergpt import is_tied, student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
 
@@ -41,7 +47,7 @@ class Cost:
     training: float = 0.0
     """FLOPs of passes with gradients, forward and backward"""
     weights: int = 0
-    """Bytes of models on each device, without activations, gradients and the optimizer"""
+    """Bytes of models and moments on each device, without activations, gradients and the optimizer"""
 
     def seconds(self, speed: Speed) -> float:
         """At a machine's speed."""
@@ -140,35 +146,67 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
         tokens += rung.n * rung.tokens * len(parts)
         forward += rung.n * rung.tokens * whole * len(parts)
         training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-    return Cost("search", tokens, forward, training, held.teacher(args))
+    weights, measure = held.teacher(args), lookup("litgpt_whittle.fitness", args.fitness)
+    n_calibration = getattr(measure, "n_calibration", 0)
+    tokens += n_calibration
+    forward += n_calibration * whole
+    if isinstance(measure, type) and issubclass(measure, RepairedPerplexity):
+        solves = sum(solving_flops(subnet, held.tied) for subnet in stages.examples.values())
+        forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves
+        weights += moments_bytes(stages.teacher, min(n_calibration, stages.teacher.vocab_size), _device())
+    return Cost("search", tokens, forward, training, weights)
 
 
-def measure_speed(stages: Stages, budget: float = 60.0) -> Speed:
-    """Runs the teacher forward, and the largest student forward and backward, for a minute, at least once each.
+def cache_bytes(stages: Stages) -> int:
+    """What the cache of the teacher takes of the disk, at most."""
+    codec = make_codec(stages.cached.codec, stages.teacher.padded_vocab_size, stages.cached.temperature)
+    n_windows = -(-(stages.cached.max_tokens or stages.n_tokens) // stages.length)
+    return n_windows * Layout(codec, stages.length).window_bytes
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
+    """Runs a block of the teacher forward, and one of the largest student forward and backward, a few times each.
+
+    Whole models would take their time and memory, and a few blocks more of the same are no faster.
 
     Args:
         stages: What will run.
         budget: Seconds for it; the first pass of each is made in any case.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, length = _device(), stages.length
     precision = stages.trained.precision or _default_precision()
-    length = stages.length
-    ids = torch.randint(stages.teacher.vocab_size, (stages.trained.train.micro_batch_size, length), device=device)
-    subnet = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
-    training = (1 + BACKWARD) * flops(stages.teacher, subnet, length) * ids.numel()
-    training /= _seconds(_training_pass(subnet, ids, precision), budget / 2, device)
-    forward = flops(stages.teacher, SubNet.full(stages.teacher), length) * ids.numel()
-    forward /= _seconds(_forward_pass(stages.request.checkpoint_dir, ids, precision), budget / 2, device)
+    # a few hundred tokens keep a CPU busy, not so a GPU
+    n_rows, n_tokens = (
+        (stages.trained.train.micro_batch_size, length) if device.type == "cuda" else (1, min(length, 256))
+    )
+    largest = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
+    ours, theirs = _one_block(largest), _one_block(SubNet.full(stages.teacher))
+    ids = torch.randint(ours.teacher.vocab_size, (n_rows, n_tokens), device=device)
+    training = (1 + BACKWARD) * flops(ours.teacher, ours, n_tokens) * ids.numel()
+    training /= _seconds(_training_pass(ours, ids, precision), budget / 2, device)
+    forward = flops(theirs.teacher, theirs, n_tokens) * ids.numel()
+    forward /= _seconds(_forward_pass(theirs, ids, precision), budget / 2, device)
     # the processes of a CPU share its cores, which one of them has used already
     n_devices = n_devices_of(stages.request.devices) if device.type == "cuda" else 1
     return Speed(forward * n_devices, training * n_devices)
 
 
+def _one_block(subnet: SubNet) -> SubNet:
+    """The last layer of a sub-network, which has experts where any has, with a small vocabulary."""
+    teacher = copy.copy(subnet.teacher)
+    teacher.vocab_size = teacher.padded_vocab_size = min(1024, teacher.vocab_size)
+    kept = {name: getattr(subnet, name) for name in FIELDS}
+    kept = {name: value[-1] if isinstance(value, tuple) else value for name, value in kept.items()}
+    return SubNet(teacher, **kept | {"n_layer": f"{subnet.layers[-1]}-{subnet.layers[-1]}"})
+
+
 def _training_pass(subnet: SubNet, ids: torch.Tensor, precision: str) -> Callable[[], None]:
     autocast = torch.autocast(ids.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
-    with ids.device:
-        student = LossModel(student_model(subnet).to(_weights_dtype(precision)))
-    student.model.max_seq_length = ids.shape[1]
+    student = LossModel(_model(subnet, ids, _weights_dtype(precision)))
 
     def run() -> None:
         with autocast:
@@ -179,10 +217,16 @@ def _training_pass(subnet: SubNet, ids: torch.Tensor, precision: str) -> Callabl
     return run
 
 
-def _forward_pass(checkpoint_dir: Path, ids: torch.Tensor, precision: str) -> Callable[[], None]:
-    teacher = load_model(checkpoint_dir, dtype=teacher_dtype(precision), device=ids.device)
-    teacher.max_seq_length = ids.shape[1]
+def _forward_pass(subnet: SubNet, ids: torch.Tensor, precision: str) -> Callable[[], None]:
+    teacher = _model(subnet, ids, teacher_dtype(precision))
     return torch.no_grad()(lambda: teacher(ids))
+
+
+def _model(subnet: SubNet, ids: torch.Tensor, dtype: torch.dtype) -> GPT:
+    with ids.device:
+        model = student_model(subnet).to(dtype)
+    model.max_seq_length = ids.shape[1]
+    return model
 
 
 def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> float:

@@ -17,10 +17,10 @@ from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml, write_text
 from litgpt_whittle.searching.journal import JOURNAL
-from litgpt_whittle.training.resume import check_settings, flatten
+from litgpt_whittle.training.resume import flatten, has_training_state
 
-DONE = "done.json"
-"""The stages that are finished"""
+RECORD = "stages.json"
+"""What the stages that have begun were told, and which are finished"""
 
 SETTINGS = "whittle.yaml"
 """What the pipeline was asked for"""
@@ -54,6 +54,17 @@ class Stage:
         """Where its YAML goes, beside its folder."""
         return self.folder.with_suffix(".yaml")
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """All that decides what it leaves behind, by the names of its command's arguments."""
+        told = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
+        told |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
+        return {name: str(value) for name, value in told.items() if name not in _FREE}
+
+    def needs(self, other: Stage) -> bool:
+        """Whether it reads what another one leaves behind."""
+        return any(Path(value).is_relative_to(other.folder) for value in self.told.values())
+
     def arguments(self, begins: bool = False) -> list[str]:
         """Its command line, which goes on where an earlier one was interrupted unless it `begins`."""
         inputs = [str(path) for path in self.inputs]
@@ -61,11 +72,23 @@ class Stage:
         return [self.command, *inputs, f"--config={self.config}", *self.flags, f"--out_dir={self.folder}", *goes_on]
 
 
+_AGAIN = "run the same command again"
+
+_FREE = ("devices", "data.init_args.num_workers")
+"""Arguments that may change on the way"""
+
+_UNFINISHED: dict[str, Callable[[Path], bool]] = {
+    "search": lambda folder: (folder / JOURNAL).is_file(),
+    "cache_teacher": lambda folder: (folder / INDEX).is_file(),
+    "distill": lambda folder: any(map(has_training_state, [*folder.glob("step-*"), folder / "final"])),
+}
+"""Whether a command finds something to go on from in its folder; the others begin anew"""
+
 _GO_ON: dict[str, Callable[[Path], list[str]]] = {
     "rank": lambda folder: ["--overwrite=true"] if folder.exists() else [],
-    "search": lambda folder: ["--resume=true"] if (folder / JOURNAL).is_file() else [],
+    "search": lambda folder: ["--resume=true"] if _UNFINISHED["search"](folder) else [],
     "extract": lambda folder: ["--overwrite=true"] if folder.exists() else [],
-    "cache_teacher": lambda folder: ["--resume=true"] if (folder / INDEX).is_file() else [],
+    "cache_teacher": lambda folder: ["--resume=true"] if _UNFINISHED["cache_teacher"](folder) else [],
     "distill": lambda folder: ["--resume=auto"],
 }
 """How each command is told to go on, as far as it must be told"""
@@ -76,27 +99,72 @@ class Pipeline:
 
     Args:
         out_dir: The pipeline's folder.
-        settings: All that was asked for; a folder that was begun with other settings is refused.
+        settings: All that was asked for.
 
     Raises:
-        UserError: If the folder holds a pipeline of other settings, or something else.
+        UserError: If the folder holds something else.
     """
 
     def __init__(self, out_dir: Path, settings: dict[str, Any]) -> None:
         self.out_dir, self.settings = out_dir, settings
-        path = out_dir / SETTINGS
-        if path.is_file():
-            check_settings(flatten(_read(path)), flatten(json.loads(json.dumps(settings))))
-        elif out_dir.is_dir() and any(out_dir.iterdir()):
+        if not (out_dir / SETTINGS).is_file() and out_dir.is_dir() and any(out_dir.iterdir()):
             raise UserError(
                 f"out_dir must be empty, new or a pipeline's, got {str(out_dir)!r} without {SETTINGS}; choose another"
             )
+        self.record: dict[str, dict[str, Any]] = _read(out_dir / RECORD)
 
-    @property
-    def done(self) -> list[str]:
-        """The stages that are finished."""
-        path = self.out_dir / DONE
-        return json.loads(path.read_text()) if path.is_file() else []
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Refuses what does not go with the stages that have begun; all others may be asked for anew.
+
+        Args:
+            stages: All of them, in their order.
+
+        Raises:
+            UserError: If one has begun with other settings, or after a stage that is to run anew.
+        """
+        begun = [stage for stage in stages if self._has_begun(stage, stages)]
+        for stage in begun:
+            was, told = self.record[stage.name]["told"], self._told(stage)
+            changes = [
+                f"{stage.command}.{name} was {was.get(name)} and is {told.get(name)}"
+                for name in sorted(was | told)
+                if was.get(name) != told.get(name)
+            ]
+            why = f"has begun with other settings: {', '.join(changes)}; change back,"
+            if not changes:
+                anew = [other.name for other in stages if other not in begun and stage.needs(other)]
+                if not anew:
+                    continue
+                why = f"has begun with what {anew[0]} left, which is to run anew;"
+            left = [stage]
+            for later in begun:
+                left += [later] if any(map(later.needs, left)) else []
+            folders = ", ".join(str(stage.folder) for stage in left)
+            raise UserError(f"the stage {stage.name} {why} delete {folders}, or choose another out_dir")
+
+    def _told(self, stage: Stage) -> dict[str, str]:
+        # the folder may be named in another way
+        told = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.told.items()}
+        return told | {"teacher's weights": str(self.settings.get("teacher"))}
+
+    def _has_begun(self, stage: Stage, stages: Sequence[Stage]) -> bool:
+        """Whether a stage left something that counts."""
+        if not self._is_noted_done(stage):
+            is_unfinished = _UNFINISHED.get(stage.command, lambda _: False)
+            return stage.name in self.record and is_unfinished(stage.folder)
+        if stage.folder.exists():
+            return True
+        # whoever frees the disk of what has served its end does not want it again
+        users = [other for other in stages if other.needs(stage)]
+        have_used = bool(users) and all(self._is_noted_done(other) and other.folder.exists() for other in users)
+        return have_used and self.record[stage.name]["told"] == self._told(stage)
+
+    def _is_noted_done(self, stage: Stage) -> bool:
+        return self.record.get(stage.name, {}).get("is_done", False)
+
+    def _note(self, stage: Stage, is_done: bool) -> None:
+        self.record[stage.name] = {"told": self._told(stage), "is_done": is_done}
+        write_text(self.out_dir / RECORD, json.dumps(self.record, indent=1))
 
     def run(self, stages: Sequence[Stage], files: Mapping[Path, str]) -> None:
         """Runs the stages that are not finished.
@@ -109,8 +177,7 @@ class Pipeline:
             UserError: If one fails; it has said why itself.
         """
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        if not (self.out_dir / SETTINGS).is_file():
-            write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
+        write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
         lines = [f"litgpt {shlex.join(stage.arguments(begins=True))}" for stage in stages]
         write_text(self.out_dir / COMMANDS, "\n".join([*lines, ""]))
         for stage in stages:
@@ -120,17 +187,17 @@ class Pipeline:
             write_text(path, text)
         for i, stage in enumerate(stages, 1):
             title = f"== {i}/{len(stages)} {stage.name}"
-            if stage.name in self.done:
+            if self._is_noted_done(stage) and self._has_begun(stage, stages):
                 print(f"{title}: done already", flush=True)
                 continue
             arguments = stage.arguments()
+            self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments]):
-                raise UserError(
-                    f"the stage {stage.name} ended with exit code {code} (see above); run the same command again to "
-                    "go on from there"
-                )
-            write_text(self.out_dir / DONE, json.dumps([*self.done, stage.name]))
+                # what it said itself would come again; what ended it from outside may not
+                remedy = "correct what it says above, and run the command again" if code in (1, 2) else _AGAIN
+                raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to go on from there")
+            self._note(stage, is_done=True)
 
 
 def call(command: Sequence[str]) -> int:
@@ -167,10 +234,7 @@ def folder_of(target: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"{str(path)!r} cannot be read ({told}); choose another out_dir") from None
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); choose another out_dir") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -76,6 +77,29 @@ class Section:
         except Exception as error:
             told = str(UserError.inside(error) or " ".join(str(error).split())[:300])
             raise UserError(f"the section {self.name} cannot be read: {told}") from None
+
+    def told(self, check: Callable[[], Any]) -> Any:
+        """What a check of the command gives.
+
+        Raises:
+            UserError: What the check says, with the flags by their names here.
+        """
+        try:
+            return check()
+        except UserError as error:
+            raise UserError(f"{self.name}: {own_flags(str(error), self.name)}") from None
+
+
+OWN_FLAGS = {name: name for name in ("data", "devices", "seed", "target")} | {
+    "bin": "target",
+    "codec": "cache_teacher.codec",
+}
+"""The flags of `litgpt whittle` itself that stand for those of its commands"""
+
+
+def own_flags(message: str, section: str) -> str:
+    """A command's message, with the flags that it names as `litgpt whittle` has them."""
+    return re.sub(r"--([a-z_]+)", lambda flag: f"--{OWN_FLAGS.get(flag[1], f'{section}.{flag[1]}')}", message)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import numpy as np
 from jsonargparse import Namespace
 from litgpt.data import DataModule
 
+from litgpt_whittle.batches import has_tokenizer
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
 from litgpt_whittle.data.hf_text import HFText
-from litgpt_whittle.distillation import codecs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.pipeline.run import Stage
-from litgpt_whittle.pipeline.sections import Section
+from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.spaces.bins import Bin
@@ -32,7 +32,7 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training.args import DistillArgs
-from litgpt_whittle.training.checks import check_learnable
+from litgpt_whittle.training.checks import check_cache
 from litgpt_whittle.training.memory_plan import NoPlan
 from litgpt_whittle.training.resume import describe
 
@@ -59,6 +59,12 @@ NO_LIMIT = 3_000_000_000_000
 
 SELECTION_CONFIG = "selection-distill.yaml"
 """What the students of a selection are trained with, where the search does not say"""
+
+PROVIDED = (
+    *("checkpoint_dir", "out_dir", "bin", "resume", "overwrite", "dry_run", "sub_network", "random_weights"),
+    *("initial_checkpoint_dir", "model_name", "model_config", "teacher_cache"),
+)
+"""The commands' arguments that the pipeline itself provides"""
 
 
 @dataclass(frozen=True)
@@ -148,15 +154,19 @@ class Stages:
             UserError: If a bin is out of reach.
         """
         args, tied = self.searched, is_tied(read_weights(self.request.checkpoint_dir))
-        space, limits = decided(args.search_space, self.teacher), Limits()
+        search_space, limits = decided(args.search_space, self.teacher), Limits()
         if ranges := args.limit.ranges():
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
-        return {
-            name: Space(self.teacher, args.space, bin, tied, space, limits=limits).sample(
-                np.random.default_rng(self.request.seed)
+        if search_space.layers == "best":  # which these are, is not known yet
+            search_space = replace(search_space, layers="any")
+        rng = np.random.default_rng
+
+        def example(bin: Bin) -> SubNet:
+            return Space(self.teacher, args.space, bin, tied, search_space, limits=limits).sample(
+                rng(self.request.seed)
             )
-            for name, bin in self.request.bins.items()
-        }
+
+        return {name: self.search.told(partial(example, bin)) for name, bin in self.request.bins.items()}
 
     def check(self) -> str:
         """Makes the checks of the commands to come that need no student yet.
@@ -167,17 +177,42 @@ class Stages:
         Raises:
             UserError: For the first mistake.
         """
-        if isinstance(self.searched.strategy, str):
-            lookup("litgpt_whittle.strategies", self.searched.strategy)
-        lookup("litgpt_whittle.fitness", self.searched.fitness)
+        if self.ranks:
+            self.rank.told(lambda: rank.check(self.ranked))
+        to_come = [self.request.out_dir / "rank" / IMPORTANCE, *self.files()]
+        self.search.told(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
+        largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # tells of bins out of reach
+        self.extract.told(lambda: extract.check(self.extracted))
         if self.caches:
-            ((codec, _),) = codecs.with_settings(self.cached.codec).items()
-            gives = lookup(codecs.GROUP, codec).gives
-            check_learnable(self.trained.distill.objectives()(0.0).terms, gives, "teacher's cache to come")
-        name = max(self.examples, key=lambda name: self.request.bins[name].hi)
+            self.cache.told(self._check_cache)
+        plan = self.distill.told(lambda: self._plan_training(largest))
+        for data in self._data():
+            data.check(reads=True)
+        return plan
+
+    def _data(self) -> list[HFText]:
+        """All text that the stages read."""
+        args = [*[self.ranked] * self.ranks, self.searched, self.extracted, *[self.cached] * self.caches, self.trained]
+        found = {repr(each.data): each.data for each in args}
+        return [data for data in found.values() if isinstance(data, HFText)]
+
+    def _check_cache(self) -> None:
+        contents, needed = cache_teacher.check(self.cached), self.n_tokens
+        if contents.max_tokens is not None and contents.max_tokens < needed:
+            raise UserError(
+                f"max_tokens must be at least the {needed:,} that each student is trained on, got "
+                f"{contents.max_tokens:,}; raise it or leave it out"
+            )
+        distill, teacher = self.trained.distill, Path(self.trained.teacher_checkpoint_dir)
+        check_cache(contents, "cache to come", distill.objectives()(0.0).terms, distill, self.length, teacher)
+
+    def _plan_training(self, name: str) -> str:
+        """Has the distillation check all but the cache, for one of the students."""
         arguments = vars(self.trained) | {"dry_run": True}
         if self.caches:  # the cache is not there yet
             arguments["distill"] = DistillArgs(beta=0.0)
+        if has_tokenizer(self.request.checkpoint_dir):  # which students have from their teacher
+            arguments["tokenizer_dir"] = self.trained.tokenizer_dir or self.request.checkpoint_dir
         said = io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
             path = Path(folder) / "sub_network.yaml"
@@ -185,14 +220,16 @@ class Stages:
             try:
                 distill.setup(**arguments | {"sub_network": path, "out_dir": self.request.out_dir})
             except NoPlan as error:
-                return str(error)
-        return said.getvalue().strip()
+                return f"Training {name}: {error}"
+        return f"Training {name}, as a random sub-network of its size. {said.getvalue().strip()}"
 
     def _stage(self, section: Section, folder: Path, *inputs: Path, **more: Any) -> Stage:
-        settings = Section(section.name, section.command, more, section.settings).settings
-        return Stage(section.name, folder, settings, section.flags, inputs)
+        return Stage(section.name, folder, merge(section.settings, more), section.flags, inputs)
 
     def _section(self, name: str, given: Mapping[str, Any], **defaults: Any) -> Section:
+        for argument, value in given.items():
+            if argument.partition(".")[0] in PROVIDED and value not in (None, False):
+                raise UserError(f"{name}.{argument} is what the pipeline itself provides; leave it out")
         common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
         return Section(name, COMMANDS[name].setup, given, common | defaults)
 
@@ -207,9 +244,6 @@ class Stages:
         told = {name.removeprefix("--train.") for name in told}
         if not any(name in told and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
             raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
-        for name in ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "teacher_cache", "resume"):
-            if getattr(args, name):
-                raise UserError(f"distill.{name} is what the pipeline itself provides; leave it out")
         if args.repair:
             raise UserError("distill.repair is the stage before it; set extract.repair instead")
 
@@ -225,13 +259,11 @@ class Stages:
     def _search_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
         bins = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
         section = self._section("search", given, devices=self.request.devices)
-        for name in ("bin", "resume"):
-            if name in section.settings:
-                raise UserError(f"search.{name} is what the pipeline itself provides; leave it out")
         section.settings["bin"] = bins
         args = section.parse(checkpoint_dir=self.request.checkpoint_dir)
         if args.selection.rungs and args.selection.config is None:
             section.flags.append(f"--selection.config={self.request.out_dir / SELECTION_CONFIG}")
+            args = section.parse(checkpoint_dir=self.request.checkpoint_dir)
         return section, args
 
     def _needs_ranking(self) -> bool:
@@ -247,6 +279,7 @@ class Stages:
             settings.setdefault("order", "importance")
         if orders or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
             settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
+        self.searched = self.search.parse(checkpoint_dir=self.request.checkpoint_dir)
 
     @property
     def length(self) -> int:

@@ -13,16 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import nn
 
 from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping_at
-from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import readable_size
-from litgpt_whittle.index_plan import Plan, layer_plan
-from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve, sums_dtype
-from litgpt_whittle.processes import free_memory, n_sharing
+from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
@@ -34,7 +30,8 @@ from litgpt_whittle.repair.basis import (
     set_norm_weight,
     standardised,
 )
-from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, linear_names, not_finite, on
+from litgpt_whittle.repair.costs import check_memory, sites
+from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerKeep, SubNet
@@ -62,7 +59,7 @@ class QuickRepair:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
         self.weights = teacher.state_dict()
         tokens = windows.unique().to(self.device)
-        _check_memory(self.config, len(tokens), self.device)
+        check_memory(self.config, len(tokens), self.device)
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
@@ -161,32 +158,6 @@ class QuickRepair:
             fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, self.ridge, b))
 
 
-def _sites(config: Config, layer: int) -> list[tuple[str, ...]]:
-    """The maps of a block that write to the stream; attention and MLP of a parallel block do it together."""
-    full = SubNet.full(config)
-    plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
-    writing = linear_names(plan, "writing")
-    return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
-
-
-def _check_memory(config: Config, n_tokens: int, device: torch.device) -> None:
-    """Refuses a teacher whose moments would take more memory than there is."""
-    n_numbers = 0
-    for layer in range(config.n_layer):
-        with torch.device("meta"):
-            block = Block(config, layer)
-        n_numbers += config.n_embd**2 * (1 if config.parallel_residual else 2)
-        for names in _sites(config, layer):
-            n_numbers += sum(block.get_submodule(name).in_features for name in names) ** 2
-    by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
-    needed, free = n_numbers * sums_dtype(device).itemsize + by_token, free_memory(device, n_sharing(device))
-    if needed > free:
-        raise UserError(
-            f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
-            f"{readable_size(free)} are free; choose --fitness perplexity, or a larger device"
-        )
-
-
 class _LayerMoments:
     """What one block of the teacher reads, and what its writing maps do.
 
@@ -207,7 +178,7 @@ class _LayerMoments:
         self.moments: dict[tuple[str, ...], Moments] = {}
         self.columns: dict[tuple[str, ...], dict[str, slice]] = {}
         """Where each of the maps that write together has its inputs"""
-        for names in _sites(self.config, layer):
+        for names in sites(self.config, layer):
             self._watch(block, names)
         self._orders: Orders = {}
 

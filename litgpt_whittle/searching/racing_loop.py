@@ -19,6 +19,7 @@ from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.searching.loop import Loop, Outcome, Search, attempt, check_replayed, finite
 from litgpt_whittle.searching.racing import estimate, losers, stages
+from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet
 
 NOTES = "race.jsonl"
@@ -192,7 +193,7 @@ class _Runner:
             self.batches = end
 
 
-def check_can_race(fitness: type, name: str, searches: list[Search]) -> None:
+def check_can_race(fitness: type, name: str, strategy: Strategy) -> None:
     """Refuses to race where it cannot be.
 
     Raises:
@@ -200,7 +201,6 @@ def check_can_race(fitness: type, name: str, searches: list[Search]) -> None:
     """
     if not (hasattr(fitness, "losses") and hasattr(fitness, "scores")):
         raise UserError(f"racing needs losses by window, which fitness {name!r} does not give; leave racing out")
-    strategy = searches[0].strategy
     if strategy.n_kept is None:
         raise UserError(
             f"racing finds the best by one score, and {type(strategy).__name__} needs all of them; leave racing out"

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ class Result:
     val_loss: float
 
 
-def parse_rungs(args: SelectionArgs) -> list[Rung]:
+def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Rung]:
     """The rungs, checked.
+
+    Args:
+        args: What was asked for.
+        to_come: Files that are not there yet.
 
     Raises:
         UserError: If there is none, if students do not get fewer, or tokens not more, from rung to rung, or if the
@@ -87,7 +91,7 @@ def parse_rungs(args: SelectionArgs) -> list[Rung]:
         )
     if args.config is not None and not rungs:
         raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
-    if rungs:
+    if rungs and args.config not in to_come:
         _read_config(args.config)
     return rungs
 

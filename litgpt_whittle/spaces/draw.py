@@ -59,7 +59,7 @@ def check_reachable(space: SizeSpace, bin: Bin) -> None:
     if draw_sizes(space, np.random.default_rng(0), bin) is None:
         near = " and ".join(f"{n:,}" for n in nearest(space, bin) if n is not None)
         hint = "" if bin.lo <= space.largest else f" (the teacher has {space.largest:,})"
-        raise UserError(f"no sub-network lies in the bin {bin}{hint}; the nearest have {near} parameters")
+        raise UserError(f"no sub-network lies in the bin {bin}{hint}; the nearest have {near} parameters, change --bin")
 
 
 def nearest(space: SizeSpace, bin: Bin) -> tuple[int | None, int | None]:

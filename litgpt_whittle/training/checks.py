@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -11,14 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.loggers import Logger
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
-from litgpt.utils import choose_logger
+from litgpt.utils import choose_logger, instantiate_torch_optimizer
 
 from litgpt_whittle.checkpoint import WEIGHTS
-from litgpt_whittle.distillation.cache import INDEX, Cache
+from litgpt_whittle.distillation.cache import INDEX, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import n_devices
@@ -68,7 +70,7 @@ def check_arguments(
 
 
 def check_optimizer(optimizer: str | dict) -> None:
-    """Refuses settings that litgpt would leave unread.
+    """Refuses settings that litgpt would leave unread, and an optimizer that cannot be made.
 
     Raises:
         UserError: Naming them.
@@ -79,6 +81,14 @@ def check_optimizer(optimizer: str | dict) -> None:
             f"optimizer has a class_path and init_args, got {', '.join(unread)} beside them, which nobody reads; set "
             "init_args in a YAML, or all of it: --optimizer '{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}'"
         )
+    try:
+        # litgpt adds to the settings that it is given
+        instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(2, 2))])
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"optimizer {optimizer!r} cannot be made ({reason}); name one such as AdamW, or a class_path"
+        ) from None
 
 
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
@@ -173,7 +183,7 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
     return None
 
 
-def check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
+def _check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
     """Refuses losses that need more of a teacher than a codec stores.
 
     Args:
@@ -198,7 +208,8 @@ def check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
 
 
 def check_cache(
-    cache: Cache,
+    contents: Contents,
+    where: str,
     terms: Sequence[Term],
     distill: DistillArgs,
     max_seq_length: int,
@@ -207,7 +218,8 @@ def check_cache(
     """Refuses a teacher's cache that a run cannot learn from.
 
     Args:
-        cache: The cache.
+        contents: What the cache is made of.
+        where: The cache, for people.
         terms: The losses.
         distill: What is learned.
         max_seq_length: The run's.
@@ -216,23 +228,23 @@ def check_cache(
     Raises:
         UserError: If a loss needs more than was stored, if windows or temperature are others, or the teacher is.
     """
-    contents, name, temperature = cache.contents, repr(str(cache.folder)), distill.temperature
+    temperature = distill.temperature
     if distill.hidden.is_used:
-        raise UserError(f"distill.hidden needs a teacher that runs, and the cache {name} has its predictions only")
-    check_learnable(terms, cache.codec.gives, f"cache {name}")
+        raise UserError(f"distill.hidden needs a teacher that runs, and the {where} has its predictions only")
+    _check_learnable(terms, contents.make_codec().gives, where)
     if contents.temperature is not None and temperature != contents.temperature:
         raise UserError(
-            f"distill.temperature must be {contents.temperature}, at which the cache {name} was made, got "
+            f"distill.temperature must be {contents.temperature}, at which the {where} was made, got "
             f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher at another"
         )
     if max_seq_length != contents.max_seq_length:
         raise UserError(
-            f"train.max_seq_length must be {contents.max_seq_length}, as the cache {name} was made with, got "
+            f"train.max_seq_length must be {contents.max_seq_length}, as the {where} was made with, got "
             f"{max_seq_length}; set --train.max_seq_length {contents.max_seq_length}"
         )
     if teacher_dir is not None and file_fingerprint(teacher_dir / WEIGHTS) != contents.weights:
         raise UserError(
-            f"teacher_checkpoint_dir must be the teacher of the cache {name}, {contents.teacher}, got "
+            f"teacher_checkpoint_dir must be the teacher of the {where}, {contents.teacher}, got "
             f"{str(teacher_dir)!r} with other weights; leave it out or choose the cache of this teacher"
         )
 

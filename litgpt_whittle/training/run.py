@@ -70,24 +70,15 @@ class Schedule:
         """The schedule that litgpt's arguments ask for; it ends where the first of max_tokens and max_steps does."""
         accumulation = train.gradient_accumulation_iters(devices, num_nodes)
         tokens_per_iter = train.micro_batch_size * seq_length
-        limits = []
-        if train.max_tokens is not None:
-            limits.append(train.max_tokens // (devices * num_nodes) // tokens_per_iter)
-        if train.max_steps is not None:
-            limits.append(train.max_steps * accumulation)
-        if min(limits) < 1:
-            raise UserError(
-                f"train.max_tokens and train.max_steps must allow one batch of {tokens_per_iter:,} tokens, got "
-                f"{train.max_tokens} and {train.max_steps}; raise them"
-            )
-        warmup = train.warmup_iters(devices, num_nodes, min(limits), loader)
-        if warmup == min(limits):
+        max_iters = n_iters(train, seq_length, devices, num_nodes)
+        warmup = train.warmup_iters(devices, num_nodes, max_iters, loader)
+        if warmup == max_iters:
             rank_zero_warn(
                 f"the learning rate's warm-up takes all of the training's {-(-warmup // accumulation):,} steps and "
                 "never reaches its peak; lower train.lr_warmup_steps"
             )
-        decay = round(train.lr_decay_fraction * min(limits)) if train.lr_schedule == "wsd" else None
-        return cls(min(limits), warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
+        decay = round(train.lr_decay_fraction * max_iters) if train.lr_schedule == "wsd" else None
+        return cls(max_iters, warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
 
     def lr(self, iteration: int) -> float:
         """Linear warm-up, then a half cosine from the peak down to `min_lr`, or the peak and a linear way down."""
@@ -98,6 +89,27 @@ class Schedule:
             return self.min_lr + (self.max_lr - self.min_lr) * min(1.0, left)
         done = (iteration - self.warmup_iters) / max(1, self.max_iters - self.warmup_iters)
         return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> int:
+    """How many micro-batches each device trains on.
+
+    Raises:
+        UserError: If that is not one step, after which nothing would be learned.
+    """
+    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
+    limits, n_tokens = [], train.micro_batch_size * seq_length
+    if train.max_tokens is not None:
+        limits.append(train.max_tokens // (devices * num_nodes) // n_tokens)
+    if train.max_steps is not None:
+        limits.append(train.max_steps * accumulation)
+    if min(limits) < accumulation:
+        raise UserError(
+            f"train.max_tokens and train.max_steps must allow one batch of {n_tokens:,} tokens for each of a step's "
+            f"{accumulation * devices * num_nodes:,}, got {train.max_tokens} and {train.max_steps}; raise them, or "
+            "lower train.global_batch_size"
+        )
+    return min(limits)
 
 
 @dataclass

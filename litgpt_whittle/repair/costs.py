@@ -1,0 +1,111 @@
+"""What a repair from moments takes: memory to keep them, operations to collect them and to solve for a candidate."""
+
+from __future__ import annotations
+
+import torch
+from litgpt.config import Config
+from litgpt.model import Block
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.index_plan import layer_params, layer_plan
+from litgpt_whittle.least_squares import sums_dtype
+from litgpt_whittle.processes import free_memory, n_sharing
+from litgpt_whittle.repair.cut import linear_names
+from litgpt_whittle.subnet import SubNet
+
+SOLVING = 8
+"""How many operations of a forward pass take the time of one of a solve, which is in float64 and copies much; measured
+on a teacher of 8M parameters"""
+
+
+def sites(config: Config, layer: int) -> list[tuple[str, ...]]:
+    """The maps of a block that write to the stream; attention and MLP of a parallel block do it together."""
+    full = SubNet.full(config)
+    plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
+    writing = linear_names(plan, "writing")
+    return [tuple(writing)] if config.parallel_residual and len(writing) == 2 else [(name,) for name in writing]
+
+
+def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
+    """What the moments of all layers take.
+
+    Args:
+        config: The teacher's.
+        n_tokens: Different tokens in the calibration text.
+        device: Where they lie.
+    """
+    by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
+    return _n_numbers(config) * sums_dtype(device).itemsize + by_token
+
+
+def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0) -> None:
+    """Refuses a teacher whose moments would take more memory than there is.
+
+    Args:
+        config: The teacher's.
+        n_tokens: Different tokens in the calibration text, 0 where that is not known yet.
+        device: Where the moments will lie.
+        beside: Bytes of what is still to be loaded beside them.
+
+    Raises:
+        UserError: With both numbers.
+    """
+    needed, free = moments_bytes(config, n_tokens, device), free_memory(device, n_sharing(device)) - beside
+    if needed > free:
+        raise UserError(
+            f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
+            f"{readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger device"
+        )
+
+
+def collecting_flops(config: Config, n_tokens: int) -> float:
+    """Operations that add up the moments of so many tokens, and that order all units by them, once."""
+    # half of the products are mirrored, and all of them are in float64, which takes twice as long
+    return 2 * n_tokens * _n_numbers(config) + SOLVING * 2 * sum(n**3 for sizes in _sizes(config) for n in sizes)
+
+
+def solving_flops(subnet: SubNet, tied: bool) -> float:
+    """Operations that repair a candidate, in those of a forward pass. Right in its order, no more.
+
+    Args:
+        subnet: The candidate.
+        tied: Whether the LM head is the embedding, which is not fitted.
+    """
+    teacher, n, wide = subnet.teacher, len(subnet.n_embd), subnet.teacher.n_embd
+    sizes, full = _sizes(teacher), SubNet.full(teacher)
+    total = _reading(n, wide, 0 if tied else teacher.padded_vocab_size)
+    for i, layer in enumerate(subnet.layers):
+        ours, theirs = (
+            layer_params(teacher, layer, len(net.n_embd), len(net.head_size), *net.layer(at).sizes)
+            for net, at in ((subnet, i), (full, layer))
+        )
+        kept = min(ours * wide / (theirs * n), 1.0)  # of the layer's units
+        total += _reading(n, wide, ours / n) + sum(_writing(n, wide, size, kept * size) for size in sizes[layer])
+    return SOLVING * total
+
+
+def _reading(n: int, wide: int, n_rows: float) -> float:
+    """The regression of a stream of `wide` channels on one of n, and what maps with so many outputs make of it."""
+    return n**3 / 3 + 2 * n**2 * wide + 2 * (n + n_rows) * wide * (wide + n)
+
+
+def _writing(n: int, wide: int, size: int, kept: float) -> float:
+    """The solve for a map from the kept ones of its inputs to n channels, and the moments that it starts from."""
+    return kept**3 / 3 + 2 * kept**2 * n + 2 * n * size * (wide + kept)
+
+
+def _sizes(config: Config) -> list[list[int]]:
+    """By layer, the inputs of its writing maps, those counted together that write together."""
+    found = []
+    for layer in range(config.n_layer):
+        with torch.device("meta"):
+            block = Block(config, layer)
+        found.append([sum(block.get_submodule(name).in_features for name in names) for names in sites(config, layer)])
+    return found
+
+
+def _n_numbers(config: Config) -> int:
+    """Entries of all moments."""
+    streams = config.n_layer * (1 if config.parallel_residual else 2) * config.n_embd**2
+    return streams + sum(n**2 for sizes in _sizes(config) for n in sizes)
