@@ -16,7 +16,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
-from litgpt_whittle.repair import from_moments
+from litgpt_whittle.repair import costs
 from litgpt_whittle.repair.basis import Basis
 from litgpt_whittle.repair.from_moments import QuickRepair, normalised
 from litgpt_whittle.subnet import SubNet
@@ -182,6 +182,6 @@ def test_few_tokens_are_warned_of_and_get_a_strong_ridge():
 
 
 def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(from_moments, "free_memory", lambda *_: 10_000)
+    monkeypatch.setattr(costs, "free_memory", lambda *_: 10_000)
     with pytest.raises(UserError, match="a repair from moments keeps those of all layers, .* MB for .* are free"):
         QuickRepair(super_gpt(model(PYTHIA)), windows(PYTHIA))
