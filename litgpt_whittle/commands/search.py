@@ -412,7 +412,8 @@ def load_fitness(
     """
     dtype = _DTYPES.get(fabric._precision.precision, torch.float32)
     if sharded:
-        model = load_sharded(checkpoint_dir, "SuperGPT", dtype, fabric.device, seq_length)
+        # the head is used behind the forward pass, when a root that is not kept is in parts again
+        model = load_sharded(checkpoint_dir, "SuperGPT", dtype, fabric.device, seq_length, keep_root=True)
     else:
         model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = seq_length
