@@ -260,10 +260,10 @@ def _repair_summary(repaired: Repaired) -> str:
         lines.append(f"  Refinement helped {sum(tried)} of {len(tried)} blocks; the others keep the closed form.")
     if repaired.head is not None:
         before, after = repaired.head
-        lines.append(
-            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens; "
-            f"{before:.3f} before the head was fitted to them)."
-        )
+        lines += [
+            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens;",
+            f"  {before:.3f} before the head was fitted to them).",
+        ]
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")
     return "\n".join(lines)
