@@ -13,6 +13,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.repair.costs import n_sums
 from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
@@ -368,3 +369,21 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
 def test_settings_that_make_no_sense_are_refused(args, message):
     with pytest.raises(UserError, match=message):
         RepairArgs(**args)
+
+
+def test_memory_is_asked_for_all_moments_that_are_kept_at_once(tmp_path, monkeypatch):
+    """A wide teacher's units are chosen among by moments of all of them, however few are kept."""
+    config = Config.from_name(
+        "Llama-3.2-1B", n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=512, block_size=24,
+        vocab_size=61, padded_vocab_size=64,
+    )  # fmt: skip
+    made, begin = [], Moments.__init__
+
+    def watched(self, n_in, n_out, *args, **kwargs):
+        begin(self, n_in, n_out, *args, **kwargs)
+        made.append(self.zz.nbytes + self.yz.nbytes)
+
+    monkeypatch.setattr(Moments, "__init__", watched)
+    subnet = SubNet(config, n_embd=16, intermediate_size=32)
+    repair(model(config, std=0.1), subnet, tmp_path)
+    assert max(made) <= 8 * n_sums(subnet, 32, True) and 8 * n_sums(subnet, 32, False) < max(made)

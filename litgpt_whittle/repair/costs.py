@@ -1,4 +1,4 @@
-"""What a repair from moments takes: memory to keep them, operations to collect them and to solve for a candidate."""
+"""What repairs take: memory to keep moments, operations to collect them and to solve for a candidate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,34 @@ from litgpt_whittle.index_plan import layer_params, layer_plan
 from litgpt_whittle.least_squares import sums_dtype
 from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.cut import linear_names
+from litgpt_whittle.repair.units import maps_to_choose_for
 from litgpt_whittle.subnet import SubNet
 
 SOLVING = 8
 """How many operations of a forward pass take the time of one of a solve, which is in float64 and copies much; measured
 on a teacher of 8M parameters"""
+
+
+def n_sums(subnet: SubNet, widest: int, chooses_units: bool) -> int:
+    """How many numbers the moments have that a repair keeps at once, at most.
+
+    Args:
+        subnet: What the student keeps.
+        widest: The most inputs that one of its maps is fitted to.
+        chooses_units: Whether the repair chooses heads and neurons.
+    """
+    ours, theirs = subnet.config, subnet.teacher
+    # of a map those to fit to, those held out, their sum and its factor; of experts all of the first two
+    found = [4 * widest * (widest + ours.n_embd)]
+    if ours.n_expert:
+        width = ours.moe_intermediate_size or ours.intermediate_size
+        found.append(2 * ours.n_expert * width * (width + ours.n_embd))
+    if chooses_units:
+        n_inputs = {"attn.proj": theirs.n_head * theirs.head_size, "mlp.proj": theirs.intermediate_size}
+        chosen = (maps_to_choose_for(subnet, i) for i in range(len(subnet)))
+        # all inputs of the teacher's map, their covariance, its inverse and a copy
+        found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
+    return max(found)
 
 
 def sites(config: Config, layer: int) -> list[tuple[str, ...]]:

@@ -38,6 +38,7 @@ from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, n
 from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
+from litgpt_whittle.repair.costs import n_sums
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite
 from litgpt_whittle.repair.head import OPTIMIZER_COPIES, HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
@@ -147,7 +148,7 @@ class Repair:
     def _check_memory(self, widest: int) -> None:
         """Refuses what would not fit: the moments that are kept at once, and an LM head that is trained."""
         free = free_memory(self.device, n_sharing(self.device))
-        if (needed := self._n_sums(widest) * sums_dtype(self.device).itemsize) > free:
+        if (needed := n_sums(self.subnet, widest, self.args.choose_units) * sums_dtype(self.device).itemsize) > free:
             raise UserError(
                 f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
                 f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
@@ -158,21 +159,6 @@ class Repair:
                 f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
                 f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
             )
-
-    def _n_sums(self, widest: int) -> int:
-        """How many numbers the moments have that are kept at once, at most."""
-        ours, theirs = self.subnet.config, self.teacher
-        # of a map those to fit to, those held out, their sum and its factor; of experts all of the first two
-        found = [4 * widest * (widest + self.n_embd)]
-        if ours.n_expert:
-            width = ours.moe_intermediate_size or ours.intermediate_size
-            found.append(2 * ours.n_expert * width * (width + self.n_embd))
-        if self.args.choose_units:
-            n_inputs = {"attn.proj": theirs.n_head * theirs.head_size, "mlp.proj": theirs.intermediate_size}
-            chosen = (maps_to_choose_for(self.subnet, i) for i in range(len(self.subnet)))
-            # all inputs of the teacher's map, their covariance, its inverse and a copy
-            found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
-        return max(found)
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
         """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
