@@ -298,7 +298,7 @@ def test_losses_that_make_no_sense_are_refused(kwargs, match):
         ({"num_nodes": 2}, "num_nodes = 2 needs every machine to know its part; start each with torchrun"),
         ({"train": train_args(global_batch_size=6)}, "must be a multiple of .* got 6 and 4"),
         ({"train": train_args(max_seq_length=SEQ + 1)}, "student's block_size 8, got 9"),
-        ({"train": train_args(max_tokens=3)}, "must allow one batch of 32 tokens"),
+        ({"train": train_args(max_tokens=3)}, "training must take at least one step of 64 tokens"),
         ({"train": train_args(max_tokens=None)}, "must end somewhere"),
         ({"train": train_args(epochs=1)}, "train.epochs is not supported"),
         ({"eval": EvalArgs(max_new_tokens=5)}, "eval.max_new_tokens is not supported"),

@@ -175,7 +175,10 @@ def test_stock_litgpt_takes_it(tokenizer, corpus):
         ({"val_split": "train"}, "data.val_split must not be data.train_split"),
         ({"val_path": "SAME"}, "data.val_path must not be the training data"),
         ({"text_column": "body"}, "data.text_column 'body' is not in .*; its columns are text"),
-        ({"max_documents": 1, "val_fraction": 0.5}, "(training|train|validation) data of .* is empty"),
+        (
+            {"max_documents": 1, "val_fraction": 0.5},
+            "none of the few documents of .* fell into its (train|validation) part",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(tokenizer, corpus, options, problem):
@@ -243,3 +246,12 @@ def test_a_search_does_not_wait_for_training_text_to_be_tokenised(tmp_path):
     assert len(data.val_dataloader()) > 0
     connect(data, tmp_path / "teacher", 2, 16)  # whoever comes next may read all
     assert len(data.train_dataloader()) > 0
+
+
+def test_a_split_that_catches_no_document_says_so(tmp_path):
+    teacher = write_tokenizer(tmp_path / "teacher")
+    write_jsonl(tmp_path / "few.jsonl", documents(2))
+    module = HFText(path=str(tmp_path / "few.jsonl"), val_fraction=1e-9)
+    module.connect(Tokenizer(teacher), 2, 8)
+    with pytest.raises(UserError, match="none of the few documents of .* fell into its validation part, .*val_path"):
+        module.prepare_data()

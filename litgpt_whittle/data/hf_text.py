@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ class HFText(DataModule):
 
         tokenizer = self._checked_tokenizer()
         path, split = self._source(part)
-        texts, total = read_texts(path, self.name, split, self.text_column, self.streaming, self._option(path))
+        read = partial(read_texts, path, self.name, split, self.text_column, self.streaming, self._option(path))
+        texts, total = read()
         texts = itertools.islice(texts, self.max_documents)
         if (held_out := self._splits_itself(part)) is not None:
             texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
@@ -200,6 +202,11 @@ class HFText(DataModule):
         bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
         ids = _capped(encode(tokenizer, bar), self.max_tokens)
         first = next(ids, None)
+        if first is None and held_out is not None and next(read()[0], None) is not None:
+            raise UserError(
+                f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
+                f"{self.val_fraction}; give text of its own as data.val_path, or change data.val_fraction"
+            )
         if first is None:
             raise UserError(f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}")
         vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, _largest_id(tokenizer) + 1)

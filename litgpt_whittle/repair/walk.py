@@ -230,7 +230,7 @@ class Repair:
 
     def _find_basis(self) -> Basis:
         if self.basis_name == "coordinates":
-            kept = torch.from_numpy(self.subnet.n_embd.indices).to(self.device)
+            kept = torch.tensor(self.subnet.n_embd.indices, device=self.device)
             return Basis.coordinates(kept, self.teacher.n_embd)
         saved = self.scratch.load("basis")
         barrier()  # nobody saves before all have looked

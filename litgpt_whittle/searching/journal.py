@@ -169,7 +169,9 @@ def check_resumable(path: Path, resume: bool) -> None:
     if resume and not Path(path).is_file():
         raise UserError(f"there is nothing to resume, {str(path)!r} does not exist; leave out --resume to begin")
     if not resume and Path(path).exists():
-        raise UserError(f"{str(path)!r} holds a search already; continue it with --resume or choose another out_dir")
+        raise UserError(
+            f"{str(path)!r} holds a search already; continue it with --resume true or choose another out_dir"
+        )
 
 
 def file_fingerprint(path: Path) -> str:

@@ -105,9 +105,9 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
         limits.append(train.max_steps * accumulation)
     if min(limits) < accumulation:
         raise UserError(
-            f"train.max_tokens and train.max_steps must allow one batch of {n_tokens:,} tokens for each of a step's "
-            f"{accumulation * devices * num_nodes:,}, got {train.max_tokens} and {train.max_steps}; raise them, or "
-            "lower train.global_batch_size"
+            f"training must take at least one step of {n_tokens * accumulation * devices * num_nodes:,} tokens, got "
+            f"train.max_tokens = {train.max_tokens} and train.max_steps = {train.max_steps}; raise them, or lower "
+            "train.global_batch_size"
         )
     return min(limits)
 
