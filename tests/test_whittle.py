@@ -225,10 +225,10 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"data": HFText(path="missing.jsonl")}, "rank: data.path 'missing.jsonl' cannot be found"),
         (changed("distill", **{"data.path": "missing.jsonl"}), "distill: data.path 'missing.jsonl' cannot be found"),
         (changed("distill", **{"data.text_column": "body"}), "data.text_column 'body' is not in"),
-        (changed("distill", **{"train.max_tokens": 10}), "one batch of 128 tokens for each of a step's 1, got 10"),
+        (changed("distill", **{"train.max_tokens": 10}), "at least one step of 128 tokens, got train.max_tokens = 10 "),
         (
             changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}),
-            "one batch of 128 tokens for each of a step's 128, got 1000",
+            "at least one step of 16,384 tokens, got train.max_tokens = 1000 ",
         ),
         (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
         (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
