@@ -16,6 +16,9 @@ from litgpt_whittle.repair.basis import Basis
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights
 
+KINDS = ("reading", "writing", "inner")
+"""Of linear maps: those that read the stream, those that write to it, and the rest"""
+
 
 def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Basis, tied: bool) -> Weights:
     """What lies outside of a student's blocks.
@@ -65,7 +68,7 @@ def linear_names(takes: Plan, kind: str) -> list[str]:
 
     Args:
         takes: The block's plan.
-        kind: "reading" for those that read the stream, "writing" for those that write to it, "inner" for the rest.
+        kind: One of `KINDS`.
     """
     names = []
     for name, take in takes.items():

@@ -39,7 +39,7 @@ from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
 from litgpt_whittle.repair.costs import n_sums
-from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite
+from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
 from litgpt_whittle.repair.head import OPTIMIZER_COPIES, HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
@@ -331,7 +331,7 @@ class Repair:
         after = repair.error()
         if after > before:  # what is cut loses little, and norms are not linear
             block.load_state_dict(start)
-            repair.left_as_cut = [name.removesuffix(".weight") for name in start if name.endswith(".weight")]
+            repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
             after = before
         refined = None
         if self.args.refine_steps:
