@@ -14,6 +14,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
@@ -97,11 +98,6 @@ def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
             f"HFText needs a tokenizer{where}; put the model's tokenizer.json into its checkpoint directory"
         )
     data.check()
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint directory has one."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def connect(

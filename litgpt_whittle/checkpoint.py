@@ -30,6 +30,11 @@ MODEL_CLASS = "model_class.yaml"
 litgpt does not look at it: what lies beside it is a stock checkpoint."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint directory has one."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def check_checkpoint(checkpoint_dir: Path) -> Config:
     """Reads a checkpoint's config, and nothing expensive.
 

@@ -16,7 +16,7 @@ from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.batches import check_data, read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration, check_n_windows
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights, save_checkpoint
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, has_tokenizer, read_weights, save_checkpoint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
@@ -34,8 +34,6 @@ from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 from litgpt_whittle.training.curves import plot_repair
 from litgpt_whittle.training.student import BASIS
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def setup(
@@ -140,7 +138,7 @@ def setup(
         plot_repair(repaired.layers, out_dir / "repair.png")
         print(_repair_summary(repaired))
         scratch.remove()
-    if not any((out_dir / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(out_dir):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
 
 

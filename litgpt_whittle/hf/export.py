@@ -16,7 +16,7 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
+from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
 from litgpt_whittle.hf.config import student_hf_config, text_part
@@ -208,7 +208,7 @@ def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[s
     if original:
         return {}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if has_tokenizer(checkpoint_dir):
         tokenizer = Tokenizer(checkpoint_dir)
         ids |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return ids

@@ -15,8 +15,7 @@ import numpy as np
 from jsonargparse import Namespace
 from litgpt.data import DataModule
 
-from litgpt_whittle.batches import has_tokenizer
-from litgpt_whittle.checkpoint import check_checkpoint, read_weights
+from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.errors import UserError
