@@ -10,6 +10,7 @@ strategies  evolution, random search, or importance alone, before and after trai
 fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
 spaces      the four search spaces, a small and a middle student
 losses      weights, temperature and kind of the distillation loss
+rates       the learning rate of a repaired student, a third of the size and two thirds
 codecs      the live teacher, or what was cached of it: everything, the top 64, 12 draws a token
 teachers    one teacher to be cut from and another to distill: one of another shape (--other), and one of another
             domain, which is the teacher after a million tokens of C++, the headers that come with PyTorch
@@ -242,6 +243,17 @@ def losses(bench: Bench, seed: int) -> dict[str, Student]:
     }
 
 
+def rates(bench: Bench, seed: int) -> dict[str, Student]:
+    students = {}
+    for size, share in (("a third", 1 / 3), ("two thirds", 2 / 3)):
+        found = bench.found(share, seed, "--strategy=EvoPress", REPAIRED)
+        students[f"{size}, 1e-3"] = Student(found)  # and down to a tenth of it, like the others
+        for rate in (3e-4, 1e-4, 3e-5):
+            flags = (f"--optimizer.init_args.lr={rate:g}", f"--train.min_lr={rate / 10:g}")
+            students[f"{size}, {rate:g}"] = Student(found, flags=(*Student.flags, *flags))
+    return students
+
+
 def codecs(bench: Bench, seed: int) -> dict[str, Student]:
     found = bench.found(1 / 3, 1, "--strategy=EvoPress")
     cached = {name: Student(found, codec=name) for name in ("full", "top_k", "sampled")}
@@ -268,6 +280,7 @@ QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "fitness": fitness,
     "spaces": spaces,
     "losses": losses,
+    "rates": rates,
     "codecs": codecs,
     "teachers": teachers,
 }
