@@ -144,7 +144,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 2**11)
+    monkeypatch.setattr(head, "TILE", (64, 32))
     model = super_network(dataclasses.replace(PYTHIA, block_size=256))
     score = Perplexity(model, fixed_batches(loader((4,), 257), 1, 256))
     with Largest() as largest:

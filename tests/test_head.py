@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
 
-from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation import head, losses
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
@@ -62,6 +62,43 @@ def test_value_and_gradients_match_the_plain_formula(chunk_size, loss, cap, with
 
     for a, b in zip((*got[:3], *grads), (*expected, *expected_grads)):
         assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 5])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_a_chunk_may_be_scored_in_parts(monkeypatch, n_rows, cap):
+    monkeypatch.setitem(head.PART_ELEMENTS, "cpu", n_rows * V + 1)
+    student, teacher, targets = tensors()
+    targets[0, 4:7] = -100
+    objective = Objective(0.2, 0.8, 0.9)
+    expected = plain(student, teacher, targets, objective, cap)
+    expected_grads = torch.autograd.grad(expected[0], student)
+    got = head_loss(student, targets, objective, TeacherLogits(teacher, cap), cap, 8)
+    for a, b in zip((*got[:3], *torch.autograd.grad(got.loss, student)), (*expected, *expected_grads)):
+        assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (4, 5), (5, 36), (64, 64)])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("ignored", [[], [0, 1, 2, 3, 9], range(N)])
+def test_cross_entropy_alone_needs_no_more_logits_than_a_tile(monkeypatch, tile, cap, with_bias, ignored):
+    monkeypatch.setattr(head, "TILE", tile)
+    student, _, targets = tensors(with_bias=with_bias)
+    targets[0, list(ignored)] = -100
+    logits = capped(F.linear(*student), cap)[0]
+    expected = F.cross_entropy(logits, targets[0], reduction="sum") / max(1, N - len(ignored))
+    with torch.no_grad():
+        got = head_loss(student, targets, Objective(0.3, 0.0), softcap=cap)
+    assert torch.allclose(got.ce, expected, atol=1e-12, rtol=1e-12)
+    assert torch.allclose(got.loss, 0.3 * expected, atol=1e-12, rtol=1e-12) and got.distill == 0
+
+
+def test_cross_entropy_alone_stands_logits_that_would_overflow():
+    student, _, targets = tensors()
+    student = HeadInput(1e3 * student.hidden.detach(), student.weight.detach(), student.bias.detach())
+    expected = F.cross_entropy(F.linear(*student)[0], targets[0])
+    assert torch.allclose(head_loss(student, targets).ce, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.3, 0.0), (0.0, 1.0)])

@@ -21,6 +21,11 @@ from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
 
+PART_ELEMENTS = {"cpu": 2**19}
+"""Logits of a chunk that are scored at once, all where nothing is said: many passes over 2 MB stay in a CPU's cache."""
+TILE = (512, 1024)
+"""Tokens and vocabulary entries whose logits a CPU makes and scores at once where only a cross-entropy is asked for."""
+
 
 class HeadInput(NamedTuple):
     """What an LM head is called with, and its parameters at that moment: whole even where they are sharded."""
@@ -216,6 +221,10 @@ class _Task:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
+            if kind == "cpu" and targets is not None and self.teacher is None and not any(needs):
+                b = None if bias is None else bias.to(dtype)
+                ce = _cross_entropy(hidden.to(dtype), weight.to(dtype), b, targets, self.softcap)
+                return (self.objective.alpha * ce, ce, torch.zeros_like(ce)), (None, None, None)
             return self._run(hidden, weight, bias, targets, needs, dtype)
 
     def _run(self, hidden, weight, bias, targets, needs, dtype):
@@ -223,25 +232,39 @@ class _Task:
         b = None if bias is None else bias.to(dtype)
         exact = torch.promote_types(dtype, torch.float32)
         grads = _Gradients(h, w, b, needs, exact)
-        valid = h.new_ones(len(h), dtype=torch.bool) if targets is None else targets != IGNORE_INDEX
-        share = valid.to(exact) / valid.sum().clamp(min=1)  # each token's part of the mean, (N,)
+        share = _shares(h, targets, exact)
         ce = distill = torch.zeros((), dtype=exact, device=hidden.device)
+        n_rows = max(1, PART_ELEMENTS.get(hidden.device.type, self.chunk_size * len(w)) // len(w))
         for start in range(0, len(h), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             logits = _logits(h[rows], w, b, self.softcap)
-            cap_slope = self._cap_slope(logits) if any(needs) else None
-            scores = _Scores(logits, share[rows].unsqueeze(1), any(needs))
+            parts = logits.split(n_rows)
+            taught = labels = [None] * len(parts)
             if self.teacher is not None:
-                # first, because cross-entropy overwrites the logits
-                scores.add_distill(self.objective, self.teacher.chunk(start, start + len(logits)))
+                taught = self.teacher.chunk(start, start + len(logits)).split(n_rows)
             if targets is not None:
-                scores.add_cross_entropy(targets[rows].clamp(min=0), self.objective.alpha)
-            ce, distill = ce + scores.ce, distill + scores.distill
+                labels = targets[rows].split(n_rows)
+            for part in zip(parts, share[rows].split(n_rows), taught, labels):
+                scores = self._score(*part, any(needs))
+                ce, distill = ce + scores.ce, distill + scores.distill
             if any(needs):
-                grads.add(rows, scores.grad if cap_slope is None else scores.grad.mul_(cap_slope))
+                grads.add(rows, logits)
         scale = self.objective.beta * self.objective.temperature**2
         total = self.objective.alpha * ce + scale * distill
         return (total, ce, distill), grads.finish(hidden, weight, bias)
+
+    def _score(self, logits, share, taught, targets, with_grad: bool) -> _Scores:
+        """The losses of some tokens, whose logits are overwritten: by their gradients where there are any."""
+        cap_slope = self._cap_slope(logits) if with_grad else None
+        scores = _Scores(logits, share.unsqueeze(1), with_grad)
+        if taught is not None:
+            # first, because cross-entropy overwrites the logits
+            scores.add_distill(self.objective, taught)
+        if targets is not None:
+            scores.add_cross_entropy(targets.clamp(min=0), self.objective.alpha)
+        if with_grad:
+            logits.copy_(scores.grad if cap_slope is None else scores.grad.mul_(cap_slope))
+        return scores
 
     def _cap_slope(self, logits: torch.Tensor) -> torch.Tensor | None:
         """d softcap(x) / dx = 1 - tanh²."""
@@ -358,7 +381,37 @@ class _Scores:
             self._add_grad(torch.autograd.grad(value, student)[0].mul_(objective.beta * t**2))
 
     def _add_grad(self, grad: torch.Tensor) -> None:
-        self.grad = grad if self.grad is None else self.grad.add_(grad)
+        # into the newer one: the cross-entropy's are the logits' memory, where all are wanted in the end
+        self.grad = grad if self.grad is None else grad.add_(self.grad)
+
+
+def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
+    """Each token's part of the mean, (N,)."""
+    valid = hidden.new_ones(len(hidden), dtype=torch.bool) if targets is None else targets != IGNORE_INDEX
+    return valid.to(dtype) / valid.sum().clamp(min=1)
+
+
+def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torch.Tensor:
+    """The mean cross-entropy without gradients, in tiles of tokens and of the vocabulary.
+
+    No logits are needed but the target's and the logarithm of the sum of all, which adds up over the tiles.
+    """
+    n_rows, n_entries = TILE
+    ce = 0.0
+    shares = _shares(hidden, targets, torch.promote_types(hidden.dtype, torch.float32))
+    for h, target, share in zip(hidden.split(n_rows), targets.split(n_rows), shares.split(n_rows)):
+        total = known = share.new_full((len(h),), -torch.inf)
+        for start in range(0, len(weight), n_entries):
+            entries = slice(start, start + n_entries)
+            logits = _logits(h, weight[entries], None if bias is None else bias[entries], softcap)
+            place = (target - start).unsqueeze(1)
+            is_here = (place >= 0) & (place < logits.size(1))
+            found = logits.gather(1, place.clamp(0, logits.size(1) - 1))
+            known = torch.where(is_here, found, known.unsqueeze(1)).squeeze(1)
+            top = logits.amax(-1, keepdim=True)
+            total = total.logaddexp(logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(1)))
+        ce = ce + ((total - known).masked_fill(share == 0, 0.0) * share).sum()
+    return ce
 
 
 def _logits(hidden, weight, bias, softcap: float | None) -> torch.Tensor:

@@ -44,6 +44,12 @@ class SparseTargets(NamedTuple):
         """The same in another precision."""
         return SparseTargets(self.ids, self.log_p.to(dtype), None if self.log_tail is None else self.log_tail.to(dtype))
 
+    def split(self, n: int) -> list[SparseTargets]:
+        """About n tokens each, and the rest, as `torch.Tensor.split`."""
+        ids, log_p = self.ids.split(n), self.log_p.split(n)
+        log_tail = [None] * len(ids) if self.log_tail is None else self.log_tail.split(n)
+        return [SparseTargets(*parts) for parts in zip(ids, log_p, log_tail)]
+
 
 def log_probabilities(
     logits: torch.Tensor, teacher: torch.Tensor | SparseTargets, temperature: float

@@ -24,7 +24,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litgpt_whittle.distillation.head import CHUNK_ELEMENTS, LossModel, SoftTargets, TeacherLogits, hidden_states
+from litgpt_whittle.distillation.head import (
+    CHUNK_ELEMENTS,
+    PART_ELEMENTS,
+    LossModel,
+    SoftTargets,
+    TeacherLogits,
+    hidden_states,
+)
 from litgpt_whittle.distillation.hidden import HiddenLoss, Watch
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
@@ -315,12 +322,12 @@ def _pretended_devices(step: Step) -> Iterator[Any]:
 @contextmanager
 def _chunks_of_a_gpu() -> Iterator[None]:
     """The head's chunks on the CPU as large as they are on a GPU."""
-    before = CHUNK_ELEMENTS["cpu"]
-    CHUNK_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
+    before = CHUNK_ELEMENTS["cpu"], PART_ELEMENTS["cpu"]
+    CHUNK_ELEMENTS["cpu"] = PART_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
     try:
         yield
     finally:
-        CHUNK_ELEMENTS["cpu"] = before
+        CHUNK_ELEMENTS["cpu"], PART_ELEMENTS["cpu"] = before
 
 
 @contextmanager
