@@ -249,7 +249,9 @@ def rates(bench: Bench, seed: int) -> dict[str, Student]:
         found = bench.found(share, seed, "--strategy=EvoPress", REPAIRED)
         students[f"{size}, 1e-3"] = Student(found)  # and down to a tenth of it, like the others
         for rate in (3e-4, 1e-4, 3e-5):
-            flags = (f"--optimizer.init_args.lr={rate:g}", f"--train.min_lr={rate / 10:g}")
+            settings = {"lr": rate, "weight_decay": 0.1, "betas": [0.9, 0.95]}
+            optimizer = json.dumps({"class_path": "torch.optim.AdamW", "init_args": settings})
+            flags = (f"--optimizer={optimizer}", f"--train.min_lr={rate / 10:g}")
             students[f"{size}, {rate:g}"] = Student(found, flags=(*Student.flags, *flags))
     return students
 

@@ -9,8 +9,9 @@ def main() -> None:
     from litgpt.utils import CLI
 
     torch.set_float32_matmul_precision("high")  # as litgpt's command line does
-    show_user_errors_in_one_line()
-    CLI(commands())
+    ours = commands()
+    show_user_errors_in_one_line(set(ours))
+    CLI(ours)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def add_commands(module: ModuleType) -> None:
     module.PARSER_DATA.update(added)
     names = list(module.parser_commands())
     module.parser_commands = lambda: names + list(added)
-    show_user_errors_in_one_line()
+    show_user_errors_in_one_line(set(added))
 
 
 def commands(taken: set[str] | None = None) -> dict[str, Callable]:
@@ -119,9 +119,15 @@ def _stand_in(point: Any) -> Callable:
     return stand_in
 
 
-def show_user_errors_in_one_line() -> None:
-    """Prints a user's mistake without a traceback when it ends the process, with exit code 1 as Python does anyway."""
-    _name_choices()
+def show_user_errors_in_one_line(commands: set[str]) -> None:
+    """Prints a user's mistake without a traceback when it ends the process, with exit code 1 as Python does anyway.
+
+    Args:
+        commands: Those whose parser tells its own errors in one line, too.
+    """
+    from litgpt_whittle import flags
+
+    flags.install(commands)
     show_traceback = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -135,25 +141,6 @@ def show_user_errors_in_one_line() -> None:
             show_traceback(kind, error, traceback)
 
     sys.excepthook = show
-
-
-def _name_choices() -> None:
-    """Has the parser say what there is to choose from; jsonargparse 4.41 trips over a text that is none of it."""
-    from typing import Literal, get_args, get_origin
-
-    from jsonargparse import _typehints
-
-    adapt = getattr(_typehints, "adapt_typehints", None)
-    if adapt is None:  # another jsonargparse, whose own message will do
-        return
-
-    def adapt_or_tell(value: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
-        choices = get_args(typehint) if get_origin(typehint) is Literal else ()
-        if choices and isinstance(value, str) and value not in choices and all(isinstance(c, str) for c in choices):
-            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
-        return adapt(value, typehint, *args, **kwargs)
-
-    _typehints.adapt_typehints = adapt_or_tell
 
 
 def save_hyperparameters(function: Callable, out_dir: Path) -> None:

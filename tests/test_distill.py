@@ -284,9 +284,10 @@ def test_losses_that_make_no_sense_are_refused(kwargs, match):
         ({"initial_checkpoint_dir": Path("no/such/dir")}, "no checkpoint directory 'no/such/dir'"),
         ({"sub_network": Path("best.yaml")}, "set --teacher_checkpoint_dir"),
         (
-            {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}, "init_args.lr": 1e-3}},
-            "init_args.lr beside",
+            {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}, "rate": "1e-3"}},
+            "'rate': 0.001.* cannot be made .*unexpected keyword argument 'rate'",
         ),
+        ({"optimizer": {"lr": "1e-3"}}, "optimizer has 'lr' but no class_path"),
         ({"model_config": None}, "there is no student"),
         ({"model_config": None, "model_name": "no-such-model"}, "'no-such-model'"),
         ({"resume": True}, "nothing to resume"),

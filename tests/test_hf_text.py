@@ -227,7 +227,7 @@ def test_its_mistakes_are_told_in_one_line_wherever_they_are_found(monkeypatch, 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=HFText | None)
     monkeypatch.setattr(sys, "excepthook", lambda *_: pytest.fail("a traceback"))
-    plugin.show_user_errors_in_one_line()
+    plugin.show_user_errors_in_one_line(set())
     try:
         parser.instantiate_classes(parser.parse_args(["--data=HFText", "--data.path=a", "--data.val_path=a"]))
     except ValueError as error:

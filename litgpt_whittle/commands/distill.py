@@ -42,11 +42,11 @@ from litgpt_whittle.training.checks import (
     check_cache,
     check_devices,
     check_hidden,
-    check_optimizer,
     check_pair,
     check_tokenizers,
     default_data,
     make_logger,
+    read_optimizer,
     run_settings,
 )
 from litgpt_whittle.training.loop import fit, load_data
@@ -158,10 +158,10 @@ def setup(
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
         return
+    optimizer = read_optimizer(optimizer)
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
-    check_optimizer(optimizer)
     check_writable(out_dir)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)

@@ -31,11 +31,11 @@ from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
     check_devices,
-    check_optimizer,
     check_pair,
     check_tokenizers,
     default_data,
     make_logger,
+    read_optimizer,
     run_settings,
 )
 from litgpt_whittle.training.loop import fit, load_data
@@ -122,10 +122,10 @@ def setup(
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
         return
+    optimizer = read_optimizer(optimizer)
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, None, resume)
-    check_optimizer(optimizer)
     check_writable(out_dir)
     supernet.distill.objectives()
     devices = check_devices(devices, num_nodes, train)

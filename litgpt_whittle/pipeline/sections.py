@@ -13,6 +13,7 @@ from jsonargparse import CLI, ArgumentParser, Namespace, capture_parser, set_par
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
+from litgpt_whittle.flags import in_one_line, names_of
 
 
 class Section:
@@ -75,7 +76,7 @@ class Section:
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:
-            told = str(UserError.inside(error) or " ".join(str(error).split())[:300])
+            told = in_one_line(str(error), self.name, names_of(self.parser, self.name))
             raise UserError(f"the section {self.name} cannot be read: {told}") from None
 
     def told(self, check: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.fabric.loggers import Logger
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config
@@ -69,18 +70,22 @@ def check_arguments(
         )
 
 
-def check_optimizer(optimizer: str | dict) -> None:
-    """Refuses settings that litgpt would leave unread, and an optimizer that cannot be made.
+def read_optimizer(optimizer: str | dict) -> str | dict:
+    """Puts what `--optimizer.lr` sets into `init_args`: the parser leaves it beside, where litgpt does not read it.
 
     Raises:
-        UserError: Naming them.
+        UserError: If such an optimizer cannot be made.
     """
-    unread = sorted(set(optimizer) - {"class_path", "init_args"}) if isinstance(optimizer, dict) else []
-    if unread:
-        raise UserError(
-            f"optimizer has a class_path and init_args, got {', '.join(unread)} beside them, which nobody reads; set "
-            "init_args in a YAML, or all of it: --optimizer '{class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}'"
-        )
+    if isinstance(optimizer, dict):
+        beside = {name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")}
+        if "class_path" not in optimizer:
+            raise UserError(
+                f"optimizer has {', '.join(map(repr, beside)) or 'no settings'} but no class_path; add one such as "
+                "--optimizer.class_path torch.optim.AdamW"
+            )
+        beside = {name.removeprefix("init_args."): _as_value(value) for name, value in beside.items()}
+        inside = {**(optimizer.get("init_args") or {}), **beside}
+        optimizer = {"class_path": optimizer["class_path"], "init_args": inside}
     try:
         # litgpt adds to the settings that it is given
         instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(2, 2))])
@@ -89,6 +94,18 @@ def check_optimizer(optimizer: str | dict) -> None:
         raise UserError(
             f"optimizer {optimizer!r} cannot be made ({reason}); name one such as AdamW, or a class_path"
         ) from None
+    return optimizer
+
+
+def _as_value(text: Any) -> Any:
+    """What a flag's text stands for; YAML takes 3e-4 for no number."""
+    if not isinstance(text, str):
+        return text
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:

@@ -1,0 +1,135 @@
+"""What the parser cannot take, told in one line: jsonargparse prints a page of usage, and every type that it has tried."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from litgpt_whittle.errors import UserError
+
+
+def install(commands: set[str]) -> None:
+    """Has the parser of these commands tell a user's mistake in one line; other commands keep their messages."""
+    import sys
+
+    from jsonargparse import ArgumentParser
+
+    tell_at_length = ArgumentParser.error
+
+    def error(parser: Any, message: str, ex: Exception | None = None) -> Any:
+        if not parser.exit_on_error or not commands & set(sys.argv[1:2]):
+            return tell_at_length(parser, message, ex)
+        print(f"error: {in_one_line(message, sys.argv[1], names_of(parser, sys.argv[1]))}", file=sys.stderr)
+        sys.exit(2)
+
+    ArgumentParser.error = error
+    _name_choices()
+    _replace_whole()
+
+
+def in_one_line(message: str, command: str, flags: list[str]) -> str:
+    """What the parser says, without the types that it tried.
+
+    Args:
+        message: jsonargparse's.
+        command: Whose flags they are, such as "search".
+        flags: All of them, such as "--out_dir".
+    """
+    told = UserError.inside(message)
+    if told is not None:
+        return str(told)
+    if message.startswith("Unrecognized arguments: "):
+        return _unknown(message.removeprefix("Unrecognized arguments: ").split(), command, flags)
+    missing = re.search(r'Key "(?:\w+\.)?(\w+)" is required', message)
+    if missing:
+        return f"{missing[1]} is missing; see 'litgpt {command} --help'"
+    unknown = re.fullmatch(r"Validation failed: Key '([^']+)' is not expected", message)
+    if unknown:
+        return _unknown([f"--{unknown[1]}"], command, flags)
+    if message.startswith("Parser key "):
+        return _wrong_value(message)
+    return " ".join(message.split())
+
+
+def names_of(parser: Any, command: str) -> list[str]:
+    """The flags of a command, by its own parser or by that of all commands."""
+    subcommands = getattr(parser, "_subcommands_action", None)
+    if subcommands is not None and command in subcommands.choices:
+        parser = subcommands.choices[command]
+    return [flag for flag in parser._option_string_actions if flag.startswith("--")]
+
+
+def _unknown(arguments: list[str], command: str, flags: list[str]) -> str:
+    first = next((a for a in arguments if a.startswith("-")), arguments[0]).partition("=")[0]
+    near = difflib.get_close_matches(first, flags, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"'litgpt {command} --help' lists what there is"
+    return f"{command} has no {'flag' if first.startswith('-') else 'argument'} {first}; {remedy}"
+
+
+def _wrong_value(message: str) -> str:
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    nested = re.search(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", message)
+    # where one of several types is a section of settings, its keys are read apart
+    if nested and nested[1] not in keys[1:]:
+        keys.append(nested[1])
+    if "Unrecognized arguments: " in message and nested:
+        return f"{keys[0]} has no setting {nested[1]}"
+    unknown = re.search(r"Key '([^']+)' is not expected", message)
+    if unknown:
+        owner = re.findall(r"class_path '([^']+)'", message)
+        return f"{keys[0]} has no setting {unknown[1]}" + (f"; it is a {owner[-1]}" if owner else "")
+    name = ".".join(keys)
+    choices = re.search(r"must be one of .*", message)
+    if choices:
+        return f"{name} {choices[0]}"
+    name_of_class = re.search(r"Expected a dot import path string: (.*)", message)
+    if name_of_class:
+        return f"{name}: there is nothing called {name_of_class[1]}; name a class, or its path such as package.Class"
+    kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '([^']+)'>", message)))
+    if nested and len(kinds) > 1:
+        kinds = kinds[1:]  # the first is what could stand in the section's place
+    if "expects a dict or Namespace" in message:
+        kinds.append("a section of settings")
+    given = re.findall(r"(?:Got value|Given value): (.*)", message)
+    if kinds and given:
+        wanted = " or ".join(_KINDS.get(kind, kind) for kind in kinds if kind != "NoneType")
+        return f"{name} must be {wanted}, got {nested[2] if nested else given[-1]}"
+    return " ".join(f"{name}: {message.partition(':')[2]}".split())
+
+
+_KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+
+
+def _name_choices() -> None:
+    """Has the parser say what there is to choose from; jsonargparse 4.41 trips over a text that is none of it."""
+    from jsonargparse import _typehints
+
+    adapt = getattr(_typehints, "adapt_typehints", None)
+    if adapt is None:  # another jsonargparse, whose own message will do
+        return
+
+    def adapt_or_tell(value: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
+        choices = get_args(typehint) if get_origin(typehint) is Literal else ()
+        if choices and isinstance(value, str) and value not in choices and all(isinstance(c, str) for c in choices):
+            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+        return adapt(value, typehint, *args, **kwargs)
+
+    _typehints.adapt_typehints = adapt_or_tell
+
+
+def _replace_whole() -> None:
+    """Has a whole value take the place of a dictionary from a YAML, which jsonargparse 4.41 trips over."""
+    from jsonargparse import _typehints
+
+    action = getattr(_typehints, "ActionTypeHint", None)
+    if action is None:
+        return
+    call = action.__call__
+
+    def call_on_nothing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 4 and args[3] == f"--{self.dest}" and type(args[1].get(self.dest)) is dict:
+            args[1][self.dest] = None
+        return call(self, *args, **kwargs)
+
+    action.__call__ = call_on_nothing

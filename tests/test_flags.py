@@ -1,0 +1,107 @@
+"""A flag that the parser cannot take ends in one line, and an optimizer's settings can be set by flags."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.flags import in_one_line
+from litgpt_whittle.training.checks import read_optimizer
+
+BIN = Path(sys.executable).parent
+
+CASES = [
+    ("search", "checkpoint_dir is missing; see 'litgpt search --help'"),
+    ("search T --itertions 3", "search has no flag --itertions; did you mean --iterations?"),
+    ("search T --zzz=3", "search has no flag --zzz; 'litgpt search --help' lists what there is"),
+    ("distill T", "distill has no argument T; 'litgpt distill --help' lists what there is"),
+    ("search T --eval.max_iters x", "eval.max_iters must be a whole number, got x"),
+    ("distill --train.max_tokens abc", "train.max_tokens must be a whole number, got abc"),
+    ("distill --distill.alpha x", "distill.alpha must be a number or a section of settings, got x"),
+    ("distill --distill.alpha.start x", "distill.alpha.start must be a number, got x"),
+    ("extract T S --repair maybe", "repair must be true or false or a section of settings, got maybe"),
+    ("extract T S --repair.basis coordinate", "repair.basis must be one of pca, coordinates, got 'coordinate'"),
+    ("extract T S --repair.tokens x", "repair.tokens must be a whole number, got x"),
+    ("extract T S --repair.toknes 3", "repair has no setting toknes"),
+    ("search T --space fine", "space must be one of coarse_uniform, coarse_layerwise, "),
+    ("search T --data Foo", "data: there is nothing called Foo; name a class, or its path such as package.Class"),
+    ("search T --data HFText --data.pth x", "data has no setting pth; it is a litgpt_whittle.data.HFText"),
+    ("search T --strategy.foo 3", "strategy has no setting foo; it is a litgpt_whittle.strategies.Evolution"),
+    ("distill --config no.yaml", "config: File does not exist"),
+]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, str]:
+    """What a process says that parses all the command lines, one after the other, as `litgpt` would each."""
+    script = tmp_path_factory.mktemp("flags") / "run.py"
+    script.write_text(
+        "import contextlib, io, json, sys\n"
+        "sys.argv = ['litgpt', 'search', 'distill', 'extract']\n"  # which commands are imported
+        "from litgpt.__main__ import main\n"
+        "told = {}\n"
+        "for line in json.loads(sys.stdin.read()):\n"
+        "    sys.argv, err = ['litgpt', *line.split()], io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    told[line] = err.getvalue()\n"
+        "print('TOLD', json.dumps(told))\n"
+    )
+    lines = json.dumps([line for line, _ in CASES] + ["pretrain --zzz=3"])
+    done = subprocess.run([sys.executable, str(script)], input=lines, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition("TOLD")[2])
+
+
+@pytest.mark.parametrize("line, expected", CASES)
+def test_what_the_parser_cannot_take_ends_in_one_line(told, line, expected):
+    assert told[line].startswith(f"error: {expected}")
+    assert told[line].count("\n") == 1
+
+
+def test_commands_of_litgpt_keep_their_messages(told):
+    assert told["pretrain --zzz=3"].startswith("usage: litgpt")
+
+
+def test_a_mistake_with_a_message_of_its_own_keeps_it():
+    mistake = UserError("a rule, a value, a remedy")
+    union = f"Parser key \"x\":\n  Errors:\n    - Expected a <class 'int'>\n    - {mistake}\n  Given value: 3"
+    assert in_one_line(union, "search", []) == str(mistake)
+
+
+def test_what_is_not_known_is_at_least_one_line():
+    assert in_one_line("something\n  else", "search", []) == "something else"
+    assert in_one_line('Parser key "x":\n  is\n  odd', "search", []) == "x: is odd"
+
+
+@pytest.mark.parametrize("key", ["lr", "init_args.lr"])
+@pytest.mark.parametrize("value", ["3e-4", "0.0003", 3e-4])
+def test_settings_beside_init_args_go_into_them(key, value):
+    given = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0, "weight_decay": 0.1}, key: value}
+    assert read_optimizer(given) == {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": 3e-4, "weight_decay": 0.1},
+    }
+    assert given["init_args"]["lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        ("--optimizer.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
+        ("--optimizer.init_args.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
+        ("--optimizer={class_path: torch.optim.AdamW, init_args: {lr: 2.0}}", {"lr": 2.0}),
+    ],
+)
+def test_flags_change_the_optimizer_of_a_yaml(tmp_path, flag, expected):
+    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.1}}
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump({"optimizer": settings}))
+    command = [str(BIN / "litgpt"), "distill", f"--config={path}", flag, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert read_optimizer(yaml.safe_load(done.stdout)["optimizer"])["init_args"] == expected
