@@ -1,4 +1,4 @@
-"""What the parser cannot take, told in one line: jsonargparse prints a page of usage, and every type that it has tried."""
+"""What the parser cannot take, told in one line: jsonargparse prints a page of usage, and every type that it tried."""
 
 from __future__ import annotations
 
