@@ -22,7 +22,7 @@ from litgpt_whittle.batches import calibration_windows, connect, fingerprint, va
 from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.reports.plots import COLORS
+from litgpt_whittle.reports.style import COLORS
 from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space

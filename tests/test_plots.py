@@ -79,14 +79,15 @@ def test_fronts_are_marked_in_every_panel(tmp_path, drawn):
 
 
 def test_correlations_are_within_bins_and_fixed_dimensions_are_named(tmp_path, drawn):
-    evaluations = [evaluation(i, 10.0 - i, n_embd=4 + i) for i in range(4)]
-    evaluations += [evaluation(4 + i, 100.0 + i, "3M-4M", n_embd=4 + i) for i in range(4)]
+    evaluations = [evaluation(i, 20.0 - i, n_embd=4 + i) for i in range(10)]
+    evaluations += [evaluation(10 + i, 100.0 + i, "3M-4M", n_embd=4 + i) for i in range(10)]
+    evaluations += [evaluation(20 + i, 200.0 + i, "5M-6M", n_embd=4 + i) for i in range(9)]  # too few to tell
     plot_dimensions(evaluations, tmp_path / "plot.png")
     visible = [axes for axes in drawn[0].axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in visible] == ["n_embd"]
-    assert [text.get_text() for text in visible[0].texts] == ["ρ = −1.00", "ρ = 1.00"]
+    assert [text.get_text() for text in visible[0].texts] == ["ρ = −1.00", "ρ = 1.00", ""]
     assert "(the same in all: n_layer, head_size, n_head, intermediate_size)" in drawn[0].get_suptitle()
-    assert texts(drawn[0])[-2:] == ["1M-2M", "3M-4M"]
+    assert texts(drawn[0])[-3:] == ["1M-2M", "3M-4M", "5M-6M"]
 
 
 def test_titles_tell_what_was_found(tmp_path, drawn):

@@ -26,13 +26,13 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
+from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
-from litgpt_whittle.training.curves import plot_repair
 from litgpt_whittle.training.student import BASIS
 
 

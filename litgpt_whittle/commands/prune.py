@@ -26,12 +26,12 @@ from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
+from litgpt_whittle.reports.curves import plot_pruning
 from litgpt_whittle.scratch import scratch_beside
 from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
 from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
-from litgpt_whittle.training.curves import plot_pruning
 from litgpt_whittle.training.student import BASIS, Student
 
 GROUP = "litgpt_whittle.pruners"

@@ -10,7 +10,8 @@ from pathlib import Path
 from litgpt_whittle.files import write_text
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
-from litgpt_whittle.reports.plots import BLACK, COLORS, GRAY
+from litgpt_whittle.reports.plots import score_axis
+from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
 from litgpt_whittle.results import Checkpoint, TrainingResult, searched_perplexity, tokens_to_reach
 
 _ABOUT = """
@@ -102,11 +103,9 @@ def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
 
 def plot_students(outcomes: Sequence[Outcome], teacher_val_loss: float | None, path: Path) -> None:
     """Draws validation perplexity over tokens, of every student and of its baseline."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = new_figure()
     for i, outcome in enumerate(outcomes):
         color = COLORS[i % len(COLORS)]
         _draw(axes, outcome.curve, f"{outcome.name}, {math.exp(outcome.curve[-1][1]):.2f}", color, "-")
@@ -117,12 +116,12 @@ def plot_students(outcomes: Sequence[Outcome], teacher_val_loss: float | None, p
     if teacher_val_loss is not None:
         value = math.exp(teacher_val_loss)
         axes.axhline(value, color=BLACK, linestyle="--", linewidth=1, label=f"teacher, {value:.2f}")
-    axes.set(yscale="log", xlabel="tokens of calibration and training", ylabel="validation perplexity")
+    curves = [o.curve for o in outcomes] + [o.baseline.curve for o in outcomes if o.baseline is not None]
+    score_axis(axes.yaxis, [math.exp(loss) for curve in curves for _, loss in curve], "validation perplexity")
+    axes.set_xlabel("tokens of calibration and training")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title("The students' trainings", loc="left")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _draw(axes, curve: Sequence[tuple[int, float]], label: str, color: str, style: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from litgpt_whittle.amounts import format_amount
 from litgpt_whittle.metrics import MEASURES
+from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
 from litgpt_whittle.searching.evaluations import (
     best_of,
     bins_of,
@@ -22,15 +23,12 @@ from litgpt_whittle.searching.evaluations import (
 from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.spaces.bins import short
 
-COLORS = ("#2a6fdb", "#e4572e", "#2e9e5b", "#8e44ad", "#d4a017", "#17a2b8")
-BLACK, GRAY = "#222222", "#888888"
-
 Points = list[tuple[float, float]]
 
 
 def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
     """Draws every candidate's score and the best so far over the evaluations, one colour per bin."""
-    figure, [[axes]] = _figure()
+    figure, [[axes]] = new_figure()
     bins = bins_of(evaluations)
     for bin, color in _colored(bins):
         own = [(i, e.score(score)) for i, e in enumerate((e for e in evaluations if e.bin == bin), 1)]
@@ -46,14 +44,14 @@ def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "per
             axes.step(*_columns(steps), where="post", color=color, linewidth=2, label=label)
     axes.set_xlabel("evaluations" if len(bins) == 1 else "evaluations per bin")
     axes.set_title(f"The best of {_n(evaluations, 'candidate')} so far", loc="left")
-    _scale(axes.yaxis, [e.score(score) for e in scored(evaluations, score)], score)
+    score_axis(axes.yaxis, [e.score(score) for e in scored(evaluations, score)], score)
     _note_failures(axes, evaluations, score)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
     """Draws every candidate's score over its parameters, marks the front and each bin's best."""
-    figure, [[axes]] = _figure()
+    figure, [[axes]] = new_figure()
     found = scored(evaluations, score)
     points = [(e.n_params, e.score(score)) for e in found]
     front = [points[i] for i in pareto_front(points)]
@@ -75,9 +73,9 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     axes.xaxis.get_major_locator().set_params(nbins=7)
     axes.set_xlabel("parameters")
     axes.set_title(f"{_n(found, 'candidate')}, {len(front)} on the front of {score} and parameters", loc="left")
-    _scale(axes.yaxis, [value for _, value in points], score)
+    score_axis(axes.yaxis, [value for _, value in points], score)
     _note_failures(axes, evaluations, score)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequence[str]) -> None:
@@ -86,7 +84,7 @@ def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequen
     With more than two objectives, what is on the front need not look so in every panel.
     """
     first, *others = objectives
-    figure, [row] = _figure((max(4.4 * len(others), 8.5), 5), 1, len(others))
+    figure, [row] = new_figure((max(4.4 * len(others), 8.5), 5), 1, len(others))
     fronts = fronts_of(evaluations, objectives)
     for axes, name in zip(row, others):
         points = [(e.measure(name), e.measure(first)) for e in evaluations]
@@ -98,13 +96,13 @@ def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequen
                 axes.step(*_columns(front), where="post", color=color, linewidth=1.2, alpha=0.7)
             label = "front" if len(fronts) == 1 else f"front of {bin}"
             axes.scatter(*_columns(front), color=color, s=24, zorder=3, label=label)
-        _scale(axes.xaxis, [x for x, _ in points], name)
-    _scale(row[0].yaxis, [y for y in (e.measure(first) for e in evaluations) if math.isfinite(y)], first)
+        score_axis(axes.xaxis, [x for x, _ in points], name)
+    score_axis(row[0].yaxis, [y for y in (e.measure(first) for e in evaluations) if math.isfinite(y)], first)
     n_on_front = sum(map(len, fronts.values()))
     figure.suptitle(
         f"{n_on_front} of {_n(evaluations, 'candidate')} on the front of {_listed(objectives)}", x=0.01, ha="left"
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
@@ -119,7 +117,7 @@ def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = 
     varying = [name for name in names if name not in fixed]
     n_columns = 2 if len(varying) in (2, 4) else 3
     n_rows = max(-(-len(varying) // n_columns), 1)
-    figure, grid = _figure((max(3.6 * n_columns, 8.5), 3 * n_rows + 0.5), n_rows, n_columns)
+    figure, grid = new_figure((max(3.6 * n_columns, 8.5), 3 * n_rows + 0.5), n_rows, n_columns)
     bins = _colored(bins_of(evaluations))
     for axes, name in zip(grid.flat, varying):
         candidates = [(choice[name], e) for choice, e in zip(sizes, found) if name in choice]
@@ -127,11 +125,11 @@ def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = 
     for axes in grid.flat[len(varying) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
-        _scale(axes.yaxis, [e.score(score) for e in found], score)
+        score_axis(axes.yaxis, [e.score(score) for e in found], score)
     title = f"What {score} goes with: ρ is Spearman's rank correlation, ★ the best"
     note = f"\n(the same in all: {', '.join(fixed)})" if fixed else ""
     figure.suptitle(title + note, x=0.01, ha="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_dimension(
@@ -159,7 +157,7 @@ def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str =
 
     Of several bins, each has its own colour and its own τ: which of two bins has the better candidates is no news.
     """
-    figure, [[axes]] = _figure()
+    figure, [[axes]] = new_figure()
     found = scored(scored(evaluations, score), "predicted")
     points = [(e.score("predicted"), e.score(score)) for e in found]
     bins = bins_of(found)
@@ -173,9 +171,9 @@ def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str =
     axes.plot(ends, ends, color=GRAY, linewidth=1, linestyle="--", label="predicted as measured")
     agreement = f"Kendall's {_agreement(found, score)} over " if len(bins) == 1 and _agreement(found, score) else ""
     axes.set_title(f"The surrogate: {agreement}{_n(points, 'candidate')}", loc="left")
-    _scale(axes.xaxis, ends, f"predicted {score}")
-    _scale(axes.yaxis, ends, f"measured {score}")
-    _save(figure, path)
+    score_axis(axes.xaxis, ends, f"predicted {score}")
+    score_axis(axes.yaxis, ends, f"measured {score}")
+    save_figure(figure, path)
 
 
 def _agreement(evaluations: Sequence[Evaluation], score: str) -> str:
@@ -191,21 +189,8 @@ def number(value: float, name: str = "perplexity") -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _figure(size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes, an array of shape (n_rows, n_columns); its size is in inches."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, grid
-
-
-def _scale(axis: Any, scores: Sequence[float], label: str) -> None:
-    """Makes an axis of scores logarithmic where they span more than a factor of three, with plain numbers on it.
+def score_axis(axis: Any, scores: Sequence[float], label: str) -> None:
+    """Labels an axis of scores; logarithmic where they span more than a factor of three, with plain numbers on it.
 
     An axis of costs is linear, with numbers in their unit.
     """
@@ -227,22 +212,11 @@ def _note_failures(axes: Any, evaluations: Sequence[Evaluation], score: str) -> 
         axes.text(1, 1.02, f"{failed} failed", transform=axes.transAxes, ha="right", color=GRAY, fontsize=9)
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Writes the picture, with the labels of all axes in one legend below, where it hides nothing."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            handles.setdefault(label, handle)
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
-
-
 def _correlation(points: Points) -> str:
-    """Spearman's rank correlation, as a label; empty where there is none."""
+    """Spearman's rank correlation, as a label; empty where there is none, or too few points to tell."""
     from scipy.stats import spearmanr
 
-    if len(points) < 3:
+    if len(points) < 10:
         return ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where all sizes or all scores are the same

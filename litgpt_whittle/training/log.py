@@ -13,7 +13,8 @@ from lightning.fabric.utilities.throughput import ThroughputMonitor
 
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.processes import peak_memory
-from litgpt_whittle.training.curves import MetricsLog, plot_training
+from litgpt_whittle.reports.curves import plot_training
+from litgpt_whittle.training.curves import MetricsLog
 from litgpt_whittle.training.run import Run
 
 

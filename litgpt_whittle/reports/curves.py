@@ -1,0 +1,88 @@
+"""Pictures of what was done to a model: its training, the repair of its blocks, the pruning of its maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
+from litgpt_whittle.training.curves import read_metrics
+
+if TYPE_CHECKING:
+    from litgpt_whittle.pruners.pruning import MapReport
+    from litgpt_whittle.repair.walk import LayerReport
+
+
+def plot_training(metrics_path: Path, png_path: Path) -> None:
+    """Draws train and validation loss, and the learning rate, over tokens."""
+    from matplotlib.ticker import EngFormatter
+
+    rows = read_metrics(metrics_path)
+    layout = dict(sharey=False, sharex=True, height_ratios=[3, 1])
+    figure, [[loss], [rate]] = new_figure((8.5, 6), 2, 1, **layout)
+    found = {key: [(row["tokens"], row[key]) for row in rows if key in row] for key in _keys(rows)}
+    others = [key for key in found if key.startswith("val_loss/")]
+    validated = {"val_loss": "validation"} | {key: f"validation, {key.partition('/')[2]}" for key in others}
+    # what is logged in between is drawn behind, and thinner
+    for key, label in {"ce": "train, cross-entropy", "full": "train, full network"}.items():
+        if found.get(key):
+            loss.plot(*zip(*found[key]), color=GRAY, linewidth=0.8, alpha=0.7, label=label)
+    for i, (key, label) in enumerate(validated.items()):
+        if found.get(key):
+            loss.plot(*zip(*found[key]), "o-", color=COLORS[i % len(COLORS)], linewidth=1.5, markersize=4, label=label)
+    taught = found.get("teacher_val_loss")
+    if taught:
+        loss.axhline(taught[-1][1], color=BLACK, linestyle="--", linewidth=1, label=f"teacher: {taught[-1][1]:.3f}")
+    loss.set_ylabel("nats per token")
+    loss.set_title(_result(found.get("val_loss", [])), loc="left")
+    rate.set_ylabel("learning rate")
+    if found.get("learning_rate"):
+        rate.plot(*zip(*found["learning_rate"]), color=COLORS[0], linewidth=1)
+        rate.set_ylim(bottom=0)
+    rate.set_xlabel("tokens")
+    rate.xaxis.set_major_formatter(EngFormatter(sep=""))
+    save_figure(figure, png_path)
+
+
+def _keys(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _result(validations: Sequence[tuple[int, float]]) -> str:
+    if not validations:
+        return ""
+    tokens, loss = validations[-1]
+    return f"{loss:.3f} nats per token (perplexity {math.exp(min(loss, 700)):,.2f}) after {tokens:,} tokens"
+
+
+def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
+    """Draws each block's error on held-out tokens, as it was cut and repaired."""
+    figure, [[axes]] = new_figure((8.5, 4.8))
+    places = range(len(layers))
+    axes.plot(places, [layer.before for layer in layers], "o--", color=GRAY, label="this block as cut")
+    axes.plot(places, [layer.after for layer in layers], "o-", color=COLORS[0], label="repaired")
+    axes.set_xticks(places, [str(layer.layer) for layer in layers])
+    axes.set(xlabel="the teacher's layer", ylabel="relative squared error of the stream", yscale="log")
+    for formats in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formats(lambda error, _: f"{error:.2g}")
+    axes.set_title("The student's stream behind each block, against the teacher's", loc="left")
+    save_figure(figure, png_path)
+
+
+def plot_pruning(reports: Sequence[MapReport], png_path: Path) -> None:
+    """Draws what each layer's maps lose on calibration data, the mean over its experts."""
+    figure, [[axes]] = new_figure((8.5, 4.8))
+    for i, kind in enumerate(dict.fromkeys(report.kind for report in reports)):
+        errors: dict[int, list[float]] = {}
+        for report in reports:
+            if report.kind == kind and report.error is not None:
+                errors.setdefault(report.layer, []).append(report.error)
+        means = [sum(own) / len(own) for own in errors.values()]
+        axes.plot(list(errors), means, "o-", color=COLORS[i % len(COLORS)], markersize=4, label=kind)
+    axes.set(xlabel="layer", ylabel="relative squared error of the output")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_title("What pruning takes from each map, on what the pruned model feeds it", loc="left")
+    save_figure(figure, png_path)

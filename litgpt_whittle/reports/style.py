@@ -1,0 +1,39 @@
+"""What all pictures share: colours, axes, where the legend goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLORS = ("#2a6fdb", "#e4572e", "#2e9e5b", "#8e44ad", "#d4a017", "#17a2b8")
+BLACK, GRAY = "#222222", "#888888"
+
+
+def new_figure(
+    size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: int = 1, **kwargs: Any
+) -> tuple[Any, Any]:
+    """A figure and its axes, an array of shape (n_rows, n_columns); its size is in inches."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, **({"sharey": True} | kwargs))
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes the picture, with the labels of all axes in one legend below, where it hides nothing."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    if handles:
+        # an inch holds about 12 letters, and a column 6 beside its label
+        n_columns = int(12 * figure.get_figwidth() / (max(map(len, handles)) + 6))
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(max(n_columns, 1), 4), frameon=False
+        )
+    figure.savefig(path, dpi=130)
