@@ -1,4 +1,4 @@
-"""What runs on many GPUs take: the formulas against published runs, then teachers of 12B and 70B on 100B tokens.
+"""What runs on many GPUs take: formulas and plan against published runs, then teachers of 12B and 70B on 100B tokens.
 
     python benchmarks/scale.py [--plan]
 
@@ -30,6 +30,14 @@ PUBLISHED = [  # model, sequence length, tokens, A100 hours, where
     ("pythia-12b", 2048, PILE, 72_300, "arXiv 2304.01373"),
     ("tiny-llama-1.1b", 2048, 300_000_000_000, 3_456, "github.com/jzhang38/TinyLlama"),
 ]
+
+MEMORY = [  # model, precision, GPUs, samples per step and per GPU, length, checkpointing, what was published, where
+    ("tiny-llama-1.1b", "bf16-true", 1, 32, 4, 512, False, "14.10", "litgpt, tiny-llama/full.yaml"),
+    ("gemma-2b", "bf16-true", 4, 16, 1, 512, True, "17.43", "litgpt, gemma-2b/full.yaml"),
+    ("stablelm-base-alpha-3b", "bf16-true", 2, 8, 1, 512, True, "21.23", "litgpt, stablelm-base-alpha-3b/full.yaml"),
+    ("tiny-llama-1.1b", "bf16-mixed", 16, 1024, 8, 2048, False, "at most 40", "TinyLlama, with fused kernels"),
+]
+"""Full training without a teacher; litgpt's finetuning shards by FSDP where there are several GPUs"""
 
 TOKENS = 100_000_000_000
 BATCH = 2**22
@@ -98,6 +106,26 @@ RUNS = [
 ]
 
 
+def planned(row: tuple) -> str:
+    """The memory of a run without a teacher, GB per GPU."""
+    name, precision, n, samples, micro_batch_size, seq_length, is_checkpointed, *_ = row
+    config = Config.from_name(name)
+    step = Step.of(
+        TrainArgs(global_batch_size=samples, micro_batch_size=micro_batch_size, max_norm=None),
+        lambda: GPT(config),
+        "AdamW",
+        precision,
+        torch.device("cpu"),
+        n,
+        "fsdp" if n > 1 else "auto",
+        seq_length,
+        Objective(1.0, 0.0),
+        activation_checkpointing=is_checkpointed,
+        is_elsewhere=True,
+    )
+    return f"{plan_memory(step).total / 1e9:.2f}"
+
+
 def print_table(rows: list[tuple]) -> None:
     print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]))
 
@@ -115,6 +143,14 @@ def main() -> None:
         computed = gpu_hours(n_flops, A100)
         rows.append((name, f"{hours:,}", f"{computed:,.0f}", f"{UTILISATION * computed / hours:.2f}"))
     print_table(rows)
+
+    if args.plan:
+        rows = [("run", "precision", "GPUs", "tokens per GPU", "GB per GPU, published", "planned", "where")]
+        for row in MEMORY:
+            name, precision, n, _, micro_batch_size, seq_length, _, found, where = row
+            rows.append((name, precision, n, f"{micro_batch_size} × {seq_length}", found, planned(row), where))
+        print()
+        print_table(rows)
 
     rows = [("run", "GPUs", "GPU-hours", "days", "GB per GPU", "GB received per micro-batch", "s computing it")]
     rows[0] += tuple(f"s receiving it, {name}" for name in NETWORKS)
