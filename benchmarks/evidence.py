@@ -43,6 +43,7 @@ from students import Data, cached, litgpt, search, train_settings, validate
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import connect, validation_batches
+from litgpt_whittle.reports.style import new_figure, save_figure
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
 Curve = list[tuple[int, float]]
@@ -347,10 +348,9 @@ def _spread(losses: list[float]) -> str:
 def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     """Validation loss over tokens, the seeds' mean and range; pairs that differ in the teacher share a colour."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = new_figure((9, 5.5))
     kinds = list(dict.fromkeys(label.removesuffix(", distilled") for label in runs.curves))
     colors = colormaps["tab10" if len(kinds) <= 10 else "tab20"].colors
     for label, by_seed in runs.curves.items():
@@ -367,9 +367,8 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     axes.set(xlabel="tokens of training", ylabel="validation loss, nats per token")
     axes.set_ylim(top=min(axes.get_ylim()[1], low + 4))
     axes.set_title(f"{question}; seeds: {', '.join(map(str, runs.seeds))}", loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=120)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    save_figure(figure, path)
 
 
 def answer(bench: Bench, question: str, report: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import Any, Literal, get_args, get_origin
 
 from litgpt_whittle.errors import UserError
@@ -11,8 +12,6 @@ from litgpt_whittle.errors import UserError
 
 def install(commands: set[str]) -> None:
     """Has the parser of these commands tell a user's mistake in one line; other commands keep their messages."""
-    import sys
-
     from jsonargparse import ArgumentParser
 
     tell_at_length = ArgumentParser.error
