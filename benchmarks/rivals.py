@@ -45,20 +45,22 @@ def main() -> None:
     for unknown in set(args.parts or ()) - set(parts):
         parser.error(f"there is no part {unknown!r}; choose from {', '.join(parts)}")
     args.report.mkdir(parents=True, exist_ok=True)
-    for part in args.parts or parts:
-        run(parts[part], args.report / f"{part}.txt")
+    codes = {part: run(parts[part], args.report / f"{part}.txt") for part in args.parts or parts}
+    # the scripts end so where one of their goals is missed
+    missed = [part for part, code in codes.items() if code]
+    if missed:
+        sys.exit(f"goals missed, or failed: {', '.join(missed)}")
 
 
-def run(command: list[str], path: Path) -> None:
-    """Runs a script, shows what it prints, and keeps it."""
+def run(command: list[str], path: Path) -> int:
+    """Runs a script, shows what it prints, and keeps it; gives the exit code."""
     print(f"\n== {path.stem}: {' '.join(command)}", flush=True)
     environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"} | os.environ
     started = [sys.executable, str(HERE / command[0]), *command[1:]]
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True, env=environment) as process:
         lines = [line for line in process.stdout if not print(line, end="", flush=True)]
-    if process.returncode:
-        sys.exit(f"{command[0]} failed with exit code {process.returncode}")
     path.write_text("".join(lines))
+    return process.returncode
 
 
 if __name__ == "__main__":
