@@ -221,20 +221,20 @@ class _Task:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
+            h, w, b = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
             if kind == "cpu" and targets is not None and self.teacher is None and not any(needs):
-                b = None if bias is None else bias.to(dtype)
-                ce = _cross_entropy(hidden.to(dtype), weight.to(dtype), b, targets, self.softcap)
+                ce = _cross_entropy(h, w, b, targets, self.softcap)
                 return (self.objective.alpha * ce, ce, torch.zeros_like(ce)), (None, None, None)
-            return self._run(hidden, weight, bias, targets, needs, dtype)
+            losses, grads = self._run(h, w, b, targets, needs)
+            return losses, grads.finish(hidden, weight, bias)
 
-    def _run(self, hidden, weight, bias, targets, needs, dtype):
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        exact = torch.promote_types(dtype, torch.float32)
+    def _run(self, h, w, b, targets, needs: tuple[bool, bool, bool]):
+        """The three losses, and the gradients before they have their inputs' precision again."""
+        exact = torch.promote_types(h.dtype, torch.float32)
         grads = _Gradients(h, w, b, needs, exact)
         share = _shares(h, targets, exact)
-        ce = distill = torch.zeros((), dtype=exact, device=hidden.device)
-        n_rows = max(1, PART_ELEMENTS.get(hidden.device.type, self.chunk_size * len(w)) // len(w))
+        ce = distill = torch.zeros((), dtype=exact, device=h.device)
+        n_rows = max(1, PART_ELEMENTS.get(h.device.type, self.chunk_size * len(w)) // len(w))
         for start in range(0, len(h), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             logits = _logits(h[rows], w, b, self.softcap)
@@ -251,7 +251,7 @@ class _Task:
                 grads.add(rows, logits)
         scale = self.objective.beta * self.objective.temperature**2
         total = self.objective.alpha * ce + scale * distill
-        return (total, ce, distill), grads.finish(hidden, weight, bias)
+        return (total, ce, distill), grads
 
     def _score(self, logits, share, taught, targets, with_grad: bool) -> _Scores:
         """The losses of some tokens, whose logits are overwritten: by their gradients where there are any."""

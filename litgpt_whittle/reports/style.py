@@ -10,13 +10,13 @@ BLACK, GRAY = "#222222", "#888888"
 
 
 def new_figure(
-    size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: int = 1, **kwargs: Any
+    size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: int = 1, sharey: bool = True, **kwargs: Any
 ) -> tuple[Any, Any]:
     """A figure and its axes, an array of shape (n_rows, n_columns); its size is in inches."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(n_rows, n_columns, squeeze=False, **({"sharey": True} | kwargs))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=sharey, **kwargs)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
