@@ -40,7 +40,7 @@ def main() -> None:
         "search": ["search_throughput.py", *rival],
         "distillation": ["distill_throughput.py", "--steps=6", "--repeats=3", *rival],
         "pruning": ["prune.py", "--tokens=32768", "--batches=16", "--refit", *text, *rival],
-        "students": ["evidence.py", "--questions", "starts", "strategies", *text],
+        "students": ["evidence.py", "--questions", "starts", "strategies", "--tokens=81920", *text],
     }
     for unknown in set(args.parts or ()) - set(parts):
         parser.error(f"there is no part {unknown!r}; choose from {', '.join(parts)}")
