@@ -9,6 +9,7 @@ repairs     the closed form alone, and the LM head fitted to the teacher's predi
 strategies  evolution, random search, or importance alone, before and after training
 fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
 spaces      the four search spaces, a small and a middle student
+evaluations whether a layer-wise space needs more evaluations than a uniform one, up to the default number of them
 losses      weights, temperature and kind of the distillation loss
 rates       the learning rate of a repaired student, a third of the size and two thirds
 codecs      the live teacher, or what was cached of it: everything, the top 64, 12 draws a token
@@ -221,6 +222,16 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     return students
 
 
+def evaluations(bench: Bench, seed: int) -> dict[str, Student]:
+    students = {}
+    for space in ("fine_uniform", "coarse_layerwise"):
+        flags = ("--strategy=Evolution", REPAIRED)  # the default ones, as is the last number of evaluations
+        flags += () if space == "coarse_layerwise" else (f"--space={space}",)
+        for n in (2 * bench.iterations, 1000):
+            students[f"{space}, {n} evaluations"] = Student(bench.found(1 / 3, seed, *flags, iterations=n))
+    return students
+
+
 def losses(bench: Bench, seed: int) -> dict[str, Student]:
     found = bench.found(1 / 3, 1, "--strategy=EvoPress")
 
@@ -282,6 +293,7 @@ QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "strategies": strategies,
     "fitness": fitness,
     "spaces": spaces,
+    "evaluations": evaluations,
     "losses": losses,
     "rates": rates,
     "codecs": codecs,
