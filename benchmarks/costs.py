@@ -15,10 +15,12 @@ class GPU:
     name: str
     peak: float
     """Dense bf16 FLOP/s, the maker's figure"""
+    fp32_peak: float
+    """The same in fp32"""
 
 
-H100 = GPU("H100", 989e12)
-A100 = GPU("A100", 312e12)
+H100 = GPU("H100", 989e12, 67e12)
+A100 = GPU("A100", 312e12, 19.5e12)
 
 UTILISATION = 0.4
 """The share of the peak that is assumed to be reached; `scale.py` compares it with what published runs reached"""
@@ -43,9 +45,9 @@ def training_flops(
     return passes * forward_flops(student, seq_length) + taught
 
 
-def gpu_hours(n_flops: float, gpu: GPU = H100, utilisation: float = UTILISATION) -> float:
-    """Hours of one GPU."""
-    return n_flops / (gpu.peak * utilisation) / 3600
+def gpu_hours(n_flops: float, peak: float = H100.peak, utilisation: float = UTILISATION) -> float:
+    """Hours of one GPU with so many FLOP/s at its peak."""
+    return n_flops / (peak * utilisation) / 3600
 
 
 def traffic(student: Config, n: int, strategy: str, n_accumulated: int, sharded_teacher: Config | None = None) -> float:

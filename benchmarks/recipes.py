@@ -29,6 +29,8 @@ from litgpt.utils import CLI
 from litgpt_whittle import SubNet
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import saved_bytes
+from litgpt_whittle.pipeline.estimates import BACKWARD, REPAIR_PASSES
+from litgpt_whittle.repair.costs import repair_bytes
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.sizes import Sizes, decided
 from litgpt_whittle.spaces.space import Space
@@ -39,6 +41,9 @@ HUB = Path(__file__).parents[1] / "config_hub"
 GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "prune", "whittle")}
 GIVEN["extract"] = ["TEACHER", "best.yaml"]
 """What a command is given before its options"""
+
+COMMANDS = ("search", "rank", "extract", "distill", "pretrain_supernet", "whittle")
+"""Whose recipes say what they take"""
 
 LIKE = {
     "llama-3.1-8b/1b": Config.from_name("Llama-3.2-1B"),
@@ -156,6 +161,13 @@ class Recipe:
         if self.command == "search":
             per_token = forward_flops(self.student, args.train.max_seq_length)
             return args.iterations * self.tokens * per_token
+        if self.command == "rank":  # a pass with gradients, and one without any layer
+            n_forward = (1 + BACKWARD) * args.tokens + self.teacher.n_layer * args.layer_tokens
+            return n_forward * forward_flops(self.teacher, args.train.max_seq_length)
+        if self.command == "extract":
+            return REPAIR_PASSES * args.repair.tokens * forward_flops(self.teacher, args.train.max_seq_length)
+        if self.command == "whittle":  # the rest is not a thousandth of it
+            return self.twin("search").flops() + self.twin("distill").flops()
         length, again = args.train.max_seq_length, args.activation_checkpointing
         if self.command == "distill":
             return self.tokens * training_flops(self.student, length, self.teacher, again)
@@ -173,19 +185,28 @@ class Recipe:
     def cost(self) -> str:
         """The header's line of costs."""
         n = self.flops()
-        hours = gpu_hours(n)
-        shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+        # a repair computes in fp32, and solves besides
+        peak, kind = (H100.fp32_peak, " in fp32") if self.command == "extract" else (H100.peak, "")
+        hours = gpu_hours(n, peak)
+        shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.{1 if hours >= 0.1 else 3}f}"
         # a race drops candidates, and most networks of a super-network are smaller than the full one
         limit = "at most " if self.command == "pretrain_supernet" or self.args.get("racing") else ""
-        peak = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {H100.peak / 1e12:.0f} TFLOP/s"
-        return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs at an assumed {peak})."
+        limit = "at least " if self.command == "extract" else limit
+        share = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {peak / 1e12:.0f} TFLOP/s"
+        return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs{kind} at an assumed {share})."
 
     def memory(self, plan: Callable[[Step], MemoryPlan] = plan_memory) -> str:
         """The header's sentence on memory."""
-        if self.command == "search":
-            n = sum(weight.numel() for weight in _meta(self.teacher).parameters())
-            return f"Memory: {2 * n / 1e9:.1f} GB and activations."
-        return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
+        if self.command == "whittle":  # its other stages take less
+            return self.twin("distill").memory(plan)
+        if self.command in ("distill", "pretrain_supernet"):
+            return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
+        n = 2 * sum(weight.numel() for weight in _meta(self.teacher).parameters())
+        if self.command == "extract":
+            searches = [open_recipe(path) for path in recipes("search") if path.parent.name == self.name]
+            device = torch.device("cuda")
+            n = max(repair_bytes(recipe.student, recipe.space.tied, device) for recipe in searches)
+        return f"Memory: {n / 1e9:.1f} GB and activations."
 
     def write(self, memory: str | None) -> None:
         """Puts the costs into the header, and the memory where it is known."""
@@ -230,17 +251,18 @@ def recipes(*commands: str) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="*", help="by default all for search, distill and pretrain_supernet")
+    parser.add_argument("paths", type=Path, nargs="*", help=f"by default all for {', '.join(COMMANDS)}")
     parser.add_argument("--write", action="store_true", help="put the figures into the headers")
     parser.add_argument("--no_plan", action="store_true", help="leave the memory out, which takes most of the time")
     args = parser.parse_args()
-    for path in args.paths or recipes("search", "distill", "pretrain_supernet"):
+    for path in args.paths or recipes(*COMMANDS):
         recipe = open_recipe(path.resolve())
         print(recipe.command, recipe.name, flush=True)
         if recipe.command in ("search", "distill"):
             student = recipe.student
             print(f"  student: {recipe.space.n_params(student):,} parameters, {len(student)} layers")
-        memory = None if args.no_plan and recipe.command != "search" else recipe.memory()
+        is_planned = recipe.command in ("distill", "pretrain_supernet", "whittle")
+        memory = None if args.no_plan and is_planned else recipe.memory()
         print(*(["  " + memory] if memory else []), "  " + recipe.cost()[2:], sep="\n", flush=True)
         if args.write:
             recipe.write(memory)

@@ -140,7 +140,7 @@ def main() -> None:
     ]
     for name, length, tokens, hours, _ in PUBLISHED:
         n_flops = tokens * training_flops(Config.from_name(name), length)
-        computed = gpu_hours(n_flops, A100)
+        computed = gpu_hours(n_flops, A100.peak)
         rows.append((name, f"{hours:,}", f"{computed:,.0f}", f"{UTILISATION * computed / hours:.2f}"))
     print_table(rows)
 

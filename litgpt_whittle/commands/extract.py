@@ -25,6 +25,7 @@ from litgpt_whittle.hf.families import check_expressible
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
+from litgpt_whittle.repair.costs import scratch_bytes
 from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
 from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
@@ -233,11 +234,9 @@ def _open_scratch(
     checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
 ) -> Scratch:
     """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
-    n_embd, keys = subnet.teacher.n_embd, [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
+    keys = [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
     scratch = scratch_beside(out_dir, "repair", windows, keys)
-    # a stream of each model before and behind a block, the teacher's within it, and the finished layers
-    streams = windows.numel() * (3 * n_embd + 2 * len(subnet.n_embd))
-    needed = 4 * (streams + n_params(subnet.teacher, subnet)) - scratch.size
+    needed = scratch_bytes(subnet, windows.numel()) - scratch.size
     try:
         check_space(out_dir, needed, "the repair's scratch files")
     except UserError:

@@ -17,12 +17,12 @@ from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.perplexity import RepairedPerplexity
-from litgpt_whittle.index_plan import layer_params, n_params
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.registry import lookup
-from litgpt_whittle.repair.costs import collecting_flops, moments_bytes, solving_flops
+from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments_bytes, repair_bytes, solving_flops
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
@@ -89,7 +89,7 @@ def costs(stages: Stages) -> list[Cost]:
         repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
         n_calibration = repair.tokens if repair else 0
         forward = REPAIR_PASSES * n_calibration * whole
-        found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.largest_block))
+        found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.start(name, bool(repair))))
         # a block whose activations are not kept runs forward twice
         training = (1 + BACKWARD + stages.trained.activation_checkpointing) * n_tokens * parts[name]
         alone = held.student(name)
@@ -104,12 +104,9 @@ class _Held:
     """Bytes of weights that stages hold on each device."""
 
     def __init__(self, stages: Stages) -> None:
-        self.stages, config, full = stages, stages.teacher, SubNet.full(stages.teacher)
+        self.stages, full = stages, SubNet.full(stages.teacher)
         self.tied = is_tied(read_weights(stages.request.checkpoint_dir))
-        self.n_teacher = n_params(config, full, self.tied)
-        head_size = len(full.head_size)
-        blocks = (layer_params(config, i, config.n_embd, head_size, *full.layer(i).sizes) for i in range(len(full)))
-        self.largest_block = max(blocks) * torch.float32.itemsize
+        self.n_teacher = n_params(stages.teacher, full, self.tied)
 
     def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:
         """Of the teacher in a stage with these arguments, which may spread it; by default as they say to compute."""
@@ -121,6 +118,11 @@ class _Held:
         """Of the teacher beside a student in training."""
         trained = self.stages.trained
         return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
+
+    def start(self, name: str, is_repaired: bool) -> int:
+        """Of what a student is cut out with, a block of the teacher at a time."""
+        subnet = self.stages.examples[name]
+        return repair_bytes(subnet, self.tied, _device()) if is_repaired else largest_block(subnet.teacher)
 
     def student(self, name: str) -> int:
         """Of a student in training, before it is spread over devices."""

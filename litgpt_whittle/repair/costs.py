@@ -8,28 +8,39 @@ from litgpt.model import Block
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
-from litgpt_whittle.index_plan import layer_params, layer_plan
+from litgpt_whittle.index_plan import layer_params, layer_plan, n_params
 from litgpt_whittle.least_squares import sums_dtype
 from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.cut import linear_names
+from litgpt_whittle.repair.head import OPTIMIZER_COPIES
 from litgpt_whittle.repair.units import maps_to_choose_for
 from litgpt_whittle.subnet import SubNet
+
+FP32 = torch.float32.itemsize
 
 SOLVING = 8
 """How many operations of a forward pass take the time of one of a solve, which is in float64 and copies much; measured
 on a teacher of 8M parameters"""
 
 
-def n_sums(subnet: SubNet, widest: int, chooses_units: bool) -> int:
-    """How many numbers the moments have that a repair keeps at once, at most.
+def widest_map(config: Config) -> int:
+    """The most inputs that a map of a student with this config is fitted to."""
+    writing = config.n_head * config.head_size, config.intermediate_size or 0
+    # in a parallel block attention and MLP write together
+    return max(config.n_embd, *((sum(writing),) if config.parallel_residual else writing))
+
+
+def sums_bytes(subnet: SubNet, chooses_units: bool, device: torch.device) -> int:
+    """What the moments take that a repair keeps at once, at most.
 
     Args:
         subnet: What the student keeps.
-        widest: The most inputs that one of its maps is fitted to.
         chooses_units: Whether the repair chooses heads and neurons.
+        device: Where they lie.
     """
     ours, theirs = subnet.config, subnet.teacher
     # of a map those to fit to, those held out, their sum and its factor; of experts all of the first two
+    widest = widest_map(ours)
     found = [4 * widest * (widest + ours.n_embd)]
     if ours.n_expert:
         width = ours.moe_intermediate_size or ours.intermediate_size
@@ -39,7 +50,43 @@ def n_sums(subnet: SubNet, widest: int, chooses_units: bool) -> int:
         chosen = (maps_to_choose_for(subnet, i) for i in range(len(subnet)))
         # all inputs of the teacher's map, their covariance, its inverse and a copy
         found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
-    return max(found)
+    return max(found) * sums_dtype(device).itemsize
+
+
+def head_bytes(subnet: SubNet) -> int:
+    """What an untied LM head takes while it is fitted to the teacher's predictions."""
+    return FP32 * OPTIMIZER_COPIES * subnet.teacher.padded_vocab_size * len(subnet.n_embd)
+
+
+def repair_bytes(subnet: SubNet, tied: bool, device: torch.device) -> int:
+    """What a repair with all its steps keeps on a device at once, without activations.
+
+    Args:
+        subnet: What the student keeps.
+        tied: Whether the LM head is the embedding.
+        device: Where it runs.
+    """
+    teacher = subnet.teacher
+    both = (len(subnet.n_embd) + teacher.n_embd) * teacher.padded_vocab_size * (1 if tied else 2)
+    # a block of the teacher, and one of the student, which is not larger
+    block = 2 * largest_block(teacher) + sums_bytes(subnet, True, device)
+    return FP32 * both + max(block, 0 if tied else head_bytes(subnet))
+
+
+def scratch_bytes(subnet: SubNet, n_tokens: int) -> int:
+    """What a repair takes of the disk: streams of so many tokens, and the finished layers."""
+    # a stream of each model before and behind a block, and the teacher's within it
+    streams = n_tokens * (3 * subnet.teacher.n_embd + 2 * len(subnet.n_embd))
+    return FP32 * (streams + n_params(subnet.teacher, subnet))
+
+
+def largest_block(config: Config) -> int:
+    """Bytes of a model's largest block, in fp32."""
+    full = SubNet.full(config)
+    head_size = len(full.head_size)
+    return FP32 * max(
+        layer_params(config, i, config.n_embd, head_size, *full.layer(i).sizes) for i in range(config.n_layer)
+    )
 
 
 def sites(config: Config, layer: int) -> list[tuple[str, ...]]:

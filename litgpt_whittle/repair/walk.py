@@ -34,13 +34,13 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs, sums_dtype
+from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
 from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
-from litgpt_whittle.repair.costs import n_sums
+from litgpt_whittle.repair.costs import head_bytes, sums_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
-from litgpt_whittle.repair.head import OPTIMIZER_COPIES, HeadRepair
+from litgpt_whittle.repair.head import HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
@@ -138,23 +138,19 @@ class Repair:
         self.teacher, self.tied = subnet.teacher, is_tied(weights)
         self.n_embd = len(subnet.n_embd)
         self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
-        config = subnet.config
-        writing = config.n_head * config.head_size, config.intermediate_size or 0
-        # in a parallel block attention and MLP write together
-        widest = max(config.n_embd, *((sum(writing),) if config.parallel_residual else writing))
-        self._check_memory(widest)
-        self.ridges = self._ridges(widest)
+        self._check_memory()
+        self.ridges = self._ridges(widest_map(subnet.config))
 
-    def _check_memory(self, widest: int) -> None:
+    def _check_memory(self) -> None:
         """Refuses what would not fit: the moments that are kept at once, and an LM head that is trained."""
         free = free_memory(self.device, n_sharing(self.device))
-        if (needed := n_sums(self.subnet, widest, self.args.choose_units) * sums_dtype(self.device).itemsize) > free:
+        if (needed := sums_bytes(self.subnet, self.args.choose_units, self.device)) > free:
             raise UserError(
                 f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
                 f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
             )
-        n_head = 0 if self.tied or not self.args.head_passes else self.teacher.padded_vocab_size * self.n_embd
-        if (needed := 4 * OPTIMIZER_COPIES * n_head) > free:
+        trains_head = self.args.head_passes and not self.tied
+        if trains_head and (needed := head_bytes(self.subnet)) > free:
             raise UserError(
                 f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
                 f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
