@@ -159,12 +159,16 @@ class SubNet:
 
         Where the teacher's class in `transformers` wants heads that fill the channels, they do so, too.
         """
+        return self.layers_are_alike and self.config.n_head == self._widest.n_head
+
+    @cached_property
+    def layers_are_alike(self) -> bool:
+        """Whether all layers have the same sizes, dense ones and those with experts each among themselves."""
         sizes = [self.layer(i).sizes for i in range(len(self))]
         dense = {s for s in sizes if s[3] == 0}
         experts = {s for s in sizes if s[3] > 0}
         attention = {s[:2] for s in sizes}
-        is_same = len(attention) == 1 and len(dense) <= 1 and len(experts) <= 1
-        return is_same and self.config.n_head == self._widest.n_head
+        return len(attention) == 1 and len(dense) <= 1 and len(experts) <= 1
 
     @cached_property
     def config(self) -> Config:

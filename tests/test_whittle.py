@@ -316,8 +316,14 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert found["14K/distilled"].forward == 0  # the teacher is cached
     meta = GPT(TEACHER)
     assert found["rank"].weights == found["search"].weights == found["cache_teacher"].weights == n_bytes(meta)
-    assert found["14K/start"].weights == n_bytes(meta.transformer.h[0])
-    assert found["14K/baseline"].weights == n_bytes(student_model(stages.examples["14K"]))
+    student, block = student_model(stages.examples["14K"]), n_bytes(meta.transformer.h[0])
+    outside = sum(n_bytes(part) for model in (meta, student) for part in (model.lm_head, model.transformer.wte))
+    n_in = student.config.n_head * student.config.head_size + student.config.intermediate_size
+    solve = 4 * 8 * n_in * (n_in + student.config.n_embd)  # of the map with the most inputs
+    assert found["14K/start"].weights >= outside + max(2 * block + solve, 5 * n_bytes(student.lm_head))
+    plain = Stages(request, cache=True, **sections | {"extract": sections["extract"] | {"repair": False}})
+    assert {cost.name: cost for cost in costs(plain)}["14K/start"].weights == block
+    assert found["14K/baseline"].weights == n_bytes(student)
     assert {cost.name: cost for cost in costs(Stages(request, cache=False, **sections))}["14K/distilled"].weights == (
         n_bytes(meta) + found["14K/baseline"].weights
     )

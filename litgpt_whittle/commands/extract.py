@@ -287,8 +287,9 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
     ]
     lines += [f"  {name:<11} {of} -> {kept}" for name, of, kept in _sizes(subnet)]
     if not subnet.is_uniform:
+        heads = "Its heads do not fill its channels, as transformers asks for."
         lines += [
-            "Its layers differ in width, or its heads do not fill the channels as transformers asks for. Stock litgpt",
+            f"{heads if subnet.layers_are_alike else 'Its layers differ in width.'} Stock litgpt",
             f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,} "
             f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
