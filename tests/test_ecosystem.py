@@ -240,13 +240,17 @@ def neox_teacher(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("space", ["fine_uniform", "coarse_layerwise"])
-def test_students_of_pythia_are_converted_and_exported(neox_teacher, space, tmp_path):
-    """As a search proposes them, with heads that leave channels to be filled up."""
-    space, rng = Space(NEOX, space, args=SpaceArgs(convertible=True)), np.random.default_rng(0)
+@pytest.fixture(params=["fine_uniform", "coarse_layerwise"])
+def neox_subnet(request, neox_teacher, tmp_path):
+    """Of Pythia as a search proposes it, with heads that leave channels to be filled up; cut out in `student`."""
+    space, rng = Space(NEOX, request.param, args=SpaceArgs(convertible=True)), np.random.default_rng(0)
     subnet = next(s for s in (space.sample(rng) for _ in range(100)) if not s.is_uniform and 8 < len(s.n_embd) < 32)
     subnet.save(tmp_path / "best.yaml")
     extract(neox_teacher, tmp_path / "best.yaml", tmp_path / "student")
+    return subnet
+
+
+def test_students_of_pythia_are_converted_and_exported(neox_teacher, neox_subnet, tmp_path):
     (tmp_path / "converted").mkdir()
     convert_lit_checkpoint(tmp_path / "student", tmp_path / "converted")
     (tmp_path / "converted/model.pth").rename(tmp_path / "converted/pytorch_model.bin")
@@ -266,10 +270,10 @@ def test_students_of_pythia_are_converted_and_exported(neox_teacher, space, tmp_
         eval=EvalArgs(interval=1, max_iters=1),
     )  # fmt: skip
     before, after = load_model(tmp_path / "student"), load_model(tmp_path / "out/final")
-    assert after.shape == before.shape and after.config == before.config == subnet.config
-    assert sum(p.numel() for p in after.parameters()) == n_params(NEOX, subnet)
+    assert after.shape == before.shape and after.config == before.config == neox_subnet.config
+    assert sum(p.numel() for p in after.parameters()) == n_params(NEOX, neox_subnet)
     assert export_hf(tmp_path / "out/final", tmp_path / "trained").zero_heads == 0
-    if space.name == "fine_uniform":  # heads of zeros are no obstacle to a super-network
+    if neox_subnet.layers_are_alike:  # heads of zeros are no obstacle to a super-network
         start = _super_network(tmp_path / "student", None, None)
         model = start.build()
         model.load_state_dict(start.weights())
@@ -290,6 +294,17 @@ def likeliest(folder, choices):
 
 @pytest.mark.slow  # lm-eval alone takes ten seconds to be imported
 def test_evaluate_measures_it(student, tmp_path, monkeypatch):
+    check_evaluate(student, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("neox_subnet")
+def test_evaluate_measures_students_of_pythia(tmp_path, monkeypatch):
+    check_evaluate(tmp_path / "student", tmp_path, monkeypatch)
+
+
+def check_evaluate(student, tmp_path, monkeypatch):
+    """lm-eval picks the end that is likeliest."""
     evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs the extra 'ecosystem'")
     tasks = pytest.importorskip("lm_eval.tasks")
     choices = ["fox", "jugs", "wizards"]
