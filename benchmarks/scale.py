@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from costs import A100, H100, UTILISATION, gpu_hours, traffic, training_flops
@@ -75,23 +76,46 @@ class Run:
         teacher = self.teacher if self.is_sharded else None
         return traffic(self.student, n, "fsdp", self.n_accumulated(n), teacher)
 
-    def memory(self, n: int) -> str:
-        step = Step.of(
-            TrainArgs(global_batch_size=BATCH // self.seq_length, micro_batch_size=self.micro_batch_size, max_norm=1.0),
-            lambda: GPT(self.student),
-            "AdamW",
-            "bf16-mixed",
-            torch.device("cpu"),
+    def memory(self, n: int) -> float:
+        """GB per GPU."""
+        samples = BATCH // self.seq_length
+        return planned(
+            self.student,
+            TrainArgs(global_batch_size=samples, micro_batch_size=self.micro_batch_size, max_norm=1.0),
             n,
-            "fsdp",
             self.seq_length,
             Objective(0.2, 0.8, 0.9),
             build_teacher=lambda: GPT(self.teacher),
             teacher_is_sharded=self.is_sharded,
             activation_checkpointing=self.activation_checkpointing,
-            is_elsewhere=True,
         )
-        return f"{plan_memory(step).total / 1e9:.1f}"
+
+
+def planned(
+    config: Config,
+    train: TrainArgs,
+    n: int,
+    seq_length: int,
+    objective: Objective,
+    precision: str = "bf16-mixed",
+    **more: Any,
+) -> float:
+    """The memory of training on n GPUs, GB per GPU."""
+    strategy = "fsdp" if n > 1 else "auto"
+    step = Step.of(
+        train,
+        lambda: GPT(config),
+        "AdamW",
+        precision,
+        torch.device("cpu"),
+        n,
+        strategy,
+        seq_length,
+        objective,
+        is_elsewhere=True,
+        **more,
+    )
+    return plan_memory(step).total / 1e9
 
 
 def with_vocabulary_of(teacher: Config, name: str) -> Config:
@@ -104,26 +128,6 @@ RUNS = [
     Run("Llama-3.1-8B → 3B", LLAMA, with_vocabulary_of(LLAMA, "Llama-3.2-3B"), 4096, 1, False),
     Run("Llama-3.1-70B → 8B", LARGE, LLAMA, 4096, 2, True, activation_checkpointing=True),
 ]
-
-
-def planned(row: tuple) -> str:
-    """The memory of a run without a teacher, GB per GPU."""
-    name, precision, n, samples, micro_batch_size, seq_length, is_checkpointed, *_ = row
-    config = Config.from_name(name)
-    step = Step.of(
-        TrainArgs(global_batch_size=samples, micro_batch_size=micro_batch_size, max_norm=None),
-        lambda: GPT(config),
-        "AdamW",
-        precision,
-        torch.device("cpu"),
-        n,
-        "fsdp" if n > 1 else "auto",
-        seq_length,
-        Objective(1.0, 0.0),
-        activation_checkpointing=is_checkpointed,
-        is_elsewhere=True,
-    )
-    return f"{plan_memory(step).total / 1e9:.2f}"
 
 
 def print_table(rows: list[tuple]) -> None:
@@ -146,9 +150,11 @@ def main() -> None:
 
     if args.plan:
         rows = [("run", "precision", "GPUs", "tokens per GPU", "GB per GPU, published", "planned", "where")]
-        for row in MEMORY:
-            name, precision, n, _, micro_batch_size, seq_length, _, found, where = row
-            rows.append((name, precision, n, f"{micro_batch_size} × {seq_length}", found, planned(row), where))
+        for name, precision, n, samples, micro_batch_size, length, is_checkpointed, found, where in MEMORY:
+            train = TrainArgs(global_batch_size=samples, micro_batch_size=micro_batch_size, max_norm=None)
+            more = {"precision": precision, "activation_checkpointing": is_checkpointed}
+            memory = planned(Config.from_name(name), train, n, length, Objective(1.0, 0.0), **more)
+            rows.append((name, precision, n, f"{micro_batch_size} × {length}", found, f"{memory:.2f}", where))
         print()
         print_table(rows)
 
@@ -157,7 +163,7 @@ def main() -> None:
     for run in RUNS:
         hours = gpu_hours(TOKENS * run.flops())
         for n in (8, 16, 32, 64):
-            memory = run.memory(n) if args.plan and n in (8, 64) else ""
+            memory = f"{run.memory(n):.1f}" if args.plan and n in (8, 64) else ""
             n_bytes = run.traffic(n)
             # inside a machine it is NVLink
             times = [f"{n_bytes / speed:.2f}" if n > 8 else "" for speed in NETWORKS.values()]
