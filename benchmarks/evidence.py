@@ -5,6 +5,7 @@
 Questions (all by default, or `--questions starts …`):
 
 starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
+baseline    how far random weights come with as many tokens as --baseline_tokens says, against the students of `starts`
 repairs     the closed form alone, and the LM head fitted to the teacher's predictions; with and without the teacher
 strategies  evolution, random search, or importance alone, before and after training
 fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
@@ -75,6 +76,10 @@ class Student:
     """Who distills, where that is not the bench's teacher"""
     source: Path | None = None
     """What it is cut from, where that is not the bench's teacher"""
+    tokens: int | None = None
+    """Of its training, where they are not the bench's"""
+    n_validations: int = 3
+    """After the one before training"""
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Bench:
     iterations: int
     seeds: list[int]
     other: Path | None = None
+    baseline_tokens: int = 3_000_000
 
     @cached_property
     def teacher_loss(self) -> float:
@@ -145,13 +151,14 @@ class Bench:
         """Trains a student, if that is not done yet."""
         told = {field.name: getattr(student, field.name) for field in fields(student)}
         told = {name: value for name, value in told.items() if value != getattr(Student, name, None)}
-        told = json.dumps(told | {"seed": seed, "tokens": self.tokens}, default=str, indent=1)
+        tokens = student.tokens or self.tokens
+        told = json.dumps(told | {"seed": seed, "tokens": tokens}, default=str, indent=1)
         folder = self.out_dir / "students" / hashlib.sha256(told.encode()).hexdigest()[:12]
         if not (folder / "final/lit_model.pth").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.with_suffix(".json").write_text(told)
-            every = self.tokens // (BATCH * self.data.config.block_size) // 3
-            path = train_settings(folder.with_suffix(".yaml"), self.data, self.tokens, 1e-3, every, seed)
+            every = tokens // (BATCH * self.data.config.block_size) // student.n_validations
+            path = train_settings(folder.with_suffix(".yaml"), self.data, tokens, 1e-3, every, seed)
             flags = [f"--train.micro_batch_size={BATCH}", f"--train.global_batch_size={BATCH}"]
             flags += ["--train.lr_warmup_steps=10", f"--eval.max_iters={VALIDATION}", *self.taught(student, seed)]
             start = f"--initial_checkpoint_dir={self.cut(student, seed)}"
@@ -160,7 +167,7 @@ class Bench:
 
     def taught(self, student: Student, seed: int) -> list[str]:
         """The flag that names a student's teacher."""
-        if "--distill.beta=0" in student.flags:
+        if ALONE[0] in student.flags:
             return []
         if student.codec is None:
             return [f"--teacher_checkpoint_dir={student.teacher or self.data.teacher}"]
@@ -168,24 +175,39 @@ class Bench:
         return [f"--teacher_cache={cached(self.data, folder, student.codec, self.tokens, BATCH, seed)}"]
 
 
+ALONE = ("--distill.beta=0",)
+"""Flags of a student without a teacher"""
+RANDOM = ("--random_weights=true",)
+
+
 def starts(bench: Bench, seed: int) -> dict[str, Student]:
-    found, alone = bench.found(1 / 3, 1, "--strategy=EvoPress"), ("--distill.beta=0",)
+    found = bench.found(1 / 3, 1, "--strategy=EvoPress")
     return {
-        "random weights": Student(found, False, flags=(*alone, "--random_weights=true")),
-        "random weights, distilled": Student(found, False, flags=(*Student.flags, "--random_weights=true")),
-        "plain cut": Student(found, False, flags=alone),
+        "random weights": Student(found, False, flags=ALONE + RANDOM),
+        "random weights, distilled": Student(found, False, flags=Student.flags + RANDOM),
+        "plain cut": Student(found, False, flags=ALONE),
         "plain cut, distilled": Student(found, False),
-        "repaired": Student(found, flags=alone),
+        "repaired": Student(found, flags=ALONE),
         "repaired, distilled": Student(found),
     }
 
 
-def repairs(bench: Bench, seed: int) -> dict[str, Student]:
-    found, alone = bench.found(1 / 3, 1, "--strategy=EvoPress"), ("--distill.beta=0",)
+def baseline(bench: Bench, seed: int) -> dict[str, Student]:
+    found, n = bench.found(1 / 3, 1, "--strategy=EvoPress"), bench.baseline_tokens
     return {
-        "closed form": Student(found, flags=alone),
+        "random weights": Student(found, False, flags=ALONE + RANDOM, tokens=n, n_validations=16),
+        "plain cut, distilled": Student(found, False),
+        "repaired, distilled": Student(found),
+        "and the head, distilled": Student(found, head_passes=1),
+    }
+
+
+def repairs(bench: Bench, seed: int) -> dict[str, Student]:
+    found = bench.found(1 / 3, 1, "--strategy=EvoPress")
+    return {
+        "closed form": Student(found, flags=ALONE),
         "closed form, distilled": Student(found),
-        "and the head": Student(found, head_passes=1, flags=alone),
+        "and the head": Student(found, head_passes=1, flags=ALONE),
         "and the head, distilled": Student(found, head_passes=1),
     }
 
@@ -242,7 +264,7 @@ def losses(bench: Bench, seed: int) -> dict[str, Student]:
         "the paper's (α 0.2, β 0.8, T 0.9)": Student(found),
         "α 0, β 1": distilled("alpha=0", "beta=1"),
         "α 0.5, β 0.5": distilled("alpha=0.5", "beta=0.5"),
-        "no teacher": Student(found, flags=("--distill.beta=0",)),
+        "no teacher": Student(found, flags=ALONE),
         "T 0.5": distilled("temperature=0.5"),
         "T 2": distilled("temperature=2"),
         "T 4": distilled("temperature=4"),
@@ -271,7 +293,7 @@ def rates(bench: Bench, seed: int) -> dict[str, Student]:
 def codecs(bench: Bench, seed: int) -> dict[str, Student]:
     found = bench.found(1 / 3, 1, "--strategy=EvoPress")
     cached = {name: Student(found, codec=name) for name in ("full", "top_k", "sampled")}
-    return {"no teacher": Student(found, flags=("--distill.beta=0",)), "live": Student(found, codec=None), **cached}
+    return {"no teacher": Student(found, flags=ALONE), "live": Student(found, codec=None), **cached}
 
 
 def teachers(bench: Bench, seed: int) -> dict[str, Student]:
@@ -289,6 +311,7 @@ def teachers(bench: Bench, seed: int) -> dict[str, Student]:
 
 QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
     "starts": starts,
+    "baseline": baseline,
     "repairs": repairs,
     "strategies": strategies,
     "fitness": fitness,
@@ -312,10 +335,8 @@ class Runs:
                     curve = self.curves.setdefault(row["student"], {}).setdefault(int(row["seed"]), [])
                     curve.append((int(row["tokens"]), float(row["val_loss"])))
         ends = {curve[-1][0] for by_seed in self.curves.values() for curve in by_seed.values()}
-        if ends - {tokens}:
-            sys.exit(
-                f"{path} has students of {max(ends - {tokens}):,} tokens, not {tokens:,}; move it or change --tokens"
-            )
+        if ends and tokens not in ends:
+            sys.exit(f"{path} has students of {min(ends):,} tokens, not {tokens:,}; move it or change --tokens")
 
     @property
     def seeds(self) -> list[int]:
@@ -379,6 +400,8 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     axes.set(xlabel="tokens of training", ylabel="validation loss, nats per token")
     axes.set_ylim(top=min(axes.get_ylim()[1], low + 4))
     axes.set_title(f"{question}; seeds: {', '.join(map(str, runs.seeds))}", loc="left")
+    if len({curve[-1][0] for by_seed in runs.curves.values() for curve in by_seed.values()}) > 1:
+        axes.set_xscale("symlog", linthresh=min(by_seed[runs.seeds[0]][1][0] for by_seed in runs.curves.values()))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     save_figure(figure, path)
 
@@ -407,6 +430,7 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--questions", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--tokens", type=int, default=163_840, help="training tokens of each student")
+    parser.add_argument("--baseline_tokens", type=int, default=3_000_000, help="those of `baseline`'s random weights")
     parser.add_argument("--iterations", type=int, default=60, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
@@ -423,7 +447,7 @@ def main() -> None:
     report = args.report or out_dir
     for folder in (out_dir, report):
         folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(data, out_dir, args.tokens, args.iterations, args.seeds, args.other)
+    bench = Bench(data, out_dir, args.tokens, args.iterations, args.seeds, args.other, args.baseline_tokens)
     for question in args.questions:
         answer(bench, question, report)
 
