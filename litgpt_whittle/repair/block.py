@@ -45,8 +45,11 @@ class Streams:
 
 
 def post_norm(block: Block, *parts: str) -> nn.Module | None:
-    """The norm between what a part of a block writes and the stream; None where there is none or it has no weight."""
-    norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 else None
+    """The norm between what a part of a block writes and the stream; None where there is none or it has no weight.
+
+    Nor is there one behind an expert alone, or where attention and MLP write together.
+    """
+    norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 and parts[0] in POST_NORMS else None
     return None if norm_weight(norm) is None else norm
 
 

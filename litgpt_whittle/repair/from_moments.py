@@ -24,12 +24,12 @@ from litgpt_whittle.repair.basis import (
     Worth,
     affine_part,
     is_centring,
-    norm_weight,
     principal_directions,
     readers,
     set_norm_weight,
     standardised,
 )
+from litgpt_whittle.repair.block import post_norm
 from litgpt_whittle.repair.costs import check_memory, sites
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
@@ -186,27 +186,19 @@ class _LayerMoments:
         modules = [block.get_submodule(name) for name in names]
         ends = np.cumsum([0, *(module.in_features for module in modules)])
         self.columns[names] = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
-        post_norm = self.post_norm(block, names)
-        n_out = 0 if post_norm is None else self.config.n_embd
+        norm_behind = _post_norm(block, names)
+        n_out = 0 if norm_behind is None else self.config.n_embd
         moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
-            moments.add(z, no_outputs(z) if post_norm is None else output.flatten(0, -2).float())
+            moments.add(z, no_outputs(z) if norm_behind is None else output.flatten(0, -2).float())
             seen.clear()
 
         self.handles += [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
         # the MLP computes last
-        self.handles.append((modules[-1] if post_norm is None else post_norm).register_forward_hook(add))
-
-    @staticmethod
-    def post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:
-        """The norm behind a writing map; None where there is none or it has no weight."""
-        if len(names) > 1 or names[0].startswith("mlp.") and names[0] != "mlp.proj":
-            return None
-        norm = getattr(block, "post_attention_norm" if names[0].startswith("attn") else "post_mlp_norm")
-        return None if norm_weight(norm) is None else norm
+        self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
     def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerKeep:
         """As many units as a candidate keeps of this layer, but those that the others can least make up for."""
@@ -241,18 +233,18 @@ class _LayerMoments:
         students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
         wide = [theirs.get_submodule(name) for name in names]
         # in coordinates a norm behind the map is the teacher's own, whose input is linear; in directions it is not
-        post_norm = None if basis.is_coordinates else self.post_norm(theirs, names)
+        norm_behind = None if basis.is_coordinates else _post_norm(theirs, names)
         kept = []
         for name, columns in self.columns[names].items():
             index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
-        weight = None if post_norm is not None else torch.cat([module.weight for module in wide], 1)
+        weight = None if norm_behind is not None else torch.cat([module.weight for module in wide], 1)
         bias = sum(module.bias for module in wide) if wide[0].bias is not None else None
         wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
         anchor = torch.cat([module.weight for module in students], 1)
         found = solve(wanted, anchor, ridge, bias is not None)
-        if post_norm is not None:
-            found = self._through_norm(found, wanted, self.post_norm(block, names))
+        if norm_behind is not None:
+            found = self._through_norm(found, wanted, _post_norm(block, names))
         for module, part in zip(students, found.weight.split([module.in_features for module in students], 1)):
             module.weight.copy_(part)
             if module.bias is not None:
@@ -263,6 +255,11 @@ class _LayerMoments:
         size = ((found.weight @ (moments.zz / moments.n)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
         set_norm_weight(norm, size.float())
         return Fit(found.weight / size[:, None], found.bias / size, found.ridge)
+
+
+def _post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:
+    """The norm behind a writing map, by the maps' names."""
+    return post_norm(block, *(name.removesuffix(".proj") for name in names))
 
 
 def _writing_moments(
