@@ -5,7 +5,7 @@
 Questions (all by default, or `--questions starts …`):
 
 starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
-baseline    how far random weights come with as many tokens as --baseline_tokens says, against the students of `starts`
+baseline    after how many tokens distilled students are where random weights are after --baseline_tokens
 repairs     the closed form alone, and the LM head fitted to the teacher's predictions; with and without the teacher
 strategies  evolution, random search, or importance alone, before and after training
 fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
@@ -193,12 +193,12 @@ def starts(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def baseline(bench: Bench, seed: int) -> dict[str, Student]:
-    found, n = bench.found(1 / 3, 1, "--strategy=EvoPress"), bench.baseline_tokens
+    found = bench.found(1 / 3, seed, "--strategy=EvoPress", REPAIRED, iterations=2 * bench.iterations)
+    n, taught = bench.baseline_tokens, {"tokens": bench.baseline_tokens // 3, "n_validations": 16, "codec": None}
     return {
         "random weights": Student(found, False, flags=ALONE + RANDOM, tokens=n, n_validations=16),
-        "plain cut, distilled": Student(found, False),
-        "repaired, distilled": Student(found),
-        "and the head, distilled": Student(found, head_passes=1),
+        "plain cut, distilled": Student(found, False, **taught),
+        "repaired, distilled": Student(found, head_passes=1, **taught),
     }
 
 
@@ -336,7 +336,7 @@ class Runs:
                     curve.append((int(row["tokens"]), float(row["val_loss"])))
         ends = {curve[-1][0] for by_seed in self.curves.values() for curve in by_seed.values()}
         if ends and tokens not in ends:
-            sys.exit(f"{path} has students of {min(ends):,} tokens, not {tokens:,}; move it or change --tokens")
+            sys.exit(f"{path} has students of {max(ends):,} tokens, not {tokens:,}; move it or change the tokens")
 
     @property
     def seeds(self) -> list[int]:
@@ -408,7 +408,8 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
 
 def answer(bench: Bench, question: str, report: Path) -> None:
     """Trains the students of a question that are not on record, and writes its table and picture."""
-    runs = Runs(report / f"{question}.csv", bench.tokens)
+    tokens = bench.baseline_tokens if question == "baseline" else bench.tokens
+    runs = Runs(report / f"{question}.csv", tokens)
     for seed in [seed for seed in bench.seeds if seed not in runs.seeds]:
         curves = {}
         for label, student in QUESTIONS[question](bench, seed).items():
@@ -418,7 +419,7 @@ def answer(bench: Bench, question: str, report: Path) -> None:
         runs.add(seed, curves)
     if not runs.curves:
         return
-    about = f"{bench.tokens:,} tokens of training; seeds {', '.join(map(str, runs.seeds))}; teacher's perplexity "
+    about = f"{tokens:,} tokens of training; seeds {', '.join(map(str, runs.seeds))}; teacher's perplexity "
     text = f"{about}{math.exp(bench.teacher_loss):.2f}.\n\n{table(runs)}\n"
     (report / f"{question}.md").write_text(text)
     plot(question, runs, bench.teacher_loss, report / f"{question}.png")

@@ -106,6 +106,9 @@ def distill(
     Raises:
         UserError: As the command does.
     """
+    for name, argument in (("initial_checkpoint_dir", "student"), ("teacher_checkpoint_dir", "teacher")):
+        if name in settings:
+            raise UserError(f"{name} is called {argument} here, got {settings[name]!r}; give it as {argument}=")
     student = student if isinstance(student, Checkpoint) else Checkpoint(extend_checkpoint_dir(Path(student)))
     check_checkpoint(student.folder)
     teacher = teacher or student.origin.get("checkpoint_dir")

@@ -18,6 +18,7 @@ from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.extras import naming_packages
 from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.training.loop import split_batch
 
@@ -108,8 +109,9 @@ def connect(
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
     if validation_only and isinstance(data, HFText):
         data.parts = ("validation",)
-    data.prepare_data()
-    data.setup()
+    with naming_packages(data):
+        data.prepare_data()
+        data.setup()
 
 
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:

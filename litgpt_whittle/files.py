@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -158,3 +158,22 @@ def check_space(folder: Path, n_bytes: int, what: str) -> None:
 def readable_size(n_bytes: float) -> str:
     """Bytes as people read them."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def lock(file: IO[Any]) -> bool:
+    """Keeps an open file to this process and those that it hands it to, until all of them have closed it or ended.
+
+    Returns:
+        Whether no other process has it; also where there are no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

@@ -46,9 +46,20 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
     unknown = re.fullmatch(r"Validation failed: Key '([^']+)' is not expected", message)
     if unknown:
         return _unknown([f"--{unknown[1]}"], command, flags)
+    if message.startswith("Unexpected config:"):
+        given = " ".join(message.partition(":")[2].split())
+        return f"config must be a YAML of settings, each with its name, got {given or 'an empty one'}"
     if message.startswith("Parser key "):
         return _wrong_value(message)
     return " ".join(message.split())
+
+
+def why_not_made(message: str) -> str | None:
+    """What an argument's own class had against its settings, where jsonargparse tells of all types that it tried."""
+    if not message.startswith("Does not validate against any of the Union subtypes"):
+        return None
+    found = re.findall(r"^  - (?!Expected an? <class)(.*)", message, re.MULTILINE)
+    return "; ".join(found) or None
 
 
 def names_of(parser: Any, command: str) -> list[str]:
@@ -110,6 +121,7 @@ def _name_choices() -> None:
 
     def adapt_or_tell(value: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
         choices = get_args(typehint) if get_origin(typehint) is Literal else ()
+        choices = [choice for choice in choices if choice is not None]
         if choices and isinstance(value, str) and value not in choices and all(isinstance(c, str) for c in choices):
             raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
         return adapt(value, typehint, *args, **kwargs)

@@ -133,10 +133,11 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         from litgpt_whittle.errors import UserError
 
+        told = error if isinstance(error, UserError) else None
         if isinstance(error, ValueError):
-            error = UserError.inside(error) or error
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            told = told or UserError.inside(error) or flags.why_not_made(str(error))
+        if told:
+            print(f"error: {told}", file=sys.stderr)
         else:
             show_traceback(kind, error, traceback)
 

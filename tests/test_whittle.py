@@ -24,6 +24,7 @@ from litgpt_whittle.commands import distill, search, whittle
 from litgpt_whittle.commands.whittle import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import lock
 from litgpt_whittle.fitness import RepairedPerplexity
 from litgpt_whittle.pipeline import estimates
 from litgpt_whittle.pipeline import run as pipeline_module
@@ -82,7 +83,7 @@ def calls(monkeypatch):
     """Runs stages in this process, by the same command line; gives what was called."""
     called = []
 
-    def call(command):
+    def call(command, lock_file):
         called.append(command[3])
         monkeypatch.setattr(sys, "argv", ["litgpt-whittle", *command[3:]])
         program.main()
@@ -100,7 +101,7 @@ def run(teacher, data, out_dir, target, **changes):
 def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher, data, tmp_path, calls, monkeypatch):
     settings = {"target": "14K", "cache_teacher": False, "baseline": True}
     in_process = pipeline_module.call
-    monkeypatch.setattr(pipeline_module, "call", lambda command: 1 if command[3] == "extract" else in_process(command))
+    monkeypatch.setattr(pipeline_module, "call", lambda *args: 1 if args[0][3] == "extract" else in_process(*args))
     with pytest.raises(UserError, match="stage 14K/start ended with exit code 1"):
         run(teacher, data, tmp_path / "out", **settings)
     monkeypatch.setattr(pipeline_module, "call", in_process)
@@ -127,7 +128,7 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
 def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, data, tmp_path, monkeypatch):
     settings, codes = {"target": "14K", "rank": False}, {"search": 0, "extract": 0, "distill": 1}
 
-    def call(command):
+    def call(command, lock_file):
         folder = Path(next(flag for flag in command if flag.startswith("--out_dir=")).partition("=")[2])
         folder.mkdir(parents=True, exist_ok=True)
         return codes[command[3]]
@@ -169,6 +170,53 @@ def test_several_targets_share_ranking_search_and_cache(teacher, data, tmp_path,
     for name in ("18K", "14K"):
         model = load_model(tmp_path / "out" / name / "distilled/final")
         assert sum(p.numel() for p in model.parameters()) in Bin.parse(name)
+
+
+def test_one_pipeline_at_a_time(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "STOPPING", -1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/whittle.yaml").touch()
+    with open(tmp_path / "out/.lock", "a") as file:
+        assert lock(file)
+        with pytest.raises(UserError, match="another process is at work in out_dir .*; wait for it"):
+            run(teacher, data, tmp_path / "out", "14K")
+
+
+STAGE = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+PIPELINE = """
+import sys
+from litgpt_whittle.files import lock
+from litgpt_whittle.pipeline.run import call
+with open(sys.argv[1], "a") as file:
+    lock(file)
+    call([sys.executable, "-c", sys.argv[2]], file)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")
+def test_a_stage_whose_pipeline_was_killed_stops_and_keeps_others_out_until_then(tmp_path):
+    path = tmp_path / ".lock"
+    pipeline = subprocess.Popen([sys.executable, "-c", PIPELINE, path, STAGE], stdout=subprocess.PIPE, text=True)
+    assert pipeline.stdout.readline() == "begun\n"
+    pipeline.kill()
+    pipeline.wait()
+    with open(path, "a") as file:
+        assert not lock(file)  # the stage has it
+        assert pipeline.stdout.read() == "saved\n"  # and then nobody
+        for _ in range(100):
+            if lock(file):
+                return
+            time.sleep(0.1)
+    raise AssertionError("the lock was never given back")
 
 
 @pytest.mark.slow

@@ -40,14 +40,17 @@ from litgpt_whittle.training.args import DistillArgs, TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
     check_cache,
+    check_cache_reaches,
     check_devices,
     check_hidden,
+    check_logger,
     check_pair,
     check_tokenizers,
     default_data,
     make_logger,
     read_optimizer,
     run_settings,
+    warn_of_small_teacher,
 )
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
@@ -163,6 +166,7 @@ def setup(
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
     check_writable(out_dir)
+    check_logger(logger_name)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     check_quantize(teacher_quantize, teacher_placement)
@@ -186,11 +190,15 @@ def setup(
     speaking_dir = used_dir if cache is None else cache.folder
     tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
     seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
+    if used_teacher is not None:
+        warn_of_small_teacher(student.config, used_teacher)
     if cache is not None:
         where = f"cache {str(cache.folder)!r}"
         check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
     origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-    n_iters(train, seq_length, devices, num_nodes)
+    n_samples = n_iters(train, seq_length, devices, num_nodes) * train.micro_batch_size * devices * num_nodes
+    if cache is not None:
+        check_cache_reaches(cache, n_samples * seq_length)
     data = default_data() if data is None else data
     check_data(data, tokenizer_dir)
     precision = precision or get_default_supported_precision(training=True)

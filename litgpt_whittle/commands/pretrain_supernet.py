@@ -31,6 +31,7 @@ from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
     check_devices,
+    check_logger,
     check_pair,
     check_tokenizers,
     default_data,
@@ -127,6 +128,7 @@ def setup(
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, None, resume)
     check_writable(out_dir)
+    check_logger(logger_name)
     supernet.distill.objectives()
     devices = check_devices(devices, num_nodes, train)
     resume_dir = find_resume(resume, out_dir)

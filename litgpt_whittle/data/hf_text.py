@@ -239,12 +239,13 @@ def read_texts(
     except StopIteration:
         raise UserError(f"{option} {path!r} is empty; name data that has text") from None
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        cause = error.__cause__ or error  # which datasets wraps in an error that says nothing
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         # the hub's client says no more than this once it was closed by an earlier failure
         told = "" if "client has been closed" in reason else f" ({reason})"
         if not files:
             raise _not_found(path, option, told) from None
-        raise UserError(f"{option} {path!r} cannot be read{told}; check the name") from None
+        raise UserError(f"{option} {path!r} cannot be read{told}; mend the file, or name another") from None
     if data.column_names is not None:
         _check_column(column, data.column_names, path)
     rows = (_check_column(column, row, path) or row[column] for row in data)

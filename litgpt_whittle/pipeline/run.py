@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.files import lock, to_yaml, write_text
 from litgpt_whittle.searching.journal import JOURNAL
 from litgpt_whittle.training.resume import flatten, has_training_state
 
@@ -27,6 +30,12 @@ SETTINGS = "whittle.yaml"
 
 COMMANDS = "commands.sh"
 """The stages as command lines"""
+
+LOCK = ".lock"
+"""What keeps a second process out"""
+
+STOPPING = 60
+"""Seconds that a stage is given to stop whose pipeline was killed; a distillation saves before"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,10 @@ class Stage:
         told = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
         told |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
         return {name: str(value) for name, value in told.items() if name not in _FREE}
+
+    def option(self, name: str) -> str:
+        """What an argument of its command is called on the pipeline's command line."""
+        return "target" if name == "bin" else f"{self.command}.{name}"
 
     def needs(self, other: Stage) -> bool:
         """Whether it reads what another one leaves behind."""
@@ -126,7 +139,7 @@ class Pipeline:
         for stage in begun:
             was, told = self.record[stage.name]["told"], self._told(stage)
             changes = [
-                f"{stage.command}.{name} was {was.get(name)} and is {told.get(name)}"
+                f"{stage.option(name)} was {was.get(name)} and is {told.get(name)}"
                 for name in sorted(was | told)
                 if was.get(name) != told.get(name)
             ]
@@ -174,9 +187,28 @@ class Pipeline:
             files: What they read beside their YAMLs, by path.
 
         Raises:
-            UserError: If one fails; it has said why itself.
+            UserError: If one fails; it has said why itself. Or if another process works in this folder.
         """
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        with self._alone() as lock_file:
+            self._run(stages, files, lock_file)
+
+    @contextmanager
+    def _alone(self) -> Iterator[IO[Any]]:
+        """Keeps others out while this process lives, or a stage that outlives it, which has the file open, too."""
+        with open(self.out_dir / LOCK, "a") as file:
+            started = time.monotonic()
+            while not lock(file):
+                if time.monotonic() > started + STOPPING:
+                    raise UserError(
+                        f"another process is at work in out_dir {str(self.out_dir)!r}; wait for it, or choose another"
+                    )
+                if time.monotonic() < started + 1:
+                    print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
+                time.sleep(1)
+            yield file
+
+    def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
         write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
         lines = [f"litgpt {shlex.join(stage.arguments(begins=True))}" for stage in stages]
         write_text(self.out_dir / COMMANDS, "\n".join([*lines, ""]))
@@ -193,15 +225,19 @@ class Pipeline:
             arguments = stage.arguments()
             self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
-            if code := call([sys.executable, "-m", "litgpt_whittle", *arguments]):
+            if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):
                 # what it said itself would come again; what ended it from outside may not
                 remedy = "correct what it says above, and run the command again" if code in (1, 2) else _AGAIN
                 raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to go on from there")
             self._note(stage, is_done=True)
 
 
-def call(command: Sequence[str]) -> int:
+def call(command: Sequence[str], lock_file: IO[Any]) -> int:
     """Runs a command that shares this process's terminal, and hands on what tells this process to stop.
+
+    Args:
+        command: The command line.
+        lock_file: What the command keeps open for as long as it runs.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C, which the terminal tells the command itself.
@@ -216,7 +252,7 @@ def call(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, pass_fds=[lock_file.fileno()], preexec_fn=_stop_with_parent)
         code = process.wait()  # a command that is told to stop saves first
     finally:
         for number, handler in before.items():
@@ -226,6 +262,16 @@ def call(command: Sequence[str]) -> int:
     if told:
         raise SystemExit(128 + signal.SIGTERM)
     return code
+
+
+def _stop_with_parent() -> None:
+    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h"""
 
 
 def folder_of(target: str) -> str:

@@ -216,8 +216,10 @@ class Stages:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
             path = Path(folder) / "sub_network.yaml"
             self.examples[name].save(path)
+            # what another teacher distills was not cut from it
+            student = {"sub_network": path} if self._own_teacher else {"model_config": self.examples[name].config}
             try:
-                distill.setup(**arguments | {"sub_network": path, "out_dir": self.request.out_dir})
+                distill.setup(**arguments | student | {"out_dir": self.request.out_dir})
             except NoPlan as error:
                 return f"Training {name}: {error}"
         return f"Training {name}, as a random sub-network of its size. {said.getvalue().strip()}"
@@ -294,12 +296,16 @@ class Stages:
             limits.append(train.max_steps * train.global_batch_size * self.length)
         return min(limits)
 
+    @property
+    def _own_teacher(self) -> bool:
+        """Whether students learn from what they are cut from."""
+        return Path(self.trained.teacher_checkpoint_dir) == self.request.checkpoint_dir
+
     def _can_cache(self) -> bool:
         """Whether a cache of samples has all that the students learn from, and is known to end."""
         args: DistillArgs = self.trained.distill
-        own = Path(self.trained.teacher_checkpoint_dir) == self.request.checkpoint_dir
         is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
-        if not (args.uses_teacher and own and is_plain and self.n_tokens < NO_LIMIT):
+        if not (args.uses_teacher and self._own_teacher and is_plain and self.n_tokens < NO_LIMIT):
             return False
         return all(getattr(term.loss, "is_linear", False) for term in args.objectives()(0.0).terms)
 

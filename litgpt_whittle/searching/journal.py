@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import write_text
+from litgpt_whittle.files import lock, write_text
 from litgpt_whittle.processes import first_does
 
 JOURNAL = "journal.jsonl"
@@ -96,7 +96,8 @@ class Journal:
             write_text(self.path, _line(self.header))
             n_bytes = self.path.stat().st_size
         self._file = open(self.path, "r+b")
-        _lock(self._file, self.path)
+        if not lock(self._file):
+            raise UserError(f"another process is writing {str(self.path)!r}; wait for it or choose another out_dir")
         self._file.truncate(n_bytes)  # cuts off what a killed process left half-written
         self._file.seek(0, os.SEEK_END)
 
@@ -234,16 +235,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, default=str) + "\n"
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {str(path)!r}; wait for it or choose another out_dir") from None
-    except OSError:  # a file system without locks
-        return

@@ -56,6 +56,11 @@ class Bin:
         if match := _TARGET.fullmatch(given):
             target, unit, by, by_unit, percent = match.groups()
             middle = _number(target, unit)
+            if middle < 1:
+                raise UserError(
+                    f"a bin counts parameters, of which there is at least 1, got {given!r}; give one such as 410M "
+                    "(commas separate several)"
+                )
             if by is None:
                 slack = middle * TOLERANCE
             else:

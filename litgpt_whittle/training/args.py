@@ -10,7 +10,9 @@ from functools import partial, update_wrapper
 from typing import Literal
 
 import litgpt.args
+import torch
 
+from litgpt_whittle.distillation.losses import Loss
 from litgpt_whittle.distillation.objective import Objective, Term
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.registry import lookup
@@ -151,8 +153,23 @@ def _term(name: str, settings: float | dict[str, float]) -> Term:
     for setting in settings:
         if setting not in known:
             raise UserError(f"distill.loss.{name} has no setting {setting!r}; it takes {', '.join(['weight', *known])}")
+    if not settings:
+        return Term(loss, weight)
     # with the loss's attributes, which tell what it can learn from
-    return Term(update_wrapper(partial(loss, **settings), loss) if settings else loss, weight)
+    loss = update_wrapper(partial(loss, **settings), loss)
+    _try(name, loss, settings)
+    return Term(loss, weight)
+
+
+def _try(name: str, loss: Loss, settings: dict[str, float]) -> None:
+    """Has a loss refuse its settings before anything else runs."""
+    even = torch.full((1, 2), -math.log(2))
+    try:
+        loss(even, even)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"distill.loss.{name} cannot be taken with {settings} ({error}); change them") from None
 
 
 def _ends(number: float | RampArgs) -> tuple[float, float]:

@@ -21,9 +21,10 @@ from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger, instantiate_torch_optimizer
 
 from litgpt_whittle.checkpoint import WEIGHTS
-from litgpt_whittle.distillation.cache import INDEX, Contents
+from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet
@@ -92,7 +93,7 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"optimizer {optimizer!r} cannot be made ({reason}); name one such as AdamW, or a class_path"
+            f"optimizer {optimizer!r} cannot be made ({reason}); change its settings, or name another such as AdamW"
         ) from None
     return optimizer
 
@@ -156,6 +157,17 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
             "if they share a tokenizer, else choose another teacher"
         )
     return seq_length
+
+
+def warn_of_small_teacher(student: Config, teacher: Config) -> None:
+    """Warns where a teacher is no larger than its student, as it is where the two were swapped."""
+    theirs, ours = (n_params(config, SubNet.full(config)) for config in (teacher, student))
+    if theirs <= ours:
+        warnings.warn(
+            f"the teacher has {theirs:,} parameters, no more than the student's {ours:,}; if the two are swapped, swap "
+            "--initial_checkpoint_dir and --teacher_checkpoint_dir",
+            stacklevel=2,
+        )
 
 
 def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teacher_dir: Path | None) -> Path | None:
@@ -266,6 +278,24 @@ def check_cache(
         )
 
 
+def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
+    """Refuses a cache that ends before the training does.
+
+    Args:
+        cache: The cache.
+        n_tokens: The training's.
+
+    Raises:
+        UserError: If it was told to stop earlier; one of all the data will do for any number of epochs.
+    """
+    asked, held = cache.contents.max_tokens, cache.n_windows * cache.index.length
+    if asked is not None and asked <= held < n_tokens:
+        raise UserError(
+            f"the cache {str(cache.folder)!r} must have the {n_tokens:,} tokens that are trained on, it has {held:,}; "
+            f"lower train.max_tokens, or cache the teacher with --max_tokens {n_tokens}"
+        )
+
+
 def check_hidden(
     args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
 ) -> SubNet | None:
@@ -310,12 +340,19 @@ def default_data() -> DataModule:
     return TinyLlama()
 
 
-def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
-    """litgpt's logger of that name. Its default, tensorboard, falls back to csv where it is not installed.
+def check_logger(logger_name: str) -> None:
+    """Refuses a logger that is not installed.
 
     Raises:
-        UserError: If another one is not installed.
+        UserError: If so.
     """
+    # tensorboard, which nobody chose, falls back to csv
+    if logger_name in ("wandb", "mlflow", "litlogger") and importlib.util.find_spec(logger_name) is None:
+        raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv")
+
+
+def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
+    """litgpt's logger of that name. Its default, tensorboard, falls back to csv where it is not installed."""
 
     def choose(logger_name: str) -> Logger:
         return choose_logger(
@@ -326,7 +363,7 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
         return choose(logger_name)
     except ModuleNotFoundError:
         if logger_name != "tensorboard":
-            raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv") from None
+            raise
     # litgpt's default, and so what nobody chose: the run should not end over it
     warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
     return choose("csv")

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.extras import naming_packages
 from litgpt_whittle.processes import Termination
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import shared_batches, skipping
@@ -42,9 +43,10 @@ def load_data(
         UserError: If there is less than one batch of either.
     """
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    with fabric.rank_zero_first():
-        data.prepare_data()
-    data.setup()
+    with naming_packages(data):
+        with fabric.rank_zero_first():
+            data.prepare_data()
+        data.setup()
     loaders = data.train_dataloader(), data.val_dataloader()
     for name, loader in zip(("training", "validation"), loaders):
         if loader is not None and hasattr(loader, "__len__") and len(loader) == 0:

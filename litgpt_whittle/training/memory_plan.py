@@ -192,6 +192,8 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
             plan = plan_memory(replace(step, teacher_is_sharded=is_sharded))
             if plan.total <= free:
                 break
+    except UserError:
+        raise
     except Exception as error:  # whatever an optimizer or a loss of somebody else's does with no content
         message = f"memory cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if is_final:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from litgpt.data import DataModule
 
+from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training.parts import has_parts, read_parts
 
@@ -79,9 +80,10 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
         out_dir: The run's folder.
 
     Raises:
-        UserError: If there is nothing to resume from.
+        UserError: If there is nothing to resume from, or if `out_dir` has weights that would be overwritten.
     """
     if not resume:
+        _check_unused(Path(out_dir))
         return None
     if isinstance(resume, Path):
         folder = resume.parent if resume.suffix == ".pth" else resume
@@ -101,6 +103,19 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
     if latest is None and resume is True:
         raise UserError(f"nothing to resume in out_dir {str(out_dir)!r}; leave --resume out or use --resume auto")
     return latest
+
+
+def _check_unused(out_dir: Path) -> None:
+    """litgpt would mix the old run's checkpoints with the new one's."""
+    if (out_dir / WEIGHTS).is_file():
+        raise UserError(
+            f"out_dir must not be a checkpoint, into which training would write, got {str(out_dir)!r}; choose another"
+        )
+    if (out_dir / "final" / WEIGHTS).is_file() or any(out_dir.glob("step-*")):
+        raise UserError(
+            f"out_dir {str(out_dir)!r} has the checkpoints of another training; go on with it by --resume auto, or "
+            "choose another"
+        )
 
 
 def has_training_state(folder: Path) -> bool:
