@@ -52,5 +52,7 @@ def test_bad_input(found, teacher, tmp_path):  # noqa: F811
         distill("nofolder", out_dir=tmp_path / "out")
     with pytest.raises(UserError, match="data must be a litgpt data module or the path of a text, got 3"):
         search(teacher, "14K", data=3, out_dir=tmp_path)
+    with pytest.raises(UserError, match="teacher_checkpoint_dir is called teacher here, got 'other'; give it as teac"):
+        distill(teacher, out_dir=tmp_path / "out", teacher_checkpoint_dir="other")
     with pytest.raises(UserError, match="needs a teacher"):
         distill(teacher, out_dir=tmp_path / "out")

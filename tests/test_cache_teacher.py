@@ -354,10 +354,28 @@ def test_a_loss_that_the_cache_has_too_little_for_is_refused(teacher_dir, tmp_pa
 def test_losses_that_it_has_enough_for_are_not(teacher_dir, tmp_path):
     step = {"data": TokenData(n_train=20), "train": train_args(max_steps=1)}
     store = cache(teacher_dir, tmp_path / "top_k", codec=TOP_K)
-    for loss in ("reverse_kl", {"jensen_shannon": {"beta": 0.2}, "mse": 0}):
-        run(tmp_path / "a", teacher_cache=store, distill=DistillArgs(loss=loss), **step)
+    for i, loss in enumerate(["reverse_kl", {"jensen_shannon": {"beta": 0.2}, "mse": 0}]):
+        run(tmp_path / f"a{i}", teacher_cache=store, distill=DistillArgs(loss=loss), **step)
     store = cache(teacher_dir, tmp_path / "sampled", codec=SAMPLED)
     run(tmp_path / "b", teacher_cache=store, distill=DistillArgs(loss="soft_cross_entropy"), **step)
+
+
+def test_a_cache_that_ends_before_the_training_is_refused(corpus, tmp_path):
+    teacher, path = corpus
+    told = {"data": HFText(str(path), seed=3), "train": WindowArgs(4)}
+    store = cache(teacher, tmp_path / "cut", max_tokens=16 * SEQ, **told)
+    batch = 8 * SEQ
+    student = {"data": HFText(str(path), seed=3), "model_config": config(padded_vocab_size=300, vocab_size=300)}
+    refuse(
+        tmp_path, f"must have the {3 * batch} tokens that are trained on, it has {2 * batch}; lower train.max_tokens, "
+        f"or cache the teacher with --max_tokens {3 * batch}",
+        teacher_cache=store, train=train_args(max_steps=3), **student,
+    )  # fmt: skip
+    run(tmp_path / "a", teacher_cache=store, distill=DistillArgs(), train=train_args(max_steps=2), **student)
+    # one of all the data lasts for many epochs, whatever it was told
+    whole = cache(teacher, tmp_path / "whole", max_tokens=10**6, **told)
+    n = Cache(whole).n_windows * SEQ // batch
+    run(tmp_path / "b", teacher_cache=whole, distill=DistillArgs(), train=train_args(max_steps=n + 2), **student)
 
 
 def test_all_losses_learn_from_all_logits(full, tmp_path):

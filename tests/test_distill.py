@@ -242,8 +242,12 @@ def test_tensorboard_falls_back_to_csv_where_it_is_missing(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="--logger_name csv"):
         run(tmp_path, logger_name="tensorboard", train=train_args(max_steps=1))
     assert list((tmp_path / "logs" / "csv").rglob("metrics.csv"))
-    with pytest.raises(UserError, match="wandb is not installed"):
-        run(tmp_path, logger_name="wandb")
+
+
+def test_a_teacher_no_larger_than_its_student_is_warned_of(teacher_dir, tmp_path):
+    step = {"train": train_args(max_steps=1), "distill": DistillArgs(), "model_config": None}
+    with pytest.warns(UserWarning, match="the teacher has .* parameters, no more than the student's .* swapped"):
+        run(tmp_path, initial_checkpoint_dir=teacher_dir, teacher_checkpoint_dir=teacher_dir, **step)
 
 
 # -- what it refuses
@@ -280,6 +284,9 @@ def test_losses_that_make_no_sense_are_refused(kwargs, match):
     [
         ({"distill": DistillArgs()}, "needs a teacher; set --teacher_checkpoint_dir"),
         ({"distill": DistillArgs(loss="no_such_loss")}, "no_such_loss"),
+        ({"distill": DistillArgs(loss={"jensen_shannon": {"beta": 3.0}})}, "beta must be between 0 and 1, got 3.0"),
+        ({"distill": DistillArgs(loss={"jensen_shannon": {"beta": "x"}})}, "jensen_shannon cannot be taken with .*'x'"),
+        ({"logger_name": "wandb"}, "wandb is not installed; install it or use --logger_name csv"),
         ({"teacher_checkpoint_dir": Path("no/such/dir")}, "no checkpoint directory 'no/such/dir'"),
         ({"initial_checkpoint_dir": Path("no/such/dir")}, "no checkpoint directory 'no/such/dir'"),
         ({"sub_network": Path("best.yaml")}, "set --teacher_checkpoint_dir"),

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
+from litgpt.data import DataModule
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.flags import in_one_line
+from litgpt_whittle.flags import in_one_line, why_not_made
 from litgpt_whittle.training.checks import read_optimizer
 
 BIN = Path(sys.executable).parent
@@ -31,6 +33,7 @@ CASES = [
     ("search T --data Foo", "data: there is nothing called Foo; name a class, or its path such as package.Class"),
     ("search T --data HFText --data.pth x", "data has no setting pth; it is a litgpt_whittle.data.HFText"),
     ("search T --strategy.foo 3", "strategy has no setting foo; it is a litgpt_whittle.strategies.Evolution"),
+    ("search T --precision 33-true", "precision must be one of bf16-true, bf16-mixed, 16-true, 16-mixed, 32-true, "),
     ("distill --config no.yaml", "config: File does not exist"),
 ]
 
@@ -71,6 +74,30 @@ def test_a_mistake_with_a_message_of_its_own_keeps_it():
     mistake = UserError("a rule, a value, a remedy")
     union = f"Parser key \"x\":\n  Errors:\n    - Expected a <class 'int'>\n    - {mistake}\n  Given value: 3"
     assert in_one_line(union, "search", []) == str(mistake)
+
+
+def test_a_class_tells_what_it_has_against_its_settings():
+    """litgpt's data modules, for instance, in the words that they have for it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=DataModule | None)
+    config = parser.parse_args(["--data=JSON", "--data.json_path=no/such/file"])
+    with pytest.raises(ValueError) as error:
+        parser.instantiate_classes(config)
+    told = why_not_made(str(error.value))
+    assert told.startswith("The `json_path` must be a file or a directory") and "\n" not in told
+    assert why_not_made("another mistake") is None
+
+
+def test_an_empty_config_is_told(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.touch()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    with pytest.raises(Exception) as error:
+        parser.parse_args([f"--config={path}"])
+    assert in_one_line(str(error.value), "search", []) == (
+        "config must be a YAML of settings, each with its name, got an empty one"
+    )
 
 
 def test_what_is_not_known_is_at_least_one_line():

@@ -82,6 +82,9 @@ def test_reversed_repeated_and_missing_bins_are_refused():
         parse_bins([])
     with pytest.raises(UserError, match="1 or more"):
         Bin.parse("0-0")
+    for text, culprit in (("500,000", "'000'"), (0.3, "'0.3'")):
+        with pytest.raises(UserError, match=f"a bin counts parameters, .*, got {culprit}; .*commas separate several"):
+            parse_bins(text)
     assert parse_bins("410M±5%, 1B") == parse_bins(["410M", 1_000_000_000])
     assert [short(n) for n in (999, 2700, 410_000_000, 6_857_302_016)] == ["999", "2.7K", "410M", "6857302016"]
 

@@ -246,6 +246,25 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, monkeypatch):
     assert same(unbroken, run(tmp_path / "broken", resume="auto", **kwargs))
 
 
+def test_another_trainings_folder_is_not_trained_in(tmp_path):
+    run(tmp_path / "a", train=train_args(max_steps=1))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match="has the checkpoints of another training; go on with it by --resume auto"):
+        run(tmp_path / "a", train=train_args(max_steps=1))
+    with pytest.raises(UserError, match="out_dir must not be a checkpoint, into which training would write"):
+        run(tmp_path / "a/final", train=train_args(max_steps=1))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_package_that_data_need_is_named(tmp_path):
+    class NeedsMore(TokenData):
+        def prepare_data(self):
+            import no_such_package  # noqa: F401
+
+    with pytest.raises(UserError, match="NeedsMore needs the package no_such_package; install it, or choose other"):
+        run(tmp_path, data=NeedsMore())
+
+
 def test_resume_auto_starts_where_there_is_nothing_and_a_path_resumes_from_it(tmp_path):
     kwargs = {"train": train_args(save_interval=2)}
     unbroken = run(tmp_path / "a", resume="auto", **kwargs)
