@@ -38,6 +38,8 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
     told = UserError.inside(message)
     if told is not None:
         return str(told)
+    if (why := why_not_made(message)) is not None:
+        return why
     if message.startswith("Unrecognized arguments: "):
         return _unknown(message.removeprefix("Unrecognized arguments: ").split(), command, flags)
     missing = re.search(r'Key "(?:\w+\.)?(\w+)" is required', message)

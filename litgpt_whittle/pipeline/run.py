@@ -264,14 +264,16 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
     return code
 
 
-def _stop_with_parent() -> None:
-    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
+# looked up here, since little may be done between a fork and what follows it
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h"""
+
+
+def _stop_with_parent() -> None:
+    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def folder_of(target: str) -> str:
