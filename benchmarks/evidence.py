@@ -39,13 +39,14 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from repair import train_llama
 from students import Data, cached, litgpt, search, train_settings, validate
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import connect, validation_batches
-from litgpt_whittle.reports.style import new_figure, save_figure
+from litgpt_whittle.reports.style import COLORS, new_figure, save_figure
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
 Curve = list[tuple[int, float]]
@@ -53,6 +54,8 @@ Curve = list[tuple[int, float]]
 
 REPAIRED = "--fitness=repaired_perplexity"
 """Scores candidates as repaired; without it they are scored as cut"""
+DEFAULT_ITERATIONS = 1000
+"""Evaluations of a search that is told nothing"""
 CALIBRATION = 16_384
 BATCH = 8
 VALIDATION = 24
@@ -249,7 +252,7 @@ def evaluations(bench: Bench, seed: int) -> dict[str, Student]:
     for space in ("fine_uniform", "coarse_layerwise"):
         flags = ("--strategy=Evolution", REPAIRED)  # the default ones, as is the last number of evaluations
         flags += () if space == "coarse_layerwise" else (f"--space={space}",)
-        for n in (2 * bench.iterations, 1000):
+        for n in (2 * bench.iterations, DEFAULT_ITERATIONS):
             students[f"{space}, {n} evaluations"] = Student(bench.found(1 / 3, seed, *flags, iterations=n))
     return students
 
@@ -406,11 +409,34 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_searches(bench: Bench, seeds: list[int], path: Path) -> None:
+    """The best score so far over evaluations, the seeds' mean and range, of the longest searches of `evaluations`."""
+    figure, [[axes]] = new_figure((9, 5))
+    curves: dict[str, list[np.ndarray]] = {}
+    for seed in seeds:
+        for label, student in evaluations(bench, seed).items():
+            if label.endswith(f" {DEFAULT_ITERATIONS} evaluations"):
+                findings = SearchResult(student.found.parent).findings
+                scores = [evaluation.score(findings.score) for evaluation in findings.evaluations]
+                curves.setdefault(label.partition(",")[0], []).append(np.minimum.accumulate(scores))
+    for color, (space, found) in zip(COLORS, curves.items()):
+        n = np.arange(1, len(found[0]) + 1)
+        axes.plot(n, np.mean(found, 0), color=color, label=space)
+        axes.fill_between(n, np.min(found, 0), np.max(found, 0), color=color, alpha=0.15, lw=0)
+    axes.set(
+        xscale="log", xlim=(20, None), xlabel="evaluations", ylabel="best perplexity so far, repaired from moments"
+    )
+    axes.set_ylim(top=max(curve[20] for found in curves.values() for curve in found))
+    axes.set_title(f"searches for a third of the size; seeds: {', '.join(map(str, seeds))}", loc="left")
+    save_figure(figure, path)
+
+
 def answer(bench: Bench, question: str, report: Path) -> None:
     """Trains the students of a question that are not on record, and writes its table and picture."""
     tokens = bench.baseline_tokens if question == "baseline" else bench.tokens
     runs = Runs(report / f"{question}.csv", tokens)
-    for seed in [seed for seed in bench.seeds if seed not in runs.seeds]:
+    new = [seed for seed in bench.seeds if seed not in runs.seeds]
+    for seed in new:
         curves = {}
         for label, student in QUESTIONS[question](bench, seed).items():
             curves[label] = bench.train(student, seed).curve
@@ -423,6 +449,8 @@ def answer(bench: Bench, question: str, report: Path) -> None:
     text = f"{about}{math.exp(bench.teacher_loss):.2f}.\n\n{table(runs)}\n"
     (report / f"{question}.md").write_text(text)
     plot(question, runs, bench.teacher_loss, report / f"{question}.png")
+    if question == "evaluations" and new:
+        plot_searches(bench, runs.seeds, report / "searches.png")
     print(f"\n{question}: {text}", flush=True)
 
 
