@@ -241,7 +241,7 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("small", 1 / 3), ("middle", 2 / 3)):
         for space in ("coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"):
-            # the default space is not named, so that its search is that of the other questions
+            # the space of the other questions is not named, so that its search is theirs
             flags = (REPAIRED,) if space == "coarse_layerwise" else (REPAIRED, f"--space={space}")
             students[f"{size}, {space}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
     return students
@@ -250,7 +250,7 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
 def evaluations(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for space in ("fine_uniform", "coarse_layerwise"):
-        flags = ("--strategy=Evolution", REPAIRED)  # the default ones, as is the last number of evaluations
+        flags = ("--strategy=Evolution", REPAIRED)  # by default, as is the last number of evaluations
         flags += () if space == "coarse_layerwise" else (f"--space={space}",)
         for n in (2 * bench.iterations, DEFAULT_ITERATIONS):
             students[f"{space}, {n} evaluations"] = Student(bench.found(1 / 3, seed, *flags, iterations=n))

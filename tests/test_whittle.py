@@ -386,7 +386,8 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
 
     def cost(**changes):
-        return costs(Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"]))[1]
+        found = costs(Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"]))
+        return next(cost for cost in found if cost.name == "search")
 
     plain, repaired, twice = cost(fitness="perplexity"), cost(), cost(iterations=8)
     whole = counted_flops(SubNet.full(TEACHER), 1, 32)
@@ -432,12 +433,13 @@ def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path)
 def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
     rest = {"extract": {}, "cache": None, "distill": SECTIONS["distill"]}
-    coarse = Stages(request, None, {}, **rest)
+    coarse = Stages(request, None, {"space": "coarse_uniform"}, **rest)
     assert [stage.command for stage in coarse.all()][:2] == ["rank", "search"]
     assert coarse.search.settings["order"] == "importance"
-    fine = Stages(request, None, {"space": "fine_uniform"}, **rest)
+    fine = Stages(request, None, {}, **rest)
     assert fine.all()[0].command == "search" and "order" not in fine.search.settings
-    own = Stages(request, None, {"order": "importance", "importance": "mine.pt"}, **rest)
+    given = {"space": "coarse_layerwise", "order": "importance", "importance": "mine.pt"}
+    own = Stages(request, None, given, **rest)
     assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
 
 

@@ -77,7 +77,7 @@ _DEFAULT_STRATEGY = lazy_instance(Evolution)  # shown with its settings in --hel
 def setup(
     checkpoint_dir: Path,
     bin: str | int | float | list[str | int | float] | None = None,
-    space: SpaceName = "coarse_layerwise",
+    space: SpaceName = "fine_uniform",
     search_space: SpaceArgs = SpaceArgs(),
     limit: LimitArgs = LimitArgs(),
     order: Literal["given", "importance"] = "given",
