@@ -97,7 +97,7 @@ def test_a_head_without_parameters_of_its_own_is_left(tmp_path):
 
 def test_a_head_too_large_to_train_is_refused_before_anything_runs(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
-    monkeypatch.setattr("litgpt_whittle.repair.walk.OPTIMIZER_COPIES", 10**12)
+    monkeypatch.setattr("litgpt_whittle.repair.costs.OPTIMIZER_COPIES", 10**12)
     monkeypatch.setattr(HeadRepair, "fit", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(UserError, match="fitting the LM head .* takes .* are free; give --repair.head_passes 0"):
         repair(model(config), half(config), tmp_path)
