@@ -61,7 +61,8 @@ def search(data: Data, out_dir: Path, iterations: int, *flags: str, size: int | 
     if n_done < iterations:
         size = size or n_params(data.config, SubNet.full(data.config)) // 3
         # all sizes, and the space that the figures so far are of
-        flags = ("--search_space.convertible=false", "--space=coarse_layerwise", *data.flags(batch=4), f"--iterations={iterations}", *flags)
+        figures = ("--search_space.convertible=false", "--space=coarse_layerwise")
+        flags = (*figures, *data.flags(batch=4), f"--iterations={iterations}", *flags)
         flags = ("--fitness=perplexity", *flags, f"--out_dir={out_dir}")
         litgpt("search", data.teacher, f"--bin={size}±5%", f"--resume={str(n_done > 0).lower()}", *flags)
     return read_journal(path)[1][:iterations]
