@@ -161,7 +161,7 @@ class Recipe:
         if self.command == "search":
             per_token = forward_flops(self.student, args.train.max_seq_length)
             return args.iterations * self.tokens * per_token
-        if self.command == "rank":  # a pass with gradients, and one without any layer
+        if self.command == "rank":  # a pass with gradients, and one for each layer, without it
             n_forward = (1 + BACKWARD) * args.tokens + self.teacher.n_layer * args.layer_tokens
             return n_forward * forward_flops(self.teacher, args.train.max_seq_length)
         if self.command == "extract":
@@ -189,9 +189,10 @@ class Recipe:
         peak, kind = (H100.fp32_peak, " in fp32") if self.command == "extract" else (H100.peak, "")
         hours = gpu_hours(n, peak)
         shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.{1 if hours >= 0.1 else 3}f}"
+        limit = "at least " if self.command == "extract" else ""
         # a race drops candidates, and most networks of a super-network are smaller than the full one
-        limit = "at most " if self.command == "pretrain_supernet" or self.args.get("racing") else ""
-        limit = "at least " if self.command == "extract" else limit
+        if self.command == "pretrain_supernet" or self.args.get("racing"):
+            limit = "at most "
         share = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {peak / 1e12:.0f} TFLOP/s"
         return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs{kind} at an assumed {share})."
 
@@ -201,11 +202,12 @@ class Recipe:
             return self.twin("distill").memory(plan)
         if self.command in ("distill", "pretrain_supernet"):
             return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
-        n = 2 * sum(weight.numel() for weight in _meta(self.teacher).parameters())
         if self.command == "extract":
             searches = [open_recipe(path) for path in recipes("search") if path.parent.name == self.name]
             device = torch.device("cuda")
             n = max(repair_bytes(recipe.student, recipe.space.tied, device) for recipe in searches)
+        else:
+            n = 2 * sum(weight.numel() for weight in _meta(self.teacher).parameters())
         return f"Memory: {n / 1e9:.1f} GB and activations."
 
     def write(self, memory: str | None) -> None:

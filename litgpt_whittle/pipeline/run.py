@@ -197,16 +197,19 @@ class Pipeline:
     def _alone(self) -> Iterator[IO[Any]]:
         """Keeps others out while this process lives, or a stage that outlives it, which has the file open, too."""
         with open(self.out_dir / LOCK, "a") as file:
-            started = time.monotonic()
-            while not lock(file):
-                if time.monotonic() > started + STOPPING:
-                    raise UserError(
-                        f"another process is at work in out_dir {str(self.out_dir)!r}; wait for it, or choose another"
-                    )
-                if time.monotonic() < started + 1:
-                    print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
-                time.sleep(1)
+            if not lock(file):
+                print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
+                self._await(file)
             yield file
+
+    def _await(self, file: IO[Any]) -> None:
+        deadline = time.monotonic() + STOPPING
+        while not lock(file):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process is at work in out_dir {str(self.out_dir)!r}; wait for it, or choose another"
+                )
+            time.sleep(1)
 
     def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
         write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
