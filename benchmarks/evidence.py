@@ -434,6 +434,7 @@ def plot_searches(bench: Bench, seeds: list[int], path: Path) -> None:
 def answer(bench: Bench, question: str, report: Path) -> None:
     """Trains the students of a question that are not on record, and writes its table and picture."""
     tokens = bench.baseline_tokens if question == "baseline" else bench.tokens
+    tokens -= tokens % (BATCH * bench.data.config.block_size)  # whole steps
     runs = Runs(report / f"{question}.csv", tokens)
     new = [seed for seed in bench.seeds if seed not in runs.seeds]
     for seed in new:
