@@ -6,6 +6,8 @@ by Kendall's τ the rankings before training (as cut, repaired from the teacher'
 kept, so that an interrupted run goes on; those whose losses are in the report's CSV are not trained again, only scored.
 
     python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
+
+With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from repair import train_llama
 from scipy.stats import kendalltau
 from students import Data, litgpt, train_settings
 
@@ -33,14 +36,18 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
     parser.add_argument("--share", default="1/1", help="2/3: every third student, from the second one on")
+    parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
+    parser.add_argument("--llama_tokens", type=int, default=4_000_000)
     parser.add_argument("--report", type=Path, default=Path("out"), help="where figures (CSV) and the picture go")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
     data = Data(args)
+    if args.llama:
+        data = train_llama(data, args.llama_tokens)
     subnets = draw(data, args.n, args.size)
     first, step = map(int, args.share.split("/"))
     name = f"rankings-{args.size:.3g}"
-    path, students = args.report / f"{name}.csv", Path("out") / name
+    path, students = args.report / f"{name}.csv", Path("out") / ("llama-" * args.llama + name)
     if args.only != "score":
         for i in list(range(args.n))[first - 1 :: step]:
             if i not in read(path):
@@ -67,8 +74,9 @@ def train(data: Data, subnet: SubNet, folder: Path, tokens: int) -> None:
         litgpt("extract", data.teacher, folder / "sub_network.yaml", f"--out_dir={folder / 'student'}", *flags)
     if not (folder / "trained/final/lit_model.pth").is_file():
         settings = train_settings(folder / "train.yaml", data, tokens, lr=1e-3, every=10_000)
-        start = f"--initial_checkpoint_dir={folder / 'student'}"
-        litgpt("distill", f"--config={settings}", start, f"--out_dir={folder / 'trained'}")
+        flags = [f"--initial_checkpoint_dir={folder / 'student'}", f"--out_dir={folder / 'trained'}"]
+        # four losses on the way, however many tokens
+        litgpt("distill", f"--config={settings}", *flags, f"--train.log_interval={max(1, tokens // 20_000)}")
 
 
 def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None:
