@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 import yaml
 
 from litgpt_whittle.errors import UserError
+
+LOCK = ".lock"
+"""What keeps a second process out of a folder"""
 
 
 class MappedWeights(dict):
@@ -177,3 +181,29 @@ def lock(file: IO[Any]) -> bool:
     except OSError:  # a file system without locks
         pass
     return True
+
+
+@contextmanager
+def claimed(out_dir: Path, patience: float = 0) -> Iterator[IO[Any]]:
+    """Keeps other processes out of a folder while the block runs, and after it any that the block's file is handed to.
+
+    Args:
+        out_dir: The folder, which is made.
+        patience: How many seconds to wait for another process.
+
+    Raises:
+        UserError: If another process is at work in it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / LOCK, "a") as file:
+        deadline, is_told = time.monotonic() + patience, False
+        while not lock(file):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another"
+                )
+            if not is_told:
+                print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
+                is_told = True
+            time.sleep(1)
+        yield file

@@ -276,3 +276,15 @@ def first_does(function: Callable[[], T]) -> T:
     if failed:
         os._exit(0)
     return result
+
+
+# looked up here, since little may be done between a fork and what follows it
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h"""
+
+
+def stop_with_parent() -> None:
+    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

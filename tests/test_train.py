@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import LOCK, claimed
 from litgpt_whittle.training.args import DistillArgs, TrainArgs
 from litgpt_whittle.training.curves import read_metrics
 from litgpt_whittle.training.data_stream import DataStream
@@ -254,6 +255,14 @@ def test_another_trainings_folder_is_not_trained_in(tmp_path):
     with pytest.raises(UserError, match="out_dir must not be a checkpoint, into which training would write"):
         run(tmp_path / "a/final", train=train_args(max_steps=1))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    with claimed(tmp_path / "a"), pytest.raises(UserError, match="another process is at work in out_dir .*a'; wait"):
+        run(tmp_path / "a", train=train_args(max_steps=1))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [LOCK]
+    run(tmp_path / "a", train=train_args(max_steps=1))  # the folder is free again, also after
+    run(tmp_path / "a", train=train_args(max_steps=1), resume="auto")
 
 
 def test_a_package_that_data_need_is_named(tmp_path):

@@ -238,33 +238,33 @@ def setup(
     if dry_run:
         return
     logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
-    fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
-    main(
-        fabric=fabric,
-        devices=devices,
-        num_nodes=num_nodes,
-        seed=seed,
-        student=student,
-        teacher_dir=used_dir,
-        cache=cache,
-        data=data,
-        out_dir=out_dir,
-        tokenizer_dir=tokenizer_dir,
-        train=train,
-        eval=eval,
-        make_optimizer=step.build_optimizer,
-        make_hidden=step.build_hidden,
-        distill=distill,
-        compile=compile,
-        teacher_is_sharded=fabric.broadcast(is_sharded),
-        teacher_quantize=teacher_quantize,
-        activation_checkpointing=activation_checkpointing,
-        checkpoint_type=checkpoint_type,
-        seq_length=seq_length,
-        arguments=arguments,
-        settings=settings,
-        state=state,
-    )
+    with launch_training(out_dir, devices, num_nodes, precision, strategy, logger, arguments) as fabric:
+        main(
+            fabric=fabric,
+            devices=devices,
+            num_nodes=num_nodes,
+            seed=seed,
+            student=student,
+            teacher_dir=used_dir,
+            cache=cache,
+            data=data,
+            out_dir=out_dir,
+            tokenizer_dir=tokenizer_dir,
+            train=train,
+            eval=eval,
+            make_optimizer=step.build_optimizer,
+            make_hidden=step.build_hidden,
+            distill=distill,
+            compile=compile,
+            teacher_is_sharded=fabric.broadcast(is_sharded),
+            teacher_quantize=teacher_quantize,
+            activation_checkpointing=activation_checkpointing,
+            checkpoint_type=checkpoint_type,
+            seq_length=seq_length,
+            arguments=arguments,
+            settings=settings,
+            state=state,
+        )
 
 
 def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, random_weights: bool, n: int) -> None:

@@ -159,26 +159,26 @@ def setup(
     if dry_run:
         return
     logger = make_logger(logger_name, out_dir, f"supernet-{model.config.name}", bool(resume_dir), train, log)
-    fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
-    main(
-        fabric=fabric,
-        devices=devices,
-        num_nodes=num_nodes,
-        seed=seed,
-        start=model,
-        sampler=sampler,
-        supernet=supernet,
-        data=data,
-        out_dir=out_dir,
-        tokenizer_dir=tokenizer_dir,
-        train=train,
-        eval=eval,
-        step=step,
-        checkpoint_type=checkpoint_type,
-        arguments=arguments,
-        settings=settings,
-        state=state,
-    )
+    with launch_training(out_dir, devices, num_nodes, precision, strategy, logger, arguments) as fabric:
+        main(
+            fabric=fabric,
+            devices=devices,
+            num_nodes=num_nodes,
+            seed=seed,
+            start=model,
+            sampler=sampler,
+            supernet=supernet,
+            data=data,
+            out_dir=out_dir,
+            tokenizer_dir=tokenizer_dir,
+            train=train,
+            eval=eval,
+            step=step,
+            checkpoint_type=checkpoint_type,
+            arguments=arguments,
+            settings=settings,
+            state=state,
+        )
 
 
 def _super_network(start_dir: Path | None, model_name: str | None, model_config: Config | None) -> Student:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import lock, to_yaml, write_text
+from litgpt_whittle.files import claimed, to_yaml, write_text
+from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.searching.journal import JOURNAL
 from litgpt_whittle.training.resume import flatten, has_training_state
 
@@ -30,9 +28,6 @@ SETTINGS = "whittle.yaml"
 
 COMMANDS = "commands.sh"
 """The stages as command lines"""
-
-LOCK = ".lock"
-"""What keeps a second process out"""
 
 STOPPING = 60
 """Seconds that a stage is given to stop whose pipeline was killed; a distillation saves before"""
@@ -189,27 +184,8 @@ class Pipeline:
         Raises:
             UserError: If one fails; it has said why itself. Or if another process works in this folder.
         """
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        with self._alone() as lock_file:
+        with claimed(self.out_dir, STOPPING) as lock_file:
             self._run(stages, files, lock_file)
-
-    @contextmanager
-    def _alone(self) -> Iterator[IO[Any]]:
-        """Keeps others out while this process lives, or a stage that outlives it, which has the file open, too."""
-        with open(self.out_dir / LOCK, "a") as file:
-            if not lock(file):
-                print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
-                self._await(file)
-            yield file
-
-    def _await(self, file: IO[Any]) -> None:
-        deadline = time.monotonic() + STOPPING
-        while not lock(file):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another process is at work in out_dir {str(self.out_dir)!r}; wait for it, or choose another"
-                )
-            time.sleep(1)
 
     def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
         write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
@@ -255,7 +231,7 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        process = subprocess.Popen(command, pass_fds=[lock_file.fileno()], preexec_fn=_stop_with_parent)
+        process = subprocess.Popen(command, pass_fds=[lock_file.fileno()], preexec_fn=stop_with_parent)
         code = process.wait()  # a command that is told to stop saves first
     finally:
         for number, handler in before.items():
@@ -265,18 +241,6 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
     if told:
         raise SystemExit(128 + signal.SIGTERM)
     return code
-
-
-# looked up here, since little may be done between a fork and what follows it
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h"""
-
-
-def _stop_with_parent() -> None:
-    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def folder_of(target: str) -> str:

@@ -22,6 +22,7 @@ from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.evaluations import scored
 from litgpt_whittle.searching.journal import Evaluation
@@ -193,7 +194,8 @@ class Selection:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
         with open(log, "w") as file:
             line = [sys.executable, "-m", "litgpt_whittle", command, *map(str, arguments)]
-            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            more = {"stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": stop_with_parent}
+            code = subprocess.run(line, env=environment, **more).returncode
         if code:
             last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
             raise UserError(f"litgpt {command} failed within the selection ({last}); see {str(log)!r}")
