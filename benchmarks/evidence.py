@@ -405,6 +405,7 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
     axes.set_title(f"{question}; seeds: {', '.join(map(str, runs.seeds))}", loc="left")
     if len({curve[-1][0] for by_seed in runs.curves.values() for curve in by_seed.values()}) > 1:
         axes.set_xscale("symlog", linthresh=min(by_seed[runs.seeds[0]][1][0] for by_seed in runs.curves.values()))
+        axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     save_figure(figure, path)
 

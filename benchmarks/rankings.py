@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from repair import train_llama
-from scipy.stats import kendalltau
+from scipy.stats import bootstrap, kendalltau
 from students import Data, litgpt, train_settings
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
+from litgpt_whittle.reports.style import COLORS, new_figure, save_figure
 from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.space import Space
@@ -106,12 +107,12 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
         writer.writeheader()
         writer.writerows({"sub-network": i} | known[i] for i in sorted(known))
     print(f"{len(known)} of {len(subnets)} sub-networks are trained")
-    print(f"{'loss, nats per token':24}{'best':>8}{'worst':>8}{'tau with the trained ranking':>30}")
+    print(f"{'loss, nats per token':24}{'best':>8}{'worst':>8}{'tau with the trained one (95 %)':>34}")
     columns = {name: [row[name] for row in known.values()] for name in known[min(known)]}
     for name, losses in columns.items():
-        found = kendalltau(losses, columns["trained"])
-        shown = f"{found.statistic:.2f} (p = {found.pvalue:.2g})"
-        print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>30}")
+        low, high = interval(losses, columns["trained"])
+        shown = f"{tau(columns, name):.2f} ({low:.2f} to {high:.2f})"
+        print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>34}")
     agreed = kendalltau(columns["as cut"], columns["repaired from moments"]).statistic
     print(f"tau of as cut with repaired from moments: {agreed:.2f}")
     plot(columns, path.with_suffix(".png"))
@@ -128,30 +129,35 @@ def read(path: Path) -> dict[int, dict[str, float]]:
 
 def plot(columns: dict[str, list[float]], path: Path) -> None:
     """Losses before training against those after it, and how the rankings come to agree on the way."""
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure, [axes] = new_figure((11, 4.3), n_columns=3, sharey=False)
     for ax, name in zip(axes, ("as cut", "repaired from moments")):
-        ax.scatter(columns[name], columns["trained"], s=18)
+        ax.scatter(columns[name], columns["trained"], s=18, color=COLORS[0])
         ax.set(xlabel=f"loss {name}, nats per token", title=f"Kendall's τ {tau(columns, name):.2f}")
     axes[0].set_ylabel("loss after training")
     axes[1].sharey(axes[0])
     on_the_way = [(int(name.split()[1].replace(",", "")), name) for name in columns if name.startswith("after")]
     points = [(0, tau(columns, "repaired")), *((tokens, tau(columns, name)) for tokens, name in on_the_way)]
-    axes[2].plot(*zip(*points), marker="o", ms=4, label="repaired, then trained")
-    axes[2].axhline(tau(columns, "as cut"), color="C1", linestyle="--", label="as cut")
+    axes[2].plot(*zip(*points), marker="o", ms=4, color=COLORS[0], label="repaired, then trained")
+    for color, name in zip(COLORS[1:], ("repaired from moments", "as cut")):
+        axes[2].axhline(tau(columns, name), color=color, linestyle="--", label=name)
     axes[2].set(xlabel="tokens of training", ylabel="τ with the last ranking", title="On the way", ylim=(0, 1.03))
-    axes[2].legend()
-    for ax in axes:
-        ax.grid(alpha=0.3)
+    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(f"{len(columns['trained'])} sub-networks of one size: what predicts their place after training?")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     print(f"Figures: {path.with_suffix('.csv')}; picture: {path}")
 
 
 def tau(columns: dict[str, list[float]], name: str) -> float:
     return kendalltau(columns[name], columns["trained"]).statistic
+
+
+def interval(losses: list[float], trained: list[float]) -> tuple[float, float]:
+    """Between what τ would be of 95 % of such draws of sub-networks, by the bootstrap."""
+    pairs = (losses, trained)
+    found = bootstrap(pairs, lambda *pair: kendalltau(*pair).statistic, paired=True, vectorized=False, random_state=0)
+    return found.confidence_interval
 
 
 if __name__ == "__main__":
