@@ -29,6 +29,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import inspect
 import json
 import math
 import random
@@ -46,6 +47,7 @@ from students import Data, cached, litgpt, search, train_settings, validate
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import connect, validation_batches
+from litgpt_whittle.commands.search import setup as search_command
 from litgpt_whittle.reports.style import COLORS, new_figure, save_figure
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
@@ -54,7 +56,7 @@ Curve = list[tuple[int, float]]
 
 REPAIRED = "--fitness=repaired_perplexity"
 """Scores candidates as repaired; without it they are scored as cut"""
-DEFAULT_ITERATIONS = 1000
+DEFAULT_ITERATIONS = inspect.signature(search_command).parameters["iterations"].default
 """Evaluations of a search that is told nothing"""
 CALIBRATION = 16_384
 BATCH = 8
@@ -248,13 +250,18 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def evaluations(bench: Bench, seed: int) -> dict[str, Student]:
-    students = {}
+    return {f"{space}, {n} evaluations": Student(found) for (space, n), found in searched(bench, seed).items()}
+
+
+def searched(bench: Bench, seed: int) -> dict[tuple[str, int], Path]:
+    """What short and long searches find, by their space and number of evaluations."""
+    found = {}
     for space in ("fine_uniform", "coarse_layerwise"):
         flags = ("--strategy=Evolution", REPAIRED)  # by default, as is the last number of evaluations
         flags += () if space == "coarse_layerwise" else (f"--space={space}",)
         for n in (2 * bench.iterations, DEFAULT_ITERATIONS):
-            students[f"{space}, {n} evaluations"] = Student(bench.found(1 / 3, seed, *flags, iterations=n))
-    return students
+            found[space, n] = bench.found(1 / 3, seed, *flags, iterations=n)
+    return found
 
 
 def losses(bench: Bench, seed: int) -> dict[str, Student]:
@@ -415,11 +422,11 @@ def plot_searches(bench: Bench, seeds: list[int], path: Path) -> None:
     figure, [[axes]] = new_figure((9, 5))
     curves: dict[str, list[np.ndarray]] = {}
     for seed in seeds:
-        for label, student in evaluations(bench, seed).items():
-            if label.endswith(f" {DEFAULT_ITERATIONS} evaluations"):
-                findings = SearchResult(student.found.parent).findings
+        for (space, n), found in searched(bench, seed).items():
+            if n == DEFAULT_ITERATIONS:
+                findings = SearchResult(found.parent).findings
                 scores = [evaluation.score(findings.score) for evaluation in findings.evaluations]
-                curves.setdefault(label.partition(",")[0], []).append(np.minimum.accumulate(scores))
+                curves.setdefault(space, []).append(np.minimum.accumulate(scores))
     for color, (space, found) in zip(COLORS, curves.items()):
         n = np.arange(1, len(found[0]) + 1)
         axes.plot(n, np.mean(found, 0), color=color, label=space)
