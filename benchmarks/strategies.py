@@ -19,11 +19,10 @@ from students import Data
 
 from litgpt_whittle import SubNet, load_model, n_params, registry
 from litgpt_whittle.batches import calibration_windows, connect, fingerprint, validation_batches
-from litgpt_whittle.checkpoint import WEIGHTS
+from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.reports.style import COLORS
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 
@@ -49,7 +48,7 @@ def main() -> None:
     third = n_params(data.config, SubNet.full(data.config)) // 3
     space = Space(data.config, args.space, Bin.parse(args.bin or f"{third}±5%"))
     fitness = load_fitness(data, args.fitness, args.batches)
-    origin = file_fingerprint(data.teacher / WEIGHTS)[:6] + fingerprint(fitness.batches)[:6]
+    origin = weights_fingerprint(data.teacher)[:6] + fingerprint(fitness.batches)[:6]
     folder = OUT / f"{args.space}-{space.bin}-{args.fitness}-{origin}"
     print(f"{args.space}, bin {space.bin}, {fitness.n_tokens:,} tokens per candidate; scores are kept in {folder}")
     scores = {name: [] for name in dict.fromkeys([RIVAL, *names])}
