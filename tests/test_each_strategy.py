@@ -58,6 +58,19 @@ def test_a_generation_waits_for_all_scores_of_the_last_one(name, first, then):
         strategy.tell(generation[-1], loss(generation[-1]), measures(generation[-1]))
 
 
+def test_tpe_asks_for_the_same_however_many_at_a_time():
+    asked = []
+    for n in (1, 8):
+        strategy, found = TPE(n_initial=8, batch_size=8), []
+        strategy.start(LEAN_SPACE, 1)
+        while len(found) < 40:
+            for candidate in strategy.ask(n):
+                found.append(candidate)
+                strategy.tell(candidate, loss(candidate), measures(candidate))
+        asked.append(found)
+    assert asked[0] == asked[1]
+
+
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [

@@ -6,8 +6,10 @@ import os
 
 import pytest
 
+from litgpt_whittle import files
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.journal import Evaluation, Journal, file_fingerprint, read_journal
+from litgpt_whittle.files import file_fingerprint
+from litgpt_whittle.searching.journal import Evaluation, Journal, open_record, read_journal
 
 HEADER = {"teacher": {"name": "t", "weights": "ab"}, "settings": {"seed": 1, "bin": ["1M-2M"], "space": "fine_uniform"}}
 
@@ -120,12 +122,14 @@ def test_nothing_to_resume_and_nothing_to_overwrite(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
-def test_two_writers_are_refused(tmp_path):
+def test_two_writers_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "journal.jsonl"
-    with Journal(path, HEADER):
-        with pytest.raises(UserError, match="another process"):
-            Journal(path, HEADER, resume=True)
-    Journal(path, HEADER, resume=True).__exit__()
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    with open_record(path, HEADER):
+        with pytest.raises(UserError, match="another process"), open_record(path, HEADER, resume=True):
+            pass
+    with open_record(path, HEADER, resume=True) as record:
+        assert record.evaluations == []
 
 
 def test_files_are_told_apart_wherever_they_lie(tmp_path):

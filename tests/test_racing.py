@@ -19,7 +19,7 @@ from litgpt_whittle.searching.racing import estimate, losers, stages
 from litgpt_whittle.searching.racing_loop import RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
-from litgpt_whittle.strategies import NSGA2, Evolution, RandomSearch
+from litgpt_whittle.strategies import NSGA2, Evolution, EvoPress, RandomSearch
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.floats(1.01, 5))
@@ -75,15 +75,16 @@ class Windows:
 
     name = "nll"
 
-    def __init__(self, n_batches: int = 16, broken=()) -> None:
+    def __init__(self, n_batches: int = 16, broken=(), noise: float = 0.05) -> None:
         ids = torch.zeros(4, 8, dtype=torch.long)
         self.batches = [Batch(ids, ids) for _ in range(n_batches)]
         self.n_tokens, self.seen, self.broken = 32 * n_batches, 0, broken
+        self.noise = noise
 
     def _means(self, subnet) -> np.ndarray:
         sizes = [len(subnet.layer(i).intermediate_size) / (48 * (i + 1)) for i in range(len(subnet))]
         noise = np.random.default_rng(crc32(repr(subnet.to_dict()).encode())).normal(size=4 * len(self.batches))
-        return 10 - sum(sizes) + np.random.default_rng(1).normal(size=len(noise)) + 0.05 * noise
+        return 10 - sum(sizes) + np.random.default_rng(1).normal(size=len(noise)) + self.noise * noise
 
     def losses(self, subnet, which=slice(None)) -> WindowLosses:
         begin, end, _ = which.indices(len(self.batches))
@@ -145,6 +146,22 @@ def test_what_counts_has_seen_everything(tmp_path):
         assert e.score("nll") == pytest.approx(fitness(SubNet.from_dict(TEACHER, e.subnet))["nll"], abs=0.15)
 
 
+@pytest.mark.parametrize("strategy", [Evolution(20, 5, 20), EvoPress()], ids=["evolution", "evopress"])
+def test_no_estimate_is_as_good_as_what_a_candidate_was_dropped_for(tmp_path, strategy):
+    record, search = searched(strategy, Windows(noise=0.5), tmp_path, 200, RacingArgs())
+    n_kept, finished, n_dropped = search.strategy.n_kept, [], 0
+    for told in record.evaluations:
+        if not told.dropped:
+            finished.append(told.score("nll"))
+    for told in record.evaluations:
+        if told.dropped:
+            n_dropped += 1
+            assert told.score("nll") > min(finished)
+    assert n_dropped > 20
+    kept = sorted(search.strategy.told, key=lambda scored: scored.score)[:n_kept]
+    assert kept[0].score == min(finished)
+
+
 def test_candidates_that_fail_within_a_race_are_journalled(tmp_path):
     class Failing(Windows):
         def losses(self, subnet, which=slice(None)):
@@ -171,6 +188,8 @@ def test_notes_survive_a_torn_line(tmp_path):
         file.write('{"race": 0, "cand')
     again = RaceNotes(path, RaceNotes.read(path))
     assert again.legs == {("8K-10K from 0", 3, 1): Leg([1.5, 2.5], 0.1)}
+    again.add("8K-10K from 0", 4, 1, Leg([3.5], 0.1))
+    assert RaceNotes(path, RaceNotes.read(path)).legs == again.legs  # also what came behind the torn line
 
 
 @pytest.mark.parametrize(

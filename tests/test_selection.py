@@ -1,6 +1,7 @@
 """Choosing among the best of a search by short distillations."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, out_dir, rungs, resume=False):
+def run(folder, out_dir, rungs, resume=False, config=None):
     data = HFText(path=str(folder / "train.jsonl"), val_path=str(folder / "validation.jsonl"))
     setup(
         folder / "teacher",
@@ -64,7 +65,7 @@ def run(folder, out_dir, rungs, resume=False):
         eval=BudgetArgs(max_iters=1),
         out_dir=out_dir,
         precision="32-true",
-        selection=SelectionArgs(rungs=rungs, config=folder / "distill.yaml", repair=False),
+        selection=SelectionArgs(rungs=rungs, config=config or folder / "distill.yaml", repair=False),
         resume=resume,
     )
 
@@ -103,6 +104,19 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
     calls.clear()
     run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True)
     assert calls == [] and read_results(tmp_path / "out") == results
+    # but for what was made under other settings
+    settings = yaml.safe_load((folder / "distill.yaml").read_text())
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings | {"seed": 7, "eval": {"final_validation": False}}))
+    run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True, config=tmp_path / "other.yaml")
+    assert calls.count("extract") == 0 and calls.count("distill") == 5
+    changed = read_results(tmp_path / "out")
+    assert all(one.val_loss != other.val_loss for one, other in zip(changed, results))
+    calls.clear()
+    shutil.rmtree(tmp_path / "out/selection/candidate-0", ignore_errors=True)
+    yaml_path = tmp_path / f"out/selection/candidate-{results[0].evaluation}/sub_network.yaml"
+    yaml_path.write_text(yaml_path.read_text().replace("n_layer", "n_layer ", 1))  # as if of another search
+    run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True, config=tmp_path / "other.yaml")
+    assert calls.count("extract") >= 1 and read_results(tmp_path / "out") == changed
 
 
 def test_the_table_has_ranks_and_tau_against_scipy():

@@ -31,12 +31,13 @@ def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "per
     figure, [[axes]] = new_figure()
     bins = bins_of(evaluations)
     for bin, color in _colored(bins):
-        own = [(i, e.score(score)) for i, e in enumerate((e for e in evaluations if e.bin == bin), 1)]
-        finite = [(i, value) for i, value in own if math.isfinite(value)]
+        own = list(enumerate((e for e in evaluations if e.bin == bin), 1))
+        finite = [(i, e.score(score)) for i, e in own if math.isfinite(e.score(score))]
+        seen_whole = [(i, e.score(score)) for i, e in own if not e.dropped and math.isfinite(e.score(score))]
         label = "candidates" if len(bins) == 1 else None
         axes.scatter(*_columns(finite), s=11, color=color, alpha=0.3, linewidths=0, label=label)
         steps: Points = []
-        for i, value in finite:
+        for i, value in seen_whole:
             steps.append((i, min(value, steps[-1][1] if steps else math.inf)))
         if steps:
             steps.append((len(own), steps[-1][1]))
@@ -54,7 +55,8 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     figure, [[axes]] = new_figure()
     found = scored(evaluations, score)
     points = [(e.n_params, e.score(score)) for e in found]
-    front = [points[i] for i in pareto_front(points)]
+    seen_whole = [(e.n_params, e.score(score)) for e in found if not e.dropped]
+    front = [seen_whole[i] for i in pareto_front(seen_whole)]
     if found:
         # later candidates darker, so that one sees the search move
         order = [e.index for e in found]

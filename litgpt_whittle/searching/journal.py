@@ -6,18 +6,17 @@ settings); every other line is one evaluation.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import lock, write_text
+from litgpt_whittle.files import claimed, write_text
 from litgpt_whittle.processes import first_does
 
 JOURNAL = "journal.jsonl"
@@ -71,7 +70,7 @@ class Evaluation:
 
 
 class Journal:
-    """A journal open for writing: a context manager, in which no other process can write the same one.
+    """A journal open for writing: a context manager.
 
     Args:
         path: The file.
@@ -96,8 +95,6 @@ class Journal:
             write_text(self.path, _line(self.header))
             n_bytes = self.path.stat().st_size
         self._file = open(self.path, "r+b")
-        if not lock(self._file):
-            raise UserError(f"another process is writing {str(self.path)!r}; wait for it or choose another out_dir")
         self._file.truncate(n_bytes)  # cuts off what a killed process left half-written
         self._file.seek(0, os.SEEK_END)
 
@@ -122,22 +119,22 @@ def open_record(
 ) -> Iterator[Journal | MirroredJournal]:
     """Opens the one journal that several processes share: the first one writes it, the others follow in memory.
 
+    Its folder belongs to them while it is open.
+
     Raises:
-        UserError: As `Journal` does.
+        UserError: As `Journal` does, or if other processes are at work in its folder.
     """
     journal = None
+    with ExitStack() as stack:
 
-    def open_it() -> list[Evaluation]:
-        nonlocal journal
-        journal = Journal(path, header, resume)
-        return journal.evaluations
+        def open_it() -> list[Evaluation]:
+            nonlocal journal
+            stack.enter_context(claimed(path.parent))
+            journal = stack.enter_context(Journal(path, header, resume))
+            return journal.evaluations
 
-    evaluations = first_does(open_it)
-    if journal is None:
-        yield MirroredJournal(evaluations)
-        return
-    with journal:
-        yield journal
+        evaluations = first_does(open_it)
+        yield MirroredJournal(evaluations) if journal is None else journal
 
 
 @dataclass
@@ -173,17 +170,6 @@ def check_resumable(path: Path, resume: bool) -> None:
         raise UserError(
             f"{str(path)!r} holds a search already; continue it with --resume true or choose another out_dir"
         )
-
-
-def file_fingerprint(path: Path) -> str:
-    """Sixteen hex digits that tell files apart by their size and 64 parts of them, wherever they lie."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for part in range(64):
-            file.seek(part * max(size - 2**12, 0) // 63)
-            digest.update(file.read(2**12))
-    return digest.hexdigest()[:16]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:

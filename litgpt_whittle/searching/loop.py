@@ -114,10 +114,20 @@ class Loop:
         self.iterations, self.seed, self.save_best, self.spread = iterations, seed, save_best, spread
 
     def run(self) -> None:
-        """Runs until every bin has its evaluations, or no further sub-networks."""
+        """Runs until every bin has its evaluations, or no further sub-networks.
+
+        Raises:
+            UserError: If the journal has more of them, or others than this search would have tried.
+        """
         self.known = {str(search.space.bin): [] for search in self.searches}
         for evaluation in self.record.evaluations:
             self.known.setdefault(evaluation.bin, []).append(evaluation)
+        n_known = max(map(len, self.known.values()))
+        if n_known > self.iterations:
+            raise UserError(
+                f"iterations must be at least {n_known}, which the journal has, got {self.iterations}; raise it, or "
+                "begin in another out_dir"
+            )
         total = max(self.iterations * len(self.searches), len(self.record.evaluations))
         with tqdm(total=total, unit="candidate", dynamic_ncols=True, disable=rank() > 0) as self.bar:
             while rounds := [(search, asked) for search in self.searches if (asked := search.ask(self.iterations))]:

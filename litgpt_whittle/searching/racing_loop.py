@@ -14,6 +14,7 @@ import numpy as np
 
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import write_text
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.journal import Evaluation
@@ -24,6 +25,10 @@ from litgpt_whittle.subnet import SubNet
 
 NOTES = "race.jsonl"
 """What the race under way has seen, in a search's folder"""
+
+
+LEAST_BEHIND = 1e-6
+"""By how much a dropped candidate's estimated loss is worse than what it lost against, at least"""
 
 
 class Leg(NamedTuple):
@@ -48,6 +53,8 @@ class RaceNotes:
     def __init__(self, path: Path, known: list[dict[str, Any]]) -> None:
         self.path = path
         self.legs = {(note["race"], note["candidate"], note["end"]): Leg(**note["leg"]) for note in known}
+        if rank() == 0:  # without a line that was not finished, behind which nothing would be read again
+            write_text(path, "".join(f"{json.dumps(note)}\n" for note in known))
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -124,9 +131,9 @@ class RacingLoop(Loop):
                 left = [i for i in left if i not in out]
             begin = end
         finished = [*self.finished[str(search.space.bin)], *(self._means(runners[i].sums) for i in left)]
-        yardstick = min(finished, key=lambda losses: np.average(losses, weights=self.n_tokens), default=None)
+        finished.sort(key=lambda losses: np.average(losses, weights=self.n_tokens))
         for i, runner in enumerate(runners):
-            yield self._outcome(runner, i in left, yardstick)
+            yield self._outcome(runner, i in left, finished, search.strategy.n_kept)
 
     def _run_stage(
         self, search: Search, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
@@ -152,13 +159,17 @@ class RacingLoop(Loop):
                 sums, error = [], "its loss is not finite"
         return Leg(sums, round(time.perf_counter() - started, 4), error, costs)
 
-    def _outcome(self, runner: _Runner, is_finished: bool, yardstick: np.ndarray | None) -> Outcome:
+    def _outcome(self, runner: _Runner, is_finished: bool, finished: list[np.ndarray], n_kept: int) -> Outcome:
+        """What a candidate came to; `finished` has the losses of those that saw everything, the best first."""
         scores, error, losses = runner.costs, runner.error, self._means(runner.sums)
         if error is None:
-            if is_finished or yardstick is None:
+            if is_finished or not finished:
                 loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
             else:
-                loss = estimate(losses, self.n_tokens, yardstick)
+                loss = estimate(losses, self.n_tokens, finished[0])
+                # it was dropped for being surely worse than these, whatever its few windows promise
+                kept = finished[:n_kept][-1]
+                loss = max(loss, float(np.average(kept, weights=self.n_tokens)) + LEAST_BEHIND)
             scores = self.fitness.scores(loss) | scores
         scores, error = finite(scores, error)
         return Outcome(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -162,19 +163,23 @@ class Selection:
         """Trains a candidate's student on its rung's tokens; gives the validation loss."""
         folder = self.out_dir / FOLDER / f"candidate-{evaluation.index}"
         student, trained = folder / "student", folder / f"trained-{rung.tokens}"
+        subnet, repair, settings = (folder / f"{name}.yaml" for name in ("sub_network", "extract", trained.name))
+        how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
+        # what was made of another sub-network or under other settings is made anew
+        if _differs(subnet, to_yaml(evaluation.subnet)) or _differs(repair, to_yaml(how)):
+            shutil.rmtree(folder, ignore_errors=True)
+        if _differs(settings, to_yaml(self._settings(rung))):
+            shutil.rmtree(trained, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"data": self.config["data"]}
         if not (student / "lit_model.pth").is_file():
-            write_text(folder / "sub_network.yaml", to_yaml(evaluation.subnet))
-            write_text(folder / "extract.yaml", to_yaml(data))
-            repair = [f"--config={folder / 'extract.yaml'}", "--repair=true"] if self.args.repair else []
-            where = [self.checkpoint_dir, folder / "sub_network.yaml", f"--out_dir={student}"]
-            self._call("extract", *where, *repair, log=folder / "extract.log")
+            write_text(subnet, to_yaml(evaluation.subnet))
+            write_text(repair, to_yaml(how))
+            where = [self.checkpoint_dir, subnet, f"--config={repair}", f"--out_dir={student}"]
+            self._call("extract", *where, log=folder / "extract.log")
         if not (trained / "final/lit_model.pth").is_file():
-            settings = folder / f"train-{rung.tokens}.yaml"
             write_text(settings, to_yaml(self._settings(rung)))
             flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", "--resume=auto"]
-            self._call("distill", f"--config={settings}", *flags, log=folder / f"train-{rung.tokens}.log")
+            self._call("distill", f"--config={settings}", *flags, log=folder / f"{trained.name}.log")
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         return [row["val_loss"] for row in rows if "val_loss" in row][-1]
 
@@ -184,10 +189,11 @@ class Selection:
         length = train.get("max_seq_length") or check_checkpoint(self.checkpoint_dir).block_size
         steps = rung.tokens // (train.get("global_batch_size", 512) * length)
         train |= {"max_tokens": rung.tokens, "save_interval": None}
+        evaluated = dict(self.config.get("eval") or {}) | {"final_validation": True}  # by which students are ranked
         train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
         paths = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "devices": self.devices}
         dropped = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "resume", "out_dir")
-        return {k: v for k, v in self.config.items() if k not in dropped} | paths | {"train": train}
+        return {k: v for k, v in self.config.items() if k not in dropped} | paths | {"train": train, "eval": evaluated}
 
     def _call(self, command: str, *arguments: Any, log: Path) -> None:
         """Runs one of our commands, its output in a file."""
@@ -199,6 +205,11 @@ class Selection:
         if code:
             last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
             raise UserError(f"litgpt {command} failed within the selection ({last}); see {str(log)!r}")
+
+
+def _differs(path: Path, text: str) -> bool:
+    """Whether a file says something else."""
+    return path.is_file() and path.read_text() != text
 
 
 _OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")

@@ -171,7 +171,7 @@ class Filter(SurrogateSearch):
     def prefer(self, rng: np.random.Generator) -> SubNet:
         """The best one of several proposals."""
         proposals = list(dict.fromkeys(self.inner.propose(rng) for _ in range(self.n_proposals)))
-        new = [subnet for subnet in proposals if subnet not in self._asked]
+        new = [subnet for subnet in proposals if subnet not in self._asked and self.space.admits(subnet)]
         if not new:
             return proposals[0]
         return new[int(self.predictor.predict(new, self.optimism).argmin())]

@@ -63,7 +63,7 @@ class TPE(Generations):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
         self._study = optuna.create_study()
         optuna.logging.set_verbosity(verbosity)
-        self._has_model = False
+        self._best: SubNet | None = None
         super().start(space, seed)
 
     @property
@@ -80,15 +80,15 @@ class TPE(Generations):
                 numbers = self.choices.of(subnet)
                 trial = optuna.trial.create_trial(params=numbers, distributions=self._distributions, value=score)
                 self._study.add_trial(trial)
-                self._has_model = True
+        if self.best is not None:
+            self._best = self.best.subnet  # of whole generations, however many candidates are asked for at a time
 
     def propose(self, rng: np.random.Generator) -> SubNet:
         """The best sub-network with some of the model's choices; a random one at first."""
-        if not self._has_model:
+        if self._best is None:
             return self.space.sample(rng)
-        best = self.best.subnet
-        numbers = self.choices.of(best) | self._promising(rng)
-        return self.choices.build(rng, numbers, best, self.exchange_probability)
+        numbers = self.choices.of(self._best) | self._promising(rng)
+        return self.choices.build(rng, numbers, self._best, self.exchange_probability)
 
     def _promising(self, rng: np.random.Generator) -> dict[str, int]:
         """The model's choices under some of the names."""
