@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data import DataModule
-from litgpt.utils import extend_checkpoint_dir
+from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.commands import distill as distill_command
@@ -55,7 +55,7 @@ def search(
         UserError: As the command does.
     """
     _call("search", search_command.setup, data, settings, checkpoint_dir=checkpoint_dir, bin=bin, out_dir=out_dir)
-    return SearchResult(Path(out_dir), extend_checkpoint_dir(Path(checkpoint_dir)))
+    return SearchResult(init_out_dir(Path(out_dir)), extend_checkpoint_dir(Path(checkpoint_dir)))
 
 
 def extract(
@@ -116,7 +116,7 @@ def distill(
     if teacher is not None and "teacher_cache" not in settings:
         inputs["teacher_checkpoint_dir"] = teacher
     _call("distill", distill_command.setup, data, settings, **inputs)
-    return TrainingResult(Path(out_dir))
+    return TrainingResult(init_out_dir(Path(out_dir)))
 
 
 def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **inputs: Any) -> None:

@@ -19,7 +19,7 @@ from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.extras import naming_packages
-from litgpt_whittle.processes import gather, rank
+from litgpt_whittle.processes import first_does, gather, rank
 from litgpt_whittle.training.loop import split_batch
 
 
@@ -58,7 +58,7 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
     return batches
 
 
-def fingerprint(batches: Sequence[Batch]) -> str:
+def fingerprint(batches: Sequence[Sequence[torch.Tensor]]) -> str:
     """Sixteen hex digits that tell batches of other tokens, or in another order or shape, apart."""
     digest = hashlib.sha256()
     for batch in batches:
@@ -79,6 +79,16 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
             f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {asked}; lower it"
         )
     return asked or min(teacher.block_size, 2048)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that random generators do not take.
+
+    Raises:
+        UserError: If so.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
 
 
 def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
@@ -104,13 +114,15 @@ def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
 def connect(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
 ) -> None:
-    """Readies a data module, with the checkpoint's tokenizer if it has one."""
+    """Readies a data module, with the checkpoint's tokenizer if it has one; the first process prepares for all."""
     tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer(checkpoint_dir) else None
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
     if validation_only and isinstance(data, HFText):
         data.parts = ("validation",)
     with naming_packages(data):
-        data.prepare_data()
+        first_does(data.prepare_data)
+        if rank() > 0:
+            data.prepare_data()  # finds everything there
         data.setup()
 
 
@@ -154,13 +166,25 @@ def read_calibration(
     windows = calibration_windows(data, seq_length, n_tokens)
     if windows.numel() < n_tokens and rank() == 0:
         print(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
-    digests = gather(hashlib.sha256(windows.numpy().tobytes()).hexdigest())
-    if len(set(digests)) > 1:  # a loader that gives each process a part of its own
-        raise UserError(
-            f"all devices must read the same calibration data, and {type(data).__name__} gives each its own; "
-            "choose other data, or --devices 1"
-        )
+    check_shared(data, fingerprint([(windows,)]))
     return windows
+
+
+def check_shared(data: DataModule, digest: str) -> None:
+    """Refuses data of which each process has read a part of its own.
+
+    Args:
+        data: The data module.
+        digest: Tells what this process has read from what others may have.
+
+    Raises:
+        UserError: On all processes, if they differ.
+    """
+    if len(set(gather(digest))) > 1:
+        raise UserError(
+            f"all devices must read the same text, and {type(data).__name__} gives each its own; choose other data, or "
+            "--devices 1"
+        )
 
 
 def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -17,12 +18,12 @@ from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
 from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import MappedWeights, new_folder, to_yaml, write_text
+from litgpt_whittle.files import MappedWeights, file_fingerprint, new_folder, to_yaml, write_text
 from litgpt_whittle.hf.config import student_hf_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
-from litgpt_whittle.training.parts import Rows, has_parts, read_parts
+from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_parts
 
 WEIGHTS = "lit_model.pth"
 MODEL_CLASS = "model_class.yaml"
@@ -90,6 +91,15 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
     if extra := sorted(set(weights) - set(expected)):
         raise UserError(f"{str(path)!r} has {extra[0]}, which its model_config.yaml does not know; use matching files")
     return weights
+
+
+def weights_fingerprint(checkpoint_dir: Path) -> str:
+    """Sixteen hex digits that tell a checkpoint's weights from others, wherever they lie."""
+    path = checkpoint_dir / WEIGHTS
+    if path.is_file():
+        return file_fingerprint(path)
+    parts = [file_fingerprint(part) for part in part_paths(checkpoint_dir)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:

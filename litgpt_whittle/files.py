@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,9 @@ from litgpt_whittle.errors import UserError
 
 LOCK = ".lock"
 """What keeps a second process out of a folder"""
+
+PATIENCE = 60
+"""Seconds that another process is given to leave a folder; a training that is told to stop saves first"""
 
 
 class MappedWeights(dict):
@@ -65,10 +69,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
     """Gives a folder beside `path` to fill; it takes `path`'s place when the block ends without an error.
 
-    An older `path` is replaced; in the instant between, it lies beside under a hidden name, never half-written.
+    An older `path` is replaced; in the instant between, it lies beside under a hidden name, never half-written. With
+    `replaces` false, what another process has put there is kept, and the new folder dropped.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,9 +85,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in beside.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        if path.exists():
+        if replaces and path.exists():
             os.replace(path, old)
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if replaces or not path.is_dir():
+                raise
+            shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -159,6 +169,17 @@ def check_space(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
+def file_fingerprint(path: Path) -> str:
+    """Sixteen hex digits that tell files apart by their size and 64 parts of them, wherever they lie."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for part in range(64):
+            file.seek(part * max(size - 2**12, 0) // 63)
+            digest.update(file.read(2**12))
+    return digest.hexdigest()[:16]
+
+
 def readable_size(n_bytes: float) -> str:
     """Bytes as people read them."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
@@ -184,26 +205,39 @@ def lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def claimed(out_dir: Path, patience: float = 0) -> Iterator[IO[Any]]:
+def claimed(out_dir: Path) -> Iterator[IO[Any]]:
     """Keeps other processes out of a folder while the block runs, and after it any that the block's file is handed to.
 
-    Args:
-        out_dir: The folder, which is made.
-        patience: How many seconds to wait for another process.
+    Of the folder nothing is left but what the block leaves there.
 
     Raises:
-        UserError: If another process is at work in it.
+        UserError: If another process is at work in it, and still is after `PATIENCE`.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / LOCK, "a") as file:
-        deadline, is_told = time.monotonic() + patience, False
-        while not lock(file):
-            if time.monotonic() >= deadline:
-                raise UserError(
-                    f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another"
-                )
-            if not is_told:
-                print("Another process is at work in out_dir, maybe a stage that still saves; waiting", flush=True)
-                is_told = True
-            time.sleep(1)
+    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    file = _claim(out_dir)
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # on Windows; or there is more in the folders
+            (out_dir / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
+        file.close()
+
+
+def _claim(out_dir: Path) -> IO[Any]:
+    deadline, is_told = time.monotonic() + PATIENCE, False
+    while True:
+        with suppress(FileNotFoundError):  # whoever had the folder may have removed it
+            out_dir.mkdir(parents=True, exist_ok=True)
+            file = open(out_dir / LOCK, "a")
+            # a file that was removed in between keeps nobody out
+            if lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                return file
+            file.close()
+        if time.monotonic() >= deadline:
+            raise UserError(f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another")
+        if not is_told:
+            print("Another process is at work in out_dir, maybe one that still saves; waiting", flush=True)
+            is_told = True
+        time.sleep(1)

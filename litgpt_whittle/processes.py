@@ -11,14 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import psutil
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import claimed
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -110,6 +114,17 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)  # it may hang in a collective
     os._exit(1)
+
+
+def is_first_started() -> bool:
+    """Whether this process, which nothing connects to others yet, is the first of them, or will start them."""
+    # Lightning knows of RANK, LOCAL_RANK and SLURM's; who starts several machines without any of them sets NODE_RANK
+    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def claimed_for_all(out_dir: Path) -> AbstractContextManager[Any]:
+    """`claimed` by the first process, before it starts the others or they find each other."""
+    return claimed(out_dir) if is_first_started() else nullcontext()
 
 
 def free_memory(device: torch.device, n_local: int) -> int:

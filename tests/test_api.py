@@ -41,6 +41,13 @@ def test_from_a_search_to_a_trained_student(found, data, tmp_path):  # noqa: F81
     assert told["train"]["max_seq_length"] == BATCH["max_seq_length"]
 
 
+def test_results_are_where_litgpt_puts_them(found, teacher, data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("LIGHTNING_ARTIFACTS_DIR", str(tmp_path))
+    monkeypatch.setattr(search_command, "write_report", lambda out_dir: "the report")
+    again = search(teacher, "14K", data, "there", **SECTIONS["search"])
+    assert again.folder == tmp_path / "there" and again.best.scores == found.best.scores
+
+
 def test_bad_input(found, teacher, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="the section search cannot be read: .*iterationz"):
         search(teacher, "14K", out_dir=tmp_path, iterationz=3)

@@ -418,7 +418,7 @@ def test_a_damaged_cache_is_refused_before_training(teacher_dir, tmp_path):
         ({"codec": {"top_k": {"k": 101}}}, "k must be between 1 and the vocabulary's 100 tokens, got 101"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
         ({"shard_size": "many"}, "an amount in bytes looks like"),
         ({"train": WindowArgs(4, SEQ + 1)}, "at most the teacher's block_size 8, got 9"),
         ({"devices": 4096}, "devices must be at most"),

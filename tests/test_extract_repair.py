@@ -245,6 +245,36 @@ def test_distill_repairs_and_refines_what_it_cuts(folder, tmp_path):
     assert all(torch.equal(weights(again / "final")[name], weight) for name, weight in weights(out / "final").items())
 
 
+def test_a_start_is_used_again_only_for_what_was_asked_for(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "main", lambda **_: None)  # ended before its first checkpoint
+    repaired = []
+    repair = distill.extract.setup
+    monkeypatch.setattr(distill.extract, "setup", lambda *args, **kw: repaired.append(args[1]) or repair(*args, **kw))
+    first = RepairArgs(tokens=4000)
+    for changes, n in (({}, 1), ({}, 1), ({"repair": RepairArgs(tokens=2000)}, 2), ({"seed": 7}, 3)):
+        distilled(folder, tmp_path / "out", resume="auto", **{"repair": first} | changes)
+        assert len(repaired) == n, changes
+    shutil.copy(folder / "late.yaml", tmp_path / "late.yaml")
+    distilled(folder, tmp_path / "out", resume="auto", repair=first, sub_network=tmp_path / "late.yaml")
+    assert len(repaired) == 4
+    start = SubNet.load(tmp_path / "out/start/sub_network.yaml", TEACHER)
+    asked = SubNet.load(folder / "late.yaml", TEACHER)
+    assert [start.layer(i).sizes for i in range(len(start))] == [asked.layer(i).sizes for i in range(len(asked))]
+
+
+def test_students_calibrated_on_other_text_are_not_taken_for_finished(folder, tmp_path):
+    found = tmp_path / "search"
+    found.mkdir()
+    shutil.copy(folder / "half.yaml", found / "best.yaml")
+    student, repair = tmp_path / "out/best", RepairArgs(tokens=2000)
+    extract(folder, tmp_path / "out", found, repair=repair)
+    before = (student / "lit_model.pth").stat().st_mtime_ns
+    extract(folder, tmp_path / "out", found, repair=repair)
+    assert (student / "lit_model.pth").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="out_dir must be empty or new"):
+        extract(folder, tmp_path / "out", found, repair=repair, data=data(folder, max_documents=200))
+
+
 def test_a_repair_without_a_cut_or_on_several_devices_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="repair mends the cut of a sub-network; set --sub_network"):
         distilled(folder, tmp_path / "out", sub_network=None, initial_checkpoint_dir=folder / "teacher")

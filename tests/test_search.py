@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from litgpt.data import DataModule
 from litgpt.utils import CLI
 from rankings import random_ranking
 
+from litgpt_whittle import batches, processes
 from litgpt_whittle.batches import fixed_batches
-from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.checkpoint import load_model, read_weights, weights_fingerprint
 from litgpt_whittle.commands import search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
@@ -26,11 +28,12 @@ from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.ranking.order import reorder
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SizeArgs, SpaceArgs
-from litgpt_whittle.searching.journal import file_fingerprint, read_journal
+from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, RacingArgs, SizeArgs, SpaceArgs
+from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.training.parts import save_parts
 
 TEACHER = Config.from_name(
     "pythia-14m",
@@ -176,7 +179,7 @@ def test_an_exhausted_space_ends_the_search_early(checkpoint, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def importance(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("rank") / "importance.pt"
-    random_ranking(TEACHER, weights=file_fingerprint(checkpoint / "lit_model.pth")).save(path)
+    random_ranking(TEACHER, weights=weights_fingerprint(checkpoint)).save(path)
     return path
 
 
@@ -316,8 +319,52 @@ def test_more_iterations_continue_a_finished_search(checkpoint, tmp_path):
     run(checkpoint, tmp_path / "out", iterations=13, resume=True)
     run(checkpoint, tmp_path / "whole", iterations=13)
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
-    run(checkpoint, tmp_path / "out", iterations=4, resume=True)  # fewer than there are: nothing to do
+    best = (tmp_path / "out/best.yaml").read_text()
+    with pytest.raises(UserError, match="iterations must be at least 13, which the journal has, got 4; raise it"):
+        run(checkpoint, tmp_path / "out", iterations=4, resume=True)
+    assert (tmp_path / "out/best.yaml").read_text() == best
+
+
+def test_what_another_race_left_is_not_believed(checkpoint, tmp_path):
+    racing = {"racing": RacingArgs(start=1), "eval": BudgetArgs(max_iters=4)}
+    run(checkpoint, tmp_path / "whole", **racing)
+    (tmp_path / "out").mkdir()
+    leg = {"sums": [1.0, 1.0], "seconds": 0.1, "error": None, "costs": {}}
+    bin = read_journal(tmp_path / "whole/journal.jsonl")[1][0].bin
+    notes = [{"race": f"{bin} from 0", "candidate": i, "end": 1, "leg": leg} for i in range(6)]
+    (tmp_path / "out/race.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
+    run(checkpoint, tmp_path / "out", **racing)
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+
+
+def test_processes_that_read_other_text_are_told(monkeypatch):
+    monkeypatch.setattr(batches, "gather", lambda digest: [digest, "other"])
+    with pytest.raises(UserError, match="all devices must read the same text, and Tokens gives each its own"):
+        batches.check_shared(Tokens(), "one")
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "is_first"),
+    [({}, 0, True), ({"NODE_RANK": "0"}, 0, True), ({"NODE_RANK": "1"}, 0, False), ({"NODE_RANK": "0"}, 1, False)],
+)
+def test_one_process_of_all_machines_is_the_first(monkeypatch, environment, rank, is_first):
+    monkeypatch.setattr(processes.rank_zero_only, "rank", rank)
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.is_first_started() == is_first
+
+
+def test_a_checkpoint_in_parts_is_searched_like_a_whole_one(checkpoint, tmp_path):
+    parts = tmp_path / "parts"
+    save_parts(parts, {"weights": dict(read_weights(checkpoint))}, lambda folder: None)
+    for path in checkpoint.iterdir():
+        if path.name != "lit_model.pth":
+            shutil.copy(path, parts)
+    run(checkpoint, tmp_path / "whole")
+    run(parts, tmp_path / "out")
+    whole, found = (read_journal(tmp_path / name / "journal.jsonl")[1] for name in ("whole", "out"))
+    assert [e.scores for e in found] == [e.scores for e in whole]
 
 
 def test_failed_candidates_are_journalled_and_the_search_goes_on(checkpoint, tmp_path, monkeypatch):

@@ -226,6 +226,17 @@ def test_it_leaves_a_stock_checkpoint_and_scores_of_sub_networks(tmp_path):
     assert (tmp_path / "out/training.png").stat().st_size > 10_000
 
 
+def test_the_full_networks_loss_is_a_mean_over_the_steps_that_trained_it(tmp_path):
+    settings = {"data": InOrder(n_train=48), "eval": EvalArgs(interval=100, max_iters=1)}
+    settings["supernet"] = SupernetArgs(search_space=SEARCH_SPACE, sampler="alternate", n_validated=0)
+    for interval in (1, 4):
+        train(tmp_path / str(interval), **settings, train=train_args(max_tokens=8 * 64, log_interval=interval))
+    single, together = (rows(tmp_path / name) for name in ("1", "4"))
+    trained = [[row["full"] for row in single[i : i + 4] if "full" in row] for i in (0, 4)]
+    assert [len(losses) for losses in trained] == [2, 2]
+    assert [row["full"] for row in together] == pytest.approx([sum(losses) / 2 for losses in trained])
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     args = {"train": train_args(save_interval=2), "supernet": SupernetArgs(search_space=SEARCH_SPACE)}
     expected = train(tmp_path / "whole", **args)
@@ -336,6 +347,13 @@ class InOrder(TokenData):
 
     def loader(self, n, seed, shuffle):
         return super().loader(n, seed, False)
+
+
+def test_processes_need_not_all_train_the_full_network(tmp_path):
+    sampler = "{'random_linear': {'start': 0.5, 'end': 0.5}}"
+    options = f"search_space=SEARCH_SPACE, sampler={sampler}, per_rank='different', n_validated=0"
+    two_processes(tmp_path / "two", f"strategy='ddp', supernet=SupernetArgs({options})")
+    assert len(rows(tmp_path / "two")) == 6  # to the end, each step once
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])

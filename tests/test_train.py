@@ -1,8 +1,10 @@
 """The training loop against `litgpt pretrain`, and a resumed run against an unbroken one."""
 
+import contextlib
 import csv
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,10 @@ from litgpt.data import DataModule
 from litgpt.utils import save_config
 from torch.utils.data import DataLoader, TensorDataset
 
+from litgpt_whittle import files
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import LOCK, claimed
 from litgpt_whittle.training.args import DistillArgs, TrainArgs
 from litgpt_whittle.training.curves import read_metrics
 from litgpt_whittle.training.data_stream import DataStream
@@ -247,22 +249,43 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path, monkeypatch):
     assert same(unbroken, run(tmp_path / "broken", resume="auto", **kwargs))
 
 
+def times_of_files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_another_trainings_folder_is_not_trained_in(tmp_path):
     run(tmp_path / "a", train=train_args(max_steps=1))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = times_of_files(tmp_path)
     with pytest.raises(UserError, match="has the checkpoints of another training; go on with it by --resume auto"):
         run(tmp_path / "a", train=train_args(max_steps=1))
     with pytest.raises(UserError, match="out_dir must not be a checkpoint, into which training would write"):
         run(tmp_path / "a/final", train=train_args(max_steps=1))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert times_of_files(tmp_path) == before
 
 
-def test_one_training_at_a_time_in_a_folder(tmp_path):
-    with claimed(tmp_path / "a"), pytest.raises(UserError, match="another process is at work in out_dir .*a'; wait"):
-        run(tmp_path / "a", train=train_args(max_steps=1))
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [LOCK]
-    run(tmp_path / "a", train=train_args(max_steps=1))  # the folder is free again, also after
-    run(tmp_path / "a", train=train_args(max_steps=1), resume="auto")
+def test_one_training_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    folder = tmp_path / "new/a"
+    with files.claimed(folder), pytest.raises(UserError, match="another process is at work in out_dir .*a'; wait"):
+        run(folder, train=train_args(max_steps=1))
+    assert not folder.parent.exists()
+    run(folder, train=train_args(max_steps=1))
+    assert not (folder / files.LOCK).exists()
+    run(folder, train=train_args(max_steps=1), resume="auto")
+
+
+def test_who_waits_for_another_training_goes_on_from_what_it_saves(tmp_path, monkeypatch):
+    unbroken = run(tmp_path / "whole", train=train_args(save_interval=1))
+    other = contextlib.ExitStack()
+    other.enter_context(files.claimed(tmp_path / "broken"))
+
+    def wait(seconds):
+        shutil.copytree(tmp_path / "whole/step-00000003", tmp_path / "broken/step-00000003")
+        other.close()
+
+    monkeypatch.setattr(files.time, "sleep", wait)
+    assert same(unbroken, run(tmp_path / "broken", train=train_args(save_interval=1), resume="auto"))
+    assert not (tmp_path / "broken/step-00000002").exists()
 
 
 def test_a_package_that_data_need_is_named(tmp_path):

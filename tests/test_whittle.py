@@ -18,7 +18,7 @@ from litgpt.config import Config
 from test_metrics import counted_flops
 from texts import documents, write_jsonl, write_tokenizer
 
-from litgpt_whittle import SubNet, load_model, save_checkpoint
+from litgpt_whittle import SubNet, files, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
 from litgpt_whittle.commands import distill, search, whittle
 from litgpt_whittle.commands.whittle import setup
@@ -173,7 +173,7 @@ def test_several_targets_share_ranking_search_and_cache(teacher, data, tmp_path,
 
 
 def test_one_pipeline_at_a_time(teacher, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "STOPPING", -1)
+    monkeypatch.setattr(files, "PATIENCE", 0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/whittle.yaml").touch()
     with open(tmp_path / "out/.lock", "a") as file:

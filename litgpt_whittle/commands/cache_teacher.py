@@ -16,17 +16,16 @@ from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir,
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.batches import check_data, connect
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, read_weights
+from litgpt_whittle.batches import check_data, check_seed, connect
+from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
 from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
 from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
-from litgpt_whittle.processes import barrier, first_does, launch, leave, n_devices, rank, world_size
+from litgpt_whittle.processes import barrier, claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
 from litgpt_whittle.searching.args import BatchArgs
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.resume import describe, flatten
 
@@ -83,22 +82,22 @@ def setup(
     contents = check(Namespace(**locals()))
     check_writable(out_dir)
     teacher, precision, length = check_checkpoint(checkpoint_dir), contents.precision, contents.max_seq_length
-    index = _begin(out_dir, contents, resume)
-    fabric = launch(n_devices(devices))
-    L.seed_everything(seed, verbose=False)
-    with fabric.rank_zero_first():
+    with claimed_for_all(out_dir):
+        index = _begin(out_dir, contents, resume)
+        fabric = launch(n_devices(devices))
+        L.seed_everything(seed, verbose=False)
         connect(data, checkpoint_dir, train.micro_batch_size, length)
-    whole = whole_pass(data.train_dataloader())
-    first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
-    if rank() == 0:
-        _write_index(out_dir, index, checkpoint_dir, teacher)
-    barrier()
-    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-    is_sharded = teacher_placement == "sharded"
-    live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
-    index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0, in_step=is_sharded)
-    if leave():
-        print(summary(out_dir, index))
+        whole = whole_pass(data.train_dataloader())
+        first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
+        if rank() == 0:
+            _write_index(out_dir, index, checkpoint_dir, teacher)
+        barrier()
+        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+        is_sharded = teacher_placement == "sharded"
+        live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
+        index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0, in_step=is_sharded)
+        if leave():
+            print(summary(out_dir, index))
 
 
 def check(args: Namespace) -> Contents:
@@ -127,7 +126,7 @@ def check(args: Namespace) -> Contents:
     check_data(args.data, args.checkpoint_dir)
     return Contents(
         teacher=teacher.name,
-        weights=file_fingerprint(args.checkpoint_dir / WEIGHTS),
+        weights=weights_fingerprint(args.checkpoint_dir),
         vocab_size=teacher.padded_vocab_size,
         codec=with_settings(args.codec),
         temperature=None if gives == "logits" else float(args.temperature),
@@ -148,8 +147,7 @@ def _check_numbers(data: DataModule | None, temperature: float, max_tokens: int 
         raise UserError(f"temperature must be above 0, got {temperature}; {DistillArgs.temperature} is distill's")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, got {max_tokens}; leave it out for all")
-    if seed < 0:
-        raise UserError(f"seed must be 0 or more, got {seed}; raise it")
+    check_seed(seed)
 
 
 def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:

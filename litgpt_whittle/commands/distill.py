@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
@@ -23,8 +23,8 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import check_data
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
+from litgpt_whittle.batches import check_data, check_seed
+from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.commands import extract
 from litgpt_whittle.distillation.cache import Cache
 from litgpt_whittle.distillation.head import LossModel
@@ -34,6 +34,7 @@ from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
+from litgpt_whittle.processes import claimed_for_all, is_first_started
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.training.args import DistillArgs, TrainArgs
@@ -165,6 +166,7 @@ def setup(
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
+    check_seed(seed)
     check_writable(out_dir)
     check_logger(logger_name)
     objectives = distill.objectives()
@@ -179,66 +181,67 @@ def setup(
             "--distill.beta 0 to train without one"
         )
     cache = Cache(teacher_cache) if teacher_cache is not None and distill.uses_teacher else None
-    resume_dir = find_resume(resume, out_dir)
-    student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
-    student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
-    if random_weights and resume_dir is None:
-        student = student.with_random_weights()
-    used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
-    if cache is not None:
-        used_teacher = cache.teacher_config
-    speaking_dir = used_dir if cache is None else cache.folder
-    tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
-    seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
-    if used_teacher is not None:
-        warn_of_small_teacher(student.config, used_teacher)
-    if cache is not None:
-        where = f"cache {str(cache.folder)!r}"
-        check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
-    origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-    n_samples = n_iters(train, seq_length, devices, num_nodes) * train.micro_batch_size * devices * num_nodes
-    if cache is not None:
-        check_cache_reaches(cache, n_samples * seq_length)
-    data = default_data() if data is None else data
-    check_data(data, tokenizer_dir)
-    precision = precision or get_default_supported_precision(training=True)
-    settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
-    state = state_to_resume(resume_dir, settings)
-    if repair and resume_dir is None and not dry_run:
-        start = out_dir / "start"
-        if not (resume and (start / WEIGHTS).is_file()):
-            seen = BatchArgs(train.micro_batch_size, seq_length)
-            module = copy.deepcopy(data)  # training connects it anew
-            extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
-        student = Student.choose(start, None, None, None, None)
+    with nullcontext() if dry_run else claimed_for_all(out_dir):
+        resume_dir = find_resume(resume, out_dir)
+        student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
+        student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
+        if random_weights and resume_dir is None:
+            student = student.with_random_weights()
+        used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
+        if cache is not None:
+            used_teacher = cache.teacher_config
+        speaking_dir = used_dir if cache is None else cache.folder
+        tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
+        seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
+        if used_teacher is not None:
+            warn_of_small_teacher(student.config, used_teacher)
+        if cache is not None:
+            where = f"cache {str(cache.folder)!r}"
+            check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
         origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_live = used_dir is not None and cache is None
+        n_samples = n_iters(train, seq_length, devices, num_nodes) * train.micro_batch_size * devices * num_nodes
+        if cache is not None:
+            check_cache_reaches(cache, n_samples * seq_length)
+        data = default_data() if data is None else data
+        check_data(data, tokenizer_dir)
+        precision = precision or get_default_supported_precision(training=True)
+        settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
+        state = state_to_resume(resume_dir, settings)
+        if repair and resume_dir is None and not dry_run:
+            start, seen = out_dir / "start", BatchArgs(train.micro_batch_size, seq_length)
+            key = extract.key_of(teacher_dir, sub_network, None, repair, data, seen, seed)
+            if not (resume and extract.is_finished(start, key)):
+                module = copy.deepcopy(data)  # training connects it anew
+                extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
+            student = Student.choose(start, None, None, None, None)
+            origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        is_live = used_dir is not None and cache is None
 
-    def make_hidden(model: GPT) -> HiddenLoss:
-        return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
+        def make_hidden(model: GPT) -> HiddenLoss:
+            return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
 
-    step = Step.of(
-        train,
-        student.build,
-        optimizer,
-        precision,
-        device,
-        devices * num_nodes,
-        strategy,
-        seq_length,
-        objectives(0.0),
-        activation_checkpointing=activation_checkpointing,
-        build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
-        quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
-        build_hidden=make_hidden if distill.hidden.is_used else None,
-    )
-    placement = "replicated" if teacher_quantize else teacher_placement
-    is_sharded = show_plan(step, placement, devices, dry_run) if rank_zero_only.rank == 0 else False
-    if dry_run:
-        return
-    logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
-    with launch_training(out_dir, devices, num_nodes, precision, strategy, logger, arguments) as fabric:
+        step = Step.of(
+            train,
+            student.build,
+            optimizer,
+            precision,
+            device,
+            devices * num_nodes,
+            strategy,
+            seq_length,
+            objectives(0.0),
+            activation_checkpointing=activation_checkpointing,
+            build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
+            quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
+            build_hidden=make_hidden if distill.hidden.is_used else None,
+        )
+        placement = "replicated" if teacher_quantize else teacher_placement
+        is_sharded = show_plan(step, placement, devices, dry_run) if is_first_started() else False
+        if dry_run:
+            return
+        logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
+        fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
         main(
             fabric=fabric,
             devices=devices,

@@ -14,9 +14,16 @@ from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import check_data, read_calibration, sequence_length
+from litgpt_whittle.batches import check_data, check_seed, read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration, check_n_windows
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, has_tokenizer, read_weights, save_checkpoint
+from litgpt_whittle.checkpoint import (
+    WEIGHTS,
+    check_checkpoint,
+    has_tokenizer,
+    read_weights,
+    save_checkpoint,
+    weights_fingerprint,
+)
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
@@ -31,9 +38,9 @@ from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.searching.args import BatchArgs
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
+from litgpt_whittle.training.resume import describe
 from litgpt_whittle.training.student import BASIS
 
 
@@ -74,7 +81,7 @@ def setup(
         finished = {
             path
             for path, folder in students.items()
-            if not overwrite and _is_finished(folder, _key(checkpoint_dir, path, dtype, repair, seed))
+            if not overwrite and is_finished(folder, key_of(checkpoint_dir, path, dtype, repair, data, train, seed))
         }
         for path in students.keys() - finished:
             check_out_dir(students[path], overwrite, (checkpoint_dir, path), WEIGHTS)
@@ -86,9 +93,11 @@ def setup(
             print()
         print(_students_table(students))
         return
+    check_seed(seed)
     teacher = check_checkpoint(checkpoint_dir)
     subnet = SubNet.load(sub_network, teacher)
     check_out_dir(out_dir, overwrite, (checkpoint_dir, sub_network), WEIGHTS)
+    key = key_of(checkpoint_dir, sub_network, dtype, repair, data, train, seed)
     weights = read_weights(checkpoint_dir)
     tied = is_tied(weights)
     as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
@@ -124,7 +133,7 @@ def setup(
         "teacher": teacher.name,
         "teacher_config": fingerprint(teacher),
         "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "key": _key(checkpoint_dir, sub_network, dtype, repair, seed),
+        "key": key,
         **counts,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "litgpt_whittle": version(),
@@ -164,13 +173,22 @@ def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
     return found
 
 
-def _key(checkpoint_dir: Path, sub_network: Path, *settings: Any) -> str:
+def key_of(
+    checkpoint_dir: Path,
+    sub_network: Path,
+    dtype: str | None,
+    repair: bool | RepairArgs,
+    data: DataModule | None,
+    train: BatchArgs,
+    seed: int,
+) -> str:
     """What tells students of other weights, sub-networks or settings apart."""
-    told = [file_fingerprint(checkpoint_dir / WEIGHTS), sub_network.read_text(), *settings]
+    told = [weights_fingerprint(checkpoint_dir), sub_network.read_text(), dtype, repair, seed]
+    told += [describe(data), describe(train)] if repair else []  # nothing else sees any text
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
-def _is_finished(folder: Path, key: str) -> bool:
+def is_finished(folder: Path, key: str) -> bool:
     """Whether a folder has the student that would be cut out into it."""
     path = folder / "sub_network.yaml"
     return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == key
@@ -234,7 +252,7 @@ def _open_scratch(
     checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
 ) -> Scratch:
     """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
-    keys = [file_fingerprint(checkpoint_dir / WEIGHTS), repr(subnet), repr(args)]
+    keys = [weights_fingerprint(checkpoint_dir), repr(subnet), repr(args)]
     scratch = scratch_beside(out_dir, "repair", windows, keys)
     needed = scratch_bytes(subnet, windows.numel()) - scratch.size
     try:

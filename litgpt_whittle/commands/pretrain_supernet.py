@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
@@ -21,10 +21,12 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.batches import check_seed
 from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
+from litgpt_whittle.processes import claimed_for_all, is_first_started
 from litgpt_whittle.samplers import Sampler
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, is_tied
 from litgpt_whittle.training.args import TrainArgs
@@ -127,39 +129,41 @@ def setup(
     arguments = {name: describe(value) for name, value in locals().items()}
     out_dir = init_out_dir(out_dir)
     check_arguments(train, eval, initial_checkpoint_dir, None, resume)
+    check_seed(seed)
     check_writable(out_dir)
     check_logger(logger_name)
     supernet.distill.objectives()
     devices = check_devices(devices, num_nodes, train)
-    resume_dir = find_resume(resume, out_dir)
-    start_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
-    model = _super_network(start_dir, model_name, model_config)
-    is_one = train.tie_embeddings or (start_dir is not None and is_tied(read_weights(start_dir)))
-    sampler = supernet.make_sampler(model.config, bool(is_one))
-    tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), start_dir, None)
-    seq_length = check_pair(model.config, None, train.max_seq_length)
-    data = default_data() if data is None else data
-    precision = precision or get_default_supported_precision(training=True)
-    settings = run_settings(arguments, model.config, None, precision)
-    state = state_to_resume(resume_dir, settings)
-    step = Step.of(
-        train,
-        model.build,
-        optimizer,
-        precision,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        devices * num_nodes,
-        strategy,
-        seq_length,
-        Objective(),
-        activation_checkpointing=activation_checkpointing,
-    )
-    if rank_zero_only.rank == 0:
-        show_plan(step, "replicated", devices, dry_run)
-    if dry_run:
-        return
-    logger = make_logger(logger_name, out_dir, f"supernet-{model.config.name}", bool(resume_dir), train, log)
-    with launch_training(out_dir, devices, num_nodes, precision, strategy, logger, arguments) as fabric:
+    with nullcontext() if dry_run else claimed_for_all(out_dir):
+        resume_dir = find_resume(resume, out_dir)
+        start_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
+        model = _super_network(start_dir, model_name, model_config)
+        is_one = train.tie_embeddings or (start_dir is not None and is_tied(read_weights(start_dir)))
+        sampler = supernet.make_sampler(model.config, bool(is_one))
+        tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), start_dir, None)
+        seq_length = check_pair(model.config, None, train.max_seq_length)
+        data = default_data() if data is None else data
+        precision = precision or get_default_supported_precision(training=True)
+        settings = run_settings(arguments, model.config, None, precision)
+        state = state_to_resume(resume_dir, settings)
+        step = Step.of(
+            train,
+            model.build,
+            optimizer,
+            precision,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            devices * num_nodes,
+            strategy,
+            seq_length,
+            Objective(),
+            activation_checkpointing=activation_checkpointing,
+        )
+        if is_first_started():
+            show_plan(step, "replicated", devices, dry_run)
+        if dry_run:
+            return
+        logger = make_logger(logger_name, out_dir, f"supernet-{model.config.name}", bool(resume_dir), train, log)
+        fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
         main(
             fabric=fabric,
             devices=devices,

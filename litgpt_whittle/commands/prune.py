@@ -12,12 +12,13 @@ import torch
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import Batch, read_calibration, sequence_length, validation_batches
+from litgpt_whittle.batches import Batch, check_seed, read_calibration, sequence_length, validation_batches
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
     check_checkpoint,
     load_model,
     save_checkpoint,
+    weights_fingerprint,
 )
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
@@ -29,7 +30,6 @@ from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.reports.curves import plot_pruning
 from litgpt_whittle.scratch import scratch_beside
 from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
 from litgpt_whittle.training.student import BASIS, Student
@@ -78,6 +78,7 @@ def setup(
         seed: The seed of the data's order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), Path(out_dir)
+    check_seed(seed)
     config = check_checkpoint(checkpoint_dir)
     method = with_settings(GROUP, method, "method", n_given=1)
     pruner = _make_pruner(method, Sparsity.parse(sparsity, pattern))
@@ -110,7 +111,7 @@ def setup(
         "tokens": 0 if windows is None else windows.numel(),
         "seed": seed,
     }
-    keys = [file_fingerprint(checkpoint_dir / WEIGHTS), notes]
+    keys = [weights_fingerprint(checkpoint_dir), notes]
     scratch = scratch_beside(out_dir, "prune", torch.empty(0) if windows is None else windows, keys)
     pruned, reports = Pruning(shape, weights, maps, pruner, scratch, windows, size, refit, device).run()
     stored = pruned if shape.is_uniform else pad(shape, pruned)

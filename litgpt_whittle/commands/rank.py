@@ -13,8 +13,8 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
-from litgpt_whittle.batches import check_data, fingerprint, read_calibration, sequence_length
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
+from litgpt_whittle.batches import check_data, check_seed, fingerprint, read_calibration, sequence_length
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
@@ -23,7 +23,6 @@ from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
 from litgpt_whittle.searching.args import BatchArgs
-from litgpt_whittle.searching.journal import file_fingerprint
 
 
 def setup(
@@ -72,7 +71,7 @@ def setup(
     if not all(units.is_finite for units in scores.units.values()):
         raise UserError(f"the scores are not finite in precision {precision}; use 32-true or bf16-true")
     provenance = {
-        "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+        "weights": weights_fingerprint(checkpoint_dir),
         "data": fingerprint([(windows,)]),
         "tokens": windows.numel(),
         "layer_tokens": layer_windows.numel(),
@@ -100,6 +99,7 @@ def check(args: Namespace) -> tuple[Config, int]:
     Raises:
         UserError: For the first mistake.
     """
+    check_seed(args.seed)
     teacher = check_checkpoint(args.checkpoint_dir)
     length = sequence_length(teacher, args.train.max_seq_length)
     if args.data is None:

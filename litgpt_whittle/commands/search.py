@@ -22,12 +22,14 @@ from litgpt_whittle.batches import (
     Batch,
     calibration_windows,
     check_data,
+    check_seed,
+    check_shared,
     connect,
     fingerprint,
     sequence_length,
     validation_batches,
 )
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
@@ -50,7 +52,7 @@ from litgpt_whittle.searching.args import (
     SurrogateArgs,
 )
 from litgpt_whittle.searching.evaluations import best_of, prediction_tau
-from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, file_fingerprint, open_record
+from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, open_record
 from litgpt_whittle.searching.loop import Loop, Search
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
@@ -170,6 +172,7 @@ def setup(
         batches = validation_batches(data, seq_length, eval.max_iters)
     n_calibration = getattr(measure, "n_calibration", 0)
     wanted = {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}
+    check_shared(data, fingerprint([*batches, *((windows,) for windows in wanted.values())]))
     wanted |= {"importance": ranking} if needs_importance else {}
     out_dir.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -195,7 +198,8 @@ def setup(
     }
     header = _header(checkpoint_dir, teacher, batches, wanted.get("calibration"), settings)
     with open_record(out_dir / JOURNAL, header, resume) as record:
-        notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing else []
+        # those of a search that began here before are of other candidates
+        notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
@@ -234,7 +238,7 @@ def _header(
         "teacher": {
             "name": teacher.name,
             "config": config_fingerprint(teacher),
-            "weights": file_fingerprint(checkpoint_dir / WEIGHTS),
+            "weights": weights_fingerprint(checkpoint_dir),
             "architecture": asdict(teacher),
         },
         "data": {
@@ -266,6 +270,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
         parse_bins(args.bin)
     if args.iterations < 1:
         raise UserError(f"iterations must be at least 1, got {args.iterations}; raise it")
+    check_seed(args.seed)
     n = n_devices(args.devices)
     teacher = check_checkpoint(args.checkpoint_dir)
     sequence_length(teacher, args.train.max_seq_length)
@@ -340,7 +345,7 @@ def _needs_ranking(args: Namespace, by_fitness: bool) -> bool:
 
 def _load_ranking(path: Path, checkpoint_dir: Path, teacher: Config) -> Ranking:
     ranking = Ranking.load(Path(path), teacher)
-    weights = file_fingerprint(checkpoint_dir / WEIGHTS)
+    weights = weights_fingerprint(checkpoint_dir)
     if (ranked := ranking.provenance.get("weights", weights)) != weights:
         raise UserError(f"{str(path)!r} ranks other weights ({ranked}, not {weights}); rank this checkpoint")
     return ranking
@@ -355,8 +360,10 @@ def main(
         loop.run()
     except KeyboardInterrupt:
         stopped = True
+    if stopped and rank() > 0:
+        raise SystemExit  # with code 0, since the first process, which reports, would end with one that failed
     if not stopped and not leave():
-        return  # the first process reports
+        return
     evaluations, score, searches = loop.record.evaluations, loop.fitness.name, loop.searches
     found_any = bool(best_of(evaluations, score))
     if found_any and selection is not None and not stopped:

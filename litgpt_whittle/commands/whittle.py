@@ -9,7 +9,7 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint
+from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.pipeline.estimates import cache_bytes, cost_table, costs, measure_speed
@@ -19,7 +19,6 @@ from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.spaces.bins import Bin, parse_bins
 from litgpt_whittle.training.resume import describe
 
@@ -74,7 +73,7 @@ def setup(
         raise UserError("target must say how many parameters the student is to have; give one such as --target 410M")
     check_writable(out_dir)
     check_checkpoint(checkpoint_dir)
-    pipeline = Pipeline(out_dir, arguments | {"teacher": file_fingerprint(checkpoint_dir / WEIGHTS)})
+    pipeline = Pipeline(out_dir, arguments | {"teacher": weights_fingerprint(checkpoint_dir)})
     request = Request(checkpoint_dir, _targets(target), out_dir, data, devices, seed, baseline)
     stages = Stages(request, rank, search or {}, extract or {}, cache_teacher, distill or {})
     pipeline.check(stages.all())

@@ -17,11 +17,14 @@ TOKENS, ABOUT = "tokens.bin", "about.json"
 
 
 def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, vocab_size: int, about: dict) -> None:
-    """Writes documents one after the other, each followed by EOS; `folder` appears when all are written."""
+    """Writes documents one after the other, each followed by EOS; `folder` appears when all are written.
+
+    Where several processes write the same, the first one's stays.
+    """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     folder.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_tokens = 0
-    with new_folder(folder) as inside:
+    with new_folder(folder, replaces=False) as inside:
         with open(inside / TOKENS, "wb") as file:
             for ids in documents:
                 np.asarray([*ids, eos_id], dtype=dtype).tofile(file)

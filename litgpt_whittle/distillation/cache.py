@@ -41,7 +41,7 @@ class Contents:
     teacher: str
     """The teacher's name"""
     weights: str
-    """What tells its weights from others (`journal.file_fingerprint`)"""
+    """What tells its weights from others (`checkpoint.weights_fingerprint`)"""
     vocab_size: int
     """Its padded vocabulary"""
     codec: dict[str, dict[str, Any]]

@@ -29,9 +29,6 @@ SETTINGS = "whittle.yaml"
 COMMANDS = "commands.sh"
 """The stages as command lines"""
 
-STOPPING = 60
-"""Seconds that a stage is given to stop whose pipeline was killed; a distillation saves before"""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -184,7 +181,8 @@ class Pipeline:
         Raises:
             UserError: If one fails; it has said why itself. Or if another process works in this folder.
         """
-        with claimed(self.out_dir, STOPPING) as lock_file:
+        with claimed(self.out_dir) as lock_file:
+            self.record = _read(self.out_dir / RECORD)  # others may have finished more in the meantime
             self._run(stages, files, lock_file)
 
     def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:

@@ -20,13 +20,13 @@ from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger, instantiate_torch_optimizer
 
-from litgpt_whittle.checkpoint import WEIGHTS
+from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import file_fingerprint
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import n_devices
-from litgpt_whittle.searching.journal import file_fingerprint
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
 from litgpt_whittle.training.resume import flatten
@@ -271,7 +271,7 @@ def check_cache(
             f"train.max_seq_length must be {contents.max_seq_length}, as the {where} was made with, got "
             f"{max_seq_length}; set --train.max_seq_length {contents.max_seq_length}"
         )
-    if teacher_dir is not None and file_fingerprint(teacher_dir / WEIGHTS) != contents.weights:
+    if teacher_dir is not None and weights_fingerprint(teacher_dir) != contents.weights:
         raise UserError(
             f"teacher_checkpoint_dir must be the teacher of the {where}, {contents.teacher}, got "
             f"{str(teacher_dir)!r} with other weights; leave it out or choose the cache of this teacher"
@@ -380,7 +380,7 @@ def run_settings(
 
     How often it saves and logs, how long it may take and where it writes can change when it is resumed.
     """
-    names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed", "num_nodes")
+    names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed")
     names += ("distill", "repair", "teacher_quantize", "supernet")
     settings = flatten({name: arguments[name] for name in names if name in arguments})
     for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
@@ -391,5 +391,5 @@ def run_settings(
         # its checksums tell what is in it
         settings["teacher_cache's index"] = file_fingerprint(teacher_cache / INDEX)
     elif teacher_dir is not None:
-        settings["teacher_checkpoint_dir's weights"] = file_fingerprint(teacher_dir / WEIGHTS)
+        settings["teacher_checkpoint_dir's weights"] = weights_fingerprint(teacher_dir)
     return settings

@@ -29,40 +29,45 @@ class TrainLog:
         self.started = self.last_time = time.perf_counter()
         self.last_iter = run.progress.iter_num
         self.sums: dict[str, torch.Tensor] = {}
-        self.n = 0
+        """By name, the sum of its values and their number, shape (2,)"""
         is_main = run.fabric.global_rank == 0
         self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
 
     def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
-        """Takes in one micro-batch's scalars, without waiting for the device."""
+        """Takes in one micro-batch's scalars, without waiting for the device; NaN stands for none."""
         for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.n += 1
+            one = torch.stack([value.nan_to_num(0.0, torch.inf, -torch.inf), ~value.isnan()])
+            self.sums[name] = self.sums.get(name, 0) + one
 
     def train_step(self) -> None:
         """Logs the means since the last time, every `log_interval` optimizer steps."""
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
-        means = {name: run.fabric.all_reduce(value / self.n, reduce_op="mean") for name, value in self.sums.items()}
-        means = {name: value.item() for name, value in means.items()}  # waits for the device
-        self.sums, self.n = {}, 0
+        totals = run.fabric.all_reduce(torch.stack([*self.sums.values()]), reduce_op="sum")
+        pairs = zip(self.sums, totals.tolist())  # waits for the device
+        means = {name: total / n for name, (total, n) in pairs if n}
+        self.sums = {}
         now = time.perf_counter()
         iters, seconds = progress.iter_num - self.last_iter, now - self.last_time
         self.last_iter, self.last_time = progress.iter_num, now
         done = progress.iter_num - self.first_iter
         tokens_per_second = iters * run.schedule.tokens_per_iter * run.fabric.world_size / max(seconds, 1e-9)
-        row = means | {
-            "iter": progress.iter_num,
-            "step": progress.step_count,
-            "epoch": run.stream.epoch,
-            "iter_time": seconds / iters,
-            "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
-            "tokens": self._tokens(),
-            "total_tokens": self._tokens() * run.fabric.world_size,
-            "learning_rate": run.job.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": tokens_per_second,
-        }
+        row = (
+            {"loss": math.nan}
+            | means
+            | {
+                "iter": progress.iter_num,
+                "step": progress.step_count,
+                "epoch": run.stream.epoch,
+                "iter_time": seconds / iters,
+                "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
+                "tokens": self._tokens(),
+                "total_tokens": self._tokens() * run.fabric.world_size,
+                "learning_rate": run.job.optimizer.param_groups[0]["lr"],
+                "tokens_per_second": tokens_per_second,
+            }
+        )
         self._print_step(row)
         self._write(row, progress.iter_num - 1, self._throughput(now))
 

@@ -95,9 +95,14 @@ def _save_part(folder: Path, tree: dict[str, Any], is_spread: bool) -> None:
         os.fsync(file.fileno())
 
 
+def part_paths(folder: Path) -> list[Path]:
+    """The files of a folder that `save_parts` wrote; none of another."""
+    return sorted(Path(folder).glob("part-*-of-*.pth"))
+
+
 def has_parts(folder: Path) -> bool:
     """Whether a folder was written by `save_parts`."""
-    return any(Path(folder).glob("part-*-of-*.pth"))
+    return bool(part_paths(folder))
 
 
 def read_parts(folder: Path, key: str) -> Any:
@@ -106,7 +111,7 @@ def read_parts(folder: Path, key: str) -> Any:
     Raises:
         UserError: If a part is missing or damaged.
     """
-    paths = sorted(Path(folder).glob("part-*-of-*.pth"))
+    paths = part_paths(folder)
     n = int(re.search(r"of-(\d+)", paths[0].name)[1])
     trees = []
     for i in range(n):

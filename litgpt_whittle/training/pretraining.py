@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pprint
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import yaml
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt.config import Config
 from litgpt.model import GPT
@@ -22,7 +20,7 @@ from litgpt.pretrain import initialize_weights
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import save_checkpoint
-from litgpt_whittle.files import claimed, new_folder, write_text
+from litgpt_whittle.files import new_folder, write_text
 from litgpt_whittle.processes import launch
 from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.training.args import TrainArgs
@@ -58,29 +56,15 @@ def build_model(
     return model
 
 
-@contextmanager
 def launch_training(
-    out_dir: Path,
-    devices: int,
-    num_nodes: int,
-    precision: str,
-    strategy: str,
-    logger: Logger,
-    arguments: dict[str, Any],
-) -> Iterator[L.Fabric]:
-    """Starts the processes, and tells the terminal and the logger what the command was given.
-
-    Raises:
-        UserError: If another training is at work in `out_dir`; others are kept out of it while the block runs.
-    """
-    # the other processes are not started yet, or begin here, too
-    with claimed(out_dir) if rank_zero_only.rank == 0 else nullcontext():
-        shared = make_strategy(strategy, devices * num_nodes, precision)
-        fabric = launch(devices, precision, num_nodes, shared, [logger])
-        fabric.print(pprint.pformat(arguments))
-        if not isinstance(logger, CSVLogger):  # which cannot
-            fabric.logger.log_hyperparams(arguments)
-        yield fabric
+    devices: int, num_nodes: int, precision: str, strategy: str, logger: Logger, arguments: dict[str, Any]
+) -> L.Fabric:
+    """Starts the processes, and tells the terminal and the logger what the command was given."""
+    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
+    fabric.print(pprint.pformat(arguments))
+    if not isinstance(logger, CSVLogger):  # which cannot
+        fabric.logger.log_hyperparams(arguments)
+    return fabric
 
 
 def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:

@@ -24,7 +24,7 @@ Backward = Callable[[torch.Tensor], None]
 
 TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward, float], Mapping[str, torch.Tensor]]
 """(input_ids (B, T), targets (B, T), backward, the share of the training that is done) -> scalars to log, "loss" among
-them, without gradients."""
+them, without gradients. They always have the same names; NaN says that there is nothing to log."""
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input_ids (B, T), targets (B, T)) -> mean cross-entropy over the targets that count."""

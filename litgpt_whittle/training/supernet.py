@@ -136,16 +136,16 @@ class SupernetStep:
     def __call__(
         self, input_ids: torch.Tensor, targets: torch.Tensor, backward: Backward, done: float
     ) -> dict[str, torch.Tensor]:
-        """Adds the gradients of a batch; gives the mean loss, and the full network's where it is trained."""
+        """Adds the gradients of a batch; gives the mean loss and the full network's, NaN where it is not trained."""
         networks = self.networks(done)
-        total, scalars = torch.zeros((), device=input_ids.device), {}
+        total, full = torch.zeros((), device=input_ids.device), torch.full((), torch.nan, device=input_ids.device)
         for network in networks:
             losses = self._train(network, input_ids, targets, backward, done, len(networks))
             total = total + losses.loss.detach() / len(networks)
             if network is None:
-                scalars["full"] = losses.ce
+                full = losses.ce.detach()
         self.losses_of.kept = None
-        return {"loss": total} | scalars
+        return {"loss": total, "full": full}
 
     def networks(self, done: float) -> list[SubNet | None]:
         """The networks that this process trains when a share of the training is done."""
