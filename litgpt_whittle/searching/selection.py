@@ -178,8 +178,8 @@ class Selection:
             self._call("extract", *where, log=folder / "extract.log")
         if not (trained / "final/lit_model.pth").is_file():
             write_text(settings, to_yaml(self._settings(rung)))
-            flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", "--resume=auto"]
-            self._call("distill", f"--config={settings}", *flags, log=folder / f"{trained.name}.log")
+            flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", f"--devices={self.devices}"]
+            self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=folder / f"{trained.name}.log")
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         return [row["val_loss"] for row in rows if "val_loss" in row][-1]
 
@@ -191,9 +191,17 @@ class Selection:
         train |= {"max_tokens": rung.tokens, "save_interval": None}
         evaluated = dict(self.config.get("eval") or {}) | {"final_validation": True}  # by which students are ranked
         train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
-        paths = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "devices": self.devices}
-        dropped = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config", "resume", "out_dir")
-        return {k: v for k, v in self.config.items() if k not in dropped} | paths | {"train": train, "eval": evaluated}
+        dropped = (
+            "initial_checkpoint_dir",
+            "sub_network",
+            "model_name",
+            "model_config",
+            "resume",
+            "out_dir",
+            "devices",
+        )
+        own = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "train": train, "eval": evaluated}
+        return {k: v for k, v in self.config.items() if k not in dropped} | own
 
     def _call(self, command: str, *arguments: Any, log: Path) -> None:
         """Runs one of our commands, its output in a file."""

@@ -53,21 +53,19 @@ class TrainLog:
         self.last_iter, self.last_time = progress.iter_num, now
         done = progress.iter_num - self.first_iter
         tokens_per_second = iters * run.schedule.tokens_per_iter * run.fabric.world_size / max(seconds, 1e-9)
-        row = (
-            {"loss": math.nan}
-            | means
-            | {
-                "iter": progress.iter_num,
-                "step": progress.step_count,
-                "epoch": run.stream.epoch,
-                "iter_time": seconds / iters,
-                "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
-                "tokens": self._tokens(),
-                "total_tokens": self._tokens() * run.fabric.world_size,
-                "learning_rate": run.job.optimizer.param_groups[0]["lr"],
-                "tokens_per_second": tokens_per_second,
-            }
-        )
+        row = {
+            "loss": math.nan,  # where it was so in every micro-batch
+            **means,
+            "iter": progress.iter_num,
+            "step": progress.step_count,
+            "epoch": run.stream.epoch,
+            "iter_time": seconds / iters,
+            "remaining_time": (now - self.started) / done * (run.schedule.max_iters - progress.iter_num),
+            "tokens": self._tokens(),
+            "total_tokens": self._tokens() * run.fabric.world_size,
+            "learning_rate": run.job.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens_per_second,
+        }
         self._print_step(row)
         self._write(row, progress.iter_num - 1, self._throughput(now))
 
