@@ -163,7 +163,9 @@ class Selection:
         """Trains a candidate's student on its rung's tokens; gives the validation loss."""
         folder = self.out_dir / FOLDER / f"candidate-{evaluation.index}"
         student, trained = folder / "student", folder / f"trained-{rung.tokens}"
-        subnet, repair, settings = (folder / f"{name}.yaml" for name in ("sub_network", "extract", trained.name))
+        subnet, repair, settings = (
+            folder / f"{name}.yaml" for name in ("sub_network", "extract", f"train-{rung.tokens}")
+        )
         how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
         # what was made of another sub-network or under other settings is made anew
         if _differs(subnet, to_yaml(evaluation.subnet)) or _differs(repair, to_yaml(how)):
@@ -179,7 +181,7 @@ class Selection:
         if not (trained / "final/lit_model.pth").is_file():
             write_text(settings, to_yaml(self._settings(rung)))
             flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", f"--devices={self.devices}"]
-            self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=folder / f"{trained.name}.log")
+            self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=settings.with_suffix(".log"))
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         return [row["val_loss"] for row in rows if "val_loss" in row][-1]
 
