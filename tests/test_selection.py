@@ -1,7 +1,6 @@
 """Choosing among the best of a search by short distillations."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -112,11 +111,10 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
     changed = read_results(tmp_path / "out")
     assert all(one.val_loss != other.val_loss for one, other in zip(changed, results))
     calls.clear()
-    shutil.rmtree(tmp_path / "out/selection/candidate-0", ignore_errors=True)
-    yaml_path = tmp_path / f"out/selection/candidate-{results[0].evaluation}/sub_network.yaml"
-    yaml_path.write_text(yaml_path.read_text().replace("n_layer", "n_layer ", 1))  # as if of another search
+    winner_folder = tmp_path / f"out/selection/candidate-{winner.evaluation}"
+    (winner_folder / "sub_network.yaml").write_text("another search's")
     run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True, config=tmp_path / "other.yaml")
-    assert calls.count("extract") >= 1 and read_results(tmp_path / "out") == changed
+    assert calls.count("extract") == 1 and read_results(tmp_path / "out") == changed
 
 
 def test_the_table_has_ranks_and_tau_against_scipy():

@@ -167,19 +167,19 @@ class Selection:
             folder / f"{name}.yaml" for name in ("sub_network", "extract", f"train-{rung.tokens}")
         )
         how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
+        told = {subnet: to_yaml(evaluation.subnet), repair: to_yaml(how), settings: to_yaml(self._settings(rung))}
         # what was made of another sub-network or under other settings is made anew
-        if _differs(subnet, to_yaml(evaluation.subnet)) or _differs(repair, to_yaml(how)):
-            shutil.rmtree(folder, ignore_errors=True)
-        if _differs(settings, to_yaml(self._settings(rung))):
-            shutil.rmtree(trained, ignore_errors=True)
+        differ = [path for path, text in told.items() if path.is_file() and path.read_text() != text]
+        if differ:
+            shutil.rmtree(trained if differ == [settings] else folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         if not (student / "lit_model.pth").is_file():
-            write_text(subnet, to_yaml(evaluation.subnet))
-            write_text(repair, to_yaml(how))
+            for path in (subnet, repair):
+                write_text(path, told[path])
             where = [self.checkpoint_dir, subnet, f"--config={repair}", f"--out_dir={student}"]
             self._call("extract", *where, log=folder / "extract.log")
         if not (trained / "final/lit_model.pth").is_file():
-            write_text(settings, to_yaml(self._settings(rung)))
+            write_text(settings, told[settings])
             flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", f"--devices={self.devices}"]
             self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=settings.with_suffix(".log"))
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -193,15 +193,8 @@ class Selection:
         train |= {"max_tokens": rung.tokens, "save_interval": None}
         evaluated = dict(self.config.get("eval") or {}) | {"final_validation": True}  # by which students are ranked
         train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
-        dropped = (
-            "initial_checkpoint_dir",
-            "sub_network",
-            "model_name",
-            "model_config",
-            "resume",
-            "out_dir",
-            "devices",
-        )
+        model = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config")
+        dropped = {*model, "resume", "out_dir", "devices"}
         own = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "train": train, "eval": evaluated}
         return {k: v for k, v in self.config.items() if k not in dropped} | own
 
@@ -215,11 +208,6 @@ class Selection:
         if code:
             last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
             raise UserError(f"litgpt {command} failed within the selection ({last}); see {str(log)!r}")
-
-
-def _differs(path: Path, text: str) -> bool:
-    """Whether a file says something else."""
-    return path.is_file() and path.read_text() != text
 
 
 _OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
