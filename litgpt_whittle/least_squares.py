@@ -46,13 +46,17 @@ class Moments:
         n_in: Size of z.
         n_out: Size of y.
         device: Where the sums live.
-        rough: Multiplies in float32, which is twice as fast on the CPU; enough to choose by, not to solve with.
+        rough: Multiplies in float32, which is twice as fast on the CPU, and adds the products up in the sums' type.
+            Enough to choose by, and to solve with where there are many tokens for each input.
     """
 
     def __init__(self, n_in: int, n_out: int, device: torch.device | str = "cpu", *, rough: bool = False) -> None:
         dtype = sums_dtype(device)
         self.product_dtype = torch.float32 if rough else dtype
         self.n = 0
+        """Number of tokens"""
+        self.mass = 0.0
+        """Sum of the tokens' weights"""
         self.zz = torch.zeros(n_in, n_in, dtype=dtype, device=device)
         self.yz = torch.zeros(n_out, n_in, dtype=dtype, device=device)
         self.z = torch.zeros(n_in, dtype=dtype, device=device)
@@ -60,10 +64,20 @@ class Moments:
         self.yy = 0.0
         """Σ ‖y‖²"""
 
-    def add(self, z: torch.Tensor, y: torch.Tensor) -> None:
-        """Adds tokens: z of shape (…, n_in), y of shape (…, n_out)."""
+    def add(self, z: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            z: Inputs, shape (…, n_in).
+            y: Outputs, shape (…, n_out).
+            weights: Weight of each token's squared error, shape (…); 1 by default.
+        """
         z, y = (x.flatten(0, -2).to(self.product_dtype) for x in (z, y))
         self.n += len(z)
+        root = z.new_ones(len(z)) if weights is None else weights.flatten().to(z.dtype).sqrt()
+        if weights is not None:
+            z, y = z * root[:, None], y * root[:, None]
+        self.mass += float(root.double().square().sum()) if weights is not None else len(z)
         size = z.shape[1]
         step = max(size // 4, 64)
         for i in range(0, size, step):  # z zᵀ is symmetric: its blocks below the diagonal are mirrored
@@ -72,24 +86,30 @@ class Moments:
             self.zz[rows, i:] += products
             self.zz[behind, rows] += products[:, step:].T
         self.yz += y.T @ z
-        self.z += z.sum(0)
-        self.y += y.sum(0)
+        self.z += root @ z
+        self.y += root @ y
         self.yy += float(y.square().sum())
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(len(self.z), len(self.y), self.zz.device)
         total.n = self.n + other.n
-        for name in ("zz", "yz", "z", "y", "yy"):
+        for name in ("mass", "zz", "yz", "z", "y", "yy"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     def over_processes(self) -> Moments:
         """Sums over all processes, in place."""
-        scalars = torch.tensor([self.n, self.yy], dtype=torch.float64, device=self.zz.device)
+        scalars = torch.tensor([self.n, self.yy, self.mass], dtype=torch.float64, device=self.zz.device)
         for tensor in (self.zz, self.yz, self.z, self.y, scalars):
             add_up(tensor)
-        self.n, self.yy = int(scalars[0]), float(scalars[1])
+        self.n, self.yy, self.mass = int(scalars[0]), float(scalars[1]), float(scalars[2])
         return self
+
+    def with_outputs(self, yz: torch.Tensor, y: torch.Tensor) -> Moments:
+        """Return the moments of the same inputs and other outputs, given Σ y zᵀ and Σ y of these."""
+        new = Moments(0, 0, self.zz.device)
+        new.n, new.mass, new.zz, new.z, new.yz, new.y = self.n, self.mass, self.zz, self.z, yz, y
+        return new
 
     def affine(
         self, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor, out_bias: torch.Tensor
@@ -104,9 +124,10 @@ class Moments:
         """
         d, e, in_bias, out_bias = (x.to(self.zz.dtype) for x in (weight, out_weight, bias, out_bias))
         new = Moments(len(in_bias), len(out_bias), self.zz.device)
-        new.n, new.z, new.y = self.n, d @ self.z + self.n * in_bias, e @ self.z + self.n * out_bias
+        new.n, new.mass = self.n, self.mass
+        new.z, new.y = d @ self.z + self.mass * in_bias, e @ self.z + self.mass * out_bias
         half, cross = d @ self.zz, torch.outer(in_bias, d @ self.z)
-        new.zz = half @ d.T + cross + cross.T + self.n * torch.outer(in_bias, in_bias)
+        new.zz = half @ d.T + cross + cross.T + self.mass * torch.outer(in_bias, in_bias)
         new.yz = e @ half.T + torch.outer(e @ self.z, in_bias) + torch.outer(out_bias, new.z)
         return new
 
@@ -116,16 +137,16 @@ class Moments:
         """The moments of scale · z + shift and of out_scale · y + out_shift, entry by entry."""
         scale, shift, out_scale, out_shift = (x.to(self.zz) for x in (scale, shift, out_scale, out_shift))
         new, z, y = Moments(len(self.z), len(self.y), self.zz.device), scale * self.z, out_scale * self.y
-        new.n, new.z, new.y = self.n, z + self.n * shift, y + self.n * out_shift
+        new.n, new.mass, new.z, new.y = self.n, self.mass, z + self.mass * shift, y + self.mass * out_shift
         new.zz = scale[:, None] * self.zz * scale + torch.outer(z, shift) + torch.outer(shift, new.z)
         new.yz = out_scale[:, None] * self.yz * scale + torch.outer(y, shift) + torch.outer(out_shift, new.z)
         return new
 
     def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of z zᵀ and of y zᵀ, about the means of z and y where there is an intercept."""
-        zz, yz = self.zz / self.n, self.yz / self.n
+        zz, yz = self.zz / self.mass, self.yz / self.mass
         if intercept:
-            mean_z, mean_y = self.z / self.n, self.y / self.n
+            mean_z, mean_y = self.z / self.mass, self.y / self.mass
             zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
         return zz, yz
 
@@ -141,11 +162,11 @@ class Moments:
         wz = w @ self.z
         # Σ (Wz + b − y)(Wz + b − y)ᵀ without its part Σ y yᵀ, of which only the trace is known
         if metric is None:
-            total = ((w @ self.zz) * w).sum() - 2 * (w * self.yz).sum() + self.n * b @ b + 2 * b @ (wz - self.y)
-            return float(total + self.yy) / self.n
+            total = ((w @ self.zz) * w).sum() - 2 * (w * self.yz).sum() + self.mass * b @ b + 2 * b @ (wz - self.y)
+            return float(total + self.yy) / self.mass
         mw, mb = metric @ w, metric @ b
-        total = ((mw @ self.zz) * w).sum() - 2 * (mw * self.yz).sum() + self.n * b @ mb + 2 * mb @ (wz - self.y)
-        return float(total) / self.n
+        total = ((mw @ self.zz) * w).sum() - 2 * (mw * self.yz).sum() + self.mass * b @ mb + 2 * mb @ (wz - self.y)
+        return float(total) / self.mass
 
 
 def no_outputs(like: torch.Tensor) -> torch.Tensor:
@@ -188,7 +209,7 @@ def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool)
             weight = torch.cholesky_solve((yz + anchor * (ridge * scale)).T, factor).T
             break
         ridge = max(ridge, RIDGES[0]) * 10 if ridge < 1e3 else math.inf
-    bias = (moments.y - weight @ moments.z) / moments.n if intercept else torch.zeros_like(moments.y)
+    bias = (moments.y - weight @ moments.z) / moments.mass if intercept else torch.zeros_like(moments.y)
     return Fit(weight, bias, ridge)
 
 

@@ -33,7 +33,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.costs import scratch_bytes
-from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
+from litgpt_whittle.repair.walk import LEAST_TOKENS, Repair, RepairArgs, Repaired
 from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
@@ -113,7 +113,9 @@ def setup(
         args = RepairArgs() if repair is True else repair
         length, size = _check_calibration(args, data, train, checkpoint_dir), train.micro_batch_size
         fabric = launch(n)
-        windows = read_calibration(data, checkpoint_dir, size, length, args.tokens, seed, "repair.tokens")
+        n_tokens = args.n_tokens(subnet.config)
+        fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
+        windows = read_calibration(data, checkpoint_dir, size, length, n_tokens, seed, "repair.tokens")
         calibration = Calibration(windows, train.micro_batch_size, fabric.device)
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         try:
@@ -243,7 +245,7 @@ def _check_calibration(repair: RepairArgs, data: DataModule | None, train: Batch
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
     length = sequence_length(check_checkpoint(checkpoint_dir), train.max_seq_length)
-    check_n_windows(-(-repair.tokens // length))
+    check_n_windows(-(-(repair.tokens or LEAST_TOKENS) // length))
     check_data(data, checkpoint_dir)
     return length
 
@@ -268,8 +270,8 @@ def _repair_summary(repaired: Repaired) -> str:
     layers = repaired.layers
     before = sum(layer.before for layer in layers) / len(layers)
     lines = [
-        "Repaired. The student's stream differs from the teacher's, in squares, by",
-        f"  {layers[-1].after:.1%} behind the last block; a block left as cut would add up to {before:.1%} on average.",
+        "Repaired. The student's stream differs from the teacher's, in squares relative to each token's size, by",
+        f"  {layers[-1].after:.1%} after the last block; a block left as cut would add up to {before:.1%} on average.",
     ]
     if tried := [layer.refined for layer in layers if layer.refined is not None]:
         lines.append(f"  Refinement helped {sum(tried)} of {len(tried)} blocks; the others keep the closed form.")

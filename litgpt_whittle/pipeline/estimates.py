@@ -87,7 +87,7 @@ def costs(stages: Stages) -> list[Cost]:
     taught = stages.trained.distill.uses_teacher and not stages.caches
     for name in request.bins:
         repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
-        n_calibration = repair.tokens if repair else 0
+        n_calibration = repair.n_tokens(stages.examples[name].config) if repair else 0
         forward = REPAIR_PASSES * n_calibration * whole
         found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.start(name, bool(repair))))
         # a block whose activations are not kept runs forward twice

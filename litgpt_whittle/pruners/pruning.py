@@ -117,7 +117,8 @@ def refit(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> torch
         if not kept.any():
             continue
         own = Moments(int(kept.sum()), 1, moments.zz.device)
-        own.n, own.zz, own.yz = moments.n, moments.zz[kept][:, kept], products[row, None, kept]
+        own.n, own.mass = moments.n, moments.mass
+        own.zz, own.yz = moments.zz[kept][:, kept], products[row, None, kept]
         fitted[row, kept] = solve(own, weight[row, None, kept], REFIT_RIDGE, intercept=False).weight[0].to(fitted.dtype)
     return fitted
 

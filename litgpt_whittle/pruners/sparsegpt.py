@@ -48,7 +48,7 @@ class SparseGPT(Pruner):
 
     def _factor(self, moments: Moments) -> torch.Tensor:
         """U with Uᵀ U = H⁻¹, shape (n_in, n_in); the damping grows by tens until H has an inverse."""
-        hessian = moments.zz / moments.n
+        hessian = moments.zz / moments.mass
         scale = float(hessian.diagonal().mean()) or 1.0
         damp = self.damp
         while True:

@@ -145,6 +145,25 @@ def standardised(stream: torch.Tensor, config: Config) -> torch.Tensor:
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + config.norm_eps)
 
 
+def token_weights(stream: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return the weight of each token's error in a regression: 1 / the mean square of its stream.
+
+    Every map reads the stream through a norm, so what counts is an error relative to the stream's size at that token.
+    Pretrained models have a few tokens whose streams are a thousand times as large as the others' (massive
+    activations, arXiv 2402.17762); unweighted least squares would serve these tokens alone.
+
+    Args:
+        stream: The teacher's residual stream, shape (…, n_embd).
+        config: The teacher's config.
+
+    Returns:
+        Shape (…).
+    """
+    if is_centring(config):
+        stream = stream - stream.mean(-1, keepdim=True)
+    return 1 / (stream.square().mean(-1) + config.norm_eps)
+
+
 def readers(block: Block, part: str) -> list[torch.Tensor]:
     """The weights of all maps of `attn` or `mlp` that read the stream, each of shape (n_out, n_embd)."""
     weights = []
@@ -175,7 +194,7 @@ class Worth:
             weights: Those of the maps behind it, each of shape (n_out, n_embd).
             times: What they count.
         """
-        covariance = (moments.zz / moments.n).double()
+        covariance = (moments.zz / moments.mass).double()
         scale = norm_weight(norm)
         gram = torch.zeros_like(covariance)
         for weight in weights:

@@ -15,7 +15,14 @@ from litgpt_whittle.calibration import Batch, Calibration
 from litgpt_whittle.index_plan import Plan
 from litgpt_whittle.least_squares import Fit, Moments, fit
 from litgpt_whittle.processes import add_up
-from litgpt_whittle.repair.basis import Basis, affine_part, norm_weight, set_norm_weight, standardised
+from litgpt_whittle.repair.basis import (
+    Basis,
+    affine_part,
+    norm_weight,
+    set_norm_weight,
+    standardised,
+    token_weights,
+)
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
 from litgpt_whittle.repair.refine import Errors, refine
@@ -24,8 +31,8 @@ from litgpt_whittle.scratch import Stream
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
 """litgpt's norms between what a part of a block writes and the stream"""
 
-Pair = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-"""Gives the inputs and the outputs that are wanted of a linear map, on a batch"""
+Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Gives a linear map's inputs, wanted outputs and token weights on a batch"""
 
 
 @dataclass
@@ -82,6 +89,11 @@ class BlockRepair:
         self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
         self.is_parallel = streams.middle is None
         self.left_as_cut = linear_names(takes, "inner")
+        # a block's parts compute once: what later maps need again is kept while it fits
+        self._attn_inputs = calibration.cached(lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
+        self._middle = calibration.cached(self._compute_middle)
+        self._mlp_inputs = calibration.cached(self._compute_mlp_inputs)
+        self._is_fitted = False
         self._before: tuple[Moments, Moments] | None = None
         """Of the streams before a parallel block, which attention and MLP both read"""
 
@@ -97,14 +109,28 @@ class BlockRepair:
             self._write("attn")
             self._read("mlp", teacher.norm_2, block.norm_2)
             self._write_experts() if hasattr(block.mlp, "experts") else self._write("mlp")
+        self._is_fitted = True
+
+    def output(self, batch: Batch) -> torch.Tensor:
+        """Return the student's stream after this block, shape (B, T, n_embd_student)."""
+        block = self.block
+        if self.is_parallel or not self._is_fitted or hasattr(block.mlp, "experts"):
+            return block(self._student(batch), *self.args)
+        norm = block.post_mlp_norm
+        return self._middle(batch) + norm(block.mlp.proj(self._mlp_inputs(batch)))
+
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put the block's weights back to what they were."""
+        self.block.load_state_dict(weights)
+        self._is_fitted = False  # nothing that was kept holds for them
 
     def error(self) -> float:
-        """The relative squared error of the student's stream behind this block, on held-out tokens."""
+        """Return the student's squared error after this block, relative to each held-out token's stream."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
-        for batch in filter(self.calibration.is_held_out, self.calibration.batches):
-            target = self._goal(batch)
-            off = self.block(self._student(batch), *self.args) - target
-            sums += torch.stack([off.double().square().sum(), target.double().square().sum()])
+        for batch in self.calibration.held_out_batches:
+            target, weights = self._goal(batch), self._weights(batch)
+            off = ((self.output(batch) - target).square().sum(-1) * weights).double().sum()
+            sums += torch.stack([off, (target.square().sum(-1) * weights).double().sum()])
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
@@ -115,11 +141,12 @@ class BlockRepair:
         """
         batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
         order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
+        self._is_fitted = False  # the block's weights change from here on
 
         def loss(step: int) -> torch.Tensor:
             batch = batches[order[step]]
-            target = self._goal(batch)
-            return (self.block(self._student(batch), *self.args) - target).square().mean() / target.var()
+            off = self.block(self._student(batch), *self.args) - self._goal(batch)
+            return (off.square().mean(-1) * self._weights(batch)).mean()
 
         return refine([(parameter, lr) for parameter in self.block.parameters()], n_steps, loss, self.error)
 
@@ -158,7 +185,7 @@ class BlockRepair:
 
         def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
-            ours = self._run(batch, ["norm_2"])["norm_2"] if inside else self._student(batch)
+            ours = self._middle(batch) if inside else self._student(batch)
             return student_norm(ours), teacher_norm(theirs)
 
         return self.calibration.moments(n_in, n_out, pair)
@@ -171,18 +198,23 @@ class BlockRepair:
         modules = [self.block.get_submodule(name) for name in names]
         inside = parts == ("mlp",)
 
-        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            seen = self._run(batch, names + ["norm_2"] * inside)
-            start = seen["norm_2"] if inside else self._student(batch)
-            goal = self._goal(batch, self.streams.middle if parts == ("attn",) else self.streams.ahead)
-            return torch.cat([seen[name] for name in names], -1), goal - start
+        stream = self.streams.middle if parts == ("attn",) else self.streams.ahead
+
+        def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if len(parts) > 1:
+                seen = self._run(batch, names)
+                z = torch.cat([seen[name] for name in names], -1)
+            else:
+                z = self._mlp_inputs(batch) if inside else self._attn_inputs(batch)
+            start = self._middle(batch) if inside else self._student(batch)
+            return z, self._goal(batch, stream) - start, self._weights(batch, stream)
 
         norm = post_norm(self.block, *parts)
         if norm is not None:
-            self._write_through_norm(parts[0], norm, pair)
+            self._write_through_norm(parts[0], norm, examples)
             return
         sizes = [module.in_features for module in modules]
-        moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], pair)
+        moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], examples)
         anchor, last = torch.cat([module.weight for module in modules], 1), modules[-1]
         found = self._told(fit(*moments, anchor, last.bias is not None, ridges=self.ridges), *names)
         for module, weight in zip(modules, found.weight.split(sizes, 1)):
@@ -190,7 +222,7 @@ class BlockRepair:
             if module.bias is not None:
                 module.bias.copy_(found.bias if module is last else torch.zeros_like(found.bias))
 
-    def _write_through_norm(self, part: str, norm: nn.Module, pair: Pair) -> None:
+    def _write_through_norm(self, part: str, norm: nn.Module, examples: Examples) -> None:
         """Fits a map behind which a norm stands before the stream.
 
         A norm divides by the size of what it gets, so what it gives is not linear in the map's inputs. With the size
@@ -201,39 +233,39 @@ class BlockRepair:
         weight = norm_weight(norm)
         weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)  # a channel that the norm shuts is not opened
 
-        def through(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            z, y = pair(batch)
+        def through(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            z, y, weights = examples(batch)
             size = self.streams.sizes[kind, batch.start]
             bias = 0.0 if module.bias is None else module.bias / size
-            return z / size, y / weight - bias
+            return z / size, y / weight - bias, weights
 
         moments = self.calibration.moments(module.in_features, self.basis.matrix.shape[0], through)
-        before, start = self._error_behind(norm, module, pair), module.weight.clone()
+        before, start = self._error_after(norm, module, examples), module.weight.clone()
         module.weight.copy_(self._told(fit(*moments, start, False, ridges=self.ridges), name).weight)
-        if self._error_behind(norm, module, pair) > before:
+        if self._error_after(norm, module, examples) > before:
             module.weight.copy_(start)
             self.left_as_cut.append(name)
-        self._refit_post_norm(norm, module, pair)
+        self._refit_post_norm(norm, module, examples)
 
-    def _error_behind(self, norm: nn.Module, module: nn.Module, pair: Pair) -> float:
-        """The squared error of what a norm gives behind a writing map, over the held-out tokens."""
+    def _error_after(self, norm: nn.Module, module: nn.Module, examples: Examples) -> float:
+        """Return the weighted squared error after a writing map and its norm, on held-out tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
-        for batch in filter(self.calibration.is_held_out, self.calibration.batches):
-            z, y = pair(batch)
-            total += (norm(module(z)) - y).double().square().sum()
+        for batch in self.calibration.held_out_batches:
+            z, y, weights = examples(batch)
+            total += ((norm(module(z)) - y).square().sum(-1) * weights).double().sum()
         return float(add_up(total))
 
-    def _refit_post_norm(self, norm: nn.Module, module: nn.Module, pair: Pair) -> None:
-        """The weight of a norm behind a writing map: the best one per channel.
+    def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
+        """Fit the weight of a norm that follows a writing map, channel by channel.
 
-        Channels keep theirs where the one that is best for the other tokens is worse for those held out.
+        A channel keeps its own where the one that is best for the fitted tokens is worse for those that tune.
         """
         sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
-        for batch in self.calibration.batches:
-            z, y = pair(batch)
+        for batch in self.calibration.fitted_batches:
+            z, y, weights = examples(batch)
             normed = norm(module(z))
-            part = sums[int(self.calibration.is_held_out(batch))]
-            part += torch.stack([normed * y, normed.square()]).flatten(1, -2).sum(1)
+            part = sums[int(self.calibration.is_tuning(batch))]
+            part += (torch.stack([normed * y, normed.square()]) * weights[..., None]).flatten(1, -2).sum(1)
         (products, squares), (held_products, held_squares) = add_up(sums)
         scale = products / squares.clamp_min(1e-30)
         # ‖scale · normed − y‖² against ‖normed − y‖²
@@ -263,8 +295,9 @@ class BlockRepair:
         size, width = self.basis.matrix.shape[0], mlp.experts[0].proj.in_features
         device = self.calibration.device
         sums = [[Moments(width, size, device) for _ in range(2)] for _ in experts]
-        for batch in self.calibration.batches:
+        for batch in self.calibration.fitted_batches:
             start, x = self._before_mlp(batch)
+            weights = self._weights(batch).flatten()
             theirs_x = self.teacher.norm_2(self._on_device(self.streams.middle, batch)).flatten(0, -2)
             parts = routing(mlp, x)  # (B · T, n_expert)
             flat, left = x.flatten(0, -2), (self._goal(batch) - start).flatten(0, -2)
@@ -281,11 +314,11 @@ class BlockRepair:
                     if ours.proj.bias is not None:
                         y = y - ours.proj.bias
                     z = input_of(ours.proj, ours, flat[rows])
-                    sums[j][self.calibration.is_held_out(batch)].add(part * z, part * y)
+                    sums[j][self.calibration.is_tuning(batch)].add(part * z, part * y, weights[rows])
         for j, (ours, pair) in enumerate(zip(mlp.experts, sums)):
-            fitted, held_out = (moments.over_processes() for moments in pair)
-            if fitted.n >= width and held_out.n:
-                found = fit(fitted, held_out, ours.proj.weight, False, ridges=self.ridges)
+            fitted, tuning = (moments.over_processes() for moments in pair)
+            if fitted.n >= width and tuning.n:
+                found = fit(fitted, tuning, ours.proj.weight, False, ridges=self.ridges)
                 ours.proj.weight.copy_(self._told(found, f"mlp.experts.{j}.proj").weight)
             else:  # too few tokens are routed to it
                 self.left_as_cut.append(f"mlp.experts.{j}.proj")
@@ -293,11 +326,12 @@ class BlockRepair:
             self._write_shared_experts(mlp.shared_experts)
 
     def _write_shared_experts(self, shared: nn.Module) -> None:
-        def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             start, x = self._before_mlp(batch)
-            return input_of(shared.proj, shared, x), self._goal(batch) - start - (self.block.mlp(x) - shared(x))
+            left = self._goal(batch) - start - (self.block.mlp(x) - shared(x))
+            return input_of(shared.proj, shared, x), left, self._weights(batch)
 
-        moments = self.calibration.moments(shared.proj.in_features, self.basis.matrix.shape[0], pair)
+        moments = self.calibration.moments(shared.proj.in_features, self.basis.matrix.shape[0], examples)
         intercept = shared.proj.bias is not None
         found = fit(*moments, shared.proj.weight, intercept, ridges=self.ridges)
         self._told(found, "mlp.shared_experts.proj")
@@ -307,13 +341,26 @@ class BlockRepair:
 
     def _before_mlp(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The student's stream before its MLP, and normalised."""
-        start = self._run(batch, ["norm_2"])["norm_2"]
+        start = self._middle(batch)
         return start, self.block.norm_2(start)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Batch, wanted: list[str]) -> dict[str, torch.Tensor]:
         return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
+
+    def _compute_middle(self, batch: Batch) -> torch.Tensor:
+        """Return the student's stream between attention and MLP, once attention is fitted."""
+        return self._student(batch) + self.block.post_attention_norm(self.block.attn.proj(self._attn_inputs(batch)))
+
+    def _compute_mlp_inputs(self, batch: Batch) -> torch.Tensor:
+        mlp = self.block.mlp
+        return input_of(mlp.proj, mlp, self.block.norm_2(self._middle(batch)))
+
+    def _weights(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+        """Return the tokens' weights by the teacher's stream, by default after the block: shape (B, T)."""
+        stream = self.streams.ahead if stream is None else stream
+        return token_weights(self._on_device(stream, batch), self.teacher.config)
 
     def _student(self, batch: Batch) -> torch.Tensor:
         return self._on_device(self.streams.student, batch)

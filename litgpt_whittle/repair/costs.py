@@ -109,7 +109,14 @@ def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
     return _n_numbers(config) * sums_dtype(device).itemsize + by_token
 
 
-def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0) -> None:
+def streams_bytes(config: Config, n_calibration: int) -> int:
+    """Return the main memory for the teacher's stream before each layer and after the last, in float32 at most."""
+    return FP32 * (config.n_layer + 1) * n_calibration * config.n_embd
+
+
+def check_memory(
+    config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0
+) -> None:
     """Refuses a teacher whose moments would take more memory than there is.
 
     Args:
@@ -117,11 +124,14 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
         n_tokens: Different tokens in the calibration text, 0 where that is not known yet.
         device: Where the moments will lie.
         beside: Bytes of what is still to be loaded beside them.
+        n_calibration: Number of calibration tokens, whose streams are kept in main memory.
 
     Raises:
         UserError: With both numbers.
     """
     needed, free = moments_bytes(config, n_tokens, device), free_memory(device, n_sharing(device)) - beside
+    if device.type == "cpu":
+        needed += streams_bytes(config, n_calibration)
     if needed > free:
         raise UserError(
             f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "

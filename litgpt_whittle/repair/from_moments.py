@@ -1,22 +1,23 @@
 """Repairs a cut from the teacher's moments alone: collected once, they give any candidate for the cost of solves.
 
 `litgpt_whittle.repair` runs the student to see what its maps really read. Here each map is fitted as if all before it
-were the teacher's own, so that no token has to pass through the candidate. What comes out is a little worse, and tells
-what a repair will make of a candidate, which its plain cut does not.
+were the teacher's own, so that no token has to pass through the candidate. The result is a little worse than a repair's,
+and ranks candidates as their repairs do, which the plain cut does not. Layers that are dropped are made up for as in a
+repair: the maps before such a gap are fitted to the teacher's stream after it.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from litgpt.model import GPT, Block
 from torch import nn
 
-from litgpt_whittle.blocks import load_block, read_block, read_outside, stopping_at
+from litgpt_whittle.blocks import load_block, read_block, read_outside, run_block, stopping_at
 from litgpt_whittle.index_plan import Plan
 from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
 from litgpt_whittle.repair.basis import (
@@ -28,6 +29,7 @@ from litgpt_whittle.repair.basis import (
     readers,
     set_norm_weight,
     standardised,
+    token_weights,
 )
 from litgpt_whittle.repair.block import post_norm
 from litgpt_whittle.repair.costs import check_memory, sites
@@ -36,6 +38,9 @@ from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
+
+GAPS_KEPT = 64
+"""Number of gaps of dropped layers whose moments are kept for later candidates"""
 
 RIDGE = 1e-4
 """Relative strength of the ridge, which a repair would choose for each map"""
@@ -59,12 +64,17 @@ class QuickRepair:
         self.teacher, self.config, self.device = teacher, teacher.config, teacher.lm_head.weight.device
         self.weights = teacher.state_dict()
         tokens = windows.unique().to(self.device)
-        check_memory(self.config, len(tokens), self.device)
+        check_memory(self.config, len(tokens), self.device, n_calibration=windows.numel())
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
         """The teacher's stream before those layers that may come first in a student"""
+        self.streams: list[list[torch.Tensor]] = [[] for _ in range(self.config.n_layer + 1)]
+        """The teacher's stream before each layer and after the last, batch by batch, in main memory"""
+        self.block_args: list[tuple] = [()] * self.config.n_layer
         watching = [handle for layer in self.layers for handle in layer.handles]
+        for layer, module in enumerate([*teacher.transformer.h, teacher.transformer.ln_f]):
+            watching.append(module.register_forward_pre_hook(partial(self._keep_stream, layer)))
         watching.append(
             teacher.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: self._add(self.final, inputs[0]))
         )
@@ -81,6 +91,39 @@ class QuickRepair:
         self.norm = copy.deepcopy(teacher.transformer.ln_f).float()
         self._directions = principal_directions(self._worth().form, is_centring(self.config))
         self._basis = lru_cache(maxsize=16)(self._make_basis)
+        self._gap = lru_cache(maxsize=GAPS_KEPT)(self._measure_gap)
+
+    def _keep_stream(self, layer: int, _: nn.Module, inputs: tuple) -> None:
+        self.streams[layer].append(inputs[0].cpu())
+        if layer < self.config.n_layer:
+            self.block_args[layer] = inputs[1:]
+
+    def _measure_gap(self, layer: int, following: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the moments of a layer's last writing maps with the stream that they should reach.
+
+        Args:
+            layer: The layer before a gap of dropped layers.
+            following: The next layer that is kept, or the number of layers.
+
+        Returns:
+            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,), where z are the maps'
+            inputs and y is what takes the stream before these maps to the teacher's stream after the gap.
+        """
+        moments, block = self.layers[layer], self.teacher.transformer.h[layer]
+        names = moments.last_writers
+        start_at = [] if self.config.parallel_residual else ["norm_2"]
+        total = Moments(len(moments.moments[names].z), self.config.n_embd, self.device)
+        yz, y = total.yz, total.y
+        for before, after, wanted in zip(self.streams[layer], self.streams[layer + 1], self.streams[following]):
+            before, after, wanted = (x.to(self.device) for x in (before, after, wanted))
+            seen = run_block(block, before, self.block_args[layer], [*names, *start_at], stop=True)
+            z = torch.cat([seen[name].flatten(0, -2) for name in names], -1).to(yz.dtype)
+            off = (wanted.float() - seen.get("norm_2", before).float()).flatten(0, -2).to(yz.dtype)
+            # the weights of the layer's own moments, which both share
+            off = off * token_weights(after.float(), self.config).flatten()[:, None].to(yz.dtype)
+            yz += off.T @ z
+            y += off.sum(0)
+        return yz, y
 
     def block(self, layer: int) -> Block:
         """One of the teacher's blocks, in float32."""
@@ -126,7 +169,9 @@ class QuickRepair:
         for i, layer in enumerate(subnet.layers):
             theirs, moments = self.block(layer), self.layers[layer]
             block, takes = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
-            moments.fit(block, theirs, takes, basis, self.ridge)
+            following = subnet.layers[i + 1] if i + 1 < len(subnet) else self.config.n_layer
+            gap = self._gap(layer, following) if following > layer + 1 and moments.last_writers else None
+            moments.fit(block, theirs, takes, basis, self.ridge, gap)
             blocks.append(block)
         weights = read_outside(self.weights, self.device)
         with torch.device("meta"):
@@ -172,14 +217,23 @@ class _LayerMoments:
         parallel = self.config.parallel_residual
         self.before_attn = Moments(self.config.n_embd, 0, self.device)
         self.before_mlp = self.before_attn if parallel else Moments(self.config.n_embd, 0, self.device)
-        self.handles = [block.register_forward_pre_hook(lambda _, x: repair._add(self.before_attn, x[0]))]
+        self._start: torch.Tensor | None = None
+        """The stream that the maps that are running write to"""
+
+        def begin(moments: Moments, _: nn.Module, inputs: tuple) -> None:
+            self._start = inputs[0]
+            repair._add(moments, inputs[0])
+
+        self.handles = [block.register_forward_pre_hook(partial(begin, self.before_attn))]
         if not parallel:
-            self.handles.append(block.norm_2.register_forward_pre_hook(lambda _, x: repair._add(self.before_mlp, x[0])))
+            self.handles.append(block.norm_2.register_forward_pre_hook(partial(begin, self.before_mlp)))
         self.moments: dict[tuple[str, ...], Moments] = {}
         self.columns: dict[tuple[str, ...], dict[str, slice]] = {}
         """Where each of the maps that write together has its inputs"""
         for names in sites(self.config, layer):
             self._watch(block, names)
+        self.last_writers = next((names for names in self.moments if "mlp.proj" in names), ())
+        """The maps that write to the stream last, which make up for dropped layers; none where experts do"""
         self._orders: Orders = {}
 
     def _watch(self, block: Block, names: tuple[str, ...]) -> None:
@@ -190,13 +244,18 @@ class _LayerMoments:
         n_out = 0 if norm_behind is None else self.config.n_embd
         moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
+        written: list[torch.Tensor] = []
+        is_expert = "experts" in names[0]  # sees the tokens that are routed to it, whose streams are not at hand
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
-            moments.add(z, no_outputs(z) if norm_behind is None else output.flatten(0, -2).float())
-            seen.clear()
+            after = None if is_expert else sum(written[:-1], self._start) + output
+            weights = None if after is None else token_weights(after.float(), self.config)
+            moments.add(z, no_outputs(z) if norm_behind is None else output.flatten(0, -2).float(), weights)
+            seen.clear(), written.clear()
 
         self.handles += [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
+        self.handles += [module.register_forward_hook(lambda _, __, out: written.append(out)) for module in modules]
         # the MLP computes last
         self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
@@ -210,8 +269,25 @@ class _LayerMoments:
             covariances[name] = self.moments[names].covariances(intercept)[0][columns, columns]
         return choose_units(subnet, index, theirs, covariances, orders=self._orders)
 
-    def fit(self, block: Block, theirs: Block, takes: Plan, basis: Basis, ridge: float) -> None:
-        """Fits all maps of a student's block that read the stream or write to it, in place."""
+    def fit(
+        self,
+        block: Block,
+        theirs: Block,
+        takes: Plan,
+        basis: Basis,
+        ridge: float,
+        gap: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Fit all maps of a student's block that read the stream or write to it, in place.
+
+        Args:
+            block: The student's block.
+            theirs: The teacher's.
+            takes: What the student's takes of the teacher's.
+            basis: The student's channels.
+            ridge: The ridge's relative strength.
+            gap: Moments of the gap of dropped layers that follows, as `QuickRepair._measure_gap` returns them.
+        """
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
             ("attn", self.before_attn, "norm_1"),
@@ -222,23 +298,34 @@ class _LayerMoments:
             anchor = basis.reconstruction(norms[0], moments)
             fit_readers(block, takes, theirs, part, lambda b, _: solve(moments, anchor, ridge, b))
         for names in self.moments:
-            self._write(names, block, theirs, takes, basis, ridge)
+            self._write(names, block, theirs, takes, basis, ridge, gap if names == self.last_writers else None)
 
     def _write(
-        self, names: tuple[str, ...], block: Block, theirs: Block, takes: Plan, basis: Basis, ridge: float
+        self,
+        names: tuple[str, ...],
+        block: Block,
+        theirs: Block,
+        takes: Plan,
+        basis: Basis,
+        ridge: float,
+        gap: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in takes.items()}
         if names[0] not in ours:  # an expert that is not kept
             return
         students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
         wide = [theirs.get_submodule(name) for name in names]
-        # in coordinates a norm behind the map is the teacher's own, whose input is linear; in directions it is not
-        norm_behind = None if basis.is_coordinates else _post_norm(theirs, names)
+        # in coordinates a norm behind the map is the teacher's own, whose input is linear; otherwise it is not
+        is_linear = basis.is_coordinates and gap is None
+        norm_behind = None if is_linear else _post_norm(theirs, names)
+        if gap is not None:
+            moments = moments.with_outputs(*gap)
         kept = []
         for name, columns in self.columns[names].items():
             index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
-        weight = None if norm_behind is not None else torch.cat([module.weight for module in wide], 1)
+        has_outputs = gap is not None or norm_behind is not None
+        weight = None if has_outputs else torch.cat([module.weight for module in wide], 1)
         bias = sum(module.bias for module in wide) if wide[0].bias is not None else None
         wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
         anchor = torch.cat([module.weight for module in students], 1)
@@ -252,7 +339,7 @@ class _LayerMoments:
 
     def _through_norm(self, found: Fit, moments: Moments, norm: nn.Module) -> Fit:
         """Lets a norm behind the map give each channel its size, so that the norm's own input has all of one size."""
-        size = ((found.weight @ (moments.zz / moments.n)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
+        size = ((found.weight @ (moments.zz / moments.mass)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
         set_norm_weight(norm, size.float())
         return Fit(found.weight / size[:, None], found.bias / size, found.ridge)
 
@@ -276,7 +363,7 @@ def _writing_moments(
     """
     new = Moments(len(kept), len(basis), moments.zz.device)
     basis = basis.to(new.zz.dtype)
-    new.n, new.z, new.zz = moments.n, moments.z[kept], moments.zz[kept][:, kept]
+    new.n, new.mass, new.z, new.zz = moments.n, moments.mass, moments.z[kept], moments.zz[kept][:, kept]
     if weight is None:
         new.yz, new.y = basis @ moments.yz[:, kept], basis @ moments.y
         return new
@@ -284,7 +371,7 @@ def _writing_moments(
     new.yz, new.y = wide @ moments.zz[:, kept], wide @ moments.z
     if bias is not None:
         bias = basis @ bias.to(basis.dtype)
-        new.yz, new.y = new.yz + torch.outer(bias, new.z), new.y + moments.n * bias
+        new.yz, new.y = new.yz + torch.outer(bias, new.z), new.y + moments.mass * bias
     return new
 
 
@@ -304,7 +391,7 @@ def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module
     if isinstance(ours, nn.LayerNorm):
         turn = turn - turn.mean(0)
     if not isinstance(ours, nn.Identity):
-        size = ((turn @ (stream.zz / stream.n)) * turn).sum()
+        size = ((turn @ (stream.zz / stream.mass)) * turn).sum()
         turn = turn * (n_student / size).sqrt()
     (scale, shift), (out_scale, out_shift) = (
         [part.to(turn) for part in affine_part(norm, n)] for norm, n in ((ours, n_student), (theirs, n_teacher))

@@ -21,6 +21,8 @@ from litgpt_whittle.repair.refine import Errors, refine
 from litgpt_whittle.scratch import Stream
 
 TOKENS_PER_STEP = 256
+NORM_TOKENS = 16_384
+"""Tokens per pass where only the final norm is trained"""
 RATE = 0.03
 """Learning rate, relative to the root mean square of the weights, so that the size of hidden states does not matter"""
 OPTIMIZER_COPIES = 5
@@ -47,6 +49,8 @@ class HeadRepair:
         self.ours, self.theirs, self.student, self.teacher = ours, theirs, student, teacher
         self.calibration = calibration
         self.rates = _norm_rates(ours.norm) if tied else _head_rates(ours.head)
+        # the weight of a norm is soon found; every token costs a pass through both heads
+        self.n_tokens = min(calibration.n_fitted, NORM_TOKENS) if tied else calibration.n_fitted
 
     def fit(self, n_passes: int, progress: bool = False) -> Errors | None:
         """Trains it, if it has anything to be trained.
@@ -58,7 +62,7 @@ class HeadRepair:
         """
         if not self.rates:
             return None
-        n, order = self.calibration.n_fitted, torch.Generator().manual_seed(0)
+        n, order = self.n_tokens, torch.Generator().manual_seed(0)
         rows = [rows for _ in range(n_passes) for rows in torch.randperm(n, generator=order).split(TOKENS_PER_STEP)]
         with tqdm(total=len(rows), desc="LM head", unit="step", disable=not progress) as bar:
             return refine(self.rates, len(rows), lambda step: self.divergence(rows[step]), self.error, bar)

@@ -60,7 +60,9 @@ def fit_tied_norm(
     """
     if norm_weight(norm) is None:
         return
+    # a softmax does not see what all logits have in common
     ours, theirs = (weight.to(moments.zz.dtype) for weight in (embedding, wide))
+    ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
 
     def normal_equations(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
         zz, yz = moments.covariances(intercept=False)

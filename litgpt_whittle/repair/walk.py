@@ -36,7 +36,7 @@ from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
-from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised
+from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised, token_weights
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
 from litgpt_whittle.repair.costs import head_bytes, sums_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
@@ -49,6 +49,10 @@ from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
 
 
+LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
+"""Default number of calibration tokens: at least, and for each input of the widest map, since maps overfit fewer"""
+
+
 @dataclass
 class RepairArgs:
     """How a cut is repaired before it is saved"""
@@ -57,8 +61,8 @@ class RepairArgs:
     """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
     choose_units: bool = True
     """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
-    tokens: int = 65_536
-    """Calibration tokens"""
+    tokens: int | None = None
+    """Number of calibration tokens; by default 32 for each input of the student's widest map, and at least 65,536"""
     refine_steps: int = 0
     """Steps that train each block, after its closed form, to map the student's stream to the teacher's"""
     refine_lr: float = 1e-3
@@ -69,7 +73,7 @@ class RepairArgs:
     def __post_init__(self) -> None:
         if self.basis not in ("pca", "coordinates"):
             raise UserError(f"repair.basis must be pca or coordinates, got {self.basis!r}")
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
         if self.refine_steps < 0:
             raise UserError(f"repair.refine_steps must be 0 or more, got {self.refine_steps}")
@@ -77,6 +81,10 @@ class RepairArgs:
             raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
         if self.head_passes < 0:
             raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
+
+    def n_tokens(self, config: Config) -> int:
+        """Return the number of calibration tokens for a student with this config."""
+        return self.tokens or max(LEAST_TOKENS, TOKENS_PER_INPUT * widest_map(config))
 
 
 @dataclass
@@ -315,6 +323,8 @@ class Repair:
     def _repair_layer(self, i: int) -> tuple[LayerKeep, Weights, LayerReport]:
         layer = self.subnet.layers[i]
         teacher = self._teacher_block(layer)
+        if self._is_copy(i):
+            return self._copy_layer(i, teacher)
         middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
         streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
@@ -326,7 +336,7 @@ class Repair:
         repair.fit()
         after = repair.error()
         if after > before:  # what is cut loses little, and norms are not linear
-            block.load_state_dict(start)
+            repair.restore(start)
             repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
             after = before
         refined = None
@@ -338,12 +348,32 @@ class Repair:
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
         self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
         for batch in self.calibration.batches:
-            self.student_stream[batch] = block(streams.student[batch].to(self.device), *args)
+            self.student_stream[batch] = repair.output(batch)
         # a device has room for one block
         weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
         # where the cut loses nothing, nothing is left to be fitted
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut, refined)
+
+    def _is_copy(self, i: int) -> bool:
+        """Return whether a layer and all before it are the teacher's own, so that their streams are, too."""
+        if self.n_embd < self.teacher.n_embd or i + 1 == len(self.subnet) < self.teacher.n_layer:
+            return False
+        full = SubNet.full(self.teacher)
+        is_same_head = self.subnet.head_size == full.head_size
+        is_whole = all(self.subnet.layer(j) == full.layer(j) for j in range(i + 1))
+        n_same = i + 1 if i + 1 == len(self.subnet) else i + 2  # no dropped layers follow
+        return is_whole and list(self.subnet.layers[:n_same]) == list(range(n_same)) and is_same_head
+
+    def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
+        """Take a layer over as it is; nothing needs to be fitted."""
+        ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
+        for batch in self.calibration.batches:
+            stream = teacher(self.teacher_stream[batch].to(self.device), *self.theirs.block_args[i])
+            ahead[batch] = ours[batch] = _finite(stream, i)
+        self.teacher_stream, self.student_stream = ahead, ours
+        weights = {name: tensor.detach().cpu() for name, tensor in teacher.state_dict().items()}
+        return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
 
     def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
         """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""
@@ -366,7 +396,10 @@ class Repair:
             for name in post_norms:
                 streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
             for name in wanted:
-                moments[name].add(seen[name], no_outputs(seen[name]))
+                # errors count relative to the stream that the map writes to
+                is_inside = name.startswith("attn") and streams.middle is not None
+                weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
+                moments[name].add(seen[name], no_outputs(seen[name]), weights)
             streams.ahead[batch] = _finite(seen["out"], layer)
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
