@@ -75,6 +75,16 @@ class Calibration:
         return [batch for batch in self.batches if not self.is_held_out(batch)]
 
     @property
+    def tuning_batches(self) -> list[Batch]:
+        """This process's batches that choose the ridges."""
+        return [batch for batch in self.batches if self.is_tuning(batch)]
+
+    @property
+    def trained_batches(self) -> list[Batch]:
+        """All processes' batches that are fitted to before anything is chosen."""
+        return [batch for batch in self.all_batches if batch.start < self._first_tuning]
+
+    @property
     def held_out_batches(self) -> list[Batch]:
         """This process's batches that are never fitted to."""
         return [batch for batch in self.batches if self.is_held_out(batch)]
@@ -86,8 +96,13 @@ class Calibration:
 
     @property
     def n_fitted(self) -> int:
-        """Number of tokens that are fitted to."""
+        """Number of tokens that are fitted to, those that tune among them."""
         return self._first_held_out * self.windows.shape[1]
+
+    @property
+    def n_trained(self) -> int:
+        """Number of tokens that are fitted to before anything is chosen."""
+        return self._first_tuning * self.windows.shape[1]
 
     def ids(self, batch: Batch) -> torch.Tensor:
         """Token ids on the device, shape (B, T)."""

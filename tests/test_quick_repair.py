@@ -9,7 +9,7 @@ from architectures import ARCHITECTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from litgpt.config import Config
-from test_repair import distance, doubled, half, model, windows
+from test_repair import distance, doubled, half, model, repair, student_of, watched, windows
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.errors import UserError
@@ -99,6 +99,31 @@ def test_the_embedding_stands_in_for_dropped_first_layers(name):
         expected = (stream[ids.flatten() == token].sum(0) + 4 * factor * own) / (n + 4) / factor
         torch.testing.assert_close(student.transformer.wte.weight[token].double(), expected, rtol=1e-4, atol=1e-5)
     assert distance(student, teacher) < distance(cut_of(teacher, subnet), teacher)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "phi-2", "Gemma-2-2b"])
+def test_dropped_layers_are_made_up_for_as_in_a_repair(name, tmp_path):
+    """The maps before a gap bring the stream to the teacher's after it: nearer than the cut, if not as a repair."""
+    config = ARCHITECTURES[name]
+    teacher = model(config, std=0.1)
+    quick = QuickRepair(super_gpt(teacher), windows(config, 128))
+    for layers in ("0-0", "0,2"):
+        subnet = SubNet(config, n_layer=layers)
+        full = distance(student_of(repair(teacher, subnet, tmp_path, n=128)), teacher)
+        cut = distance(cut_of(teacher, subnet), teacher)
+        assert distance(quick.student(subnet), teacher) < full + 0.85 * (cut - full)
+
+
+def test_the_moments_of_a_gap_are_those_of_its_tokens():
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher, ids = model(config, std=0.1), windows(config)
+    yz, y = QuickRepair(super_gpt(teacher), ids, micro_batch_size=3)._gap(0, 2)
+    seen = watched(teacher, ids)
+    z, middle = seen["transformer.h.0.mlp.proj"][0], seen["transformer.h.0.norm_2"][0]
+    after, wanted = seen["transformer.h.1"][0], seen["transformer.h.2"][0]
+    off = (wanted - middle) / (after.square().mean(1, keepdim=True) + config.norm_eps)
+    torch.testing.assert_close(yz, off.T @ z, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(y, off.sum(0), rtol=1e-4, atol=1e-3)
 
 
 def test_tied_embeddings_stay_tied():

@@ -37,9 +37,9 @@ def windows(config: Config, n: int = 64, length: int = 16, seed: int = 0) -> tor
     return torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-def repair(teacher: GPT, subnet: SubNet, folder, n: int = 64, **args) -> Repaired:
+def repair(teacher: GPT, subnet: SubNet, folder, n: int = 64, length: int = 16, **args) -> Repaired:
     scratch = Scratch(folder / "scratch", "key")
-    calibration = Calibration(windows(teacher.config, n))
+    calibration = Calibration(windows(teacher.config, n, length))
     found = Repair(dict(teacher.state_dict()), subnet, calibration, RepairArgs(**args), scratch).run(progress=False)
     scratch.remove()
     return found
@@ -215,14 +215,18 @@ def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_pat
     subnet = SubNet(config, n_embd=channels, intermediate_size=neurons)
     student = student_of(repair(teacher, subnet, tmp_path, basis="coordinates", choose_units=False))
     idx = windows(config)
+    idx = idx[: Calibration(idx).n_fitted // idx.shape[1]]
     theirs, ours = watched(teacher, idx), watched(student, idx)
 
-    def check(names: list[str], wanted: torch.Tensor) -> None:
+    def check(names: list[str], wanted: torch.Tensor, stream: torch.Tensor | None = None) -> None:
         modules = [student.get_submodule(name) for name in names]
         z = torch.cat([ours[name][0] for name in names], 1)
         has_bias = modules[0].bias is not None
         if has_bias:
             z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        if stream is not None:  # errors count relative to the size of each token's stream
+            size = stream.var(1, correction=0) if config.norm_class_name == "LayerNorm" else stream.square().mean(1)
+            z, wanted = (x / (size + config.norm_eps).sqrt()[:, None] for x in (z, wanted))
         expected = torch.linalg.lstsq(z, wanted, rcond=1e-5, driver="gelsd").solution.T
         got = torch.cat([module.weight for module in modules], 1).double()
         if has_bias:
@@ -238,11 +242,75 @@ def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_pat
                 check([f"{at}.mlp.{name}"], theirs[f"{at}.mlp.{name}"][1][:, :neurons])
         behind = theirs[at][1][:, :channels]
         if config.parallel_residual:
-            check([f"{at}.attn.proj", f"{at}.mlp.proj"], behind - ours[at][0])
+            check([f"{at}.attn.proj", f"{at}.mlp.proj"], behind - ours[at][0], theirs[at][1])
         else:
-            middle = theirs[f"{at}.norm_2"][0][:, :channels]
-            check([f"{at}.attn.proj"], middle - ours[at][0])
-            check([f"{at}.mlp.proj"], behind - ours[f"{at}.norm_2"][0])
+            middle = theirs[f"{at}.norm_2"][0]
+            check([f"{at}.attn.proj"], middle[:, :channels] - ours[at][0], middle)
+            check([f"{at}.mlp.proj"], behind - ours[f"{at}.norm_2"][0], theirs[at][1])
+
+
+def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch):
+    """A token to which an MLP adds a hundred times what others get, weighed by its size, leaves the others better."""
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher = model(config, std=0.1)
+    embedding, mlp = teacher.transformer.wte.weight, teacher.transformer.h[0].mlp
+    embedding[:, -1], embedding[0, -1] = 0.0, 1.0  # a channel that no other token has
+    for module in (mlp.fc_1, mlp.fc_2):
+        module.weight[:, -1] *= 30
+    calibration, unseen = windows(config, 256), windows(config, 64, seed=1)
+    for idx in (calibration, unseen):
+        idx[idx == 0] = 1
+        idx[:, 8] = 0
+    others = (unseen != 0).flatten()
+    subnet = SubNet(config, intermediate_size=config.intermediate_size // 2)
+
+    def errors_of_others() -> tuple[float, float]:
+        """Return the relative error of the stream after the first block, and the error of the logits."""
+        scratch = Scratch(tmp_path / "scratch", "key")
+        found = Repair(dict(teacher.state_dict()), subnet, Calibration(calibration), RepairArgs(), scratch).run(False)
+        scratch.remove()
+        ours, theirs = watched(student_of(found), unseen), watched(teacher, unseen)
+        wanted = theirs["transformer.h.0"][1]
+        assert wanted[~others].square().mean() > 100 * wanted[others].square().mean()
+        stream = (ours["transformer.h.0"][1] - wanted).square().sum(1) / wanted.square().sum(1)
+        logits = ours["lm_head"][1] - theirs["lm_head"][1]
+        logits = (logits - logits.mean(1, keepdim=True)).square().mean(1)
+        return float(stream[others].mean()), float(logits[others].mean())
+
+    weighted = errors_of_others()
+    for module in ("block", "walk"):
+        monkeypatch.setattr(f"litgpt_whittle.repair.{module}.token_weights", lambda x, _: torch.ones(x.shape[:-1]))
+    for with_weights, without in zip(weighted, errors_of_others()):
+        assert with_weights < 0.9 * without
+
+
+def test_a_massive_channel_does_not_matter(tmp_path):
+    """A channel that is far from zero at every token is carried over, and the others are fitted as without it."""
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher = model(config, std=0.1)
+    teacher.transformer.wte.weight[:, 3] = 100.0
+    for basis in ("pca", "coordinates"):
+        student = student_of(repair(teacher, half(config), tmp_path, basis=basis))
+        assert distance(student, teacher) < 0.8 * distance_of_cut(half(config), teacher)
+
+
+def test_held_out_tokens_are_never_fitted_to(tmp_path):
+    """Neither the student nor its reports depend on them, but for the figures that they judge by."""
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    teacher, subnet = model(config), half(config)
+    ids = windows(config, 64)
+    students = []
+    for seed in (3, 4):
+        other = ids.clone()
+        n_fitted = Calibration(ids).n_fitted // ids.shape[1]
+        other[n_fitted:] = windows(config, 64 - n_fitted, seed=seed)
+        scratch = Scratch(tmp_path / "scratch", "key")
+        args = RepairArgs(basis="coordinates", head_passes=0, choose_units=False)
+        found = Repair(dict(teacher.state_dict()), subnet, Calibration(other), args, scratch).run(progress=False)
+        scratch.remove()
+        students.append(found.weights)
+    for name, weight in students[0].items():
+        torch.testing.assert_close(weight, students[1][name], rtol=0, atol=0)
 
 
 def test_dropped_layers_are_stood_in_for(tmp_path):
@@ -294,10 +362,10 @@ def test_few_tokens_are_warned_about_and_stay_near_the_cut(tmp_path):
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, subnet = model(config), half(config)
     with pytest.warns(UserWarning, match="fewer than the 32 inputs of the widest map"):
-        repaired = repair(teacher, subnet, tmp_path, n=2)
+        repaired = repair(teacher, subnet, tmp_path, n=3, length=8)
     assert all(math.isfinite(layer.after) for layer in repaired.layers)
-    with pytest.raises(UserError, match="at least 2 windows"):
-        repair(teacher, subnet, tmp_path, n=1)
+    with pytest.raises(UserError, match="at least 3 windows"):
+        repair(teacher, subnet, tmp_path, n=2)
 
 
 @pytest.mark.parametrize("basis", ["pca", "coordinates"])
@@ -314,7 +382,7 @@ def test_activations_that_are_not_finite_name_their_layer(tmp_path, basis, broke
 def test_what_cannot_be_fitted_is_listed(tmp_path):
     config = ARCHITECTURES["Mixtral-8x7B-v0.1"]
     with pytest.warns(UserWarning, match="fewer than"):
-        repaired = repair(model(config), SubNet(config, n_embd=config.n_embd // 2), tmp_path, n=2)
+        repaired = repair(model(config), SubNet(config, n_embd=config.n_embd // 2), tmp_path, n=3, length=4)
     assert all(
         f"mlp.experts.{j}.proj" in layer.left_as_cut for layer in repaired.layers for j in range(config.n_expert)
     )

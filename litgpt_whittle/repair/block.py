@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,10 +124,14 @@ class BlockRepair:
         self.block.load_state_dict(weights)
         self._is_fitted = False  # nothing that was kept holds for them
 
-    def error(self) -> float:
-        """Return the student's squared error after this block, relative to each held-out token's stream."""
+    def error(self, batches: Iterable[Batch]) -> float:
+        """Return the student's squared error after this block, relative to each token's stream.
+
+        Args:
+            batches: The tokens: held-out ones for a report, tuning ones for a choice.
+        """
         sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
-        for batch in self.calibration.held_out_batches:
+        for batch in batches:
             target, weights = self._goal(batch), self._weights(batch)
             off = ((self.output(batch) - target).square().sum(-1) * weights).double().sum()
             sums += torch.stack([off, (target.square().sum(-1) * weights).double().sum()])
@@ -135,11 +139,11 @@ class BlockRepair:
         return off / max(total, 1e-30)
 
     def refine(self, n_steps: int, lr: float) -> Errors:
-        """Trains the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
+        """Train the block to map the student's stream to the teacher's; kept if that is better on the tuning tokens.
 
         Every process takes the same steps.
         """
-        batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
+        batches = self.calibration.trained_batches
         order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
         self._is_fitted = False  # the block's weights change from here on
 
@@ -148,7 +152,8 @@ class BlockRepair:
             off = self.block(self._student(batch), *self.args) - self._goal(batch)
             return (off.square().mean(-1) * self._weights(batch)).mean()
 
-        return refine([(parameter, lr) for parameter in self.block.parameters()], n_steps, loss, self.error)
+        parameters = [(parameter, lr) for parameter in self.block.parameters()]
+        return refine(parameters, n_steps, loss, lambda: self.error(self.calibration.tuning_batches))
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 
@@ -248,9 +253,9 @@ class BlockRepair:
         self._refit_post_norm(norm, module, examples)
 
     def _error_after(self, norm: nn.Module, module: nn.Module, examples: Examples) -> float:
-        """Return the weighted squared error after a writing map and its norm, on held-out tokens."""
+        """Return the weighted squared error after a writing map and its norm, on the tuning tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
-        for batch in self.calibration.held_out_batches:
+        for batch in self.calibration.tuning_batches:
             z, y, weights = examples(batch)
             total += ((norm(module(z)) - y).square().sum(-1) * weights).double().sum()
         return float(add_up(total))

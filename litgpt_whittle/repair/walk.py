@@ -332,18 +332,20 @@ class Repair:
         block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
-        before, start = repair.error(), {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        # choices are made on tokens that tune, so that no choice depends on those held out
+        tuning, held_out = self.calibration.tuning_batches, self.calibration.held_out_batches
+        start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        before, before_tuning = repair.error(held_out), repair.error(tuning)
         repair.fit()
-        after = repair.error()
-        if after > before:  # what is cut loses little, and norms are not linear
+        if repair.error(tuning) > before_tuning:  # what is cut loses little, and norms are not linear
             repair.restore(start)
             repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
-            after = before
         refined = None
         if self.args.refine_steps:
             barrier()  # every process trains on all tokens
             errors = repair.refine(self.args.refine_steps, self.args.refine_lr)
-            after, refined = errors.after, errors.after < errors.before
+            refined = errors.after < errors.before
+        after = repair.error(held_out)
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
         self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
