@@ -80,11 +80,6 @@ class Calibration:
         return [batch for batch in self.batches if self.is_tuning(batch)]
 
     @property
-    def trained_batches(self) -> list[Batch]:
-        """All processes' batches that are fitted to before anything is chosen."""
-        return [batch for batch in self.all_batches if batch.start < self._first_tuning]
-
-    @property
     def held_out_batches(self) -> list[Batch]:
         """This process's batches that are never fitted to."""
         return [batch for batch in self.batches if self.is_held_out(batch)]
@@ -98,11 +93,6 @@ class Calibration:
     def n_fitted(self) -> int:
         """Number of tokens that are fitted to, those that tune among them."""
         return self._first_held_out * self.windows.shape[1]
-
-    @property
-    def n_trained(self) -> int:
-        """Number of tokens that are fitted to before anything is chosen."""
-        return self._first_tuning * self.windows.shape[1]
 
     def ids(self, batch: Batch) -> torch.Tensor:
         """Token ids on the device, shape (B, T)."""

@@ -116,7 +116,7 @@ def test_it_says_how_it_was_repaired(folder, student, capsys, tmp_path):
     assert not (student.parent / ".student.repair").exists()
     extract(folder, tmp_path / "s", repair=RepairArgs(tokens=4000, choose_units=False, basis="coordinates"))
     assert SubNet.load(tmp_path / "s/sub_network.yaml", TEACHER) == HALF
-    assert "behind the last block" in capsys.readouterr().out
+    assert "after the last block" in capsys.readouterr().out
 
 
 def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, capsys):

@@ -139,11 +139,11 @@ class BlockRepair:
         return off / max(total, 1e-30)
 
     def refine(self, n_steps: int, lr: float) -> Errors:
-        """Train the block to map the student's stream to the teacher's; kept if that is better on the tuning tokens.
+        """Train the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
 
         Every process takes the same steps.
         """
-        batches = self.calibration.trained_batches
+        batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
         order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
         self._is_fitted = False  # the block's weights change from here on
 
@@ -153,7 +153,7 @@ class BlockRepair:
             return (off.square().mean(-1) * self._weights(batch)).mean()
 
         parameters = [(parameter, lr) for parameter in self.block.parameters()]
-        return refine(parameters, n_steps, loss, lambda: self.error(self.calibration.tuning_batches))
+        return refine(parameters, n_steps, loss, lambda: self.error(self.calibration.held_out_batches))
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 

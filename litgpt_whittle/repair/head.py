@@ -50,7 +50,7 @@ class HeadRepair:
         self.calibration = calibration
         self.rates = _norm_rates(ours.norm) if tied else _head_rates(ours.head)
         # the weight of a norm is soon found; every token costs a pass through both heads
-        self.n_tokens = min(calibration.n_trained, NORM_TOKENS) if tied else calibration.n_trained
+        self.n_tokens = min(calibration.n_fitted, NORM_TOKENS) if tied else calibration.n_fitted
 
     def fit(self, n_passes: int, progress: bool = False) -> Errors | None:
         """Trains it, if it has anything to be trained.
@@ -65,20 +65,13 @@ class HeadRepair:
         n, order = self.n_tokens, torch.Generator().manual_seed(0)
         rows = [rows for _ in range(n_passes) for rows in torch.randperm(n, generator=order).split(TOKENS_PER_STEP)]
         with tqdm(total=len(rows), desc="LM head", unit="step", disable=not progress) as bar:
-            before = self.error()
-            refine(self.rates, len(rows), lambda step: self.divergence(rows[step]), self._tuning_error, bar)
-            return Errors(before, self.error())
+            return refine(self.rates, len(rows), lambda step: self.divergence(rows[step]), self.error, bar)
 
     def error(self) -> float:
         """Return the divergence on held-out tokens."""
-        return self._mean(self.calibration.n_fitted, self.calibration.windows.numel())
-
-    def _tuning_error(self) -> float:
-        return self._mean(self.calibration.n_trained, self.calibration.n_fitted)
-
-    def _mean(self, start: int, end: int) -> float:
-        parts = torch.arange(start, end).split(TOKENS_PER_STEP)
-        return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - start)
+        n, end = self.calibration.n_fitted, self.calibration.windows.numel()
+        parts = torch.arange(n, end).split(TOKENS_PER_STEP)
+        return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
 
     def divergence(self, rows: torch.Tensor) -> torch.Tensor:
         """KL(teacher ‖ student) of some tokens, the mean in nats.

@@ -332,7 +332,7 @@ class Repair:
         block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
-        # choices are made on tokens that tune, so that no choice depends on those held out
+        # the choice is made on tokens that tune, those held out only report
         tuning, held_out = self.calibration.tuning_batches, self.calibration.held_out_batches
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         before, before_tuning = repair.error(held_out), repair.error(tuning)
