@@ -16,20 +16,15 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_weights
+from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_hf_config, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
 from litgpt_whittle.hf.config import student_hf_config, text_part
 from litgpt_whittle.hf.families import Family, check_expressible, filled_heads
+from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
-
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-)  # fmt: skip
-"""What a Hugging Face directory has beside the model"""
 
 _STALE = (
     "rope_parameters",
@@ -77,7 +72,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
     config = check_checkpoint(checkpoint_dir)
     family = check_expressible(config)
     shape = fit_heads(config, family)
-    original = _read_original(checkpoint_dir / "config.json")
+    original = read_hf_config(checkpoint_dir)
     weights: Mapping[str, torch.Tensor] = read_weights(checkpoint_dir)
     dtype, tied = weights["lm_head.weight"].dtype, is_tied(weights)
     count = n_params(shape.teacher, SubNet.full(shape.teacher), tied)
@@ -87,9 +82,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
     content = hf_content(original, shape.teacher, family, tied, dtype) | _special_tokens(checkpoint_dir, original)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out_dir) as folder:
-        for name in COPIED:
-            if (checkpoint_dir / name).is_file():
-                shutil.copyfile(checkpoint_dir / name, folder / name)
+        copy_tokenizer(checkpoint_dir, folder, for_litgpt=False)
         write_text(folder / "config.json", json.dumps(content, indent=2))
         write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
         save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=n_bytes)
@@ -191,16 +184,6 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
         name: part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
         for name, part in converted.items()
     }
-
-
-def _read_original(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is not a Hugging Face config; fetch it again or remove it")
-    return content
 
 
 def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[str, Any]:

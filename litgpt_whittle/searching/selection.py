@@ -22,7 +22,7 @@ from tqdm import tqdm
 from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.evaluations import scored
@@ -100,12 +100,14 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = from_yaml(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read selection.config {str(path)!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or "data" not in content:
         raise UserError(f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section")
-    return content
+    train = content.get("train") or {}
+    # the command's own parser takes quoted numbers
+    return content | {"train": {name: from_yaml(v) if isinstance(v, str) else v for name, v in train.items()}}
 
 
 class Selection:
