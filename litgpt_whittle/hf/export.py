@@ -19,7 +19,7 @@ from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_hf_config, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
-from litgpt_whittle.hf.config import student_hf_config, text_part
+from litgpt_whittle.hf.config import expert_width, student_hf_config, text_part
 from litgpt_whittle.hf.families import Family, check_expressible, filled_heads
 from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
 from litgpt_whittle.index_plan import n_params
@@ -51,6 +51,8 @@ class Exported:
     """Parameters, padding included"""
     zero_heads: int
     """Heads of zeros that fill up the channels of a layer"""
+    needs_eager_experts: bool
+    """Whether transformers' default implementation of experts cannot run it"""
     difference: float | None
     """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
 
@@ -90,7 +92,14 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
             shutil.copymode(folder / "config.json", file)
         del weights
         difference = _difference(checkpoint_dir, folder, config) if check else None
-    return Exported(family, count, shape.teacher.n_head - config.n_head, difference)
+    zero_heads = shape.teacher.n_head - config.n_head
+    return Exported(family, count, zero_heads, _needs_eager_experts(config, dtype), difference)
+
+
+def _needs_eager_experts(config: Config, dtype: torch.dtype) -> bool:
+    """Return whether rows of the experts' weights are no multiple of 16 bytes, as grouped matrix products need."""
+    widths = (config.n_embd, expert_width(config))
+    return config.mlp_class_name == "LLaMAMoE" and any(width * dtype.itemsize % 16 for width in widths)
 
 
 def fit_heads(config: Config, family: Family) -> SubNet:
@@ -228,6 +237,8 @@ def _open(folder: Path) -> torch.nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", local_files_only=True
         )
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # see `_needs_eager_experts`
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise UserError(f"transformers does not open the exported model ({reason}), so nothing was exported") from error
