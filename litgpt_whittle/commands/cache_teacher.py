@@ -25,6 +25,7 @@ from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.hf.tokenizer_files import copy_contents, copy_tokenizer
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import barrier, claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.training.args import DistillArgs
@@ -212,12 +213,13 @@ def summary(out_dir: Path, index: Index) -> str:
     n_tokens = n_windows * index.length
     ((codec, settings),) = index.contents.codec.items()
     shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    flags = "" if index.contents.temperature is None else f" --distill.temperature {index.contents.temperature}"
+    temperature = index.contents.temperature
+    flags = [] if temperature is None else ["--distill.temperature", temperature]
     return "\n".join(
         [
             f"Cached {index.contents.teacher} with {codec}{f' ({shown})' if shown else ''}:",
             f"  {n_tokens:,} tokens in {n_windows:,} different windows of {index.length}",
             f"  {n_bytes / n_tokens:.2f} bytes per token, {readable_size(n_bytes)} in {len(index.shards)} shards",
-            f"The cache is in {out_dir}. Try: litgpt distill --teacher_cache {out_dir}{flags}",
+            f"The cache is in {out_dir}. {try_next('distill', '--teacher_cache', out_dir, *flags)}",
         ]
     )

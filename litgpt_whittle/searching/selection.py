@@ -27,6 +27,7 @@ from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.evaluations import scored
 from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.training.compiler import check_compiler
 
 FOLDER = "selection"
 """Where students and their training go, in a search's folder"""
@@ -93,8 +94,8 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
         )
     if args.config is not None and not rungs:
         raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
-    if rungs and args.config not in to_come:
-        _read_config(args.config)
+    if rungs and args.config not in to_come and _read_config(args.config).get("compile", True):
+        check_compiler()
     return rungs
 
 
