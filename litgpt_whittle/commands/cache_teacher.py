@@ -12,18 +12,20 @@ import torch
 from jsonargparse import Namespace
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir, save_config
+from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.batches import check_data, check_seed, connect
-from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
 from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
 from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.hf.tokenizer_files import copy_contents, copy_tokenizer
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import barrier, claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.training.args import DistillArgs
@@ -198,7 +200,9 @@ def _write_index(out_dir: Path, index: Index, checkpoint_dir: Path, teacher: Con
     """The index, and what a student is checked against: the teacher's config and tokenizer."""
     out_dir.mkdir(parents=True, exist_ok=True)
     index.write(out_dir)
-    copy_config_files(checkpoint_dir, out_dir)
+    copy_tokenizer(checkpoint_dir, out_dir)
+    if (checkpoint_dir / HF_CONFIG).is_file():
+        copy_contents(checkpoint_dir / HF_CONFIG, out_dir / HF_CONFIG)
     save_config(teacher, out_dir)
 
 
@@ -209,12 +213,13 @@ def summary(out_dir: Path, index: Index) -> str:
     n_tokens = n_windows * index.length
     ((codec, settings),) = index.contents.codec.items()
     shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    flags = "" if index.contents.temperature is None else f" --distill.temperature {index.contents.temperature}"
+    temperature = index.contents.temperature
+    flags = [] if temperature is None else ["--distill.temperature", temperature]
     return "\n".join(
         [
             f"Cached {index.contents.teacher} with {codec}{f' ({shown})' if shown else ''}:",
             f"  {n_tokens:,} tokens in {n_windows:,} different windows of {index.length}",
             f"  {n_bytes / n_tokens:.2f} bytes per token, {readable_size(n_bytes)} in {len(index.shards)} shards",
-            f"The cache is in {out_dir}. Try: litgpt distill --teacher_cache {out_dir}{flags}",
+            f"The cache is in {out_dir}. {try_next('distill', '--teacher_cache', out_dir, *flags)}",
         ]
     )

@@ -53,6 +53,7 @@ from litgpt_whittle.training.checks import (
     run_settings,
     warn_of_small_teacher,
 )
+from litgpt_whittle.training.compiler import check_compiler
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
 from litgpt_whittle.training.pretraining import (
@@ -171,6 +172,9 @@ def setup(
     check_logger(logger_name)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if compile:
+        check_compiler(device)
     check_quantize(teacher_quantize, teacher_placement)
     _check_repair(repair, sub_network, random_weights, devices * num_nodes)
     teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
@@ -215,7 +219,6 @@ def setup(
                 extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
             student = Student.choose(start, None, None, None, None)
             origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         is_live = used_dir is not None and cache is None
 
         def make_hidden(model: GPT) -> HiddenLoss:

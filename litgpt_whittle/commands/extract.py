@@ -29,6 +29,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hf.families import check_expressible
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
@@ -312,9 +313,8 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
             f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
     weights = out_dir / WEIGHTS
-    return "\n".join(
-        [*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). Try: litgpt generate {out_dir}"]
-    )
+    hint = try_next("generate", out_dir)
+    return "\n".join([*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). {hint}"])
 
 
 def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:

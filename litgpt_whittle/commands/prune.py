@@ -24,6 +24,7 @@ from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
@@ -163,7 +164,7 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
         lines.append("Perplexity was not measured, for which there is no data; add --data HFText --data.path PATH.")
     if unseen := notes["saw_no_tokens"]:
         lines.append(f"No token was routed to these, which were pruned by magnitude: {', '.join(unseen)}.")
-    return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. Try: litgpt generate {out_dir}"])
+    return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. {try_next('generate', out_dir)}"])
 
 
 def table(reports: Sequence[MapReport]) -> str:

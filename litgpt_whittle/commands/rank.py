@@ -18,6 +18,7 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
@@ -83,8 +84,8 @@ def setup(
     ranking.save(out_dir / FILE)
     plot_importance(ranking, out_dir / "importance.png")
     print(table(scores, layer_metric))
-    hint = f"litgpt search {checkpoint_dir} --order importance --importance {out_dir / FILE}"
-    print(f"Ranking and heat map are in {out_dir}. Try: {hint}")
+    hint = try_next("search", checkpoint_dir, "--order", "importance", "--importance", out_dir / FILE)
+    print(f"Ranking and heat map are in {out_dir}. {hint}")
 
 
 def check(args: Namespace) -> tuple[Config, int]:

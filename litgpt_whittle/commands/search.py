@@ -35,6 +35,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.hf.families import FAMILIES, family_name
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
@@ -380,7 +381,7 @@ def main(
         print(write_report(out_dir))
         report_surrogates(searches, evaluations, out_dir)
         best = out_dir / best_name(searches[0], searches)
-        print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
+        print(f"Sub-networks, journal and report are in {out_dir}. {try_next('extract', checkpoint_dir, best)}")
     if stopped:
         print(f"Stopped after {len(evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)

@@ -24,6 +24,11 @@ def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequenc
     return content
 
 
+def expert_width(config: Config) -> int:
+    """Return the neurons of each expert, which litgpt's `intermediate_size` gives where no other setting does."""
+    return config.moe_intermediate_size or config.intermediate_size
+
+
 def text_part(hf_config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config; of a multimodal model's, its text part, which is all that litgpt converts."""
     if "text_config" not in hf_config:
@@ -41,13 +46,16 @@ def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_query_groups,
-        "intermediate_size": config.intermediate_size,
+        # Mixtral has no setting of its own for the width of its experts
+        "intermediate_size": expert_width(config)
+        if content.get("model_type") == "mixtral"
+        else config.intermediate_size,
     }
     where_known = {
         "head_dim": config.head_size,
         "num_kv_heads": config.n_query_groups,
         "ffn_hidden_size": config.intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_intermediate_size": expert_width(config),
         "num_experts": config.n_expert,
         "num_local_experts": config.n_expert,
         "n_routed_experts": config.n_expert,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.fabric.loggers import Logger
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config
@@ -24,7 +23,7 @@ from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import file_fingerprint
+from litgpt_whittle.files import file_fingerprint, from_yaml
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
@@ -99,14 +98,8 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
 
 
 def _as_value(text: Any) -> Any:
-    """What a flag's text stands for; YAML takes 3e-4 for no number."""
-    if not isinstance(text, str):
-        return text
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    """Return what a flag's text stands for."""
+    return from_yaml(text) if isinstance(text, str) else text
 
 
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:

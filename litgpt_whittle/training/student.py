@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, student_model
 
 BASIS = "basis.pth"
@@ -76,7 +75,7 @@ class Student:
     def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
         config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
         path = checkpoint_dir / "sub_network.yaml"
-        known = yaml.safe_load(path.read_text()) if path.is_file() else None
+        known = read_choice(path) if path.is_file() else None
         basis = _read_basis(checkpoint_dir / BASIS)
         if not named:
             return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known, basis)
