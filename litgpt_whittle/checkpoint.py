@@ -106,6 +106,7 @@ def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
     """The weights of a sharded checkpoint, as a full one would have them."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied one is left out
     shape = read_model_class(checkpoint_dir).get("shape")
     return weights if shape is None else pad(SubNet.from_dict(config, shape), weights)
 
@@ -224,6 +225,7 @@ def save_checkpoint(
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
+    tied: bool | None = None,
 ) -> None:
     """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
 
@@ -236,7 +238,13 @@ def save_checkpoint(
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
         notes: Further YAML files, by name.
+        tied: Whether the LM head is the embedding, which is then stored once and may be left out of `weights`; found
+            out from the weights by default.
     """
+    if tied is None and weights is not None:
+        tied = is_tied(weights)
+    if tied and weights is not None:
+        weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
     config = model.config if isinstance(model, SubNet) else model
     layerwise = isinstance(model, SubNet) and not model.is_uniform
     Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +255,7 @@ def save_checkpoint(
             torch.save(content, folder / name)
         if tokenizer_dir is not None:
             copy_config_files(Path(tokenizer_dir), folder)
-            _resize_hf_config(folder / "config.json", model)
+            _resize_hf_config(folder / "config.json", model, tied)
         save_config(config, folder)
         if layerwise:
             shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
@@ -258,8 +266,8 @@ def save_checkpoint(
             write_text(folder / name, to_yaml(content))
 
 
-def _resize_hf_config(path: Path, model: Config | SubNet) -> None:
-    """Puts the student's sizes into a copied Hugging Face config."""
+def _resize_hf_config(path: Path, model: Config | SubNet, tied: bool | None) -> None:
+    """Put the student's sizes into a copied Hugging Face config."""
     if not path.is_file():
         return
     try:
@@ -267,4 +275,4 @@ def _resize_hf_config(path: Path, model: Config | SubNet) -> None:
     except ValueError:
         raise UserError("the teacher's config.json is not JSON; fetch it again or remove it") from None
     config, layers = (model.config, model.layers) if isinstance(model, SubNet) else (model, None)
-    path.write_text(json.dumps(student_hf_config(content, config, layers), indent=2))
+    path.write_text(json.dumps(student_hf_config(content, config, layers, tied), indent=2))

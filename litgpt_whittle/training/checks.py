@@ -25,7 +25,6 @@ from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import file_fingerprint
-from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
@@ -159,9 +158,8 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
     return seq_length
 
 
-def warn_of_small_teacher(student: Config, teacher: Config) -> None:
-    """Warns where a teacher is no larger than its student, as it is where the two were swapped."""
-    theirs, ours = (n_params(config, SubNet.full(config)) for config in (teacher, student))
+def warn_of_small_teacher(ours: int, theirs: int) -> None:
+    """Warn where a teacher has no more parameters than its student, as it has where the two were swapped."""
     if theirs <= ours:
         warnings.warn(
             f"the teacher has {theirs:,} parameters, no more than the student's {ours:,}; if the two are swapped, swap "
