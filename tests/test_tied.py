@@ -159,7 +159,8 @@ def test_a_trained_head_is_never_dropped(command, tmp_path):
     start = checkpoint(tmp_path / "start")
     with pytest.raises(UserError, match="^train.tie_embeddings must not be true for a student whose LM head differs"):
         train = {"tie_embeddings": True}
-        command(tmp_path / "out", initial_checkpoint_dir=start, train=train if command is supernet else train_args(**train))
+        train = train if command is supernet else train_args(**train)
+        command(tmp_path / "out", initial_checkpoint_dir=start, train=train)
     assert not (tmp_path / "out/final").exists()
 
 

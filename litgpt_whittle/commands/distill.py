@@ -50,6 +50,7 @@ from litgpt_whittle.training.checks import (
     check_logger,
     check_pair,
     check_tokenizers,
+    check_vocabularies,
     default_data,
     make_logger,
     read_optimizer,
@@ -194,7 +195,9 @@ def setup(
         if cache is not None:
             used_teacher = cache.teacher_config
         speaking_dir = used_dir if cache is None else cache.folder
-        tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
+        asked_dir = checkpoint_dir_of(tokenizer_dir)
+        tokenizer_dir = check_tokenizers(asked_dir, student_dir, speaking_dir)
+        check_vocabularies(student.config, used_teacher, asked_dir or student_dir, speaking_dir)
         seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
         if used_teacher is not None:
             teacher_tied = used_dir is not None and is_tied(read_weights(used_dir))
