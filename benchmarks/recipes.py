@@ -151,6 +151,7 @@ class Recipe:
             args.train.max_seq_length,
             objective,
             activation_checkpointing=args.activation_checkpointing,
+            tie_embeddings=bool(args.train.tie_embeddings),
             is_elsewhere=True,
             **rest,
         )

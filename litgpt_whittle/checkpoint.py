@@ -108,6 +108,7 @@ def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
     """The weights of a sharded checkpoint, as a full one would have them."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied one is left out
     shape = read_model_class(checkpoint_dir).get("shape")
     return weights if shape is None else pad(SubNet.from_dict(config, shape), weights)
 
@@ -226,6 +227,7 @@ def save_checkpoint(
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
+    tied: bool | None = None,
 ) -> None:
     """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
 
@@ -238,7 +240,13 @@ def save_checkpoint(
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
         notes: Further YAML files, by name.
+        tied: Whether the LM head is the embedding, which is then stored once and may be left out of `weights`; found
+            out from the weights by default.
     """
+    if tied is None and weights is not None:
+        tied = is_tied(weights)
+    if tied and weights is not None:
+        weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
     config = model.config if isinstance(model, SubNet) else model
     layerwise = isinstance(model, SubNet) and not model.is_uniform
     Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +258,7 @@ def save_checkpoint(
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), folder)
             if content := read_hf_config(Path(tokenizer_dir)):
-                write_text(folder / HF_CONFIG, json.dumps(_resized(content, model), indent=2))
+                write_text(folder / HF_CONFIG, json.dumps(_resized(content, model, tied), indent=2))
         save_config(config, folder)
         if layerwise:
             shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
@@ -261,10 +269,10 @@ def save_checkpoint(
             write_text(folder / name, to_yaml(content))
 
 
-def _resized(hf_config: dict[str, Any], model: Config | SubNet) -> dict[str, Any]:
-    """A Hugging Face config with a student's sizes."""
+def _resized(hf_config: dict[str, Any], model: Config | SubNet, tied: bool | None) -> dict[str, Any]:
+    """Return a Hugging Face config with a student's sizes."""
     config, layers = (model.config, model.layers) if isinstance(model, SubNet) else (model, None)
-    return student_hf_config(hf_config, config, layers)
+    return student_hf_config(hf_config, config, layers, tied)
 
 
 def read_hf_config(checkpoint_dir: Path) -> dict[str, Any]:

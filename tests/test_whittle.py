@@ -1,8 +1,10 @@
 """`litgpt whittle`: its stages, going on after an interruption, what it refuses, and what it says beforehand."""
 
 import contextlib
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +38,7 @@ from litgpt_whittle.repair import costs as repair_costs
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
-from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.supergpt import student_model, tie
 from litgpt_whittle.training.resume import describe
 
 TEACHER = Config(
@@ -123,6 +125,21 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
     assert len(calls) == len(commands)
     with pytest.raises(UserError, match="search.iterations was 4 and is 5"):
         run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
+
+
+def test_students_of_a_tied_teacher_lie_in_their_bin_as_they_are_saved(teacher, data, tmp_path, capsys):
+    tied = tmp_path / "tied"
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    save_checkpoint(tied, SubNet.full(TEACHER), tie(GPT(TEACHER)).state_dict(), write_tokenizer(tmp_path))
+    run(tied, data, tmp_path / "out", "14K", rank=False)
+    final = tmp_path / "out/14K/distilled/final"
+    model = load_model(final)
+    n = sum(p.numel() for p in model.parameters())
+    assert n in Bin.parse("14K") and model.lm_head.weight is model.transformer.wte.weight
+    assert json.loads((final / "config.json").read_text())["tie_word_embeddings"]
+    assert re.search(rf"14K +{n:,} ", capsys.readouterr().out), "it is reported as it is saved"
+    with pytest.raises(UserError, match="tie_embeddings must be true, as the teacher's LM head is, got false"):
+        run(tied, data, tmp_path / "other", "14K", **changed("distill", **{"train.tie_embeddings": False}))
 
 
 def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, data, tmp_path, monkeypatch):
@@ -278,6 +295,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}),
             "at least one step of 16,384 tokens, got train.max_tokens = 1000 ",
         ),
+        (changed("distill", **{"train.tie_embeddings": True}), "must be false, as the teacher's LM head is, got true"),
         (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
         (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
         (changed("search", **{"train.max_seq_length": 64}), "search: train.max_seq_length .* block_size 32, got 64"),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from litgpt_whittle.distillation.losses import IGNORE_INDEX, forward_kl, wide
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
+from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets, with_empty_entry
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
@@ -77,7 +78,10 @@ def tap_head(model: nn.Module) -> HeadTap:
 
 
 class SoftTargets(Protocol):
-    """What a teacher says about one batch's tokens, in the order of the flattened batch."""
+    """What a teacher says about one batch's tokens, in the order of the flattened batch.
+
+    Where the student's vocabulary may have another size, `n_entries` is the teacher's.
+    """
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
         """About tokens `start` to `stop`: logits, (stop - start, V), at least fp32, for the caller to overwrite."""
@@ -102,7 +106,7 @@ class TeacherLogits:
         self.streams = streams or {}
         self.hidden = head_input.hidden.reshape(-1, head_input.hidden.size(-1))
         self.weight, self.bias = head_input.weight, head_input.bias
-        self.softcap = softcap
+        self.softcap, self.n_entries = softcap, head_input.weight.size(0)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         """Logits of tokens `start` to `stop`, shape (stop - start, V), at least fp32, for the caller to overwrite."""
@@ -183,7 +187,8 @@ def head_loss(
     hidden = hidden.reshape(-1, hidden.size(-1))
     targets = None if targets is None else targets.reshape(-1)
     chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.size(0))
-    task = _Task(objective, teacher if objective.beta else None, softcap, chunk_size)
+    teacher = shared_targets(teacher if objective.beta else None, weight.size(0))
+    task = _Task(objective, teacher, softcap, chunk_size)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return HeadLosses(*_HeadLoss.apply(hidden, weight, bias, targets, task))
     with torch.no_grad():
@@ -259,7 +264,10 @@ class _Task:
         scores = _Scores(logits, share.unsqueeze(1), with_grad)
         if taught is not None:
             # first, because cross-entropy overwrites the logits
-            scores.add_distill(self.objective, taught)
+            if isinstance(self.teacher, SharedTargets):
+                scores.add_shared_distill(self.objective, taught, self.teacher.n)
+            else:
+                scores.add_distill(self.objective, taught)
         if targets is not None:
             scores.add_cross_entropy(targets.clamp(min=0), self.objective.alpha)
         if with_grad:
@@ -321,6 +329,17 @@ class _Scores:
         grad = torch.exp(log_p, out=self.logits).mul_(weight)  # softmax - one-hot
         grad.scatter_add_(1, targets, -weight)
         self._add_grad(grad)
+
+    def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
+        """Add the distance over the first n entries, which the teacher has too; the others get no gradient from it."""
+        logits = self.logits[:, :n]
+        if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
+            logits = with_empty_entry(logits, objective.temperature)
+        part = _Scores(logits, self.share, self.with_grad)
+        part.add_distill(objective, teacher)
+        self.distill = part.distill
+        if part.grad is not None:
+            self._add_grad(F.pad(part.grad[:, :n], (0, self.logits.size(1) - n)))
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
         if isinstance(teacher, SparseTargets):

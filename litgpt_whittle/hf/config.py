@@ -8,15 +8,20 @@ from typing import Any
 from litgpt.config import Config
 
 
-def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+def student_hf_config(
+    hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None, tied: bool | None = None
+) -> dict[str, Any]:
     """Puts a student's sizes into its teacher's Hugging Face config.
 
     Args:
         hf_config: The content of the teacher's `config.json`.
         config: The student's litgpt config.
         layers: The teacher's layer behind each of the student's, where the student is new.
+        tied: Whether the student's LM head is its embedding; `None` leaves what the config says.
     """
     content = text_part(hf_config)
+    if tied is not None:
+        content["tie_word_embeddings"] = tied
     content |= _sizes(content, config)
     content |= _rope(content, config)
     if layer_types := _layer_types(content, config, layers):

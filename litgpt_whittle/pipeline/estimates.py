@@ -11,7 +11,6 @@ import torch
 from jsonargparse import Namespace
 from litgpt.model import GPT
 
-from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.distillation.cache import Layout
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
@@ -26,7 +25,7 @@ from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
-from litgpt_whittle.supergpt import is_tied, student_model
+from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
 
 BACKWARD = 2
@@ -105,7 +104,7 @@ class _Held:
 
     def __init__(self, stages: Stages) -> None:
         self.stages, full = stages, SubNet.full(stages.teacher)
-        self.tied = is_tied(read_weights(stages.request.checkpoint_dir))
+        self.tied = stages.tied
         self.n_teacher = n_params(stages.teacher, full, self.tied)
 
     def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:

@@ -26,6 +26,9 @@ class TrainArgs(litgpt.args.TrainArgs):
     """How the learning rate goes on after its warm-up: down a half cosine, or it stays, and falls in the end"""
     lr_decay_fraction: float = 0.1
     """The share of the training in which it falls, with wsd (warm-up, stable, decay)"""
+    tie_embeddings: bool | None = None
+    """Whether the LM head is the embedding. By default as in the checkpoint that training starts from; ``false`` unties
+    them, and from random weights, where the default is untied as in ``litgpt pretrain``, ``true`` ties them"""
     skip_nan: bool = False
     """Whether to go on, without an update, after a step whose loss or gradient is not finite"""
 

@@ -37,6 +37,7 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.processes import free_memory
+from litgpt_whittle.supergpt import tie
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.sharding import checkpoint_activations, shard_frozen, shard_student
 
@@ -112,6 +113,7 @@ class Step:
     objective: Objective
     activation_checkpointing: bool = False
     tie_embeddings: bool = False
+    """Whether the student's LM head is its embedding"""
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
     quantized_bytes: int = 0
@@ -162,7 +164,6 @@ class Step:
             is_accumulating=train.gradient_accumulation_iters(n_devices) > 1,
             max_norm=train.max_norm,
             objective=objective,
-            tie_embeddings=bool(train.tie_embeddings),
             **rest,
         )
 
@@ -262,7 +263,7 @@ def _student(step: Step, mesh: Any) -> LossModel:
     with _default_dtype(WEIGHTS_DTYPE.get(step.precision, torch.float32)):
         model = step.build_student()
     if step.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
+        tie(model)
     model.max_seq_length = step.seq_length
     if step.activation_checkpointing:
         checkpoint_activations(model)

@@ -22,8 +22,7 @@ from litgpt.utils import extend_checkpoint_dir
 from litgpt_whittle.checkpoint import save_checkpoint
 from litgpt_whittle.files import new_folder, write_text
 from litgpt_whittle.processes import launch
-from litgpt_whittle.supergpt import LayerwiseGPT
-from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.parts import save_parts
 from litgpt_whittle.training.resume import TRAINING_STATE
@@ -37,17 +36,15 @@ def checkpoint_dir_of(path: Path | None) -> Path | None:
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
-def build_model(
-    fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int, activation_checkpointing: bool
-) -> GPT:
+def build_model(fabric: L.Fabric, student: Student, seq_length: int, activation_checkpointing: bool) -> GPT:
     """The model with its weights; random ones are as `litgpt pretrain` draws them, from the same random numbers."""
     # weights that will be spread over devices are whole at first, in the CPU's memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
     with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
         model = student.build()
     initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
-    if train.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
+    if student.is_tied:
+        tie(model)
     model.max_seq_length = seq_length
     if student.weights is not None:
         model.load_state_dict(student.weights())
@@ -127,10 +124,13 @@ class Saver:
 
     def __call__(self, folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        weights = self.model.state_dict()
+        if self.model.lm_head.weight is self.model.transformer.wte.weight:
+            del weights["lm_head.weight"]  # whoever saves or reads it knows it as the embedding
         if self.kind == "sharded" and not is_final:
-            save_parts(folder, {"weights": self.model.state_dict(), "training": training_state}, self._fill)
+            save_parts(folder, {"weights": weights, "training": training_state}, self._fill)
             return
-        weights, training_state = gathered(self.model.state_dict()), gathered(training_state)
+        weights, training_state = gathered(weights), gathered(training_state)
         if self.fabric.global_rank == 0:
             with new_folder(folder) as inside:
                 self._fill(inside, weights=weights, training_state=training_state)
@@ -150,7 +150,7 @@ def save_student(
     extra = {} if training_state is None else {TRAINING_STATE: training_state}
     if student.basis is not None:
         extra[BASIS] = {"basis": student.basis}
-    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra)
+    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra, tied=student.is_tied)
     write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
 
 
