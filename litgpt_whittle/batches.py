@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.tokenizer import Tokenizer
 
-from litgpt_whittle.checkpoint import has_tokenizer
-from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.extras import naming_packages
-from litgpt_whittle.processes import first_does, gather, rank
+from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.training.loop import split_batch
 
 
@@ -91,48 +88,13 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
 
 
-def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
-    """Refuses text that is not there or that nobody can tokenise, before anything expensive starts.
-
-    Args:
-        data: Any data module; only our own can be asked.
-        checkpoint_dir: Where its tokenizer is to come from; None where no folder has one.
-
-    Raises:
-        UserError: In both cases.
-    """
-    if not isinstance(data, HFText):
-        return
-    if checkpoint_dir is None or not has_tokenizer(checkpoint_dir):
-        where = "" if checkpoint_dir is None else f", and {str(checkpoint_dir)!r} has none"
-        raise UserError(
-            f"HFText needs a tokenizer{where}; put the model's tokenizer.json into its checkpoint directory"
-        )
-    data.check()
-
-
-def connect(
-    data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
-) -> None:
-    """Readies a data module, with the checkpoint's tokenizer if it has one; the first process prepares for all."""
-    tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer(checkpoint_dir) else None
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    if validation_only and isinstance(data, HFText):
-        data.parts = ("validation",)
-    with naming_packages(data):
-        first_does(data.prepare_data)
-        if rank() > 0:
-            data.prepare_data()  # finds everything there
-        data.setup()
-
-
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
     """The first n validation batches of a connected data module, or all where it has fewer.
 
     Raises:
         UserError: If it has none.
     """
-    loader = data.val_dataloader()
+    loader = val_loader(data)
     if loader is None:
         raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
     batches = fixed_batches(loader, n, seq_length)
@@ -198,7 +160,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     """
     samples: list[torch.Tensor] = []
     missing = n_tokens
-    for raw in data.train_dataloader():
+    for raw in train_loader(data):
         if missing <= 0:
             break
         rows = _without_padding(*split_batch(raw, seq_length))
@@ -229,7 +191,7 @@ def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: i
     """
     size = min(32, max(windows.shape[1] // 2, 8), windows.shape[1])  # shorter runs may be chance
     seen, n_tokens = [], 0
-    for raw in data.val_dataloader() or ():
+    for raw in val_loader(data) or ():
         rows = split_batch(raw, seq_length)[0]
         if rows.shape[1] >= size:
             seen.append(_runs(rows, size))
