@@ -253,7 +253,9 @@ def test_a_readme_names_configurations_and_splits(tmp_path):
     ]  # fmt: skip
     write(folder / "README.md", "\n".join(configs))
     found = texts_of(folder, name="en", val_split="held_out")
-    assert found == {part: [f"en/{letter}.jsonl {i}" for i in range(3)] for part, letter in (("train", "a"), ("validation", "b"))}
+    assert found == {
+        part: [f"en/{letter}.jsonl {i}" for i in range(3)] for part, letter in (("train", "a"), ("validation", "b"))
+    }
     assert texts_of(folder, name="de")["train"] == [f"de/a.jsonl {i}" for i in range(3)]
     assert "data.name must be chosen" in (message := refusal(folder)) and message.endswith("are en, de")
     assert refusal(folder, name="fr").endswith("its configurations are en, de")
@@ -287,6 +289,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, tokenizer)
     data = HFText(str(tmp_path / "a.jsonl"), val_fraction=0.5)
     data.connect(tokenizer, max_seq_length=8)
     with pytest.MonkeyPatch.context() as patch:
+
         def full(*_, **__):
             return open("/dev/full", "wb")
 

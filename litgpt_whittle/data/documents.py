@@ -70,7 +70,13 @@ def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[P
 
 
 def documents(
-    layout: Layout, files: Iterable[Path], name: str | None, split: str | None, column: str, streaming: bool, option: str
+    layout: Layout,
+    files: Iterable[Path],
+    name: str | None,
+    split: str | None,
+    column: str,
+    streaming: bool,
+    option: str,
 ) -> tuple[Iterator[str], int | None]:
     """Return the documents that are not blank, and their largest possible number where it is known.
 

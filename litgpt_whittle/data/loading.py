@@ -46,7 +46,8 @@ def check_data(data: DataModule | None, tokenizer_dir: Path | None, vocab_size: 
             for part, records in zip(("training", "validation"), data.get_splits()):
                 _check_records(records, part)
         elif isinstance(data, TinyLlama):
-            data.prepare_data()  # looks for the folders and does nothing else
+            for path in data.required_paths:
+                _check_folder(path, f"each part of {type(data).__name__} in data.data_path")
         elif isinstance(data, LitData):
             for name in data.split_names or ("",):
                 _check_folder(f"{data.data_path}/{name}".rstrip("/"), "data.data_path")
@@ -88,9 +89,9 @@ def _check_records(records: Iterable[Any], part: str) -> None:
         for key in ("instruction", "output"):
             if not isinstance(record.get(key), str):
                 raise UserError(
-                    f"each record of JSON data must have the texts 'instruction' and 'output', record {i} of the {part} "
-                    f"data has {', '.join(map(repr, record)) or 'none'} and no text {key!r}; rename its keys, or choose "
-                    "other data such as HFText"
+                    f"each record of JSON must have the texts 'instruction' and 'output', record {i} of the {part} "
+                    f"data has {', '.join(map(repr, record)) or 'none'} and no text {key!r}; rename its keys, or "
+                    "choose other data such as HFText"
                 )
 
 
