@@ -16,8 +16,9 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.batches import check_data, check_seed, connect
+from litgpt_whittle.batches import check_seed
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.data.loading import check_data, connect, train_loader
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
 from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
@@ -89,7 +90,7 @@ def setup(
         fabric = launch(n_devices(devices))
         L.seed_everything(seed, verbose=False)
         connect(data, checkpoint_dir, train.micro_batch_size, length)
-        whole = whole_pass(data.train_dataloader())
+        whole = whole_pass(train_loader(data))
         first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
         if rank() == 0:
             _write_index(out_dir, index, checkpoint_dir, teacher)
@@ -125,7 +126,7 @@ def check(args: Namespace) -> Contents:
         raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
     gives = make_codec(args.codec, teacher.padded_vocab_size, args.temperature).gives
     read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
-    check_data(args.data, args.checkpoint_dir)
+    check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return Contents(
         teacher=teacher.name,
         weights=weights_fingerprint(args.checkpoint_dir),

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
@@ -23,9 +22,10 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import check_data, check_seed
+from litgpt_whittle.batches import check_seed
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.commands import extract
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.cache import Cache
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
@@ -214,7 +214,8 @@ def setup(
         if cache is not None:
             check_cache_reaches(cache, n_samples * seq_length)
         data = default_data() if data is None else data
-        check_data(data, tokenizer_dir)
+        configs = [config for config in (student.config, used_teacher) if config is not None]
+        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
         precision = precision or get_default_supported_precision(training=True)
         settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
         state = state_to_resume(resume_dir, settings)
@@ -330,8 +331,7 @@ def main(
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
-    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
+    train_loader, val_loader = load_data(data, tokenizer_dir, train.micro_batch_size, seq_length)
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     # one that is cached is run for its validation only, before training
     is_run = teacher_dir is not None and (cache is None or state is None)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
@@ -22,6 +21,7 @@ from litgpt.utils import (
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.batches import check_seed
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
@@ -140,6 +140,7 @@ def setup(
         tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), start_dir, None)
         seq_length = check_pair(model.config, None, train.max_seq_length)
         data = default_data() if data is None else data
+        check_data(data, tokenizer_dir, model.config.padded_vocab_size)
         precision = precision or get_default_supported_precision(training=True)
         settings = run_settings(arguments, model.config, None, precision)
         state = state_to_resume(resume_dir, settings)
@@ -231,8 +232,7 @@ def main(
     losses_of = SuperLossModel(model)
     root = fabric.setup(losses_of)
     optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))
-    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, step.seq_length)
+    train_loader, val_loader = load_data(data, tokenizer_dir, train.micro_batch_size, step.seq_length)
     schedule = Schedule.of(train, step.seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     train_step = SupernetStep(
         root,

@@ -21,6 +21,7 @@ from litgpt_whittle.checkpoint import (
     weights_fingerprint,
 )
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
@@ -88,6 +89,7 @@ def setup(
     if data is None and (refit or pruner.reads_data):
         what = "refit" if refit else f"the method {next(iter(method))}"
         raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
+    check_data(data, checkpoint_dir, config.padded_vocab_size)
     check_out_dir(out_dir, overwrite, (checkpoint_dir,), WEIGHTS)
     model = Student.choose(checkpoint_dir, None, None, None, None)
     shape, weights = _shape(model), model.weights()

@@ -21,16 +21,15 @@ from litgpt_whittle import registry
 from litgpt_whittle.batches import (
     Batch,
     calibration_windows,
-    check_data,
     check_seed,
     check_shared,
-    connect,
     fingerprint,
     sequence_length,
     validation_batches,
 )
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data, connect
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
@@ -289,7 +288,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
         _check_can_shard(measure, args.fitness, n * args.num_nodes)
     parse_rungs(args.selection, to_come)
     read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
-    check_data(args.data if reads_data else None, args.checkpoint_dir)
+    check_data(args.data if reads_data else None, args.checkpoint_dir, teacher.padded_vocab_size)
     if hasattr(measure, "check"):
         itemsize = _DTYPES.get(args.precision or _default_precision(), torch.float32).itemsize
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

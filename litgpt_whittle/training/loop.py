@@ -16,16 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from torch.distributed.tensor import DTensor
 
+from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.extras import naming_packages
 from litgpt_whittle.processes import Termination
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import shared_batches, skipping
@@ -34,20 +32,14 @@ from litgpt_whittle.training.resume import find_resume, generator_states, rng_st
 from litgpt_whittle.training.run import Run, Score
 
 
-def load_data(
-    fabric: L.Fabric, data: DataModule, tokenizer: Tokenizer | None, batch_size: int, seq_length: int
-) -> tuple[Any, Any]:
+def load_data(data: DataModule, tokenizer_dir: Path | None, batch_size: int, seq_length: int) -> tuple[Any, Any]:
     """Connects a data module and gives its train and validation dataloaders.
 
     Raises:
         UserError: If there is less than one batch of either.
     """
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    with naming_packages(data):
-        with fabric.rank_zero_first():
-            data.prepare_data()
-        data.setup()
-    loaders = data.train_dataloader(), data.val_dataloader()
+    connect(data, tokenizer_dir, batch_size, seq_length)
+    loaders = train_loader(data), val_loader(data)
     for name, loader in zip(("training", "validation"), loaders):
         if loader is not None and hasattr(loader, "__len__") and len(loader) == 0:
             raise UserError(
