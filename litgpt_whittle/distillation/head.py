@@ -153,7 +153,7 @@ class LossModel(nn.Module):
         if not is_matched:
             return losses
         self.hidden.watch.is_on = False
-        matched = self.hidden(teacher.streams)
+        matched = self.hidden(teacher.streams, targets != IGNORE_INDEX)
         return losses._replace(loss=losses.loss + matched, hidden=matched.detach())
 
 

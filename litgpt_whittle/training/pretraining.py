@@ -33,6 +33,7 @@ from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
 from litgpt_whittle.training.student import BASIS, Student
+from litgpt_whittle.training.validation import ValidationBatches
 
 
 def checkpoint_dir_of(path: Path | None) -> Path | None:
@@ -86,7 +87,7 @@ def begin(
     fabric: L.Fabric,
     job: Job,
     train_loader: Any,
-    val_loader: Any,
+    validation: ValidationBatches | None,
     schedule: Schedule,
     seq_length: int,
     out_dir: Path,
@@ -95,7 +96,7 @@ def begin(
 ) -> Run:
     """A run at its beginning, or where a checkpoint's `state` says that it was."""
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
+    run = Run(fabric, job, stream, validation, schedule, seq_length, out_dir, settings)
     if state is not None:
         run.restore(state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
