@@ -18,6 +18,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.overlap import Sample, common_share, samples_of
 from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.training.loop import split_batch
+from litgpt_whittle.training.validation import fixed_randomness
 
 
 class Batch(NamedTuple):
@@ -89,7 +90,7 @@ def check_seed(seed: int) -> None:
 
 
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
-    """The first n validation batches of a connected data module, or all where it has fewer.
+    """The first n validation batches of a connected data module, the same in every run, or all where it has fewer.
 
     Raises:
         UserError: If it has none.
@@ -97,7 +98,8 @@ def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]
     loader = val_loader(data)
     if loader is None:
         raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
-    batches = fixed_batches(loader, n, seq_length)
+    with fixed_randomness(loader):
+        batches = fixed_batches(loader, n, seq_length)
     if len(batches) < n:
         print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
     return batches

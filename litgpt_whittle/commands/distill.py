@@ -331,7 +331,9 @@ def main(
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
-    train_loader, val_loader = load_data(data, tokenizer_dir, train.micro_batch_size, seq_length)
+    train_loader, validation = load_data(
+        fabric, data, tokenizer_dir, train.micro_batch_size, seq_length, eval.max_iters
+    )
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     # one that is cached is run for its validation only, before training
     is_run = teacher_dir is not None and (cache is None or state is None)
@@ -349,7 +351,7 @@ def main(
     frozen = [live.model.config] if live is not None and cache is None else []
     job.flops_per_iter = count_flops(model, train.micro_batch_size, seq_length, frozen)
     del live  # a cached one is gone after its validation
-    run = begin(fabric, job, train_loader, val_loader, schedule, seq_length, out_dir, settings, state)
+    run = begin(fabric, job, train_loader, validation, schedule, seq_length, out_dir, settings, state)
     fit(run, train, eval)
 
 

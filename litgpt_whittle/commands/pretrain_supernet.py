@@ -232,7 +232,9 @@ def main(
     losses_of = SuperLossModel(model)
     root = fabric.setup(losses_of)
     optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))
-    train_loader, val_loader = load_data(data, tokenizer_dir, train.micro_batch_size, step.seq_length)
+    train_loader, validation = load_data(
+        fabric, data, tokenizer_dir, train.micro_batch_size, step.seq_length, eval.max_iters
+    )
     schedule = Schedule.of(train, step.seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     train_step = SupernetStep(
         root,
@@ -249,5 +251,5 @@ def main(
     validated = supernet.validated(sampler.space)
     job.more_scores = {name: score_of(root, losses_of, subnet) for name, subnet in validated.items()}
     job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length)
-    run = begin(fabric, job, train_loader, val_loader, schedule, step.seq_length, out_dir, settings, state)
+    run = begin(fabric, job, train_loader, validation, schedule, step.seq_length, out_dir, settings, state)
     fit(run, train, eval)

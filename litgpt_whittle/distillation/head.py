@@ -157,7 +157,7 @@ class LossModel(nn.Module):
         if not is_matched:
             return losses
         self.hidden.watch.is_on = False
-        matched = self.hidden(teacher.streams)
+        matched = self.hidden(teacher.streams, targets != IGNORE_INDEX)
         return losses._replace(loss=losses.loss + matched, hidden=matched.detach())
 
 
@@ -322,7 +322,7 @@ class _Scores:
         """Targets are (n,), valid token ids also where a token does not count."""
         targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
-        self.ce = -(log_p.gather(1, targets) * self.share).sum()
+        self.ce = self._mean(-log_p.gather(1, targets))
         if not self.with_grad or not alpha:
             return
         weight = alpha * self.share
@@ -357,7 +357,9 @@ class _Scores:
         log_t = F.log_softmax(teacher.div_(t), dim=-1)
         log_s = F.log_softmax(self.logits / t, dim=-1)
         p_t = torch.exp(log_t, out=teacher)
-        self.distill = self.distill + weight * ((p_t * log_t.sub_(log_s)).sum(-1, keepdim=True) * self.share).sum()
+        # tokens without probability have logarithms that are infinite or, as differences, not a number
+        kl = log_t.sub_(log_s).masked_fill_(p_t == 0, 0.0).mul_(p_t).sum(-1, keepdim=True)
+        self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
             # softmax - softmax, divided by T, times T²
             self._add_grad(log_s.exp_().sub_(p_t).mul_(slope * self.share))
@@ -378,7 +380,7 @@ class _Scores:
                 q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
         elif self.with_grad:
             q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
-        self.distill = self.distill + weight * (kl * self.share).sum()
+        self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
             self._add_grad(q)
 
@@ -394,10 +396,15 @@ class _Scores:
                 else:
                     logs = log_probabilities(student, teacher, t) if logs is None else logs
                     values = values + term.weight * term.loss(*logs)
-            value = (values * self.share.squeeze(1)).sum()
+            value = self._mean(values.unsqueeze(1))
         self.distill = self.distill + value.detach()
         if self.with_grad:
-            self._add_grad(torch.autograd.grad(value, student)[0].mul_(objective.beta * t**2))
+            grad = torch.autograd.grad(value, student)[0].masked_fill_(self.share == 0, 0.0)
+            self._add_grad(grad.mul_(objective.beta * t**2))
+
+    def _mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return this chunk's part of the mean of losses, (n, 1); one that does not count may be infinite."""
+        return (losses.masked_fill(self.share == 0, 0.0) * self.share).sum()
 
     def _add_grad(self, grad: torch.Tensor) -> None:
         # into the newer one: the cross-entropy's are the logits' memory, where all are wanted in the end
@@ -427,7 +434,7 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
             is_here = (place >= 0) & (place < logits.size(1))
             found = logits.gather(1, place.clamp(0, logits.size(1) - 1))
             known = torch.where(is_here, found, known.unsqueeze(1)).squeeze(1)
-            top = logits.amax(-1, keepdim=True)
+            top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # all may be -inf
             total = total.logaddexp(logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(1)))
         ce = ce + ((total - known).masked_fill(share == 0, 0.0) * share).sum()
     return ce

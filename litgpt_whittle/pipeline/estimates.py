@@ -17,7 +17,7 @@ from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.perplexity import RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.metrics import flops
+from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.registry import lookup
@@ -27,9 +27,6 @@ from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
-
-BACKWARD = 2
-"""How many forward passes a backward pass costs"""
 
 REPAIR_PASSES = 3
 """How many passes of the teacher a repair takes on its tokens, at most; see benchmarks/repair.py"""

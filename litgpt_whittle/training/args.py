@@ -74,7 +74,8 @@ class HiddenArgs:
     attention: float = 0.0
     """The weight of what attention adds to the stream"""
     loss: Literal["mse", "cosine"] = "mse"
-    """The mean squared difference, relative to the teacher's mean square, or 1 - the cosine"""
+    """The mean squared difference, relative to the teacher's mean square in the micro-batch, or 1 - the cosine; over
+    the tokens whose labels count"""
     layers: list[int] | None = None
     """Which of the student's layers, from 0; by default all"""
     projection: bool = False
@@ -106,7 +107,9 @@ class DistillArgs:
     its ``weight`` among them"""
     alpha: float | RampArgs = 0.2
     """Weight of the cross-entropy with the true next tokens. Without effect where beta is 0: a lone cross-entropy is
-    not scaled, so that such a run is what ``litgpt pretrain`` does"""
+    not scaled, so that such a run is what ``litgpt pretrain`` does. One difference: where micro-batches have unequal
+    numbers of labels, being masked or of different lengths, a step's loss is the mean over all of its tokens, however
+    they are split into micro-batches and devices, and not the mean of the micro-batches' means"""
     beta: float | RampArgs = 0.8
     """Weight of the distance to the teacher. With 0 no teacher is needed or loaded"""
     temperature: float | RampArgs = 0.9

@@ -13,15 +13,18 @@ import torch
 import yaml
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
-from lightning.fabric.utilities.throughput import measure_flops
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.pretrain import initialize_weights
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import save_checkpoint
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
+from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.processes import launch
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.parts import save_parts
@@ -29,6 +32,7 @@ from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
 from litgpt_whittle.training.student import BASIS, Student
+from litgpt_whittle.training.validation import ValidationBatches
 
 
 def checkpoint_dir_of(path: Path | None) -> Path | None:
@@ -80,7 +84,7 @@ def begin(
     fabric: L.Fabric,
     job: Job,
     train_loader: Any,
-    val_loader: Any,
+    validation: ValidationBatches | None,
     schedule: Schedule,
     seq_length: int,
     out_dir: Path,
@@ -89,7 +93,7 @@ def begin(
 ) -> Run:
     """A run at its beginning, or where a checkpoint's `state` says that it was."""
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
+    run = Run(fabric, job, stream, validation, schedule, seq_length, out_dir, settings)
     if state is not None:
         run.restore(state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
@@ -155,14 +159,21 @@ def save_student(
 
 
 def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:
-    """Floating-point operations of one micro-batch: a model forward and backward, and others forward only."""
-    with torch.device("meta"):
-        x = torch.randint(0, 1, (micro_batch_size, seq_length))
-        trained = LayerwiseGPT(model.shape) if isinstance(model, LayerwiseGPT) else GPT(model.config)
-        trained.max_seq_length = seq_length
-        flops = measure_flops(trained, lambda: trained(x), lambda logits: logits.sum())
-        for config in frozen:
-            other = GPT(config)
-            other.max_seq_length = seq_length
-            flops += measure_flops(other, lambda: other(x))
-    return flops
+    """Count the floating-point operations of one micro-batch: a model forward and backward, and others forward only.
+
+    Nothing is run, because a mixture of experts needs its router's choices. The throughput monitor alone reads the
+    count, so an architecture that cannot be counted gives 0, with which the monitor reports no FLOPs.
+    """
+    shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
+    try:
+        per_token = (1 + BACKWARD) * _forward_flops(shape, seq_length)
+        per_token += sum(_forward_flops(config, seq_length) for config in frozen)
+    except (TypeError, UserError) as error:
+        rank_zero_warn(f"FLOPs cannot be counted: {error}")
+        return 0
+    return per_token * micro_batch_size * seq_length
+
+
+def _forward_flops(shape: Config | SubNet, seq_length: int) -> int:
+    subnet = shape if isinstance(shape, SubNet) else SubNet.full(shape)
+    return flops(subnet.teacher, subnet, seq_length)

@@ -50,19 +50,20 @@ def _parts(loader: Any) -> list[Any]:
     return list({id(part): part for part in parts}.values())
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the random generators that a dataloader has of its own."""
     found = [getattr(part, "generator", None) for part in _parts(loader)]
     return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
 
 def generator_states(loader: Any) -> list[torch.Tensor]:
     """The state of the generators that a dataloader has of its own."""
-    return [generator.get_state() for generator in _generators(loader)]
+    return [generator.get_state() for generator in generators_of(loader)]
 
 
 def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
     """Undoes what was drawn since `generator_states`."""
-    for generator, state in zip(_generators(loader), states):
+    for generator, state in zip(generators_of(loader), states):
         generator.set_state(state)
 
 
