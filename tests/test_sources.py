@@ -59,6 +59,7 @@ def refusal(path, **options):
         ("a.json.bz2", bz2.compress(JSONL.encode())),
         ("a.JSON.XZ", lzma.compress(JSONL.encode())),
         ("a.ndjson", JSONL),
+        ("a.[1] *.jsonl", JSONL),
         ("a.JSONL", JSONL),
         ("a.tsv", "n\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(DOCUMENTS))),
         ("a.CSV", "n,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(DOCUMENTS))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import glob
 import lzma
 import tempfile
 import zlib
@@ -117,7 +118,7 @@ def _open_files(kind: str, files: Iterable[Path]) -> Any:
     import datasets
 
     builder, options = ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
-    paths = [str(file.absolute()) for file in files]
+    paths = [glob.escape(str(file.absolute())) for file in files]  # `datasets` takes names for patterns
     # streamed, since the tokens are kept and a copy of the text in the user's cache would serve nobody
     with tempfile.TemporaryDirectory() as cache:
         return datasets.load_dataset(
