@@ -335,7 +335,7 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     teacher = checkpoint(tmp_path / "teacher", padded_vocab_size=128)
-    refuse(tmp_path, "same vocabulary, .* got 128 and 100 entries and no tokenizer in", teacher_checkpoint_dir=teacher, distill=DistillArgs())
+    refuse(tmp_path, "got 128 and 100 entries and no tokenizer", teacher_checkpoint_dir=teacher, distill=DistillArgs())
 
 
 def test_a_teacher_with_a_shorter_block_is_refused(tmp_path):

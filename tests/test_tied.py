@@ -60,8 +60,10 @@ def is_saved_tied(folder, n_params):
 
 def is_saved_untied(folder, n_params):
     model, said = load_model(folder), json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-    return num_parameters(model) == Checkpoint(folder).n_params == n_params and not said and not is_tied(
-        read_weights(folder)
+    return (
+        num_parameters(model) == Checkpoint(folder).n_params == n_params
+        and not said
+        and not is_tied(read_weights(folder))
     )
 
 

@@ -1,9 +1,9 @@
 """Distil between padded vocabularies of different sizes: on the entries that teacher and student both have rows for.
 
 Tokenizers are padded to more rows than they have tokens, and not always to the same number (Qwen 2.5: 151,936 and
-152,064). Token i is row i of both, so that the first min(V_teacher, V_student) rows are shared. Distances compare the two
-distributions over these, each renormalised; logits are compared row by row. The cross-entropy is that of the student's
-own, whole vocabulary.
+152,064). Token i is row i of both, so that the first min(V_teacher, V_student) rows are shared. Distances compare the
+two distributions over these, each renormalised; logits are compared row by row. The cross-entropy is that of the
+student's own, whole vocabulary.
 """
 
 from __future__ import annotations
