@@ -54,7 +54,8 @@ def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_lengt
     if not ours or not theirs:
         return 0.0
     length = max(len(sample.input_ids) for sample in ours)
-    size = min(RUN, max(length // 4, 8), length)  # short windows must have many runs, wherever they are cut
+    # as long as chance asks for, and short enough for short windows to have many, wherever they are cut
+    size = min(RUN, max(length // 4, min(length // 2, 16), 8), length)
     whole = _share(_whole(ours, max_seq_length), _whole(theirs, max_seq_length))
     n_repeated = [max(2, min(REPEATED, len(side))) for side in (ours, theirs)]
     is_plain = _is_plain(ours) and _is_plain(theirs)
