@@ -110,5 +110,5 @@ def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the squares of all that a map makes of each of its inputs, summed over tokens, shape (n_in,)."""
-    norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
+    norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).square()
     return (wide(x).flatten(0, -2).square().sum(0) * norms).double().cpu()
