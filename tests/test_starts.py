@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import math
 from typing import get_args
 
 import numpy as np
@@ -24,7 +23,6 @@ from test_strategies import GROUP, SMALL
 from litgpt_whittle import registry
 from litgpt_whittle.amounts import Range
 from litgpt_whittle.checkpoint import weights_fingerprint
-from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
@@ -161,7 +159,10 @@ def test_an_idea_cuts_what_its_name_says_and_as_little_as_the_bin_demands():
         own = {"n_embd": found[origin].n_embd, "n_layer": found[origin].n_layer, **vars(keep)}
         assert {field for field, n in whole.items() if len(own[field]) < n} == cut, origin
     wider = [SubNet(GQA, intermediate_size=len(found["neurons"].layer(0).intermediate_size) + 1)]
-    wider += [SubNet(GQA, n_embd=len(found["channels"].n_embd) + 1), SubNet(GQA, n_layer=len(found["layers (middle)"]) + 1)]
+    wider += [
+        SubNet(GQA, n_embd=len(found["channels"].n_embd) + 1),
+        SubNet(GQA, n_layer=len(found["layers (middle)"]) + 1),
+    ]
     assert all(n_params(GQA, subnet) > space.bin.hi for subnet in wider)
 
 
@@ -252,7 +253,10 @@ def test_the_quick_order_is_that_of_what_layers_lose_without_a_unit():
             handle.remove()
         columns = {  # 3 groups of 2 heads of 8 dimensions
             "n_query_groups": ("attn.proj", [range(16 * g, 16 * g + 16) for g in range(3)]),
-            "heads_per_group": ("attn.proj", [[16 * g + 8 * h + d for g in range(3) for d in range(8)] for h in (0, 1)]),
+            "heads_per_group": (
+                "attn.proj",
+                [[16 * g + 8 * h + d for g in range(3) for d in range(8)] for h in (0, 1)],
+            ),
             "intermediate_size": ("mlp.proj", [[i] for i in range(96)]),
         }
         for kind, (name, units) in columns.items():
@@ -264,7 +268,9 @@ def test_the_quick_order_is_that_of_what_layers_lose_without_a_unit():
             assert order.layers[layer][kind].tolist() == sorted(range(len(units)), key=lambda i: -lost[i])
     influence = []
     for block in model.transformer.h:
-        handle = block.register_forward_hook(lambda _, x, out: influence.append(1 - torch.cosine_similarity(x[0], out, -1)))
+        handle = block.register_forward_hook(
+            lambda _, x, out: influence.append(1 - torch.cosine_similarity(x[0], out, -1))
+        )
         model(ids)
         handle.remove()
     assert order.n_layer.tolist() == sorted(range(6), key=lambda i: -float(influence[i].mean()))
@@ -491,4 +497,4 @@ def test_what_orders_starts_is_an_order_of_all_units():
         {name: np.zeros(n) for name, n in layer_sizes(TEACHER, i).items()} for i in range(4)
     ))  # fmt: skip
     starts = simple_starts(SPACE, order)
-    assert all(isinstance(start, Start) and start.subnet.n_embd.is_prefix for start in starts) and not math.isnan(1)
+    assert all(isinstance(start, Start) and start.subnet.n_embd.is_prefix for start in starts)

@@ -123,9 +123,9 @@ def setup(
             after a repair such as ``litgpt extract --repair`` makes; ``perplexity`` is that of the plain cut, which
             takes less memory and time.
         iterations: Candidates to evaluate in each bin.
-        simple_starts: Begin with plain ideas, built into the bin: fewer neurons, layers, channels, or heads and neurons,
-            and mixtures of these. They count as evaluations, and the strategy goes on from their scores. Fine spaces
-            keep the most important units, by ``importance`` or by a quick measurement on the data.
+        simple_starts: Begin with plain ideas, built into the bin: fewer neurons, fewer layers, fewer channels, and
+            mixtures of these. They count as evaluations, and the strategy learns from their scores. Fine spaces keep
+            the most important units, by ``importance`` or by a quick measurement on the data.
         data: What candidates are scored on: the validation part of any litgpt data module, or
             ``--data HFText --data.path PATH``; repairs are fitted to its training part. Some measures of fitness need
             none.

@@ -32,9 +32,9 @@ class Fitness(Protocol):
     in, as `Fabric.autocast` does. Class attributes say what else it wants and can do: with `n_calibration`, it is also
     given so many training tokens, as `calibration`, shape (N, T); with `needs_importance` true the teacher's `Ranking`,
     as `importance`; with `reads_data` false there are no batches; with `can_shard` true it can work with a teacher that
-    is spread over processes; with `chooses_units` true it looks at the numbers of units alone, experts and their neurons
-    aside. One that gives losses by window (`losses`, `scores`) lets candidates race. A static
-    `check` of the teacher's config, the device and the bytes of the teacher's weights may refuse before they are read.
+    is spread over processes; with `chooses_units` true the numbers of units alone count, except of experts. One that
+    gives losses by window (`losses`, `scores`) lets candidates race. A static `check` of the teacher's config, the
+    device and the bytes of the teacher's weights may refuse before they are read.
     """
 
     name: str

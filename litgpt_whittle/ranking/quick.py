@@ -1,9 +1,9 @@
 """A quick order of a teacher's units and layers, from one forward pass over a little text.
 
-A unit counts by the size of what it adds to the stream, a channel by that of what the maps make of it that read it: root
-mean squares over tokens. For a neuron that is its activation times the norm of its column in the next map. Layers count
-by their block influence. `litgpt rank`
-(`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which takes more time and memory.
+A unit counts by the size of what it adds to the stream, a channel by the size of what its readers make of it: root mean
+squares over tokens. For a neuron that is its activation times the norm of its column in the next map. Layers count by
+their block influence. `litgpt rank` (`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which
+takes more time and memory.
 """
 
 from __future__ import annotations

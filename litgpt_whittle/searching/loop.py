@@ -51,7 +51,7 @@ class Search:
     measures: Measures = field(default_factory=dict)
     """What else to measure of a candidate; journalled among its scores"""
     starts: Sequence[Start] = ()
-    """What is evaluated before the strategy is asked, and then reported to it like its own candidates"""
+    """Candidates to evaluate before the strategy is asked, reported to it like its own"""
     best: Evaluation | None = None
     n_told: int = 0
 

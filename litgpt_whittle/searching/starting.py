@@ -52,7 +52,7 @@ def give_starts(
         fitness: Scores the candidates; its teacher is looked at where a ranking is needed and none is given.
         ranking: The teacher's ranking.
         calibration: Training tokens, shape (N, T); by default the text that scores candidates is looked at.
-        sharded: Whether the teacher is spread over the processes, which then look at it together.
+        sharded: The teacher is spread over the processes, which look at it together.
     """
     found = first_does(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
     if found is None:

@@ -24,8 +24,8 @@ from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: the same sizes in all
-layers, and random candidates also keep the same units in all of them; layerwise: a choice for each layer."""
+"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: the same sizes in
+all layers, and random candidates also keep the same units in all of them; layerwise: a choice for each layer."""
 
 Sets = dict[Key, np.ndarray]
 """Which units are kept, by the size that says how many"""

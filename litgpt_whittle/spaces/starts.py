@@ -39,12 +39,12 @@ class Start(NamedTuple):
 
 
 class Idea(NamedTuple):
-    """What is cut: a part of the excess in layers, the rest in other dimensions, all to the same share."""
+    """A way to cut: a part of the excess in layers, the rest in other dimensions, all to about the same share."""
 
     dimensions: tuple[str, ...] = ()
     """By their names in `DIMENSIONS`; the last one that may shrink is solved for"""
     layers: str = ""
-    """How layers are chosen, by the names of `Builder.choosers`; all are kept by default"""
+    """The way of choosing layers, by its name in `Builder.choosers`; all are kept by default"""
     portion: float = 1.0
     """The share of the excess that dropped layers take away"""
 
@@ -56,10 +56,10 @@ class Idea(NamedTuple):
 
 
 def ideas(best: str) -> list[Idea]:
-    """All ideas, the most different ones first, since a short search tries only the first of them.
+    """Return all ideas, the most different ones first, since a short search tries only the first of them.
 
     Args:
-        best: How layers are chosen where only one way is tried.
+        best: The way of choosing layers where only one is tried.
     """
     ways = dict.fromkeys((best, "evenly", "middle", "evenly inside"))
     second = next(way for way in ways if way != best)
@@ -132,7 +132,7 @@ class Builder:
 
     @property
     def best(self) -> str:
-        """How layers are chosen where only one way is tried."""
+        """The way of choosing layers where only one is tried."""
         return next(way for way in ("importance", "middle", *self.choosers) if way in self.choosers)
 
     def build(self, idea: Idea) -> SubNet | None:

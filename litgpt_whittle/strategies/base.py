@@ -82,7 +82,7 @@ class Strategy(ABC):
 
     @property
     def n_asked(self) -> int:
-        """How many candidates were handed out, or told without that."""
+        """The number of candidates that were handed out, or reported without that."""
         return len(self._asked)
 
     @property
