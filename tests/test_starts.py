@@ -386,6 +386,22 @@ def test_units_come_from_a_ranking_where_there_is_one(checkpoint, tmp_path, monk
         assert units.indices.tolist() == sorted(own["intermediate_size"][: len(units)])
 
 
+@pytest.mark.parametrize(("n_rows", "n_apart"), [(12, 8), (4, 0)])
+def test_units_are_measured_on_text_that_does_not_score_if_there_is_any(
+    checkpoint, tmp_path, monkeypatch, n_rows, n_apart
+):
+    measured = []
+    monkeypatch.setattr(
+        "litgpt_whittle.searching.starting.quick_order",
+        lambda model, text, autocast: measured.extend(torch.cat(text).tolist()) or random_ranking(TEACHER).order,
+    )
+    run(checkpoint, tmp_path / "out", data=Tokens(n_rows), iterations=1)
+    data = Tokens(n_rows)
+    data.connect(batch_size=2, max_seq_length=12)
+    rows = torch.cat(data.val_dataloader())[:, :12].tolist()  # of which 2 batches of 2 score
+    assert measured == (rows[4:] if n_apart else rows)
+
+
 def test_a_fitness_that_chooses_units_gets_their_numbers_alone(checkpoint, tmp_path):
     class Text(Tokens):
         def train_dataloader(self):

@@ -57,7 +57,7 @@ from litgpt_whittle.searching.loop import Loop, Search
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
-from litgpt_whittle.searching.starting import STARTS, began_without, give_starts
+from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, text_to_measure
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
@@ -212,7 +212,8 @@ def setup(
             save_hyperparameters(setup, out_dir)
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
         if simple_starts:
-            give_starts(searches, out_dir / STARTS, resume, fitness, ranking, wanted.get("calibration"), sharded)
+            seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
+            give_starts(searches, out_dir / STARTS, resume, fitness, partial(text_to_measure, *seen), ranking, sharded)
         rest = {"spread": each if sharded else spread}
         if racing:
             rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from litgpt.data import DataModule
 
+from litgpt_whittle.batches import Batch, batches_after
 from litgpt_whittle.files import write_text
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.processes import first_does
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.ranking.quick import quick_order
+from litgpt_whittle.ranking.quick import N_TOKENS, quick_order
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.searching.journal import read_header
 from litgpt_whittle.searching.loop import Search
@@ -34,13 +36,33 @@ def began_without(journal: Path) -> bool:
     return not read_header(journal).get("settings", {}).get("simple_starts", False)
 
 
+def text_to_measure(
+    data: DataModule | None, seq_length: int, batches: Sequence[Batch], calibration: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Return text to measure units on, token ids of shape (B, T) each.
+
+    That which scores candidates would flatter those whose units were chosen by it, so it is the last resort.
+
+    Args:
+        data: The connected data module; None where the fitness reads no text.
+        seq_length: The length of samples.
+        batches: What scores candidates.
+        calibration: Training tokens, shape (N, T), where they were read.
+    """
+    if calibration is not None:
+        return [calibration]
+    if data is None:
+        return []
+    return [batch.input_ids for batch in batches_after(data, seq_length, len(batches), N_TOKENS) or batches]
+
+
 def give_starts(
     searches: Sequence[Search],
     path: Path,
     resume: bool,
     fitness: Fitness,
+    text: Callable[[], list[torch.Tensor]],
     ranking: Ranking | None = None,
-    calibration: torch.Tensor | None = None,
     sharded: bool = False,
 ) -> None:
     """Give each search its simple starts, the same on all processes and after a resumption.
@@ -49,10 +71,10 @@ def give_starts(
         searches: One per bin.
         path: The file that keeps them.
         resume: Read them from there, if they were written before the interruption.
-        fitness: Scores the candidates; its teacher is looked at where a ranking is needed and none is given.
+        fitness: Scores the candidates; its teacher is measured where a ranking is needed and none is given.
+        text: Gives what to measure it on, as `text_to_measure` does.
         ranking: The teacher's ranking.
-        calibration: Training tokens, shape (N, T); by default the text that scores candidates is looked at.
-        sharded: The teacher is spread over the processes, which look at it together.
+        sharded: The teacher is spread over the processes, which measure it together.
     """
     found = first_does(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
     if found is None:
@@ -64,7 +86,7 @@ def give_starts(
         def order() -> Order | None:
             if ranking is not None:
                 return ranking.order
-            return _measured(fitness, calibration) if by_units or _may_drop_any_layer(spaces[0]) else None
+            return _measured(fitness, text()) if by_units or _may_drop_any_layer(spaces[0]) else None
 
         known = order() if sharded else first_does(order)
 
@@ -94,8 +116,6 @@ def _n_sizes(search: Search) -> int:
     return 3 if (len(search.strategy.objectives) > 1 or space.limits.is_timed) and hi >= _WIDE * lo else 1
 
 
-def _measured(fitness: Fitness, calibration: torch.Tensor | None) -> Order | None:
+def _measured(fitness: Fitness, text: list[torch.Tensor]) -> Order | None:
     """Measure the order of the teacher's units and layers; None where there is no text."""
-    batches = [batch.input_ids for batch in fitness.batches] if calibration is None else [calibration]
-    autocast: Callable = getattr(fitness, "autocast", nullcontext)
-    return quick_order(fitness.model, batches, autocast) if batches else None
+    return quick_order(fitness.model, text, getattr(fitness, "autocast", nullcontext)) if text else None
