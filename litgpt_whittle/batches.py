@@ -105,6 +105,19 @@ def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]
     return batches
 
 
+def batches_after(data: DataModule, seq_length: int, n: int, n_tokens: int) -> list[Batch]:
+    """Read the validation batches after the first n, with about so many tokens, or fewer where the data ends."""
+    found: list[Batch] = []
+    loader = val_loader(data)
+    with fixed_randomness(loader):  # in the order of `validation_batches`
+        for raw in loader or ():
+            if sum(batch.n_tokens for batch in found[n:]) >= n_tokens:
+                break
+            batch = Batch(*split_batch(raw, seq_length))
+            found += [batch] if batch.n_tokens else []
+    return found[n:]
+
+
 def read_calibration(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, n_tokens: int, seed: int, option: str
 ) -> torch.Tensor:

@@ -461,6 +461,20 @@ def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
     assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
 
 
+def test_simple_starts_are_passed_on_and_take_the_ranking_where_there_is_one(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+
+    def stages(rank, **searched) -> Stages:
+        return Stages(request, rank, SECTIONS["search"] | searched, {}, None, SECTIONS["distill"])
+
+    importance = str(tmp_path / "rank/importance.pt")
+    plain, without = stages(True), stages(True, simple_starts=False)
+    assert plain.searched.simple_starts and plain.search.settings["importance"] == importance
+    plain.check()
+    assert not without.searched.simple_starts and "importance" not in without.search.settings
+    assert "importance" not in stages(None).search.settings
+
+
 def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
     """What one stage's settings mean for the others."""
     request = Request(teacher, {"14K": Bin.parse("14K"), "18K": Bin.parse("18K")}, tmp_path, data, 2, 42, True)

@@ -286,7 +286,8 @@ class Stages:
         orders = args.space.startswith("coarse") or args.search_space.layers == "best"
         if orders:
             settings.setdefault("order", "importance")
-        if orders or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
+        for_starts = args.simple_starts and args.space.startswith("fine")
+        if orders or for_starts or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
             settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
         self.searched = self.search.parse(checkpoint_dir=self.request.checkpoint_dir)
 
