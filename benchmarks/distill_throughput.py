@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from search_memory import resident
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.processes import peak_resident
 from litgpt_whittle.training.args import DistillArgs
 
 OURS = ("litgpt pretrain", "distill, beta 0", "distill", "teacher alone")
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace) -> None:
             with torch.inference_mode():
                 model(ids)
             moments.append(time.process_time())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     print("RESULT", json.dumps({"moments": moments, "peak": peak - before}))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.processes import peak_resident
 
 OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
 
@@ -78,7 +78,7 @@ if importlib.util.find_spec("liger_kernel"):
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident() / 2**20
 
 
 def measure_memory(args: argparse.Namespace) -> None:

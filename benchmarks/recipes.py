@@ -29,7 +29,8 @@ from litgpt.utils import CLI
 from litgpt_whittle import SubNet
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import saved_bytes
-from litgpt_whittle.pipeline.estimates import BACKWARD, REPAIR_PASSES
+from litgpt_whittle.metrics import BACKWARD
+from litgpt_whittle.pipeline.estimates import REPAIR_PASSES
 from litgpt_whittle.repair.costs import repair_bytes
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.sizes import Sizes, decided
@@ -151,6 +152,7 @@ class Recipe:
             args.train.max_seq_length,
             objective,
             activation_checkpointing=args.activation_checkpointing,
+            tie_embeddings=bool(args.train.tie_embeddings),
             is_elsewhere=True,
             **rest,
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.processes import peak_resident
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.space import Space
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         sizes.append(n_params(config, candidate) * 4)
         score(candidate)
     seconds = (time.perf_counter() - started) / args.candidates
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     cached = sum(batch.hidden.numel() * 4 for batch in score.batches) if fitness == "kl" else 0
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     found = {"imports": imports, "weights": weights, "candidate": max(sizes), "cache": cached}

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.tokenizer import Tokenizer
 
-from litgpt_whittle.checkpoint import has_tokenizer
-from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.extras import naming_packages
-from litgpt_whittle.processes import first_does, gather, rank
+from litgpt_whittle.overlap import Sample, common_share, samples_of
+from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.training.loop import split_batch
+from litgpt_whittle.training.validation import fixed_randomness
 
 
 class Batch(NamedTuple):
@@ -91,54 +89,33 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
 
 
-def check_data(data: DataModule | None, checkpoint_dir: Path | None) -> None:
-    """Refuses text that is not there or that nobody can tokenise, before anything expensive starts.
-
-    Args:
-        data: Any data module; only our own can be asked.
-        checkpoint_dir: Where its tokenizer is to come from; None where no folder has one.
-
-    Raises:
-        UserError: In both cases.
-    """
-    if not isinstance(data, HFText):
-        return
-    if checkpoint_dir is None or not has_tokenizer(checkpoint_dir):
-        where = "" if checkpoint_dir is None else f", and {str(checkpoint_dir)!r} has none"
-        raise UserError(
-            f"HFText needs a tokenizer{where}; put the model's tokenizer.json into its checkpoint directory"
-        )
-    data.check()
-
-
-def connect(
-    data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, validation_only: bool = False
-) -> None:
-    """Readies a data module, with the checkpoint's tokenizer if it has one; the first process prepares for all."""
-    tokenizer = Tokenizer(checkpoint_dir) if has_tokenizer(checkpoint_dir) else None
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    if validation_only and isinstance(data, HFText):
-        data.parts = ("validation",)
-    with naming_packages(data):
-        first_does(data.prepare_data)
-        if rank() > 0:
-            data.prepare_data()  # finds everything there
-        data.setup()
-
-
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
-    """The first n validation batches of a connected data module, or all where it has fewer.
+    """The first n validation batches of a connected data module, the same in every run, or all where it has fewer.
 
     Raises:
         UserError: If it has none.
     """
-    loader = data.val_dataloader()
+    loader = val_loader(data)
     if loader is None:
         raise UserError(f"{type(data).__name__} has no validation data to score candidates on; choose other data")
-    batches = fixed_batches(loader, n, seq_length)
+    with fixed_randomness(loader):
+        batches = fixed_batches(loader, n, seq_length)
     if len(batches) < n:
         print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
     return batches
+
+
+def batches_after(data: DataModule, seq_length: int, n: int, n_tokens: int) -> list[Batch]:
+    """Read the validation batches after the first n, with about so many tokens, or fewer where the data ends."""
+    found: list[Batch] = []
+    loader = val_loader(data)
+    with fixed_randomness(loader):  # in the order of `validation_batches`
+        for raw in loader or ():
+            if sum(batch.n_tokens for batch in found[n:]) >= n_tokens:
+                break
+            batch = Batch(*split_batch(raw, seq_length))
+            found += [batch] if batch.n_tokens else []
+    return found[n:]
 
 
 def read_calibration(
@@ -196,62 +173,35 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     Raises:
         UserError: If there are none, or the validation data has much of the same text.
     """
-    samples: list[torch.Tensor] = []
+    samples: list[Sample] = []
     missing = n_tokens
-    for raw in data.train_dataloader():
+    for raw in train_loader(data):
         if missing <= 0:
             break
-        rows = _without_padding(*split_batch(raw, seq_length))
+        rows = samples_of(*split_batch(raw, seq_length))
         samples += rows
-        missing -= sum(map(len, rows))
-    length = max(map(len, samples), default=0)
+        missing -= sum(len(row.input_ids) for row in rows)
+    length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
         raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
     # samples of different lengths, as those of instructions are, follow each other
-    windows = torch.cat(samples)
+    windows = torch.cat([sample.input_ids for sample in samples])
     windows = windows[: len(windows) // length * length].view(-1, length)[: -(-n_tokens // length)]
-    _check_not_validation(data, windows, seq_length)
+    _check_not_validation(data, samples, seq_length)
     return windows
 
 
-def _without_padding(input_ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """A batch's rows, each up to its last token that counts."""
-    counts = (targets != IGNORE_INDEX).flip(1)
-    ends = input_ids.shape[1] - counts.int().argmax(1)  # the first one from behind
-    return [row[:end] for row, end, any_counts in zip(input_ids, ends.tolist(), counts.any(1).tolist()) if any_counts]
-
-
-def _check_not_validation(data: DataModule, windows: torch.Tensor, seq_length: int) -> None:
-    """Refuses calibration data that the student will be judged on.
-
-    Both are cut into windows at other places, so runs of tokens are compared, wherever they stand. Texts may share a
-    licence here and there.
-    """
-    size = min(32, max(windows.shape[1] // 2, 8), windows.shape[1])  # shorter runs may be chance
-    seen, n_tokens = [], 0
-    for raw in data.val_dataloader() or ():
-        rows = split_batch(raw, seq_length)[0]
-        if rows.shape[1] >= size:
-            seen.append(_runs(rows, size))
-        n_tokens += rows.numel()
+def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_length: int) -> None:
+    """Refuses calibration data that the student will be judged on. Texts may share a licence here and there."""
+    theirs, n_tokens = [], 0
+    for raw in val_loader(data) or ():
+        rows = samples_of(*split_batch(raw, seq_length))
+        theirs += rows
+        n_tokens += sum(len(row.input_ids) for row in rows)
         if n_tokens > 10_000_000:  # enough to tell
             break
-    if not seen:
-        return
-    ours, theirs = _runs(windows, size), np.concatenate(seen)
-    # a validation split that is small may be a small part of what has it all
-    share = max(np.isin(ours, theirs).mean(), np.isin(theirs, ours).mean())
-    if share > 0.1:
+    if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(
             f"calibration data must not be validation data, and {share:.0%} of the text of one is in the other; "
             "give the data module another validation split"
         )
-
-
-def _runs(rows: torch.Tensor, size: int) -> np.ndarray:
-    """A number for every run of `size` tokens, equal for equal runs."""
-    ids = rows.numpy().astype(np.uint64) + np.uint64(1)
-    runs = np.zeros((ids.shape[0], ids.shape[1] - size + 1), np.uint64)
-    for i in range(size):
-        runs = runs * np.uint64(6364136223846793005) + ids[:, i : i + runs.shape[1]]  # modulo 2**64
-    return runs.ravel()

@@ -15,17 +15,20 @@ import yaml
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.scripts.convert_hf_checkpoint import qkv_reassemble
-from litgpt.utils import copy_config_files, extend_checkpoint_dir, save_config
+from litgpt.utils import extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import MappedWeights, file_fingerprint, new_folder, to_yaml, write_text
+from litgpt_whittle.files import MappedWeights, file_fingerprint, from_yaml, new_folder, to_yaml, write_text
 from litgpt_whittle.hf.config import student_hf_config
+from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
+from litgpt_whittle.model_config import MODEL_CONFIG, read_model_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
 from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_parts
 
 WEIGHTS = "lit_model.pth"
+HF_CONFIG = "config.json"
 MODEL_CLASS = "model_class.yaml"
 """Names the class that opens a checkpoint (entry-point group `litgpt.models`) and what else the class needs. Stock
 litgpt does not look at it: what lies beside it is a stock checkpoint."""
@@ -37,10 +40,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_checkpoint(checkpoint_dir: Path) -> Config:
-    """Reads a checkpoint's config, and nothing expensive.
+    """Read a checkpoint's config, and nothing expensive.
 
     Raises:
-        UserError: If the directory is missing, is no litgpt checkpoint, or its config cannot be read.
+        UserError: If the directory is missing, is no litgpt checkpoint, or one of its configs cannot be read.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     if not checkpoint_dir.is_dir():
@@ -50,17 +53,16 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
             f"{str(checkpoint_dir)!r} is not a litgpt checkpoint, it has no {WEIGHTS}; "
             "make one with 'litgpt download' or 'litgpt convert_to_litgpt'"
         )
+    read_hf_config(checkpoint_dir)
+    path = checkpoint_dir / MODEL_CONFIG
+    if path.is_file():
+        return read_model_config(path)
     try:
-        return Config.from_checkpoint(checkpoint_dir)
+        return Config.from_checkpoint(checkpoint_dir)  # litgpt knows some models by the directory's name
     except FileNotFoundError:
-        problem = "has no model_config.yaml"
-    except (yaml.YAMLError, UnicodeDecodeError):
-        problem = "has a model_config.yaml that is not YAML"
-    except (TypeError, ValueError, AssertionError, AttributeError) as error:
-        problem = (
-            f"has a model_config.yaml that litgpt refuses ({str(error).splitlines()[0] if str(error) else error!r})"
-        )
-    raise UserError(f"{str(checkpoint_dir)!r} {problem}; copy it from where the checkpoint came from")
+        raise UserError(
+            f"{str(checkpoint_dir)!r} has no {MODEL_CONFIG}; copy it from where the checkpoint came from"
+        ) from None
 
 
 def read_weights(checkpoint_dir: Path) -> MappedWeights:
@@ -106,6 +108,7 @@ def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
     """The weights of a sharded checkpoint, as a full one would have them."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied one is left out
     shape = read_model_class(checkpoint_dir).get("shape")
     return weights if shape is None else pad(SubNet.from_dict(config, shape), weights)
 
@@ -208,10 +211,10 @@ def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:
     """What `model_class.yaml` says, empty where there is none."""
     path = Path(checkpoint_dir) / MODEL_CLASS
     try:
-        content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        content = from_yaml(path.read_text()) if path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError):
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("shape", {}), dict):
         raise UserError(f"{str(path)!r} is not a YAML mapping; remove it to open a stock litgpt model")
     return content
 
@@ -224,6 +227,7 @@ def save_checkpoint(
     sub_network: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
+    tied: bool | None = None,
 ) -> None:
     """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
 
@@ -236,7 +240,13 @@ def save_checkpoint(
         sub_network: Written to `sub_network.yaml`.
         extra: Further files, by name: what `torch.save` takes.
         notes: Further YAML files, by name.
+        tied: Whether the LM head is the embedding, which is then stored once and may be left out of `weights`; found
+            out from the weights by default.
     """
+    if tied is None and weights is not None:
+        tied = is_tied(weights)
+    if tied and weights is not None:
+        weights = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
     config = model.config if isinstance(model, SubNet) else model
     layerwise = isinstance(model, SubNet) and not model.is_uniform
     Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +256,9 @@ def save_checkpoint(
         for name, content in (extra or {}).items():
             torch.save(content, folder / name)
         if tokenizer_dir is not None:
-            copy_config_files(Path(tokenizer_dir), folder)
-            _resize_hf_config(folder / "config.json", model)
+            copy_tokenizer(Path(tokenizer_dir), folder)
+            if content := read_hf_config(Path(tokenizer_dir)):
+                write_text(folder / HF_CONFIG, json.dumps(_resized(content, model, tied), indent=2))
         save_config(config, folder)
         if layerwise:
             shape = {"model_class": "LayerwiseGPT", "shape": shape_of(model).to_dict()}
@@ -258,13 +269,23 @@ def save_checkpoint(
             write_text(folder / name, to_yaml(content))
 
 
-def _resize_hf_config(path: Path, model: Config | SubNet) -> None:
-    """Puts the student's sizes into a copied Hugging Face config."""
-    if not path.is_file():
-        return
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        raise UserError("the teacher's config.json is not JSON; fetch it again or remove it") from None
+def _resized(hf_config: dict[str, Any], model: Config | SubNet, tied: bool | None) -> dict[str, Any]:
+    """Return a Hugging Face config with a student's sizes."""
     config, layers = (model.config, model.layers) if isinstance(model, SubNet) else (model, None)
-    path.write_text(json.dumps(student_hf_config(content, config, layers), indent=2))
+    return student_hf_config(hf_config, config, layers, tied)
+
+
+def read_hf_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's Hugging Face config, empty where there is none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    path = checkpoint_dir / HF_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is not a Hugging Face config in JSON; fetch it again or remove it")
+    return content

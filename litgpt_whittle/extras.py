@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 
 from litgpt_whittle.errors import UserError
 
@@ -25,18 +22,3 @@ def require(package: str, extra: str, what: str) -> None:
         import_module(package)
     except ImportError as error:
         raise UserError(f"{what} needs {package} ({error}); run pip install 'litgpt-whittle[{extra}]'") from None
-
-
-@contextmanager
-def naming_packages(data: Any) -> Iterator[None]:
-    """Tells of a package that a data module needs.
-
-    Raises:
-        UserError: If one is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{type(data).__name__} needs the package {error.name}; install it, or choose other data such as HFText"
-        ) from None

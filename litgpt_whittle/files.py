@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.hf.tokenizer_files import TEMPLATES
 
 LOCK = ".lock"
 """What keeps a second process out of a folder"""
@@ -57,6 +59,20 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, width=2**16, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-5` as a number, as YAML 1.2 and jsonargparse do; YAML 1.1 asks for a point and a sign in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def from_yaml(text: str) -> Any:
+    """Return the content of a YAML text."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes beside and renames into place."""
     path = Path(path)
@@ -82,7 +98,7 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for file in beside.iterdir():
+        for file in filter(Path.is_file, beside.rglob("*")):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if replaces and path.exists():
@@ -143,7 +159,7 @@ def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker
     for path in needed:
         if path.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
-    if not any(out_dir.glob(marker)) or any(entry.is_dir() for entry in out_dir.iterdir()):
+    if not any(out_dir.glob(marker)) or any(entry.is_dir() and entry.name != TEMPLATES for entry in out_dir.iterdir()):
         raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
 

@@ -46,8 +46,8 @@ class Keep:
         """
         if isinstance(value, Keep):
             return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
+            return cls(int(value))
         if not isinstance(value, str):
             raise UserError(f"units are given as a number or as ranges such as '0-511,640-767', got {value!r}")
         text = value.strip()

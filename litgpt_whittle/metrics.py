@@ -19,6 +19,9 @@ from litgpt_whittle.index_plan import ConfigKey, layer_takes, n_params
 from litgpt_whittle.latency import Latency, default_device, latency
 from litgpt_whittle.subnet import SubNet
 
+BACKWARD = 2
+"""How many forward passes a backward pass costs"""
+
 
 def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
     """Counts floating-point operations per token of one forward pass, 2 for every multiplication with an addition.

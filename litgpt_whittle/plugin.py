@@ -80,6 +80,9 @@ def commands(taken: set[str] | None = None) -> dict[str, Callable]:
 
     Args:
         taken: Names that are litgpt's own.
+
+    Raises:
+        SystemExit: On Windows, if a command of this package is named on the command line.
     """
     from importlib.metadata import entry_points
 
@@ -88,8 +91,13 @@ def commands(taken: set[str] | None = None) -> dict[str, Callable]:
         if point.name in (taken or ()) or point.name in found:
             warnings.warn(f"skipping the command {point.name!r} ({point.value}): there is one already", stacklevel=2)
             continue
+        is_asked_for = point.name in sys.argv[1:]
+        if is_asked_for and sys.platform == "win32" and point.module.startswith("litgpt_whittle."):
+            raise SystemExit(
+                f"error: litgpt {point.name} needs Linux or macOS; on Windows, install litgpt_whittle in WSL"
+            )
         try:
-            found[point.name] = point.load() if point.name in sys.argv[1:] else _stand_in(point)
+            found[point.name] = point.load() if is_asked_for else _stand_in(point)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

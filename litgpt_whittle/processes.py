@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -143,7 +142,15 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process took on its device at most since `launch`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _resident_at_launch
+    return peak_resident() - _resident_at_launch
+
+
+def peak_resident() -> int:
+    """Return the most bytes of memory that this process has taken so far."""
+    import resource  # of POSIX systems
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def give_back_freed() -> None:

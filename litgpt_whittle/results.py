@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_weights
+from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_model_class, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.reports.page import table
@@ -93,10 +93,10 @@ class Checkpoint:
 
     @property
     def n_params(self) -> int:
-        """Its parameters, in its true shape."""
-        if (known := self.origin.get("n_params")) is not None:
-            return known
-        return n_params(self.config, SubNet.full(self.config), is_tied(read_weights(self.folder)))
+        """Its parameters in its true shape, as they are saved: a tied matrix once."""
+        config, shape = self.config, read_model_class(self.folder).get("shape")
+        whole = SubNet.full(config) if shape is None else SubNet.from_dict(config, shape)
+        return n_params(config, whole, is_tied(read_weights(self.folder)))
 
     @property
     def calibration_tokens(self) -> int:

@@ -20,7 +20,7 @@ import yaml
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.hf.families import filled_heads, shares_channels
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import HeadCut, cut_head
@@ -317,12 +317,12 @@ class SubNet:
 def read_choice(path: Path) -> dict[str, Any]:
     """Reads a sub-network's YAML without looking at any teacher."""
     try:
-        choice = yaml.safe_load(Path(path).read_text())
+        choice = from_yaml(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read the sub-network {str(path)!r}: {error.strerror}; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{str(path)!r} is not YAML; a sub-network has lines such as 'n_embd: 512'") from None
-    if not isinstance(choice, dict):
+    if not isinstance(choice, dict) or not isinstance(choice.get("provenance") or {}, dict):
         raise UserError(f"{str(path)!r} is not a sub-network; it has lines such as 'n_embd: 512'")
     return choice
 

@@ -325,6 +325,12 @@ def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, t
     return student
 
 
+def tie(model: GPT) -> GPT:
+    """Make the embedding of a model its LM head, in place; return the model."""
+    model.transformer.wte.weight = model.lm_head.weight
+    return model
+
+
 def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether the LM head is the embedding: one memory, or equal values."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
@@ -387,7 +393,7 @@ def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
         if sum(not isinstance(i, slice) for i in index) > 1:
             index = torch.meshgrid(*(_as_tensor(i, part.device) for i in index), indexing="ij")
         filled[name][tuple(index)] = part
-    if weights["lm_head.weight"] is weights["transformer.wte.weight"]:
+    if is_tied(weights):
         filled["lm_head.weight"] = filled["transformer.wte.weight"]
     return filled
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from litgpt.data import DataModule
 
 from litgpt_whittle.batches import calibration_windows
@@ -75,3 +77,75 @@ def test_calibrating_on_a_part_of_the_validation_split_is_found():
 def test_short_windows_of_few_tokens_are_not_taken_for_the_same_text():
     few = [torch.randint(0, 20, (60, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     assert calibration_windows(Given(few[:1], few[1:]), 8, 10**6).shape == (60, 8)
+
+
+def instructions(seeds, template: torch.Tensor, masked: bool, answer: int) -> dict[str, torch.Tensor]:
+    """Instruction data as litgpt has it: a template that all share, a question and an answer of each sample's own."""
+    samples = [torch.cat([template, text(12, 2 * seed), text(answer, 2 * seed + 1)]) for seed in seeds]
+    batch = padded(*samples)
+    batch["labels"][:, : (len(template) + 12) * masked] = -100
+    return batch
+
+
+SETTINGS = {
+    "n_template": st.sampled_from([0, 5, 40, 300]),
+    "masked": st.booleans(),
+    "answer": st.sampled_from([2, 20, 90]),
+    "seed": st.integers(0, 10**6),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SETTINGS, n=st.integers(3, 20))
+def test_a_template_that_samples_share_is_no_overlap(n_template, masked, answer, seed, n):
+    template = text(n_template, 10**9)
+    train, validation = (instructions(range(first, first + n), template, masked, answer) for first in (seed, seed + n))
+    calibration_windows(Given([train], [validation]), 2048, 10**6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SETTINGS, n=st.integers(3, 20), share=st.sampled_from([0.2, 1.0]))
+def test_samples_that_both_sides_have_are_found_whatever_the_template(n_template, masked, answer, seed, n, share):
+    """A fifth of the validation samples, or all of them, among many more of training."""
+    template, shared = text(n_template, 10**9), max(1, round(share * n))
+    train = instructions(range(seed, seed + 3 * n), template, masked, answer)
+    validation = instructions(range(seed + 3 * n - shared, seed + 4 * n - shared), template, masked, answer)
+    with pytest.raises(UserError, match="calibration data must not be validation data"):
+        calibration_windows(Given([train], [validation]), 2048, 10**6)
+
+
+def packed(seeds, template: torch.Tensor, length: int) -> torch.Tensor:
+    """Windows of documents that begin with a template, as a chat's do when it is plain text."""
+    stream = torch.cat([torch.cat([template, text(100, seed), torch.tensor([0])]) for seed in seeds])
+    return stream[: len(stream) // length * length].view(-1, length)
+
+
+@pytest.mark.parametrize("n_template", [60, 100, 400])
+def test_templates_in_packed_text_are_no_overlap_and_documents_are(n_template):
+    """Windows are cut at other places on both sides."""
+    several = [text(n_template, 10**9 + i) for i in range(2)]
+    train, validation = packed(range(80), several[0], 65), packed(range(200, 230), several[0], 65)
+    assert len(calibration_windows(Given([train], [validation]), 64, 10**6)) == len(train)
+    with pytest.raises(UserError, match="must not be validation data"):
+        calibration_windows(Given([train], [packed(range(70, 90), several[0], 65)]), 64, 10**6)
+    # another template does not hide them
+    with pytest.raises(UserError, match="must not be validation data"):
+        calibration_windows(Given([train], [packed(range(70, 80), several[1], 65)]), 64, 10**6)
+
+
+def test_text_that_repeats_itself_is_found_too():
+    text_ = text(50, 0).repeat(40)[: 20 * 65].view(20, 65)
+    with pytest.raises(UserError, match="must not be validation data"):
+        calibration_windows(Given([text_], [text_[:5]]), 64, 10**6)
+
+
+def test_answers_of_few_kinds_are_no_overlap():
+    """A classification: the same answers again and again to questions of their own."""
+
+    def classified(seeds):
+        rows = [torch.cat([text(40, seed), text(60, 10**6 + seed % 3)]) for seed in seeds]
+        batch = padded(*rows)
+        batch["labels"][:, :40] = -100
+        return batch
+
+    calibration_windows(Given([classified(range(30))], [classified(range(30, 45))]), 2048, 10**6)

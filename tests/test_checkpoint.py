@@ -13,6 +13,7 @@ from litgpt.utils import save_config
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, save_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, new_folder, write_text
+from litgpt_whittle.model_config import read_model_config
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, student_model
 
@@ -93,7 +94,7 @@ def test_what_is_wrong_with_a_checkpoint_is_told_in_one_line(checkpoint):
     problem(r"has transformer\.h\.3\.\S+, which its model_config.yaml does not know")
     save_config(dataclasses.replace(LLAMA, intermediate_size=25), checkpoint)
     problem(r"of shape \(24, 32\), its model_config.yaml says \(25, 32\)")
-    for text, message in (("a: [", "not YAML"), ("unknown_field: 1", "litgpt refuses"), ("", "litgpt refuses")):
+    for text, message in (("a: [", "not YAML"), ("unknown_field: 1", "litgpt refuses"), ("", "not a mapping")):
         config.write_text(text)
         problem(message, check_checkpoint)
     config.unlink()
@@ -158,3 +159,83 @@ def test_copied_hugging_face_config_has_the_students_sizes(checkpoint):
     save_checkpoint(checkpoint.parent / "student", subnet, extract_weights(load_model(checkpoint), subnet), checkpoint)
     written = yaml.safe_load((checkpoint.parent / "student/config.json").read_text())
     assert written["hidden_size"] == 8 and written["num_hidden_layers"] == 2 and written["vocab_size"] == 61
+
+
+EDITED = {"norm_eps": "1e-5", "rope_base": "1e4", "n_embd": '"32"', "bias": '"false"', "padded_vocab_size": "64.0"}
+"""Values as people write them into a `model_config.yaml`, all of them those of `LLAMA` in other words"""
+
+
+def edited(folder, **changes):
+    """Changes lines of a checkpoint's model_config.yaml."""
+    path = folder / "model_config.yaml"
+    others = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in changes}
+    path.write_text(yaml.safe_dump(others) + "".join(f"{name}: {text}\n" for name, text in changes.items()))
+    return folder
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(checkpoint, tmp_path):
+    """The oracle is the config that litgpt itself wrote, before and after a save that stock litgpt reads."""
+    plain = dataclasses.replace(LLAMA, rope_base=10000, norm_eps=1e-5)
+    save_config(plain, checkpoint)
+    config = check_checkpoint(edited(checkpoint, **EDITED))
+    assert config == plain
+    assert [type(getattr(config, name)) for name in EDITED] == [float, int, int, bool, int]
+    save_checkpoint(tmp_path / "saved", config, read_weights(checkpoint), checkpoint)
+    assert Config.from_checkpoint(tmp_path / "saved") == plain
+
+
+def test_numbers_within_rope_settings_are_numbers(checkpoint):
+    adjustments = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+    text = '{factor: "8.0", low_freq_factor: 1e0, high_freq_factor: 4.0, original_max_seq_len: "8192"}'
+    assert check_checkpoint(edited(checkpoint, rope_adjustments=text)).rope_adjustments == adjustments
+
+
+def test_a_fraction_of_a_rope_base_stays(checkpoint):
+    """A student's shorter heads have one."""
+    save_config(dataclasses.replace(LLAMA, rope_base=1234.5), checkpoint)
+    assert check_checkpoint(checkpoint).rope_base == 1234.5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("n_embd", "many", "n_embd in .* must be a whole number, got 'many'"),
+        ("n_layer", "1.5", "n_layer in .* must be a whole number, got 1.5"),
+        ("n_head", "true", "n_head in .* must be a whole number, got True"),
+        ("n_embd", "null", "n_embd in .* must be a whole number, got None"),
+        ("norm_eps", "tiny", "norm_eps in .* must be a number, got 'tiny'"),
+        ("rope_base", ".nan", "rope_base in .* must be a number, got nan"),
+        ("bias", "never", "bias in .* must be one of True, False, got 'never'"),
+        ("mlp_class_name", "LLamaMLP", "mlp_class_name in .* must be one of GptNeoxMLP, .*, got 'LLamaMLP'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_name(checkpoint, name, text, message):
+    for read in (check_checkpoint, read_weights, load_model):
+        with pytest.raises(UserError, match=message) as error:
+            read(edited(checkpoint, **{name: text}))
+        assert "\n" not in str(error.value)
+
+
+def test_every_config_of_litgpt_is_read_as_litgpt_reads_it(tmp_path):
+    for config in ARCHITECTURES.values():
+        save_config(config, tmp_path)
+        assert read_model_config(tmp_path / "model_config.yaml") == Config.from_file(tmp_path / "model_config.yaml")
+
+
+def test_numbers_in_other_files_of_a_checkpoint_may_be_text(checkpoint, tmp_path):
+    plain, shape = SubNet(LLAMA, n_embd=16, intermediate_size=10), {"intermediate_size": 10}
+    (tmp_path / "sub_network.yaml").write_text('n_embd: "16"\nintermediate_size: 1e1\n')
+    assert SubNet.load(tmp_path / "sub_network.yaml", LLAMA) == plain
+    (tmp_path / "sub_network.yaml").write_text("n_embd: 16.0\nintermediate_size: 10\n")
+    assert SubNet.load(tmp_path / "sub_network.yaml", LLAMA) == plain
+    (checkpoint / "model_class.yaml").write_text("model_class: LayerwiseGPT\nshape: {intermediate_size: 1e1}\n")
+    assert load_model(checkpoint).shape == SubNet(LLAMA, **shape)
+    (checkpoint / "model_class.yaml").write_text("model_class: LayerwiseGPT\nshape: 5\n")
+    with pytest.raises(UserError, match="model_class.yaml' is not a YAML mapping"):
+        load_model(checkpoint)
+
+
+def test_a_damaged_hugging_face_config_is_reported_before_the_work(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not a Hugging Face config"):
+        check_checkpoint(checkpoint)

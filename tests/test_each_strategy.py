@@ -58,6 +58,20 @@ def test_a_generation_waits_for_all_scores_of_the_last_one(name, first, then):
         strategy.tell(generation[-1], loss(generation[-1]), measures(generation[-1]))
 
 
+@pytest.mark.parametrize("name", ["Evolution", "EvoPress", "LocalSearch", "NSGA2", "TPE"])
+def test_what_learns_goes_on_from_a_good_candidate_that_it_did_not_propose(name):
+    strategy, good = make(name), SPACE.sample(np.random.default_rng(5))
+    strategy.tell(good, -100.0, measures(good))
+    run(strategy, 3 if name == "LocalSearch" else 7)  # to the end of the first generation
+    others = {"EvoPress": "parent", "LocalSearch": "at"}
+    if name in others:
+        assert getattr(strategy, others[name]).subnet == good
+    elif name == "TPE":
+        assert strategy._best == good
+    else:
+        assert good in [parent.subnet for parent in strategy.parents]
+
+
 def test_tpe_asks_for_the_same_however_many_at_a_time():
     asked = []
     for n in (1, 8):

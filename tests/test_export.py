@@ -7,11 +7,12 @@ import litgpt.config
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from litgpt.utils import CLI
 from texts import write_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.commands.export import setup
@@ -93,6 +94,40 @@ def test_transformers_computes_what_litgpt_does(name, kind, tmp_path):
     export.export_hf(tmp_path / "student", tmp_path / "hf", check=False)
     with torch.no_grad():
         assert_same(tmp_path / "hf", load_model(tmp_path / "student")(IDX))
+
+
+EXPERTS = [("Mixtral-8x7B-v0.1", 20), ("Mixtral-8x7B-v0.1", None), ("Qwen3-30B-A3B", None), ("Qwen3-30B-A3B", 20)]
+
+
+@pytest.mark.parametrize(("name", "width"), EXPERTS)
+@pytest.mark.parametrize("kept", [10, [9, 10, "3-12", 8]], ids=["uniform", "layerwise"])
+def test_experts_keep_their_width_under_any_name_and_setting(name, width, kept, tmp_path, capsys):
+    """litgpt takes it from `moe_intermediate_size` or else `intermediate_size`, Mixtral from the latter only."""
+    teacher = dataclasses.replace(KNOWN[name], moe_intermediate_size=width)
+    subnet = SubNet(teacher, **{"intermediate_size" if width is None else "moe_intermediate_size": kept})
+    save_checkpoint(tmp_path / "student", subnet, extract_weights(random_weights(teacher), subnet))
+    setup(tmp_path / "student", out_dir=tmp_path / "hf")
+    assert "experts_implementation='eager'" in capsys.readouterr().out
+    model = opened(tmp_path / "hf")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    stock = GPT(Config.from_checkpoint(tmp_path / "student"))
+    stock.load_state_dict(torch.load(tmp_path / "student/lit_model.pth", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDX).logits, stock(IDX), rtol=2e-5, atol=2e-5)
+
+
+def test_a_mixtral_students_copied_config_has_the_width_of_its_experts(tmp_path):
+    """So that litgpt's converted weights open with the config.json that extract writes."""
+    teacher = dataclasses.replace(KNOWN["Mixtral-8x7B-v0.1"], moe_intermediate_size=20)
+    (tmp_path / "teacher").mkdir()
+    MixtralConfig(hidden_size=32, intermediate_size=20).save_pretrained(tmp_path / "teacher")
+    subnet = SubNet(teacher, moe_intermediate_size=12)
+    save_checkpoint(
+        tmp_path / "student", subnet, extract_weights(random_weights(teacher), subnet), tmp_path / "teacher"
+    )
+    assert MixtralConfig.from_pretrained(tmp_path / "student").intermediate_size == 12
+    assert Config.from_checkpoint(tmp_path / "student").moe_intermediate_size == 12
 
 
 def test_every_family_is_among_the_architectures():

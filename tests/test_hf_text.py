@@ -15,8 +15,8 @@ from litgpt.tokenizer import Tokenizer
 from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import plugin
-from litgpt_whittle.batches import connect
 from litgpt_whittle.data import HFText, hf_text
+from litgpt_whittle.data.loading import connect
 from litgpt_whittle.data.token_file import Windows, is_written, write_tokens
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training.data_stream import DataStream

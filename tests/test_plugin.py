@@ -96,6 +96,21 @@ def test_a_closed_choice_names_what_there_is(start, arguments, choices):
     assert done.returncode == 2 and len(told) == 1 and "Union of no types" not in done.stderr
 
 
+def test_on_windows_our_commands_refuse_and_others_do_not(strangers, monkeypatch):
+    from litgpt_whittle.plugin import commands
+
+    monkeypatch.syspath_prepend(str(strangers))
+    monkeypatch.setattr(sys, "argv", ["litgpt", "greet"])
+    with monkeypatch.context() as windows, pytest.warns(UserWarning, match="skipping"):
+        windows.setattr(sys, "platform", "win32")
+        assert "greet" in commands() and "extract" in commands()
+    monkeypatch.setattr(sys, "argv", ["litgpt", "extract"])
+    with monkeypatch.context() as windows:
+        windows.setattr(sys, "platform", "win32")
+        with pytest.raises(SystemExit, match="litgpt extract needs Linux or macOS"):
+            commands()
+
+
 def test_bootstrap_survives_anything_and_imports_next_to_nothing():
     program = (
         "import sys, litgpt_whittle, litgpt_whittle.plugin as p; p.install(); p.install();"

@@ -156,8 +156,8 @@ def test_the_same_seed_gives_the_same_search(checkpoint, tmp_path, space):
 
 
 def test_several_bins_each_have_their_best_and_do_not_disturb_each_other(checkpoint, tmp_path):
-    run(checkpoint, tmp_path / "both", bin=["8K-10K", "14K±5%"])
-    run(checkpoint, tmp_path / "one", bin="8K-10K")
+    run(checkpoint, tmp_path / "both", bin=["8K-10K", "14K±5%"], simple_starts=False)
+    run(checkpoint, tmp_path / "one", bin="8K-10K", simple_starts=False)
     _, both = read_journal(tmp_path / "both/journal.jsonl")
     bins = ["8K-10K", "13.3K-14.7K"]  # take turns by generations
     assert [e.bin for e in both] == [bin for n in (6, 4, 2) for bin in bins for _ in range(n)]

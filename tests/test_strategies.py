@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -118,6 +119,42 @@ def test_failed_scores_are_passed_over(name):
     scores = iter([math.inf, -math.inf, math.nan, 5.0, 4.0] * 10)
     run(strategy, 50, score=lambda _: next(scores))
     assert strategy.best.score == 4.0
+
+
+def foreign(n: int) -> list[SubNet]:
+    """Sub-networks that no strategy was asked for."""
+    rng = np.random.default_rng(99)
+    return list(dict.fromkeys(SPACE.sample(rng) for _ in range(n)))
+
+
+@EACH
+@pytest.mark.parametrize("n", [1, 7, 30])
+def test_scores_of_candidates_that_were_not_asked_for_are_taken(name, n):
+    """As a search's simple starts are: they count, are not proposed again, and the rest does not depend on batches."""
+
+    def begun() -> Strategy:
+        strategy = make(name)
+        for candidate in foreign(n):
+            strategy.tell(candidate, loss(candidate), measures(candidate))
+        return strategy
+
+    strategy = begun()
+    assert strategy.best.subnet == min(foreign(n), key=loss)
+    told = run(strategy, 40)
+    candidates = [scored.subnet for scored in told]
+    assert len(candidates) == 40 and len({*candidates, *foreign(n)}) == 40 + len(foreign(n))
+    assert run(begun(), 40, ask=100) == told
+    assert strategy.best.score == min(map(loss, [*candidates, *foreign(n)]))
+
+
+@EACH
+def test_candidates_that_were_not_asked_for_may_come_at_any_time(name):
+    strategy, others = make(name), iter(foreign(40))
+    for _ in range(15):
+        asked = strategy.ask(3)
+        assert asked  # whatever generation is under way
+        for candidate in (next(others), *asked, next(others)):
+            strategy.tell(candidate, loss(candidate), measures(candidate))
 
 
 @EACH

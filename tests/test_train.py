@@ -24,6 +24,7 @@ from litgpt_whittle import files
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.supergpt import tie
 from litgpt_whittle.training.args import DistillArgs, TrainArgs
 from litgpt_whittle.training.curves import read_metrics
 from litgpt_whittle.training.data_stream import DataStream
@@ -71,7 +72,7 @@ def config(**kwargs):
 
 def train_args(**kwargs):
     defaults = {"save_interval": None, "log_interval": 1, "global_batch_size": 8, "micro_batch_size": 4}
-    limits = {"max_tokens": 6 * 8 * SEQ, "max_norm": 0.5, "min_lr": 1e-4, "lr_warmup_steps": 2, "tie_embeddings": False}
+    limits = {"max_tokens": 6 * 8 * SEQ, "max_norm": 0.5, "min_lr": 1e-4, "lr_warmup_steps": 2}
     return TrainArgs(**(defaults | limits | kwargs))
 
 
@@ -174,15 +175,11 @@ def test_without_a_teacher_it_is_litgpt_pretrain_step_for_step(tmp_path, monkeyp
         assert torch.allclose(*logits, atol=1e-4)
 
 
-def test_a_given_checkpoint_trains_as_litgpt_trains_it(tmp_path, monkeypatch):
+def test_a_given_tied_checkpoint_trains_as_litgpt_trains_it(tmp_path, monkeypatch):
     start = checkpoint(tmp_path / "start")
+    torch.save(tie(GPT(config())).state_dict(), start / "lit_model.pth")
     logged, _ = litgpt_pretrain(tmp_path / "litgpt", monkeypatch, initial_checkpoint_dir=start, tie_embeddings=True)
-    run(
-        tmp_path / "ours",
-        initial_checkpoint_dir=start,
-        train=train_args(tie_embeddings=True),
-        eval=EvalArgs(interval=10, max_iters=2),
-    )
+    run(tmp_path / "ours", initial_checkpoint_dir=start, eval=EvalArgs(interval=10, max_iters=2))
     expected = [float(row["loss"]) for row in logged if row["loss"]]
     assert [row["loss"] for row in rows(tmp_path / "ours")] == pytest.approx(expected, abs=1e-5)
 

@@ -1,8 +1,10 @@
 """`litgpt whittle`: its stages, going on after an interruption, what it refuses, and what it says beforehand."""
 
 import contextlib
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +38,7 @@ from litgpt_whittle.repair import costs as repair_costs
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.spaces.bins import Bin
-from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.supergpt import student_model, tie
 from litgpt_whittle.training.resume import describe
 
 TEACHER = Config(
@@ -123,6 +125,21 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
     assert len(calls) == len(commands)
     with pytest.raises(UserError, match="search.iterations was 4 and is 5"):
         run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
+
+
+def test_students_of_a_tied_teacher_lie_in_their_bin_as_they_are_saved(teacher, data, tmp_path, capsys):
+    tied = tmp_path / "tied"
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    save_checkpoint(tied, SubNet.full(TEACHER), tie(GPT(TEACHER)).state_dict(), write_tokenizer(tmp_path))
+    run(tied, data, tmp_path / "out", "14K", rank=False)
+    final = tmp_path / "out/14K/distilled/final"
+    model = load_model(final)
+    n = sum(p.numel() for p in model.parameters())
+    assert n in Bin.parse("14K") and model.lm_head.weight is model.transformer.wte.weight
+    assert json.loads((final / "config.json").read_text())["tie_word_embeddings"]
+    assert re.search(rf"14K +{n:,} ", capsys.readouterr().out), "it is reported as it is saved"
+    with pytest.raises(UserError, match="tie_embeddings must be true, as the teacher's LM head is, got false"):
+        run(tied, data, tmp_path / "other", "14K", **changed("distill", **{"train.tie_embeddings": False}))
 
 
 def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, data, tmp_path, monkeypatch):
@@ -278,6 +295,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}),
             "at least one step of 16,384 tokens, got train.max_tokens = 1000 ",
         ),
+        (changed("distill", **{"train.tie_embeddings": True}), "must be false, as the teacher's LM head is, got true"),
         (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
         (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
         (changed("search", **{"train.max_seq_length": 64}), "search: train.max_seq_length .* block_size 32, got 64"),
@@ -441,6 +459,20 @@ def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
     given = {"space": "coarse_layerwise", "order": "importance", "importance": "mine.pt"}
     own = Stages(request, None, given, **rest)
     assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
+
+
+def test_simple_starts_are_passed_on_and_take_the_ranking_where_there_is_one(teacher, data, tmp_path):
+    request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
+
+    def stages(rank, **searched) -> Stages:
+        return Stages(request, rank, SECTIONS["search"] | searched, {}, None, SECTIONS["distill"])
+
+    importance = str(tmp_path / "rank/importance.pt")
+    plain, without = stages(True), stages(True, simple_starts=False)
+    assert plain.searched.simple_starts and plain.search.settings["importance"] == importance
+    plain.check()
+    assert not without.searched.simple_starts and "importance" not in without.search.settings
+    assert "importance" not in stages(None).search.settings
 
 
 def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):

@@ -38,3 +38,15 @@ def write_tokenizer(folder: Path, eos: bool = True) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": "<|endoftext|>"} if eos else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_word_tokenizer(folder: Path, n: int) -> Path:
+    """Writes `tokenizer.json` and `tokenizer_config.json` of n words: w0, w1, …"""
+    vocabulary = {f"w{i}": i for i in range(n)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

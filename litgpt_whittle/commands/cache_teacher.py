@@ -12,18 +12,21 @@ import torch
 from jsonargparse import Namespace
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.utils import copy_config_files, extend_checkpoint_dir, init_out_dir, save_config
+from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.batches import check_data, check_seed, connect
-from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.batches import check_seed
+from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.data.loading import check_data, connect, train_loader
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
 from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
 from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.hf.tokenizer_files import copy_contents, copy_tokenizer
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import barrier, claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.training.args import DistillArgs
@@ -87,7 +90,7 @@ def setup(
         fabric = launch(n_devices(devices))
         L.seed_everything(seed, verbose=False)
         connect(data, checkpoint_dir, train.micro_batch_size, length)
-        whole = whole_pass(data.train_dataloader())
+        whole = whole_pass(train_loader(data))
         first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
         if rank() == 0:
             _write_index(out_dir, index, checkpoint_dir, teacher)
@@ -123,7 +126,7 @@ def check(args: Namespace) -> Contents:
         raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
     gives = make_codec(args.codec, teacher.padded_vocab_size, args.temperature).gives
     read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
-    check_data(args.data, args.checkpoint_dir)
+    check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return Contents(
         teacher=teacher.name,
         weights=weights_fingerprint(args.checkpoint_dir),
@@ -198,7 +201,9 @@ def _write_index(out_dir: Path, index: Index, checkpoint_dir: Path, teacher: Con
     """The index, and what a student is checked against: the teacher's config and tokenizer."""
     out_dir.mkdir(parents=True, exist_ok=True)
     index.write(out_dir)
-    copy_config_files(checkpoint_dir, out_dir)
+    copy_tokenizer(checkpoint_dir, out_dir)
+    if (checkpoint_dir / HF_CONFIG).is_file():
+        copy_contents(checkpoint_dir / HF_CONFIG, out_dir / HF_CONFIG)
     save_config(teacher, out_dir)
 
 
@@ -209,12 +214,13 @@ def summary(out_dir: Path, index: Index) -> str:
     n_tokens = n_windows * index.length
     ((codec, settings),) = index.contents.codec.items()
     shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    flags = "" if index.contents.temperature is None else f" --distill.temperature {index.contents.temperature}"
+    temperature = index.contents.temperature
+    flags = [] if temperature is None else ["--distill.temperature", temperature]
     return "\n".join(
         [
             f"Cached {index.contents.teacher} with {codec}{f' ({shown})' if shown else ''}:",
             f"  {n_tokens:,} tokens in {n_windows:,} different windows of {index.length}",
             f"  {n_bytes / n_tokens:.2f} bytes per token, {readable_size(n_bytes)} in {len(index.shards)} shards",
-            f"The cache is in {out_dir}. Try: litgpt distill --teacher_cache {out_dir}{flags}",
+            f"The cache is in {out_dir}. {try_next('distill', '--teacher_cache', out_dir, *flags)}",
         ]
     )

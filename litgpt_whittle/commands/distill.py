@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
@@ -23,9 +22,10 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import check_data, check_seed
-from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.batches import check_seed
+from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.commands import extract
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.cache import Cache
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
@@ -34,9 +34,12 @@ from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
+from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import claimed_for_all, is_first_started
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import is_tied, tie
 from litgpt_whittle.training.args import DistillArgs, TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
@@ -47,12 +50,14 @@ from litgpt_whittle.training.checks import (
     check_logger,
     check_pair,
     check_tokenizers,
+    check_vocabularies,
     default_data,
     make_logger,
     read_optimizer,
     run_settings,
     warn_of_small_teacher,
 )
+from litgpt_whittle.training.compiler import check_compiler
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
 from litgpt_whittle.training.pretraining import (
@@ -89,7 +94,6 @@ def setup(
         max_norm=1.0,
         min_lr=4e-5,
         lr_warmup_steps=2000,
-        tie_embeddings=False,
     ),
     eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),
     log: LogArgs = LogArgs(),
@@ -171,6 +175,9 @@ def setup(
     check_logger(logger_name)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if compile:
+        check_compiler(device)
     check_quantize(teacher_quantize, teacher_placement)
     _check_repair(repair, sub_network, random_weights, devices * num_nodes)
     teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
@@ -187,14 +194,18 @@ def setup(
         student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
         if random_weights and resume_dir is None:
             student = student.with_random_weights()
+        student = student.with_tie(train.tie_embeddings)
         used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
         if cache is not None:
             used_teacher = cache.teacher_config
         speaking_dir = used_dir if cache is None else cache.folder
-        tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), student_dir, speaking_dir)
+        asked_dir = checkpoint_dir_of(tokenizer_dir)
+        tokenizer_dir = check_tokenizers(asked_dir, student_dir, speaking_dir)
+        check_vocabularies(student.config, used_teacher, asked_dir or student_dir, speaking_dir)
         seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
         if used_teacher is not None:
-            warn_of_small_teacher(student.config, used_teacher)
+            teacher_tied = used_dir is not None and is_tied(read_weights(used_dir))
+            warn_of_small_teacher(student.n_params, n_params(used_teacher, SubNet.full(used_teacher), teacher_tied))
         if cache is not None:
             where = f"cache {str(cache.folder)!r}"
             check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
@@ -203,7 +214,8 @@ def setup(
         if cache is not None:
             check_cache_reaches(cache, n_samples * seq_length)
         data = default_data() if data is None else data
-        check_data(data, tokenizer_dir)
+        configs = [config for config in (student.config, used_teacher) if config is not None]
+        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
         precision = precision or get_default_supported_precision(training=True)
         settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
         state = state_to_resume(resume_dir, settings)
@@ -213,10 +225,12 @@ def setup(
             if not (resume and extract.is_finished(start, key)):
                 module = copy.deepcopy(data)  # training connects it anew
                 extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
-            student = Student.choose(start, None, None, None, None)
+            student = Student.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
             origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         is_live = used_dir is not None and cache is None
+
+        def make_teacher() -> GPT:
+            return tie(GPT(teacher_config)) if teacher_tied else GPT(teacher_config)
 
         def make_hidden(model: GPT) -> HiddenLoss:
             return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
@@ -232,7 +246,8 @@ def setup(
             seq_length,
             objectives(0.0),
             activation_checkpointing=activation_checkpointing,
-            build_teacher=(lambda: GPT(teacher_config)) if is_live else None,
+            tie_embeddings=student.is_tied,
+            build_teacher=make_teacher if is_live else None,
             quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
             build_hidden=make_hidden if distill.hidden.is_used else None,
         )
@@ -310,14 +325,15 @@ def main(
 ) -> None:
     """Builds student, teacher and data, in litgpt's order, and trains."""
     fabric.seed_everything(seed)
-    model = build_model(fabric, student, train, seq_length, activation_checkpointing)
+    model = build_model(fabric, student, seq_length, activation_checkpointing)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
     hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
-    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, seq_length)
+    train_loader, validation = load_data(
+        fabric, data, tokenizer_dir, train.micro_batch_size, seq_length, eval.max_iters
+    )
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     # one that is cached is run for its validation only, before training
     is_run = teacher_dir is not None and (cache is None or state is None)
@@ -335,7 +351,7 @@ def main(
     frozen = [live.model.config] if live is not None and cache is None else []
     job.flops_per_iter = count_flops(model, train.micro_batch_size, seq_length, frozen)
     del live  # a cached one is gone after its validation
-    run = begin(fabric, job, train_loader, val_loader, schedule, seq_length, out_dir, settings, state)
+    run = begin(fabric, job, train_loader, validation, schedule, seq_length, out_dir, settings, state)
     fit(run, train, eval)
 
 

@@ -36,6 +36,10 @@ def setup(
     print(f"Exported {checkpoint_dir} to {out_dir}: {exported.family.architecture}, {exported.n_params:,} parameters")
     if exported.zero_heads:
         print(f"Its heads have n_embd / n_head dimensions there: {exported.zero_heads} of zeros fill up each layer.")
+    if exported.needs_eager_experts:
+        print(
+            "Open it with experts_implementation='eager': the default needs rows of 16 bytes in the experts' weights."
+        )
     if exported.difference is None:
         print("It was not compared with litgpt's model (--check false).")
     else:

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import check_data, check_seed, read_calibration, sequence_length
+from litgpt_whittle.batches import check_seed, read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration, check_n_windows
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
@@ -25,10 +25,12 @@ from litgpt_whittle.checkpoint import (
     weights_fingerprint,
 )
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hf.families import check_expressible
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
@@ -244,9 +246,10 @@ def _check_calibration(repair: RepairArgs, data: DataModule | None, train: Batch
     """The length of the samples that a repair sees."""
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
-    length = sequence_length(check_checkpoint(checkpoint_dir), train.max_seq_length)
+    teacher = check_checkpoint(checkpoint_dir)
+    length = sequence_length(teacher, train.max_seq_length)
     check_n_windows(-(-(repair.tokens or LEAST_TOKENS) // length))
-    check_data(data, checkpoint_dir)
+    check_data(data, checkpoint_dir, teacher.padded_vocab_size)
     return length
 
 
@@ -314,9 +317,8 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
             f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
     weights = out_dir / WEIGHTS
-    return "\n".join(
-        [*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). Try: litgpt generate {out_dir}"]
-    )
+    hint = try_next("generate", out_dir)
+    return "\n".join([*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). {hint}"])
 
 
 def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:

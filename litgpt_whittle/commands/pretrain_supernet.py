@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
@@ -22,13 +21,13 @@ from litgpt.utils import (
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.batches import check_seed
-from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import claimed_for_all, is_first_started
 from litgpt_whittle.samplers import Sampler
-from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, is_tied
+from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
@@ -74,7 +73,6 @@ def setup(
         max_norm=1.0,
         min_lr=4e-5,
         lr_warmup_steps=2000,
-        tie_embeddings=False,
     ),
     eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),
     log: LogArgs = LogArgs(),
@@ -137,12 +135,12 @@ def setup(
     with nullcontext() if dry_run else claimed_for_all(out_dir):
         resume_dir = find_resume(resume, out_dir)
         start_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
-        model = _super_network(start_dir, model_name, model_config)
-        is_one = train.tie_embeddings or (start_dir is not None and is_tied(read_weights(start_dir)))
-        sampler = supernet.make_sampler(model.config, bool(is_one))
+        model = _super_network(start_dir, model_name, model_config).with_tie(train.tie_embeddings)
+        sampler = supernet.make_sampler(model.config, model.is_tied)
         tokenizer_dir = check_tokenizers(checkpoint_dir_of(tokenizer_dir), start_dir, None)
         seq_length = check_pair(model.config, None, train.max_seq_length)
         data = default_data() if data is None else data
+        check_data(data, tokenizer_dir, model.config.padded_vocab_size)
         precision = precision or get_default_supported_precision(training=True)
         settings = run_settings(arguments, model.config, None, precision)
         state = state_to_resume(resume_dir, settings)
@@ -157,6 +155,7 @@ def setup(
             seq_length,
             Objective(),
             activation_checkpointing=activation_checkpointing,
+            tie_embeddings=model.is_tied,
         )
         if is_first_started():
             show_plan(step, "replicated", devices, dry_run)
@@ -227,14 +226,15 @@ def main(
 ) -> None:
     """Builds model and data, in litgpt's order, and trains."""
     fabric.seed_everything(seed)
-    model = build_model(fabric, start, train, step.seq_length, step.activation_checkpointing)
+    model = build_model(fabric, start, step.seq_length, step.activation_checkpointing)
     smallest = sampler.space.smallest()
     fabric.print(f"{num_parameters(model):,} parameters, the smallest sub-network {sampler.space.n_params(smallest):,}")
     losses_of = SuperLossModel(model)
     root = fabric.setup(losses_of)
     optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))
-    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
-    train_loader, val_loader = load_data(fabric, data, tokenizer, train.micro_batch_size, step.seq_length)
+    train_loader, validation = load_data(
+        fabric, data, tokenizer_dir, train.micro_batch_size, step.seq_length, eval.max_iters
+    )
     schedule = Schedule.of(train, step.seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
     train_step = SupernetStep(
         root,
@@ -251,5 +251,5 @@ def main(
     validated = supernet.validated(sampler.space)
     job.more_scores = {name: score_of(root, losses_of, subnet) for name, subnet in validated.items()}
     job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length)
-    run = begin(fabric, job, train_loader, val_loader, schedule, step.seq_length, out_dir, settings, state)
+    run = begin(fabric, job, train_loader, validation, schedule, step.seq_length, out_dir, settings, state)
     fit(run, train, eval)

@@ -21,9 +21,11 @@ from litgpt_whittle.checkpoint import (
     weights_fingerprint,
 )
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
@@ -87,6 +89,7 @@ def setup(
     if data is None and (refit or pruner.reads_data):
         what = "refit" if refit else f"the method {next(iter(method))}"
         raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
+    check_data(data, checkpoint_dir, config.padded_vocab_size)
     check_out_dir(out_dir, overwrite, (checkpoint_dir,), WEIGHTS)
     model = Student.choose(checkpoint_dir, None, None, None, None)
     shape, weights = _shape(model), model.weights()
@@ -163,7 +166,7 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
         lines.append("Perplexity was not measured, for which there is no data; add --data HFText --data.path PATH.")
     if unseen := notes["saw_no_tokens"]:
         lines.append(f"No token was routed to these, which were pruned by magnitude: {', '.join(unseen)}.")
-    return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. Try: litgpt generate {out_dir}"])
+    return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. {try_next('generate', out_dir)}"])
 
 
 def table(reports: Sequence[MapReport]) -> str:

@@ -13,11 +13,13 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
-from litgpt_whittle.batches import check_data, check_seed, fingerprint, read_calibration, sequence_length
+from litgpt_whittle.batches import check_seed, fingerprint, read_calibration, sequence_length
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
@@ -83,8 +85,8 @@ def setup(
     ranking.save(out_dir / FILE)
     plot_importance(ranking, out_dir / "importance.png")
     print(table(scores, layer_metric))
-    hint = f"litgpt search {checkpoint_dir} --order importance --importance {out_dir / FILE}"
-    print(f"Ranking and heat map are in {out_dir}. Try: {hint}")
+    hint = try_next("search", checkpoint_dir, "--order", "importance", "--importance", out_dir / FILE)
+    print(f"Ranking and heat map are in {out_dir}. {hint}")
 
 
 def check(args: Namespace) -> tuple[Config, int]:
@@ -115,7 +117,7 @@ def check(args: Namespace) -> tuple[Config, int]:
     if args.layer_metric == "perplexity" and not args.layer_tokens:
         raise UserError("layer_metric perplexity needs layer_tokens, got 0; 16384 suit most models")
     read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
-    check_data(args.data, args.checkpoint_dir)
+    check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return teacher, length
 
 

@@ -21,20 +21,20 @@ from litgpt_whittle import registry
 from litgpt_whittle.batches import (
     Batch,
     calibration_windows,
-    check_data,
     check_seed,
     check_shared,
-    connect,
     fingerprint,
     sequence_length,
     validation_batches,
 )
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import check_data, connect
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.hf.families import FAMILIES, family_name
+from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
@@ -57,6 +57,7 @@ from litgpt_whittle.searching.loop import Loop, Search
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
+from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, text_to_measure
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
@@ -88,6 +89,7 @@ def setup(
     surrogate: SurrogateArgs = SurrogateArgs(),
     fitness: str = "repaired_perplexity",
     iterations: int = 1000,
+    simple_starts: bool = True,
     data: DataModule | None = None,
     train: BatchArgs = BatchArgs(),
     eval: BudgetArgs = BudgetArgs(),
@@ -113,14 +115,17 @@ def setup(
         search_space: What may shrink, how far and in which steps.
         limit: What a sub-network may cost: at most so much (``--limit.flops 800M``), or a range (600M-800M).
         order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
-        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some
-            measures of fitness need it too.
+        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some measures of fitness
+            need it too, and the simple starts of fine spaces take their units and layers from it.
         strategy: How to search, by its name in ``litgpt_whittle.strategies``, with its settings below it.
         surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
         fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``. By default the perplexity
             after a repair such as ``litgpt extract --repair`` makes; ``perplexity`` is that of the plain cut, which
             takes less memory and time.
         iterations: Candidates to evaluate in each bin.
+        simple_starts: Begin with plain ideas, built into the bin: fewer neurons, fewer layers, fewer channels, and
+            mixtures of these. They count as evaluations, and the strategy learns from their scores. Fine spaces keep
+            the most important units, by ``importance`` or by a quick measurement on the data.
         data: What candidates are scored on: the validation part of any litgpt data module, or
             ``--data HFText --data.path PATH``; repairs are fitted to its training part. Some measures of fitness need
             none.
@@ -175,6 +180,7 @@ def setup(
     check_shared(data, fingerprint([*batches, *((windows,) for windows in wanted.values())]))
     wanted |= {"importance": ranking} if needs_importance else {}
     out_dir.mkdir(parents=True, exist_ok=True)
+    simple_starts = simple_starts and not (resume and began_without(out_dir / JOURNAL))
     settings = {
         "space": space,
         # journals from before there was `convertible` are of spaces without it
@@ -186,6 +192,8 @@ def setup(
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
         **({"surrogate": surrogate_settings} if surrogate_settings else {}),
+        # like those from before there were any
+        **({"simple_starts": True} if simple_starts else {}),
         "fitness": fitness,
         "score": measure.name,
         "racing": asdict(racing) if racing else None,
@@ -203,6 +211,9 @@ def setup(
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
+        if simple_starts:
+            seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
+            give_starts(searches, out_dir / STARTS, resume, fitness, partial(text_to_measure, *seen), ranking, sharded)
         rest = {"spread": each if sharded else spread}
         if racing:
             rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
@@ -288,7 +299,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
         _check_can_shard(measure, args.fitness, n * args.num_nodes)
     parse_rungs(args.selection, to_come)
     read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
-    check_data(args.data if reads_data else None, args.checkpoint_dir)
+    check_data(args.data if reads_data else None, args.checkpoint_dir, teacher.padded_vocab_size)
     if hasattr(measure, "check"):
         itemsize = _DTYPES.get(args.precision or _default_precision(), torch.float32).itemsize
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -327,11 +338,13 @@ def _needs_ranking(args: Namespace, by_fitness: bool) -> bool:
     if order not in ("given", "importance"):
         raise UserError(f"order must be given or importance, got {order!r}")
     if order == "given" and not by_fitness:
-        if path is not None:
+        for_starts = args.simple_starts and args.space.startswith("fine")
+        if path is not None and not for_starts:
             raise UserError(
-                "importance is read with --order importance only, or by a fitness that needs it; choose one or leave it"
+                "importance is read with --order importance only, by a fitness that needs it, or for the simple starts "
+                "of fine spaces; choose one or leave it"
             )
-        return False
+        return path is not None
     if path is None:
         who = "--order importance" if order == "importance" else f"--fitness {args.fitness}"
         raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' leaves behind")
@@ -380,7 +393,7 @@ def main(
         print(write_report(out_dir))
         report_surrogates(searches, evaluations, out_dir)
         best = out_dir / best_name(searches[0], searches)
-        print(f"Sub-networks, journal and report are in {out_dir}. Try: litgpt extract {checkpoint_dir} {best}")
+        print(f"Sub-networks, journal and report are in {out_dir}. {try_next('extract', checkpoint_dir, best)}")
     if stopped:
         print(f"Stopped after {len(evaluations)} evaluations; continue with --resume true")
         raise SystemExit(130)

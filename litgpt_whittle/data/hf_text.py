@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +16,10 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
+from litgpt_whittle.data.documents import documents
+from litgpt_whittle.data.sources import Source, find_layout, kind_of
 from litgpt_whittle.data.token_file import Shuffled, Windows, default_cache, is_written, write_tokens
 from litgpt_whittle.errors import UserError
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-"""Which of the `datasets` builders reads a file; all others are read as one document of plain text."""
-
 
 PARTS = ("train", "validation")
 
@@ -33,19 +32,22 @@ class HFText(DataModule):
     """
 
     path: str
-    """A file or folder of text, JSON lines, parquet or arrow files, or a dataset's name on the Hugging Face hub"""
+    """A file, a folder or a pattern such as 'texts/**/*.jsonl': plain text, JSON (lines), CSV, TSV, parquet or arrow,
+    also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub"""
     name: str | None = None
-    """The configuration of a dataset on the hub, such as 'wikitext-103-raw-v1'"""
+    """The configuration of a dataset, such as 'wikitext-103-raw-v1'"""
     text_column: str = "text"
     """The column that holds the text"""
     train_split: str = "train"
-    """The split to train on"""
+    """The split to train on; a folder without splits is read whole. Folders have splits as `datasets` defines them,
+    from files such as train.jsonl and validation.jsonl, folders, or the README.md"""
     val_split: str | None = None
-    """The split to validate on"""
+    """The split to validate on. By default the split 'validation' of a local folder all of whose files belong to
+    splits, else a share of the training split"""
     val_path: str | None = None
-    """A file, folder or dataset to validate on"""
+    """A file, folder, pattern or dataset to validate on"""
     val_fraction: float = 0.02
-    """The share of documents, by a hash of their text, to validate on where neither val_split nor val_path is given"""
+    """The share of documents, by a hash of their text, to validate on where no split or path is known for that"""
     streaming: bool = False
     """Read a dataset from the hub as it is tokenised instead of downloading it first"""
     max_documents: int | None = None
@@ -89,23 +91,21 @@ class HFText(DataModule):
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
 
     def check(self, reads: bool = False) -> None:
-        """Refuses data that is not there, before anything expensive starts. A name on the hub is not looked up.
+        """Refuses data that is not there or cannot be read, before anything expensive starts.
 
         Args:
-            reads: Whether to read a first document of each part, too.
+            reads: Whether to look up and read datasets on the hub, too.
 
         Raises:
-            UserError: If a file or folder is missing, or the first document cannot be read.
+            UserError: If a file, folder, split or column is missing, or the first document cannot be read.
         """
-        for path, split in {self._source(part): None for part in PARTS}:
-            option = self._option(path)
-            if not Path(path).exists():
-                if _is_file_name(path):
-                    raise _not_found(path, option)
-            elif reads:
-                texts, _ = read_texts(path, self.name, split, self.text_column, streaming=True, option=option)
-                if next(texts, None) is None:
-                    raise UserError(f"{option} {path!r} is empty; name data that has text")
+        sources = [self._source(part) for part in PARTS]
+        for source in {(source.layout.path, source.split): source for source in sources}.values():
+            if source.layout.kind == "hub" and not reads:
+                continue
+            texts, _ = self._read(source, streaming=True)
+            if next(texts, None) is None:
+                raise UserError(f"{source.option} {source.layout.path!r} is empty; name data that has text")
 
     def prepare_data(self) -> None:
         """Tokenises what has not been tokenised yet.
@@ -145,35 +145,53 @@ class HFText(DataModule):
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(dataset, batch_size=self.batch_size, **workers, **options)
 
-    def _source(self, part: str) -> tuple[str, str]:
-        """Path and split of a part."""
-        if part == "train" or (self.val_path is None and self.val_split is None):
-            return str(self.path), self.train_split
-        return str(self.val_path or self.path), self.val_split or self.train_split
+    def _source(self, part: str) -> Source:
+        """Return what a part is read from.
 
-    def _option(self, path: str) -> str:
-        """Where a path was given."""
-        return "data.path" if path == str(self.path) else "data.val_path"
+        Raises:
+            UserError: If it is not there, or has no such split.
+        """
+        if part == "validation" and self.val_path is not None:
+            layout = find_layout(str(self.val_path), self.name, "data.val_path")
+            default = self.train_split if layout.kind == "hub" else "validation" if layout.has("validation") else None
+            return Source(layout, self.val_split or default, "data.val_split", "data.val_path")
+        layout = find_layout(str(self.path), self.name)
+        if self.name is not None and layout.kind in ("files", "saved"):
+            raise UserError(
+                f"data.name {self.name!r} is not in {self.path!r}, which has no configurations; leave it out"
+            )
+        own_val_split = self.val_split if self.val_path is None or _same(self.val_path, self.path) else None
+        val_split = own_val_split
+        if self.val_path is None and layout.is_certain and layout.has("validation"):
+            val_split = val_split or (None if self.train_split == "validation" else "validation")
+        validation = Source(layout, val_split, "data.val_split") if val_split is not None else None
+        if part == "validation" and validation is not None:
+            return validation
+        # otherwise names such as test_io.py among others are no splits
+        has_splits = layout.kind == "hub" or layout.is_certain or self.train_split != "train" or own_val_split
+        is_shared = self.val_path is None and validation is None
+        return Source(layout, self.train_split if has_splits else None, is_shared=is_shared)
+
+    def _read(self, source: Source, streaming: bool) -> tuple[Iterator[str], int | None]:
+        where = source.layout, source.files, self.name, source.split
+        return documents(*where, self.text_column, streaming, source.option)
 
     def _folder(self, part: str) -> Path:
-        path, _ = self._source(part)
-        return Path(self.cache_dir or default_cache(path)) / f"{part}-{self._fingerprint(part)}"
+        root = self._source(part).layout.root
+        return Path(self.cache_dir or default_cache(root)).expanduser() / f"{part}-{self._fingerprint(part)}"
 
     def _fingerprint(self, part: str) -> str:
         """Tells apart everything that changes the tokens."""
-        path, split = self._source(part)
-        files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
+        source = self._source(part)
+        files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
         facts = {
-            "source": [path, self.name, split, self.text_column, files],
-            "held_out": None if self._splits_itself(part) is None else [part, self.val_fraction],
+            "source": [source.layout.path, self.name, source.split, self.text_column, files],
+            "read as": [source.layout.kind, sorted({kind_of(file)[0] for file in source.files})],
+            "held_out": [part, self.val_fraction] if source.is_shared else None,
             "caps": [self.max_documents, self.max_tokens],
             "tokenizer": _tokenizer_digest(self._checked_tokenizer()),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _splits_itself(self, part: str) -> bool | None:
-        """Which side of the hash split a part takes, None where it takes all of its source."""
-        return None if self.val_path is not None or self.val_split is not None else part == "validation"
 
     def _checked_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -192,79 +210,27 @@ class HFText(DataModule):
         from tqdm import tqdm
 
         tokenizer = self._checked_tokenizer()
-        path, split = self._source(part)
-        read = partial(read_texts, path, self.name, split, self.text_column, self.streaming, self._option(path))
+        source = self._source(part)
+        path = source.layout.path
+        read = partial(self._read, source, self.streaming)
         texts, total = read()
         texts = itertools.islice(texts, self.max_documents)
-        if (held_out := self._splits_itself(part)) is not None:
-            texts = (text for text in texts if (_position(text) < self.val_fraction) == held_out)
-        about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": split}
+        if source.is_shared:
+            is_held_out = part == "validation"
+            texts = (text for text in texts if (_position(text) < self.val_fraction) == is_held_out)
+        about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": source.split}
         bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
         ids = _capped(encode(tokenizer, bar), self.max_tokens)
         first = next(ids, None)
-        if first is None and held_out is not None and next(read()[0], None) is not None:
+        if first is None and source.is_shared and next(read()[0], None) is not None:
             raise UserError(
                 f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
                 f"{self.val_fraction}; give text of its own as data.val_path, or change data.val_fraction"
             )
         if first is None:
             raise UserError(f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}")
-        vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, _largest_id(tokenizer) + 1)
+        vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, largest_id(tokenizer) + 1)
         write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
-
-
-def read_texts(
-    path: str, name: str | None, split: str, column: str, streaming: bool, option: str = "data.path"
-) -> tuple[Iterator[str], int | None]:
-    """The documents of a local file, a folder or a dataset on the hub that are not blank, and how many at most.
-
-    Raises:
-        UserError: If they cannot be read, or there is no such column.
-    """
-    import datasets
-
-    files = _files(path)
-    kinds = {BUILDERS.get(file.suffix, "text") for file in files}
-    if len(kinds) > 1:
-        raise UserError(f"the files in {path!r} must be of one kind, got {', '.join(sorted(kinds))}; separate them")
-    if kinds == {"text"}:
-        texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-        return (text for text in texts if text.strip()), len(files)
-    try:
-        if files:
-            (kind,) = kinds
-            data = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming)
-        else:
-            data = datasets.load_dataset(path, name, split=split, streaming=streaming)
-    except StopIteration:
-        raise UserError(f"{option} {path!r} is empty; name data that has text") from None
-    except Exception as error:
-        cause = error.__cause__ or error  # which datasets wraps in an error that says nothing
-        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-        # the hub's client says no more than this once it was closed by an earlier failure
-        told = "" if "client has been closed" in reason else f" ({reason})"
-        if not files:
-            raise _not_found(path, option, told) from None
-        raise UserError(f"{option} {path!r} cannot be read{told}; mend the file, or name another") from None
-    if data.column_names is not None:
-        _check_column(column, data.column_names, path)
-    rows = (_check_column(column, row, path) or row[column] for row in data)
-    return (text for text in rows if text and text.strip()), None if streaming else len(data)
-
-
-def _check_column(column: str, columns: Iterable[str], path: str) -> None:
-    if column not in columns:
-        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
-
-
-def _not_found(path: str, option: str, reason: str = "") -> UserError:
-    where = "neither as a file or folder nor on the Hugging Face hub"
-    return UserError(f"{option} {path!r} cannot be found, {where}{reason}; check the name")
-
-
-def _is_file_name(path: str) -> bool:
-    """Whether a path cannot be a dataset's name on the hub, which is `name` or `owner/name`."""
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).suffix in {*BUILDERS, ".txt"}
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
@@ -289,17 +255,9 @@ def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[
         yield ids
 
 
-def _files(path: str) -> list[Path]:
-    """The files of a local path, hidden ones left out; none where it is a name on the hub."""
-    local = Path(path)
-    if local.is_file():
-        return [local]
-    found = (file for file in local.rglob("*") if file.is_file()) if local.is_dir() else ()
-    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(local).parts))
-
-
 def _same(a: str, b: str) -> bool:
-    return str(a) == str(b) or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+    a, b = (Path(os.path.expanduser(path)) for path in (a, b))
+    return a == b or (a.exists() and b.exists() and a.samefile(b))
 
 
 def _position(text: str) -> float:
@@ -307,7 +265,8 @@ def _position(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 
-def _largest_id(tokenizer: Tokenizer) -> int:
+def largest_id(tokenizer: Tokenizer) -> int:
+    """Return the largest id that a tokenizer may give, added tokens included."""
     if tokenizer.backend != "huggingface":
         return tokenizer.vocab_size - 1
     return max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=0)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
 
 TOKENS, ABOUT = "tokens.bin", "about.json"
@@ -20,17 +21,26 @@ def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, voca
     """Writes documents one after the other, each followed by EOS; `folder` appears when all are written.
 
     Where several processes write the same, the first one's stays.
+
+    Raises:
+        UserError: If the folder cannot be written, for a full disk for instance.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    folder.parent.mkdir(parents=True, exist_ok=True)
     n_documents = n_tokens = 0
-    with new_folder(folder, replaces=False) as inside:
-        with open(inside / TOKENS, "wb") as file:
-            for ids in documents:
-                np.asarray([*ids, eos_id], dtype=dtype).tofile(file)
-                n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + 1
-        counts = {"dtype": np.dtype(dtype).name, "n_documents": n_documents, "n_tokens": n_tokens}
-        write_text(inside / ABOUT, json.dumps(about | counts, indent=2))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder, replaces=False) as inside:
+            with open(inside / TOKENS, "wb") as file:
+                for ids in documents:
+                    file.write(np.asarray([*ids, eos_id], dtype=dtype).tobytes())
+                    n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + 1
+            counts = {"dtype": np.dtype(dtype).name, "n_documents": n_documents, "n_tokens": n_tokens}
+            write_text(inside / ABOUT, json.dumps(about | counts, indent=2))
+    except OSError as error:
+        raise UserError(
+            f"tokens cannot be written to {str(folder.parent)!r} ({error.strerror or error}); make room, or choose "
+            "another folder as data.cache_dir"
+        ) from None
 
 
 def is_written(folder: Path) -> bool:
@@ -92,11 +102,13 @@ class Shuffled(Sampler):
         return iter(order.tolist())
 
 
-def default_cache(path: str) -> Path:
-    """Beside local data where that can be written to, else the user's cache."""
-    local = Path(path)
-    beside = local.parent if local.exists() else None
-    if beside is not None and os.access(beside, os.W_OK):
-        return beside / ".tokens"
+def default_cache(local: Path | None) -> Path:
+    """Return a folder beside local text, if it can be written to there, else one in the user's cache.
+
+    Args:
+        local: The text's file or folder; None for text on the hub.
+    """
+    if local is not None and os.access(local.parent, os.W_OK):
+        return local.parent / ".tokens"
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "litgpt_whittle" / "tokens"

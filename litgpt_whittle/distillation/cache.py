@@ -24,6 +24,7 @@ from litgpt.config import Config
 from litgpt_whittle.distillation.codecs import Codec, id_bytes, make_codec, pack_ids
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
+from litgpt_whittle.model_config import MODEL_CONFIG, read_model_config
 
 INDEX = "index.json"
 VERSION = 1
@@ -270,13 +271,7 @@ class Cache:
         Raises:
             UserError: If it is missing or damaged.
         """
-        try:
-            config = Config.from_file(self.folder / "model_config.yaml")
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(
-                f"the cache {str(self.folder)!r} has no readable model_config.yaml ({reason}); copy it from the teacher"
-            ) from None
+        config = read_model_config(self.folder / MODEL_CONFIG)
         if config.padded_vocab_size != self.contents.vocab_size:
             raise UserError(
                 f"the model_config.yaml of the cache {str(self.folder)!r} has a padded_vocab_size of "

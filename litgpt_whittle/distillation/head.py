@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from litgpt_whittle.distillation.losses import IGNORE_INDEX, forward_kl, wide
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
+from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets, with_empty_entry
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
@@ -77,7 +78,10 @@ def tap_head(model: nn.Module) -> HeadTap:
 
 
 class SoftTargets(Protocol):
-    """What a teacher says about one batch's tokens, in the order of the flattened batch."""
+    """What a teacher says about one batch's tokens, in the order of the flattened batch.
+
+    Where the student's vocabulary may have another size, `n_entries` is the teacher's.
+    """
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
         """About tokens `start` to `stop`: logits, (stop - start, V), at least fp32, for the caller to overwrite."""
@@ -102,7 +106,7 @@ class TeacherLogits:
         self.streams = streams or {}
         self.hidden = head_input.hidden.reshape(-1, head_input.hidden.size(-1))
         self.weight, self.bias = head_input.weight, head_input.bias
-        self.softcap = softcap
+        self.softcap, self.n_entries = softcap, head_input.weight.size(0)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         """Logits of tokens `start` to `stop`, shape (stop - start, V), at least fp32, for the caller to overwrite."""
@@ -153,7 +157,7 @@ class LossModel(nn.Module):
         if not is_matched:
             return losses
         self.hidden.watch.is_on = False
-        matched = self.hidden(teacher.streams)
+        matched = self.hidden(teacher.streams, targets != IGNORE_INDEX)
         return losses._replace(loss=losses.loss + matched, hidden=matched.detach())
 
 
@@ -183,7 +187,8 @@ def head_loss(
     hidden = hidden.reshape(-1, hidden.size(-1))
     targets = None if targets is None else targets.reshape(-1)
     chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.size(0))
-    task = _Task(objective, teacher if objective.beta else None, softcap, chunk_size)
+    teacher = shared_targets(teacher if objective.beta else None, weight.size(0))
+    task = _Task(objective, teacher, softcap, chunk_size)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return HeadLosses(*_HeadLoss.apply(hidden, weight, bias, targets, task))
     with torch.no_grad():
@@ -259,7 +264,10 @@ class _Task:
         scores = _Scores(logits, share.unsqueeze(1), with_grad)
         if taught is not None:
             # first, because cross-entropy overwrites the logits
-            scores.add_distill(self.objective, taught)
+            if isinstance(self.teacher, SharedTargets):
+                scores.add_shared_distill(self.objective, taught, self.teacher.n)
+            else:
+                scores.add_distill(self.objective, taught)
         if targets is not None:
             scores.add_cross_entropy(targets.clamp(min=0), self.objective.alpha)
         if with_grad:
@@ -314,13 +322,24 @@ class _Scores:
         """Targets are (n,), valid token ids also where a token does not count."""
         targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
-        self.ce = -(log_p.gather(1, targets) * self.share).sum()
+        self.ce = self._mean(-log_p.gather(1, targets))
         if not self.with_grad or not alpha:
             return
         weight = alpha * self.share
         grad = torch.exp(log_p, out=self.logits).mul_(weight)  # softmax - one-hot
         grad.scatter_add_(1, targets, -weight)
         self._add_grad(grad)
+
+    def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
+        """Add the distance over the first n entries, which the teacher has too; the others get no gradient from it."""
+        logits = self.logits[:, :n]
+        if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
+            logits = with_empty_entry(logits, objective.temperature)
+        part = _Scores(logits, self.share, self.with_grad)
+        part.add_distill(objective, teacher)
+        self.distill = part.distill
+        if part.grad is not None:
+            self._add_grad(F.pad(part.grad[:, :n], (0, self.logits.size(1) - n)))
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
         if isinstance(teacher, SparseTargets):
@@ -338,7 +357,9 @@ class _Scores:
         log_t = F.log_softmax(teacher.div_(t), dim=-1)
         log_s = F.log_softmax(self.logits / t, dim=-1)
         p_t = torch.exp(log_t, out=teacher)
-        self.distill = self.distill + weight * ((p_t * log_t.sub_(log_s)).sum(-1, keepdim=True) * self.share).sum()
+        # tokens without probability have logarithms that are infinite or, as differences, not a number
+        kl = log_t.sub_(log_s).masked_fill_(p_t == 0, 0.0).mul_(p_t).sum(-1, keepdim=True)
+        self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
             # softmax - softmax, divided by T, times T²
             self._add_grad(log_s.exp_().sub_(p_t).mul_(slope * self.share))
@@ -359,7 +380,7 @@ class _Scores:
                 q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
         elif self.with_grad:
             q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
-        self.distill = self.distill + weight * (kl * self.share).sum()
+        self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
             self._add_grad(q)
 
@@ -375,10 +396,15 @@ class _Scores:
                 else:
                     logs = log_probabilities(student, teacher, t) if logs is None else logs
                     values = values + term.weight * term.loss(*logs)
-            value = (values * self.share.squeeze(1)).sum()
+            value = self._mean(values.unsqueeze(1))
         self.distill = self.distill + value.detach()
         if self.with_grad:
-            self._add_grad(torch.autograd.grad(value, student)[0].mul_(objective.beta * t**2))
+            grad = torch.autograd.grad(value, student)[0].masked_fill_(self.share == 0, 0.0)
+            self._add_grad(grad.mul_(objective.beta * t**2))
+
+    def _mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return this chunk's part of the mean of losses, (n, 1); one that does not count may be infinite."""
+        return (losses.masked_fill(self.share == 0, 0.0) * self.share).sum()
 
     def _add_grad(self, grad: torch.Tensor) -> None:
         # into the newer one: the cross-entropy's are the logits' memory, where all are wanted in the end
@@ -408,7 +434,7 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
             is_here = (place >= 0) & (place < logits.size(1))
             found = logits.gather(1, place.clamp(0, logits.size(1) - 1))
             known = torch.where(is_here, found, known.unsqueeze(1)).squeeze(1)
-            top = logits.amax(-1, keepdim=True)
+            top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # all may be -inf
             total = total.logaddexp(logits.sub_(top).exp_().sum(-1).log_().add_(top.squeeze(1)))
         ce = ce + ((total - known).masked_fill(share == 0, 0.0) * share).sum()
     return ce

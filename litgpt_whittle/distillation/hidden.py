@@ -103,11 +103,12 @@ class HiddenLoss(nn.Module):
         """What each kind of place counts."""
         return {"block": self.args.weight, "attn": self.args.attention}
 
-    def forward(self, teacher: Mapping[Place, torch.Tensor]) -> torch.Tensor:
-        """The weighted loss, of what the student had since the last time.
+    def forward(self, teacher: Mapping[Place, torch.Tensor], counts: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weighted loss, of what the student had since the last time.
 
         Args:
             teacher: What the teacher had at its places, each (B, T, n_embd_teacher).
+            counts: A mask of the tokens that count, shape (B, T); by default all do.
         """
         seen = self.watch.take()
         terms = []
@@ -118,14 +119,17 @@ class HiddenLoss(nn.Module):
             else:
                 target = target @ self.channels.to(target.dtype).T
             n_places = sum(place.kind == ours.kind for place in self.pairs)
-            terms.append(self.weights[ours.kind] / n_places * self._distance(student, target))
+            terms.append(self.weights[ours.kind] / n_places * self._distance(student, target, counts))
         return torch.stack(terms).sum()
 
-    def _distance(self, student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _distance(self, student: torch.Tensor, target: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+        mask = student.new_ones(student.shape[:-1]) if counts is None else counts.to(student.dtype)
         if self.args.loss == "cosine":
-            return 1 - nn.functional.cosine_similarity(student, target, dim=-1).mean()
+            distances = 1 - nn.functional.cosine_similarity(student, target, dim=-1)
+            return (distances * mask).sum() / mask.sum().clamp(min=1)
         # the stream grows with depth: relative to what the teacher has, all layers have the same say
-        return (student - target).square().sum() / target.square().sum()
+        off, size = ((x.square().sum(-1) * mask).sum() for x in (student - target, target))
+        return off / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 def _name(place: Place) -> str:

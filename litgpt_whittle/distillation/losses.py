@@ -2,9 +2,10 @@
 
 Each is a pure function of both for N tokens, and gives the loss of every token. What it is given are log-probabilities
 of the tempered distributions, over the whole vocabulary or over the tokens that a cached teacher knows and a last entry
-for all others together; or, where it is marked so, logits. All is fp32 (float64 stays). T² and means over tokens are
-its caller's (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME` finds them, and those of other
-packages, in the entry-point group `litgpt_whittle.losses`.
+for all others together; or, where it is marked so, logits. All is fp32 (float64 stays). A token to which the teacher
+gives no probability, its logit being -inf, contributes nothing; a loss is infinite only where its definition is. T² and
+means over tokens are its caller's (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME` finds
+them, and those of other packages, in the entry-point group `litgpt_whittle.losses`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float = 0
     """
     if not 0 < beta < 1:
         raise UserError(f"jensen_shannon's beta must be between 0 and 1, got {beta}; 0.5 is the plain one")
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    is_empty = (teacher == -math.inf) & (student == -math.inf)  # where logaddexp has no gradient
+    ours, theirs = (log_p.masked_fill(is_empty, 0.0) for log_p in (student, teacher))
+    mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
     return beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)
 
 
@@ -81,7 +84,7 @@ def cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The mean squared difference of the logits."""
-    return (student - teacher).square().mean(-1)
+    return _mean_difference(student, teacher, torch.square)
 
 
 mse.on_logits = True
@@ -89,7 +92,7 @@ mse.on_logits = True
 
 def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The mean absolute difference of the logits."""
-    return (student - teacher).abs().mean(-1)
+    return _mean_difference(student, teacher, torch.abs)
 
 
 l1.on_logits = True
@@ -97,7 +100,17 @@ l1.on_logits = True
 
 def _mean(log_weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Σ exp(log_weights) · values; entries without any weight do not count, infinite ones neither."""
-    return (log_weights.exp() * values.masked_fill(log_weights == -math.inf, 0.0)).sum(-1)
+    weights = log_weights.exp()
+    return (weights * values.masked_fill(weights == 0, 0.0)).sum(-1)
+
+
+def _mean_difference(
+    student: torch.Tensor, teacher: torch.Tensor, size: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return the mean size of the logits' differences over the tokens that the teacher finds possible."""
+    is_impossible = teacher == -math.inf
+    sizes = size((student - teacher).masked_fill(is_impossible, 0.0))
+    return sizes.sum(-1) / (~is_impossible).sum(-1)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

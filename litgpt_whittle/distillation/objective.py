@@ -82,4 +82,6 @@ def log_rest(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         log_p: Log-probabilities, shape (n, V).
         ids: The tokens that are left out, shape (n, K).
     """
-    return log_p.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    rest = log_p.scatter(1, ids, -torch.inf)
+    is_empty = (rest == -torch.inf).all(-1, keepdim=True)  # where logsumexp has no gradient
+    return rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(is_empty, -torch.inf)

@@ -112,7 +112,7 @@ class CachedTargets:
     """
 
     def __init__(self, codec: Codec, stored: torch.Tensor) -> None:
-        self.codec, self.stored = codec, stored
+        self.codec, self.stored, self.n_entries = codec, stored, codec.vocab_size
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
         """About tokens `start` to `stop`, for the caller to overwrite."""

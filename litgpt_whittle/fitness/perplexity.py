@@ -32,8 +32,9 @@ class Fitness(Protocol):
     in, as `Fabric.autocast` does. Class attributes say what else it wants and can do: with `n_calibration`, it is also
     given so many training tokens, as `calibration`, shape (N, T); with `needs_importance` true the teacher's `Ranking`,
     as `importance`; with `reads_data` false there are no batches; with `can_shard` true it can work with a teacher that
-    is spread over processes. One that gives losses by window (`losses`, `scores`) lets candidates race. A static
-    `check` of the teacher's config, the device and the bytes of the teacher's weights may refuse before they are read.
+    is spread over processes; with `chooses_units` true the numbers of units alone count, except of experts. One that
+    gives losses by window (`losses`, `scores`) lets candidates race. A static `check` of the teacher's config, the
+    device and the bytes of the teacher's weights may refuse before they are read.
     """
 
     name: str
@@ -168,6 +169,7 @@ class RepairedPerplexity(Perplexity):
     name = "repaired_perplexity"
     n_calibration = 32_768
     can_shard = False
+    chooses_units = True
 
     def __init__(
         self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext, *, calibration: torch.Tensor

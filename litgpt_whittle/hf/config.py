@@ -8,20 +8,30 @@ from typing import Any
 from litgpt.config import Config
 
 
-def student_hf_config(hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None) -> dict[str, Any]:
+def student_hf_config(
+    hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None, tied: bool | None = None
+) -> dict[str, Any]:
     """Puts a student's sizes into its teacher's Hugging Face config.
 
     Args:
         hf_config: The content of the teacher's `config.json`.
         config: The student's litgpt config.
         layers: The teacher's layer behind each of the student's, where the student is new.
+        tied: Whether the student's LM head is its embedding; `None` leaves what the config says.
     """
     content = text_part(hf_config)
+    if tied is not None:
+        content["tie_word_embeddings"] = tied
     content |= _sizes(content, config)
     content |= _rope(content, config)
     if layer_types := _layer_types(content, config, layers):
         content["layer_types"] = layer_types
     return content
+
+
+def expert_width(config: Config) -> int:
+    """Return the neurons of each expert, which litgpt's `intermediate_size` gives where no other setting does."""
+    return config.moe_intermediate_size or config.intermediate_size
 
 
 def text_part(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -41,13 +51,16 @@ def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_query_groups,
-        "intermediate_size": config.intermediate_size,
+        # Mixtral has no setting of its own for the width of its experts
+        "intermediate_size": expert_width(config)
+        if content.get("model_type") == "mixtral"
+        else config.intermediate_size,
     }
     where_known = {
         "head_dim": config.head_size,
         "num_kv_heads": config.n_query_groups,
         "ffn_hidden_size": config.intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_intermediate_size": expert_width(config),
         "num_experts": config.n_expert,
         "num_local_experts": config.n_expert,
         "n_routed_experts": config.n_expert,

@@ -16,20 +16,15 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_weights
+from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_hf_config, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space, new_folder, write_text
-from litgpt_whittle.hf.config import student_hf_config, text_part
+from litgpt_whittle.hf.config import expert_width, student_hf_config, text_part
 from litgpt_whittle.hf.families import Family, check_expressible, filled_heads
+from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
-
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt",
-)  # fmt: skip
-"""What a Hugging Face directory has beside the model"""
 
 _STALE = (
     "rope_parameters",
@@ -56,6 +51,8 @@ class Exported:
     """Parameters, padding included"""
     zero_heads: int
     """Heads of zeros that fill up the channels of a layer"""
+    needs_eager_experts: bool
+    """Whether transformers' default implementation of experts cannot run it"""
     difference: float | None
     """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
 
@@ -77,7 +74,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
     config = check_checkpoint(checkpoint_dir)
     family = check_expressible(config)
     shape = fit_heads(config, family)
-    original = _read_original(checkpoint_dir / "config.json")
+    original = read_hf_config(checkpoint_dir)
     weights: Mapping[str, torch.Tensor] = read_weights(checkpoint_dir)
     dtype, tied = weights["lm_head.weight"].dtype, is_tied(weights)
     count = n_params(shape.teacher, SubNet.full(shape.teacher), tied)
@@ -87,9 +84,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
     content = hf_content(original, shape.teacher, family, tied, dtype) | _special_tokens(checkpoint_dir, original)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out_dir) as folder:
-        for name in COPIED:
-            if (checkpoint_dir / name).is_file():
-                shutil.copyfile(checkpoint_dir / name, folder / name)
+        copy_tokenizer(checkpoint_dir, folder, for_litgpt=False)
         write_text(folder / "config.json", json.dumps(content, indent=2))
         write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
         save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=n_bytes)
@@ -97,7 +92,14 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
             shutil.copymode(folder / "config.json", file)
         del weights
         difference = _difference(checkpoint_dir, folder, config) if check else None
-    return Exported(family, count, shape.teacher.n_head - config.n_head, difference)
+    zero_heads = shape.teacher.n_head - config.n_head
+    return Exported(family, count, zero_heads, _needs_eager_experts(config, dtype), difference)
+
+
+def _needs_eager_experts(config: Config, dtype: torch.dtype) -> bool:
+    """Return whether rows of the experts' weights are no multiple of 16 bytes, as grouped matrix products need."""
+    widths = (config.n_embd, expert_width(config))
+    return config.mlp_class_name == "LLaMAMoE" and any(width * dtype.itemsize % 16 for width in widths)
 
 
 def fit_heads(config: Config, family: Family) -> SubNet:
@@ -193,16 +195,6 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
     }
 
 
-def _read_original(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is not a Hugging Face config; fetch it again or remove it")
-    return content
-
-
 def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[str, Any]:
     """The ids that a text begins and ends with, where no `config.json` says them: a class's own may not exist here."""
     if original:
@@ -245,6 +237,8 @@ def _open(folder: Path) -> torch.nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", local_files_only=True
         )
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # see `_needs_eager_experts`
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise UserError(f"transformers does not open the exported model ({reason}), so nothing was exported") from error

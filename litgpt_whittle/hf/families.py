@@ -16,6 +16,7 @@ from litgpt.config import Config
 from litgpt.scripts import convert_lit_checkpoint as converter
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.hf.config import expert_width
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _qwen3_experts(config: Config) -> dict[str, Any]:
     return _bias(config) | {
         "num_experts": config.n_expert,
         "num_experts_per_tok": config.n_expert_per_token,
-        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_intermediate_size": expert_width(config),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,  # litgpt's router always weighs the chosen experts by a softmax over them

@@ -11,14 +11,13 @@ import torch
 from jsonargparse import Namespace
 from litgpt.model import GPT
 
-from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.distillation.cache import Layout
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.perplexity import RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.metrics import flops
+from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.registry import lookup
@@ -26,11 +25,8 @@ from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments
 from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
-from litgpt_whittle.supergpt import is_tied, student_model
+from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
-
-BACKWARD = 2
-"""How many forward passes a backward pass costs"""
 
 REPAIR_PASSES = 3
 """How many passes of the teacher a repair takes on its tokens, at most; see benchmarks/repair.py"""
@@ -105,7 +101,7 @@ class _Held:
 
     def __init__(self, stages: Stages) -> None:
         self.stages, full = stages, SubNet.full(stages.teacher)
-        self.tied = is_tied(read_weights(stages.request.checkpoint_dir))
+        self.tied = stages.tied
         self.n_teacher = n_params(stages.teacher, full, self.tied)
 
     def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:

@@ -47,7 +47,8 @@ class Outcome:
     def row(self, n_teacher: int) -> list[str]:
         """Its line in the table."""
         searched = searched_perplexity(self.start.origin)
-        cells = [self.name, f"{self.start.n_params:,}", f"{self.start.n_params / n_teacher:.0%}"]
+        n_params = self.distilled.checkpoint.n_params
+        cells = [self.name, f"{n_params:,}", f"{n_params / n_teacher:.0%}"]
         cells.append("" if searched is None else f"{searched:.2f}")
         cells += [f"{math.exp(self.curve[0][1]):.2f}", f"{self.distilled.perplexity:.2f}", f"{self.curve[-1][0]:,}"]
         if self.baseline is None:

@@ -106,6 +106,7 @@ class Stages:
     ) -> None:
         self.request = request
         self.teacher = check_checkpoint(request.checkpoint_dir)
+        self.tied = is_tied(read_weights(request.checkpoint_dir))
         self.distill = self._distill_section(distill)
         self.trained = self.distill.parse()
         self._check_trained()
@@ -152,7 +153,7 @@ class Stages:
         Raises:
             UserError: If a bin is out of reach.
         """
-        args, tied = self.searched, is_tied(read_weights(self.request.checkpoint_dir))
+        args, tied = self.searched, self.tied
         search_space, limits = decided(args.search_space, self.teacher), Limits()
         if ranges := args.limit.ranges():
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
@@ -218,6 +219,7 @@ class Stages:
             self.examples[name].save(path)
             # what another teacher distills was not cut from it
             student = {"sub_network": path} if self._own_teacher else {"model_config": self.examples[name].config}
+            arguments["train"] = replace(self.trained.train, tie_embeddings=self.tied)
             try:
                 distill.setup(**arguments | student | {"out_dir": self.request.out_dir})
             except NoPlan as error:
@@ -245,6 +247,12 @@ class Stages:
         told = {name.removeprefix("--train.") for name in told}
         if not any(name in told and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
             raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
+        if args.train.tie_embeddings not in (None, self.tied):
+            asked, needed = (str(value).lower() for value in (args.train.tie_embeddings, self.tied))
+            raise UserError(
+                f"distill.train.tie_embeddings must be {needed}, as the teacher's LM head is, got {asked}, which would "
+                "change the sizes that are searched for; leave it out"
+            )
         if args.repair:
             raise UserError("distill.repair is the stage before it; set extract.repair instead")
 
@@ -278,7 +286,8 @@ class Stages:
         orders = args.space.startswith("coarse") or args.search_space.layers == "best"
         if orders:
             settings.setdefault("order", "importance")
-        if orders or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
+        for_starts = args.simple_starts and args.space.startswith("fine")
+        if orders or for_starts or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
             settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
         self.searched = self.search.parse(checkpoint_dir=self.request.checkpoint_dir)
 

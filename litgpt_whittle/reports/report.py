@@ -144,6 +144,9 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
         subnet = SubNet.from_dict(found.teacher, best.subnet)
         text = "What is kept of each of the teacher's layers."
         sections.append(drawn(f"Architecture for {bin}", text, name, plot_architecture, subnet, label))
+    if any(e.origin for e in evaluations):
+        text = "The plain ideas that the search began with, the best of each bin first."
+        sections.append(Section("Simple starts", text, table(_starts(found))))
     if scored(scored(evaluations, score), "predicted"):
         text = f"What the surrogate expected of candidates before their {score} was measured."
         sections.append(drawn("The surrogate", text, "predictions.png", plot_predictions))
@@ -154,6 +157,14 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
         text = "What the units of each of the teacher's layers are worth."
         sections.append(Section("Importance", text, picture(out_dir / IMPORTANCE, "Importance")))
     return sections
+
+
+def _starts(found: Findings) -> list[list[str]]:
+    """Return the simple starts as a table, below a row of headings."""
+    starts, bins = [e for e in found.evaluations if e.origin], bins_of(found.evaluations)
+    starts.sort(key=lambda e: (bins.index(e.bin), e.dropped, e.score(found.score)))
+    lines = [["bin", "cut", found.score, "parameters"]]
+    return lines + [[e.bin, e.origin, number(e.score(found.score)), f"{e.n_params:,}"] for e in starts]
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:

@@ -53,6 +53,8 @@ class Evaluation:
     """Whether it fell behind in a race: its scores are estimates from what it saw"""
     losses: list[float] | None = None
     """The mean loss of each window, of one that a race has seen to the end"""
+    origin: str | None = None
+    """The simple idea that it was built by, of one that the search began with"""
 
     def score(self, name: str) -> float:
         """A score, infinite where the candidate has none."""
@@ -156,6 +158,16 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
     """
     header, evaluations, _ = _read(Path(path))
     return header, evaluations
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read a journal's header alone; empty where its first line is damaged, which `Journal` refuses."""
+    with open(path, "rb") as file:
+        try:
+            header = json.loads(file.readline())
+        except ValueError:
+            return {}
+    return header if isinstance(header, dict) else {}
 
 
 def check_resumable(path: Path, resume: bool) -> None:

@@ -1,5 +1,6 @@
-"""The loop of a search: asks strategies for candidates, has them scored, writes that down and tells the strategies.
+"""The loop of a search: candidates are proposed, evaluated, recorded, and their scores reported to the strategies.
 
+The first candidates of a search are its simple starts, if it has any; the strategies propose the others.
 All processes run the same loop and come to the same decisions. They share the scoring, and the first one writes.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from litgpt_whittle.processes import rank, spread
 from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.searching.objectives import Measures
 from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.spaces.starts import Start
 from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.subnet import SubNet
 
@@ -48,6 +50,8 @@ class Search:
     """Which of a candidate's scores counts"""
     measures: Measures = field(default_factory=dict)
     """What else to measure of a candidate; journalled among its scores"""
+    starts: Sequence[Start] = ()
+    """Candidates to evaluate before the strategy is asked, reported to it like its own"""
     best: Evaluation | None = None
     n_told: int = 0
 
@@ -60,8 +64,15 @@ class Search:
 
     def ask(self, iterations: int) -> list[SubNet]:
         """What to evaluate next, so that all of it comes to so many; nothing when there is nothing left."""
+        if starts := self.starts[self.n_told : iterations]:
+            return [start.subnet for start in starts]
         n = min(ROUND if self.strategy.ready >= 2**31 else self.strategy.ready, iterations - self.n_told)
         return self.strategy.ask(n) if n > 0 else []
+
+    @property
+    def origin(self) -> str | None:
+        """The simple idea that the next candidate to record was built by; None for one of the strategy's."""
+        return self.starts[self.n_told].origin if self.n_told < len(self.starts) else None
 
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> None:
         """Takes an evaluation."""
@@ -166,6 +177,7 @@ class Loop:
             subnet=candidate.to_dict(),
             n_params=search.space.n_params(candidate),
             seed=self.seed,
+            origin=search.origin,
             **vars(outcome),
         )
         self.record.append(evaluation)

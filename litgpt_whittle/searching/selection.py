@@ -22,11 +22,12 @@ from tqdm import tqdm
 from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import to_yaml, write_text
+from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.evaluations import scored
 from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.training.compiler import check_compiler
 
 FOLDER = "selection"
 """Where students and their training go, in a search's folder"""
@@ -93,19 +94,21 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
         )
     if args.config is not None and not rungs:
         raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
-    if rungs and args.config not in to_come:
-        _read_config(args.config)
+    if rungs and args.config not in to_come and _read_config(args.config).get("compile", True):
+        check_compiler()
     return rungs
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = from_yaml(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read selection.config {str(path)!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or "data" not in content:
         raise UserError(f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section")
-    return content
+    train = content.get("train") or {}
+    # the command's own parser takes quoted numbers
+    return content | {"train": {name: from_yaml(v) if isinstance(v, str) else v for name, v in train.items()}}
 
 
 class Selection:

@@ -45,6 +45,15 @@ class Limits:
         """Whether a sub-network keeps to all limits in closed form."""
         return all(_within(cost, self.ranges[name]) for name, cost in self._costs(subnet))
 
+    def fits(self, subnet: SubNet) -> bool:
+        """Return whether a sub-network costs no more than the limits in closed form allow, however little that is."""
+        return all(cost <= self.ranges[name][1] for name, cost in self._costs(subnet))
+
+    @property
+    def is_timed(self) -> bool:
+        """True if a limit must be measured."""
+        return any(MEASURES[name].is_timed for name in self.ranges)
+
     def excess(self, measured: Mapping[str, float]) -> str | None:
         """Why a candidate fails of which this was measured; None where it keeps to the limits."""
         for name, amounts in self.ranges.items():

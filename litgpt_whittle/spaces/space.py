@@ -21,11 +21,11 @@ from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
-from litgpt_whittle.subnet import SubNet, experts_of
+from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: one choice for all
-layers; layerwise: one each."""
+"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: the same sizes in
+all layers, and random candidates also keep the same units in all of them; layerwise: a choice for each layer."""
 
 Sets = dict[Key, np.ndarray]
 """Which units are kept, by the size that says how many"""
@@ -145,10 +145,12 @@ class Space:
             having = [parent for parent in parents if key in parent[0].values]
             sizes, units = having[int(rng.integers(len(having)))]
             values[key] = sizes.values[key]
-            sets |= {k: units[k] for k in units if k == key}
+            sets |= {k: units[k] for k in units if k == key or (k[0] == key[0] and not self.is_layerwise)}
         for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts, whose number has another key
             having = [parent for parent in parents if key in parent[1]]
-            sets.setdefault(key, having[int(rng.integers(len(having)))][1][key])
+            units = having[int(rng.integers(len(having)))][1][key]
+            if self.is_layerwise or (key[0], EVERY) not in sets:
+                sets.setdefault(key, units)
         ours, theirs = (set(parent[0].layers) for parent in parents)
         mixed = (ours & theirs) | {layer for layer in sorted(ours ^ theirs) if rng.random() < 0.5}
         layers = tuple(sorted(mixed)) or parents[0][0].layers
@@ -201,6 +203,28 @@ class Space:
         sets = {} if units_of is None else self._sets_of(units_of)
         swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
         return self._build(rng, Wish(sizes.layers, sizes.values), sets, swaps)
+
+    def build(self, sizes: Sizes, order: Order | None = None) -> SubNet:
+        """Return the sub-network of legal sizes whose units are the most important ones.
+
+        Args:
+            sizes: The layers and the sizes; nothing brings them into the bin.
+            order: The teacher's units by importance, for a fine space, where each layer keeps its own best ones; by
+                default the first ones are kept. A coarse space goes by its own order.
+        """
+        sets: Sets = {}
+
+        def note(name: str, layer: int) -> None:
+            n = sizes.get(name, layer)
+            keep = Keep(n) if order is None else order.best(name, layer, n)
+            sets[name, layer] = experts_of(self.teacher, keep) if name == "n_expert" else keep.indices
+
+        if self.is_fine:
+            note("n_embd", EVERY)
+            for layer in sizes.layers:
+                for name in layer_sizes(self.teacher, layer):
+                    note(name, layer)
+        return self._keep_units(np.random.default_rng(0), sizes, sets, {})
 
     # changes to wishes ------------------------------------------------------------------------------------------------
 
@@ -268,7 +292,8 @@ class Space:
         for i, layer in enumerate(subnet.layers):
             for name, keep in self._own(subnet, i).items():
                 units = experts_of(self.teacher, keep) if name == "n_expert" else keep.indices
-                sets[name, layer if self.is_layerwise else EVERY] = units
+                has_own = self.is_layerwise or isinstance(getattr(subnet, name), tuple)
+                sets[name, layer if has_own else EVERY] = units
         return sets
 
     def _own(self, subnet: SubNet, index: int) -> dict[str, Keep]:
@@ -293,7 +318,7 @@ class Space:
         def keep(name: str, layer: int) -> Keep:
             if self.order is not None and not self.is_fine:
                 return self.order.best(name, layer, sizes.get(name, layer))
-            at = (name, layer if self.is_layerwise else EVERY)
+            at = (name, layer if self.is_layerwise or (name, layer) in sets else EVERY)
             if at not in chosen:
                 chosen[at] = self._units(rng, name, sizes.get(name, layer), sets.get(at), swaps.get(at, 0.0))
             return chosen[at]

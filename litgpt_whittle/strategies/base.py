@@ -82,7 +82,7 @@ class Strategy(ABC):
 
     @property
     def n_asked(self) -> int:
-        """How many candidates were handed out."""
+        """The number of candidates that were handed out, or reported without that."""
         return len(self._asked)
 
     @property
@@ -108,13 +108,17 @@ class Strategy(ABC):
         return candidates
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Takes the score of a candidate.
+        """Record the score of a candidate, which need not be one that was asked for.
+
+        Others, such as the simple starts of a search, count like candidates of the strategy's own: it learns from them
+        and does not propose them again.
 
         Args:
             subnet: The candidate.
             score: The lower the better; NaN or infinity for one that could not be scored.
             measures: What else was measured, by name; at least what `objectives` names beside the score.
         """
+        self._asked.add(subnet)
         self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf, dict(measures or {})))
 
     def _propose_new(self) -> SubNet | None:

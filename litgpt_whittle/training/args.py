@@ -26,6 +26,9 @@ class TrainArgs(litgpt.args.TrainArgs):
     """How the learning rate goes on after its warm-up: down a half cosine, or it stays, and falls in the end"""
     lr_decay_fraction: float = 0.1
     """The share of the training in which it falls, with wsd (warm-up, stable, decay)"""
+    tie_embeddings: bool | None = None
+    """Whether the LM head is the embedding. By default as in the checkpoint that training starts from; ``false`` unties
+    them, and from random weights, where the default is untied as in ``litgpt pretrain``, ``true`` ties them"""
     skip_nan: bool = False
     """Whether to go on, without an update, after a step whose loss or gradient is not finite"""
 
@@ -71,7 +74,8 @@ class HiddenArgs:
     attention: float = 0.0
     """The weight of what attention adds to the stream"""
     loss: Literal["mse", "cosine"] = "mse"
-    """The mean squared difference, relative to the teacher's mean square, or 1 - the cosine"""
+    """The mean squared difference, relative to the teacher's mean square in the micro-batch, or 1 - the cosine; over
+    the tokens whose labels count"""
     layers: list[int] | None = None
     """Which of the student's layers, from 0; by default all"""
     projection: bool = False
@@ -103,7 +107,9 @@ class DistillArgs:
     its ``weight`` among them"""
     alpha: float | RampArgs = 0.2
     """Weight of the cross-entropy with the true next tokens. Without effect where beta is 0: a lone cross-entropy is
-    not scaled, so that such a run is what ``litgpt pretrain`` does"""
+    not scaled, so that such a run is what ``litgpt pretrain`` does. One difference: where micro-batches have unequal
+    numbers of labels, being masked or of different lengths, a step's loss is the mean over all of its tokens, however
+    they are split into micro-batches and devices, and not the mean of the micro-batches' means"""
     beta: float | RampArgs = 0.8
     """Weight of the distance to the teacher. With 0 no teacher is needed or loaded"""
     temperature: float | RampArgs = 0.9

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from lightning.fabric.loggers import Logger
+from litgpt import Tokenizer
 from litgpt.args import EvalArgs, LogArgs
 from litgpt.config import Config
 from litgpt.data import DataModule, TinyLlama
@@ -24,8 +24,7 @@ from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import file_fingerprint
-from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.files import file_fingerprint, from_yaml
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
@@ -99,14 +98,8 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
 
 
 def _as_value(text: Any) -> Any:
-    """What a flag's text stands for; YAML takes 3e-4 for no number."""
-    if not isinstance(text, str):
-        return text
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    """Return what a flag's text stands for."""
+    return from_yaml(text) if isinstance(text, str) else text
 
 
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
@@ -141,7 +134,7 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
         max_seq_length: As asked for.
 
     Raises:
-        UserError: If either model cannot take such sequences, or if their vocabularies differ.
+        UserError: If either model cannot take such sequences.
     """
     seq_length = max_seq_length or student.block_size
     for name, config in (("student", student), ("teacher", teacher)):
@@ -150,18 +143,46 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
                 f"train.max_seq_length must be at most the {name}'s block_size {config.block_size}, got {seq_length}; "
                 "lower it"
             )
-    if teacher is not None and student.padded_vocab_size != teacher.padded_vocab_size:
-        raise UserError(
-            f"teacher and student must have the same vocabulary, got {teacher.padded_vocab_size} and "
-            f"{student.padded_vocab_size} tokens; give the student a padded_vocab_size of {teacher.padded_vocab_size} "
-            "if they share a tokenizer, else choose another teacher"
-        )
     return seq_length
 
 
-def warn_of_small_teacher(student: Config, teacher: Config) -> None:
-    """Warns where a teacher is no larger than its student, as it is where the two were swapped."""
-    theirs, ours = (n_params(config, SubNet.full(config)) for config in (teacher, student))
+def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | None, teacher_dir: Path | None) -> None:
+    """Refuse padded vocabularies of different sizes, unless they are known to be one tokenizer's.
+
+    Args:
+        student: The student's config.
+        teacher: The teacher's, where one is needed.
+        own_dir: Where the student's tokenizer is; `None` for a new model, which takes the teacher's.
+        teacher_dir: Where the teacher's is. `check_tokenizers` has compared them.
+
+    Raises:
+        UserError: If they cannot be compared, or if a token has no row in both.
+    """
+    if teacher is None or student.padded_vocab_size == teacher.padded_vocab_size:
+        return
+    n = min(student.padded_vocab_size, teacher.padded_vocab_size)
+    sizes = (
+        "teacher and student must have the same vocabulary, or the same tokenizer where it is padded differently, got "
+        f"{teacher.padded_vocab_size} and {student.padded_vocab_size} entries"
+    )
+    folders = [teacher_dir if own_dir is None else own_dir, teacher_dir]
+    known = [_vocabulary(folder) for folder in folders]
+    for folder, vocabulary in zip(folders, known):
+        if vocabulary is None:
+            raise UserError(f"{sizes} and no tokenizer in {str(folder)!r} to compare; copy it there")
+    if type(known[0]) is not type(known[1]):
+        raise UserError(
+            f"{sizes}, and a tokenizer.json cannot be compared with a tokenizer.model; have the same kind of file in "
+            f"{str(folders[0])!r} and {str(folders[1])!r}"
+        )
+    tokens = known[0] if isinstance(known[0], dict) else {"the last": Tokenizer(teacher_dir).vocab_size - 1}
+    token = max(tokens, key=tokens.get)
+    if tokens[token] >= n:
+        raise UserError(f"{sizes}, and the token {token!r} with id {tokens[token]} has no row in both; choose others")
+
+
+def warn_of_small_teacher(ours: int, theirs: int) -> None:
+    """Warn where a teacher has no more parameters than its student, as it has where the two were swapped."""
     if theirs <= ours:
         warnings.warn(
             f"the teacher has {theirs:,} parameters, no more than the student's {ours:,}; if the two are swapped, swap "
@@ -190,9 +211,19 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
         if type(vocabulary) is type(known[first]) and vocabulary != known[first]:
             raise UserError(
                 f"teacher and student must have the same tokenizer, those in {str(first)!r} and {str(folder)!r} "
-                "differ; choose a teacher with the student's tokenizer"
+                f"differ{_first_difference(known[first], vocabulary)}; choose a teacher with the student's tokenizer"
             )
     return first
+
+
+def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
+    """Describe the token with the lowest id that two tokenizers do not share, as far as they can be read."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return ""
+    differing = [token for token in one | other if one.get(token) != other.get(token)]
+    token = min(differing, key=lambda token: min(ids[token] for ids in (one, other) if token in ids))
+    said = [f"the id {ids[token]}" if token in ids else "no id" for ids in (one, other)]
+    return f", first in the token {token!r}, which has {said[0]} and {said[1]}"
 
 
 def _vocabulary(folder: Path) -> dict | bytes | None:

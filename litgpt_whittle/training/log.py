@@ -29,15 +29,20 @@ class TrainLog:
         self.started = self.last_time = time.perf_counter()
         self.last_iter = run.progress.iter_num
         self.sums: dict[str, torch.Tensor] = {}
-        """By name, the sum of its values and their number, shape (2,)"""
+        """By name, the weighted sum of its values and the sum of their weights, shape (2,)"""
         is_main = run.fabric.global_rank == 0
         self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
 
-    def add(self, scalars: Mapping[str, torch.Tensor]) -> None:
-        """Takes in one micro-batch's scalars, without waiting for the device; NaN stands for none."""
+    def add(self, scalars: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
+        """Take in one micro-batch's scalars, without waiting for the device; NaN stands for none.
+
+        Args:
+            scalars: Means over the tokens that count.
+            weight: What they count in the logged means: how many tokens these are.
+        """
         for name, value in scalars.items():
             one = torch.stack([value.nan_to_num(0.0, torch.inf, -torch.inf), ~value.isnan()])
-            self.sums[name] = self.sums.get(name, 0) + one
+            self.sums[name] = self.sums.get(name, 0) + one * weight
 
     def train_step(self) -> None:
         """Logs the means since the last time, every `log_interval` optimizer steps."""

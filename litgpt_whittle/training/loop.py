@@ -8,46 +8,43 @@ weights and data order, run in step with litgpt's.
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from litgpt import Tokenizer
 from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from torch.distributed.tensor import DTensor
 
+from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.extras import naming_packages
 from litgpt_whittle.processes import Termination
 from litgpt_whittle.training.args import TrainArgs
-from litgpt_whittle.training.data_stream import shared_batches, skipping
+from litgpt_whittle.training.data_stream import skipping
 from litgpt_whittle.training.log import TrainLog
-from litgpt_whittle.training.resume import find_resume, generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.training.resume import find_resume
 from litgpt_whittle.training.run import Run, Score
+from litgpt_whittle.training.validation import ValidationBatches
 
 
 def load_data(
-    fabric: L.Fabric, data: DataModule, tokenizer: Tokenizer | None, batch_size: int, seq_length: int
-) -> tuple[Any, Any]:
-    """Connects a data module and gives its train and validation dataloaders.
+    fabric: L.Fabric, data: DataModule, tokenizer_dir: Path | None, batch_size: int, seq_length: int, n_val: int
+) -> tuple[Any, ValidationBatches | None]:
+    """Connect a data module and return its training dataloader and its first `n_val` validation batches.
 
     Raises:
         UserError: If there is less than one batch of either.
     """
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    with naming_packages(data):
-        with fabric.rank_zero_first():
-            data.prepare_data()
-        data.setup()
-    loaders = data.train_dataloader(), data.val_dataloader()
+    connect(data, tokenizer_dir, batch_size, seq_length)
+    loaders = train_loader(data), val_loader(data)
     for name, loader in zip(("training", "validation"), loaders):
         if loader is not None and hasattr(loader, "__len__") and len(loader) == 0:
             raise UserError(
@@ -55,7 +52,10 @@ def load_data(
                 "add data, or lower train.micro_batch_size or train.max_seq_length"
             )
     # the processes share batches out among themselves (`DataStream`, `shared_batches`)
-    return skipping(loaders[0]), loaders[1]
+    if loaders[1] is None:
+        return skipping(loaders[0]), None
+    shares = fabric.global_rank, fabric.world_size
+    return skipping(loaders[0]), ValidationBatches(loaders[1], lambda: val_loader(data), n_val, *shares)
 
 
 def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,17 +85,20 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
                 fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
                 break
             loss, begin = torch.zeros((), device=fabric.device), run.stream.position
-            for _ in range(min(schedule.accumulation, schedule.max_iters - progress.iter_num)):
-                scalars = _micro_step(run)
+            n_iters = min(schedule.accumulation, schedule.max_iters - progress.iter_num)
+            batches = [next(run.stream) for _ in range(n_iters)]
+            for batch, n_tokens, divisor in zip(batches, *_weights(run, batches)):
+                scalars = _micro_step(run, batch, divisor)
                 loss = loss + scalars["loss"]
-                log.add(scalars)
+                log.add(scalars, n_tokens / schedule.tokens_per_iter)
             stepped = progress.iter_num % schedule.accumulation == 0
             if stepped:
                 _optimizer_step(run, train, loss, begin)
             progress.seconds = seconds_before + time.perf_counter() - started
             log.train_step()
-            if stepped and run.val_loader is not None and progress.step_count % eval.interval == 0:
-                _validate(run, log, eval)
+            if stepped and run.validation is not None and progress.step_count % eval.interval == 0:
+                _validate(run, log)
+                run.validation.draw()
             is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
             is_told_to_stop = stepped and termination.agreed(fabric)
             if stepped and (is_due or is_told_to_stop):
@@ -104,17 +107,29 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
             if is_told_to_stop:
                 fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume auto")
                 raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
-    if eval.final_validation and run.val_loader is not None:
-        with _random_state_kept(run):
-            _validate(run, log, eval, final=True)
+    if eval.final_validation and run.validation is not None:
+        _validate(run, log, final=True)
     _save(run, run.out_dir / "final", is_final=True)
     log.finish()
 
 
-def _micro_step(run: Run) -> dict[str, torch.Tensor]:
-    """Adds one micro-batch's gradients."""
+def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
+    """Return the tokens that count in each micro-batch of an optimizer step, and what to divide their mean losses by.
+
+    The step's gradient, an average over the processes, becomes the mean over all tokens that count in any micro-batch
+    of any process. Where all have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
+    """
+    counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
+    total, n_processes = sum(counts), run.fabric.world_size
+    if n_processes > 1:
+        total = int(run.fabric.all_reduce(torch.tensor(total, device=run.fabric.device), reduce_op="sum"))
+    return counts, [total / (n_processes * count) if count else math.inf for count in counts]
+
+
+def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]:
+    """Adds one micro-batch's gradients, those of its mean loss divided by `divisor`."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
-    batch = fabric.to_device(next(run.stream))
+    batch = fabric.to_device(batch)
     for group in job.optimizer.param_groups:
         group["lr"] = schedule.lr(run.progress.iter_num)
     run.progress.iter_num += 1
@@ -122,7 +137,7 @@ def _micro_step(run: Run) -> dict[str, torch.Tensor]:
     is_accumulating = run.progress.iter_num % schedule.accumulation != 0
     with fabric.no_backward_sync(job.module, enabled=is_accumulating):
         done = (run.progress.iter_num - 1) / schedule.max_iters
-        scalars = job.step(input_ids, targets, lambda loss: fabric.backward(loss / schedule.accumulation), done)
+        scalars = job.step(input_ids, targets, lambda loss: fabric.backward(loss / divisor), done)
     return {name: value.detach() for name, value in scalars.items()}
 
 
@@ -169,51 +184,56 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
     """Scores the teacher, and runs the validation once before training, so that a mistake in it shows at once."""
-    if run.val_loader is None or run.progress.iter_num > 0:
+    if run.validation is None or run.progress.iter_num > 0:
         return
     if run.job.teacher_score is not None:
-        with _random_state_kept(run):
-            log.teacher_validation(validate(run, run.job.teacher_score, eval.max_iters))
+        log.teacher_validation(validate(run, run.job.teacher_score))
         run.job.teacher_score = None  # so that nothing keeps a teacher in memory that is not trained with
     if eval.initial_validation:
-        _validate(run, log, eval)
+        _validate(run, log)
     else:
-        validate(run, run.job.score, max_iters=2)
+        validate(run, run.job.score, only=2)
+    run.validation.draw()
 
 
-def _validate(run: Run, log: TrainLog, eval: EvalArgs, final: bool = False) -> None:
+def _validate(run: Run, log: TrainLog, final: bool = False) -> None:
     """Scores the model, and what else is validated with it on the same data."""
-    more = {}
-    for name, score in run.job.more_scores.items():
-        with _random_state_kept(run):
-            more[name] = validate(run, score, eval.max_iters)
-    log.validation(validate(run, run.job.score, eval.max_iters), more, final)
-
-
-@contextmanager
-def _random_state_kept(run: Run) -> Iterator[None]:
-    """For what a run without a teacher, or one that goes on after this, would not have done."""
-    before, generators = rng_state(), generator_states(run.val_loader)
-    yield
-    set_rng_state(before)
-    set_generator_states(run.val_loader, generators)
+    more = {name: validate(run, score) for name, score in run.job.more_scores.items()}
+    log.validation(validate(run, run.job.score), more, final)
 
 
 @torch.no_grad()
-def validate(run: Run, score: Score, max_iters: int) -> float:
-    """Mean cross-entropy in nats over all tokens of the first `max_iters` validation batches."""
+def validate(run: Run, score: Score, only: int | None = None) -> float:
+    """Return the mean cross-entropy in nats over all tokens of the validation batches.
+
+    They are the same at every call, and no random number is drawn.
+
+    Args:
+        run: The run.
+        score: Gives a batch's mean cross-entropy.
+        only: How many batches of each process to score; by default all.
+
+    Raises:
+        UserError: If no token counts.
+    """
     run.fabric.barrier()
     run.job.module.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
-    count = torch.zeros_like(total)
-    for batch, counts in shared_batches(run.val_loader, max_iters, run.fabric.global_rank, run.fabric.world_size):
+    n_tokens, n_batches = torch.zeros_like(total), torch.zeros_like(total)
+    for batch, counts in islice(run.validation, only):
         input_ids, targets = split_batch(run.fabric.to_device(batch), run.seq_length)
-        loss, n_tokens = score(input_ids, targets), (targets != IGNORE_INDEX).sum()
+        loss, n = score(input_ids, targets), (targets != IGNORE_INDEX).sum()
         if counts:
-            total += loss.double() * n_tokens
-            count += n_tokens
+            total += loss.double() * n
+            n_tokens += n
+            n_batches += 1
     run.job.module.train()
-    total, count = (run.fabric.all_reduce(x, reduce_op="sum") for x in (total, count))
-    if count == 0:
+    total, n_tokens, n_batches = (run.fabric.all_reduce(x, reduce_op="sum") for x in (total, n_tokens, n_batches))
+    if n_batches == 0:
         raise UserError("the validation data must fill at least one batch, got none; add data or raise eval.max_iters")
-    return (total / count).item()
+    if n_tokens == 0:
+        raise UserError(
+            f"the validation data must have labels that count, and all those of the first {int(n_batches)} batches are "
+            "masked; raise train.max_seq_length, so that samples keep their answers, or choose other data"
+        )
+    return (total / n_tokens).item()

@@ -1,7 +1,8 @@
 """What a training run will take of each device's memory, before anything is allocated.
 
 One training step is run as it will be, sharding, optimizer and teacher included, but on tensors that have a shape and
-no content (`FakeTensorMode`), while what they would take is added up.
+no content (`FakeTensorMode`), while what they would take is added up. A mixture of experts needs to know how many
+tokens its router sends to each expert: the plan assumes the worst case (`RoutesToFirst`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from litgpt.model import GPT
+from litgpt.model import GPT, LLaMAMoE
 from litgpt.utils import instantiate_torch_optimizer
-from torch import distributed
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,7 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.processes import free_memory
+from litgpt_whittle.supergpt import tie
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.sharding import checkpoint_activations, shard_frozen, shard_student
 
@@ -112,6 +114,7 @@ class Step:
     objective: Objective
     activation_checkpointing: bool = False
     tie_embeddings: bool = False
+    """Whether the student's LM head is its embedding"""
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
     quantized_bytes: int = 0
@@ -162,7 +165,6 @@ class Step:
             is_accumulating=train.gradient_accumulation_iters(n_devices) > 1,
             max_norm=train.max_norm,
             objective=objective,
-            tie_embeddings=bool(train.tie_embeddings),
             **rest,
         )
 
@@ -232,10 +234,14 @@ def plan_memory(step: Step) -> MemoryPlan:
     devices = _pretended_devices(step) if shared else nullcontext()
     chunks = _chunks_of_a_gpu() if step.is_elsewhere else nullcontext()
     without_content = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng(devices=[]), devices as mesh, chunks, without_content, live, step.device:
+    routing = RoutesToFirst()
+    with torch.random.fork_rng(devices=[]), devices as mesh, chunks, without_content, live, routing, step.device:
         root = _student(step, mesh)
+        routing.watch(root)
         weights = live.now
         teacher = None if step.build_teacher is None else _Teacher(step, root, mesh)
+        if teacher is not None:
+            routing.watch(teacher.model)
         teacher_bytes = live.now - weights
         optimizer = step.build_optimizer(root.parameters())
         for weight in root.parameters():
@@ -262,7 +268,7 @@ def _student(step: Step, mesh: Any) -> LossModel:
     with _default_dtype(WEIGHTS_DTYPE.get(step.precision, torch.float32)):
         model = step.build_student()
     if step.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
+        tie(model)
     model.max_seq_length = step.seq_length
     if step.activation_checkpointing:
         checkpoint_activations(model)
@@ -393,3 +399,34 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+class RoutesToFirst(TorchDispatchMode):
+    """Has every token of a mixture of experts routed to the first experts, for tensors without content.
+
+    litgpt's `LLaMAMoE` looks up each expert's tokens in turn, by `torch.where` on a mask of shape (tokens,
+    experts per token). All tokens in as many experts as each needs is the routing that takes most memory at a time;
+    the activations kept for the backward pass have the same size under any routing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._n_looked_up = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Take notice of each time one of the model's mixtures of experts begins."""
+        for module in model.modules():
+            if isinstance(module, LLaMAMoE):
+                module.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_: Any) -> None:
+        self._n_looked_up = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not torch.ops.aten.nonzero.default:
+            return func(*args, **(kwargs or {}))
+        mask = args[0]
+        n_tokens, n_experts_per_token = mask.shape
+        n_rows = n_tokens if self._n_looked_up < n_experts_per_token else 0
+        self._n_looked_up += 1
+        return mask.new_empty((n_rows, mask.dim()), dtype=torch.long)

@@ -13,23 +13,26 @@ import torch
 import yaml
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
-from lightning.fabric.utilities.throughput import measure_flops
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.pretrain import initialize_weights
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import save_checkpoint
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
+from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.processes import launch
-from litgpt_whittle.supergpt import LayerwiseGPT
-from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.parts import save_parts
 from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
 from litgpt_whittle.training.student import BASIS, Student
+from litgpt_whittle.training.validation import ValidationBatches
 
 
 def checkpoint_dir_of(path: Path | None) -> Path | None:
@@ -37,17 +40,15 @@ def checkpoint_dir_of(path: Path | None) -> Path | None:
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
-def build_model(
-    fabric: L.Fabric, student: Student, train: TrainArgs, seq_length: int, activation_checkpointing: bool
-) -> GPT:
+def build_model(fabric: L.Fabric, student: Student, seq_length: int, activation_checkpointing: bool) -> GPT:
     """The model with its weights; random ones are as `litgpt pretrain` draws them, from the same random numbers."""
     # weights that will be spread over devices are whole at first, in the CPU's memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
     with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
         model = student.build()
     initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
-    if train.tie_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight
+    if student.is_tied:
+        tie(model)
     model.max_seq_length = seq_length
     if student.weights is not None:
         model.load_state_dict(student.weights())
@@ -83,7 +84,7 @@ def begin(
     fabric: L.Fabric,
     job: Job,
     train_loader: Any,
-    val_loader: Any,
+    validation: ValidationBatches | None,
     schedule: Schedule,
     seq_length: int,
     out_dir: Path,
@@ -92,7 +93,7 @@ def begin(
 ) -> Run:
     """A run at its beginning, or where a checkpoint's `state` says that it was."""
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, val_loader, schedule, seq_length, out_dir, settings)
+    run = Run(fabric, job, stream, validation, schedule, seq_length, out_dir, settings)
     if state is not None:
         run.restore(state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
@@ -127,10 +128,13 @@ class Saver:
 
     def __call__(self, folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        weights = self.model.state_dict()
+        if self.model.lm_head.weight is self.model.transformer.wte.weight:
+            del weights["lm_head.weight"]  # whoever saves or reads it knows it as the embedding
         if self.kind == "sharded" and not is_final:
-            save_parts(folder, {"weights": self.model.state_dict(), "training": training_state}, self._fill)
+            save_parts(folder, {"weights": weights, "training": training_state}, self._fill)
             return
-        weights, training_state = gathered(self.model.state_dict()), gathered(training_state)
+        weights, training_state = gathered(weights), gathered(training_state)
         if self.fabric.global_rank == 0:
             with new_folder(folder) as inside:
                 self._fill(inside, weights=weights, training_state=training_state)
@@ -150,19 +154,26 @@ def save_student(
     extra = {} if training_state is None else {TRAINING_STATE: training_state}
     if student.basis is not None:
         extra[BASIS] = {"basis": student.basis}
-    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra)
+    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra, tied=student.is_tied)
     write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
 
 
 def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:
-    """Floating-point operations of one micro-batch: a model forward and backward, and others forward only."""
-    with torch.device("meta"):
-        x = torch.randint(0, 1, (micro_batch_size, seq_length))
-        trained = LayerwiseGPT(model.shape) if isinstance(model, LayerwiseGPT) else GPT(model.config)
-        trained.max_seq_length = seq_length
-        flops = measure_flops(trained, lambda: trained(x), lambda logits: logits.sum())
-        for config in frozen:
-            other = GPT(config)
-            other.max_seq_length = seq_length
-            flops += measure_flops(other, lambda: other(x))
-    return flops
+    """Count the floating-point operations of one micro-batch: a model forward and backward, and others forward only.
+
+    Nothing is run, because a mixture of experts needs its router's choices. The throughput monitor alone reads the
+    count, so an architecture that cannot be counted gives 0, with which the monitor reports no FLOPs.
+    """
+    shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
+    try:
+        per_token = (1 + BACKWARD) * _forward_flops(shape, seq_length)
+        per_token += sum(_forward_flops(config, seq_length) for config in frozen)
+    except (TypeError, UserError) as error:
+        rank_zero_warn(f"FLOPs cannot be counted: {error}")
+        return 0
+    return per_token * micro_batch_size * seq_length
+
+
+def _forward_flops(shape: Config | SubNet, seq_length: int) -> int:
+    subnet = shape if isinstance(shape, SubNet) else SubNet.full(shape)
+    return flops(subnet.teacher, subnet, seq_length)

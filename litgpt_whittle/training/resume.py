@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import random
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,19 +50,20 @@ def _parts(loader: Any) -> list[Any]:
     return list({id(part): part for part in parts}.values())
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the random generators that a dataloader has of its own."""
     found = [getattr(part, "generator", None) for part in _parts(loader)]
     return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
 
 def generator_states(loader: Any) -> list[torch.Tensor]:
     """The state of the generators that a dataloader has of its own."""
-    return [generator.get_state() for generator in _generators(loader)]
+    return [generator.get_state() for generator in generators_of(loader)]
 
 
 def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
     """Undoes what was drawn since `generator_states`."""
-    for generator, state in zip(_generators(loader), states):
+    for generator, state in zip(generators_of(loader), states):
         generator.set_state(state)
 
 
@@ -164,24 +167,54 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def describe(value: Any) -> Any:
-    """A command's argument as what YAML can hold and jsonargparse reads back."""
+    """Return a command's argument as what YAML can hold and jsonargparse reads back.
+
+    Objects are described by their class and its arguments, functions by their import path. Arguments that a dataclass
+    keeps out of its `repr`, such as access tokens, are left out.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, DataModule):
-        cls = type(value)
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": _init_args(value)}
-    if dataclasses.is_dataclass(value):
-        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
-    return str(value)
+    if isinstance(value, set | frozenset):
+        return sorted(map(describe, value), key=repr)
+    if hasattr(value, "__qualname__"):
+        return import_path(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, DataModule):
+        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"class_path": import_path(type(value)), "init_args": _init_args(value)}
+
+
+def import_path(value: Any) -> str:
+    """Return where a class or a function is found."""
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def _init_args(value: Any) -> dict[str, Any]:
-    names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
-    return {name: describe(getattr(value, name)) for name in names if hasattr(value, name)}
+    """Return the arguments of an object's class, as far as its attributes have their names."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    hidden = {field.name for field in fields if not field.repr}
+    try:
+        parameters = inspect.signature(type(value)).parameters.values()
+    except (TypeError, ValueError):  # of a class written in C
+        parameters = []
+    is_list = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    args = {
+        p.name: describe(getattr(value, p.name))
+        for p in parameters
+        if p.kind not in is_list and p.name not in hidden and hasattr(value, p.name)
+    }
+    # FLAN keeps a list of what it takes as one text
+    texts = [p.name for p in parameters if p.annotation in ("str", "str | None", str, str | None)]
+    return args | {name: ",".join(args[name]) for name in texts if isinstance(args.get(name), list)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

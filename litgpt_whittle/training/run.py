@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import nn
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import DataStream
-from litgpt_whittle.training.resume import generator_states, rng_state, set_generator_states, set_rng_state
+from litgpt_whittle.training.resume import rng_state, set_rng_state
 from litgpt_whittle.training.sharding import load_gathered, load_optimizer_state
+from litgpt_whittle.training.validation import ValidationBatches
 
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
@@ -131,7 +132,7 @@ class Run:
     fabric: L.Fabric
     job: Job
     stream: DataStream
-    val_loader: Iterable | None
+    validation: ValidationBatches | None
     schedule: Schedule
     seq_length: int
     out_dir: Path
@@ -151,7 +152,7 @@ class Run:
             "val_loss": self.progress.val_loss,
             "n_skipped": self.progress.n_skipped,
             "data": self.stream.state_dict(),
-            "val_generators": generator_states(self.val_loader),
+            "val_generators": [] if self.validation is None else self.validation.state_dict(),
             "rng": rng_state(),
             "settings": self.settings,
         }
@@ -165,6 +166,7 @@ class Run:
         iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
         self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])
         self.stream.load_state_dict(state["data"])
-        set_generator_states(self.val_loader, state["val_generators"])
+        if self.validation is not None:
+            self.validation.load_state_dict(state["val_generators"])
         # last: finding the place in the data draws random numbers
         set_rng_state(state["rng"])

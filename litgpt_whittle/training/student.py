@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from litgpt.config import Config
 from litgpt.model import GPT
+from litgpt.utils import num_parameters
 
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_model_class, read_weights
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, student_model
+from litgpt_whittle.processes import is_first_started
+from litgpt_whittle.subnet import SubNet, read_choice
+from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, is_tied, student_model
 
 BASIS = "basis.pth"
 """What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
@@ -34,6 +35,15 @@ class Student:
     """Which part of its teacher it is, where that is known"""
     basis: torch.Tensor | None = None
     """Its channels as combinations of the teacher's, where they are no choice of them"""
+    is_tied: bool = False
+    """Whether its LM head is its embedding: one matrix, trained and saved once"""
+
+    @property
+    def n_params(self) -> int:
+        """Its parameters in its true shape, a tied matrix once."""
+        with torch.device("meta"):
+            model = self.build()
+        return num_parameters(model) - (model.lm_head.weight.numel() if self.is_tied else 0)
 
     @classmethod
     def choose(
@@ -68,24 +78,52 @@ class Student:
         return cls(model_config, lambda: GPT(model_config))
 
     def with_random_weights(self) -> Student:
-        """The same architecture without what it knows."""
+        """The same architecture without what it knows; a tied LM head stays tied."""
         shape = self.sub_network and {name: value for name, value in self.sub_network.items() if name != "provenance"}
         return replace(self, weights=None, sub_network=shape, basis=None)
+
+    def with_tie(self, tie_embeddings: bool | None) -> Student:
+        """Return the student with its LM head and embedding tied or untied as asked; untying prints both sizes.
+
+        Args:
+            tie_embeddings: `train.tie_embeddings`; `None` leaves them as they are.
+
+        Raises:
+            UserError: If a trained LM head would be dropped.
+        """
+        if tie_embeddings is None or tie_embeddings == self.is_tied:
+            return self
+        if tie_embeddings and self.weights is not None:
+            raise UserError(
+                "train.tie_embeddings must not be true for a student whose LM head differs from its embedding, because "
+                "training would drop the head; leave --train.tie_embeddings out"
+            )
+        changed = replace(self, is_tied=tie_embeddings)
+        if tie_embeddings:
+            return changed
+        n = changed.n_params
+        if is_first_started():
+            print(f"train.tie_embeddings false unties the LM head: {self.n_params:,} parameters become {n:,}")
+        origin = (self.sub_network or {}).get("provenance")
+        if origin and "n_params" in origin:
+            changed.sub_network = {**self.sub_network, "provenance": origin | {"n_params": n}}
+        return changed
 
     @classmethod
     def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
         config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
         path = checkpoint_dir / "sub_network.yaml"
-        known = yaml.safe_load(path.read_text()) if path.is_file() else None
+        known = read_choice(path) if path.is_file() else None
         basis = _read_basis(checkpoint_dir / BASIS)
         if not named:
-            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known, basis)
+            tied = is_tied(read_weights(checkpoint_dir))
+            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known, basis, tied)
         opened = load_model(checkpoint_dir)
 
         def build() -> GPT:
             return LayerwiseGPT(opened.shape) if isinstance(opened, LayerwiseGPT) else type(opened)(config)
 
-        return cls(config, build, opened.state_dict, known, basis)
+        return cls(config, build, opened.state_dict, known, basis, is_tied(opened.state_dict()))
 
     @classmethod
     def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> Student:
@@ -97,6 +135,7 @@ class Student:
             lambda: student_model(subnet),
             lambda: extract_weights(read_weights(teacher_dir), subnet),
             subnet.to_dict(),
+            is_tied=is_tied(read_weights(teacher_dir)),
         )
 
 

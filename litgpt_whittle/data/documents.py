@@ -1,0 +1,265 @@
+"""Read documents from local files and from datasets on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import glob
+import lzma
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from huggingface_hub.utils import HFValidationError
+
+from litgpt_whittle.data.sources import (
+    COMPRESSIONS,
+    KINDS,
+    Layout,
+    is_companion,
+    kind_of,
+    not_found,
+    open_configuration,
+    reason,
+)
+from litgpt_whittle.errors import UserError
+
+HEAD = 2**16
+"""Bytes of a file that are checked before anything starts"""
+
+MAX_NULS = 0.01
+"""Share of NUL bytes above which a file is not text"""
+
+MAX_CHECKED = 1000
+"""Files of a folder that are checked before anything starts"""
+
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[Path]]:
+    """Return the kind of a set of files, and those to read: not what describes them, and not empty ones.
+
+    Args:
+        files: The files.
+        path: Where they were found, as given.
+        option: The option that gave it.
+
+    Raises:
+        UserError: If they are of several kinds, all empty, or neither text nor of a kind that can be read.
+    """
+    kinds = {file: kind_of(file)[0] for file in files}
+    if set(kinds.values()) != {"text"}:
+        kinds = {file: kind for file, kind in kinds.items() if not is_companion(file)} or kinds
+    found = sorted(set(kinds.values()))
+    if len(found) > 1:
+        raise UserError(
+            f"the files in {path!r} must be of one kind, got {', '.join(found)}; separate them, or choose some by a "
+            f"pattern such as '{path}/**/*.jsonl'"
+        )
+    kept = [file for file in kinds if file.stat().st_size]
+    if not kept:
+        raise UserError(f"{option} {path!r} is empty; name data that has text")
+    _check_zstd(kept)
+    if found[0] not in ("parquet", "arrow"):
+        for file in kept[:: -(-len(kept) // MAX_CHECKED)]:
+            with opened(file, option) as content:
+                check_utf8(content.read(HEAD), file, option, is_all=False)
+    return found[0], kept
+
+
+def documents(
+    layout: Layout,
+    files: Iterable[Path],
+    name: str | None,
+    split: str | None,
+    column: str,
+    streaming: bool,
+    option: str,
+) -> tuple[Iterator[str], int | None]:
+    """Return the documents that are not blank, and their largest possible number where it is known.
+
+    Args:
+        layout: Where to read.
+        files: The files to read, all those of the split; none on the hub.
+        name: The configuration.
+        split: The split.
+        column: The column that holds the text.
+        streaming: Whether to read a dataset on the hub without downloading it first.
+        option: The option that gave the path.
+
+    Raises:
+        UserError: If they cannot be read, or there is no such column of text.
+    """
+    if layout.kind == "files":
+        kind, files = readable(files, layout.path, option)
+        if kind == "text":
+            texts = (read_text(file, option) for file in files)
+            return (text for text in texts if text.strip()), len(files)
+    try:
+        with _told_in_one_line(layout, option):
+            if layout.kind == "files":
+                data = _open_files(kind, files)
+            elif layout.kind == "hub":
+                data = _open_hub(layout.path, name, split, streaming)
+            elif layout.kind == "saved":
+                data = _open_saved(layout.root, split)
+            else:
+                data = open_configuration(layout.path, name, layout.names, option).as_streaming_dataset(split)
+    except StopIteration:
+        raise UserError(f"{option} {layout.path!r} is empty; name data that has text") from None
+    total = len(data) if hasattr(data, "__len__") else None
+    return _texts_of(data, layout, column, option), total
+
+
+def _open_files(kind: str, files: Iterable[Path]) -> Any:
+    import datasets
+
+    builder, options = ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
+    paths = [glob.escape(str(file.absolute())) for file in files]  # `datasets` takes names for patterns
+    # streamed, since the tokens are kept and a copy of the text in the user's cache would serve nobody
+    with tempfile.TemporaryDirectory() as cache:
+        return datasets.load_dataset(
+            builder, data_files=paths, split="train", streaming=True, cache_dir=cache, **options
+        )
+
+
+def _open_saved(folder: Path, split: str | None) -> Any:
+    import datasets
+
+    data = datasets.load_from_disk(str(folder))
+    return data if split is None else data[split]
+
+
+def _open_hub(path: str, name: str | None, split: str | None, streaming: bool) -> Any:
+    import datasets
+
+    return datasets.load_dataset(path, name, split=split, streaming=streaming)
+
+
+def _texts_of(data: Iterable[dict[str, Any]], layout: Layout, column: str, option: str) -> Iterator[str]:
+    """Return the texts of rows that have one."""
+    if getattr(data, "column_names", None) is not None:
+        _check_column(column, data.column_names, layout.path)
+    rows = iter(data)
+    while True:
+        with _told_in_one_line(layout, option):
+            row = next(rows, None)
+        if row is None:
+            return
+        _check_column(column, row, layout.path)
+        text = row[column]
+        if not isinstance(text, str | None):
+            texts = [name for name, value in row.items() if isinstance(value, str)]
+            remedy = f"its columns of text are {', '.join(texts)}" if texts else "it has no column of text"
+            raise UserError(
+                f"data.text_column {column!r} of {layout.path!r} must hold text, got a {type(text).__name__}; {remedy}"
+            )
+        if text and text.strip():
+            yield text
+
+
+def _check_column(column: str, columns: Iterable[str], path: str) -> None:
+    if column not in columns:
+        raise UserError(f"data.text_column {column!r} is not in {path!r}; its columns are {', '.join(columns)}")
+
+
+@contextmanager
+def _told_in_one_line(layout: Layout, option: str) -> Iterator[None]:
+    """Turn what `datasets` raises into a user's mistake."""
+    try:
+        yield
+    except (UserError, StopIteration):
+        raise
+    except Exception as error:
+        cause = reason(error)
+        if layout.kind != "hub":
+            remedy = "mend the file, or name another"
+        elif (full := _cache_error(error)) is not None:
+            raise full from None
+        elif isinstance(error, ValueError) and not isinstance(error, HFValidationError):
+            remedy = "check data.name and the splits"
+        else:
+            # the hub's client says no more than this once it was closed by an earlier failure
+            raise not_found(layout.path, option, "" if "client has been closed" in cause else f" ({cause})") from None
+        raise UserError(f"{option} {layout.path!r} cannot be read ({cause}); {remedy}") from None
+
+
+def _cache_error(error: BaseException | None) -> UserError | None:
+    """Return the mistake where a dataset from the hub cannot be written to the user's cache."""
+    while error is not None:
+        unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+        if isinstance(error, OSError) and error.errno in unwritable:
+            import datasets
+
+            return UserError(
+                f"the cache of Hugging Face datasets, {str(datasets.config.HF_DATASETS_CACHE)!r}, cannot be written "
+                f"({error.strerror}); make room or change permissions, or set HF_HOME to another folder"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def read_text(file: Path, option: str) -> str:
+    """Return a file's text.
+
+    Raises:
+        UserError: If it cannot be read or is not UTF-8.
+    """
+    with opened(file, option) as stream:
+        content = stream.read()
+    return check_utf8(content, file, option)
+
+
+def check_utf8(content: bytes, file: Path, option: str, is_all: bool = True) -> str:
+    """Return the text that bytes mean, without a byte order mark.
+
+    Args:
+        content: The bytes.
+        file: Where they come from.
+        option: The option that named it.
+        is_all: Whether a character may not be cut at the end.
+
+    Raises:
+        UserError: If they are not UTF-8, or hold NUL bytes in bulk.
+    """
+    try:
+        if content.count(0) <= MAX_NULS * len(content):
+            return codecs.getincrementaldecoder("utf-8-sig")().decode(content, is_all)
+    except UnicodeDecodeError:
+        pass
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    what = "UTF-16" if is_utf16 else "not UTF-8 text"
+    remedy = "convert it to UTF-8" if is_utf16 else "convert it, or choose files by a pattern such as 'texts/**/*.txt'"
+    raise UserError(
+        f"{option} must name UTF-8 text or {', '.join(KINDS)} files, plain or compressed as {', '.join(COMPRESSIONS)}, "
+        f"and {str(file)!r} is {what}; {remedy}"
+    )
+
+
+@contextmanager
+def opened(file: Path, option: str) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed.
+
+    Raises:
+        UserError: If it cannot be read, also while the block reads it.
+    """
+    import fsspec
+
+    try:
+        with fsspec.filesystem("file").open(str(file.absolute()), "rb", compression=kind_of(file)[1]) as stream:
+            yield stream
+    except _READ_ERRORS as error:
+        raise UserError(
+            f"{option}: {str(file)!r} cannot be read ({reason(error)}); mend the file, or name another"
+        ) from None
+
+
+def _check_zstd(files: Iterable[Path]) -> None:
+    import fsspec
+
+    for file in files:
+        if kind_of(file)[1] not in fsspec.available_compressions():
+            raise UserError(f"{str(file)!r} needs the package zstandard; install it, or decompress the file")

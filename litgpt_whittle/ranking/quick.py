@@ -1,0 +1,114 @@
+"""A quick order of a teacher's units and layers, from one forward pass over a little text.
+
+A unit counts by the size of what it adds to the stream, a channel by the size of what its readers make of it: root mean
+squares over tokens. For a neuron that is its activation times the norm of its column in the next map. Layers count by
+their block influence. `litgpt rank` (`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which
+takes more time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from litgpt.model import GPT
+from torch import nn
+
+from litgpt_whittle.distillation.head import hidden_states
+from litgpt_whittle.distillation.losses import wide
+from litgpt_whittle.index_plan import axes_of, units_of
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.ranking.scores import Autocast
+from litgpt_whittle.subnet import layer_sizes
+
+N_TOKENS = 4096
+"""Tokens that are read"""
+
+ROWS_TOKENS = 2048
+"""Tokens per forward pass"""
+
+
+@torch.no_grad()
+def quick_order(
+    model: GPT, batches: Iterable[torch.Tensor], autocast: Autocast = nullcontext, n_tokens: int = N_TOKENS
+) -> Order:
+    """Order a teacher's units and layers by what they do on text.
+
+    Args:
+        model: The teacher.
+        batches: Token ids, each of shape (B, T).
+        autocast: Gives the context to compute in.
+        n_tokens: Read about so many of them.
+    """
+    sums, missing = _Sums(model), n_tokens
+    for ids in (rows for batch in batches for rows in batch.split(max(ROWS_TOKENS // batch.shape[1], 1))):
+        if missing <= 0:
+            break
+        missing -= ids.numel()
+        with sums.watching(), autocast():
+            head = hidden_states(model, ids.to(model.transformer.wte.weight.device))
+        sums.n_embd += _squares(head.hidden, head.weight)
+    own = tuple({kind: score.sqrt().numpy() for kind, score in units.items()} for units in sums.layers)
+    return Order.by(model.config, sums.n_embd.sqrt().numpy(), sums.influence.numpy(), own)
+
+
+class _Sums:
+    """Adds up squares of what units do while a model runs, and how much its layers turn the stream."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, config = model, model.config
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.n_embd, self.influence = zeros(config.n_embd), zeros(config.n_layer)
+        self.layers = [{k: zeros(n) for k, n in layer_sizes(config, i).items()} for i in range(config.n_layer)]
+        self.units = [units_of(config, i) for i in range(config.n_layer)]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = []
+        for layer, block in enumerate(self.model.transformer.h):
+            handles.append(block.register_forward_hook(partial(self._add_block, layer)))
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    handles.append(module.register_forward_pre_hook(partial(self._add_inputs, layer, axes_of(name))))
+                if name.startswith("mlp.experts.") and name.count(".") == 2:
+                    handles.append(module.register_forward_hook(partial(self._add_expert, layer, int(name[12:]))))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add_inputs(self, layer: int, axes: tuple[str, str], module: nn.Linear, inputs: tuple) -> None:
+        if axes[1] == "n_embd":
+            self.n_embd += _squares(inputs[0], module.weight)
+            return
+        for kind, own in self.units[layer].items():
+            if axes[1] not in own:
+                continue
+            indices = torch.from_numpy(own[axes[1]]).to(module.weight.device)  # (n_units, size)
+            if indices.shape[1] == 1:
+                squares = _squares(inputs[0], module.weight)[own[axes[1]][:, 0]]
+            else:
+                squares = torch.stack([_square(inputs[0][..., unit], module.weight[:, unit]) for unit in indices])
+            self.layers[layer][kind] += squares
+
+    def _add_expert(self, layer: int, expert: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.layers[layer]["n_expert"][expert] += wide(output).square().sum().double().cpu()
+
+    def _add_block(self, layer: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        cosine = F.cosine_similarity(wide(inputs[0]), wide(output), dim=-1)
+        self.influence[layer] += (1 - cosine).double().sum().cpu()
+
+
+def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the square of all that a map makes of its inputs together, summed over tokens."""
+    return wide(F.linear(x, weight)).square().sum().double().cpu()
+
+
+def _squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the squares of all that a map makes of each of its inputs, summed over tokens, shape (n_in,)."""
+    norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).square()
+    return (wide(x).flatten(0, -2).square().sum(0) * norms).double().cpu()

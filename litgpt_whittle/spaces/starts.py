@@ -1,0 +1,242 @@
+"""The plain ideas that a search begins with: a few dimensions are cut, as little as the bin demands.
+
+On a real pretrained model random mixtures of all dimensions are hopeless, while fewer neurons or fewer layers alone are
+not. Each idea is built into the bin by construction: all but one dimension are settled, and the last one is solved for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.spaces.sizes import EVERY, Sizes
+from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.subnet import SubNet
+
+DIMENSIONS = {
+    "neurons": ("intermediate_size", "moe_intermediate_size"),
+    "heads": ("n_query_groups",),
+    "heads within groups": ("heads_per_group",),
+    "channels": ("n_embd",),
+    "experts": ("n_expert",),
+}
+"""Names of sizes, by what an idea calls them"""
+
+Layers = tuple[int, ...]
+
+
+class Start(NamedTuple):
+    """A sub-network that a search begins with."""
+
+    origin: str
+    """The idea that it was built by"""
+    subnet: SubNet
+
+
+class Idea(NamedTuple):
+    """A way to cut: a part of the excess in layers, the rest in other dimensions, all to about the same share."""
+
+    dimensions: tuple[str, ...] = ()
+    """By their names in `DIMENSIONS`; the last one that may shrink is solved for"""
+    layers: str = ""
+    """The way of choosing layers, by its name in `Builder.choosers`; all are kept by default"""
+    portion: float = 1.0
+    """The share of the excess that dropped layers take away"""
+
+    @property
+    def name(self) -> str:
+        part = "" if not self.dimensions else f"{self.portion:.0%} by "
+        layers = f"{part}layers ({self.layers})" if self.layers else ""
+        return " and ".join(filter(None, (layers, *self.dimensions)))
+
+
+def ideas(best: str) -> list[Idea]:
+    """Return all ideas, the most different ones first, since a short search tries only the first of them.
+
+    Args:
+        best: The way of choosing layers where only one is tried.
+    """
+    ways = dict.fromkeys((best, "evenly", "middle", "evenly inside"))
+    second = next(way for way in ways if way != best)
+    return [
+        Idea(("neurons",)),
+        Idea((), best),
+        Idea(("experts",)),
+        Idea(("heads", "neurons")),
+        Idea(("neurons",), best, 0.5),
+        Idea(("channels",)),
+        Idea(("heads within groups", "neurons")),
+        *(Idea((), way) for way in ways if way != best),
+        Idea(("experts", "neurons")),
+        Idea(("channels", "neurons")),
+        Idea(("neurons",), best, 0.25),
+        Idea(("neurons",), best, 0.75),
+        Idea(("neurons",), second, 0.5),
+        Idea(("heads", "neurons"), best, 0.5),
+        Idea(("channels", "heads", "neurons")),
+    ]
+
+
+def simple_starts(space: Space, order: Order | None = None, by_units: bool = True, n_sizes: int = 1) -> list[Start]:
+    """Build the plain ideas into a space's bin; ideas that cannot meet it are left out.
+
+    Args:
+        space: The space. Coarse ones keep the first units, or the best ones of their own order.
+        order: The teacher's layers and units by importance, if that is known.
+        by_units: Also choose units by `order`, not layers alone.
+        n_sizes: Sizes to build each idea at, evenly from the largest of the bin downwards.
+
+    Returns:
+        Different members of the space, each as large as the bin, the limits and `n_sizes` allow.
+    """
+    lo, hi = max(space.bin.lo, space.sizes.smallest), min(space.bin.hi, space.sizes.largest)
+    found: dict[SubNet, Start] = {}
+    for i in range(n_sizes):
+        builder = Builder(space, hi - (hi - lo) * i // n_sizes, order, by_units)
+        for idea in ideas(builder.best):
+            subnet = builder.build(idea)
+            if subnet is not None:
+                found.setdefault(subnet, Start(idea.name, subnet))
+    return list(found.values())
+
+
+class Builder:
+    """Builds ideas that have up to so many parameters.
+
+    Args:
+        space: The space.
+        most: The largest number of parameters.
+        order: The teacher's layers and units by importance.
+        by_units: Choose units by it, too.
+    """
+
+    def __init__(self, space: Space, most: int, order: Order | None, by_units: bool) -> None:
+        self.space, self.most, self.order = space, most, order
+        self.units = order if by_units else None
+        self.n_layer, self.grids = space.teacher.n_layer, space.sizes.grids
+
+    @cached_property
+    def choosers(self) -> dict[str, Callable[[int], Layers]]:
+        """Functions that choose n layers, by their names."""
+        if (prescribed := self.space.sizes.layer_order) is not None:
+            return {self.space.sizes.args.layers: lambda n: tuple(sorted(prescribed[:n]))}
+        ways = {"evenly": self._evenly, "middle": self._around_middle, "evenly inside": self._evenly_inside}
+        if self.order is not None:
+            ways["importance"] = lambda n: tuple(sorted(self.order.n_layer[:n].tolist()))
+        return ways
+
+    @property
+    def best(self) -> str:
+        """The way of choosing layers where only one is tried."""
+        return next(way for way in ("importance", "middle", *self.choosers) if way in self.choosers)
+
+    def build(self, idea: Idea) -> SubNet | None:
+        """Return an idea's sub-network, or None where the space has none in the bin."""
+        layers: Layers | None = tuple(range(self.n_layer))
+        free = [name for name in idea.dimensions if any(len(grid) > 1 for grid in self._grids(name).values())]
+        if idea.layers:
+            layers = self._fewer_layers(idea)
+        if layers is None or (idea.dimensions and not free):
+            return None
+        shares = self._solve(layers, free)
+        if shares is None:
+            return None
+        sizes = self._sizes(layers, shares)
+        subnet = self.space.build(sizes, self.units)
+        return subnet if self.space.sizes.count(sizes) in self.space.bin and self.space.admits(subnet) else None
+
+    # layers -----------------------------------------------------------------------------------------------------------
+
+    def _evenly(self, n: int) -> Layers:
+        """Drop layers evenly; the first and the last one stay."""
+        return tuple(np.linspace(0, self.n_layer - 1, n).round().astype(int).tolist())
+
+    def _evenly_inside(self, n: int) -> Layers:
+        """Drop layers evenly; the first two and the last two stay."""
+        if n < 5:
+            return self._evenly(n)
+        inside = 2 + np.arange(n - 4) * (self.n_layer - 4) // (n - 4)
+        return (0, 1, *inside.tolist(), self.n_layer - 2, self.n_layer - 1)
+
+    def _around_middle(self, n: int) -> Layers:
+        """Drop a run of layers, two fifths of the others before it."""
+        before = round(0.4 * n)
+        return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
+
+    def _fewer_layers(self, idea: Idea) -> Layers | None:
+        """Return the layers that an idea keeps; None where it cannot drop any, or not so many."""
+        choose = self.choosers.get(idea.layers)
+        options = [choose(n) for n in self.grids["n_layer"][:-1]] if choose else []
+        if not idea.dimensions:
+            fitting = [layers for layers in options if self._fits(layers, {})]
+            return fitting[-1] if fitting else None
+        aim = self.space.sizes.largest - idea.portion * (self.space.sizes.largest - self.most)
+        return min(options, key=lambda layers: abs(self._count(layers, {}) - aim), default=None)
+
+    # other dimensions -------------------------------------------------------------------------------------------------
+
+    def _solve(self, layers: Layers, free: Sequence[str]) -> dict[str, float] | None:
+        """Return the largest shares of some dimensions that fit, all about the same; None where none does."""
+        if not free:
+            return {} if self._fits(layers, {}) else None
+        *others, last = free
+        together = self._largest(sorted({s for name in free for s in self._shares(name)}), layers, free, {})
+        if together is None:
+            return None
+        shares = {}
+        for name in others:  # each is cut by a step at least, or this would be another idea
+            options = self._shares(name)[:-1]
+            shares[name] = min(options, key=lambda share: abs(share - together))
+        found = self._largest(self._shares(last), layers, [last], shares)
+        return None if found is None else shares | {last: found}
+
+    def _largest(
+        self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: Mapping[str, float]
+    ) -> float | None:
+        """Return the largest share for some dimensions that fits beside the others'; what a share costs grows with it.
+
+        Shares that fit come before those that do not.
+        """
+        fits = lambda share: not self._fits(layers, fixed | dict.fromkeys(names, share))
+        n = bisect_right(options, False, key=fits)
+        return options[n - 1] if n else None
+
+    def _fits(self, layers: Layers, shares: Mapping[str, float]) -> bool:
+        """Return whether a sub-network of these shares stays below the upper ends of the bin and of all limits."""
+        if self._count(layers, shares) > self.most:
+            return False
+        limits = self.space.limits
+        return not limits.ranges or limits.fits(self.space.build(self._sizes(layers, shares)))
+
+    def _count(self, layers: Layers, shares: Mapping[str, float]) -> int:
+        return self.space.sizes.count(self._sizes(layers, shares))
+
+    def _grids(self, dimension: str) -> dict[str, list[int]]:
+        return {name: self.grids[name] for name in DIMENSIONS[dimension] if name in self.grids}
+
+    def _shares(self, dimension: str) -> list[float]:
+        """All shares that make a difference to a dimension, ascending up to 1."""
+        return sorted({n / grid[-1] for grid in self._grids(dimension).values() for n in grid})
+
+    def _sizes(self, layers: Layers, shares: Mapping[str, float]) -> Sizes:
+        """Return the legal sizes that are nearest to shares of the teacher's; what has no share stays whole."""
+        of = {size: share for name, share in shares.items() for size in DIMENSIONS[name]}
+        values = self.space.complete({}, layers)
+        for key in values:
+            values[key] = _nearest(self.grids[key[0]], of.get(key[0], 1.0))
+        shared = [values[name, EVERY] for name in ("n_embd", "head_size")]
+        for key in values:  # heads give way where they must share the channels
+            values[key] = min(values[key], self.space.sizes.own_grid(key[0], *shared)[-1])
+        return Sizes(layers, values)
+
+
+def _nearest(grid: Sequence[int], share: float) -> int:
+    """Return the size nearest to a share of the largest, the smaller one of two equally near."""
+    aim = share * grid[-1]
+    at = bisect_left(grid, aim)
+    return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))

@@ -1,0 +1,126 @@
+"""The validation batches of a run: the same at every pass, whatever order the data module gives them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from litgpt_whittle.training.data_stream import shared_batches
+from litgpt_whittle.training.resume import (
+    generator_states,
+    generators_of,
+    rng_state,
+    set_generator_states,
+    set_rng_state,
+)
+
+KEPT_BYTES = 512 * 2**20
+"""Token ids that a process keeps; a longer validation reads them again at every pass"""
+
+SEED = 0
+"""Of the batches' order where the data module shuffles them, in every command, so that all validate on the same text"""
+
+
+@contextmanager
+def fixed_randomness(loader: Any = None) -> Iterator[None]:
+    """Draw random numbers from a fixed seed, and leave the generators as they were.
+
+    Args:
+        loader: A dataloader whose own generators are meant, too.
+    """
+    before, own = rng_state(), generator_states(loader)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for generator in generators_of(loader):
+        generator.manual_seed(SEED)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+        set_generator_states(loader, own)
+
+
+class ValidationBatches:
+    """The first validation batches of a data module, shared by the processes, the same at every pass.
+
+    They are read once and kept, so that a loader may change their order from epoch to epoch.
+
+    Args:
+        loader: A validation dataloader, not iterated over yet.
+        make_loader: Returns another one, for batches that are too many to be kept.
+        n: How many batches to take; fewer where the loader has fewer.
+        rank: This process's number.
+        world_size: How many processes share the batches.
+    """
+
+    def __init__(self, loader: Any, make_loader: Callable[[], Any], n: int, rank: int = 0, world_size: int = 1) -> None:
+        self.make_loader, self.n, self.rank, self.world_size = make_loader, n, rank, world_size
+        self._loader = loader
+        self._kept: list[tuple[Any, bool]] | None = None
+        self._is_read = False
+        self._twin = _without_data(loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        """Return this process's part of the batches, and if each counts, as `shared_batches` does."""
+        if not self._is_read:
+            self._kept, self._is_read = self._read(), True
+            self._loader = None  # whose worker processes end with it
+        if self._kept is not None:
+            return iter(self._kept)
+        with fixed_randomness():
+            loader = self.make_loader()
+        return self._stream(loader)
+
+    def _read(self) -> list[tuple[Any, bool]] | None:
+        kept, n_bytes = [], 0
+        for batch, counts in self._stream(self._loader):
+            kept.append((batch, counts))
+            n_bytes += sum(tensor.nbytes for tensor in _tensors(batch))
+            if n_bytes > KEPT_BYTES:
+                return None
+        return kept
+
+    def _stream(self, loader: Any) -> Iterator[tuple[Any, bool]]:
+        with fixed_randomness(loader):
+            yield from shared_batches(loader, self.n, self.rank, self.world_size)
+
+    def draw(self) -> None:
+        """Draw the random numbers that a pass over the dataloader takes, to stay in step with `litgpt pretrain`."""
+        if self._twin is not None:
+            next(iter(self._twin), None)
+
+    def state_dict(self) -> list[torch.Tensor]:
+        """Return the state of the dataloader's own random generators."""
+        return generator_states(self._twin)
+
+    def load_state_dict(self, state: list[torch.Tensor]) -> None:
+        """Set it."""
+        set_generator_states(self._twin, state)
+
+
+def _without_data(loader: Any) -> DataLoader | None:
+    """Return a dataloader that draws its order as another does and reads nothing; None where that is unknown."""
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return None
+    return DataLoader(
+        _Nothing(), batch_sampler=loader.batch_sampler, generator=loader.generator, collate_fn=lambda samples: samples
+    )
+
+
+class _Nothing:
+    """A dataset of any size without content."""
+
+    def __getitem__(self, index: int) -> None:
+        return None
+
+
+def _tensors(batch: Any) -> Iterable[torch.Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else (batch,)
+    return (value for value in values if isinstance(value, torch.Tensor))
