@@ -167,7 +167,11 @@ class Recipe:
             n_forward = (1 + BACKWARD) * args.tokens + self.teacher.n_layer * args.layer_tokens
             return n_forward * forward_flops(self.teacher, args.train.max_seq_length)
         if self.command == "extract":
-            return REPAIR_PASSES * args.repair.n_tokens(self.student) * forward_flops(self.teacher, args.train.max_seq_length)
+            return (
+                REPAIR_PASSES
+                * args.repair.n_tokens(self.student)
+                * forward_flops(self.teacher, args.train.max_seq_length)
+            )
         if self.command == "whittle":  # the rest is not a thousandth of it
             return self.twin("search").flops() + self.twin("distill").flops()
         length, again = args.train.max_seq_length, args.activation_checkpointing

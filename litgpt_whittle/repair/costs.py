@@ -114,9 +114,7 @@ def streams_bytes(config: Config, n_calibration: int) -> int:
     return FP32 * (config.n_layer + 1) * n_calibration * config.n_embd
 
 
-def check_memory(
-    config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0
-) -> None:
+def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0) -> None:
     """Refuses a teacher whose moments would take more memory than there is.
 
     Args:

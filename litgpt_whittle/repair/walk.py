@@ -36,7 +36,15 @@ from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
-from litgpt_whittle.repair.basis import Basis, Worth, is_centring, principal_directions, readers, standardised, token_weights
+from litgpt_whittle.repair.basis import (
+    Basis,
+    Worth,
+    is_centring,
+    principal_directions,
+    readers,
+    standardised,
+    token_weights,
+)
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
 from litgpt_whittle.repair.costs import head_bytes, sums_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
