@@ -1,4 +1,5 @@
-# From a fresh clone with only Python and make: `make demo` shows the product at work, `make test` runs the tests.
+# From a fresh clone with only Python and make: `make demo` shows the product at work, `make test` runs the tests,
+# `make lowest` a third of them with the lowest version of each dependency.
 PYTHON ?= python3
 # A package index with torch builds for your machine, if the default one does not suit it, for instance
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -8,16 +9,28 @@ BIN := $(VENV)/bin
 # the tests run side by side, one thread each: two threads that share a busy core wait for each other
 WORKERS ?= 2
 
-.PHONY: setup demo test slow lint clean
+# the modules that touch the dependencies, about a third of the tests
+LOWEST := api args checkpoint codecs data_stream each_strategy ecosystem export extensions extract features flags \
+	hf_text journal least_squares packaging plots plugin quantize recipes report strategies surrogate transformers tutorials
+
+.PHONY: setup demo test slow lowest lint clean
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(call install,$(VENV),constraints.txt)
+
+# needs Python 3.10 to 3.12 (PYTHON=python3.12), for which the lowest versions have been built
+$(VENV)-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(call install,$(VENV)-lowest,constraints-lowest.txt)
+
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test]"
-	touch $@
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) --editable ".[test]"
+	touch $(1)/installed
+endef
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py $(if $(SHORT),--short) $(ARGS)
@@ -28,9 +41,12 @@ test: setup
 slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
+lowest: $(VENV)-lowest/installed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) $(LOWEST:%=tests/test_%.py) $(ARGS)
+
 lint: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest out build *.egg-info

@@ -40,11 +40,11 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
         return str(told)
     if (why := why_not_made(message)) is not None:
         return why
-    if message.startswith("Unrecognized arguments: "):
-        return _unknown(message.removeprefix("Unrecognized arguments: ").split(), command, flags)
-    missing = re.search(r'Key "(?:\w+\.)?(\w+)" is required', message)
+    if unknown := re.fullmatch(r"[Uu]nrecognized arguments: (.+)", message):
+        return _unknown(unknown[1].split(), command, flags)
+    missing = re.search(r'Key "(?:\w+\.)?(\w+)" is required|arguments are required: (?:\w+\.)?(\w+)$', message)
     if missing:
-        return f"{missing[1]} is missing; see 'litgpt {command} --help'"
+        return f"{missing[1] or missing[2]} is missing; see 'litgpt {command} --help'"
     unknown = re.fullmatch(r"Validation failed: Key '([^']+)' is not expected", message)
     if unknown:
         return _unknown([f"--{unknown[1]}"], command, flags)
@@ -60,7 +60,8 @@ def why_not_made(message: str) -> str | None:
     """What an argument's own class had against its settings, where jsonargparse tells of all types that it tried."""
     if not message.startswith("Does not validate against any of the Union subtypes"):
         return None
-    found = re.findall(r"^  - (?!Expected an? <class)(.*)", message, re.MULTILINE)
+    bullets = re.split(r"^  - ", message.split("\n  Given value type: ")[0], flags=re.MULTILINE)[1:]
+    found = [" ".join(bullet.split()) for bullet in bullets if not re.match(r"Expected an? <class", bullet)]
     return "; ".join(found) or None
 
 
@@ -81,33 +82,68 @@ def _unknown(arguments: list[str], command: str, flags: list[str]) -> str:
 
 def _wrong_value(message: str) -> str:
     keys = re.findall(r'Parser key "([^"]+)":', message)
+    if not keys:
+        return " ".join(message.split())
+    in_full = " ".join(f"{keys[0]}: {message.partition(':')[2]}".split())
+    if not _is_known(message):
+        return in_full
     nested = re.search(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", message)
     # where one of several types is a section of settings, its keys are read apart
     if nested and nested[1] not in keys[1:]:
         keys.append(nested[1])
     if "Unrecognized arguments: " in message and nested:
         return f"{keys[0]} has no setting {nested[1]}"
-    unknown = re.search(r"Key '([^']+)' is not expected", message)
+    unknown = re.search(r"Key '([^']+)' is not expected|Option '([^']+)' is not accepted", message)
     if unknown:
         owner = re.findall(r"class_path '([^']+)'", message)
-        return f"{keys[0]} has no setting {unknown[1]}" + (f"; it is a {owner[-1]}" if owner else "")
+        # a section of settings, one of the argument's types, is no class that anybody has named
+        is_section = owner and f"<class '{owner[-1]}'>" in message
+        return f"{keys[0]} has no setting {unknown[1] or unknown[2]}" + (
+            f"; it is a {owner[-1]}" if owner and not is_section else ""
+        )
     name = ".".join(keys)
     choices = re.search(r"must be one of .*", message)
     if choices:
         return f"{name} {choices[0]}"
-    name_of_class = re.search(r"Expected a dot import path string: (.*)", message)
-    if name_of_class:
-        return f"{name}: there is nothing called {name_of_class[1]}; name a class, or its path such as package.Class"
     kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '([^']+)'>", message)))
+    name_of_class = re.search(r"Expected a dot import path string: (.*)", message)
+    if name_of_class and set(kinds) <= {"NoneType"}:
+        return f"{name}: there is nothing called {name_of_class[1]}; name a class, or its path such as package.Class"
     if nested and len(kinds) > 1:
         kinds = kinds[1:]  # the first is what could stand in the section's place
-    if "expects a dict or Namespace" in message:
+    if name_of_class or "expects a dict or Namespace" in message:
         kinds.append("a section of settings")
     given = re.findall(r"(?:Got value|Given value): (.*)", message)
+    kinds = [kind for kind in kinds if kind != "NoneType"]
     if kinds and given:
-        wanted = " or ".join(_KINDS.get(kind, kind) for kind in kinds if kind != "NoneType")
+        wanted = " or ".join(_KINDS.get(kind, kind) for kind in kinds)
         return f"{name} must be {wanted}, got {nested[2] if nested else given[-1]}"
-    return " ".join(f"{name}: {message.partition(':')[2]}".split())
+    return in_full
+
+
+_WORDINGS = (
+    r'Parser key "[^"]+":',
+    r"Does not validate against any of the Union subtypes",
+    r"Subtypes: .*",
+    r"Errors:",
+    r"Expected an? <class '[^']+'>(\. Got value: .*)?",
+    r"Expected a( config)? path but .* either not accessible or invalid",
+    r"Expected a dot import path string: .*",
+    r"Type <class '[^']+'> expects a dict or Namespace.*",
+    r"Problem with given class_path '[^']+':",
+    r"(Validation failed: )?Key '[^']+' is not expected",
+    r"Option '[^']+' is not accepted",
+    r"Unrecognized arguments: .*",
+    r"must be one of .*",
+)
+"""The lines of which jsonargparse 4.39 to 4.53 make up a message on a value; another line may change what it means"""
+
+
+def _is_known(message: str) -> bool:
+    """Return whether every line of a message, up to the value that it ends with, has a known wording."""
+    body = message.split("\n  Given value type: ")[0]
+    lines = [line.strip().removeprefix("- ") for line in body.replace('": ', '":\n').splitlines()]
+    return all(not line or any(re.fullmatch(known, line) for known in _WORDINGS) for line in lines)
 
 
 _KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}

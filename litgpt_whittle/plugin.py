@@ -133,9 +133,10 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     Args:
         commands: Those whose parser tells its own errors in one line, too.
     """
-    from litgpt_whittle import flags
+    from litgpt_whittle import flags, recipes
 
     flags.install(commands)
+    recipes.install()
     show_traceback = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

@@ -27,20 +27,20 @@ LEAN_SPACE = Space(LEAN, "coarse_layerwise", Bin.parse("30K±10%"))
 
 @pytest.mark.parametrize("name", ["Evolution", "EvoPress", "LocalSearch", "TPE"])
 def test_what_learns_beats_random_search(name):
-    """In coming near to the sizes of a sub-network that it does not know."""
-    choices = Choices(LEAN_SPACE)
-    goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(7)))
+    """In coming near to the sizes of sub-networks that it does not know: of several, since luck may find one."""
+    choices, best = Choices(LEAN_SPACE), {"RandomSearch": [], name: []}
+    for seed in range(15, 19):
+        goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(seed)))
 
-    def distance(subnet):
-        numbers = choices.of(subnet)
-        return sum(abs(numbers[name] - goal[name]) / (hi - lo) for name, (lo, hi) in choices.bounds.items())
+        def distance(subnet, goal=goal):
+            numbers = choices.of(subnet)
+            return sum(abs(numbers[key] - goal[key]) / (hi - lo) for key, (lo, hi) in choices.bounds.items())
 
-    best = {}
-    for each in ("RandomSearch", name):
-        strategy = make(each, LEAN_SPACE)
-        run(strategy, 120, distance)
-        best[each] = strategy.best.score
-    assert best[name] < 0.9 * best["RandomSearch"]
+        for each, scores in best.items():
+            strategy = make(each, LEAN_SPACE, seed=100 + seed)
+            run(strategy, 120, distance)
+            scores.append(strategy.best.score)
+    assert np.mean(best[name]) < 0.9 * np.mean(best["RandomSearch"])
 
 
 @pytest.mark.parametrize(

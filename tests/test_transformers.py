@@ -78,8 +78,10 @@ FAMILIES = [
             **HF,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
-            rope_parameters=dict(
-                rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            # transformers 4 knows no rope_parameters; 5 takes both names
+            rope_theta=500000.0,
+            rope_scaling=dict(
+                rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=16,
             ),
         ),

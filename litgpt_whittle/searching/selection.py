@@ -24,6 +24,7 @@ from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.processes import stop_with_parent
+from litgpt_whittle.recipes import find_recipe
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.evaluations import scored
 from litgpt_whittle.searching.journal import Evaluation
@@ -101,7 +102,7 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = from_yaml(Path(path).read_text())
+        content = from_yaml(Path(find_recipe(path)).read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read selection.config {str(path)!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or "data" not in content:

@@ -1,0 +1,36 @@
+"""Recipes by their names in config_hub, from a clone or from an installed package, in any working directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+HUB = "config_hub"
+"""Folder of the recipes: at the top of the repository, within the package once that is installed"""
+
+
+def find_recipe(path: Path | str) -> Path | str:
+    """Return the packaged recipe that a path such as `config_hub/search/pythia-6.9b/410m.yaml` names.
+
+    A file in the working directory comes first, and any other path is returned as it is.
+    """
+    given = Path(path)
+    if given.parts[:1] != (HUB,) or ".." in given.parts or given.exists():
+        return path
+    package = Path(__file__).resolve().parent
+    packaged = (folder / given for folder in (package, package.parent))
+    return next((file for file in packaged if file.is_file()), path)
+
+
+def install() -> None:
+    """Make `--config` find packaged recipes."""
+    from jsonargparse import ActionConfigFile
+
+    apply = ActionConfigFile.apply_config
+
+    def apply_found(parser: Any, cfg: Any, dest: str, value: Any) -> None:
+        # a YAML's text may take the place of its path
+        is_path = isinstance(value, str) and "\n" not in value and value.startswith(HUB)
+        apply(parser, cfg, dest, str(find_recipe(value)) if is_path else value)
+
+    ActionConfigFile.apply_config = staticmethod(apply_found)
