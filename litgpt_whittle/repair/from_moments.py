@@ -1,9 +1,9 @@
 """Repairs a cut from the teacher's moments alone: collected once, they give any candidate for the cost of solves.
 
 `litgpt_whittle.repair` runs the student to see what its maps really read. Here each map is fitted as if all before it
-were the teacher's own, so that no token has to pass through the candidate. The result is a little worse than a repair's,
-and ranks candidates as their repairs do, which the plain cut does not. Layers that are dropped are made up for as in a
-repair: the maps before such a gap are fitted to the teacher's stream after it.
+were the teacher's own, so that no token has to pass through the candidate. The result is a little worse than a
+repair's, and ranks candidates as their repairs do, which the plain cut does not. Layers that are dropped are made up
+for as in a repair: the maps before such a gap are fitted to the teacher's stream after it.
 """
 
 from __future__ import annotations

@@ -56,7 +56,6 @@ from litgpt_whittle.scratch import Scratch, Stream
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
 
-
 LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
 """Default number of calibration tokens: at least, and for each input of the widest map, since maps overfit fewer"""
 
