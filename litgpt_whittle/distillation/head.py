@@ -357,8 +357,10 @@ class _Scores:
         log_t = F.log_softmax(teacher.div_(t), dim=-1)
         log_s = F.log_softmax(self.logits / t, dim=-1)
         p_t = torch.exp(log_t, out=teacher)
-        # tokens without probability have logarithms that are infinite or, as differences, not a number
-        kl = log_t.sub_(log_s).masked_fill_(p_t == 0, 0.0).mul_(p_t).sum(-1, keepdim=True)
+        # logits that are not a number make all of a row so, and stay to be seen
+        broken = 0 * (log_s.amax(-1, keepdim=True) + p_t.amax(-1, keepdim=True))
+        # 0 · inf of tokens without probability counts as 0; in place, since a mask would take memory of its own
+        kl = log_t.sub_(log_s).mul_(p_t).nan_to_num_(0.0, torch.inf, -torch.inf).sum(-1, keepdim=True) + broken
         self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
             # softmax - softmax, divided by T, times T²

@@ -67,7 +67,7 @@ def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
     axes.set(xlabel="the teacher's layer", ylabel="relative squared error of the stream", yscale="log")
     for formats in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formats(lambda error, _: f"{error:.2g}")
-    axes.set_title("The student's stream behind each block, against the teacher's", loc="left")
+    axes.set_title("The student's stream after each block, against the teacher's", loc="left")
     save_figure(figure, png_path)
 
 
