@@ -169,7 +169,7 @@ class Recipe:
         if self.command == "extract":
             return (
                 REPAIR_PASSES
-                * args.repair.n_tokens(self.student)
+                * args.repair.n_tokens(self.teacher)
                 * forward_flops(self.teacher, args.train.max_seq_length)
             )
         if self.command == "whittle":  # the rest is not a thousandth of it

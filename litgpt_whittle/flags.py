@@ -135,6 +135,7 @@ _WORDINGS = (
     r"Option '[^']+' is not accepted",
     r"Unrecognized arguments: .*",
     r"must be one of .*",
+    r"Given value( type)?: .*",  # of a nested union
 )
 """The lines of which jsonargparse 4.39 to 4.53 make up a message on a value; another line may change what it means"""
 

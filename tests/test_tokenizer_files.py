@@ -18,7 +18,7 @@ from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
 from litgpt_whittle.subnet import SubNet
 
 SIZES = {
-    "n_embd": 32, "vocab_size": 300, "padded_vocab_size": 300, "block_size": 32, "intermediate_size": 48, "bias": False,
+    "n_embd": 32, "vocab_size": 304, "padded_vocab_size": 304, "block_size": 32, "intermediate_size": 48, "bias": False,
     "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "parallel_residual": False, "rotary_percentage": 1.0,
     "name": "Llama-tiny",
 }  # fmt: skip
@@ -70,7 +70,7 @@ def write_teacher(folder):
     checkpoint(folder, **SIZES)
     write_tokenizer(folder)
     LlamaConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        vocab_size=304, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     ).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

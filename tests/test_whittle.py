@@ -310,7 +310,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ),
         (changed("search", teacher_placement="sharded"), "teacher_placement sharded .* raise --devices"),
         (changed("rank", tokens=0), "rank: tokens must be at least 1, got 0"),
-        (changed("extract", **{"repair.tokens": 8}), "extract: .* at least 2 windows of calibration data, got 1"),
+        (changed("extract", **{"repair.tokens": 8}), "extract: .* at least 3 windows of calibration data, got 1"),
         (
             changed("distill", **{"distill.hidden.weight": 1}) | {"cache_teacher": True},
             "distill.hidden needs a teacher that runs, and the cache to come",
