@@ -56,10 +56,27 @@ COMMANDS = ("rank", "search", "extract", "prune", "cache_teacher", "distill", "p
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_reads_text_with_tokens_that_the_model_does_not_know(folder, command):
-    data = HFText(str(folder / "text.jsonl"))
-    with pytest.raises(UserError, match="has ids up to 300 where padded_vocab_size is 300; remove the tokens"):
+    tokenizer = Tokenizer.from_file(str(folder / "teacher/tokenizer.json"))
+    write_jsonl(folder / "text.jsonl", [*documents(40), tokenizer.id_to_token(300)])
+    write_jsonl(folder / "more.jsonl", [*documents(20, seed=1), tokenizer.id_to_token(300)])
+    data = HFText(str(folder / "text.jsonl"), val_path=str(folder / "more.jsonl"))
+    match = r"data has the token '<\|added .*\|>' with id 300 where padded_vocab_size is 300; remove it"
+    with pytest.raises(UserError, match=match):
         commands(folder, data)[command]()
-    assert not (folder / "out").exists() and not (folder / ".tokens").exists()
+    assert not list(folder.glob(".tokens/*/about.json")) and not list((folder / "out").rglob("*.pth"))
+
+
+def test_tokens_without_an_embedding_are_no_fault_where_the_text_has_none(folder):
+    data = HFText(str(folder / "text.jsonl"), val_fraction=0.5)
+    check_data(data, folder / "teacher", 300)
+    connect(data, folder / "teacher", 1, 16)
+    token = Tokenizer.from_file(str(folder / "teacher/tokenizer.json")).id_to_token(300)
+    write_jsonl(folder / "text.jsonl", [*documents(40), token])
+    data = HFText(str(folder / "text.jsonl"), val_fraction=0.5)
+    connect(data, folder / "teacher", 1, 16)  # tokenised where nothing is known of the model
+    check_data(data, folder / "teacher", 300)
+    with pytest.raises(UserError, match="with id 300 where padded_vocab_size is 300"):
+        data.setup()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -173,6 +190,7 @@ def test_added_tokens_within_the_padding_are_no_fault(tmp_path):
     write_jsonl(tmp_path / "text.jsonl", documents(5))
     folder: Path = write_tokenizer(tmp_path / "tokenizer")
     largest = max(LitGPTTokenizer(folder).processor.get_vocab().values())
-    check_data(HFText(str(tmp_path / "text.jsonl")), folder, largest + 1)
+    for data in (HFText(str(tmp_path / "text.jsonl")), Alpaca()):
+        check_data(data, folder, largest + 1)
     with pytest.raises(UserError, match=f"has ids up to {largest} where padded_vocab_size is {largest};"):
-        check_data(HFText(str(tmp_path / "text.jsonl")), folder, largest)
+        check_data(Alpaca(), folder, largest)  # whose text is not at hand yet

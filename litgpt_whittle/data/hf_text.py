@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
@@ -64,6 +65,8 @@ class HFText(DataModule):
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
+    vocab_size: int | None = field(default=None, init=False, repr=False)
+    """Number of tokens that the model has embeddings for, where it is known"""
     parts: tuple[str, ...] = field(default=PARTS, init=False, repr=False)
     """What is prepared; whoever reads validation text alone need not wait for the rest"""
     train_dataset: Windows | None = field(default=None, init=False, repr=False)
@@ -126,11 +129,27 @@ class HFText(DataModule):
         datasets = {part: Windows(self._folder(part), self.max_seq_length) for part in self.parts}
         self.train_dataset, self.val_dataset = (datasets.get(part) for part in PARTS)
         for part, dataset in datasets.items():
+            self._check_id(dataset.about.get("largest_id", 0), part)
             if len(dataset) == 0:
                 raise UserError(
                     f"the {part} data must fill a block of {self.max_seq_length} tokens, got "
                     f"{dataset.about['n_tokens']}; add text, or lower train.max_seq_length"
                 )
+
+    def _check_id(self, token: int, part: str) -> None:
+        """Refuse a token that the model has no embedding for."""
+        if self.vocab_size is not None and token >= self.vocab_size:
+            text = self.tokenizer.decode(torch.tensor([token])).strip()
+            raise UserError(
+                f"the model must have an embedding for every token, and the {part} data has the token {text!r} with id "
+                f"{token} where padded_vocab_size is {self.vocab_size}; remove it from the text or from "
+                "tokenizer.json, or resize the model's embedding and convert it again"
+            )
+
+    def _checked(self, documents: Iterable[list[int]], part: str) -> Iterator[list[int]]:
+        for ids in documents:
+            self._check_id(max(ids, default=0), part)
+            yield ids
 
     def train_dataloader(self) -> DataLoader:
         """Blocks in an order that depends on nothing but seed and epoch."""
@@ -220,7 +239,7 @@ class HFText(DataModule):
             texts = (text for text in texts if (_position(text) < self.val_fraction) == is_held_out)
         about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": source.split}
         bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
-        ids = _capped(encode(tokenizer, bar), self.max_tokens)
+        ids = self._checked(_capped(encode(tokenizer, bar), self.max_tokens), part)
         first = next(ids, None)
         if first is None and source.is_shared and next(read()[0], None) is not None:
             raise UserError(

@@ -67,6 +67,9 @@ def _check_tokenizer(data: DataModule, tokenizer_dir: Path | None, vocab_size: i
         return
     if isinstance(data, _TOKENISED):
         return
+    if isinstance(data, HFText):
+        data.vocab_size = vocab_size  # tokens without an embedding are no fault unless the text has them
+        return
     try:
         largest = largest_id(Tokenizer(tokenizer_dir))
     except Exception as error:

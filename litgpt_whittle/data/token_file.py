@@ -26,7 +26,7 @@ def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, voca
         UserError: If the folder cannot be written, for a full disk for instance.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    n_documents = n_tokens = 0
+    n_documents, n_tokens, largest = 0, 0, eos_id
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder, replaces=False) as inside:
@@ -34,8 +34,9 @@ def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, voca
                 for ids in documents:
                     file.write(np.asarray([*ids, eos_id], dtype=dtype).tobytes())
                     n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + 1
-            counts = {"dtype": np.dtype(dtype).name, "n_documents": n_documents, "n_tokens": n_tokens}
-            write_text(inside / ABOUT, json.dumps(about | counts, indent=2))
+                    largest = max(largest, *ids)
+            counts = {"n_documents": n_documents, "n_tokens": n_tokens, "largest_id": largest}
+            write_text(inside / ABOUT, json.dumps(about | {"dtype": np.dtype(dtype).name} | counts, indent=2))
     except OSError as error:
         raise UserError(
             f"tokens cannot be written to {str(folder.parent)!r} ({error.strerror or error}); make room, or choose "
