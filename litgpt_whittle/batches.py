@@ -106,7 +106,7 @@ def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]
 
 
 def batches_after(data: DataModule, seq_length: int, n: int, n_tokens: int) -> list[Batch]:
-    """Read the validation batches after the first n, with about so many tokens, or fewer where the data ends."""
+    """Read the validation batches after the first n, up to about `n_tokens` tokens."""
     found: list[Batch] = []
     loader = val_loader(data)
     with fixed_randomness(loader):  # in the order of `validation_batches`

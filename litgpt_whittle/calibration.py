@@ -20,8 +20,8 @@ from litgpt_whittle.processes import free_memory, n_sharing, rank, world_size
 CACHE_PARTS = 8
 """Each cache of activations may take this part of the free memory"""
 
-TOKENS_PER_INPUT = 16
-"""From so many tokens for each input on, products are taken in float32 (sums stay in float64 on a CPU)"""
+FLOAT32_TOKENS_PER_INPUT = 16
+"""Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
 
 Batch = slice
 """Windows of the calibration data"""
@@ -129,7 +129,7 @@ class Calibration:
             The moments of the tokens to fit to, and of those that choose the ridge.
         """
         # rounded products are noise far below the data's own where there are many tokens for each input
-        rough = self.n_fitted >= TOKENS_PER_INPUT * n_in
+        rough = self.n_fitted >= FLOAT32_TOKENS_PER_INPUT * n_in
         fitted, tuning = (Moments(n_in, n_out, self.device, rough=rough) for _ in range(2))
         for batch in self.fitted_batches:
             (tuning if self.is_tuning(batch) else fitted).add(*examples(batch))

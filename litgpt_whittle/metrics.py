@@ -20,7 +20,7 @@ from litgpt_whittle.latency import Latency, default_device, latency
 from litgpt_whittle.subnet import SubNet
 
 BACKWARD = 2
-"""How many forward passes a backward pass costs"""
+"""Cost of a backward pass, in forward passes"""
 
 
 def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:

@@ -41,7 +41,7 @@ def quick_order(
         model: The teacher.
         batches: Token ids, each of shape (B, T).
         autocast: Gives the context to compute in.
-        n_tokens: Read about so many of them.
+        n_tokens: Approximate number of tokens to read.
     """
     sums, missing = _Sums(model), n_tokens
     for ids in (rows for batch in batches for rows in batch.split(max(ROWS_TOKENS // batch.shape[1], 1))):

@@ -106,7 +106,7 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
 
 
 class Builder:
-    """Builds ideas that have up to so many parameters.
+    """Build ideas into sub-networks of a maximum size.
 
     Args:
         space: The space.
@@ -169,7 +169,7 @@ class Builder:
         return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
 
     def _fewer_layers(self, idea: Idea) -> Layers | None:
-        """Return the layers that an idea keeps; None where it cannot drop any, or not so many."""
+        """Return the layers that an idea keeps; None where it cannot drop enough."""
         choose = self.choosers.get(idea.layers)
         options = [choose(n) for n in self.grids["n_layer"][:-1]] if choose else []
         if not idea.dimensions:
