@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from litgpt_whittle.repair.walk import LayerReport
 
 
+MOST_LABELS = 24
+"""Layers that are named along an axis; of more, every second or third is"""
+
+
 def plot_training(metrics_path: Path, png_path: Path) -> None:
     """Draws train and validation loss, and the learning rate, over tokens."""
     from matplotlib.ticker import EngFormatter
@@ -58,17 +62,38 @@ def _result(validations: Sequence[tuple[int, float]]) -> str:
 
 
 def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
-    """Draws each block's error on held-out tokens, as it was cut and repaired."""
+    """Draw each block's error on held-out tokens, as it was cut and repaired.
+
+    Leading blocks that are copies of the teacher's have no error and are left out.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    n_copies = next((i for i, layer in enumerate(layers) if layer.before > 0), 0)
+    shown = layers[n_copies:]
     figure, [[axes]] = new_figure((8.5, 4.8))
-    places = range(len(layers))
-    axes.plot(places, [layer.before for layer in layers], "o--", color=GRAY, label="this block as cut")
-    axes.plot(places, [layer.after for layer in layers], "o-", color=COLORS[0], label="repaired")
-    axes.set_xticks(places, [str(layer.layer) for layer in layers])
-    axes.set(xlabel="the teacher's layer", ylabel="relative squared error of the stream", yscale="log")
-    for formats in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formats(lambda error, _: f"{error:.2g}")
+    places = range(len(shown))
+    axes.plot(places, [layer.before for layer in shown], "o--", color=GRAY, label="this block as cut")
+    axes.plot(places, [layer.after for layer in shown], "o-", color=COLORS[0], label="repaired")
+    step = -(-len(shown) // MOST_LABELS)
+    axes.set_xticks(places[::step], [str(layer.layer) for layer in shown[::step]])
+    copies = f" (layers {layers[0].layer} to {layers[n_copies - 1].layer} are the teacher's own)" if n_copies else ""
+    axes.set(xlabel=f"the teacher's layer{copies}", ylabel="squared error relative to each token's size")
+    errors = [error for layer in shown for error in (layer.before, layer.after) if 0 < error < math.inf]
+    if errors:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g}%"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        # a mark above and below all that is drawn
+        axes.set_ylim(_mark_below(min(errors)), 1 / _mark_below(1 / max(errors)))
     axes.set_title("The student's stream after each block, against the teacher's", loc="left")
     save_figure(figure, png_path)
+
+
+def _mark_below(value: float) -> float:
+    """Return the largest of 1, 2 and 5 times a power of ten below a value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(factor * power for factor in (0.5, 1, 2, 5) if factor * power < value)
 
 
 def plot_pruning(reports: Sequence[MapReport], png_path: Path) -> None:
