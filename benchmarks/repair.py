@@ -19,7 +19,8 @@ from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
-from litgpt_whittle.repair.walk import Repair, RepairArgs
+from litgpt_whittle.repair.args import RepairArgs
+from litgpt_whittle.repair.walk import Repair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.supergpt import extract_weights, student_model
 

@@ -89,13 +89,14 @@ class Scratch:
         if rank() == 0:
             (self.folder / f"{name}.f32").unlink()
 
-    def remove_streams_before(self, i: int) -> None:
-        """Forgets the streams that led to layer i."""
-        for name in [name for name in self._streams if name.rpartition("-")[2] == str(i)]:
+    def remove_streams_before(self, i: int, keep: str | None = None) -> None:
+        """Forget the streams that led to layer i, but for one whose name is given."""
+        for name in [name for name in self._streams if name.rpartition("-")[2] == str(i) and name != keep]:
             del self._streams[name]
         if rank() == 0:
             for path in self.folder.glob(f"*-{i}.f32"):
-                path.unlink()
+                if path.stem != keep:
+                    path.unlink()
 
     def remove(self) -> None:
         """Ends the work."""

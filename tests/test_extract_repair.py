@@ -22,7 +22,7 @@ from litgpt_whittle.commands import distill
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.repair.walk import RepairArgs
+from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs
@@ -216,7 +216,7 @@ def distilled(folder, out_dir, **changes):
     settings = {
         "teacher_checkpoint_dir": folder / "teacher",
         "sub_network": folder / "half.yaml",
-        "repair": RepairArgs(tokens=4000, refine_steps=2),
+        "repair": RepairArgs(tokens=4000, refine_passes=0.25),
         "data": data(folder),
         "train": TrainArgs(
             global_batch_size=8, micro_batch_size=8, max_seq_length=32, max_steps=2, save_interval=1, lr_warmup_steps=0
@@ -233,7 +233,7 @@ def distilled(folder, out_dir, **changes):
 
 
 def test_distill_repairs_and_refines_what_it_cuts(folder, tmp_path):
-    expected = extract(folder, tmp_path / "student", repair=RepairArgs(tokens=4000, refine_steps=2))
+    expected = extract(folder, tmp_path / "student", repair=RepairArgs(tokens=4000, refine_passes=0.25))
     out = distilled(folder, tmp_path / "out")
     start = weights(out / "start")
     assert all(torch.equal(start[name], weight) for name, weight in weights(expected).items())

@@ -13,8 +13,10 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import sums_bytes
-from litgpt_whittle.repair.walk import Repair, RepairArgs, Repaired
+from litgpt_whittle.repair.repaired import Repaired
+from litgpt_whittle.repair.walk import Repair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, student_model
@@ -180,13 +182,54 @@ def test_tied_embeddings_stay_tied(tmp_path):
         assert distance(student_of(repaired), teacher) < distance(cut, teacher)
 
 
-def test_refinement_brings_each_block_nearer(tmp_path):
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1"])
+def test_training_all_blocks_together_brings_predictions_nearer(name, tmp_path):
+    config = ARCHITECTURES[name]
+    teacher, subnet = model(config, std=0.1), half(config)
+    refined = repair(teacher, subnet, tmp_path, n=128, refine_passes=1, refine_lr=1e-3)
+    assert refined.refined.after < refined.refined.before
+    # an independent account, with stock models on the held-out windows
+    idx = windows(config, 128)[-8:]
+    ours, theirs = (net(idx).double().log_softmax(-1) for net in (student_of(refined), teacher))
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) == pytest.approx(refined.refined.after, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_leading_copies_and_tied_embeddings_are_not_trained(tied, tmp_path):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    config = dataclasses.replace(config, n_layer=5)
+    teacher = model(config, tied=tied)
+    subnet = SubNet(config, n_layer="0-1,3-4")
+    repaired = repair(teacher, subnet, tmp_path, refine_passes=2, refine_lr=3e-3)
+    assert repaired.refined.after < repaired.refined.before
+    theirs = teacher.state_dict()
+    for name, weight in repaired.weights.items():
+        is_kept = name.startswith("transformer.h.0.") or name == "transformer.wte.weight"
+        assert torch.equal(weight, theirs[name]) or not is_kept
+    assert torch.equal(repaired.weights["lm_head.weight"], theirs["lm_head.weight"]) == tied
+    assert not torch.equal(
+        repaired.weights["transformer.h.3.mlp.fc_1.weight"], theirs["transformer.h.4.mlp.fc_1.weight"]
+    )
+
+
+def test_an_interrupted_training_of_all_blocks_goes_on_to_the_same_student(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, subnet = model(config), half(config)
-    plain, refined = (repair(teacher, subnet, tmp_path, refine_steps=steps) for steps in (0, 30))
-    assert refined.layers[0].after < plain.layers[0].after
-    assert refined.layers[-1].after < plain.layers[-1].after
-    assert plain.layers[0].refined is None and refined.layers[0].refined
+    expected = repair(teacher, subnet, tmp_path / "a", refine_passes=1)
+    monkeypatch.setattr("litgpt_whittle.repair.refine.SECONDS_BETWEEN_SAVES", 0.0)
+    save, n_saves = Scratch.save, iter(range(1000))
+
+    def save_and_stop(scratch, name, content):
+        save(scratch, name, content)
+        if name == "end-to-end" and next(n_saves) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scratch, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        repair(teacher, subnet, tmp_path / "b", refine_passes=1)
+    found = repair(teacher, subnet, tmp_path / "b", refine_passes=1)
+    assert found.refined == expected.refined
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
 
 
 def watched(net: GPT, idx: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -429,7 +472,7 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
     [
         ({"basis": "fourier"}, "repair.basis must be pca or coordinates"),
         ({"tokens": 0}, "repair.tokens must be at least 1"),
-        ({"refine_steps": -1}, "repair.refine_steps must be 0 or more"),
+        ({"refine_passes": -1}, "repair.refine_passes must be 0 or more"),
         ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
         ({"head_passes": -1}, "repair.head_passes must be 0 or more"),
     ],

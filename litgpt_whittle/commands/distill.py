@@ -36,7 +36,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import claimed_for_all, is_first_started
-from litgpt_whittle.repair.walk import RepairArgs
+from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied, tie
@@ -149,7 +149,7 @@ def setup(
             for its one validation where ``teacher_checkpoint_dir`` is given too.
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
         repair: Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
-            settings; ``--repair.refine_steps 100`` warms every block up by itself.
+            settings.
         random_weights: Take the student's architecture alone and start from random weights, for a comparison.
         distill: What the student learns from.
         compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.

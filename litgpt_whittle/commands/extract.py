@@ -34,8 +34,10 @@ from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank
 from litgpt_whittle.registry import version
+from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
-from litgpt_whittle.repair.walk import LEAST_TOKENS, Repair, RepairArgs, Repaired
+from litgpt_whittle.repair.repaired import Repaired
+from litgpt_whittle.repair.walk import Repair
 from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
@@ -68,7 +70,7 @@ def setup(
         dtype: Store the weights as this type; by default as the teacher stores them.
         overwrite: Replace the checkpoint in ``out_dir``.
         repair: Fit what is cut off into what stays, in closed form: ``true``, or settings such as
-            ``--repair.refine_steps 100``.
+            ``--repair.refine_passes 1``.
         data: What a repair calibrates on: the training part of any litgpt data module, or
             ``--data HFText --data.path PATH``.
         train: How it sees the data.
@@ -259,7 +261,7 @@ def _open_scratch(
     """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
     keys = [weights_fingerprint(checkpoint_dir), repr(subnet), repr(args)]
     scratch = scratch_beside(out_dir, "repair", windows, keys)
-    needed = scratch_bytes(subnet, windows.numel()) - scratch.size
+    needed = scratch_bytes(subnet, windows.numel(), args.refine_passes > 0) - scratch.size
     try:
         check_space(out_dir, needed, "the repair's scratch files")
     except UserError:
@@ -276,13 +278,13 @@ def _repair_summary(repaired: Repaired) -> str:
         "Repaired. The student's stream differs from the teacher's, in squares relative to each token's size, by",
         f"  {layers[-1].after:.1%} after the last block; a block left as cut would add up to {before:.1%} on average.",
     ]
-    if tried := [layer.refined for layer in layers if layer.refined is not None]:
-        lines.append(f"  Refinement helped {sum(tried)} of {len(tried)} blocks; the others keep the closed form.")
-    if repaired.head is not None:
-        before, after = repaired.head
+    steps = {"the head was fitted to them": repaired.head, "all blocks were trained together": repaired.refined}
+    if tried := {name: errors for name, errors in steps.items() if errors is not None}:
+        before, after = list(tried.values())[0].before, list(tried.values())[-1].after
+        steps = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
         lines += [
-            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens;",
-            f"  {before:.3f} before the head was fitted to them).",
+            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens:",
+            f"  {before:.3f} after the blocks' closed form, {steps}).",
         ]
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")

@@ -21,8 +21,8 @@ from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.registry import lookup
+from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments_bytes, repair_bytes, solving_flops
-from litgpt_whittle.repair.walk import RepairArgs
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model

@@ -25,7 +25,6 @@ from litgpt_whittle.repair.basis import (
 )
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.repair.refine import Errors, refine
 from litgpt_whittle.scratch import Stream
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
@@ -137,23 +136,6 @@ class BlockRepair:
             sums += torch.stack([off, (target.square().sum(-1) * weights).double().sum()])
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
-
-    def refine(self, n_steps: int, lr: float) -> Errors:
-        """Train the block to map the student's stream to the teacher's; kept if that is better on held-out tokens.
-
-        Every process takes the same steps.
-        """
-        batches = [batch for batch in self.calibration.all_batches if not self.calibration.is_held_out(batch)]
-        order = torch.randint(len(batches), (n_steps,), generator=torch.Generator().manual_seed(0)).tolist()
-        self._is_fitted = False  # the block's weights change from here on
-
-        def loss(step: int) -> torch.Tensor:
-            batch = batches[order[step]]
-            off = self.block(self._student(batch), *self.args) - self._goal(batch)
-            return (off.square().mean(-1) * self._weights(batch)).mean()
-
-        parameters = [(parameter, lr) for parameter in self.block.parameters()]
-        return refine(parameters, n_steps, loss, lambda: self.error(self.calibration.held_out_batches))
 
     # maps that read the stream ----------------------------------------------------------------------------------------
 

@@ -58,6 +58,15 @@ def head_bytes(subnet: SubNet) -> int:
     return FP32 * OPTIMIZER_COPIES * subnet.teacher.padded_vocab_size * len(subnet.n_embd)
 
 
+def refine_bytes(subnet: SubNet, tied: bool) -> int:
+    """Return what a student takes, without activations, while all its blocks are trained together."""
+    return FP32 * OPTIMIZER_COPIES * (n_params(subnet.teacher, subnet) - (1 + tied) * _embedding(subnet))
+
+
+def _embedding(subnet: SubNet) -> int:
+    return subnet.teacher.padded_vocab_size * len(subnet.n_embd)
+
+
 def repair_bytes(subnet: SubNet, tied: bool, device: torch.device) -> int:
     """What a repair with all its steps keeps on a device at once, without activations.
 
@@ -73,11 +82,11 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device) -> int:
     return FP32 * both + max(block, 0 if tied else head_bytes(subnet))
 
 
-def scratch_bytes(subnet: SubNet, n_tokens: int) -> int:
-    """What a repair takes of the disk: streams of so many tokens, and the finished layers."""
-    # a stream of each model before and behind a block, and the teacher's within it
-    streams = n_tokens * (3 * subnet.teacher.n_embd + 2 * len(subnet.n_embd))
-    return FP32 * (streams + n_params(subnet.teacher, subnet))
+def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
+    """Return what a repair takes of the disk: streams of so many tokens, finished layers, and a training's state."""
+    # a stream of each model before and after a block, the teacher's within it, and one to train all blocks from
+    streams = n_tokens * (3 * subnet.teacher.n_embd + (2 + refines) * len(subnet.n_embd))
+    return FP32 * (streams + (1 + 4 * refines) * n_params(subnet.teacher, subnet))
 
 
 def largest_block(config: Config) -> int:

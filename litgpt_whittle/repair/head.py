@@ -18,10 +18,10 @@ from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.repair.basis import norm_weight
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import Stream
+from litgpt_whittle.scratch import Scratch, Stream
 
 TOKENS_PER_STEP = 256
-NORM_TOKENS = 16_384
+NORM_TOKENS = 4_096
 """Tokens per pass where only the final norm is trained"""
 RATE = 0.03
 """Learning rate, relative to the root mean square of the weights, so that the size of hidden states does not matter"""
@@ -52,7 +52,7 @@ class HeadRepair:
         # the weight of a norm is soon found; every token costs a pass through both heads
         self.n_tokens = min(calibration.n_fitted, NORM_TOKENS) if tied else calibration.n_fitted
 
-    def fit(self, n_passes: int, progress: bool = False) -> Errors | None:
+    def fit(self, n_passes: int, scratch: Scratch | None = None, progress: bool = False) -> Errors | None:
         """Trains it, if it has anything to be trained.
 
         Every process takes the same steps.
@@ -65,7 +65,15 @@ class HeadRepair:
         n, order = self.n_tokens, torch.Generator().manual_seed(0)
         rows = [rows for _ in range(n_passes) for rows in torch.randperm(n, generator=order).split(TOKENS_PER_STEP)]
         with tqdm(total=len(rows), desc="LM head", unit="step", disable=not progress) as bar:
-            return refine(self.rates, len(rows), lambda step: self.divergence(rows[step]), self.error, bar)
+            return refine(
+                self.rates,
+                len(rows),
+                lambda step: self.divergence(rows[step]),
+                self.error,
+                bar,
+                scratch=scratch,
+                name="head",
+            )
 
     def error(self) -> float:
         """Return the divergence on held-out tokens."""

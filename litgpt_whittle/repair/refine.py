@@ -1,7 +1,8 @@
-"""Trains what the closed form has found a little further, and keeps what came of it where it is better."""
+"""Train what the closed form has found a little further, and keep the result where it is better."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -9,9 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from litgpt_whittle.scratch import Scratch
+
+SECONDS_BETWEEN_SAVES = 60.0
+
 
 class Errors(NamedTuple):
-    """Of what was refined, on held-out tokens."""
+    """Errors on held-out tokens."""
 
     before: float
     after: float
@@ -24,36 +29,80 @@ def refine(
     loss: Callable[[int], torch.Tensor],
     error: Callable[[], float],
     bar: tqdm | None = None,
+    *,
+    warmup: float = 0.0,
+    max_norm: float | None = None,
+    scratch: Scratch | None = None,
+    name: str = "refined",
 ) -> Errors:
-    """Trains parameters in place by Adam, each with a learning rate of its own, annealed to zero.
+    """Train parameters in place by Adam, each with its own learning rate, annealed to zero by a cosine.
 
     Args:
         rates: The parameters and their learning rates.
-        n_steps: How many steps.
-        loss: What to lower at a step, given its number.
-        error: What is to be lower in the end; parameters go back to what they were if it is not.
+        n_steps: Number of steps.
+        loss: Gives the loss of a step, by its number.
+        error: Gives the error on held-out tokens; the parameters are set back if it does not fall.
         bar: Shows the steps.
+        warmup: Share of the steps in which the learning rates rise linearly.
+        max_norm: Clip the gradients' common norm to this.
+        scratch: Saves the state once a minute, so that an interrupted training goes on from there.
+        name: Name of the state in the scratch folder.
     """
     groups = [{"params": [parameter], "lr": lr} for parameter, lr in rates]
     parameters = [group["params"][0] for group in groups]
-    start, before = [parameter.detach().clone() for parameter in parameters], error()
+    start = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    n_warmup = int(warmup * n_steps)
+    pieces = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(n_steps - n_warmup, 1))]
+    if n_warmup:
+        pieces.insert(0, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (n_warmup + 1), 1.0, n_warmup))
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, pieces, [n_warmup] if n_warmup else [])
+
+    def state(step: int) -> dict:
+        return {
+            "step": step,
+            "before": before,
+            "parameters": [parameter.detach() for parameter in parameters],
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
+
+    first, saved = 0, scratch.load(name) if scratch is not None else None
+    if saved is None:
+        before = error()
+    else:
+        first, before = saved["step"], saved["before"]
+        _restore(parameters, saved["parameters"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        if bar is not None:
+            bar.update(first)
     for parameter in parameters:
         parameter.requires_grad_(True)
+    last_save = time.monotonic()
     with torch.enable_grad():
-        for step in range(n_steps):
+        for step in range(first, n_steps):
             optimizer.zero_grad()
             loss(step).backward()
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, max_norm)
             optimizer.step()
             schedule.step()
             if bar is not None:
                 bar.update()
+            is_last = step + 1 == n_steps
+            if scratch is not None and (is_last or time.monotonic() - last_save > SECONDS_BETWEEN_SAVES):
+                scratch.save(name, state(step + 1))
+                last_save = time.monotonic()
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
     after = error()
     if after < before:
         return Errors(before, after)
-    for parameter, old in zip(parameters, start):
-        parameter.data.copy_(old)
+    _restore(parameters, start)
     return Errors(before, before)
+
+
+def _restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values):
+        parameter.data.copy_(value)

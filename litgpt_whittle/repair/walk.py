@@ -21,8 +21,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from litgpt.config import Config
@@ -36,6 +34,7 @@ from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
 from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
+from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
@@ -46,82 +45,17 @@ from litgpt_whittle.repair.basis import (
     token_weights,
 )
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
-from litgpt_whittle.repair.costs import head_bytes, sums_bytes, widest_map
+from litgpt_whittle.repair.costs import head_bytes, refine_bytes, sums_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
+from litgpt_whittle.repair.end_to_end import EndToEnd
 from litgpt_whittle.repair.head import HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
+from litgpt_whittle.repair.repaired import LayerReport, Repaired
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
 from litgpt_whittle.scratch import Scratch, Stream
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
-
-LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
-"""Default number of calibration tokens: at least, and for each input of the widest map, since maps overfit fewer"""
-
-
-@dataclass
-class RepairArgs:
-    """How a cut is repaired before it is saved"""
-
-    basis: Literal["pca", "coordinates"] = "pca"
-    """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
-    choose_units: bool = True
-    """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
-    tokens: int | None = None
-    """Number of calibration tokens; by default 32 for each input of the student's widest map, and at least 65,536"""
-    refine_steps: int = 0
-    """Steps that train each block, after its closed form, to map the student's stream to the teacher's"""
-    refine_lr: float = 1e-3
-    """Learning rate of these steps, annealed to zero"""
-    head_passes: int = 1
-    """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
-
-    def __post_init__(self) -> None:
-        if self.basis not in ("pca", "coordinates"):
-            raise UserError(f"repair.basis must be pca or coordinates, got {self.basis!r}")
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
-        if self.refine_steps < 0:
-            raise UserError(f"repair.refine_steps must be 0 or more, got {self.refine_steps}")
-        if not self.refine_lr > 0:
-            raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
-        if self.head_passes < 0:
-            raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
-
-    def n_tokens(self, config: Config) -> int:
-        """Return the number of calibration tokens for a student with this config."""
-        return self.tokens or max(LEAST_TOKENS, TOKENS_PER_INPUT * widest_map(config))
-
-
-@dataclass
-class LayerReport:
-    """What repairing a layer did, on held-out tokens."""
-
-    layer: int
-    before: float
-    """Relative squared error of the student's stream behind this block, as it was sliced"""
-    after: float
-    """The same, repaired"""
-    left_as_cut: list[str] = field(default_factory=list)
-    """Maps that were not fitted"""
-    refined: bool | None = None
-    """Whether refinement brought anything, where there was one"""
-
-
-@dataclass
-class Repaired:
-    """A repaired student."""
-
-    subnet: SubNet
-    """Its sub-network, with the units that were chosen"""
-    weights: Weights
-    layers: list[LayerReport]
-    head: Errors | None
-    """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token"""
-    basis_name: str
-    basis: torch.Tensor
-    """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
 
 
 class Repair:
@@ -164,6 +98,12 @@ class Repair:
                 f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
                 f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
             )
+        if self.args.refine_passes and (needed := refine_bytes(self.subnet, self.tied)) > free:
+            raise UserError(
+                f"training all blocks together takes {readable_size(needed)} without activations, and "
+                f"{readable_size(free)} are free; leave out --repair.refine_passes and use `litgpt distill`, which "
+                "shards the student"
+            )
         trains_head = self.args.head_passes and not self.tied
         if trains_head and (needed := head_bytes(self.subnet)) > free:
             raise UserError(
@@ -205,14 +145,18 @@ class Repair:
             for i, (_, weights, _) in enumerate(layers)
             for name, tensor in weights.items()
         }
-        outside, head = self._repair_head(progress)
+        keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
+        chosen, head, refined = self._chosen(keeps), self._repair_head(progress), None
+        if self.args.refine_passes:
+            blocks, refined = self._refine(chosen, [weights for _, weights, _ in layers], progress)
+            student |= blocks
+        outside = {name: tensor.detach() for name, tensor in self.ours.model.state_dict().items()}
         student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
-        keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
         if self.tied and self.subnet.layers[0]:  # it is the head, too
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
-        return Repaired(self._chosen(keeps), student, reports, head, self.basis_name, self.basis.matrix.cpu())
+        return Repaired(chosen, student, reports, head, refined, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
         """Saves a layer, so that an interrupted repair goes on behind it."""
@@ -221,7 +165,7 @@ class Repair:
         barrier()  # all processes' parts of the streams are on disk
         units = {name: None if value is None else value.to_yaml() for name, value in vars(keep).items()}
         self.scratch.save(f"layer-{i}", {"keep": units, "weights": weights, "report": dataclasses.asdict(report)})
-        self.scratch.remove_streams_before(i)
+        self.scratch.remove_streams_before(i, keep=self._start if self.args.refine_passes else None)
 
     def _finished(self) -> Iterator[tuple[LayerKeep, Weights, LayerReport]]:
         """The layers that an interrupted repair had finished."""
@@ -347,11 +291,6 @@ class Repair:
         if repair.error(tuning) > before_tuning:  # what is cut loses little, and norms are not linear
             repair.restore(start)
             repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
-        refined = None
-        if self.args.refine_steps:
-            barrier()  # every process trains on all tokens
-            errors = repair.refine(self.args.refine_steps, self.args.refine_lr)
-            refined = errors.after < errors.before
         after = repair.error(held_out)
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
@@ -362,7 +301,7 @@ class Repair:
         weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
         # where the cut loses nothing, nothing is left to be fitted
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
-        return keep, weights, LayerReport(layer, before, after, left_as_cut, refined)
+        return keep, weights, LayerReport(layer, before, after, left_as_cut)
 
     def _is_copy(self, i: int) -> bool:
         """Return whether a layer and all before it are the teacher's own, so that their streams are, too."""
@@ -420,7 +359,7 @@ class Repair:
 
     # behind the last layer --------------------------------------------------------------------------------------------
 
-    def _repair_head(self, progress: bool) -> tuple[Weights, Errors | None]:
+    def _repair_head(self, progress: bool) -> Errors | None:
         """Fits the LM head to the teacher's logits, through the moments of both final norms, and to its predictions."""
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
@@ -438,11 +377,45 @@ class Repair:
         else:
             anchor = self.basis.reconstruction(theirs.norm, moments[0])
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
-        head = None
-        if n_passes := self.args.head_passes:
-            streams = self.student_stream, self.teacher_stream
-            head = HeadRepair(ours, theirs, *streams, self.calibration, self.tied).fit(n_passes, progress)
-        return {name: tensor.detach() for name, tensor in ours.model.state_dict().items()}, head
+        if not self.args.head_passes:
+            return None
+        head = HeadRepair(ours, theirs, self.student_stream, self.teacher_stream, self.calibration, self.tied)
+        return head.fit(self.args.head_passes, self.scratch, progress)
+
+    def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors]:
+        """Train all blocks but leading copies together; return their weights."""
+        first = self._n_copies
+        blocks = [
+            load_block(subnet.layer_config(i), i, {name: w.to(self.device) for name, w in layers[i].items()})
+            for i in range(first, len(subnet))
+        ]
+        start = self._stream(self._start, self.n_embd)
+        end_to_end = EndToEnd(
+            self.ours,
+            self.theirs,
+            blocks,
+            self.ours.block_args[first:],
+            start,
+            self.teacher_stream,
+            self.calibration,
+            self.tied,
+        )
+        errors = end_to_end.fit(self.args.refine_passes, self.args.refine_lr, self.scratch, progress)
+        return {
+            f"transformer.h.{i}.{name}": tensor.detach()
+            for i, block in enumerate(blocks, first)
+            for name, tensor in block.state_dict().items()
+        }, errors
+
+    @property
+    def _n_copies(self) -> int:
+        """Number of leading layers that are copies of the teacher's."""
+        return sum(self._is_copy(i) for i in range(len(self.subnet)))
+
+    @property
+    def _start(self) -> str:
+        """Name of the student's stream before its first layer that is no copy."""
+        return f"student-{self._n_copies}"
 
     def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
         """The sub-network with the units that were chosen."""

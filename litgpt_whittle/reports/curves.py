@@ -12,7 +12,7 @@ from litgpt_whittle.training.curves import read_metrics
 
 if TYPE_CHECKING:
     from litgpt_whittle.pruners.pruning import MapReport
-    from litgpt_whittle.repair.walk import LayerReport
+    from litgpt_whittle.repair.repaired import LayerReport
 
 
 MOST_LABELS = 24

@@ -1,0 +1,169 @@
+"""A repair on a real pretrained model against its cheapest rival: distilling the plain cut on as many tokens.
+
+    python benchmarks/real/repair.py --teacher CHECKPOINT_DIR --text wikipedia TRAIN VALIDATION \
+        --text wikitext TRAIN VALIDATION
+
+Every student is scored on all validation texts, whichever it was made with. A run that is finished is not repeated, so
+the table can be made in parts, for instance with --students depth --starts repaired.
+"""
+
+import argparse
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from students import litgpt
+
+from litgpt_whittle import SubNet, load_model
+from litgpt_whittle.batches import validation_batches
+from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.data import HFText
+from litgpt_whittle.data.loading import connect
+from litgpt_whittle.ranking.quick import quick_order
+
+LENGTH, N_VALIDATION = 512, 8192
+SHAPES = {"depth": {"n_layer": (8, 18)}, "neurons": {"intermediate_size": 0.5}}
+"""Students: the layers before 8 and from 18 on; half of the neurons, by activation × column norm"""
+DISTILL = ["--distill.beta=1", "--distill.alpha=0", "--precision=32-true", "--compile=false", "--logger_name=csv"]
+"""The rival: KL only, AdamW, batches of 2,048 tokens, a tenth of the steps to warm up, a cosine to zero"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", type=Path, required=True, help="a litgpt checkpoint")
+    parser.add_argument("--text", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "VALIDATION"))
+    parser.add_argument("--students", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--on", nargs="*", help="texts to calibrate on and to train on, by name; all by default")
+    parser.add_argument("--starts", nargs="*", default=["cut", "repaired", "refined", "distilled"])
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--passes", type=float, default=1.0, help="of the refinement")
+    parser.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
+    parser.add_argument("--out", type=Path, default=Path("out/real"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    for student in args.students:
+        bench.cut(student)
+        for text in args.on or bench.texts:
+            for start in args.starts:
+                bench.run(student, text, start)
+    bench.table()
+
+
+class Bench:
+    """The runs, their results in a JSON file each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.teacher = args, args.teacher
+        self.texts = {name: (train, validation) for name, train, validation in args.text}
+
+    def run(self, student: str, text: str, start: str) -> None:
+        """Make a student and score it."""
+        tokens, flags = self.args.tokens, self.flags(text)
+        sub_network = self.args.out / f"{student}.yaml"
+        repair = ["extract", self.teacher, sub_network, f"--repair.tokens={tokens}", *flags]
+        steps = tokens // (4 * LENGTH)
+        distill = ["distill", f"--sub_network={sub_network}", f"--teacher_checkpoint_dir={self.teacher}", *DISTILL]
+        distill += [
+            f"--train.max_tokens={tokens}",
+            "--train.global_batch_size=4",
+            f"--train.lr_warmup_steps={steps // 10}",
+        ]
+        distill += ["--train.min_lr=0", "--eval.max_iters=1", "--eval.initial_validation=false", *flags]
+        distill += ["--optimizer.class_path=torch.optim.AdamW", "--optimizer.init_args.weight_decay=0"]
+        commands = {
+            "cut": {"cut": ["extract", self.teacher, sub_network]},
+            "repaired": {"repaired": repair},
+            "refined": {f"refined-{self.args.passes:g}": [*repair, f"--repair.refine_passes={self.args.passes:g}"]},
+            "distilled": {f"distilled-{lr:g}": [*distill, f"--optimizer.init_args.lr={lr}"] for lr in self.args.lrs},
+        }[start]
+        for name, command in commands.items():
+            folder = self.args.out / f"{student}-{text}-{tokens}-{name}"
+            if folder.with_suffix(".json").is_file():
+                continue
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            print(litgpt(*command, f"--out_dir={folder}")[-700:], flush=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            nll = self.score(folder / "final" if start == "distilled" else folder)
+            result = {"student": student, "text": text, "tokens": tokens, "start": name, "cpu": seconds, "nll": nll}
+            folder.with_suffix(".json").write_text(json.dumps(result))
+            print(json.dumps(result), flush=True)
+
+    def flags(self, text: str) -> list[str]:
+        train, validation = self.texts[text]
+        flags = ["--data=HFText", f"--data.path={train}", f"--data.val_path={validation}"]
+        return [*flags, "--train.micro_batch_size=1", f"--train.max_seq_length={LENGTH}"]
+
+    def cut(self, student: str) -> None:
+        """Write the sub-network of a student."""
+        config, path = check_checkpoint(self.teacher), self.args.out / f"{student}.yaml"
+        if path.is_file():
+            return
+        if student == "depth":
+            first, second = SHAPES["depth"]["n_layer"]
+            SubNet(config, n_layer=f"0-{first - 1},{second}-{config.n_layer - 1}").save(path)
+            return
+        model = load_model(self.teacher)
+        order = quick_order(model, [ids for ids, _ in self.validation(next(iter(self.texts)))])
+        n = int(config.intermediate_size * SHAPES["neurons"]["intermediate_size"])
+        best = [order.best("intermediate_size", layer, n) for layer in range(config.n_layer)]
+        SubNet(config, intermediate_size=best).save(path)
+
+    def validation(self, text: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the first validation tokens and the next ones, shape (1, LENGTH) each."""
+        train, validation = self.texts[text]
+        data = HFText(path=train, val_path=validation)
+        connect(data, self.teacher, 1, LENGTH)
+        batches = validation_batches(data, LENGTH, N_VALIDATION // LENGTH)
+        return [(batch.input_ids, batch.targets) for batch in batches]
+
+    @torch.no_grad()
+    def score(self, folder: Path) -> dict[str, float]:
+        """Return the negative log-likelihood in nats per token, by text."""
+        model, found = load_model(folder).eval(), {}
+        model.max_seq_length = LENGTH
+        for text in self.texts:
+            losses = [F.cross_entropy(model(ids)[0].float(), targets[0]) for ids, targets in self.validation(text)]
+            found[text] = float(torch.stack(losses).mean())
+        return found
+
+    def table(self) -> None:
+        """Print all results so far."""
+        path = self.args.out / "teacher.json"
+        if not path.is_file():
+            path.write_text(json.dumps(self.score(self.teacher)))
+        teacher = json.loads(path.read_text())
+        print("teacher: " + ", ".join(f"{name} {nll:.3f}" for name, nll in teacher.items()))
+        found = [json.loads(file.read_text()) for file in self.args.out.glob("*-*.json")]
+        cpu = {}
+        for row in found:
+            if row["start"].startswith("distilled"):
+                key = row["student"], row["text"], row["tokens"]
+                cpu[key] = min(cpu.get(key, math.inf), row["cpu"])
+        print(
+            f"{'student':9}{'text':11}{'tokens':>8}  {'start':20}",
+            *(f"{name:>10}" for name in teacher),
+            "   CPU s  ratio",
+        )
+        for row in sorted(found, key=lambda row: (row["student"], row["text"], row["tokens"], row["start"])):
+            rival = cpu.get((row["student"], row["text"], row["tokens"]))
+            ratio = f"{row['cpu'] / rival:7.2f}" if rival else ""
+            scores = " ".join(f"{row['nll'][name]:10.3f}" for name in teacher)
+            print(
+                f"{row['student']:9}{row['text']:11}{row['tokens']:>8}  {row['start']:20}",
+                scores,
+                f"{row['cpu']:8.0f}",
+                ratio,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Settings of a repair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from litgpt.config import Config
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.repair.costs import widest_map
+
+LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
+"""Default number of calibration tokens: at least, and for each input of the widest map, since maps overfit fewer"""
+
+
+@dataclass
+class RepairArgs:
+    """How a cut is repaired before it is saved"""
+
+    basis: Literal["pca", "coordinates"] = "pca"
+    """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
+    choose_units: bool = True
+    """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
+    tokens: int | None = None
+    """Number of calibration tokens; by default 32 for each input of the student's widest map, and at least 65,536"""
+    refine_passes: float = 0.0
+    """Passes over the calibration tokens that train all blocks together to the teacher's predictions, after the closed
+    form"""
+    refine_lr: float = 3e-4
+    """Learning rate of these passes, annealed to zero"""
+    head_passes: int = 1
+    """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
+
+    def __post_init__(self) -> None:
+        if self.basis not in ("pca", "coordinates"):
+            raise UserError(f"repair.basis must be pca or coordinates, got {self.basis!r}")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
+        if not 0 <= self.refine_passes < math.inf:
+            raise UserError(f"repair.refine_passes must be 0 or more, got {self.refine_passes}")
+        if not self.refine_lr > 0:
+            raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
+        if self.head_passes < 0:
+            raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
+
+    def n_tokens(self, config: Config) -> int:
+        """Return the number of calibration tokens for a student with this config."""
+        return self.tokens or max(LEAST_TOKENS, TOKENS_PER_INPUT * widest_map(config))

@@ -1,0 +1,102 @@
+"""Trains all of a repaired student's blocks together, on the calibration tokens.
+
+A closed form fits one linear map at a time. What dropped layers and neurons computed in a nonlinear way needs maps that
+are trained together. The targets are the teacher's predictions: its final hidden states lie in the scratch files of the
+walk, so it does not run again, nor do the student's leading blocks that are copies of the teacher's. The embedding
+keeps its values, and with it a head that is tied to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from litgpt.model import Block
+from tqdm import tqdm
+
+from litgpt_whittle.blocks import Outside
+from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.repair.refine import Errors, refine
+from litgpt_whittle.scratch import Scratch, Stream
+
+TOKENS_PER_STEP = 512
+"""Few tokens allow many steps; a step has one window at least"""
+
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises"""
+
+
+class EndToEnd:
+    """Trains a student's blocks, final norm and untied head towards the teacher's predictions.
+
+    Args:
+        ours: The parts outside of the student's blocks, trained in place.
+        theirs: The same of the teacher.
+        blocks: The student's blocks but for leading copies of the teacher's, trained in place.
+        args: Arguments of each block besides the stream.
+        start: The student's stream before the first of these blocks.
+        teacher: The teacher's stream after its last block.
+        calibration: The tokens.
+        tied: Whether the student's head is its embedding.
+    """
+
+    def __init__(
+        self,
+        ours: Outside,
+        theirs: Outside,
+        blocks: Sequence[Block],
+        args: Sequence[tuple],
+        start: Stream,
+        teacher: Stream,
+        calibration: Calibration,
+        tied: bool,
+    ) -> None:
+        self.ours, self.theirs, self.blocks, self.args = ours, theirs, blocks, args
+        self.start, self.teacher, self.calibration = start, teacher, calibration
+        parts = [*blocks, ours.norm, *([] if tied else [ours.head])]
+        self.parameters = [parameter for part in parts for parameter in part.parameters()]
+
+    def fit(self, n_passes: float, lr: float, scratch: Scratch | None = None, progress: bool = False) -> Errors:
+        """Train for some passes over the tokens that are fitted to; every process takes the same steps.
+
+        Returns:
+            KL(teacher ‖ student) on held-out tokens before and after, in nats per token.
+        """
+        n_windows = self.calibration.n_fitted // self.calibration.shape[1]
+        per_step = max(TOKENS_PER_STEP // self.calibration.shape[1], 1)
+        n_steps = max(round(n_passes * n_windows / per_step), 1)
+        order, windows = torch.Generator().manual_seed(0), []
+        while len(windows) < n_steps * per_step:
+            windows += torch.randperm(n_windows, generator=order).tolist()
+
+        def loss(step: int) -> torch.Tensor:
+            own = windows[step * per_step : (step + 1) * per_step]
+            return sum(self.divergence(slice(i, i + 1)) for i in own) / per_step
+
+        rates = [(parameter, lr) for parameter in self.parameters]
+        with tqdm(total=n_steps, desc="end to end", unit="step", disable=not progress) as bar:
+            return refine(
+                rates, n_steps, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end"
+            )
+
+    def error(self) -> float:
+        """Return the divergence on held-out tokens."""
+        length = self.calibration.shape[1]
+        windows = range(self.calibration.n_fitted // length, self.calibration.shape[0])
+        with torch.no_grad():
+            return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)
+
+    def divergence(self, windows: slice) -> torch.Tensor:
+        """Return KL(teacher ‖ student) on some windows, the mean over their tokens in nats."""
+        device = self.calibration.device
+        stream, teacher = (states[windows].to(device) for states in (self.start, self.teacher))
+        for block, args in zip(self.blocks, self.args):
+            stream = block(stream, *args)
+        ours, theirs = (
+            HeadInput(outside.norm(x), outside.head.weight, outside.head.bias)
+            for outside, x in ((self.ours, stream), (self.theirs, teacher))
+        )
+        softcap = self.ours.model.config.final_logit_softcapping
+        return head_loss(ours, None, Objective(alpha=0.0, beta=1.0), TeacherLogits(theirs, softcap), softcap).loss
