@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
@@ -139,7 +138,8 @@ class HFText(DataModule):
     def _check_id(self, token: int, part: str) -> None:
         """Refuse a token that the model has no embedding for."""
         if self.vocab_size is not None and token >= self.vocab_size:
-            text = self.tokenizer.decode(torch.tensor([token])).strip()
+            processor = self.tokenizer.processor
+            text = processor.id_to_token(token) if hasattr(processor, "id_to_token") else processor.id_to_piece(token)
             raise UserError(
                 f"the model must have an embedding for every token, and the {part} data has the token {text!r} with id "
                 f"{token} where padded_vocab_size is {self.vocab_size}; remove it from the text or from "
@@ -238,18 +238,20 @@ class HFText(DataModule):
             is_held_out = part == "validation"
             texts = (text for text in texts if (_position(text) < self.val_fraction) == is_held_out)
         about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": source.split}
-        bar = tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total)
-        ids = self._checked(_capped(encode(tokenizer, bar), self.max_tokens), part)
-        first = next(ids, None)
-        if first is None and source.is_shared and next(read()[0], None) is not None:
-            raise UserError(
-                f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
-                f"{self.val_fraction}; give text of its own as data.val_path, or change data.val_fraction"
-            )
-        if first is None:
-            raise UserError(f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}")
-        vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, largest_id(tokenizer) + 1)
-        write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
+        with tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total) as bar:
+            ids = self._checked(_capped(encode(tokenizer, bar), self.max_tokens), part)
+            first = next(ids, None)
+            if first is None and source.is_shared and next(read()[0], None) is not None:
+                raise UserError(
+                    f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
+                    f"{self.val_fraction}; give text of its own as data.val_path, or change data.val_fraction"
+                )
+            if first is None:
+                raise UserError(
+                    f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}"
+                )
+            vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, largest_id(tokenizer) + 1)
+            write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
