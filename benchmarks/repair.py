@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, help="the student's channels; heads and neurons likewise")
     parser.add_argument("--n_query_groups", type=int)
     parser.add_argument("--intermediate_size", type=int)
-    parser.add_argument("--refine_steps", type=int, default=100)
+    parser.add_argument("--refine_passes", type=float, default=1.0)
+    parser.add_argument("--refine_lr", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 32768, 131072, 524288])
     parser.add_argument("--parts", nargs="*", default=["gap", "time", "tokens"])
     args = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
     sizes = {name: size for name, size in asked.items() if size} or SIZES["llama" if args.llama else "py-stdlib-8m"]
     bench = Bench(data, SubNet(data.config, **sizes))
     if "gap" in args.parts:
-        bench.gap(args.refine_steps)
+        bench.gap(args.refine_passes, args.refine_lr)
     if "time" in args.parts:
         bench.seconds()
     if "tokens" in args.parts:
@@ -104,7 +105,7 @@ class Bench:
         student.load_state_dict(repaired.weights)
         return validate(student, self.validation), seconds
 
-    def gap(self, refine_steps: int) -> None:
+    def gap(self, refine_passes: float, refine_lr: float) -> None:
         """The table of starts."""
         cut = student_model(self.subnet).eval()
         cut.load_state_dict(extract_weights(self.weights, self.subnet))
@@ -120,7 +121,10 @@ class Bench:
             "repaired, principal directions": {"choose_units": False, "head_passes": 0},
             "repaired, both: all of the closed form": {"head_passes": 0},
             "the same, and the head (the default)": {},
-            f"the same, {refine_steps} steps of refinement": {"refine_steps": refine_steps},
+            f"the same, refined end to end, {refine_passes:g} passes": {
+                "refine_passes": refine_passes,
+                "refine_lr": refine_lr,
+            },
         }.items():
             nll = self.repair(windows, **args)[0]
             share = (nll - self.teacher_nll) / (first - self.teacher_nll)

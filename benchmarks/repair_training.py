@@ -46,7 +46,9 @@ STARTS = {
     "random weights": Start(10_000_000, every=480, warmup=100, extract=None),
     "as cut": Start(2_000_000, every=60),
     "repaired": Start(400_000, every=20, lr=1e-3, extract=REPAIR),
-    "repaired and refined": Start(400_000, every=20, lr=1e-3, extract=(*REPAIR, "--repair.refine_steps=100")),
+    "repaired and refined": Start(
+        400_000, every=20, lr=1e-3, extract=(*REPAIR, "--repair.refine_passes=1", "--repair.refine_lr=1e-3")
+    ),
 }
 
 
