@@ -127,10 +127,13 @@ class IntegerProgram(Generations):
                 break
             self._tried.append(choices)
             subnet = self.alternatives.combined(choices)
-            if subnet not in self._asked and self.space.n_params(subnet) in self.space.bin and self.space.admits(subnet):
+            if subnet not in self._asked and self._is_member(subnet):
                 self._is_new = False
                 return subnet
         return self.space.sample(rng)
+
+    def _is_member(self, subnet: SubNet) -> bool:
+        return self.space.n_params(subnet) in self.space.bin and self.space.admits(subnet)
 
     def _fit(self) -> _Posterior:
         """Fit the costs to the scores of all generations that are complete."""
@@ -144,7 +147,8 @@ class IntegerProgram(Generations):
 class _Posterior:
     """Costs of alternatives, corrected: a Gaussian process of linear functions, which is ridge regression.
 
-    A cost is corrected by a factor that all have in common, since cuts rarely add up, and by a share of its own. Candidates' costs are fitted relative to themselves, so that bad ones do not outweigh good ones.
+    A cost is corrected by a factor that all have in common, since cuts rarely add up, and by a share of its own.
+    Candidates' costs are fitted relative to themselves, so that bad ones do not outweigh good ones.
 
     Args:
         costs: Measured costs, shape (n_alternatives,).
