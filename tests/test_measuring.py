@@ -113,13 +113,15 @@ def test_a_search_resumes_from_any_measurement_to_the_same_result(checkpoint, wh
     assert lines(tmp_path / "out") == lines(whole) and measured(tmp_path / "out") == measured(whole)
 
 
-def test_two_processes_that_are_killed_resume_to_the_same_result(checkpoint, tmp_path):
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_measure_what_one_does(checkpoint, tmp_path, is_killed):
     settings = {"strategy": "IntegerProgram", "simple_starts": False, "space": "coarse_layerwise", "iterations": 8}
     run(checkpoint, tmp_path / "one", eval=BudgetArgs(max_iters=3), **settings)
-    killed = Run(checkpoint, tmp_path / "two", pause=0.02, devices=2, **settings)
-    killed.wait_for(random.Random(0).randint(3, 20), MEASUREMENTS)
-    killed.kill()
-    code, out, err = Run(checkpoint, tmp_path / "two", devices=2, resume=True, **settings).finish()
+    if is_killed:
+        killed = Run(checkpoint, tmp_path / "two", pause=0.02, devices=2, **settings)
+        killed.wait_for(random.Random(0).randint(3, 20), MEASUREMENTS)
+        killed.kill()
+    code, out, err = Run(checkpoint, tmp_path / "two", devices=2, resume=is_killed, **settings).finish()
     assert code == 0 and out.count("measurements come first") == 1, err
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     assert measured(tmp_path / "two") == measured(tmp_path / "one")

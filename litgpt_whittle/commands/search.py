@@ -156,7 +156,7 @@ def setup(
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
     reads_data, needs_importance = (getattr(measure, *asked) for asked in _ASKED_OF_FITNESS)
     tied = is_tied(read_weights(checkpoint_dir))
-    strategy = _made(strategy)
+    strategy = made_strategy(strategy)
     units = ranking.order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
@@ -297,7 +297,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
     ranking = None
     if _needs_ranking(args, needs_importance) and args.importance not in to_come:
         ranking = _load_ranking(args.importance, args.checkpoint_dir, teacher)
-    strategy = _made(args.strategy)
+    strategy = made_strategy(args.strategy)
     if args.racing:
         check_can_race(measure, args.fitness, strategy)
     if args.teacher_placement == "sharded":
@@ -321,7 +321,8 @@ def _default_precision() -> str:
     return "bf16-true" if torch.cuda.is_available() else "32-true"
 
 
-def _made(strategy: Strategy | str) -> Strategy:
+def made_strategy(strategy: Strategy | str) -> Strategy:
+    """Return the strategy of a name with its default settings, or the one that is given."""
     if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
         return registry.lookup("litgpt_whittle.strategies", strategy)()
     return Evolution() if strategy is _DEFAULT_STRATEGY else strategy
