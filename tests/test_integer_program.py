@@ -147,21 +147,6 @@ def test_sizes_between_two_levels_have_a_part_of_both():
     assert alternatives.weights(SubNet(DENSE, n_embd=24)) is None
 
 
-def test_proposals_can_differ_in_several_parts():
-    program = Program(Alternatives(SPACES["dense"], SHARES))
-    costs = np.arange(len(program.alternatives.all), dtype=float) + 1  # the teacher is the cheapest
-    whole = program.solve(costs)
-    assert program.alternatives.combined(whole) == SubNet.full(DENSE)
-    other = program.solve(costs, [whole], apart=3)
-    is_other = [mine != full for mine, full in zip(map(parts_of, other), map(parts_of, whole))]
-    assert sum(np.concatenate(is_other)) >= 3
-
-
-def parts_of(choice: dict[str, int] | None) -> np.ndarray:
-    """The sizes of a layer's attention and of its MLP."""
-    return np.array([0, 0] if choice is None else [choice["n_query_groups"], choice["intermediate_size"]])
-
-
 @pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_costs_of_layers_add_up_for_every_architecture(teacher):
     """What the program adds up is what the measures give for the whole combination, exactly."""

@@ -72,6 +72,7 @@ class IntegerProgram(Generations):
         self._tried: list[list[LayerChoice]] = []
         self._is_new = True
         self._posterior: _Posterior | None = None
+        self._weights: dict[SubNet, np.ndarray | None] = {}
         super().start(space, seed)
 
     @property
@@ -138,7 +139,10 @@ class IntegerProgram(Generations):
     def _fit(self) -> _Posterior:
         """Fit the costs to the scores of all generations that are complete."""
         told = [each for each in self.told[: self._begins] if math.isfinite(each.score)]
-        weights = [self.alternatives.weights(each.subnet) for each in told]
+        for each in told:
+            if each.subnet not in self._weights:
+                self._weights[each.subnet] = self.alternatives.weights(each.subnet)
+        weights = [self._weights[each.subnet] for each in told]
         pairs = [(own, _loss(each) - self.base) for own, each in zip(weights, told) if own is not None]
         rises = np.array([rise for _, rise in pairs])
         return _Posterior(self.costs, np.array([own for own, _ in pairs]), rises, self.uncertainty)

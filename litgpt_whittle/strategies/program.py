@@ -57,13 +57,12 @@ class Program:
         self._bound_quantities()
         self.costs = self._cost_matrix()
 
-    def solve(self, costs: np.ndarray, others: Sequence[Sequence[LayerChoice]] = (), apart: int = 1) -> list | None:
+    def solve(self, costs: np.ndarray, others: Sequence[Sequence[LayerChoice]] = ()) -> list[LayerChoice] | None:
         """Return the cheapest combination, or None where there is none or it was not found.
 
         Args:
             costs: The cost of each alternative, shape (n_alternatives,).
             others: Combinations to differ from.
-            apart: In how many parts (attention or MLP of a layer) to differ at least.
 
         Returns:
             The sizes of each of the teacher's layers, None for one that is dropped.
@@ -72,7 +71,7 @@ class Program:
         largest = abs(objective).max(initial=0.0) or 1.0
         # rounded, so that the last bits of a fit, which depend on the number of threads, decide nothing
         objective = np.round(objective / largest, 9)
-        rows = [*self.rows, *(self._cut(choices, apart) for choices in others)]
+        rows = [*self.rows, *map(self._cut, others)]
         at = [(i, j, value) for i, (row, _, _) in enumerate(rows) for j, value in row.items()]
         i, j, values = (np.array(column) for column in zip(*at))
         matrix = csr_array((values.astype(float), (i, j)), shape=(len(rows), self.n))
@@ -100,14 +99,14 @@ class Program:
                 choices[layer] |= dict(zip(names, values))
         return choices
 
-    def _cut(self, choices: Sequence[LayerChoice], apart: int) -> tuple[Row, float, float]:
-        """Return the row that excludes combinations which differ from this one in too few parts."""
+    def _cut(self, choices: Sequence[LayerChoice]) -> tuple[Row, float, float]:
+        """Return the row that excludes a combination."""
         row: Row = {}
         for (layer, names), variables in self.parts.items():
             choice = choices[layer]
             variable = self.dropped[layer] if choice is None else variables[tuple(choice[name] for name in names)]
             row[variable] = row.get(variable, 0) + 1
-        return row, -math.inf, len(self.parts) - apart
+        return row, -math.inf, len(self.parts) - 1
 
     # rows -------------------------------------------------------------------------------------------------------------
 
