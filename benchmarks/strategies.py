@@ -1,8 +1,8 @@
 """Which strategy finds the best sub-networks, and how soon? All of them, in the same bin.
 
 Every strategy searches with the same seeds, scored on the same tokens; the table compares with a random search, which
-may evaluate more. Scores are kept, so that an interrupted run goes on, and one with more evaluations or seeds adds to
-what is there.
+may evaluate more. Measurements that a strategy makes before its search count as evaluations. Scores are kept, so that
+an interrupted run goes on, and one with more evaluations or seeds adds to what is there.
 
     python benchmarks/strategies.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -25,6 +25,7 @@ from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.reports.style import COLORS
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.strategies import Scored, Strategy
 
 OUT = Path("out/strategies")
 GROUP = "litgpt_whittle.strategies"
@@ -76,18 +77,35 @@ def search(name: str, seed: int, n: int, space: Space, fitness: Fitness, path: P
     known = json.loads(path.read_text()) if path.is_file() else []
     strategy = registry.lookup(GROUP, name)()
     strategy.start(space, seed)
-    scores: list[float] = []
+    # no candidates, so that they are never the best
+    scores = [math.inf] * measure(strategy, fitness, path.with_name(f"{name}-measured.json"))
     while len(scores) < n and (candidates := strategy.ask(1)):
         (candidate,) = candidates
         scores.append(known[len(scores)] if len(scores) < len(known) else fitness(candidate)[fitness.name])
         costs = [cost for cost in strategy.objectives if cost in MEASURES]
         args = MeasureArgs(tied=space.tied)
-        strategy.tell(candidate, scores[-1], {cost: MEASURES[cost](space.teacher, candidate, args) for cost in costs})
+        measures = {cost: MEASURES[cost](space.teacher, candidate, args) for cost in costs}
+        measures |= {"nll": math.log(scores[-1])} if fitness.name.endswith("perplexity") else {}
+        strategy.tell(candidate, scores[-1], measures)
         if len(scores) > len(known):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(scores))
     print(f"seed {seed}, {name}: {min(scores):.2f} after {len(scores)} evaluations", flush=True)
     return scores
+
+
+def measure(strategy: Strategy, fitness: Fitness, path: Path) -> int:
+    """Make a strategy's measurements, or read them from a file; return their number."""
+    subnets = strategy.measurements() if strategy.needs_measurements else {}
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for subnet_name in subnets.keys() - known.keys():
+        known[subnet_name] = fitness(subnets[subnet_name])
+    if subnets:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known))
+        measured = {key: Scored(subnets[key], known[key][fitness.name], known[key]) for key in subnets}
+        strategy.take_measurements(measured)
+    return len(subnets)
 
 
 def report(scores: dict[str, list[list[float]]], measure: str) -> None:
@@ -119,7 +137,8 @@ def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None
         axes.fill_between(steps, bests.min(0), bests.max(0), step="post", color=color, alpha=0.1, linewidth=0)
     axes.set(xlabel="evaluations", ylabel=f"best {measure} so far", yscale="log")
     # the first few random candidates would take up most of the picture
-    axes.set_ylim(top=1.1 * max(min(one[:10]) for runs in scores.values() for one in runs))
+    first = [min(one[:10]) for runs in scores.values() for one in runs]
+    axes.set_ylim(top=1.1 * max(filter(math.isfinite, first)))
     for kind in ("major", "minor"):
         getattr(axes.yaxis, f"set_{kind}_formatter")("{x:g}")
     axes.grid(alpha=0.3, which="both")

@@ -37,7 +37,9 @@ from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.repair import costs as repair_costs
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
+from litgpt_whittle.spaces.alternatives import Alternatives
 from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.strategies import IntegerProgram
 from litgpt_whittle.supergpt import student_model, tie
 from litgpt_whittle.training.resume import describe
 
@@ -398,6 +400,20 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
     again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
     assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # once more forward
+
+
+def test_measurements_of_a_strategy_are_counted(teacher, data, tmp_path):
+    request = Request(teacher, {"30K": Bin.parse("30K"), "40K": Bin.parse("40K")}, tmp_path, data, 1, 42, False)
+
+    def stages(**changes):
+        return Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"])
+
+    plain, measuring = (stages(fitness="perplexity", strategy=name) for name in ("RandomSearch", "IntegerProgram"))
+    assert plain.n_measurements == 0
+    n = measuring.n_measurements
+    assert n == len(Alternatives(measuring.spaces["30K"], IntegerProgram().shares).all) + 1  # once for both bins
+    forward = [next(c.forward for c in costs(each) if c.name == "search") for each in (plain, measuring)]
+    assert forward[1] - forward[0] == pytest.approx(n * 4 * 32 * counted_flops(SubNet.full(TEACHER), 1, 32))
 
 
 def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):

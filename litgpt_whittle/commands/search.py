@@ -54,10 +54,11 @@ from litgpt_whittle.searching.args import (
 from litgpt_whittle.searching.evaluations import best_of, prediction_tau
 from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, open_record
 from litgpt_whittle.searching.loop import Loop, Search
+from litgpt_whittle.searching.measuring import MEASUREMENTS, measurement_names, take_measurements
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
-from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, text_to_measure
+from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, order_of_units, text_to_measure
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
@@ -155,7 +156,7 @@ def setup(
     measure = registry.lookup("litgpt_whittle.fitness", fitness)
     reads_data, needs_importance = (getattr(measure, *asked) for asked in _ASKED_OF_FITNESS)
     tied = is_tied(read_weights(checkpoint_dir))
-    strategy = _made(strategy)
+    strategy = made_strategy(strategy)
     units = ranking.order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
@@ -164,6 +165,7 @@ def setup(
     chosen, search_space = search_space, decided(search_space, teacher)
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
     searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
+    measurement_names(searches)  # so that a strategy refuses a bin before anything is loaded
     racing = RacingArgs() if racing is True else racing or None
     precision = precision or _default_precision()
     fabric = launch(n, precision, num_nodes)
@@ -211,10 +213,13 @@ def setup(
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
         fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
+        seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
+        text = partial(text_to_measure, *seen)
         if simple_starts:
-            seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
-            give_starts(searches, out_dir / STARTS, resume, fitness, partial(text_to_measure, *seen), ranking, sharded)
+            give_starts(searches, out_dir / STARTS, resume, fitness, text, ranking, sharded)
         rest = {"spread": each if sharded else spread}
+        order = partial(order_of_units, spaces[0], fitness, text, ranking, sharded)
+        prepare = partial(take_measurements, searches, out_dir / MEASUREMENTS, header, fitness, order, seed, **rest)
         if racing:
             rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
 
@@ -226,7 +231,7 @@ def setup(
 
         loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
         choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
-        main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"])
+        main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"], prepare)
 
 
 def _convertible_note(teacher: Config) -> str:
@@ -292,7 +297,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
     ranking = None
     if _needs_ranking(args, needs_importance) and args.importance not in to_come:
         ranking = _load_ranking(args.importance, args.checkpoint_dir, teacher)
-    strategy = _made(args.strategy)
+    strategy = made_strategy(args.strategy)
     if args.racing:
         check_can_race(measure, args.fitness, strategy)
     if args.teacher_placement == "sharded":
@@ -316,7 +321,8 @@ def _default_precision() -> str:
     return "bf16-true" if torch.cuda.is_available() else "32-true"
 
 
-def _made(strategy: Strategy | str) -> Strategy:
+def made_strategy(strategy: Strategy | str) -> Strategy:
+    """Return the strategy of a name with its default settings, or the one that is given."""
     if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
         return registry.lookup("litgpt_whittle.strategies", strategy)()
     return Evolution() if strategy is _DEFAULT_STRATEGY else strategy
@@ -365,11 +371,18 @@ def _load_ranking(path: Path, checkpoint_dir: Path, teacher: Config) -> Ranking:
 
 
 def main(
-    loop: Loop, save: Save, selection: Selection | None, checkpoint_dir: Path, out_dir: Path, objectives: list[str]
+    loop: Loop,
+    save: Save,
+    selection: Selection | None,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    objectives: list[str],
+    prepare: Callable[[], None],
 ) -> None:
-    """Runs the search, chooses among the best, and reports."""
+    """Make the strategies' measurements, run the search, choose among the best, and report."""
     stopped = False
     try:
+        prepare()
         loop.run()
     except KeyboardInterrupt:
         stopped = True

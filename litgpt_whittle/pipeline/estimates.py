@@ -137,8 +137,9 @@ def _weights_dtype(precision: str | None) -> torch.dtype:
 def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held: _Held) -> Cost:
     args = stages.searched
     n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or length)
-    tokens = args.iterations * n_each * len(parts)
-    forward = args.iterations * n_each * sum(parts)
+    # what is measured is the teacher with small cuts
+    tokens = n_each * (args.iterations * len(parts) + stages.n_measurements)
+    forward = n_each * (args.iterations * sum(parts) + stages.n_measurements * whole)
     training = 0.0
     for rung in map(Rung.parse, args.selection.rungs):
         tokens += rung.n * rung.tokens * len(parts)
@@ -150,7 +151,8 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
     forward += n_calibration * whole
     if isinstance(measure, type) and issubclass(measure, RepairedPerplexity):
         solves = sum(solving_flops(subnet, held.tied) for subnet in stages.examples.values())
-        forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves
+        solves_measured = stages.n_measurements * solving_flops(SubNet.full(stages.teacher), held.tied)
+        forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves + solves_measured
         weights += moments_bytes(stages.teacher, min(n_calibration, stages.teacher.vocab_size), _device())
     return Cost("search", tokens, forward, training, weights)
 

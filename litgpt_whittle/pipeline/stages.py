@@ -24,6 +24,8 @@ from litgpt_whittle.pipeline.run import Stage
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.registry import lookup
+from litgpt_whittle.searching.loop import Search
+from litgpt_whittle.searching.measuring import measurement_names
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
@@ -147,8 +149,8 @@ class Stages:
         return {self.request.out_dir / SELECTION_CONFIG: self.distill.dump()}
 
     @cached_property
-    def examples(self) -> dict[str, SubNet]:
-        """A sub-network of each bin, as the search could propose it.
+    def spaces(self) -> dict[str, Space]:
+        """The space of each bin.
 
         Raises:
             UserError: If a bin is out of reach.
@@ -159,14 +161,30 @@ class Stages:
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
         if search_space.layers == "best":  # which these are, is not known yet
             search_space = replace(search_space, layers="any")
-        rng = np.random.default_rng
+        given = {"tied": tied, "args": search_space, "limits": limits}
+        make = partial(Space, self.teacher, args.space, **given)
+        return {name: self.search.told(partial(make, bin)) for name, bin in self.request.bins.items()}
 
-        def example(bin: Bin) -> SubNet:
-            return Space(self.teacher, args.space, bin, tied, search_space, limits=limits).sample(
-                rng(self.request.seed)
-            )
+    @cached_property
+    def examples(self) -> dict[str, SubNet]:
+        """A sub-network of each bin, as the search could propose it.
 
-        return {name: self.search.told(partial(example, bin)) for name, bin in self.request.bins.items()}
+        Raises:
+            UserError: If a bin is out of reach.
+        """
+        rng, seed = np.random.default_rng, self.request.seed
+        return {name: space.sample(rng(seed)) for name, space in self.spaces.items()}
+
+    @cached_property
+    def n_measurements(self) -> int:
+        """Sub-networks that the search's strategy measures before it begins.
+
+        Raises:
+            UserError: If it cannot search one of the bins.
+        """
+        strategy = search.made_strategy(self.searched.strategy)
+        searches = [Search.begin(space, strategy, "score", self.request.seed) for space in self.spaces.values()]
+        return len(self.search.told(partial(measurement_names, searches)))
 
     def check(self) -> str:
         """Makes the checks of the commands to come that need no student yet.

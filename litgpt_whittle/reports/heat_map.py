@@ -62,7 +62,7 @@ def _panels(ranking: Ranking) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     teacher, order, scores = ranking.teacher, ranking.order, ranking.scores.units[ranking.metric]
     channels = np.tile(order.n_embd, (teacher.n_layer, 1))
     panels = {f"{teacher.n_embd:,} channels": (channels, _relative(scores.n_embd[:-1].numpy()[:, order.n_embd]))}
-    for kind, title in _titles(teacher).items():
+    for kind, title in unit_titles(teacher).items():
         size = max((len(units[kind]) for units in order.layers if kind in units), default=0)
         if size < 2:
             continue
@@ -75,7 +75,8 @@ def _panels(ranking: Ranking) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return panels
 
 
-def _titles(teacher: Config) -> dict[str, str]:
+def unit_titles(teacher: Config) -> dict[str, str]:
+    """Return what kinds of units are called, by the names of a sub-network's fields."""
     is_grouped = teacher.n_query_groups != teacher.n_head
     experts_only = teacher.n_expert and teacher.moe_intermediate_size is None
     return {

@@ -14,6 +14,7 @@ from litgpt.config import Config
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, to_yaml, write_text
 from litgpt_whittle.reports.blueprint import plot_architecture, rows
+from litgpt_whittle.reports.costs import plot_costs, read_costs
 from litgpt_whittle.reports.fronts import folder_name, front_table
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import (
@@ -150,6 +151,12 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
     if scored(scored(evaluations, score), "predicted"):
         text = f"What the surrogate expected of candidates before their {score} was measured."
         sections.append(drawn("The surrogate", text, "predictions.png", plot_predictions))
+    costs, unit = read_costs(out_dir, found.teacher, score)
+    if costs:
+        text = "What each cut of one layer costs where the rest is the teacher's, measured before the search. "
+        text += "The columns are kept units; the paler, the cheaper."
+        plot_costs(costs, out_dir / "costs.png", found.teacher, unit)
+        sections.append(Section("Costs", text, picture(out_dir / "costs.png", "Costs")))
     if results := read_results(out_dir):
         text = f"Ranks by {score} before training and by validation loss after it, with the value in brackets."
         sections.append(Section("Selection", text, table(rung_table(results, evaluations, score))))

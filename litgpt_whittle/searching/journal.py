@@ -117,11 +117,11 @@ class Journal:
 
 @contextmanager
 def open_record(
-    path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False
+    path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False, is_claimed: bool = False
 ) -> Iterator[Journal | MirroredJournal]:
     """Opens the one journal that several processes share: the first one writes it, the others follow in memory.
 
-    Its folder belongs to them while it is open.
+    Its folder belongs to them while it is open, as it does already where it `is_claimed`.
 
     Raises:
         UserError: As `Journal` does, or if other processes are at work in its folder.
@@ -131,7 +131,8 @@ def open_record(
 
         def open_it() -> list[Evaluation]:
             nonlocal journal
-            stack.enter_context(claimed(path.parent))
+            if not is_claimed:
+                stack.enter_context(claimed(path.parent))
             journal = stack.enter_context(Journal(path, header, resume))
             return journal.evaluations
 

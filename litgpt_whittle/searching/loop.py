@@ -204,16 +204,17 @@ class Outcome:
     losses: list[float] | None = None
 
 
-def score(fitness: Fitness, candidate: SubNet, search: Search) -> Outcome:
-    """Scores a candidate.
+def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> Outcome:
+    """Score a candidate of a search, or another sub-network.
 
     One counts as failed that is beyond a limit, whose loss is not finite, or that runs out of memory.
     """
     started = time.perf_counter()
-    costs, error = search.costs(candidate)
+    costs, error = ({}, None) if search is None else search.costs(candidate)
+    expects = search.strategy.expects if search is not None else lambda _: {}
     scores = {}
     if error is None:
-        scores, error = attempt(lambda: {**fitness(candidate), **search.strategy.expects(candidate)})
+        scores, error = attempt(lambda: {**fitness(candidate), **expects(candidate)})
     scores, error = finite({**(scores or {}), **costs}, error)
     return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
 

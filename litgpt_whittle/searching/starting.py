@@ -79,16 +79,9 @@ def give_starts(
     found = first_does(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
     if found is None:
         spaces = [search.space for search in searches]
-        # where the fitness chooses units, a list of them would only make the journal longer
-        leaves_units = getattr(fitness, "chooses_units", False) and not spaces[0].teacher.n_expert
-        by_units = spaces[0].is_fine and (ranking is not None or not leaves_units)
-
-        def order() -> Order | None:
-            if ranking is not None:
-                return ranking.order
-            return _measured(fitness, text()) if by_units or _may_drop_any_layer(spaces[0]) else None
-
-        known = order() if sharded else first_does(order)
+        by_units = _names_units(spaces[0], fitness, ranking)
+        is_needed = by_units or _may_drop_any_layer(spaces[0])
+        known = _order(fitness, text, ranking, sharded) if is_needed or ranking is not None else None
 
         def build() -> dict[str, Any]:
             starts = {
@@ -103,6 +96,40 @@ def give_starts(
     for search in searches:
         own = found[str(search.space.bin)]
         search.starts = [Start(origin, SubNet.from_dict(search.space.teacher, choice)) for origin, choice in own]
+
+
+def order_of_units(
+    space: Space,
+    fitness: Fitness,
+    text: Callable[[], list[torch.Tensor]],
+    ranking: Ranking | None = None,
+    sharded: bool = False,
+) -> Order | None:
+    """Return the order of the units that a fine space keeps; None where the first ones are named or the space has one.
+
+    Args:
+        space: The space.
+        fitness, text, ranking, sharded: As for `give_starts`.
+    """
+    return _order(fitness, text, ranking, sharded) if _names_units(space, fitness, ranking) else None
+
+
+def _names_units(space: Space, fitness: Fitness, ranking: Ranking | None) -> bool:
+    """Return whether kept units matter and the space does not prescribe them."""
+    # where the fitness chooses units, a list of them would only make the journal longer
+    leaves_units = getattr(fitness, "chooses_units", False) and not space.teacher.n_expert
+    return space.is_fine and (ranking is not None or not leaves_units)
+
+
+def _order(
+    fitness: Fitness, text: Callable[[], list[torch.Tensor]], ranking: Ranking | None, sharded: bool
+) -> Order | None:
+    """Return the ranking's order, or one that is measured, the same on all processes."""
+
+    def order() -> Order | None:
+        return _measured(fitness, text()) if ranking is None else ranking.order
+
+    return order() if sharded else first_does(order)
 
 
 def _may_drop_any_layer(space: Space) -> bool:

@@ -43,11 +43,11 @@ class Limits:
 
     def admits(self, subnet: SubNet) -> bool:
         """Whether a sub-network keeps to all limits in closed form."""
-        return all(_within(cost, self.ranges[name]) for name, cost in self._costs(subnet))
+        return all(_within(cost, self.ranges[name]) for name, cost in self.costs(subnet).items())
 
     def fits(self, subnet: SubNet) -> bool:
         """Return whether a sub-network costs no more than the limits in closed form allow, however little that is."""
-        return all(cost <= self.ranges[name][1] for name, cost in self._costs(subnet))
+        return all(cost <= self.ranges[name][1] for name, cost in self.costs(subnet).items())
 
     @property
     def is_timed(self) -> bool:
@@ -82,7 +82,7 @@ class Limits:
             subnet = sample(rng)
             if self.admits(subnet):
                 return
-            for name, cost in self._costs(subnet):
+            for name, cost in self.costs(subnet).items():
                 seen[name].append(cost)
         told = []
         for name, costs in seen.items():
@@ -96,9 +96,10 @@ class Limits:
                 "change the limits or the bin"
             )
 
-    def _costs(self, subnet: SubNet) -> list[tuple[str, float]]:
+    def costs(self, subnet: SubNet) -> dict[str, float]:
+        """Return a sub-network's costs for which there is a limit in closed form, by name."""
         closed = [name for name in self.ranges if not MEASURES[name].is_timed]
-        return [(name, MEASURES[name](self.teacher, subnet, self.args)) for name in closed]
+        return {name: MEASURES[name](self.teacher, subnet, self.args) for name in closed}
 
 
 def _within(cost: float, amounts: Range) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -240,6 +240,13 @@ def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
         slope = (values.take([-1], axis) - first) // max(hi - lo, 1)
         values = np.concatenate((first - slope * lo, slope), axis)
     return values
+
+
+def nearest_size(grid: Sequence[int], share: float) -> int:
+    """Return the size nearest to a share of the largest, the smaller one of two equally near."""
+    aim = share * grid[-1]
+    at = bisect_left(grid, aim)
+    return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))
 
 
 def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:

@@ -6,7 +6,7 @@ not. Each idea is built into the bin by construction: all but one dimension are 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.spaces.sizes import EVERY, Sizes
+from litgpt_whittle.spaces.sizes import EVERY, Sizes, nearest_size
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
@@ -228,15 +228,8 @@ class Builder:
         of = {size: share for name, share in shares.items() for size in DIMENSIONS[name]}
         values = self.space.complete({}, layers)
         for key in values:
-            values[key] = _nearest(self.grids[key[0]], of.get(key[0], 1.0))
+            values[key] = nearest_size(self.grids[key[0]], of.get(key[0], 1.0))
         shared = [values[name, EVERY] for name in ("n_embd", "head_size")]
         for key in values:  # heads give way where they must share the channels
             values[key] = min(values[key], self.space.sizes.own_grid(key[0], *shared)[-1])
         return Sizes(layers, values)
-
-
-def _nearest(grid: Sequence[int], share: float) -> int:
-    """Return the size nearest to a share of the largest, the smaller one of two equally near."""
-    aim = share * grid[-1]
-    at = bisect_left(grid, aim)
-    return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))

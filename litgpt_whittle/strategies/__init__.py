@@ -4,6 +4,7 @@ from litgpt_whittle.strategies.base import Scored, Strategy
 from litgpt_whittle.strategies.evolution import Evolution
 from litgpt_whittle.strategies.evopress import EvoPress
 from litgpt_whittle.strategies.generations import Generations
+from litgpt_whittle.strategies.integer_program import IntegerProgram
 from litgpt_whittle.strategies.local_search import LocalSearch
 from litgpt_whittle.strategies.nsga2 import NSGA2
 from litgpt_whittle.strategies.random_search import RandomSearch
@@ -16,6 +17,7 @@ __all__ = [
     "EvoPress",
     "Evolution",
     "Generations",
+    "IntegerProgram",
     "LocalSearch",
     "RandomSearch",
     "Scored",

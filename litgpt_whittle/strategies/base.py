@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
@@ -45,6 +46,8 @@ class Strategy(ABC):
     space: Space
     objectives: tuple[str, ...] = ("score",)
     """What it minimises: the score, and measures that it wants to be told with it, by name"""
+    needs_measurements: bool = False
+    """Scores of other sub-networks (`measurements`) come before the search"""
     n_kept: int | None = 1
     """How many of the best it goes on from, the only ones that must be told apart exactly; None for all of them"""
 
@@ -68,6 +71,23 @@ class Strategy(ABC):
     def expects(self, subnet: SubNet) -> dict[str, float]:
         """What it expects of a candidate that is not told yet, by name; journalled beside what is then measured."""
         return {}
+
+    def measurements(self, order: Order | None = None) -> dict[str, SubNet]:
+        """Return sub-networks to score before the search, by names; none by default.
+
+        They are no candidates and need not lie in the bin. Of bins that are searched together, those of the first one
+        serve all: they must have the same names.
+
+        Args:
+            order: The teacher's units by importance, where a space does not prescribe which are kept.
+
+        Raises:
+            UserError: If the strategy cannot search this space.
+        """
+        return {}
+
+    def take_measurements(self, measured: Mapping[str, Scored]) -> None:
+        """Learn from the scores of all `measurements`, by their names."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def with_surrogate(
     """
     if args.mode == "none":
         return strategy, {}
+    if strategy.needs_measurements:
+        raise UserError(
+            f"strategy {type(strategy).__name__} predicts by its own measurements; leave surrogate.mode "
+            f"{args.mode} out or choose another strategy"
+        )
     make = partial(registry.lookup("litgpt_whittle.surrogates", args.kind), args)
     examples = None if args.path is None else Examples.read(args.path)
     ranking = ranking if args.importance is None else Ranking.load(args.importance, teacher)

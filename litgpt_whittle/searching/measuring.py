@@ -1,0 +1,109 @@
+"""What a strategy measures before the search, once for all bins: other sub-networks than candidates, in their own file.
+
+The file is a journal like that of the search, which resumes from it. It names no bin, so that a copy of it serves the
+searches of other bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.processes import first_does, rank, spread
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.searching.journal import Evaluation, open_record
+from litgpt_whittle.searching.loop import Search, score
+from litgpt_whittle.strategies.base import Scored
+from litgpt_whittle.subnet import SubNet
+
+MEASUREMENTS = "measurements.jsonl"
+"""Their journal's name in a search's folder"""
+
+_SETTINGS = ("space", "search_space", "order", "importance", "fitness", "score", "precision", "max_seq_length")
+"""Settings of a search that its measurements depend on, beside those of the strategy"""
+
+
+def measurement_names(searches: Sequence[Search]) -> list[str]:
+    """Return the names of what the strategies want to be measured.
+
+    Raises:
+        UserError: If a strategy cannot search its bin.
+    """
+    if not searches[0].strategy.needs_measurements:
+        return []
+    return [list(search.strategy.measurements()) for search in searches][0]
+
+
+def take_measurements(
+    searches: Sequence[Search],
+    path: Path,
+    header: Mapping[str, Mapping[str, Any]],
+    fitness: Fitness,
+    order: Callable[[], Order | None],
+    seed: int,
+    spread: Callable = spread,
+) -> None:
+    """Score what the strategies want to be measured, unless it is known, and report it to all of them.
+
+    Args:
+        searches: One per bin.
+        path: The measurements' journal; what it holds is not measured again.
+        header: The header of the search's journal.
+        fitness: Scores a sub-network.
+        order: Gives the units by importance, on all processes; None where the first ones are kept.
+        seed: For the record.
+        spread: Distributes work over processes.
+
+    Raises:
+        UserError: If the file was written under other settings.
+    """
+    names = measurement_names(searches)
+    if not names:
+        return
+    teacher = searches[0].space.teacher
+    is_there = first_does(path.is_file)
+    with open_record(path, measurements_header(header), is_there, is_claimed=True) as record:
+        known = {evaluation.origin for evaluation in record.evaluations}
+        missing = [name for name in names if name not in known]
+        if missing and rank() == 0:
+            print(
+                f"{len(missing)} measurements come first, each of the teacher with one cut, once for all bins; they do "
+                "not count as iterations"
+            )
+        subnets = searches[0].strategy.measurements(order()) if missing else {}
+        outcomes = spread(lambda name: score(fitness, subnets[name]), missing)
+        for name, outcome in tqdm(
+            zip(missing, outcomes), total=len(missing), desc="measuring", unit="cut", disable=rank() > 0
+        ):
+            record.append(
+                Evaluation(
+                    index=len(record.evaluations),
+                    bin="",
+                    subnet=subnets[name].to_dict(),
+                    n_params=searches[0].space.n_params(subnets[name]),
+                    seed=seed,
+                    origin=name,
+                    **vars(outcome),
+                )
+            )
+        measured = as_scored(record.evaluations, searches[0].score, teacher)
+    for search in searches:
+        search.strategy.take_measurements({name: measured[name] for name in names})
+
+
+def as_scored(evaluations: Sequence[Evaluation], name: str, teacher: Any) -> dict[str, Scored]:
+    """Return measurements as strategies take them, by their names."""
+    return {
+        str(each.origin): Scored(SubNet.from_dict(teacher, each.subnet), each.score(name), each.measures)
+        for each in evaluations
+    }
+
+
+def measurements_header(header: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the header of the measurements' journal: what the scores of any bin's candidates depend on."""
+    settings = {name: value for name, value in header["settings"].items() if name in _SETTINGS}
+    return {**header, "settings": settings}

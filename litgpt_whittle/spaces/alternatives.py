@@ -1,0 +1,177 @@
+"""The cuts of a single layer that a search can combine: the layer is dropped, or fewer units of one kind are kept.
+
+Each is measured on its own, as the whole teacher with this one cut. Channels and the size of heads stay whole, so that
+the parameters of a combination, and its other costs in closed form, are sums over its layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, nearest_size
+from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.subnet import SubNet, layer_sizes
+
+DROPPED = "n_layer"
+"""The name of the alternative that drops a layer"""
+
+_TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(\w+) (\d+))")
+
+
+class Alternative(NamedTuple):
+    """One cut of the teacher."""
+
+    layer: int
+    """The teacher's layer; `EVERY` for experts, of which all layers have the same number"""
+    name: str
+    """The size that is cut, or `DROPPED`"""
+    size: int
+    """Kept units"""
+
+    def __str__(self) -> str:
+        where = "all layers" if self.layer == EVERY else f"layer {self.layer}"
+        return f"{where}: dropped" if self.name == DROPPED else f"{where}: {self.name} {self.size}"
+
+    @classmethod
+    def parse(cls, text: str) -> Alternative | None:
+        """Return the alternative that `str` describes so, or None."""
+        match = _TITLE.fullmatch(text)
+        if match is None:
+            return None
+        layer, name, size = match.groups()
+        return cls(EVERY if layer is None else int(layer), name or DROPPED, int(size or 0))
+
+
+LayerChoice = dict[str, int] | None
+"""The sizes of a layer, by the names of `layer_sizes`; None where it is dropped"""
+
+
+class Alternatives:
+    """The alternatives of a space, and the sub-networks that combine them.
+
+    Args:
+        space: The space.
+        shares: Shares of a layer's units to offer, beside all of them.
+    """
+
+    def __init__(self, space: Space, shares: Sequence[float]) -> None:
+        self.space, self.teacher, self.shares = space, space.teacher, tuple(shares)
+        self.sizes = [layer_sizes(self.teacher, layer) for layer in range(self.teacher.n_layer)]
+        self.units: dict[Alternative, Mapping[int, Keep]] = {}
+        """Kept units by layer where they were measured; the first ones by default"""
+
+    @cached_property
+    def levels(self) -> dict[str, list[int]]:
+        """The sizes of each kind of units to choose among, the teacher's first."""
+        grids, levels = self.space.sizes, {}
+        for name in dict.fromkeys(name for sizes in self.sizes for name in sizes):
+            grid = grids.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
+            found = {nearest_size(grid, share) for share in self.shares}
+            levels[name] = [grid[-1], *sorted(found - {grid[-1]}, reverse=True)]
+        return levels
+
+    @cached_property
+    def droppable(self) -> set[int]:
+        """Layers that the space can do without."""
+        sizes, n_layer = self.space.sizes, self.teacher.n_layer
+        n_kept = sizes.grids["n_layer"][0]
+        if n_kept == n_layer:
+            return set()
+        return set(range(n_layer)) - set(sizes.layer_order[:n_kept] if sizes.layer_order is not None else ())
+
+    @cached_property
+    def all(self) -> list[Alternative]:
+        """All alternatives, layer by layer."""
+        found = []
+        for layer, sizes in enumerate(self.sizes):
+            found += [Alternative(layer, DROPPED, 0)] if layer in self.droppable else []
+            for name in sizes:
+                found += [Alternative(layer, name, n) for n in self.levels[name][1:] if name != "n_expert"]
+        return found + [Alternative(EVERY, "n_expert", n) for n in self.levels.get("n_expert", [])[1:]]
+
+    @cached_property
+    def index(self) -> dict[Alternative, int]:
+        """The position of each alternative in `all`."""
+        return {alternative: i for i, alternative in enumerate(self.all)}
+
+    # sub-networks -----------------------------------------------------------------------------------------------------
+
+    def alone(self, alternative: Alternative, order: Order | None = None) -> SubNet:
+        """Return the teacher with this one cut.
+
+        Args:
+            alternative: The cut.
+            order: The teacher's units by importance; by default the first ones are kept.
+        """
+        n_layer = self.teacher.n_layer
+        if alternative.name == DROPPED:
+            return SubNet(self.teacher, n_layer=Keep(np.delete(np.arange(n_layer), alternative.layer)))
+        keeps = []
+        for layer, sizes in enumerate(self.sizes):
+            is_cut = alternative.layer in (layer, EVERY) and alternative.name in sizes
+            units = Keep(alternative.size) if order is None else None
+            keeps.append((units or order.best(alternative.name, layer, alternative.size)) if is_cut else None)
+        return SubNet(self.teacher, **{alternative.name: keeps})
+
+    def note_units(self, alternative: Alternative, alone: SubNet) -> None:
+        """Keep the same units in combinations as where the alternative was measured."""
+        if alternative.name != DROPPED:
+            layers = range(self.teacher.n_layer) if alternative.layer == EVERY else [alternative.layer]
+            field = "intermediate_size" if alternative.name.endswith("intermediate_size") else alternative.name
+            self.units[alternative] = {
+                layer: getattr(alone.layer(layer), field) for layer in layers if alternative.name in self.sizes[layer]
+            }
+
+    def combined(self, choices: Sequence[LayerChoice]) -> SubNet:
+        """Return the sub-network with these sizes of the teacher's layers."""
+        layers = [layer for layer, choice in enumerate(choices) if choice is not None]
+        fields: dict[str, list[Keep | None]] = {}
+        for i, layer in enumerate(layers):
+            for name, size in choices[layer].items():
+                fields.setdefault(name, [None] * len(layers))[i] = self._keep(name, layer, size)
+        return SubNet(self.teacher, n_layer=Keep(np.array(layers)), **fields)
+
+    def _keep(self, name: str, layer: int, size: int) -> Keep:
+        measured = self.units.get(Alternative(EVERY if name == "n_expert" else layer, name, size), {})
+        if layer in measured:
+            return measured[layer]
+        return Keep(size) if self.space.order is None else self.space.order.best(name, layer, size)
+
+    def weights(self, subnet: SubNet) -> np.ndarray | None:
+        """Return how much of each alternative a sub-network has, shape (n_alternatives,).
+
+        Sizes between two levels have a part of both. None where channels or heads are cut, which no alternative does.
+        """
+        if len(subnet.n_embd) < self.teacher.n_embd or len(subnet.head_size) < self.teacher.head_size:
+            return None
+        weights = np.zeros(len(self.all))
+        for layer in set(range(self.teacher.n_layer)) - set(subnet.layers):
+            if (at := self.index.get(Alternative(layer, DROPPED, 0))) is None:
+                return None
+            weights[at] = 1.0
+        for i, layer in enumerate(subnet.layers):
+            names = [*ATTENTION, next(name for name in self.sizes[layer] if name.endswith("intermediate_size"))]
+            names += ["n_expert"] if "n_expert" in self.sizes[layer] else []
+            for name, size in zip(names, subnet.layer(i).sizes):
+                at = EVERY if name == "n_expert" else layer
+                for level, part in self._between(name, size):
+                    if level < self.levels[name][0]:
+                        weights[self.index[Alternative(at, name, level)]] = part
+        return weights
+
+    def _between(self, name: str, size: int) -> list[tuple[int, float]]:
+        """Return the levels nearest to a size, with their shares of it."""
+        levels = self.levels[name]
+        below = next((level for level in levels if level <= size), levels[-1])
+        above = next((level for level in reversed(levels) if level >= size), levels[0])
+        if above == below or size < levels[-1]:
+            return [(below, 1.0)]
+        part = (size - below) / (above - below)
+        return [(below, 1.0 - part), (above, part)]

@@ -1,0 +1,201 @@
+"""The integer program that finds the cheapest combination of layers' alternatives within a bin and its limits.
+
+One binary variable for each set of sizes of a layer's attention, one for each of its MLP, and one for dropping it.
+What all layers share (experts; in uniform spaces every size) has a variable for each level, which bounds the layers'.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from litgpt_whittle.keep import Keep
+from litgpt_whittle.metrics import MEASURES
+from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice
+from litgpt_whittle.spaces.sizes import ATTENTION, EVERY
+from litgpt_whittle.subnet import SubNet
+
+N_NODES = 20_000
+"""Nodes of branch and bound to visit; a limit on time would make the result depend on the machine"""
+
+_MAGNITUDE = 1e4
+"""Largest coefficient of a row after scaling: the solver's tolerance is 1e-6, far below one parameter then"""
+
+Part = tuple[int, tuple[str, ...]]
+"""A layer and the names of sizes that are chosen together: its attention's or its MLP's"""
+
+Row = dict[int, float]
+"""Coefficients by variable"""
+
+
+class Program:
+    """Choose the combination of alternatives with the lowest total cost.
+
+    Args:
+        alternatives: The alternatives of a space, whose bin and limits in closed form a combination keeps to.
+    """
+
+    def __init__(self, alternatives: Alternatives) -> None:
+        self.alternatives, self.space, self.n_layer = alternatives, alternatives.space, alternatives.teacher.n_layer
+        self.n = 0
+        self.dropped = {layer: self._new() for layer in sorted(alternatives.droppable)}
+        self.parts: dict[Part, dict[tuple[int, ...], int]] = {}
+        """The variable of each combination of sizes, by part"""
+        for layer, sizes in enumerate(alternatives.sizes):
+            for names in (ATTENTION, tuple(name for name in sizes if name not in ATTENTION)):
+                levels = itertools.product(*(alternatives.levels[name] for name in names))
+                self.parts[layer, names] = {values: self._new() for values in levels}
+        self.rows: list[tuple[Row, float, float]] = []
+        self._choose_one()
+        self.shared = self._share_levels()
+        self._bound_depth()
+        self._bound_quantities()
+        self.costs = self._cost_matrix()
+
+    def solve(self, costs: np.ndarray, others: Sequence[Sequence[LayerChoice]] = ()) -> list[LayerChoice] | None:
+        """Return the cheapest combination, or None where there is none or it was not found.
+
+        Args:
+            costs: The cost of each alternative, shape (n_alternatives,).
+            others: Combinations to differ from.
+
+        Returns:
+            The sizes of each of the teacher's layers, None for one that is dropped.
+        """
+        objective = self.costs @ costs
+        largest = abs(objective).max(initial=0.0) or 1.0
+        # rounded, so that the last bits of a fit, which depend on the number of threads, decide nothing
+        objective = np.round(objective / largest, 9)
+        rows = [*self.rows, *map(self._cut, others)]
+        at = [(i, j, value) for i, (row, _, _) in enumerate(rows) for j, value in row.items()]
+        i, j, values = (np.array(column) for column in zip(*at))
+        matrix = csr_array((values.astype(float), (i, j)), shape=(len(rows), self.n))
+        lows, highs = (np.array([row[k] for row in rows], dtype=float) for k in (1, 2))
+        found = milp(
+            objective,
+            integrality=np.ones(self.n),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, lows, highs),
+            options={"node_limit": N_NODES, "mip_rel_gap": 1e-6},
+        )
+        return None if found.x is None else self._choices(found.x.round().astype(bool))
+
+    def _new(self) -> int:
+        self.n += 1
+        return self.n - 1
+
+    def _choices(self, chosen: np.ndarray) -> list[LayerChoice]:
+        choices: list[LayerChoice] = [{} for _ in range(self.n_layer)]
+        for layer, variable in self.dropped.items():
+            choices[layer] = None if chosen[variable] else choices[layer]
+        for (layer, names), variables in self.parts.items():
+            if choices[layer] is not None:
+                values = next(values for values, variable in variables.items() if chosen[variable])
+                choices[layer] |= dict(zip(names, values))
+        return choices
+
+    def _cut(self, choices: Sequence[LayerChoice]) -> tuple[Row, float, float]:
+        """Return the row that excludes a combination."""
+        row: Row = {}
+        for (layer, names), variables in self.parts.items():
+            choice = choices[layer]
+            variable = self.dropped[layer] if choice is None else variables[tuple(choice[name] for name in names)]
+            row[variable] = row.get(variable, 0) + 1
+        return row, -math.inf, len(self.parts) - 1
+
+    # rows -------------------------------------------------------------------------------------------------------------
+
+    def _choose_one(self) -> None:
+        """Each part of a layer has one combination of sizes, unless the layer is dropped."""
+        for (layer, _), variables in self.parts.items():
+            row = dict.fromkeys(variables.values(), 1.0)
+            row |= {self.dropped[layer]: 1.0} if layer in self.dropped else {}
+            self.rows.append((row, 1, 1))
+
+    def _share_levels(self) -> dict[Alternative, int]:
+        """Layers have the same size of what they share; return the variable of each level."""
+        names = self.alternatives.levels if not self.space.is_layerwise else ["n_expert"]
+        shared: dict[Alternative, int] = {}
+        for name in names:
+            own = {n: self._new() for n in self.alternatives.levels.get(name, [])}
+            if own:
+                self.rows.append((dict.fromkeys(own.values(), 1.0), 1, 1))
+            shared |= {Alternative(EVERY, name, n): variable for n, variable in own.items()}
+            for (_, part), variables in self.parts.items():
+                for n, variable in own.items() if name in part else ():
+                    using = [each for values, each in variables.items() if values[part.index(name)] == n]
+                    self.rows.append((dict.fromkeys(using, 1.0) | {variable: -1.0}, -math.inf, 0))
+        return shared
+
+    def _bound_depth(self) -> None:
+        """The number of layers is one of the space's, and layers go in the space's order where it has one."""
+        grid, order = self.space.sizes.grids["n_layer"], self.space.sizes.layer_order
+        if not self.dropped:
+            return
+        row = dict.fromkeys(self.dropped.values(), 1.0)
+        if len(grid) == grid[-1] - grid[0] + 1:
+            self.rows.append((row, 0, self.n_layer - grid[0]))
+        else:
+            depths = {self._new(): float(n) for n in grid}
+            self.rows.append((row | depths, self.n_layer, self.n_layer))
+            self.rows.append((dict.fromkeys(depths, 1.0), 1, 1))
+        own = [] if order is None else [self.dropped[layer] for layer in order if layer in self.dropped]
+        self.rows += [({first: 1.0, second: -1.0}, -math.inf, 0) for first, second in zip(own, own[1:])]
+
+    def _bound_quantities(self) -> None:
+        """The parameters lie in the bin, other costs in closed form within their limits."""
+        limits = self.space.limits
+        ranges = {"n_params": (self.space.bin.lo, self.space.bin.hi)}
+        ranges |= {name: bounds for name, bounds in limits.ranges.items() if not MEASURES[name].is_timed}
+        if "n_params" in limits.ranges:
+            least, most = limits.ranges["n_params"]
+            ranges["n_params"] = max(least, self.space.bin.lo), min(most, self.space.bin.hi)
+        outside, layers = self._quantities(list(ranges))
+        for k, (lo, hi) in enumerate(ranges.values()):
+            row = {variable: values[k] for variable, values in layers.items() if values[k]}
+            scale = _MAGNITUDE / max(map(abs, row.values()), default=1.0)
+            row = {variable: scale * value for variable, value in row.items()}
+            self.rows.append((row, scale * (lo - outside[k]), scale * (hi - outside[k])))
+
+    def _quantities(self, names: Sequence[str]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Return costs outside of the layers, and those that each variable adds, each of shape (n_names,).
+
+        They are differences of what the measures give for sub-networks of one layer.
+        """
+        teacher = self.alternatives.teacher
+
+        def measured(layers: Sequence[int], sizes: dict[str, int]) -> np.ndarray:
+            kept = {name: Keep(size) for name, size in sizes.items()}
+            subnet = SubNet(teacher, n_layer=Keep(np.array(layers)), **kept)
+            costs = self.space.limits.costs(subnet) | {"n_params": self.space.n_params(subnet)}
+            return np.array([costs[name] for name in names], dtype=float)
+
+        first, last = measured([0], {}), measured([self.n_layer - 1], {})
+        both = measured([0, self.n_layer - 1], {}) if self.n_layer > 1 else first
+        outside = first + last - both if self.n_layer > 1 else np.zeros(len(names))
+        added: dict[int, np.ndarray] = {}
+        for (layer, part), variables in self.parts.items():
+            whole = measured([layer], {})
+            # a layer's own cost without units counts once, with its attention
+            rest = whole - outside if part == ATTENTION else 0.0
+            for values, variable in variables.items():
+                added[variable] = measured([layer], dict(zip(part, values))) - whole + rest
+        return outside, added
+
+    def _cost_matrix(self) -> csr_array:
+        """Return which alternatives each variable stands for, shape (n_variables, n_alternatives)."""
+        index, entries = self.alternatives.index, []
+        for layer, variable in self.dropped.items():
+            entries.append((variable, index[Alternative(layer, DROPPED, 0)]))
+        for (layer, names), variables in self.parts.items():
+            for values, variable in variables.items():
+                own = (Alternative(layer, name, n) for name, n in zip(names, values) if name != "n_expert")
+                entries += [(variable, index[each]) for each in own if each in index]
+        entries += [(variable, index[level]) for level, variable in self.shared.items() if level in index]
+        rows, columns = zip(*entries) if entries else ((), ())
+        return csr_array((np.ones(len(entries)), (rows, columns)), shape=(self.n, len(index)))
