@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from students import litgpt
@@ -25,7 +24,10 @@ from litgpt_whittle.batches import validation_batches
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.data import HFText
 from litgpt_whittle.data.loading import connect
+from litgpt_whittle.distillation.head import TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.ranking.quick import quick_order
+from litgpt_whittle.reports.style import COLORS, GRAY, new_figure, save_figure
 
 LENGTH, N_VALIDATION = 512, 8192
 SHAPES = {"depth": {"n_layer": (8, 18)}, "neurons": {"intermediate_size": 0.5}}
@@ -92,8 +94,9 @@ class Bench:
             print(litgpt(*command, f"--out_dir={folder}")[-700:], flush=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            nll = self.score(folder / "final" if start == "distilled" else folder)
-            result = {"student": student, "text": text, "tokens": tokens, "start": name, "cpu": seconds, "nll": nll}
+            nll, kl = self.score(folder / "final" if start == "distilled" else folder)
+            result = {"student": student, "text": text, "tokens": tokens, "start": name, "cpu": seconds}
+            result |= {"nll": nll, "kl": kl}
             folder.with_suffix(".json").write_text(json.dumps(result))
             print(json.dumps(result), flush=True)
 
@@ -126,20 +129,26 @@ class Bench:
         return [(batch.input_ids, batch.targets) for batch in batches]
 
     @torch.no_grad()
-    def score(self, folder: Path) -> dict[str, float]:
-        """Return the negative log-likelihood in nats per token, by text."""
-        model, found = load_model(folder).eval(), {}
-        model.max_seq_length = LENGTH
+    def score(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the negative log-likelihood and KL(teacher ‖ student) in nats per token, by text."""
+        models = [load_model(path).eval() for path in (folder, self.teacher)]
+        found = []
+        for model in models:
+            model.max_seq_length = LENGTH
         for text in self.texts:
-            losses = [F.cross_entropy(model(ids)[0].float(), targets[0]) for ids, targets in self.validation(text)]
-            found[text] = float(torch.stack(losses).mean())
-        return found
+            losses = []
+            for ids, targets in self.validation(text):
+                ours, theirs = (hidden_states(model, ids) for model in models)
+                both = head_loss(ours, targets, Objective(), TeacherLogits(theirs))
+                losses.append((float(both.ce), float(both.distill)))
+            found.append([sum(part) / len(part) for part in zip(*losses)])
+        return tuple(dict(zip(self.texts, values)) for values in zip(*found))
 
     def table(self) -> None:
         """Print all results so far."""
         path = self.args.out / "teacher.json"
         if not path.is_file():
-            path.write_text(json.dumps(self.score(self.teacher)))
+            path.write_text(json.dumps(self.score(self.teacher)[0]))
         teacher = json.loads(path.read_text())
         print("teacher: " + ", ".join(f"{name} {nll:.3f}" for name, nll in teacher.items()))
         found = [json.loads(file.read_text()) for file in self.args.out.glob("*-*.json")]
@@ -153,6 +162,9 @@ class Bench:
             *(f"{name:>10}" for name in teacher),
             "   CPU s  ratio",
         )
+        for student, text in sorted({(row["student"], row["text"]) for row in found}):
+            rows = [row for row in found if (row["student"], row["text"]) == (student, text) and row["start"] != "cut"]
+            plot(self.teacher.name, student, text, rows, teacher[text], self.args.out / f"{student}-{text}.png")
         for row in sorted(found, key=lambda row: (row["student"], row["text"], row["tokens"], row["start"])):
             rival = cpu.get((row["student"], row["text"], row["tokens"]))
             ratio = f"{row['cpu'] / rival:7.2f}" if rival else ""
@@ -163,6 +175,23 @@ class Bench:
                 f"{row['cpu']:8.0f}",
                 ratio,
             )
+
+
+def plot(title: str, student: str, text: str, rows: list[dict], teacher: float, path: Path) -> None:
+    """Draw the loss on the text that a student was made with over the tokens that it took."""
+    figure, [[axes]] = new_figure((7.5, 4.8))
+    kinds = {"repaired": "repaired", "refined": "repaired and refined", "distilled": "plain cut, distilled"}
+    for color, (kind, label) in zip(COLORS, kinds.items()):
+        own = sorted((row["tokens"], row["nll"][text]) for row in rows if row["start"].startswith(kind))
+        if own:
+            axes.plot(*zip(*own), "o", color=color, label=label)
+    axes.axhline(teacher, color=GRAY, linestyle="--", label="teacher")
+    axes.set(xlabel="calibration or training tokens", ylabel=f"NLL on {text}, nats per token", xscale="log")
+    tokens = sorted({row["tokens"] for row in rows})
+    axes.set_xticks(tokens, [f"{n:,}" for n in tokens], minor=False)
+    axes.minorticks_off()
+    axes.set_title(f"{title}, cut in {student}", loc="left")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":
