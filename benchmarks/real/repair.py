@@ -88,7 +88,8 @@ class Bench:
         }[start]
         for name, command in commands.items():
             folder = self.args.out / f"{student}-{text}-{tokens}-{name}"
-            if folder.with_suffix(".json").is_file():
+            result_path = folder.with_name(f"{folder.name}.json")  # a learning rate has a dot
+            if result_path.is_file():
                 continue
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             print(litgpt(*command, f"--out_dir={folder}")[-700:], flush=True)
@@ -97,7 +98,7 @@ class Bench:
             nll, kl = self.score(folder / "final" if start == "distilled" else folder)
             result = {"student": student, "text": text, "tokens": tokens, "start": name, "cpu": seconds}
             result |= {"nll": nll, "kl": kl}
-            folder.with_suffix(".json").write_text(json.dumps(result))
+            result_path.write_text(json.dumps(result))
             print(json.dumps(result), flush=True)
 
     def flags(self, text: str) -> list[str]:
