@@ -203,6 +203,6 @@ def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_lengt
     if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(
             f"calibration data must not be validation data, and {share:.0%} of the text of one is in the other; "
-            "give the data module another validation split, or raise train.max_seq_length if it cuts samples off before "
-            "they differ"
+            "give the data module another validation split, or raise train.max_seq_length if it cuts samples off "
+            "before they differ"
         )
