@@ -1,1 +1,1 @@
-"""What a student learns from its teacher, and how the teacher tells it, live or from a cache."""
+"""Distillation: losses, and the teacher's outputs, live or from a cache."""

@@ -1,9 +1,9 @@
-"""What a teacher says about a corpus, on disk: windows of tokens, and beside each what the teacher predicts.
+"""A teacher's predictions for a corpus, on disk: windows of tokens and the teacher's targets for each.
 
-A cache is a folder of shards and an index. Every window is found by its content, a hash of its tokens, so no order,
-batch size, epoch or number of devices can put a window together with another one's targets. The folder also holds the
-teacher's config and tokenizer, so that a student can be checked against them where the teacher itself is not at hand.
-Nothing in it is ever run or unpickled: the index is JSON, the shards are plain arrays.
+A cache is a folder of shards and an index. Windows are looked up by their content, a hash of their tokens, so that no
+order, batch size, epoch or number of devices can pair a window with another one's targets. The folder also holds the
+teacher's config and tokenizer, so that a student can be checked against them without the teacher itself. Nothing in it
+is ever executed or unpickled: the index is JSON, the shards are plain arrays.
 """
 
 from __future__ import annotations
@@ -31,47 +31,47 @@ VERSION = 1
 KEY_BYTES = 16
 
 EAGER_BYTES = 4 * 10**9
-"""Caches up to this size are checked whole when they are opened, which takes seconds, so that a damaged one stops a run
-before it begins. Of larger ones each shard is checked before its first use, since reading them all takes minutes."""
+"""Caches up to this size are checked completely when opened, which takes seconds, so that a damaged one stops a run
+before it begins. In larger ones each shard is checked before its first use, since reading all of them takes minutes."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a cache was made of. It decides every byte of the shards."""
+    """Settings that a cache was made with. They determine every byte of the shards."""
 
     teacher: str
     """The teacher's name"""
     weights: str
-    """What tells its weights from others (`checkpoint.weights_fingerprint`)"""
+    """Fingerprint of its weights (`checkpoint.weights_fingerprint`)"""
     vocab_size: int
     """Its padded vocabulary"""
     codec: dict[str, dict[str, Any]]
-    """The codec's name and its settings"""
+    """The codec's name and settings"""
     temperature: float | None
-    """What the teacher's probabilities were taken at; None where logits are stored"""
+    """Temperature of the teacher's probabilities; None if logits are stored"""
     seed: int
-    """The seed of draws and of the data's order"""
+    """Seed of random draws and of the data order"""
     precision: str
-    """What the teacher ran in"""
+    """Precision that the teacher ran in"""
     max_seq_length: int
-    """Tokens of a window at most"""
+    """Maximum tokens of a window"""
     max_tokens: int | None
-    """Where caching stopped"""
+    """Number of tokens after which caching stops; None for all the data"""
     micro_batch_size: int
     """Windows per forward pass, on which rounding may depend"""
     shard_bytes: int
-    """The size of shards that was asked for"""
+    """Requested size of a shard"""
     data: dict[str, Any]
     """The data module and its settings, by name"""
 
     def make_codec(self) -> Codec:
-        """The codec, from its entry point."""
+        """Return the codec, loaded from its entry point."""
         return make_codec(self.codec, self.vocab_size, 1.0 if self.temperature is None else self.temperature)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as the index knows it."""
+    """A finished shard's entry in the index."""
 
     n_windows: int
     checksum: int
@@ -84,22 +84,22 @@ class Index:
 
     contents: Contents
     length: int | None = None
-    """Tokens of a window, T: `max_seq_length`, or fewer where the data has shorter ones; None before the first one"""
+    """Tokens per window, T: `max_seq_length`, or fewer if the data's windows are shorter; None before the first one"""
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
     def write(self, folder: Path) -> None:
-        """Writes it, whole or not at all."""
+        """Write the index atomically."""
         content = {"version": VERSION, **asdict(self)}
         content["shards"] = [[shard.n_windows, shard.checksum] for shard in self.shards]
         write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Reads a folder's index.
+        """Read the index of a folder.
 
         Raises:
-            UserError: If there is none, or it is damaged.
+            UserError: If it is missing, damaged or of another version.
         """
         path = Path(folder) / INDEX
         try:
@@ -132,17 +132,17 @@ def _natural(number: Any) -> int:
 
 
 def shard_path(folder: Path, i: int) -> Path:
-    """Where shard i lies. Names come from numbers alone, so an index cannot lead anywhere else."""
+    """Return the path of shard i. Names are derived from numbers, so that an index cannot point outside the folder."""
     return Path(folder) / f"shard-{i:05d}.bin"
 
 
 def window_key(ids: np.ndarray) -> bytes:
-    """A window's content, token ids of shape (T,), in 16 bytes."""
+    """Return a 16-byte hash of a window's token ids, shape (T,)."""
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<u4").tobytes()).digest()[:KEY_BYTES]
 
 
 class Layout:
-    """What a shard of n windows is: their keys, one after the other, then for each its tokens and their targets.
+    """File layout of a shard of n windows: all keys, then the tokens and targets of each window.
 
     Args:
         codec: The codec.
@@ -165,15 +165,15 @@ class Layout:
         self.window_bytes = KEY_BYTES + self.record.itemsize
 
     def keys(self, path: Path, n: int) -> np.ndarray:
-        """The keys of a shard's n windows, bytes, shape (n, 16)."""
+        """Read the keys of a shard's n windows, bytes, shape (n, 16)."""
         return np.fromfile(path, "u1", n * KEY_BYTES).reshape(-1, KEY_BYTES)
 
     def map(self, path: Path, n: int) -> np.ndarray:
-        """Its n windows, memory-mapped: fields `tokens` (n, T, bytes of an id) and `targets` (n, T, *codec.shape)."""
+        """Memory-map a shard's n windows: fields `tokens` (n, T, bytes of an id), `targets` (n, T, *codec.shape)."""
         return np.memmap(path, self.record, "r", offset=n * KEY_BYTES, shape=(n,))
 
     def records(self, ids: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-        """What is written of windows (n, T) and their targets (n, T, *codec.shape)."""
+        """Return the records of windows (n, T) and their targets (n, T, *codec.shape), shape (n,)."""
         records = np.empty(len(ids), self.record)
         records["tokens"] = pack_ids(ids, self.codec.vocab_size).numpy()
         records["targets"] = targets.cpu().numpy()
@@ -181,15 +181,15 @@ class Layout:
 
 
 def write_shard(path: Path, keys: Sequence[bytes], batches: Iterable[np.ndarray]) -> Shard:
-    """Writes a shard beside and renames it into place.
+    """Write a shard to a temporary file and rename it to `path`.
 
     Args:
-        path: Where it goes.
-        keys: Those of its windows.
-        batches: Its windows in the same order, as `Layout.records` gives them.
+        path: Path of the shard.
+        keys: Keys of its windows.
+        batches: Its windows in the same order, as returned by `Layout.records`.
 
     Raises:
-        UserError: If the disk is full.
+        UserError: If the file cannot be written, such as on a full disk.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -214,7 +214,7 @@ def _write(file: BinaryIO, content: bytes, checksum: int) -> int:
 
 
 def checksum_of(path: Path) -> int:
-    """CRC-32 of a file: it is there to find damage, and reads as fast as a disk does."""
+    """Return the CRC-32 of a file, which detects damage and is as fast as reading the disk."""
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -223,7 +223,7 @@ def checksum_of(path: Path) -> int:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left half-written."""
+    """Remove partially written shards of killed processes."""
     for path in Path(folder).glob(".shard-*"):
         path.unlink()
 
@@ -232,10 +232,10 @@ class Cache:
     """A teacher's cache, open for reading.
 
     Args:
-        folder: What `litgpt cache_teacher` wrote.
+        folder: A folder written by `litgpt cache_teacher`.
 
     Raises:
-        UserError: If it is none, is not finished, or is damaged; a damaged or missing shard is named.
+        UserError: If it is not a cache, unfinished, or damaged; the message names a damaged or missing shard.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -261,15 +261,15 @@ class Cache:
 
     @property
     def n_windows(self) -> int:
-        """How many different windows it holds."""
+        """Return the number of distinct windows."""
         return int(self._starts[-1])
 
     @property
     def teacher_config(self) -> Config:
-        """The teacher's config.
+        """Return the teacher's config.
 
         Raises:
-            UserError: If it is missing or damaged.
+            UserError: If it is missing or damaged, or its vocabulary does not match the targets.
         """
         config = read_model_config(self.folder / MODEL_CONFIG)
         if config.padded_vocab_size != self.contents.vocab_size:
@@ -280,16 +280,16 @@ class Cache:
         return config
 
     def targets(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What is stored of windows.
+        """Look up the encoded targets of windows.
 
         Args:
             input_ids: Token ids, shape (B, T), on the CPU.
 
         Returns:
-            Shape (B · T, *codec.shape), a copy.
+            A copy, shape (B · T, *codec.shape).
 
         Raises:
-            UserError: If a window is not there, or its shard is damaged.
+            UserError: If a window is missing or has another length, or its shard is damaged.
         """
         if input_ids.size(1) != self.index.length:
             raise UserError(
@@ -314,7 +314,7 @@ class Cache:
         return torch.from_numpy(out.reshape(-1, *self.codec.shape))
 
     def _open(self, i: int) -> np.ndarray:
-        """A shard's windows, whose checksum was looked at once."""
+        """Return a shard's windows, memory-mapped; its checksum is verified the first time."""
         if i not in self._windows:
             path, shard = shard_path(self.folder, i), self.index.shards[i]
             if checksum_of(path) != shard.checksum:
@@ -337,10 +337,10 @@ class Cache:
 
 
 class _Table:
-    """Finds rows by their keys, in 32 bytes per row: a dictionary would take several times as much.
+    """Index from keys to rows, in 24 bytes per row; a dictionary would take several times as much.
 
     Args:
-        keys: All different, bytes, shape (n, 16).
+        keys: Distinct keys, bytes, shape (n, 16).
     """
 
     def __init__(self, keys: np.ndarray) -> None:
@@ -349,7 +349,7 @@ class _Table:
         self._high, self._low = halves[self._rows, 0], halves[self._rows, 1]
 
     def find(self, key: bytes) -> int | None:
-        """A key's row, None where there is none."""
+        """Return the row of a key, or None if it is missing."""
         high, low = np.frombuffer(key, ">u8").astype(np.uint64)
         start = np.searchsorted(self._high, high, side="left")
         stop = np.searchsorted(self._high, high, side="right")
@@ -358,6 +358,6 @@ class _Table:
 
 
 def differences(saved: Contents, now: Contents) -> list[str]:
-    """What differs, in words."""
+    """Describe each setting that differs."""
     pairs = {field.name: (getattr(saved, field.name), getattr(now, field.name)) for field in fields(Contents)}
     return [f"{name} was {was} and is {is_}" for name, (was, is_) in pairs.items() if was != is_]

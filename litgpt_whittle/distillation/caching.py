@@ -1,4 +1,4 @@
-"""Runs a teacher over all windows of the training data, once, and writes what it says into a cache."""
+"""Run a teacher once over all windows of the training data and write its predictions to a cache."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from litgpt_whittle.training.resume import set_epoch
 Item = TypeVar("Item")
 
 RunTeacher = Callable[[torch.Tensor], SoftTargets]
-"""Token ids (B, T) -> what the teacher says"""
+"""Token ids (B, T) -> the teacher's soft targets"""
 
 
 class Window(NamedTuple):
-    """What a teacher sees at once."""
+    """A sequence of tokens that the teacher is run on."""
 
     key: bytes
     ids: np.ndarray
@@ -46,21 +46,21 @@ class Window(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One reading of the training data."""
+    """One pass over the training data."""
 
     batches: Iterable[Any]
     n_windows: int | None
-    """How many there are, repeated ones counted; None where only reading tells"""
+    """Number of windows, including repeated ones; None if unknown before reading"""
     begins_alike: bool
-    """Whether a training begins with the same ones"""
+    """True if training begins with the same windows"""
 
 
 def whole_pass(loader: Any) -> Pass:
-    """All windows that a training dataloader may ever give.
+    """Return a pass over all windows that a training dataloader may yield in any epoch.
 
-    One that shuffles and drops the last batch leaves some out in each epoch, and others in the next. So its dataset is
-    read anew, in the order of the first epoch where that depends on nothing but a seed, else in the dataset's own. A
-    stream, or a loader that isn't PyTorch's own, is read as it comes.
+    A loader that shuffles and drops the last batch leaves out different windows in each epoch. Its whole dataset is
+    therefore read, in the order of the first epoch if that depends only on a seed, otherwise in the dataset's order.
+    Iterable datasets and loaders other than PyTorch's are read unchanged.
     """
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return Pass(loader, None, True)
@@ -74,15 +74,15 @@ def whole_pass(loader: Any) -> Pass:
 
 
 def unique_windows(batches: Iterable[Any], seq_length: int, max_tokens: int | None = None) -> Iterator[Window]:
-    """The different windows of training batches, in the order of their first appearance.
+    """Yield the distinct windows of training batches, in the order of first appearance.
 
     Args:
-        batches: What a data module's dataloader gives.
-        seq_length: The most tokens that the teacher sees of a sample.
-        max_tokens: Stops at the window that completes so many, repeated ones counted.
+        batches: Batches of a data module's dataloader.
+        seq_length: Maximum number of tokens per sample.
+        max_tokens: Stop after the window that reaches this number of tokens, including repeated windows.
 
     Raises:
-        UserError: If they differ in length.
+        UserError: If windows differ in length.
     """
     seen: set[bytes] = set()
     length, n_tokens = None, 0
@@ -112,25 +112,25 @@ def write_cache(
     progress: bool = False,
     in_step: bool = False,
 ) -> Index:
-    """Fills a cache, all processes together: each writes shards of its own. What is there is kept.
+    """Fill a cache, with each process writing shards of its own; existing shards are kept.
 
-    A shard's windows depend on the data alone, and so do the batches that the teacher sees them in. So the files are
-    the same with any number of processes, interrupted or not.
+    A shard's windows, and the batches in which the teacher sees them, depend on the data alone. The files are therefore
+    the same for any number of processes, interrupted or not.
 
     Args:
         folder: The cache's folder, with its index.
-        index: That index: finished shards that it knows are not read again.
+        index: The folder's index; the finished shards that it lists are not read again for their checksums.
         teacher: The teacher.
         data: The training data.
-        device: Where the teacher runs.
-        progress: Whether to show a bar, with the time that is left.
-        in_step: Whether the processes can run the teacher only all together, each on its own windows.
+        device: The teacher's device.
+        progress: If true, show a progress bar with the remaining time.
+        in_step: If true, all processes must run the teacher at the same time, each on its own windows.
 
     Returns:
         The complete index.
 
     Raises:
-        UserError: If there is no data, it isn't what finished shards were made from, or the disk is too small.
+        UserError: If there is no data, finished shards were made from other data, or the disk is too small.
     """
     contents = index.contents
     windows = unique_windows(data.batches, contents.max_seq_length, contents.max_tokens)
@@ -171,7 +171,7 @@ def write_cache(
 
 
 def _fill_in_step(fill: _Filler, group: list[tuple[int, tuple[Window, ...]]]) -> list[Shard]:
-    """Has each process write one shard; those with less to do run the teacher for the others' sake."""
+    """Write one shard on each process; processes with fewer batches run the teacher on dummy input to stay in step."""
     own = group[rank()] if rank() < len(group) else None
     n_own = 0 if own is None else fill.n_batches(own)
     n_most = max(gather(n_own))
@@ -182,7 +182,7 @@ def _fill_in_step(fill: _Filler, group: list[tuple[int, tuple[Window, ...]]]) ->
 
 
 def windows_per_shard(layout: Layout, contents: Any) -> int:
-    """How many windows a shard holds: whole batches, so that the teacher sees no batch in two parts."""
+    """Return the number of windows per shard, a multiple of the batch size, so that no batch spans two shards."""
     batch_bytes = layout.window_bytes * contents.micro_batch_size
     return max(1, contents.shard_bytes // batch_bytes) * contents.micro_batch_size
 
@@ -200,22 +200,22 @@ def _prepare(folder: Path, layout: Layout, n_windows: int | None, index: Index) 
 
 
 def _batched(items: Iterable[Item], n: int) -> Iterator[tuple[Item, ...]]:
-    """Tuples of n items, the last one of what is left."""
+    """Yield tuples of n items; the last may be shorter."""
     items = iter(items)
     while batch := tuple(islice(items, n)):
         yield batch
 
 
 class _Filler:
-    """Writes one shard, or finds it written.
+    """Writes one shard, or verifies an existing one.
 
     Args:
-        folder: The cache's.
-        layout: How shards are laid out.
+        folder: The cache's folder.
+        layout: The layout of the shards.
         teacher: The teacher.
-        device: Where it runs.
-        index: What is known so far.
-        tell: Is told how many tokens the teacher has seen.
+        device: The teacher's device.
+        index: The index so far.
+        tell: Called with the number of tokens after each batch of the teacher.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class _Filler:
         return self.known[i] if i < len(self.known) else Shard(len(keys), checksum_of(path))
 
     def n_batches(self, chunk: tuple[int, tuple[Window, ...]]) -> int:
-        """How often the teacher will be run for a shard."""
+        """Return the number of teacher batches that a shard still needs."""
         i, windows = chunk
         return 0 if shard_path(self.folder, i).is_file() else -(-len(windows) // self.contents.micro_batch_size)
 
@@ -259,30 +259,33 @@ class _Filler:
 
 
 def uniform_numbers(seed: int, window: Window, codec: Codec) -> np.ndarray:
-    """Random numbers in [0, 1) that depend on nothing but the seed and the window, shape (T, codec.n_uniform)."""
+    """Draw uniform numbers in [0, 1) that depend only on the seed and the window, shape (T, codec.n_uniform)."""
     rng = np.random.default_rng([seed, *np.frombuffer(window.key, "<u4").tolist()])
     return rng.random((len(window.ids), codec.n_uniform))
 
 
 @torch.no_grad()
 def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What is stored of a batch, on the CPU, shape (B · T, *codec.shape); logits exist chunk by chunk only.
+    """Encode a batch's targets chunk by chunk, so that its logits never exist whole.
 
     Args:
         codec: The codec.
-        said: What the teacher says about the batch.
-        uniform: Random numbers, shape (B · T, n_uniform).
-        device: Where the teacher runs.
+        said: The teacher's soft targets for the batch.
+        uniform: Random numbers in [0, 1), shape (B · T, n_uniform).
+        device: The teacher's device.
+
+    Returns:
+        The encoded targets, on the CPU, shape (B · T, *codec.shape).
 
     Raises:
-        UserError: If the teacher's logits are no numbers.
+        UserError: If the teacher's logits are NaN or +inf, or all -inf for a token.
     """
     size = max(32, CHUNK_ELEMENTS.get(device.type, 2**24) // codec.vocab_size)
     parts = []
     for start in range(0, len(uniform), size):
         rows = slice(start, min(start + size, len(uniform)))
         logits = said.chunk(rows.start, rows.stop)
-        # -inf is a token without probability, of which a row must not have nothing else
+        # -inf is a probability of 0; a row must have other entries as well
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
             raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")
         parts.append(codec.encode(logits, uniform[rows].to(device)).cpu())

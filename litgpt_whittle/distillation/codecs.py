@@ -1,6 +1,6 @@
-"""How a cached teacher's predictions are stored: so many bytes for every token.
+"""Codecs that store a cached teacher's predictions in a fixed number of bytes per token.
 
-A codec turns logits into an array of fixed shape per token, and that back into what a loss learns from. `litgpt
+A codec encodes logits as an array of fixed shape per token, and decodes it to the targets of a loss. `litgpt
 cache_teacher --codec NAME` finds these and those of other packages in the entry-point group `litgpt_whittle.codecs`.
 """
 
@@ -20,11 +20,11 @@ from litgpt_whittle.errors import UserError
 GROUP = "litgpt_whittle.codecs"
 
 CodecChoice = str | dict[str, dict[str, Any]]
-"""A codec's name, or that and its settings: `{"top_k": {"k": 32}}`"""
+"""A codec's name, or its name with settings: `{"top_k": {"k": 32}}`"""
 
 
 class Codec(ABC):
-    """Stores a teacher's predictions. A subclass takes its settings as keyword arguments after these.
+    """Base class of codecs. A subclass takes its settings as keyword arguments after these.
 
     Args:
         vocab_size: The teacher's padded vocabulary, V.
@@ -32,38 +32,38 @@ class Codec(ABC):
     """
 
     gives: Literal["logits", "distributions", "samples"]
-    """What `decode` gives. Logits serve any temperature and any loss; distributions, over some tokens and one event
-    that stands for all others, serve losses of probabilities; samples serve those that are linear in them."""
+    """Kind of targets that `decode` returns. Logits serve any temperature and any loss; distributions, over some
+    tokens and one event for all others, serve losses of probabilities; samples serve those linear in them."""
     dtype: str
-    """What a token's array holds, as NumPy names it"""
+    """NumPy dtype of a token's array"""
     shape: tuple[int, ...]
-    """Its shape"""
+    """Shape of a token's array"""
     n_uniform: int = 0
-    """Random numbers that a token takes"""
+    """Random numbers needed per token"""
 
     def __init__(self, vocab_size: int, temperature: float) -> None:
         self.vocab_size, self.temperature = vocab_size, temperature
 
     @property
     def n_bytes(self) -> int:
-        """Bytes per token."""
+        """Return the bytes per token."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
     @abstractmethod
     def encode(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """What to store.
+        """Encode logits for storage.
 
         Args:
-            logits: The teacher's, shape (n, V), at least fp32, to be overwritten at will.
+            logits: The teacher's logits, shape (n, V), at least fp32; may be overwritten.
             uniform: Random numbers in [0, 1), fp64, shape (n, n_uniform).
 
         Returns:
-            Shape (n, *shape), of type `dtype`.
+            The array to store, shape (n, *shape), of type `dtype`.
         """
 
     @abstractmethod
     def decode(self, stored: torch.Tensor) -> torch.Tensor | SparseTargets:
-        """What a loss learns from: new tensors, of n tokens, from those of `encode`."""
+        """Decode arrays of `encode` for n tokens to the targets of a loss, in new tensors."""
 
 
 class Full(Codec):
@@ -84,17 +84,17 @@ class Full(Codec):
 
 
 class TopK(Codec):
-    """The k most likely tokens, their probabilities, and that of all others together: 4 · k bytes.
+    """The k most likely tokens, their probabilities, and the total probability of all others: 4 · k bytes.
 
-    A token takes 32 bits: its id as many as the vocabulary needs, then, in up to 16, how much less likely it is than
-    the most likely one, in nats from 0 to 64, as which still less likely ones count. A probability is off by at most
-    0.05 % for V up to 65,536. The most likely token has no such distance from itself; in its place stands that of the
-    tail, from -16 to 48. What is decoded adds up to 1.
+    A token takes 32 bits: its id, in as many bits as the vocabulary needs, then in up to 16 bits the gap of its
+    log-probability to that of the most likely token, from 0 to 64 nats; larger gaps are clamped. A probability is off
+    by at most 0.05 % for V up to 65,536. The most likely token's gap is 0, so its bits hold that of the tail, from -16
+    to 48 nats. Decoded probabilities add up to 1.
 
     Args:
         vocab_size: The teacher's padded vocabulary, V.
         temperature: Divides logits before they become probabilities.
-        k: Tokens that are stored.
+        k: Number of tokens to store.
     """
 
     gives = "distributions"
@@ -113,7 +113,7 @@ class TopK(Codec):
         log_p = torch.log_softmax(logits / self.temperature, dim=-1)
         top, ids = log_p.topk(self.k)
         first = top[:, :1]
-        # a tail is at most V times as likely as the most likely token: its distance is above -16
+        # the tail is less than V times as likely as the most likely token, so its gap is above -16 nats
         distances = torch.cat((first - log_rest(log_p, ids) + 16, first - top[:, 1:]), 1)
         codes = (distances / self._step).round().clamp(0, self._none - 1)
         codes = torch.where(distances.isinf(), float(self._none), codes).long()
@@ -130,15 +130,15 @@ class TopK(Codec):
 
 
 class Sampled(Codec):
-    """Random draws from the teacher's distribution, which equal it on average (arXiv 2503.16870): 2 or 3 bytes each.
+    """Random draws from the teacher's distribution, which equal it on average (arXiv 2503.16870): 1 to 3 bytes each.
 
-    One draw comes from each of `draws` equal parts of the distribution (stratified sampling): unbiased as independent
-    draws are, and never of higher variance.
+    One draw comes from each of `draws` equal parts of the distribution (stratified sampling): unbiased like independent
+    draws, and never of higher variance.
 
     Args:
         vocab_size: The teacher's padded vocabulary, V.
         temperature: Divides logits before they become probabilities.
-        draws: How many; each stands for a probability of 1 / draws.
+        draws: Number of draws; each stands for a probability of 1 / draws.
     """
 
     gives = "samples"
@@ -152,16 +152,16 @@ class Sampled(Codec):
         self.shape = (draws, id_bytes(vocab_size))
 
     def encode(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        # in fp64, because a sum of many small numbers would lose those of unlikely tokens
+        # fp64, because unlikely tokens would be lost in an fp32 cumulative sum
         cumulative = torch.softmax(logits.double() / self.temperature, dim=-1).cumsum(-1)
         part = torch.arange(self.draws, device=logits.device)
         total = cumulative[:, -1:]
         places = torch.minimum((part + uniform) / self.draws * total, torch.nextafter(total, torch.zeros_like(total)))
-        ids = torch.searchsorted(cumulative, places, right=True)  # the first token whose sum is above
+        ids = torch.searchsorted(cumulative, places, right=True)  # the first token whose cumulative sum is larger
         return pack_ids(ids, self.vocab_size)
 
     def decode(self, stored: torch.Tensor) -> SparseTargets:
-        """Equal draws, which lie side by side, become one with their probabilities' sum, so that a KL has a meaning."""
+        """Merge equal draws, which are adjacent, into one with the sum of their probabilities, as a KL requires."""
         ids = unpack_ids(stored)
         counts = (ids.unsqueeze(2) == ids.unsqueeze(1)).sum(2)
         is_first = torch.ones_like(ids, dtype=torch.bool)
@@ -170,36 +170,36 @@ class Sampled(Codec):
 
 
 def make_codec(choice: CodecChoice, vocab_size: int, temperature: float) -> Codec:
-    """The codec of a name, with its settings.
+    """Return the codec of the given name and settings.
 
     Raises:
-        UserError: If there is none of that name, or it does not take a setting.
+        UserError: If the name is unknown, or the codec does not accept a setting.
     """
     ((name, settings),) = with_settings(choice).items()
     return registry.lookup(GROUP, name)(vocab_size, temperature, **settings)
 
 
 def with_settings(choice: CodecChoice) -> dict[str, dict[str, Any]]:
-    """A codec's name and all its settings, those left out as they are by default.
+    """Return a codec's name and all of its settings, including defaults.
 
     Raises:
-        UserError: As `make_codec` does.
+        UserError: As in `make_codec`.
     """
     return registry.with_settings(GROUP, choice, "codec", n_given=2)
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Bytes that a token id takes."""
+    """Return the bytes per token id."""
     return -(-max(vocab_size - 1, 1).bit_length() // 8)
 
 
 def pack_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Token ids as bytes, the lowest first: shape (…, id_bytes)."""
+    """Pack token ids into bytes, lowest byte first, shape (…, id_bytes)."""
     shifts = 8 * torch.arange(id_bytes(vocab_size), device=ids.device)
     return (ids.long().unsqueeze(-1) >> shifts & 0xFF).to(torch.uint8)
 
 
 def unpack_ids(stored: torch.Tensor) -> torch.Tensor:
-    """Token ids, int64, of what `pack_ids` gave."""
+    """Return the token ids, int64, packed by `pack_ids`."""
     shifts = 8 * torch.arange(stored.size(-1), device=stored.device)
     return (stored.long() << shifts).sum(-1)

@@ -1,8 +1,8 @@
-"""LM head and losses in chunks of tokens, so that nobody's logits ever exist whole.
+"""LM head and losses in chunks of tokens, so that the full logits of student and teacher never exist in memory.
 
-At 8,192 tokens and a vocabulary of 50k one set of logits takes 1.6 GB in fp32, and the plain formula keeps several,
-the teacher's among them. Here a chunk's logits are made, scored, turned into their gradient and thrown away before
-the next chunk's: forward computes the gradients too, and backward only hands them out (as Liger's fused loss does).
+At 8,192 tokens and a vocabulary of 50k one set of logits takes 1.6 GB in fp32, and the plain formula stores several,
+including the teacher's. Here each chunk's logits are computed, scored, turned into their gradient and freed before the
+next chunk's: forward computes the gradients too, and backward only returns them (like Liger's fused loss).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
 from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets, with_empty_entry
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-"""Logits per chunk. On a CPU, buffers up to 32 MB are reused by malloc, larger ones come as fresh pages each time."""
+"""Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time."""
 
 PART_ELEMENTS = {"cpu": 2**19}
-"""Logits of a chunk that are scored at once, all where nothing is said: many passes over 2 MB stay in a CPU's cache."""
+"""Logits of a chunk that are scored at once; by default all. Repeated passes over 2 MB stay in a CPU's cache."""
 TILE = (512, 1024)
-"""Tokens and vocabulary entries whose logits a CPU makes and scores at once where only a cross-entropy is asked for."""
+"""Tokens and vocabulary entries whose logits a CPU computes and scores at once if only a cross-entropy is needed."""
 
 
 class HeadInput(NamedTuple):
-    """What an LM head is called with, and its parameters at that moment: whole even where they are sharded."""
+    """An LM head's input, and its parameters during the forward pass, gathered even if the model is sharded."""
 
     hidden: torch.Tensor  # (B, T, n_embd)
     weight: torch.Tensor  # (V, n_embd)
@@ -37,9 +37,9 @@ class HeadInput(NamedTuple):
 
 
 class HeadTap(nn.Linear):
-    """Takes an LM head's place, and its parameters under their names, to catch what it is called with.
+    """Replaces an LM head, with its parameters under the same names, to capture the head's input.
 
-    While `tapping`, it keeps its input and returns nothing, so litgpt's own forward ends at the hidden states.
+    While `tapping`, it stores its input and returns no logits, so that litgpt's own forward ends at the hidden states.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -57,7 +57,7 @@ class HeadTap(nn.Linear):
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> HeadInput:
-    """Runs a litgpt model up to its LM head.
+    """Run a litgpt model up to its LM head, and return the head's input and parameters.
 
     Args:
         model: A litgpt `GPT`; its head is replaced by a `HeadTap` with the same parameters at the first call.
@@ -71,33 +71,36 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> HeadInput:
 
 
 def tap_head(model: nn.Module) -> HeadTap:
-    """Puts a `HeadTap` in the place of the model's LM head, once."""
+    """Replace the model's LM head with a `HeadTap`, unless it is one already, and return it."""
     if not isinstance(model.lm_head, HeadTap):
         model.lm_head = HeadTap(model.lm_head)
     return model.lm_head
 
 
 class SoftTargets(Protocol):
-    """What a teacher says about one batch's tokens, in the order of the flattened batch.
+    """A teacher's targets for the tokens of one batch, flattened.
 
-    Where the student's vocabulary may have another size, `n_entries` is the teacher's.
+    If the student's vocabulary may have another size, the attribute `n_entries` is the teacher's.
     """
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
-        """About tokens `start` to `stop`: logits, (stop - start, V), at least fp32, for the caller to overwrite."""
+        """Return the targets of tokens `start` to `stop`: sparse ones, or logits (stop - start, V), at least fp32.
+
+        The caller may overwrite them.
+        """
         ...
 
 
 class TeacherLogits:
-    """A teacher's logits for one batch, made chunk by chunk.
+    """A teacher's logits for one batch, computed chunk by chunk.
 
-    Deliberately opaque: as a tuple or dataclass Fabric would cast its tensors to the student's precision, head
-    weights included, at every step.
+    Deliberately opaque: Fabric would cast the tensors of a tuple or dataclass, head weights included, to the student's
+    precision at every step.
 
     Args:
         head_input: The teacher's hidden states and head.
         softcap: litgpt's `final_logit_softcapping`.
-        streams: What its stream was at the places that are matched, each (B, T, n_embd).
+        streams: The teacher's hidden states at the matched places, each (B, T, n_embd).
     """
 
     def __init__(
@@ -109,32 +112,32 @@ class TeacherLogits:
         self.softcap, self.n_entries = softcap, head_input.weight.size(0)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        """Logits of tokens `start` to `stop`, shape (stop - start, V), at least fp32, for the caller to overwrite."""
+        """Return logits of tokens `start` to `stop`, (stop - start, V), at least fp32; may be overwritten."""
         return _logits(self.hidden[start:stop], self.weight, self.bias, self.softcap)
 
 
 class HeadLosses(NamedTuple):
-    """Scalars: what to differentiate, and its parts, without gradients and weights."""
+    """Scalars: the loss to differentiate, and its parts, detached and without alpha, beta and T²."""
 
     loss: torch.Tensor
     ce: torch.Tensor
     distill: torch.Tensor
     hidden: torch.Tensor | None = None
-    """Where the stream is matched too: that part, with its weight"""
+    """The hidden-state loss, weighted, if hidden states are matched"""
 
 
 class LossModel(nn.Module):
-    """A litgpt model that gives its losses instead of its logits: the root module that is compiled and sharded.
+    """A litgpt model that returns its losses instead of logits: the root module that is compiled and sharded.
 
-    The head belongs inside its forward, because under FSDP2 a root's parameters are whole only there.
+    The head runs inside its forward, because under FSDP2 a root's parameters are gathered only there.
 
     Args:
         model: The litgpt model; its head is replaced by a `HeadTap` with the same parameters.
-        hidden: Adds a distance between the two models' streams (`litgpt_whittle.distillation.hidden`).
+        hidden: Loss between the two models' hidden states (`litgpt_whittle.distillation.hidden`).
     """
 
     objective = Objective()
-    """What `loss` is. No argument, because Fabric's wrapper would take it apart, nor a part of the compiled graph."""
+    """The current objective. An attribute, because Fabric unpacks arguments, and not part of the compiled graph."""
 
     def __init__(self, model: nn.Module, hidden: nn.Module | None = None) -> None:
         super().__init__()
@@ -142,12 +145,12 @@ class LossModel(nn.Module):
         self.model, self.hidden = model, hidden
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, teacher: SoftTargets | None = None) -> HeadLosses:
-        """Losses of one batch.
+        """Return the losses of one batch.
 
         Args:
             input_ids: Token ids, shape (B, T).
             targets: Next tokens, shape (B, T).
-            teacher: What the teacher says about `input_ids`; without, the loss has no part for it.
+            teacher: The teacher's targets for `input_ids`; if None, the loss has no distillation term.
         """
         softcap = self.model.config.final_logit_softcapping
         is_matched = self.hidden is not None and teacher is not None
@@ -170,18 +173,18 @@ def head_loss(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> HeadLosses:
-    """LM head and losses, means over the tokens that are not `IGNORE_INDEX`.
+    """Apply the LM head and return the losses, means over the tokens that are not `IGNORE_INDEX`.
 
-    The matmuls run in the autocast dtype where autocast is on, as litgpt's head does; all else in fp32 (float64
-    if the hidden states are).
+    Under autocast the matmuls run in its dtype, as in litgpt's head; all else is fp32 (float64 if the hidden states
+    are).
 
     Args:
         head_input: The student's hidden states (B, T, n_embd) and head.
-        targets: Next tokens, shape (B, T); without, all tokens count and there is no cross-entropy.
-        objective: The loss.
-        teacher: What the teacher says; without, the loss has no part for it.
+        targets: Next tokens, shape (B, T); if None, all tokens count and the cross-entropy is 0.
+        objective: The objective.
+        teacher: The teacher's targets; if None, the loss has no distillation term.
         softcap: litgpt's `final_logit_softcapping`.
-        chunk_size: Tokens per chunk; chosen by the vocabulary's size by default.
+        chunk_size: Tokens per chunk; by default set by the vocabulary's size.
     """
     hidden, weight, bias = head_input
     hidden = hidden.reshape(-1, hidden.size(-1))
@@ -196,7 +199,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are computed forward, while a chunk's logits exist."""
+    """Computes the gradients in forward, while a chunk's logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, task: _Task):
@@ -208,7 +211,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_):
         if ctx.grads is None:
             raise RuntimeError("the chunked head's gradients were already handed out; call it again")
-        # in place: at a large vocabulary the head's gradient is as large as a chunk's logits
+        # in place, because with a large vocabulary the head's gradient is as large as a chunk's logits
         grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.grads)
         ctx.grads = None
         return *grads, None, None
@@ -222,7 +225,7 @@ class _Task:
     chunk_size: int
 
     def run(self, hidden, weight, bias, targets, needs: tuple[bool, bool, bool]):
-        """The three losses and the gradients of the first that are needed, for hidden, weight and bias."""
+        """Return the three losses, and the needed gradients of the first for hidden, weight and bias."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
@@ -234,7 +237,7 @@ class _Task:
             return losses, grads.finish(hidden, weight, bias)
 
     def _run(self, h, w, b, targets, needs: tuple[bool, bool, bool]):
-        """The three losses, and the gradients before they have their inputs' precision again."""
+        """Return the three losses, and the gradients before the cast to their inputs' dtypes."""
         exact = torch.promote_types(h.dtype, torch.float32)
         grads = _Gradients(h, w, b, needs, exact)
         share = _shares(h, targets, exact)
@@ -259,7 +262,7 @@ class _Task:
         return (total, ce, distill), grads
 
     def _score(self, logits, share, taught, targets, with_grad: bool) -> _Scores:
-        """The losses of some tokens, whose logits are overwritten: by their gradients where there are any."""
+        """Return the losses of some tokens, and overwrite their logits, by their gradients if `with_grad`."""
         cap_slope = self._cap_slope(logits) if with_grad else None
         scores = _Scores(logits, share.unsqueeze(1), with_grad)
         if taught is not None:
@@ -275,12 +278,12 @@ class _Task:
         return scores
 
     def _cap_slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """d softcap(x) / dx = 1 - tanh²."""
+        """Return d softcap(x) / dx = 1 - tanh², or None without a softcap."""
         return None if self.softcap is None else 1 - (logits / self.softcap).square_()
 
 
 class _Gradients:
-    """Sums what the chunks' logit gradients give for the head and its input."""
+    """Accumulates the gradients of the head and its input from the chunks' logit gradients."""
 
     def __init__(self, h, w, b, needs: tuple[bool, bool, bool], exact: torch.dtype) -> None:
         self.h, self.w = h, w
@@ -309,8 +312,8 @@ class _Scores:
 
     Args:
         logits: (n, V), overwritten.
-        share: Each token's part of the mean, 0 where it does not count, (n, 1).
-        with_grad: Whether to compute `grad`, (n, V).
+        share: Each token's weight in the mean, 0 if it does not count, (n, 1).
+        with_grad: If true, compute `grad`, (n, V).
     """
 
     def __init__(self, logits, share, with_grad: bool) -> None:
@@ -319,7 +322,7 @@ class _Scores:
         self.ce = self.distill = logits.new_zeros(())
 
     def add_cross_entropy(self, targets: torch.Tensor, alpha: float) -> None:
-        """Targets are (n,), valid token ids also where a token does not count."""
+        """Add the cross-entropy with targets (n,), which must be valid token ids even for tokens that do not count."""
         targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
         self.ce = self._mean(-log_p.gather(1, targets))
@@ -331,7 +334,7 @@ class _Scores:
         self._add_grad(grad)
 
     def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
-        """Add the distance over the first n entries, which the teacher has too; the others get no gradient from it."""
+        """Add the distance over the first n entries, shared with the teacher; the others get no gradient from it."""
         logits = self.logits[:, :n]
         if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
             logits = with_empty_entry(logits, objective.temperature)
@@ -357,9 +360,9 @@ class _Scores:
         log_t = F.log_softmax(teacher.div_(t), dim=-1)
         log_s = F.log_softmax(self.logits / t, dim=-1)
         p_t = torch.exp(log_t, out=teacher)
-        # logits that are not a number make all of a row so, and stay to be seen
+        # 0, or NaN for a row with NaN logits, which nan_to_num would hide
         broken = 0 * (log_s.amax(-1, keepdim=True) + p_t.amax(-1, keepdim=True))
-        # 0 · inf of tokens without probability counts as 0; in place, since a mask would take memory of its own
+        # 0 · inf of tokens with probability 0 counts as 0; in place, because a mask would need extra memory
         kl = log_t.sub_(log_s).mul_(p_t).nan_to_num_(0.0, torch.inf, -torch.inf).sum(-1, keepdim=True) + broken
         self.distill = self.distill + weight * self._mean(kl)
         if self.with_grad:
@@ -367,18 +370,18 @@ class _Scores:
             self._add_grad(log_s.exp_().sub_(p_t).mul_(slope * self.share))
 
     def _add_sparse_forward_kl(self, teacher: SparseTargets, t: float, weight: float, slope: float) -> None:
-        """The tail counts as one event, whose probability is the sum of its tokens'."""
+        """Add the forward KL to sparse targets; the tail is one event with the summed probability of its tokens."""
         log_s = F.log_softmax(self.logits / t, dim=-1)
         known, p = log_s.gather(1, teacher.ids), teacher.log_p.exp()
         kl = torch.where(p > 0, p * (teacher.log_p - known), 0.0).sum(-1, keepdim=True)
         q, scale = log_s.exp_(), slope * self.share
         if teacher.log_tail is not None and teacher.ids.size(1) < q.size(1):
-            # the known tokens' places in q are not needed again: without them it adds up to the tail
+            # the known tokens' entries of q are no longer needed; with them zeroed, q sums to the tail
             tail = q.scatter_(1, teacher.ids, 0.0).sum(-1, keepdim=True)
             behind = teacher.log_tail - tail.clamp(min=torch.finfo(tail.dtype).tiny).log()
             kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * behind, 0.0)
             if self.with_grad:
-                # a tail token's part of q_tail is scaled to the teacher's tail; where that underflows its tokens do too
+                # tail tokens' probabilities are rescaled to the teacher's tail; if q_tail underflows, so do its tokens'
                 q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
         elif self.with_grad:
             q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
@@ -405,24 +408,24 @@ class _Scores:
             self._add_grad(grad.mul_(objective.beta * t**2))
 
     def _mean(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return this chunk's part of the mean of losses, (n, 1); one that does not count may be infinite."""
+        """Return this chunk's part of the mean of losses (n, 1); those that do not count may be infinite."""
         return (losses.masked_fill(self.share == 0, 0.0) * self.share).sum()
 
     def _add_grad(self, grad: torch.Tensor) -> None:
-        # into the newer one: the cross-entropy's are the logits' memory, where all are wanted in the end
+        # into the newer tensor: the cross-entropy's gradient reuses the logits' memory, the final destination
         self.grad = grad if self.grad is None else grad.add_(self.grad)
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
-    """Each token's part of the mean, (N,)."""
+    """Return each token's weight in the mean, (N,)."""
     valid = hidden.new_ones(len(hidden), dtype=torch.bool) if targets is None else targets != IGNORE_INDEX
     return valid.to(dtype) / valid.sum().clamp(min=1)
 
 
 def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torch.Tensor:
-    """The mean cross-entropy without gradients, in tiles of tokens and of the vocabulary.
+    """Return the mean cross-entropy without gradients, in tiles of tokens and of the vocabulary.
 
-    No logits are needed but the target's and the logarithm of the sum of all, which adds up over the tiles.
+    Only the target's logit and the log-sum-exp of all logits are needed, which accumulates over the tiles.
     """
     n_rows, n_entries = TILE
     ce = 0.0
@@ -443,6 +446,6 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
 
 
 def _logits(hidden, weight, bias, softcap: float | None) -> torch.Tensor:
-    """litgpt's head on (n, n_embd): (n, V), at least fp32."""
+    """Return the logits of litgpt's head for hidden states (n, n_embd), (n, V), at least fp32."""
     logits = wide(F.linear(hidden, weight, bias))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

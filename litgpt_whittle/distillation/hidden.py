@@ -1,7 +1,7 @@
-"""Matching a student's residual stream to its teacher's, layer by layer, besides what the two predict.
+"""Layer-wise matching of a student's residual stream to its teacher's, in addition to their predictions.
 
-A student that was cut out of its teacher knows which of the teacher's layers and channels its own came from, so that
-they are compared directly, with nothing to be learned in between.
+The layers and channels of a student that was cut from its teacher correspond to some of the teacher's, so that they are
+compared directly, without a learned projection.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from litgpt_whittle.training.args import HiddenArgs
 
 
 class Place(NamedTuple):
-    """Where a model's stream is looked at."""
+    """A place in a model whose hidden states are matched."""
 
     layer: int
     kind: str
-    """"block": the stream behind the layer; "attn": what its attention adds to it"""
+    """"block": the residual stream after the layer; "attn": the output of its attention"""
 
     def module(self, model: GPT) -> nn.Module:
-        """The module whose output it is."""
+        """Return the module that outputs these hidden states."""
         block = model.transformer.h[self.layer]
         return block if self.kind == "block" else block.attn
 
 
 class Watch:
-    """Keeps what a model has at some places while it runs, for whoever takes it.
+    """Records a model's hidden states at some places in each forward pass, while `is_on`.
 
     Args:
         model: The model.
-        places: Where.
+        places: The places to record.
     """
 
     def __init__(self, model: GPT, places: Iterable[Place]) -> None:
@@ -54,21 +54,21 @@ class Watch:
         return keep
 
     def take(self) -> dict[Place, torch.Tensor]:
-        """What was seen since the last time, each (B, T, n_embd)."""
+        """Return and clear the recorded hidden states, each (B, T, n_embd)."""
         seen, self._seen = self._seen, {}
         return seen
 
 
 class HiddenLoss(nn.Module):
-    """How far a student's stream is from its teacher's at all matched places, the mean over places and tokens.
+    """Weighted distance between a student's and its teacher's hidden states, averaged over matched places and tokens.
 
     Args:
         student: The student.
         teacher: The teacher's config.
-        args: What is matched, and how.
-        subnet: Which part of its teacher the student is; not needed with a learned projection.
-        basis: Its channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher), where they are
-            no choice of them.
+        args: The settings of the loss.
+        subnet: Sub-network of the teacher that the student is; not needed with a learned projection.
+        basis: The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher), if they
+            are not a selection of them.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class HiddenLoss(nn.Module):
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each kind of place counts."""
+        """Return the weight of each kind of place."""
         return {"block": self.args.weight, "attn": self.args.attention}
 
     def forward(self, teacher: Mapping[Place, torch.Tensor], counts: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the weighted loss, of what the student had since the last time.
+        """Return the weighted loss on the student's recorded hidden states, and clear them.
 
         Args:
-            teacher: What the teacher had at its places, each (B, T, n_embd_teacher).
+            teacher: The teacher's hidden states by place, each (B, T, n_embd_teacher).
             counts: A mask of the tokens that count, shape (B, T); by default all do.
         """
         seen = self.watch.take()
@@ -127,7 +127,7 @@ class HiddenLoss(nn.Module):
         if self.args.loss == "cosine":
             distances = 1 - nn.functional.cosine_similarity(student, target, dim=-1)
             return (distances * mask).sum() / mask.sum().clamp(min=1)
-        # the stream grows with depth: relative to what the teacher has, all layers have the same say
+        # relative to the teacher's norm, because the stream grows with depth and deep layers would dominate
         off, size = ((x.square().sum(-1) * mask).sum() for x in (student - target, target))
         return off / size.clamp(min=torch.finfo(size.dtype).tiny)
 

@@ -1,11 +1,11 @@
-"""Distillation losses: how far a student's predictions are from its teacher's.
+"""Distillation losses between a student's and its teacher's predictions.
 
-Each is a pure function of both for N tokens, and gives the loss of every token. What it is given are log-probabilities
-of the tempered distributions, over the whole vocabulary or over the tokens that a cached teacher knows and a last entry
-for all others together; or, where it is marked so, logits. All is fp32 (float64 stays). A token to which the teacher
-gives no probability, its logit being -inf, contributes nothing; a loss is infinite only where its definition is. T² and
-means over tokens are its caller's (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME` finds
-them, and those of other packages, in the entry-point group `litgpt_whittle.losses`.
+Each is a pure function of both for N tokens and returns one loss per token. Its inputs are log-probabilities of the
+tempered distributions, over the whole vocabulary or over the tokens stored by a cached teacher and a last entry for all
+others together; or logits, if it is marked with `on_logits`. All is fp32 (float64 stays). A token to which the teacher
+assigns probability 0, its logit being -inf, contributes nothing; a loss is infinite only if its definition is. The
+caller applies T² and the mean over tokens (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME`
+finds these losses, and those of other packages, in the entry-point group `litgpt_whittle.losses`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from litgpt_whittle.errors import UserError
 IGNORE_INDEX = -100
 
 Loss = Callable[..., torch.Tensor]
-"""(student (N, V), teacher (N, V)) -> (N,), and settings by keyword. Two attributes may be set on it:
+"""(student (N, V), teacher (N, V)) -> (N,), with settings as keyword arguments. Two attributes may be set on it:
 
-`on_logits`: it takes logits, divided by the temperature, and cannot learn from a teacher of which a part is known.
-`is_linear`: its gradient is linear in the teacher's probabilities, so that unbiased samples of these will do.
+`on_logits`: it takes logits, divided by the temperature, and cannot learn from sparse targets.
+`is_linear`: its gradient is linear in the teacher's probabilities, so that unbiased samples of them suffice.
 """
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) in nats (Hinton et al., arXiv 1503.02531)."""
+    """Return KL(teacher ‖ student) in nats (Hinton et al., arXiv 1503.02531)."""
     return _mean(teacher, teacher - student)
 
 
@@ -37,7 +37,7 @@ forward_kl.is_linear = True
 
 
 def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """-Σ p log q in nats, for the teacher's p and the student's q; `forward_kl` but for the teacher's entropy."""
+    """Return -Σ p log q in nats, for the teacher's p and the student's q; `forward_kl` plus the teacher's entropy."""
     return _mean(teacher, -student)
 
 
@@ -45,24 +45,24 @@ soft_cross_entropy.is_linear = True
 
 
 def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(student ‖ teacher) in nats: rather miss a mode than put mass where the teacher has none (arXiv 2306.08543)."""
+    """Return KL(student ‖ teacher) in nats, which is mode-seeking (arXiv 2306.08543)."""
     return forward_kl(teacher, student)
 
 
 def symmetric_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The mean of `forward_kl` and `reverse_kl`."""
+    """Return the mean of `forward_kl` and `reverse_kl`."""
     return (forward_kl(student, teacher) + reverse_kl(student, teacher)) / 2
 
 
 def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
-    """The generalised Jensen–Shannon divergence in nats (arXiv 2306.13649): β KL(p ‖ m) + (1 - β) KL(q ‖ m).
+    """Return the generalised Jensen–Shannon divergence in nats (arXiv 2306.13649): β KL(p ‖ m) + (1 - β) KL(q ‖ m).
 
     p is the teacher's distribution, q the student's, m = β p + (1 - β) q. At most ln 2.
 
     Args:
         student: Log-probabilities, shape (N, V).
         teacher: Log-probabilities, shape (N, V).
-        beta: The teacher's part in the mixture, between 0 and 1; 0.5 is the plain one.
+        beta: The teacher's weight in the mixture, between 0 and 1; 0.5 is the plain divergence.
     """
     if not 0 < beta < 1:
         raise UserError(f"jensen_shannon's beta must be between 0 and 1, got {beta}; 0.5 is the plain one")
@@ -73,17 +73,17 @@ def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float = 0
 
 
 def total_variation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """½ Σ |p - q|, between 0 and 1."""
+    """Return the total variation distance ½ Σ |p - q|, between 0 and 1."""
     return (teacher.exp() - student.exp()).abs().sum(-1) / 2
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """1 - the cosine between both vectors of probabilities."""
+    """Return 1 - the cosine similarity of the two probability vectors."""
     return 1 - F.cosine_similarity(student.exp(), teacher.exp(), dim=-1)
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The mean squared difference of the logits."""
+    """Return the mean squared difference of the logits."""
     return _mean_difference(student, teacher, torch.square)
 
 
@@ -91,7 +91,7 @@ mse.on_logits = True
 
 
 def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The mean absolute difference of the logits."""
+    """Return the mean absolute difference of the logits."""
     return _mean_difference(student, teacher, torch.abs)
 
 
@@ -99,7 +99,7 @@ l1.on_logits = True
 
 
 def _mean(log_weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Σ exp(log_weights) · values; entries without any weight do not count, infinite ones neither."""
+    """Return Σ exp(log_weights) · values; entries with weight 0 do not count, even if their value is infinite."""
     weights = log_weights.exp()
     return (weights * values.masked_fill(weights == 0, 0.0)).sum(-1)
 
@@ -107,12 +107,12 @@ def _mean(log_weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def _mean_difference(
     student: torch.Tensor, teacher: torch.Tensor, size: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return the mean size of the logits' differences over the tokens that the teacher finds possible."""
+    """Return the mean of `size` of the logits' differences over the tokens whose teacher logit is not -inf."""
     is_impossible = teacher == -math.inf
     sizes = size((student - teacher).masked_fill(is_impossible, 0.0))
     return sizes.sum(-1) / (~is_impossible).sum(-1)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32."""
+    """Cast to fp32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""What a student learns from at some point of its training: which losses, with which weights, at which temperature."""
+"""The training objective at a point of training: losses, weights and temperature."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Objective:
 
 
 class SparseTargets(NamedTuple):
-    """What a cached teacher knows of its distributions for n tokens: the probabilities of some tokens each."""
+    """A teacher's distributions for n tokens, stored sparsely: the probabilities of K vocabulary entries each."""
 
     ids: torch.Tensor
-    """Token ids, int64, shape (n, K); all different for a token where there is a tail"""
+    """Token ids, int64, shape (n, K); distinct within a row if there is a tail"""
     log_p: torch.Tensor
-    """Their log-probabilities, at least fp32, shape (n, K); -inf for places that are not used"""
+    """Their log-probabilities, at least fp32, shape (n, K); -inf for unused entries"""
     log_tail: torch.Tensor | None
-    """The log-probability of all other tokens together, shape (n, 1); None where the known ones are samples"""
+    """Log-probability of all other tokens together, shape (n, 1); None if the entries are samples"""
 
     def to(self, dtype: torch.dtype) -> SparseTargets:
-        """The same in another precision."""
+        """Return the targets with another floating-point dtype."""
         return SparseTargets(self.ids, self.log_p.to(dtype), None if self.log_tail is None else self.log_tail.to(dtype))
 
     def split(self, n: int) -> list[SparseTargets]:
-        """About n tokens each, and the rest, as `torch.Tensor.split`."""
+        """Split into parts of n tokens, the last possibly smaller, like `torch.Tensor.split`."""
         ids, log_p = self.ids.split(n), self.log_p.split(n)
         log_tail = [None] * len(ids) if self.log_tail is None else self.log_tail.split(n)
         return [SparseTargets(*parts) for parts in zip(ids, log_p, log_tail)]
@@ -54,17 +54,17 @@ class SparseTargets(NamedTuple):
 def log_probabilities(
     logits: torch.Tensor, teacher: torch.Tensor | SparseTargets, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both tempered distributions over the same events, as logarithms.
+    """Return the log-probabilities of both tempered distributions over the same events.
 
-    The events are the vocabulary, or the tokens that are known of the teacher and one that stands for all others.
+    The events are the vocabulary, or for sparse targets the teacher's known tokens and one event for all others.
 
     Args:
-        logits: The student's, shape (n, V).
-        teacher: Its logits, shape (n, V), or what is known of its distribution at this temperature.
+        logits: The student's logits, shape (n, V).
+        teacher: The teacher's logits, shape (n, V), or its sparse targets at this temperature.
         temperature: Divides logits.
 
     Returns:
-        The student's and the teacher's, shape (n, V) or (n, K + 1).
+        The student's and the teacher's, shape (n, V), or (n, K + 1) for sparse targets, (n, K) without a tail.
     """
     student = torch.log_softmax(logits / temperature, dim=-1)
     if isinstance(teacher, torch.Tensor):
@@ -76,11 +76,11 @@ def log_probabilities(
 
 
 def log_rest(log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The log-probability of all tokens but some, shape (n, 1).
+    """Return the log-probability of all tokens except `ids`, shape (n, 1).
 
     Args:
         log_p: Log-probabilities, shape (n, V).
-        ids: The tokens that are left out, shape (n, K).
+        ids: The tokens to exclude, shape (n, K).
     """
     rest = log_p.scatter(1, ids, -torch.inf)
     is_empty = (rest == -torch.inf).all(-1, keepdim=True)  # where logsumexp has no gradient

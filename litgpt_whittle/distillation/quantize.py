@@ -1,4 +1,4 @@
-"""A teacher in fewer bits, by bitsandbytes: it only runs forward, so that it need not be exact."""
+"""Quantise a teacher with bitsandbytes; it only runs forward, so it need not be exact."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import nn
 from litgpt_whittle.errors import UserError
 
 BITS = {
-    # a scale in fp32 for each 64 weights; with "dq" it is itself quantised
+    # an fp32 scale per 64 weights; "dq" (double quantisation) quantises the scales, too
     "bnb.nf4": 4 + 32 / 64,
     "bnb.nf4-dq": 4 + 8 / 64,
     "bnb.fp4": 4 + 32 / 64,
     "bnb.fp4-dq": 4 + 8 / 64,
     "bnb.int8": 8,
 }
-"""Bits for each weight, by the names that `litgpt generate --quantize` has"""
+"""Bits per weight, by the names of `litgpt generate --quantize`"""
 
 
 def check_quantize(mode: str | None, placement: str) -> None:
-    """Refuses what a teacher cannot be quantised with.
+    """Raise UserError if the teacher cannot be quantised.
 
     Raises:
-        UserError: If the mode is not known, bitsandbytes is not installed, or the teacher would be spread.
+        UserError: If the mode is unknown, bitsandbytes is not installed, or the teacher would be sharded.
     """
     if mode is None:
         return
@@ -40,12 +40,12 @@ def check_quantize(mode: str | None, placement: str) -> None:
 
 
 def quantize(model: GPT, mode: str, device: torch.device) -> GPT:
-    """Moves a model to a device with its blocks' linear maps quantised, a block at a time; the LM head stays as it is.
+    """Quantise the linear layers of a model's blocks and move it to a device, block by block; the LM head is unchanged.
 
     Args:
-        model: The model, in the precision that is computed in; on the CPU, memory-mapped or not.
+        model: The model, in the compute dtype; on the CPU, memory-mapped or not.
         mode: One of `BITS`.
-        device: Where it goes.
+        device: The target device.
     """
     for block in model.transformer.h:
         for parent in list(block.modules()):
@@ -57,7 +57,7 @@ def quantize(model: GPT, mode: str, device: torch.device) -> GPT:
 
 
 def _quantized(linear: nn.Linear, mode: str) -> nn.Module:
-    """The same map with weights that bitsandbytes quantises when they are moved to a device."""
+    """Return the same layer with weights that bitsandbytes quantises when they are moved to a device."""
     import bitsandbytes as bnb
 
     has_bias, weight = linear.bias is not None, linear.weight.detach()
@@ -76,7 +76,7 @@ def _quantized(linear: nn.Linear, mode: str) -> nn.Module:
 
 
 def saved_bytes(config: Config, mode: str | None, dtype: torch.dtype) -> int:
-    """What quantising saves of the memory of a model in `dtype`."""
+    """Return the bytes that quantising saves for a model in `dtype`."""
     if mode is None:
         return 0
     with torch.device("meta"):

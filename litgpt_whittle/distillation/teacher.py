@@ -1,4 +1,4 @@
-"""What a teacher says about a batch: by running it, or from what was cached of it."""
+"""A teacher's soft targets for a batch, from running it or from its cache."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from litgpt_whittle.training.sharding import load_sharded
 
 
 class Teacher(Protocol):
-    """Gives a batch's soft targets."""
+    """Callable that returns a batch's soft targets."""
 
     def __call__(self, input_ids: torch.Tensor) -> SoftTargets:
-        """Soft targets for token ids of shape (B, T)."""
+        """Return the soft targets for token ids of shape (B, T)."""
         ...
 
 
@@ -30,12 +30,12 @@ class LiveTeacher:
     """A litgpt checkpoint that is run on every batch, without gradients.
 
     Args:
-        checkpoint_dir: The teacher.
-        max_seq_length: The longest sequence that it will see.
-        dtype: Its weights' and activations' type; no autocast is needed.
-        device: Where it runs.
-        is_sharded: Whether its weights are spread over the processes (FSDP2), which then run it together.
-        quantized: How its blocks are quantised, if they are (`litgpt_whittle.distillation.quantize`).
+        checkpoint_dir: The teacher's checkpoint directory.
+        max_seq_length: Length of the longest input sequence.
+        dtype: Type of weights and activations; no autocast is needed.
+        device: The teacher's device.
+        is_sharded: If true, shard the weights over the processes (FSDP2), which then run the teacher together.
+        quantized: Quantisation mode of the blocks, if any (`litgpt_whittle.distillation.quantize`).
     """
 
     _watch: Watch | None = None
@@ -58,62 +58,62 @@ class LiveTeacher:
             self.model = quantize(load_model(checkpoint_dir, dtype=dtype), quantized, device)
         self.model.requires_grad_(False)
         self.model.max_seq_length = max_seq_length
-        # positions need fp32 whatever the weights are
+        # positions need fp32 for any dtype of the weights
         self.model.cos, self.model.sin = self.model.rope_cache(device=device)
 
     def watch(self, places: Iterable[Place]) -> None:
-        """Has the stream at some places given with the logits."""
+        """Record the hidden states at some places; later calls return them with the logits."""
         self._watch = Watch(self.model, set(places))
         self._watch.is_on = True
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
-        """The teacher's logits, made chunk by chunk when they are asked for."""
+        """Return the teacher's logits, computed chunk by chunk on request."""
         head_input = hidden_states(self.model, input_ids)
         streams = None if self._watch is None else self._watch.take()
         return TeacherLogits(head_input, self.model.config.final_logit_softcapping, streams)
 
     @torch.no_grad()
     def losses(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:
-        """The teacher's own cross-entropy on a batch."""
+        """Return the teacher's own cross-entropy on a batch."""
         softcap = self.model.config.final_logit_softcapping
         return head_loss(hidden_states(self.model, input_ids), targets, softcap=softcap)
 
 
 class CachedTeacher:
-    """What was cached of a teacher, looked up by the content of each window.
+    """A teacher's cached targets, looked up by the content of each window.
 
     Args:
         cache: The cache.
-        device: Where the targets are wanted.
+        device: Device of the targets.
     """
 
     def __init__(self, cache: Cache, device: torch.device) -> None:
         self.cache, self.device = cache, device
 
     def __call__(self, input_ids: torch.Tensor) -> CachedTargets:
-        """What is stored of the batch's windows; decoded chunk by chunk when it is asked for.
+        """Return the cached targets of the batch's windows, decoded chunk by chunk on request.
 
         Raises:
-            UserError: As `Cache.targets` does.
+            UserError: As in `Cache.targets`.
         """
         stored = self.cache.targets(input_ids.cpu())
         if self.device.type == "cuda":
-            stored = stored.pin_memory().to(self.device, non_blocking=True)  # does not wait for the step before
+            stored = stored.pin_memory().to(self.device, non_blocking=True)  # no wait for the previous step
         return CachedTargets(self.cache.codec, stored)
 
 
 class CachedTargets:
-    """Soft targets of one batch. Opaque to Fabric, as `TeacherLogits` is, so that nothing in it is cast.
+    """Cached soft targets of one batch. Opaque to Fabric, like `TeacherLogits`, so that no tensor in it is cast.
 
     Args:
-        codec: What decodes them.
-        stored: Shape (B · T, *codec.shape).
+        codec: The codec that decodes them.
+        stored: The encoded targets, shape (B · T, *codec.shape).
     """
 
     def __init__(self, codec: Codec, stored: torch.Tensor) -> None:
         self.codec, self.stored, self.n_entries = codec, stored, codec.vocab_size
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
-        """About tokens `start` to `stop`, for the caller to overwrite."""
+        """Return the decoded targets of tokens `start` to `stop`; the caller may overwrite them."""
         return self.codec.decode(self.stored[start:stop])

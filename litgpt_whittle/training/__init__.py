@@ -1,1 +1,1 @@
-"""The one training loop and all that it stands on: checks, memory plan, sharding, resuming, figures."""
+"""The training loop and its parts: checks, memory plan, sharding, resuming, metrics."""

@@ -1,4 +1,4 @@
-"""Argument groups of the commands that train, checked when they are made."""
+"""Argument groups of the training commands, validated at construction."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from litgpt_whittle.registry import lookup
 
 @dataclass
 class TrainArgs(litgpt.args.TrainArgs):
-    """Training-related arguments, litgpt's and some more"""
+    """Training-related arguments: litgpt's and further ones"""
 
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
-    """How the learning rate goes on after its warm-up: down a half cosine, or it stays, and falls in the end"""
+    """Learning-rate schedule after the warm-up: a half cosine, or wsd (warm-up, stable, decay): constant, then linear
+    decay"""
     lr_decay_fraction: float = 0.1
-    """The share of the training in which it falls, with wsd (warm-up, stable, decay)"""
+    """Fraction of training over which the learning rate decays, with wsd"""
     tie_embeddings: bool | None = None
-    """Whether the LM head is the embedding. By default as in the checkpoint that training starts from; ``false`` unties
-    them, and from random weights, where the default is untied as in ``litgpt pretrain``, ``true`` ties them"""
+    """If true, the LM head shares the embedding matrix. By default as in the checkpoint that training starts from;
+    ``false`` unties them. Random weights are untied by default, as in ``litgpt pretrain``; ``true`` ties them"""
     skip_nan: bool = False
-    """Whether to go on, without an update, after a step whose loss or gradient is not finite"""
+    """If true, skip the update of a step whose loss or gradient is not finite, and continue"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,23 +43,23 @@ class TrainArgs(litgpt.args.TrainArgs):
 
 @dataclass
 class RampArgs:
-    """A number that changes while training goes on"""
+    """A value that changes during training"""
 
     start: float
-    """What it is at the beginning"""
+    """Value at the start of training"""
     end: float
-    """What it is in the end"""
+    """Value at the end of the ramp and after it"""
     shape: Literal["linear", "cosine"] = "linear"
-    """How it gets from one to the other"""
+    """Interpolation between start and end"""
     until: float = 1.0
-    """The share of the training after which it is there"""
+    """Fraction of training after which the ramp ends"""
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
             raise UserError(f"until must be a share of the training, above 0 and at most 1, got {self.until}")
 
     def at(self, done: float) -> float:
-        """The number when a share of the training is done."""
+        """Return the value when a fraction `done` of training is done."""
         way = min(done / self.until, 1.0)
         if self.shape == "cosine":
             way = (1 - math.cos(math.pi * way)) / 2
@@ -67,20 +68,20 @@ class RampArgs:
 
 @dataclass
 class HiddenArgs:
-    """How far the student's residual stream is from the teacher's, layer by layer"""
+    """Layer-wise loss between the residual streams of student and teacher"""
 
     weight: float = 0.0
-    """The weight, in the loss, of the stream behind each layer; 0 leaves it out"""
+    """Weight of the loss on the residual stream after each layer, averaged over the layers; 0 disables it"""
     attention: float = 0.0
-    """The weight of what attention adds to the stream"""
+    """Weight of the same loss on the attention outputs; 0 disables it"""
     loss: Literal["mse", "cosine"] = "mse"
-    """The mean squared difference, relative to the teacher's mean square in the micro-batch, or 1 - the cosine; over
+    """Mean squared difference relative to the teacher's mean square in the micro-batch, or 1 - cosine similarity; over
     the tokens whose labels count"""
     layers: list[int] | None = None
-    """Which of the student's layers, from 0; by default all"""
+    """Student layers to match, counted from 0; by default all"""
     projection: bool = False
-    """Learn a linear map to the teacher's channels, for students that did not come from the teacher. Their layers are
-    matched with those at the same depth"""
+    """If true, learn a linear map to the teacher's channels, for students that were not cut from the teacher; layers
+    are matched by relative depth"""
 
     def __post_init__(self) -> None:
         for name in ("weight", "attention"):
@@ -89,33 +90,33 @@ class HiddenArgs:
 
     @property
     def is_used(self) -> bool:
-        """Whether it counts."""
+        """Return whether any weight is above 0."""
         return bool(self.weight or self.attention)
 
 
 @dataclass
 class DistillArgs:
-    """What a student learns from: loss = alpha · CE + beta · T² · loss(teacher, student).
+    """Distillation objective: loss = alpha · CE + beta · T² · loss(teacher, student).
 
     The defaults are the best values of arXiv 2510.07227. Each number may be a ramp: ``{start: 1.0, end: 0.2}``, with
-    ``shape`` linear or cosine, and ``until``, the share of the training that it takes.
+    ``shape`` linear or cosine, and ``until``, the fraction of training that the ramp takes.
     """
 
     loss: str | dict[str, float | dict[str, float]] = "forward_kl"
-    """Distance between the teacher's and the student's predictions, by its name in ``litgpt_whittle.losses``, or
-    several with their weights: ``{forward_kl: 0.7, mse: 0.3}``; one with settings: ``{jensen_shannon: {beta: 0.1}}``,
-    its ``weight`` among them"""
+    """Distance between the teacher's and the student's predictions: a name in ``litgpt_whittle.losses``, or several
+    with weights: ``{forward_kl: 0.7, mse: 0.3}``, or with settings: ``{jensen_shannon: {beta: 0.1}}``, which may
+    include ``weight``"""
     alpha: float | RampArgs = 0.2
-    """Weight of the cross-entropy with the true next tokens. Without effect where beta is 0: a lone cross-entropy is
-    not scaled, so that such a run is what ``litgpt pretrain`` does. One difference: where micro-batches have unequal
-    numbers of labels, being masked or of different lengths, a step's loss is the mean over all of its tokens, however
-    they are split into micro-batches and devices, and not the mean of the micro-batches' means"""
+    """Weight of the cross-entropy with the true next tokens. Ignored without a teacher (beta 0 and no hidden loss): a
+    lone cross-entropy is not scaled, so that such a run matches ``litgpt pretrain``. One difference: if micro-batches
+    have unequal numbers of labels, through masking or different lengths, a step's loss is the mean over all of its
+    tokens, independent of the split into micro-batches and devices, not the mean of the micro-batches' means"""
     beta: float | RampArgs = 0.8
-    """Weight of the distance to the teacher. With 0 no teacher is needed or loaded"""
+    """Weight of the distance to the teacher. With 0 and no hidden loss, no teacher is needed or loaded"""
     temperature: float | RampArgs = 0.9
-    """Divides the logits of both before the distance is taken"""
+    """Divides both models' logits before the distance is computed"""
     hidden: HiddenArgs = field(default_factory=HiddenArgs)
-    """What is added to the loss for the student's residual stream"""
+    """Loss on the student's residual stream, added to the objective"""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -130,14 +131,14 @@ class DistillArgs:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher has a say at any time."""
+        """Return whether the teacher enters the loss at any time."""
         return any(_ends(self.beta)) or self.hidden.is_used
 
     def objectives(self) -> Callable[[float], Objective]:
-        """From the share of the training that is done to what is then learned from.
+        """Return a function from the fraction of training done to the objective.
 
         Raises:
-            UserError: Where a loss is not known or does not take a setting.
+            UserError: If a loss is unknown or does not accept a setting.
         """
         if not self.uses_teacher:
             return lambda done: Objective()
@@ -161,14 +162,14 @@ def _term(name: str, settings: float | dict[str, float]) -> Term:
             raise UserError(f"distill.loss.{name} has no setting {setting!r}; it takes {', '.join(['weight', *known])}")
     if not settings:
         return Term(loss, weight)
-    # with the loss's attributes, which tell what it can learn from
+    # keeps the loss's attributes `on_logits` and `is_linear`
     loss = update_wrapper(partial(loss, **settings), loss)
     _try(name, loss, settings)
     return Term(loss, weight)
 
 
 def _try(name: str, loss: Loss, settings: dict[str, float]) -> None:
-    """Has a loss refuse its settings before anything else runs."""
+    """Call a loss once, so that invalid settings fail before anything else runs."""
     even = torch.full((1, 2), -math.log(2))
     try:
         loss(even, even)

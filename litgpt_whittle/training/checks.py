@@ -1,4 +1,4 @@
-"""What must hold before a training run starts anything expensive; each mistake is told in one line."""
+"""Checks before a training run starts anything expensive; invalid input fails with a one-line error."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def check_arguments(
     sub_network: Path | None,
     resume: bool | Literal["auto"] | Path,
 ) -> None:
-    """Refuses arguments that contradict each other or that the loop does not know.
+    """Raise UserError if arguments contradict each other or are not supported by the loop.
 
     Raises:
-        UserError: For the first such mistake.
+        UserError: For the first invalid argument.
     """
     if train.epochs is not None:
         raise UserError(f"train.epochs is not supported, got {train.epochs}; set train.max_tokens or train.max_steps")
@@ -71,10 +71,10 @@ def check_arguments(
 
 
 def read_optimizer(optimizer: str | dict) -> str | dict:
-    """Puts what `--optimizer.lr` sets into `init_args`: the parser leaves it beside, where litgpt does not read it.
+    """Move settings such as `--optimizer.lr` into `init_args`; the parser puts them outside, where litgpt ignores them.
 
     Raises:
-        UserError: If such an optimizer cannot be made.
+        UserError: If the optimizer cannot be instantiated.
     """
     if isinstance(optimizer, dict):
         beside = {name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")}
@@ -87,7 +87,7 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
         inside = {**(optimizer.get("init_args") or {}), **beside}
         optimizer = {"class_path": optimizer["class_path"], "init_args": inside}
     try:
-        # litgpt adds to the settings that it is given
+        # a copy, because litgpt modifies the settings
         instantiate_torch_optimizer(copy.deepcopy(optimizer), [torch.nn.Parameter(torch.zeros(2, 2))])
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -98,15 +98,16 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
 
 
 def _as_value(text: Any) -> Any:
-    """Return what a flag's text stands for."""
+    """Parse a flag's text as YAML; other values are returned unchanged."""
     return from_yaml(text) if isinstance(text, str) else text
 
 
 def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
-    """How many devices to train on.
+    """Return the number of devices to train on.
 
     Raises:
-        UserError: If there are fewer, if they cannot share a batch evenly, or if the machines cannot find each other.
+        UserError: If fewer are available, if they cannot share a batch evenly, or if the machines cannot find each
+            other.
     """
     devices = n_devices(devices)
     samples = train.micro_batch_size * devices * num_nodes
@@ -116,7 +117,7 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
             f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
             f"{max(1, round(train.global_batch_size / samples)) * samples}"
         )
-    # SLURM and torchrun say it by their own names
+    # SLURM and torchrun set variables of their own
     if num_nodes > 1 and not any(name in os.environ for name in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK")):
         raise UserError(
             f"num_nodes = {num_nodes} needs every machine to know its part; start each with torchrun or by SLURM, or "
@@ -126,15 +127,15 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
 
 
 def check_pair(student: Config, teacher: Config | None, max_seq_length: int | None) -> int:
-    """The sequence length to train on: `max_seq_length`, or the student's block size.
+    """Return the sequence length to train on: `max_seq_length`, or the student's block size.
 
     Args:
         student: The student's config.
-        teacher: The teacher's, where one is needed.
-        max_seq_length: As asked for.
+        teacher: The teacher's config, if a teacher is used.
+        max_seq_length: The requested length, if any.
 
     Raises:
-        UserError: If either model cannot take such sequences.
+        UserError: If the length exceeds a model's block size.
     """
     seq_length = max_seq_length or student.block_size
     for name, config in (("student", student), ("teacher", teacher)):
@@ -147,16 +148,16 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
 
 
 def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | None, teacher_dir: Path | None) -> None:
-    """Refuse padded vocabularies of different sizes, unless they are known to be one tokenizer's.
+    """Raise UserError if padded vocabularies differ in size, unless they belong to the same tokenizer.
 
     Args:
         student: The student's config.
-        teacher: The teacher's, where one is needed.
-        own_dir: Where the student's tokenizer is; `None` for a new model, which takes the teacher's.
-        teacher_dir: Where the teacher's is. `check_tokenizers` has compared them.
+        teacher: The teacher's config, if a teacher is used.
+        own_dir: Directory of the student's tokenizer; `None` for a new model, which uses the teacher's.
+        teacher_dir: Directory of the teacher's tokenizer. `check_tokenizers` has compared the two.
 
     Raises:
-        UserError: If they cannot be compared, or if a token has no row in both.
+        UserError: If they cannot be compared, or if a token lacks a row in one of the vocabularies.
     """
     if teacher is None or student.padded_vocab_size == teacher.padded_vocab_size:
         return
@@ -182,7 +183,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
 
 
 def warn_of_small_teacher(ours: int, theirs: int) -> None:
-    """Warn where a teacher has no more parameters than its student, as it has where the two were swapped."""
+    """Warn if the teacher has no more parameters than the student, as after swapping the two."""
     if theirs <= ours:
         warnings.warn(
             f"the teacher has {theirs:,} parameters, no more than the student's {ours:,}; if the two are swapped, swap "
@@ -192,10 +193,10 @@ def warn_of_small_teacher(ours: int, theirs: int) -> None:
 
 
 def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teacher_dir: Path | None) -> Path | None:
-    """The directory to take the tokenizer from: the one asked for, the student's or the teacher's, if any has one.
+    """Return the first directory that has a tokenizer: `tokenizer_dir`, the student's or the teacher's.
 
     Raises:
-        UserError: If the one asked for has none, or if the directories' tokenizers differ.
+        UserError: If `tokenizer_dir` has none, or if the directories' tokenizers differ.
     """
     if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
         raise UserError(
@@ -217,7 +218,7 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
 
 
 def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
-    """Describe the token with the lowest id that two tokenizers do not share, as far as they can be read."""
+    """Describe the token with the lowest id that differs; empty for tokenizers that are not JSON."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return ""
     differing = [token for token in one | other if one.get(token) != other.get(token)]
@@ -227,7 +228,7 @@ def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
 
 
 def _vocabulary(folder: Path) -> dict | bytes | None:
-    """Which token has which id, as far as it can be told without loading the tokenizer."""
+    """Return the token ids of a tokenizer.json, the bytes of a tokenizer.model, or None; no tokenizer is loaded."""
     if (folder / "tokenizer.json").is_file():
         try:
             content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -235,7 +236,7 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
             vocab = content["model"]["vocab"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{str(folder / 'tokenizer.json')!r} is not a tokenizer; fetch it again") from None
-        # unigram models list [token, score] in the order of ids
+        # unigram models list [token, score] in id order
         pairs = vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
         return pairs | added
     if (folder / "tokenizer.model").is_file():
@@ -244,12 +245,12 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
 
 
 def _check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
-    """Refuses losses that need more of a teacher than a codec stores.
+    """Raise UserError if a loss needs more of a teacher than a codec stores.
 
     Args:
         terms: The losses.
-        gives: What the codec gives (`Codec.gives`).
-        where: The cache, for people.
+        gives: The codec's output (`Codec.gives`).
+        where: Name of the cache in messages.
 
     Raises:
         UserError: For the first such loss.
@@ -275,18 +276,18 @@ def check_cache(
     max_seq_length: int,
     teacher_dir: Path | None,
 ) -> None:
-    """Refuses a teacher's cache that a run cannot learn from.
+    """Raise UserError if a teacher's cache does not fit the run.
 
     Args:
-        contents: What the cache is made of.
-        where: The cache, for people.
+        contents: Settings that the cache was made with.
+        where: Name of the cache in messages.
         terms: The losses.
-        distill: What is learned.
-        max_seq_length: The run's.
-        teacher_dir: The teacher itself, where it is given too.
+        distill: The distillation objective.
+        max_seq_length: The run's sequence length.
+        teacher_dir: The teacher itself, if it is given too.
 
     Raises:
-        UserError: If a loss needs more than was stored, if windows or temperature are others, or the teacher is.
+        UserError: If a loss needs more than the cache stores, or if window length, temperature or teacher differ.
     """
     temperature = distill.temperature
     if distill.hidden.is_used:
@@ -310,14 +311,14 @@ def check_cache(
 
 
 def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
-    """Refuses a cache that ends before the training does.
+    """Raise UserError if the cache holds fewer tokens than training needs.
 
     Args:
         cache: The cache.
-        n_tokens: The training's.
+        n_tokens: Number of training tokens.
 
     Raises:
-        UserError: If it was told to stop earlier; one of all the data will do for any number of epochs.
+        UserError: If `max_tokens` stopped the cache earlier; a cache of all the data serves any number of epochs.
     """
     asked, held = cache.contents.max_tokens, cache.n_windows * cache.index.length
     if asked is not None and asked <= held < n_tokens:
@@ -330,17 +331,16 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
 def check_hidden(
     args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
 ) -> SubNet | None:
-    """Which part of its teacher a student is, where their streams are matched by that.
+    """Return the sub-network that matches the student's hidden states to the teacher's; None if none is needed.
 
     Args:
-        args: What is matched.
-        n_layer: The student's layers.
-        sub_network: What the student's `sub_network.yaml` says, where it has one.
+        args: The hidden-state loss.
+        n_layer: Number of student layers.
+        sub_network: Content of the student's `sub_network.yaml`, if it has one.
         teacher: The teacher's config.
 
     Raises:
-        UserError: If a layer does not exist, or the student did not come from this teacher and nothing is learned in
-            between.
+        UserError: If a layer does not exist, or the student was not cut from this teacher and no projection is learned.
     """
     if not args.is_used:
         return None
@@ -358,10 +358,10 @@ def check_hidden(
 
 
 def default_data() -> DataModule:
-    """litgpt's default corpus.
+    """Return litgpt's default data module.
 
     Raises:
-        UserError: If what it needs is not installed.
+        UserError: If litdata, which it needs, is not installed.
     """
     if importlib.util.find_spec("litdata") is None:
         raise UserError(
@@ -372,18 +372,14 @@ def default_data() -> DataModule:
 
 
 def check_logger(logger_name: str) -> None:
-    """Refuses a logger that is not installed.
-
-    Raises:
-        UserError: If so.
-    """
-    # tensorboard, which nobody chose, falls back to csv
+    """Raise UserError if the logger is not installed."""
+    # tensorboard, litgpt's default, falls back to csv
     if logger_name in ("wandb", "mlflow", "litlogger") and importlib.util.find_spec(logger_name) is None:
         raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv")
 
 
 def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
-    """litgpt's logger of that name. Its default, tensorboard, falls back to csv where it is not installed."""
+    """Return litgpt's logger of that name. Its default, tensorboard, falls back to csv if it is not installed."""
 
     def choose(logger_name: str) -> Logger:
         return choose_logger(
@@ -395,7 +391,7 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
     except ModuleNotFoundError:
         if logger_name != "tensorboard":
             raise
-    # litgpt's default, and so what nobody chose: the run should not end over it
+    # litgpt's default, rarely chosen on purpose: it should not end the run
     warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
     return choose("csv")
 
@@ -407,9 +403,9 @@ def run_settings(
     precision: str,
     teacher_cache: Path | None = None,
 ) -> dict[str, Any]:
-    """What decides the weights that a run ends with, by the names of the arguments.
+    """Return the settings that determine a run's final weights, by argument name.
 
-    How often it saves and logs, how long it may take and where it writes can change when it is resumed.
+    Save and log intervals, the time limit, the output folder and the number of data workers may change on resuming.
     """
     names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed")
     names += ("distill", "repair", "teacher_quantize", "supernet")
@@ -419,7 +415,7 @@ def run_settings(
     settings["precision"] = precision
     settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
     if teacher_cache is not None:
-        # its checksums tell what is in it
+        # its checksums identify the content
         settings["teacher_cache's index"] = file_fingerprint(teacher_cache / INDEX)
     elif teacher_dir is not None:
         settings["teacher_checkpoint_dir's weights"] = weights_fingerprint(teacher_dir)

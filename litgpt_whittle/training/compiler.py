@@ -1,4 +1,4 @@
-"""What `torch.compile` calls on the machine: a missing compiler is reported before anything expensive starts."""
+"""Check the tools that `torch.compile` calls, so that a missing one is reported before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from litgpt_whittle.errors import UserError
 
 
 def check_compiler(device: torch.device | None = None) -> None:
-    """Refuse to compile where PyTorch will not find what it needs for that.
+    """Raise UserError if a tool that `torch.compile` needs is missing.
 
     Args:
-        device: Where the compiled model will run; by default a GPU where there is one.
+        device: Device of the compiled model; by default a GPU if there is one.
 
     Raises:
         UserError: Naming what is missing.
@@ -36,7 +36,7 @@ def check_compiler(device: torch.device | None = None) -> None:
 def _missing_on_cpu() -> tuple[str, str] | None:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError:  # another PyTorch, whose own message will do
+    except ImportError:  # another PyTorch version, which reports a missing compiler itself
         return None
     try:
         get_cpp_compiler()
@@ -48,7 +48,7 @@ def _missing_on_cpu() -> tuple[str, str] | None:
 def _missing_on_cuda() -> tuple[str, str] | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton", "found none"
-    # as triton looks for the compiler of its kernels' launchers
+    # the same search as triton's, for the compiler of its kernel launchers
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang", "cl"))):
         return "a C compiler (gcc, clang, or the one that the environment variable CC names)", "found none"
     return None

@@ -1,4 +1,4 @@
-"""A training run's figures: an append-only log, whatever logger was chosen."""
+"""Metrics of a training run: an append-only log, independent of the chosen logger."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class MetricsLog:
 
     Args:
         path: The file.
-        resume_at: Iterations that the run has done; 0 starts a new file, else what a killed run logged after that
-            iteration is dropped, because it will be logged again.
+        resume_at: Iterations already done; 0 starts a new file, otherwise rows after that iteration are dropped,
+            because a resumed run logs them again.
     """
 
     def __init__(self, path: Path, resume_at: int = 0) -> None:
@@ -25,13 +25,13 @@ class MetricsLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one line."""
+        """Append one line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The log's rows; a last line that a crash cut short is left out."""
+    """Return the log's rows; lines that are not valid JSON, such as one cut short by a crash, are skipped."""
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
         try:

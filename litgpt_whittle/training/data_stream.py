@@ -1,7 +1,7 @@
-"""Training batches one after the other, epoch after epoch, shared by any number of processes, from any point on.
+"""Training batches over any number of epochs, divided among the processes and resumable at any batch.
 
-The batches and their order are those of one process with the whole of the data. With n of them, process i takes every
-n-th batch from batch i on, so that an optimizer step sees the same samples however many processes share it.
+The batches and their order do not depend on the number of processes. With n processes, process i takes every n-th
+batch from batch i on, so that an optimizer step sees the same samples for any n.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from litgpt_whittle.training.resume import generator_states, rng_state, set_epoc
 
 
 class DataStream:
-    """Cycles through a dataloader, and can go on at any batch of any epoch.
+    """Cycles through a dataloader and can resume at any batch of any epoch.
 
-    Dataloaders draw their order from random generators when an epoch starts. The generators' state at that moment is
-    what is kept: resuming sets it again and skips the batches that were trained on, whatever the data module is.
+    Dataloaders draw their order from random generators when an epoch starts. The state dict holds the generators'
+    state at that moment; resuming restores it and skips the batches already trained on, for any data module.
 
     Args:
-        loader: A dataloader that gives at least one batch; if it skips by itself (`skipping`), other processes'
-            batches are never read.
-        rank: This process's number.
-        world_size: How many processes share the batches.
+        loader: A dataloader with at least one batch; if it can skip batches (`skipping`), those of other processes are
+            never read.
+        rank: Rank of this process.
+        world_size: Number of processes that share the batches.
     """
 
     def __init__(self, loader: Iterable, rank: int = 0, world_size: int = 1) -> None:
@@ -49,7 +49,7 @@ class DataStream:
         return own
 
     def _advance(self, turn: int) -> Any:
-        """Goes over one batch, which is read if it has to be: this process's, or where batches cannot be skipped."""
+        """Advance by one batch; load it only if this rank owns it or batches cannot be skipped."""
         if self._iterator is None:
             self._begin(turn)
         elif self._skip is not None and self._batch == len(self._skip.batch_sampler):
@@ -72,7 +72,7 @@ class DataStream:
         self._begin(turn)
 
     def _begin(self, turn: int, batch: int = 0) -> None:
-        """Starts an epoch at a batch of it, whose turn it is to be taken."""
+        """Start an epoch at `batch`, which process `turn` takes."""
         self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
         set_epoch(self.loader, self.epoch)
         if self._skip is not None:
@@ -84,15 +84,15 @@ class DataStream:
 
     @property
     def position(self) -> str:
-        """Where the stream is, in words."""
+        """Return the position as text: the epoch, from 1, and the number of batches read from it."""
         return f"epoch {self.epoch + 1}, batch {self._batch}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is; what `torch.load(weights_only=True)` takes. The same for any number of processes."""
+        """Return the position, loadable by `torch.load(weights_only=True)` and the same for any number of processes."""
         return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes there. Changes the global random generators, which the caller sets afterwards."""
+        """Restore the position. Changes the global random generators, which the caller restores afterwards."""
         if not state["start"]:
             return
         self.epoch = state["epoch"]
@@ -109,10 +109,10 @@ class DataStream:
 
 
 class SkippingBatches(Sampler[list[int]]):
-    """Every n-th batch of another batch sampler, from some batch on; the others' samples are not read.
+    """Every `step`-th batch of another batch sampler, from batch `first` on; samples of skipped batches are not read.
 
     Args:
-        batch_sampler: The other one.
+        batch_sampler: The batch sampler to wrap.
     """
 
     def __init__(self, batch_sampler: BatchSampler) -> None:
@@ -129,7 +129,7 @@ class SkippingBatches(Sampler[list[int]]):
         yield from islice(chain(self._drawn, self._all), self.first, None, self.step)
 
     def draw(self) -> None:
-        """Has the epoch's order drawn, so that all processes draw it at the same time, whoever's turn comes first."""
+        """Draw the epoch's order, so that all processes draw it at the same time, whichever takes the first batch."""
         if not self._drawn:
             self._drawn = list(islice(self._all, 1))
 
@@ -138,7 +138,7 @@ class SkippingBatches(Sampler[list[int]]):
 
 
 def skipping(loader: Any) -> Any:
-    """The same dataloader, made so that a `DataStream` can skip batches without reading them, where it can be."""
+    """Return an equivalent dataloader whose batches a `DataStream` can skip unread, or the same one if not possible."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
     names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
@@ -148,10 +148,10 @@ def skipping(loader: Any) -> Any:
 
 
 def shared_batches(loader: Iterable, most: int, rank: int, world_size: int) -> Iterator[tuple[Any, bool]]:
-    """This process's part of the first batches, and whether each counts.
+    """Yield this process's share of the first `most` batches, each with a flag that is true if the batch counts.
 
-    All processes get equally many, because they work together on each: where the last ones are too few, some get a
-    batch of another process's that does not count for them.
+    All processes get equally many batches, because they work on each together: if the last ones are too few, some
+    processes get a copy of another's batch, which does not count for them.
     """
     turn: list[Any] = []
     for i, batch in enumerate(loader):

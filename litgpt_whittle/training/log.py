@@ -1,4 +1,4 @@
-"""What a training run says while it goes on: to the terminal, to litgpt's logger, to `metrics.jsonl`."""
+"""Metrics reported during training: to the terminal, litgpt's logger and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from litgpt_whittle.training.run import Run
 
 
 class TrainLog:
-    """Sends a run's figures to the terminal, to litgpt's logger and to `metrics.jsonl`."""
+    """Reports a run's metrics to the terminal, litgpt's logger and `metrics.jsonl`."""
 
     def __init__(self, run: Run, log_interval: int) -> None:
         self.run = run
@@ -29,23 +29,23 @@ class TrainLog:
         self.started = self.last_time = time.perf_counter()
         self.last_iter = run.progress.iter_num
         self.sums: dict[str, torch.Tensor] = {}
-        """By name, the weighted sum of its values and the sum of their weights, shape (2,)"""
+        """Weighted sum of the values and sum of their weights, shape (2,), by name"""
         is_main = run.fabric.global_rank == 0
         self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
 
     def add(self, scalars: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
-        """Take in one micro-batch's scalars, without waiting for the device; NaN stands for none.
+        """Add one micro-batch's scalars without waiting for the device; NaN values are left out.
 
         Args:
             scalars: Means over the tokens that count.
-            weight: What they count in the logged means: how many tokens these are.
+            weight: Weight in the logged means, proportional to the number of these tokens.
         """
         for name, value in scalars.items():
             one = torch.stack([value.nan_to_num(0.0, torch.inf, -torch.inf), ~value.isnan()])
             self.sums[name] = self.sums.get(name, 0) + one * weight
 
     def train_step(self) -> None:
-        """Logs the means since the last time, every `log_interval` optimizer steps."""
+        """Log the means since the last report, every `log_interval` optimizer steps."""
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
@@ -59,7 +59,7 @@ class TrainLog:
         done = progress.iter_num - self.first_iter
         tokens_per_second = iters * run.schedule.tokens_per_iter * run.fabric.world_size / max(seconds, 1e-9)
         row = {
-            "loss": math.nan,  # where it was so in every micro-batch
+            "loss": math.nan,  # kept if every micro-batch's loss was NaN
             **means,
             "iter": progress.iter_num,
             "step": progress.step_count,
@@ -96,7 +96,7 @@ class TrainLog:
         )
 
     def validation(self, val_loss: float, more: Mapping[str, float], final: bool = False) -> None:
-        """Logs a validation of the model, and of what else was validated with it, by name."""
+        """Log the validation loss of the model and further validation losses (`more`), by name."""
         progress = self.run.progress
         progress.val_loss = val_loss
         row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
@@ -111,11 +111,11 @@ class TrainLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what was done since the last step out of the next one's time."""
+        """Exclude the time since the last step from the next step's time."""
         self.last_time = time.perf_counter()
 
     def teacher_validation(self, val_loss: float) -> None:
-        """Logs the teacher's one validation."""
+        """Log the teacher's validation loss."""
         row = {"teacher_val_loss": val_loss, "teacher_val_ppl": perplexity(val_loss)}
         self.run.fabric.print(f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}")
         self._write({"iter": 0, "tokens": 0} | row, 0, {}, row)
@@ -129,7 +129,7 @@ class TrainLog:
             self.file.write(row)
 
     def finish(self) -> None:
-        """Draws the plot and sums the run up."""
+        """Draw the training plot and print a summary."""
         run = self.run
         if self.file is not None:
             plot_training(self.file.path, run.out_dir / "training.png")
@@ -140,5 +140,5 @@ class TrainLog:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite instead of an overflow."""
+    """Return exp(loss), infinity where it would overflow."""
     return math.exp(loss) if loss < 700 else math.inf

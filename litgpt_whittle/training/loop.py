@@ -1,9 +1,9 @@
-"""The one training loop: `litgpt distill` runs on it, and whatever else trains a model on next tokens can.
+"""Training loop of `litgpt distill` and of every other command that trains on next tokens.
 
-What is trained is a `Job`: how a batch becomes gradients, how it is scored, how the weights are saved. The loop brings
-the rest: accumulation, clipping, learning rate, validation, logging, checkpoints, stopping and going on. Where
-`litgpt pretrain` does the same thing it happens in the same order, so that the random generators, and with them
-weights and data order, run in step with litgpt's.
+A `Job` defines how a batch becomes gradients, how it is scored and how the weights are saved. The loop adds
+accumulation, clipping, learning rate, validation, logging, checkpoints, stopping and resuming. Operations shared with
+`litgpt pretrain` run in the same order, so that the random generators, and with them weights and data order, match
+litgpt's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_data(
                 f"the {name} data must fill at least one batch of {batch_size} samples of {seq_length + 1} tokens; "
                 "add data, or lower train.micro_batch_size or train.max_seq_length"
             )
-    # the processes share batches out among themselves (`DataStream`, `shared_batches`)
+    # `DataStream` and `shared_batches` divide the batches among the processes
     if loaders[1] is None:
         return skipping(loaders[0]), None
     shares = fabric.global_rank, fabric.world_size
@@ -59,7 +59,7 @@ def load_data(
 
 
 def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and next tokens, each (B, T), of a batch of token ids (B, T + 1) or of one with `labels`."""
+    """Return inputs and next tokens, each (B, T), of a batch of token ids (B, T + 1) or of one with `labels`."""
     ids, labels = (batch["input_ids"], batch["labels"]) if isinstance(batch, Mapping) else (batch, batch)
     length = min(seq_length, ids.size(1) - 1)
     if length < 1:
@@ -68,10 +68,10 @@ def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
-    """Trains until the first of max_tokens, max_steps and max_time, and saves the final checkpoint.
+    """Train until max_tokens, max_steps or max_time, whichever comes first, and save the final checkpoint.
 
     Raises:
-        UserError: If a loss is not finite, or a checkpoint cannot be written.
+        UserError: If a loss is not finite (unless `train.skip_nan`), or a checkpoint cannot be written.
         SystemExit: After SIGTERM, with the run's state saved.
     """
     fabric, schedule, progress = run.fabric, run.schedule, run.progress
@@ -114,10 +114,10 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
 
 
 def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
-    """Return the tokens that count in each micro-batch of an optimizer step, and what to divide their mean losses by.
+    """Return the number of counted tokens of each micro-batch in a step, and the divisor of its mean loss.
 
-    The step's gradient, an average over the processes, becomes the mean over all tokens that count in any micro-batch
-    of any process. Where all have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
+    The step's gradient, averaged over the processes, becomes the mean over the counted tokens of all micro-batches on
+    all processes. If all have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
     """
     counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
     total, n_processes = sum(counts), run.fabric.world_size
@@ -127,7 +127,7 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
 
 
 def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]:
-    """Adds one micro-batch's gradients, those of its mean loss divided by `divisor`."""
+    """Accumulate the gradients of one micro-batch's mean loss divided by `divisor`, and return its scalars."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
     batch = fabric.to_device(batch)
     for group in job.optimizer.param_groups:
@@ -142,7 +142,7 @@ def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]
 
 
 def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) -> None:
-    """Updates the weights, unless the loss or a gradient is not finite on any process."""
+    """Update the weights unless the loss, or with `train.max_norm` a gradient, is not finite on any process."""
     fabric, job, progress = run.fabric, run.job, run.progress
     if train.max_norm is not None:
         norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
@@ -172,7 +172,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
     try:
         run.job.save(folder, state, is_final)
     except (OSError, RuntimeError) as error:
-        # PyTorch's writer has no error of its own
+        # PyTorch's file writer raises plain RuntimeErrors
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream|write", str(error)):
             raise
         raise UserError(
@@ -183,12 +183,12 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
 
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
-    """Scores the teacher, and runs the validation once before training, so that a mistake in it shows at once."""
+    """Validate the teacher, and the model once before training, so that errors in validation show at once."""
     if run.validation is None or run.progress.iter_num > 0:
         return
     if run.job.teacher_score is not None:
         log.teacher_validation(validate(run, run.job.teacher_score))
-        run.job.teacher_score = None  # so that nothing keeps a teacher in memory that is not trained with
+        run.job.teacher_score = None  # frees a teacher that training does not use
     if eval.initial_validation:
         _validate(run, log)
     else:
@@ -197,7 +197,7 @@ def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
 
 
 def _validate(run: Run, log: TrainLog, final: bool = False) -> None:
-    """Scores the model, and what else is validated with it on the same data."""
+    """Validate the model and the job's further scores on the same data, and log the losses."""
     more = {name: validate(run, score) for name, score in run.job.more_scores.items()}
     log.validation(validate(run, run.job.score), more, final)
 
@@ -206,15 +206,15 @@ def _validate(run: Run, log: TrainLog, final: bool = False) -> None:
 def validate(run: Run, score: Score, only: int | None = None) -> float:
     """Return the mean cross-entropy in nats over all tokens of the validation batches.
 
-    They are the same at every call, and no random number is drawn.
+    The batches are the same at every call, and the global random state does not change.
 
     Args:
         run: The run.
-        score: Gives a batch's mean cross-entropy.
-        only: How many batches of each process to score; by default all.
+        score: Returns a batch's mean cross-entropy.
+        only: Number of batches to score on each process; by default all.
 
     Raises:
-        UserError: If no token counts.
+        UserError: If there is no batch, or no token with a label.
     """
     run.fabric.barrier()
     run.job.module.eval()

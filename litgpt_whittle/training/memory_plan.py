@@ -1,8 +1,8 @@
-"""What a training run will take of each device's memory, before anything is allocated.
+"""Estimate the memory that training needs on each device, before anything is allocated.
 
-One training step is run as it will be, sharding, optimizer and teacher included, but on tensors that have a shape and
-no content (`FakeTensorMode`), while what they would take is added up. A mixture of experts needs to know how many
-tokens its router sends to each expert: the plan assumes the worst case (`RoutesToFirst`).
+One training step, with sharding, optimizer and teacher, runs on tensors that have shapes but no data
+(`FakeTensorMode`), and the memory they would take is added up. A mixture of experts needs the number of tokens that
+its router sends to each expert: the plan assumes the worst case (`RoutesToFirst`).
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WEIGHTS_DTYPE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 LITTLE = 0.01
-"""Of the free memory: where the weights need less, nobody needs a plan"""
+"""Fraction of the free memory; if weights, gradients and AdamW's state need less, planning is skipped"""
 
 
 class NoPlan(UserError):
-    """A training whose memory cannot be planned."""
+    """Raised if the memory of a training run cannot be planned."""
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
-    """A teacher's precision, bf16 where training is."""
+    """Return the teacher's dtype: bf16 if training uses bf16, else fp32."""
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device, where a training step takes most."""
+    """Memory on each device in bytes, at the peak of a training step."""
 
     weights: int
-    """The student's, as far as the device holds them"""
+    """Student weights held by the device"""
     gradients: int
     optimizer: int
     teacher: int
     step: int
-    """What comes and goes within a step: activations, gathered weights, logits"""
+    """Temporary memory within a step: activations, gathered weights, logits"""
     checkpoint: int = 0
-    """What the first process needs of its main memory to put a checkpoint together"""
+    """CPU memory that the first process needs to assemble a checkpoint"""
     on_cpu: bool = False
-    """Whether that is the device's memory, too"""
+    """True if the device is the CPU, so that the checkpoint takes its memory, too"""
 
     @property
     def total(self) -> int:
-        """All of it. The interpreter and the device's driver come on top."""
+        """Return the peak memory, without the interpreter and the device's driver."""
         saved = self.weights + self.optimizer + self.teacher + (self.checkpoint if self.on_cpu else 0)
         return max(self.weights + self.gradients + self.optimizer + self.teacher + self.step, saved)
 
@@ -96,33 +96,33 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Step:
-    """All that decides what a training step takes."""
+    """Settings that determine the memory of a training step."""
 
     build_student: Callable[[], GPT]
     build_optimizer: Callable[[Any], torch.optim.Optimizer]
-    """From the student's parameters"""
+    """Makes the optimizer from the student's parameters"""
     precision: str
     device: torch.device
     n_devices: int
     is_sharded: bool
-    """Whether the student is spread over the devices"""
+    """True if the student is sharded over the devices"""
     micro_batch_size: int
     seq_length: int
     is_accumulating: bool
-    """Whether a step takes several micro-batches"""
+    """True if a step accumulates several micro-batches"""
     max_norm: float | None
     objective: Objective
     activation_checkpointing: bool = False
     tie_embeddings: bool = False
-    """Whether the student's LM head is its embedding"""
+    """True if the student's LM head is its embedding"""
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
     quantized_bytes: int = 0
-    """What quantising saves of the teacher's memory"""
+    """Teacher memory that quantisation saves"""
     build_hidden: Callable[[GPT], HiddenLoss] | None = None
-    """From the student"""
+    """Makes the hidden-state loss from the student"""
     is_elsewhere: bool = False
-    """Whether it will run on GPUs that this machine does not have; `device` is the CPU, which stands for them"""
+    """True if training will run on GPUs that this machine does not have; `device` is then the CPU in their place"""
 
     @classmethod
     def of(
@@ -138,18 +138,18 @@ class Step:
         objective: Objective,
         **rest: Any,
     ) -> Step:
-        """A step of a command that trains, from its arguments.
+        """Return the step of a training command, from its arguments.
 
         Args:
-            train: Batch sizes and all else in the section `train`.
+            train: The section `train`, with the batch sizes.
             build_student: Makes the model.
             optimizer: An optimizer's name or config.
-            precision: As Fabric names it.
-            device: Where it runs.
-            n_devices: Devices on all machines.
+            precision: Fabric's name of the precision.
+            device: Device that training runs on.
+            n_devices: Number of devices on all machines.
             strategy: "auto", "fsdp" or "ddp".
             seq_length: Tokens per sample.
-            objective: What is learned.
+            objective: The training objective.
             rest: The other fields.
         """
         is_fused = device.type == "cuda" or rest.get("is_elsewhere", False)
@@ -170,18 +170,18 @@ class Step:
 
 
 def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
-    """Prints what a training will take, and says whether its teacher must be spread over the devices.
+    """Print the planned memory, and return whether the teacher must be sharded over the devices.
 
-    Where memory is plenty, no time is spent on a plan.
+    Planning is skipped if memory is plentiful, unless `is_final`.
 
     Args:
-        step: A step of it.
-        placement: "replicated", "sharded", or "auto": sharded where it does not fit otherwise.
-        n_local: The devices of this machine.
-        is_final: Whether a plan is all that is wanted.
+        step: A step of the training run.
+        placement: Placement of the teacher: "replicated", "sharded", or "auto", sharded if it does not fit otherwise.
+        n_local: Number of devices on this machine.
+        is_final: True if only the plan is wanted.
 
     Raises:
-        NoPlan: If there can be none and `is_final`; else a warning says so.
+        NoPlan: If planning fails and `is_final`; otherwise a failure is a warning.
     """
     placements = {"replicated": [False], "sharded": [True], "auto": [False, True]}[placement]
     if step.n_devices == 1 or step.build_teacher is None:
@@ -196,7 +196,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
                 break
     except UserError:
         raise
-    except Exception as error:  # whatever an optimizer or a loss of somebody else's does with no content
+    except Exception as error:  # third-party optimizers and losses may fail on tensors without data
         message = f"memory cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if is_final:
             raise NoPlan(f"{message}; leave --dry_run out") from None
@@ -214,7 +214,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
 
 
 def _weights_alone(step: Step) -> int:
-    """What weights, gradients and AdamW's state take on one device that holds all of them."""
+    """Return the fp32 bytes of weights, gradients and AdamW's state, unsharded, and of the teacher's weights."""
     with torch.device("meta"):
         student = sum(weight.numel() for weight in step.build_student().parameters())
         teacher = step.build_teacher and sum(weight.numel() for weight in step.build_teacher().parameters())
@@ -222,12 +222,12 @@ def _weights_alone(step: Step) -> int:
 
 
 def plan_memory(step: Step) -> MemoryPlan:
-    """Runs a step without content that finds all that a step finds, an optimizer's state too.
+    """Return the memory plan of a step, from running it without data and with the optimizer's state already made.
 
-    No process group may exist yet; one that only pretends to is made for the time being, and ended.
+    No process group may exist yet; a fake one is created if devices share a model, and destroyed in the end.
 
     Args:
-        step: What is run.
+        step: The step to run.
     """
     shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
     live = LiveBytes()
@@ -246,7 +246,7 @@ def plan_memory(step: Step) -> MemoryPlan:
         optimizer = step.build_optimizer(root.parameters())
         for weight in root.parameters():
             weight.grad = torch.empty_like(weight)
-        optimizer.step()  # makes its state
+        optimizer.step()  # creates its state
         optimizer.zero_grad()
         live.peak = live.now
         gradients = _run(step, root, teacher, optimizer)
@@ -278,7 +278,7 @@ def _student(step: Step, mesh: Any) -> LossModel:
 
 
 class _Teacher:
-    """Runs as `litgpt_whittle.distillation.teacher.LiveTeacher` does."""
+    """A teacher without data that runs like `litgpt_whittle.distillation.teacher.LiveTeacher`."""
 
     def __init__(self, step: Step, root: LossModel, mesh: Any) -> None:
         with _default_dtype(teacher_dtype(step.precision)):
@@ -298,7 +298,7 @@ class _Teacher:
 
 
 def _run(step: Step, root: LossModel, teacher: _Teacher | None, optimizer: torch.optim.Optimizer) -> int:
-    """One optimizer step; gives the bytes of the gradients that it ended with."""
+    """Run one optimizer step and return the bytes of its gradients."""
     ids = torch.zeros(step.micro_batch_size, step.seq_length, dtype=torch.long)
     autocast = torch.autocast(step.device.type, AUTOCAST.get(step.precision), enabled=step.precision in AUTOCAST)
     for is_last in [False, True] if step.is_accumulating else [True]:
@@ -319,7 +319,7 @@ def _run(step: Step, root: LossModel, teacher: _Teacher | None, optimizer: torch
 
 @contextmanager
 def _pretended_devices(step: Step) -> Iterator[Any]:
-    """A mesh of devices of which there is only this one."""
+    """Create a device mesh on a fake process group, in which this is the only process."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.n_devices)
     try:
         yield init_device_mesh(step.device.type, (step.n_devices,))
@@ -329,7 +329,7 @@ def _pretended_devices(step: Step) -> Iterator[Any]:
 
 @contextmanager
 def _chunks_of_a_gpu() -> Iterator[None]:
-    """The head's chunks on the CPU as large as they are on a GPU."""
+    """Use a GPU's chunk sizes for the head on the CPU."""
     before = CHUNK_ELEMENTS["cpu"], PART_ELEMENTS["cpu"]
     CHUNK_ELEMENTS["cpu"] = PART_ELEMENTS["cpu"] = CHUNK_ELEMENTS["cuda"]
     try:
@@ -349,7 +349,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _n_bytes(tensors: Iterable[Any]) -> int:
-    """What tensors take; some share their memory, such as the sharded gradients of a block."""
+    """Return the bytes of tensors, counting shared memory once, such as that of a block's sharded gradients."""
     storages = [_own(tensor).untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -359,7 +359,7 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the memory of all tensors that are made, and are still there, while it is on."""
+    """Tracks the current and peak memory of all live tensors that are created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> LiveBytes:
         self._resize = torch.UntypedStorage.resize_
-        # FSDP empties what it gathered this way, behind the dispatcher's back
+        # FSDP frees gathered parameters this way, bypassing the dispatcher
 
         def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             result = self._resize(storage, size)
@@ -402,11 +402,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 class RoutesToFirst(TorchDispatchMode):
-    """Has every token of a mixture of experts routed to the first experts, for tensors without content.
+    """Routes every token of a mixture of experts to the first experts, for tensors without data.
 
     litgpt's `LLaMAMoE` looks up each expert's tokens in turn, by `torch.where` on a mask of shape (tokens,
-    experts per token). All tokens in as many experts as each needs is the routing that takes most memory at a time;
-    the activations kept for the backward pass have the same size under any routing.
+    experts per token). Sending all tokens to the same experts takes most memory at a time; the activations stored for
+    the backward pass have the same size under any routing.
     """
 
     def __init__(self) -> None:
@@ -414,7 +414,7 @@ class RoutesToFirst(TorchDispatchMode):
         self._n_looked_up = 0
 
     def watch(self, model: nn.Module) -> None:
-        """Take notice of each time one of the model's mixtures of experts begins."""
+        """Reset the count of looked-up experts whenever one of the model's mixtures of experts runs."""
         for module in model.modules():
             if isinstance(module, LLaMAMoE):
                 module.register_forward_pre_hook(self._begin)

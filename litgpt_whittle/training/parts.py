@@ -1,7 +1,7 @@
-"""Checkpoints to which every process writes its own part, so that no memory ever holds a whole one.
+"""Sharded checkpoints: every process writes its own part, so that no process holds a whole checkpoint in memory.
 
-A tensor that is spread over the processes (`DTensor`, by its rows) is saved as each process's rows, and read as `Rows`,
-of which any number of processes take what they need. All else is saved with the first process's part only.
+A tensor sharded by rows (`DTensor`) is saved as each process's rows and read as `Rows`, from which any number of
+processes take what they need. All else is saved in the first process's part only.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ROWS = "rows of a spread tensor"
 
 
 class Rows:
-    """A tensor that lies in several files, row after row.
+    """A tensor whose rows are stored in several files.
 
     Args:
-        pieces: Its parts, memory-mapped, in their order.
+        pieces: Its consecutive parts, memory-mapped.
     """
 
     def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
@@ -35,7 +35,7 @@ class Rows:
         self.shape = torch.Size([sum(len(piece) for piece in pieces), *pieces[0].shape[1:]])
 
     def __getitem__(self, which: slice) -> torch.Tensor:
-        """Some of the rows, read now."""
+        """Read a slice of the rows."""
         start, stop, _ = which.indices(self.shape[0])
         found, at = [], 0
         for piece in self.pieces:
@@ -45,7 +45,7 @@ class Rows:
 
 
 def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Applies a function to all tensors in nested dicts, lists and tuples."""
+    """Apply a function to all tensors in nested dicts, lists and tuples."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, dict):
@@ -56,12 +56,12 @@ def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None]) -> None:
-    """Writes a folder together, whole or not at all; all processes must call it.
+    """Write a folder atomically from all processes, each of which must call it.
 
     Args:
         folder: The folder; an older one is replaced.
-        tree: What is saved: nested dicts and lists of tensors, spread or not, and of what else `torch.save` takes.
-        fill: Writes further files into the folder that it is given; called by the first process only.
+        tree: Nested dicts and lists of tensors, sharded or not, and of other values that `torch.save` accepts.
+        fill: Writes further files into the given folder; called by the first process only.
 
     Raises:
         OSError: On all processes, if one cannot write.
@@ -74,7 +74,7 @@ def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None])
 
 
 def _together(write: Callable[[], None]) -> None:
-    """Has every process write something, and raises on all of them what went wrong on one."""
+    """Call `write` on every process; if it fails on one, raise OSError on all of them."""
     problem = None
     try:
         write()
@@ -96,17 +96,17 @@ def _save_part(folder: Path, tree: dict[str, Any], is_spread: bool) -> None:
 
 
 def part_paths(folder: Path) -> list[Path]:
-    """The files of a folder that `save_parts` wrote; none of another."""
+    """Return the part files in a folder written by `save_parts`; none in any other folder."""
     return sorted(Path(folder).glob("part-*-of-*.pth"))
 
 
 def has_parts(folder: Path) -> bool:
-    """Whether a folder was written by `save_parts`."""
+    """Return whether a folder was written by `save_parts`."""
     return bool(part_paths(folder))
 
 
 def read_parts(folder: Path, key: str) -> Any:
-    """What `save_parts` wrote under a key, with `Rows` in the place of tensors that were spread.
+    """Read the value that `save_parts` wrote under a key, with `Rows` in place of sharded tensors.
 
     Raises:
         UserError: If a part is missing or damaged.
@@ -132,7 +132,7 @@ def _is_spread(tree: Any) -> bool:
 
 
 def _own(tensor: torch.Tensor) -> Any:
-    # a part is a view, and all of the memory behind it would be saved
+    # a local part is a view; without a copy its whole storage would be saved
     return {_ROWS: tensor.to_local().cpu().clone()} if isinstance(tensor, DTensor) else tensor
 
 

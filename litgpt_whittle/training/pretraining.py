@@ -1,4 +1,4 @@
-"""What the commands that pretrain have in common: how models are built, shared out, begun with and saved."""
+"""Shared steps of the training commands: build the model, launch the processes, begin or resume, save."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from litgpt_whittle.training.validation import ValidationBatches
 
 
 def checkpoint_dir_of(path: Path | None) -> Path | None:
-    """A checkpoint directory, also by its name under `checkpoints/`."""
+    """Return a checkpoint directory, given by its path or its name under `checkpoints/`."""
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
 def build_model(fabric: L.Fabric, student: Student, seq_length: int, activation_checkpointing: bool) -> GPT:
-    """The model with its weights; random ones are as `litgpt pretrain` draws them, from the same random numbers."""
-    # weights that will be spread over devices are whole at first, in the CPU's memory
+    """Return the model with its weights; random ones equal those of `litgpt pretrain` with the same seed."""
+    # weights to be sharded are first whole, in CPU memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
     with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
         model = student.build()
@@ -60,16 +60,16 @@ def build_model(fabric: L.Fabric, student: Student, seq_length: int, activation_
 def launch_training(
     devices: int, num_nodes: int, precision: str, strategy: str, logger: Logger, arguments: dict[str, Any]
 ) -> L.Fabric:
-    """Starts the processes, and tells the terminal and the logger what the command was given."""
+    """Start the processes, and send the command's arguments to the terminal and the logger."""
     fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
     fabric.print(pprint.pformat(arguments))
-    if not isinstance(logger, CSVLogger):  # which cannot
+    if not isinstance(logger, CSVLogger):  # the CSV logger does not support it
         fabric.logger.log_hyperparams(arguments)
     return fabric
 
 
 def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
-    """How several devices share the student, as Fabric has it."""
+    """Return Fabric's strategy for training the student on several devices."""
     if n_devices == 1 or name == "ddp":
         return "ddp"
     return ModelParallelStrategy(
@@ -91,7 +91,7 @@ def begin(
     settings: dict[str, Any],
     state: dict[str, Any] | None,
 ) -> Run:
-    """A run at its beginning, or where a checkpoint's `state` says that it was."""
+    """Return a new run, or one restored from a checkpoint's `state`."""
     stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
     run = Run(fabric, job, stream, validation, schedule, seq_length, out_dir, settings)
     if state is not None:
@@ -101,14 +101,14 @@ def begin(
 
 
 class Saver:
-    """Writes checkpoint directories: stock litgpt checkpoints that also say how they were trained and how to go on.
+    """Writes checkpoint directories: stock litgpt checkpoints with the command's arguments and the training state.
 
     Args:
-        fabric: Its processes all call it.
-        model: What is trained.
-        student: Where it came from.
-        tokenizer_dir: Where to copy the tokenizer from.
-        arguments: The command's.
+        fabric: The Fabric; all of its processes must call the saver.
+        model: The trained model.
+        student: Source of the model.
+        tokenizer_dir: Directory to copy the tokenizer from.
+        arguments: The command's arguments.
         kind: "full", or "sharded" for all but the final checkpoint.
     """
 
@@ -130,7 +130,7 @@ class Saver:
         folder.parent.mkdir(parents=True, exist_ok=True)
         weights = self.model.state_dict()
         if self.model.lm_head.weight is self.model.transformer.wte.weight:
-            del weights["lm_head.weight"]  # whoever saves or reads it knows it as the embedding
+            del weights["lm_head.weight"]  # tied: saved once, as the embedding
         if self.kind == "sharded" and not is_final:
             save_parts(folder, {"weights": weights, "training": training_state}, self._fill)
             return
@@ -149,7 +149,7 @@ def save_student(
     weights: dict[str, torch.Tensor] | None = None,
     training_state: dict[str, Any] | None = None,
 ) -> None:
-    """Fills a folder: with weights it is a stock litgpt checkpoint. It also says how the student was trained."""
+    """Fill a folder with a student's config and training arguments; with weights it is a stock litgpt checkpoint."""
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     extra = {} if training_state is None else {TRAINING_STATE: training_state}
     if student.basis is not None:
@@ -159,10 +159,10 @@ def save_student(
 
 
 def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:
-    """Count the floating-point operations of one micro-batch: a model forward and backward, and others forward only.
+    """Count the floating-point operations of one micro-batch: forward and backward of the model, forward of `frozen`.
 
-    Nothing is run, because a mixture of experts needs its router's choices. The throughput monitor alone reads the
-    count, so an architecture that cannot be counted gives 0, with which the monitor reports no FLOPs.
+    Nothing is run, because a mixture of experts needs its router's choices. Only the throughput monitor reads the
+    count; for an architecture that cannot be counted it is 0, and the monitor reports no FLOPs.
     """
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     try:

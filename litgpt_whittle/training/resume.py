@@ -1,4 +1,4 @@
-"""Going on exactly where a run stopped: same weights, same data, same random numbers as if it had never stopped."""
+"""Exact resuming: the same weights, data and random numbers as in an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING_STATE = "training_state.pth"
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and PyTorch's global generators, as what `weights_only` loads."""
+    """Return the state of Python's, NumPy's and PyTorch's global generators, loadable with `weights_only`."""
     _, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -33,7 +33,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Undoes what was drawn since `rng_state`."""
+    """Restore the state returned by `rng_state`."""
     random.setstate(state["python"])
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
@@ -43,44 +43,44 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """A dataloader and its samplers."""
+    """Return a dataloader and its samplers."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    parts.append(getattr(batch_sampler, "batch_sampler", None))  # ours stands before it
+    parts.append(getattr(batch_sampler, "batch_sampler", None))  # wrapped by `SkippingBatches`
     return list({id(part): part for part in parts}.values())
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the random generators that a dataloader has of its own."""
+    """Return the random generators that belong to a dataloader."""
     found = [getattr(part, "generator", None) for part in _parts(loader)]
     return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
 
 def generator_states(loader: Any) -> list[torch.Tensor]:
-    """The state of the generators that a dataloader has of its own."""
+    """Return the states of the generators that belong to a dataloader."""
     return [generator.get_state() for generator in generators_of(loader)]
 
 
 def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
-    """Undoes what was drawn since `generator_states`."""
+    """Restore the states returned by `generator_states`."""
     for generator, state in zip(generators_of(loader), states):
         generator.set_state(state)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells samplers that order by epoch which one it is."""
+    """Call `set_epoch` on the samplers whose order depends on the epoch."""
     for part in _parts(loader):
         if callable(getattr(part, "set_epoch", None)):
             part.set_epoch(epoch)
 
 
 def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
-    """The checkpoint directory to go on from.
+    """Return the checkpoint directory to resume from; None for a new run.
 
     Args:
-        resume: As `litgpt pretrain` has it: `True` for the latest in `out_dir`, "auto" the same if there is one, or a
+        resume: As in `litgpt pretrain`: `True` for the latest in `out_dir`, "auto" for the same if there is one, or a
             checkpoint directory.
-        out_dir: The run's folder.
+        out_dir: The run's output folder.
 
     Raises:
         UserError: If there is nothing to resume from, or if `out_dir` has weights that would be overwritten.
@@ -109,7 +109,7 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
 
 
 def _check_unused(out_dir: Path) -> None:
-    """litgpt would mix the old run's checkpoints with the new one's."""
+    """Raise UserError if `out_dir` has another run's checkpoints, which litgpt would mix with the new run's."""
     if (out_dir / WEIGHTS).is_file():
         raise UserError(
             f"out_dir must not be a checkpoint, into which training would write, got {str(out_dir)!r}; choose another"
@@ -122,12 +122,12 @@ def _check_unused(out_dir: Path) -> None:
 
 
 def has_training_state(folder: Path) -> bool:
-    """Whether a folder is a checkpoint from which a run can go on."""
+    """Return whether a folder is a checkpoint from which a run can resume."""
     return (Path(folder) / TRAINING_STATE).is_file() or has_parts(folder)
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """Reads a checkpoint's training state, without running code from it."""
+    """Load a checkpoint's training state without executing code from it."""
     if has_parts(folder):
         return read_parts(folder, "training")
     try:
@@ -139,10 +139,10 @@ def load_training_state(folder: Path) -> dict[str, Any]:
 
 
 def state_to_resume(folder: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The training state in a checkpoint directory, if there is one to go on from.
+    """Return the training state in the checkpoint directory to resume from; None for a new run.
 
     Raises:
-        UserError: If it is that of a run with other settings.
+        UserError: If the state belongs to a run with other settings.
     """
     if folder is None:
         return None
@@ -152,7 +152,7 @@ def state_to_resume(folder: Path | None, settings: dict[str, Any]) -> dict[str, 
 
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with a run under other settings.
+    """Raise UserError if a resumed run's settings have changed.
 
     Raises:
         UserError: Naming each setting that differs.
@@ -167,10 +167,10 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def describe(value: Any) -> Any:
-    """Return a command's argument as what YAML can hold and jsonargparse reads back.
+    """Return a command's argument as a value that YAML can store and jsonargparse can parse.
 
-    Objects are described by their class and its arguments, functions by their import path. Arguments that a dataclass
-    keeps out of its `repr`, such as access tokens, are left out.
+    Objects are described by their class and its arguments, functions by their import path. Dataclass fields with
+    `repr=False`, such as access tokens, are left out.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -194,17 +194,17 @@ def describe(value: Any) -> Any:
 
 
 def import_path(value: Any) -> str:
-    """Return where a class or a function is found."""
+    """Return the import path of a class or function."""
     return f"{value.__module__}.{value.__qualname__}"
 
 
 def _init_args(value: Any) -> dict[str, Any]:
-    """Return the arguments of an object's class, as far as its attributes have their names."""
+    """Return the constructor arguments of an object, read from the attributes of the same names."""
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     hidden = {field.name for field in fields if not field.repr}
     try:
         parameters = inspect.signature(type(value)).parameters.values()
-    except (TypeError, ValueError):  # of a class written in C
+    except (TypeError, ValueError):  # a class written in C may have no signature
         parameters = []
     is_list = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     args = {
@@ -212,13 +212,13 @@ def _init_args(value: Any) -> dict[str, Any]:
         for p in parameters
         if p.kind not in is_list and p.name not in hidden and hasattr(value, p.name)
     }
-    # FLAN keeps a list of what it takes as one text
+    # FLAN takes a comma-separated string and stores a list
     texts = [p.name for p in parameters if p.annotation in ("str", "str | None", str, str | None)]
     return args | {name: ",".join(args[name]) for name in texts if isinstance(args.get(name), list)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"seed": 1}}` as `{"train.seed": 1}`."""
+    """Flatten nested dicts: `{"train": {"seed": 1}}` becomes `{"train.seed": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""A training run: what is trained, on what schedule, how far it is, and all that it takes to go on from there."""
+"""A training run: its job, schedule and progress, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from litgpt_whittle.training.sharding import load_gathered, load_optimizer_state
 from litgpt_whittle.training.validation import ValidationBatches
 
 Backward = Callable[[torch.Tensor], None]
-"""Adds a loss's gradients to those of the optimizer step; it may be called several times per batch."""
+"""Adds a loss's gradients to those of the optimizer step; may be called several times per batch."""
 
 TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward, float], Mapping[str, torch.Tensor]]
-"""(input_ids (B, T), targets (B, T), backward, the share of the training that is done) -> scalars to log, "loss" among
-them, without gradients. They always have the same names; NaN says that there is nothing to log."""
+"""(input_ids (B, T), targets (B, T), backward, fraction of training done) -> scalars to log, including "loss", without
+gradients. The names are the same at every step; NaN marks a scalar without a value."""
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input_ids (B, T), targets (B, T)) -> mean cross-entropy over the targets that count."""
@@ -33,29 +33,29 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Job:
-    """What the loop trains."""
+    """A model to train, with its optimizer and the functions for a step, for scoring and for saving."""
 
     module: nn.Module
-    """The root module, set up by Fabric"""
+    """Root module, set up by Fabric"""
     optimizer: torch.optim.Optimizer
     """Set up by Fabric"""
     step: TrainingStep
     score: Score
     save: Callable[[Path, dict[str, Any], bool], None]
-    """Writes a checkpoint directory with the weights and the given training state, whole or not at all; the last says
-    whether it is the final one. All processes call it"""
+    """(folder, training state, is_final) -> None; writes a checkpoint directory atomically, weights included. All
+    processes must call it"""
     teacher_score: Score | None = None
     helper: nn.Module | None = None
-    """Trained with the model, and no part of what is saved of it: learned projections between two models"""
+    """Trained with the model but not saved with its weights: learned projections between two models"""
     more_scores: Mapping[str, Score] = field(default_factory=dict)
-    """What else is validated with the model, by name"""
+    """Further scores to compute at each validation, by name"""
     flops_per_iter: int = 0
     """Floating-point operations of one micro-batch, for the throughput monitor"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, and the learning rate on the way; counted in micro-batches, as litgpt counts."""
+    """Length of training and learning-rate schedule, counted in micro-batches as in litgpt."""
 
     max_iters: int
     warmup_iters: int
@@ -64,11 +64,11 @@ class Schedule:
     max_lr: float
     min_lr: float
     decay_iters: int | None = None
-    """With a warm-up–stable–decay schedule, how long the rate falls in the end; None for a cosine"""
+    """Length of the final decay of a warm-up–stable–decay schedule; None for a cosine"""
 
     @classmethod
     def of(cls, train: TrainArgs, seq_length: int, lr: float, devices: int, num_nodes: int, loader: Any) -> Schedule:
-        """The schedule that litgpt's arguments ask for; it ends where the first of max_tokens and max_steps does."""
+        """Return the schedule for litgpt's arguments; it ends at max_tokens or max_steps, whichever comes first."""
         accumulation = train.gradient_accumulation_iters(devices, num_nodes)
         tokens_per_iter = train.micro_batch_size * seq_length
         max_iters = n_iters(train, seq_length, devices, num_nodes)
@@ -82,7 +82,7 @@ class Schedule:
         return cls(max_iters, warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
 
     def lr(self, iteration: int) -> float:
-        """Linear warm-up, then a half cosine from the peak down to `min_lr`, or the peak and a linear way down."""
+        """Return the learning rate: linear warm-up, then a half cosine to `min_lr`, or constant with a linear decay."""
         if iteration < self.warmup_iters:
             return self.max_lr * iteration / self.warmup_iters
         if self.decay_iters is not None:
@@ -93,10 +93,10 @@ class Schedule:
 
 
 def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> int:
-    """How many micro-batches each device trains on.
+    """Return the number of micro-batches that each device trains on.
 
     Raises:
-        UserError: If that is not one step, after which nothing would be learned.
+        UserError: If that is less than one optimizer step, so that nothing would be learned.
     """
     accumulation = train.gradient_accumulation_iters(devices, num_nodes)
     limits, n_tokens = [], train.micro_batch_size * seq_length
@@ -115,19 +115,19 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
 
 @dataclass
 class Progress:
-    """How far a run is, over all its parts."""
+    """Progress of a run, including the time before it was resumed."""
 
     iter_num: int = 0
     step_count: int = 0
     seconds: float = 0.0
     val_loss: float | None = None
     n_skipped: int = 0
-    """Steps without an update, because their loss was not finite"""
+    """Steps without an update, because the loss or a gradient was not finite"""
 
 
 @dataclass
 class Run:
-    """One training run: the job, its data, and where it stands."""
+    """A training run: the job, its data and its progress."""
 
     fabric: L.Fabric
     job: Job
@@ -137,11 +137,11 @@ class Run:
     seq_length: int
     out_dir: Path
     settings: dict[str, Any]
-    """What must not change when the run is resumed"""
+    """Settings that must not change when the run is resumed"""
     progress: Progress = field(default_factory=Progress)
 
     def training_state(self) -> dict[str, Any]:
-        """All that a checkpoint needs besides the weights, tensors as they are spread over the processes."""
+        """Return the state that a checkpoint needs besides the weights; sharded tensors stay sharded."""
         return {
             "optimizer": self.job.optimizer.state_dict(),
             "helper": {} if self.job.helper is None else self.job.helper.state_dict(),
@@ -158,15 +158,15 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to where `training_state` was taken. The weights are the caller's to load."""
+        """Restore a `training_state`. The caller loads the weights."""
         load_optimizer_state(self.job.optimizer, state["optimizer"])
         if self.job.helper is not None:
             load_gathered(self.job.helper, state["helper"])
-        # with another number of devices there are more or fewer iterations to a step
+        # the number of iterations per step depends on the number of devices
         iter_num = state["iter_num"] * self.schedule.accumulation // state["accumulation"]
         self.progress = Progress(iter_num, state["step_count"], state["seconds"], state["val_loss"], state["n_skipped"])
         self.stream.load_state_dict(state["data"])
         if self.validation is not None:
             self.validation.load_state_dict(state["val_generators"])
-        # last: finding the place in the data draws random numbers
+        # last, because restoring the data position draws random numbers
         set_rng_state(state["rng"])

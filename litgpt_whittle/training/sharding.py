@@ -1,4 +1,4 @@
-"""Models whose weights lie in parts on several devices (FSDP2): sharded, loaded, put together again."""
+"""Models sharded over several devices (FSDP2): shard, load and gather their weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from litgpt_whittle.training.parts import Rows, map_tensors
 
 
 def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossModel:
-    """Spreads a model that is trained over the processes: each block, and the rest with the losses.
+    """Shard a trained model over the processes: each block, and the root with the rest and the losses.
 
     Args:
-        root: The model, whole.
-        mesh: The devices.
-        precision: Fabric's name of it. With bf16-mixed, weights travel and compute in bf16, gradients add up in fp32.
+        root: The unsharded model.
+        mesh: The device mesh.
+        precision: Fabric's name. With bf16-mixed, weights are gathered and used in bf16, gradients reduced in fp32.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # a cast would round positions
     if precision == "bf16-mixed":
@@ -39,28 +39,31 @@ def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossMode
 
 
 def shard_frozen(model: GPT, mesh: DeviceMesh | None = None, keep_root: bool = False) -> None:
-    """Spreads a model that only runs over the processes: each block, and the rest of it.
+    """Shard a frozen model over the processes: each block, and the rest.
 
     Args:
-        model: The model, whole or without content.
-        mesh: The devices; by default all.
-        keep_root: Whether embedding, last norm and head stay whole from the first forward pass on, so that the head
-            can be used after one.
+        model: The unsharded model, with or without data.
+        mesh: The device mesh; by default all devices.
+        keep_root: If true, embedding, last norm and head stay gathered after the first forward pass, so that the head
+            can be used outside of it.
     """
-    tap_head(model)  # what is sharded knows its modules
+    tap_head(model)  # before sharding, which fixes the set of modules
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=not keep_root)
 
 
 def checkpoint_activations(model: GPT) -> None:
-    """Has every block computed anew in the backward pass, so that what it computed need not be kept."""
+    """Recompute every block in the backward pass, so that its activations need not be stored."""
     for block in model.transformer.h:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A tensor put together on the first process's CPU memory, `None` on the others; all must ask for it."""
+    """Gather a sharded tensor in the first process's CPU memory, `None` on the others; all processes must call it.
+
+    Other tensors are returned unchanged.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
@@ -68,19 +71,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def gathered(tree: Any) -> Any:
-    """A tree of tensors as one process alone would have it, on the first process; all must ask for it."""
+    """Gather the sharded tensors of a tree on the first process; all processes must call it."""
     return map_tensors(tree, whole)
 
 
 def load_gathered(module: nn.Module, state: dict[str, torch.Tensor | Rows]) -> None:
-    """Gives a module the weights that `gathered` or `read_parts` gave of it, over any number of processes."""
+    """Load a module's weights, as returned by `gathered` or `read_parts`, on any number of processes."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             tensor.copy_(_like(state[name], tensor))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimizer the state that `gathered` or `read_parts` gave of it, over any number of processes."""
+    """Load an optimizer's state, as returned by `gathered` or `read_parts`, on any number of processes."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {
         i: {name: _like(value, parameters[i]) for name, value in slots.items()} for i, slots in state["state"].items()
@@ -89,9 +92,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(value: Any, parameter: torch.Tensor) -> Any:
-    """This process's part of what belongs to a parameter entry by entry."""
+    """Return a value sharded like a parameter of the same shape; all other values whole."""
     if isinstance(value, Rows) and isinstance(parameter, DTensor):
-        # FSDP gives every process as many rows, as far as there are any
+        # FSDP gives every process equally many rows, until none are left
         n_rows = -(-len(parameter) // parameter.device_mesh.size())
         own = value[rank() * n_rows : (rank() + 1) * n_rows].to(parameter.device)
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -112,17 +115,17 @@ def load_sharded(
     max_seq_length: int,
     keep_root: bool = False,
 ) -> GPT:
-    """Opens a litgpt checkpoint with each block, and the rest of the model, spread over all processes.
+    """Load a litgpt checkpoint with each block, and the rest of the model, sharded over all processes.
 
-    Each process reads its own part of every weight, so that no memory ever holds more than a tensor of it.
+    Weights are read one at a time, and each process keeps its own part, so that at most one tensor is whole in memory.
 
     Args:
-        checkpoint_dir: The directory.
+        checkpoint_dir: The checkpoint directory.
         model_class: A class registered in the entry-point group `litgpt.models`.
-        dtype: What the weights are converted to.
+        dtype: Type that the weights are converted to.
         device: This process's device.
-        max_seq_length: The longest sequence that the model will see.
-        keep_root: As `shard_frozen` has it.
+        max_seq_length: Length of the longest input sequence.
+        keep_root: See `shard_frozen`.
 
     Returns:
         The model, in evaluation mode and without gradients.
@@ -137,7 +140,7 @@ def load_sharded(
     shard_frozen(model, keep_root=keep_root)
     state = {}
     for name, empty in model.state_dict().items():
-        # every process has the file, so that nothing is sent
+        # no communication, because every process reads the file
         part = distribute_tensor(
             weights[name].to(device, dtype), empty.device_mesh, empty.placements, src_data_rank=None
         )
@@ -150,5 +153,5 @@ def load_sharded(
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a model's weights lie in parts on several devices."""
+    """Return whether a model's weights are sharded over several devices."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Where the model that is trained comes from: a checkpoint, a cut from its teacher, or random weights."""
+"""Source of the trained model: a checkpoint, a cut from its teacher, or random weights."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, is_tied, student_model
 
 BASIS = "basis.pth"
-"""What a repaired student's channels are: combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""
+"""File with a repaired student's channels as combinations of the teacher's, (n_embd_student, n_embd_teacher)"""
 
 
 @dataclass
 class Student:
-    """Where the student comes from; nothing is loaded yet."""
+    """Source of the student; its weights are not loaded yet."""
 
     config: Config
     build: Callable[[], GPT]
-    """Makes the model, with any weights"""
+    """Makes the model; its weights are arbitrary"""
     weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    """Reads its weights; `None` where they start random"""
+    """Reads the weights; `None` for random ones"""
     sub_network: dict[str, Any] | None = None
-    """Which part of its teacher it is, where that is known"""
+    """Sub-network of the teacher that the student is, if known"""
     basis: torch.Tensor | None = None
-    """Its channels as combinations of the teacher's, where they are no choice of them"""
+    """Its channels as combinations of the teacher's, if they are not a selection of them"""
     is_tied: bool = False
-    """Whether its LM head is its embedding: one matrix, trained and saved once"""
+    """True if its LM head is its embedding: one matrix, trained and saved once"""
 
     @property
     def n_params(self) -> int:
-        """Its parameters in its true shape, a tied matrix once."""
+        """Return the number of parameters, with per-layer sizes respected and a tied matrix counted once."""
         with torch.device("meta"):
             model = self.build()
         return num_parameters(model) - (model.lm_head.weight.numel() if self.is_tied else 0)
@@ -54,10 +54,10 @@ class Student:
         model_name: str | None,
         model_config: Config | None,
     ) -> Student:
-        """The student that the arguments name: a checkpoint before a sub-network before a model's name.
+        """Return the student given by the arguments; a checkpoint precedes a sub-network, and that a model's name.
 
         Raises:
-            UserError: If they name none, or one that does not exist.
+            UserError: If no student is given, or it does not exist.
         """
         if checkpoint_dir is not None:
             return cls._from_checkpoint(checkpoint_dir)
@@ -78,7 +78,7 @@ class Student:
         return cls(model_config, lambda: GPT(model_config))
 
     def with_random_weights(self) -> Student:
-        """The same architecture without what it knows; a tied LM head stays tied."""
+        """Return the same architecture with random weights; a tied LM head stays tied."""
         shape = self.sub_network and {name: value for name, value in self.sub_network.items() if name != "provenance"}
         return replace(self, weights=None, sub_network=shape, basis=None)
 
@@ -86,7 +86,7 @@ class Student:
         """Return the student with its LM head and embedding tied or untied as asked; untying prints both sizes.
 
         Args:
-            tie_embeddings: `train.tie_embeddings`; `None` leaves them as they are.
+            tie_embeddings: `train.tie_embeddings`; `None` changes nothing.
 
         Raises:
             UserError: If a trained LM head would be dropped.

@@ -1,4 +1,4 @@
-"""Training a model so that its sub-networks are good: one step trains several of them, one after the other."""
+"""Super-network training: each step trains several sub-networks of one model in turn."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ GROUP = "litgpt_whittle.samplers"
 
 @dataclass
 class SupernetArgs:
-    """Which sub-networks are trained, and what they learn"""
+    """Sub-networks to train, and their training objective"""
 
     space: SpaceName = "coarse_layerwise"
-    """The sub-networks that there are, as `litgpt search` has it"""
+    """Search space of the sub-networks, as in `litgpt search`"""
     search_space: SpaceArgs = field(default_factory=SpaceArgs)
-    """What may shrink, how far and in which steps"""
+    """Dimensions that may shrink, their limits and steps"""
     sampler: str | dict[str, dict[str, int | float]] = "sandwich"
-    """Which networks a step trains, by name in `litgpt_whittle.samplers`: standard, random, sandwich, random_linear,
-    alternate, in_place_distillation, size_weighted; or one with its settings: ``{sandwich: {n: 3}}``"""
+    """Sampler of the networks of each step, by name in `litgpt_whittle.samplers`: standard, random, sandwich,
+    random_linear, alternate, in_place_distillation, size_weighted; or one with its settings: ``{sandwich: {n: 3}}``"""
     per_rank: Literal["same", "different"] = "same"
-    """Whether several devices train the same sub-networks in a step"""
+    """Train the same or different sub-networks on each device within a step"""
     distill: DistillArgs = field(default_factory=lambda: DistillArgs(alpha=0.0, beta=1.0, temperature=1.0))
-    """What sub-networks learn from the full network, with in_place_distillation"""
+    """Objective for distilling the full network into the sub-networks, with in_place_distillation"""
     n_validated: int = 3
-    """Random sub-networks, always the same, that are validated beside the full network and the smallest"""
+    """Number of random sub-networks, always the same, validated besides the full network and the smallest"""
 
     def __post_init__(self) -> None:
         if self.per_rank not in ("same", "different"):
@@ -52,10 +52,10 @@ class SupernetArgs:
             raise UserError(f"supernet.n_validated must be 0 or more, got {self.n_validated}")
 
     def make_sampler(self, config: Config, tied: bool) -> Sampler:
-        """The sampler, on the space of a model's sub-networks.
+        """Return the sampler for the search space of a model.
 
         Raises:
-            UserError: If there is no such sampler or space, or nobody would teach.
+            UserError: If the sampler or space is unknown, or the sampler distils predictions and `distill` does not.
         """
         space = Space(config, self.space, tied=tied, args=self.search_space)
         ((name, settings),) = with_settings(GROUP, self.sampler, "sampler", n_given=1).items()
@@ -68,7 +68,7 @@ class SupernetArgs:
         return sampler
 
     def validated(self, space: Space) -> dict[str, SubNet]:
-        """The sub-networks that are validated, by names that say how large they are."""
+        """Return the sub-networks to validate, by names that include their number of parameters."""
         rng = np.random.default_rng(0)
         chosen = [space.smallest(), *(space.sample(rng) for _ in range(self.n_validated))]
         names = ["smallest", *(f"random {i + 1}" for i in range(self.n_validated))]
@@ -76,7 +76,7 @@ class SupernetArgs:
 
 
 class SuperLossModel(LossModel):
-    """A super-network that gives the losses of whatever it runs as, and can teach its own sub-networks.
+    """A super-network that returns the losses of its active sub-network, and can teach its own sub-networks.
 
     Args:
         model: The super-network.
@@ -85,18 +85,18 @@ class SuperLossModel(LossModel):
     def __init__(self, model: SuperGPT) -> None:
         super().__init__(model)
         self.keeps = False
-        """Whether what the head is called with is kept, so that it teaches the networks that come next"""
+        """If true, keep the head's input, so that this network teaches the following ones"""
         self.kept: torch.Tensor | None = None
-        """That, without gradients, (B, T, n_embd)"""
+        """The head's input, detached, (B, T, n_embd)"""
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:
-        """Losses of one batch, both shape (B, T); what was kept has its say where the objective asks for a teacher."""
+        """Return the losses of one batch of shape (B, T); kept hidden states serve as the teacher if beta is not 0."""
         softcap, teacher = self.model.config.final_logit_softcapping, None
         head_input = hidden_states(self.model, input_ids)
         if self.keeps:
             self.kept = head_input.hidden.detach()
         elif self.kept is not None:
-            # the head's weights change between steps only: its logits are made anew, chunk by chunk
+            # the head's weights change only between steps, so its logits can be recomputed chunk by chunk
             weight, bias = self.model.lm_head.weight.detach(), self.model.lm_head.bias
             whole = HeadInput(self.kept, weight, None if bias is None else bias.detach())
             teacher = TeacherLogits(whole, softcap)
@@ -106,17 +106,17 @@ class SuperLossModel(LossModel):
 class SupernetStep:
     """One micro-batch of super-network training: every network of the step in turn, forward and backward.
 
-    So a step takes the memory of its largest network. Its loss is the mean over the networks.
+    A step therefore needs the memory of its largest network. Its loss is the mean over the networks.
 
     Args:
-        root: What Fabric set up, or the model itself.
-        losses_of: The model within.
-        sampler: Which networks a step trains.
-        objectives: What those learn that the full network teaches, when a share of the training is done.
-        seed: Of the networks.
-        n_iters: The micro-batches of the whole training.
-        accumulation: The micro-batches of a step; all of them train the same networks.
-        differs: Whether every process trains networks of its own.
+        root: The module set up by Fabric, or the model itself.
+        losses_of: The model inside `root`.
+        sampler: Chooses the networks of each step.
+        objectives: Objective of networks taught by the full network, as a function of the fraction of training done.
+        seed: Seed of the sampled networks.
+        n_iters: Number of micro-batches of the whole training.
+        accumulation: Number of micro-batches per step; all of them train the same networks.
+        differs: If true, every process trains networks of its own.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class SupernetStep:
     def __call__(
         self, input_ids: torch.Tensor, targets: torch.Tensor, backward: Backward, done: float
     ) -> dict[str, torch.Tensor]:
-        """Adds the gradients of a batch; gives the mean loss and the full network's, NaN where it is not trained."""
+        """Accumulate a batch's gradients; return the mean loss and the full network's, NaN if it is not trained."""
         networks = self.networks(done)
         total, full = torch.zeros((), device=input_ids.device), torch.full((), torch.nan, device=input_ids.device)
         for network in networks:
@@ -148,9 +148,9 @@ class SupernetStep:
         return {"loss": total, "full": full}
 
     def networks(self, done: float) -> list[SubNet | None]:
-        """The networks that this process trains when a share of the training is done."""
+        """Return the networks that this process trains when a fraction `done` of training is done."""
         step = round(done * self.n_iters) // self.accumulation
-        # from step and process alone, so that a resumed run trains the same
+        # seeded by step and process alone, so that a resumed run trains the same networks
         key = [self.seed, step, rank() if self.differs else 0]
         return self.sampler.networks(np.random.default_rng(key), step, done)
 
@@ -160,7 +160,7 @@ class SupernetStep:
         losses_of, teaches = self.losses_of, self.sampler.teaches
         losses_of.keeps = teaches and network is None
         losses_of.objective = self.objectives(done) if teaches and network is not None else Objective()
-        # backward, too, while it runs as this network: checkpointed activations are computed again there
+        # backward inside as well, because checkpointed activations are recomputed there with this network
         with running(losses_of.model, network, trains=True):
             losses = self.root(input_ids, targets)
             backward(losses.loss / n_networks)
@@ -169,7 +169,7 @@ class SupernetStep:
 
 
 def score_of(root: Any, losses_of: SuperLossModel, network: SubNet | None) -> Score:
-    """The cross-entropy of one of a super-network's networks."""
+    """Return a function that scores a sub-network by its cross-entropy."""
 
     def score(input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         losses_of.objective = Objective()
@@ -180,5 +180,5 @@ def score_of(root: Any, losses_of: SuperLossModel, network: SubNet | None) -> Sc
 
 
 def running(model: SuperGPT, network: SubNet | None, trains: bool = False) -> AbstractContextManager[SuperGPT]:
-    """The super-network running as one of its networks, `None` for the full one."""
+    """Return a context in which the super-network runs as `network`, `None` for the full one."""
     return nullcontext(model) if network is None else model.running(network, trains=trains)

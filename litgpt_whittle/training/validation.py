@@ -1,4 +1,4 @@
-"""The validation batches of a run: the same at every pass, whatever order the data module gives them."""
+"""Validation batches of a run: the same at every pass, independent of the data module's order."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from litgpt_whittle.training.resume import (
 )
 
 KEPT_BYTES = 512 * 2**20
-"""Token ids that a process keeps; a longer validation reads them again at every pass"""
+"""Maximum bytes of validation batches that a process keeps in memory; more are read again at every pass"""
 
 SEED = 0
-"""Of the batches' order where the data module shuffles them, in every command, so that all validate on the same text"""
+"""Seed of the batches' order if the data module shuffles; the same in every command, so that all validate on the same
+text"""
 
 
 @contextmanager
 def fixed_randomness(loader: Any = None) -> Iterator[None]:
-    """Draw random numbers from a fixed seed, and leave the generators as they were.
+    """Draw random numbers from a fixed seed inside the context, and restore the generators' states on exit.
 
     Args:
-        loader: A dataloader whose own generators are meant, too.
+        loader: A dataloader whose own generators are included.
     """
     before, own = rng_state(), generator_states(loader)
     random.seed(SEED)
@@ -50,14 +51,14 @@ def fixed_randomness(loader: Any = None) -> Iterator[None]:
 class ValidationBatches:
     """The first validation batches of a data module, shared by the processes, the same at every pass.
 
-    They are read once and kept, so that a loader may change their order from epoch to epoch.
+    They are read once and kept in memory, so that a loader may change their order from epoch to epoch.
 
     Args:
         loader: A validation dataloader, not iterated over yet.
-        make_loader: Returns another one, for batches that are too many to be kept.
-        n: How many batches to take; fewer where the loader has fewer.
-        rank: This process's number.
-        world_size: How many processes share the batches.
+        make_loader: Returns a new dataloader, for batches that exceed `KEPT_BYTES`.
+        n: Number of batches to take; fewer if the loader has fewer.
+        rank: Rank of this process.
+        world_size: Number of processes that share the batches.
     """
 
     def __init__(self, loader: Any, make_loader: Callable[[], Any], n: int, rank: int = 0, world_size: int = 1) -> None:
@@ -68,10 +69,10 @@ class ValidationBatches:
         self._twin = _without_data(loader)
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        """Return this process's part of the batches, and if each counts, as `shared_batches` does."""
+        """Iterate over this process's share of the batches, each with its flag as in `shared_batches`."""
         if not self._is_read:
             self._kept, self._is_read = self._read(), True
-            self._loader = None  # whose worker processes end with it
+            self._loader = None  # also ends its worker processes
         if self._kept is not None:
             return iter(self._kept)
         with fixed_randomness():
@@ -92,7 +93,7 @@ class ValidationBatches:
             yield from shared_batches(loader, self.n, self.rank, self.world_size)
 
     def draw(self) -> None:
-        """Draw the random numbers that a pass over the dataloader takes, to stay in step with `litgpt pretrain`."""
+        """Draw the random numbers that a pass over the dataloader draws, to match `litgpt pretrain`."""
         if self._twin is not None:
             next(iter(self._twin), None)
 
@@ -101,12 +102,12 @@ class ValidationBatches:
         return generator_states(self._twin)
 
     def load_state_dict(self, state: list[torch.Tensor]) -> None:
-        """Set it."""
+        """Restore the state of the dataloader's own random generators."""
         set_generator_states(self._twin, state)
 
 
 def _without_data(loader: Any) -> DataLoader | None:
-    """Return a dataloader that draws its order as another does and reads nothing; None where that is unknown."""
+    """Return a dataloader that draws the same order and reads no data; None if `loader` does not permit it."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return None
     return DataLoader(
@@ -115,7 +116,7 @@ def _without_data(loader: Any) -> DataLoader | None:
 
 
 class _Nothing:
-    """A dataset of any size without content."""
+    """A dataset of arbitrary size without content."""
 
     def __getitem__(self, index: int) -> None:
         return None
