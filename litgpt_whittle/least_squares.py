@@ -35,7 +35,7 @@ def exact_products() -> Iterator[None]:
 
 
 def sums_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype of sums over tokens: float64 on the CPU, float32 elsewhere (where float64 is slow or missing)."""
+    """Return the dtype of sums over tokens: float64 on the CPU, float32 elsewhere, where float64 is slow or missing."""
     return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
