@@ -352,7 +352,7 @@ def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
 
 
 def shape_of(subnet: SubNet) -> SubNet:
-    """Return a layer-wise student's true shape as a sub-network of its padded config, the leading part of each tensor."""
+    """Return a layer-wise student's true shape as a sub-network of its padded config: leading parts of its tensors."""
     layers = [subnet.layer(i) for i in range(len(subnet))]
     config = subnet.config
     width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
