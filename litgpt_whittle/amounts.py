@@ -1,4 +1,4 @@
-"""Amounts as people write them: `2GB`, `10ms`, `1.5e9`, and ranges of them: `600M-800M`."""
+"""Parse and format quantities with units such as `2GB`, `10ms` or `1.5e9`, and ranges such as `600M-800M`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _AMOUNT = re.compile(_PART, re.IGNORECASE)
 _RANGE = re.compile(rf"{_PART}\s*[-–]\s*{_PART}", re.IGNORECASE)
 
 Range = tuple[float, float]
-"""The least and the most, both included"""
+"""Minimum and maximum, both inclusive"""
 
 
 def parse_amount(text: str | float, unit: Unit) -> float:
-    """Reads an amount, with or without a suffix of its unit.
+    """Parse a quantity, with or without a suffix of its unit.
 
     Raises:
-        UserError: If it is none, or not more than 0.
+        UserError: If it is invalid, not positive or not finite.
     """
     match = _AMOUNT.fullmatch(str(text).strip())
     size = _SUFFIXES[unit].get(match[2].lower()) if match else None
@@ -50,7 +50,7 @@ def parse_amount(text: str | float, unit: Unit) -> float:
 
 
 def parse_range(text: str | float, unit: Unit) -> Range:
-    """Reads `600M-800M`, or `800M`, which means from 0 on; the first number takes the second's suffix if it has none.
+    """Parse a range `600M-800M`, or a maximum `800M`; a first number without a suffix takes the second's.
 
     Raises:
         UserError: If it is neither, or the range is reversed.
@@ -66,7 +66,7 @@ def parse_range(text: str | float, unit: Unit) -> Range:
 
 
 def format_amount(amount: float, unit: Unit) -> str:
-    """Writes an amount to four digits, as `parse_amount` reads it: `812.3M`, `12.58MB`, `1.5ms`."""
+    """Format a quantity with four digits, readable by `parse_amount`: `812.3M`, `12.58MB`, `1.5ms`."""
     suffixes = {suffix: size for suffix, size in _SUFFIXES[unit].items() if suffix.isascii() and "i" not in suffix}
     size = max((size for size in suffixes.values() if size <= amount), default=min(suffixes.values()))
     suffix = max((suffix for suffix in suffixes if suffixes[suffix] == size), key=len)
@@ -74,7 +74,7 @@ def format_amount(amount: float, unit: Unit) -> str:
 
 
 def format_range(amounts: Range, unit: Unit) -> str:
-    """Writes a range as `parse_range` reads it."""
+    """Format a range, readable by `parse_range`."""
     least, most = (format_amount(amount, unit) for amount in amounts)
     # a first number without a suffix would take the second's
     if least[-1].isdigit() and not most[-1].isdigit():

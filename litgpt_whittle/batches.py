@@ -1,4 +1,4 @@
-"""Batches of text that are read once and kept: those that score candidates, and those that calibrate."""
+"""Fixed batches of tokens that are read once into memory, for scoring candidates and for calibration."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from litgpt_whittle.training.validation import fixed_randomness
 
 
 class Batch(NamedTuple):
-    """Token ids and the tokens that follow them, each of shape (B, T)."""
+    """Token ids and next-token targets, each of shape (B, T)."""
 
     input_ids: torch.Tensor
     targets: torch.Tensor
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that count."""
+        """Number of tokens with a target that is not ignored."""
         return int((self.targets != IGNORE_INDEX).sum())
 
 
 def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
-    """Reads the batches that score all candidates, once, into memory.
+    """Read the batches on which all candidates are scored into memory.
 
     Args:
         loader: A validation dataloader of a litgpt data module.
-        n: How many to read; fewer when the loader has fewer.
-        max_seq_length: Tokens beyond are left out.
+        n: Maximum number of batches; those without targets are skipped.
+        max_seq_length: Length to which samples are truncated.
 
     Raises:
         UserError: If there is no token to predict.
@@ -57,7 +57,7 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
 
 
 def fingerprint(batches: Sequence[Sequence[torch.Tensor]]) -> str:
-    """Sixteen hex digits that tell batches of other tokens, or in another order or shape, apart."""
+    """Return a hash of the batches' tokens, order and shapes: sixteen hex digits."""
     digest = hashlib.sha256()
     for batch in batches:
         for tensor in batch:
@@ -67,10 +67,10 @@ def fingerprint(batches: Sequence[Sequence[torch.Tensor]]) -> str:
 
 
 def sequence_length(teacher: Config, asked: int | None) -> int:
-    """The length of samples: what was asked for, else the teacher's block size, but at most 2048.
+    """Return the sequence length: `asked`, or by default the teacher's block size, but at most 2048.
 
     Raises:
-        UserError: If that is longer than the teacher's block.
+        UserError: If it exceeds the teacher's block size.
     """
     if asked is not None and asked > teacher.block_size:
         raise UserError(
@@ -80,17 +80,17 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a seed that random generators do not take.
+    """Validate a random seed.
 
     Raises:
-        UserError: If so.
+        UserError: If random generators do not accept it.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
 
 
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
-    """The first n validation batches of a connected data module, the same in every run, or all where it has fewer.
+    """Read the first n validation batches of a connected data module, or all if it has fewer; the same in every run.
 
     Raises:
         UserError: If it has none.
@@ -121,22 +121,22 @@ def batches_after(data: DataModule, seq_length: int, n: int, n_tokens: int) -> l
 def read_calibration(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, n_tokens: int, seed: int, option: str
 ) -> torch.Tensor:
-    """Readies a data module and reads what something is calibrated on.
+    """Connect a data module and read the calibration tokens.
 
     Args:
         data: The data module.
-        checkpoint_dir: Where its tokenizer is.
-        batch_size: Windows that it reads at a time.
-        seq_length: Their length.
-        n_tokens: How many tokens to read.
-        seed: The seed of the data's order.
-        option: The option that asks for so many, for people to be told that there are fewer.
+        checkpoint_dir: Directory of the tokenizer.
+        batch_size: Samples per batch of the data module.
+        seq_length: Maximum length of samples.
+        n_tokens: Number of tokens to read.
+        seed: Random seed for the order of the data.
+        option: Name of the option that sets `n_tokens`, for the message if there are fewer.
 
     Returns:
         Token ids, shape (N, T).
 
     Raises:
-        UserError: As `calibration_windows` does, or if processes read different tokens.
+        UserError: As in `calibration_windows`, or if processes read different tokens.
     """
     L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, batch_size, seq_length)
@@ -148,14 +148,14 @@ def read_calibration(
 
 
 def check_shared(data: DataModule, digest: str) -> None:
-    """Refuses data of which each process has read a part of its own.
+    """Check that all processes have read the same data.
 
     Args:
         data: The data module.
-        digest: Tells what this process has read from what others may have.
+        digest: Fingerprint of the data that this process has read.
 
     Raises:
-        UserError: On all processes, if they differ.
+        UserError: On all processes, if the fingerprints differ.
     """
     if len(set(gather(digest))) > 1:
         raise UserError(
@@ -165,13 +165,13 @@ def check_shared(data: DataModule, digest: str) -> None:
 
 
 def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> torch.Tensor:
-    """The first tokens that a connected data module would train on.
+    """Read the first training tokens of a connected data module.
 
     Returns:
-        Token ids, shape (N, T), with N · T at least `n_tokens`, or all that there are.
+        Token ids, shape (N, T), with N · T at least `n_tokens` if there are as many.
 
     Raises:
-        UserError: If there are none, or the validation data has much of the same text.
+        UserError: If there are none, or they overlap with the validation data by more than a tenth.
     """
     samples: list[Sample] = []
     missing = n_tokens
@@ -184,7 +184,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
         raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
-    # samples of different lengths, as those of instructions are, follow each other
+    # samples of different lengths, such as instructions, are concatenated
     windows = torch.cat([sample.input_ids for sample in samples])
     windows = windows[: len(windows) // length * length].view(-1, length)[: -(-n_tokens // length)]
     _check_not_validation(data, samples, seq_length)
@@ -192,13 +192,16 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
 
 
 def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_length: int) -> None:
-    """Refuses calibration data that the student will be judged on. Texts may share a licence here and there."""
+    """Raise UserError if calibration and validation data share more than 10% of their text.
+
+    Less is allowed, since texts may share boilerplate such as licences.
+    """
     theirs, n_tokens = [], 0
     for raw in val_loader(data) or ():
         rows = samples_of(*split_batch(raw, seq_length))
         theirs += rows
         n_tokens += sum(len(row.input_ids) for row in rows)
-        if n_tokens > 10_000_000:  # enough to tell
+        if n_tokens > 10_000_000:  # enough to detect an overlap
             break
     if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(

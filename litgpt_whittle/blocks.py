@@ -1,6 +1,6 @@
-"""litgpt's models a block at a time: what a block is called with, what its parts see, where its tokens are routed.
+"""Run litgpt models block by block: capture blocks' arguments, submodules' inputs and expert routing.
 
-Everything is found out by watching litgpt's own forward code run.
+All of it is captured with hooks from litgpt's own forward code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from litgpt_whittle.supergpt import BlocksGPT, Weights
 
 
 def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) -> Block:
-    """litgpt's block around weights, which it shares."""
+    """Build a litgpt block that shares the given weights."""
     with torch.device("meta"):
         block = Block(config, layer)
     block.load_state_dict(weights, assign=True)
@@ -26,7 +26,7 @@ def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) 
 
 
 def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:
-    """A layer's weights by their names in the block, in float32; of memory-mapped ones no page stays in memory."""
+    """Read a layer's weights in float32, by their names in the block; pages of memory-mapped files are released."""
     prefix = f"transformer.h.{layer}."
     names = [name for name in weights if name.startswith(prefix)]
     read = {name.removeprefix(prefix): weights[name].to(device, torch.float32) for name in names}
@@ -37,7 +37,7 @@ def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.de
 
 
 def read_outside(weights: Mapping[str, torch.Tensor], device: torch.device | str) -> Weights:
-    """The weights outside of the blocks, in float32."""
+    """Read the weights outside the blocks, in float32."""
     return {
         name: tensor.to(device, torch.float32)
         for name, tensor in weights.items()
@@ -46,13 +46,13 @@ def read_outside(weights: Mapping[str, torch.Tensor], device: torch.device | str
 
 
 class Outside(nn.Module):
-    """What lies outside a model's blocks: embedding, final norm, LM head, rotary cache.
+    """Modules outside a model's blocks: embedding, final norm, LM head, rotary cache.
 
     Args:
         config: The model's config.
-        weights: The weights of these parts, by their names in the model.
-        seq_length: Tokens in each sequence.
-        device: Where the weights are.
+        weights: Weights of these modules, by their names in the model.
+        seq_length: Tokens per sequence.
+        device: Device of the weights.
     """
 
     def __init__(self, config: Config, weights: Weights, seq_length: int, device: torch.device | str) -> None:
@@ -63,10 +63,10 @@ class Outside(nn.Module):
         model.max_seq_length = seq_length
         model.cos, model.sin = model.rope_cache(device=device)
         self.model = model.eval().requires_grad_(False)
-        with stopping_at(model.transformer.ln_f):  # the logits would take memory for nothing
+        with stopping_at(model.transformer.ln_f):  # saves the memory of the logits
             model(torch.zeros(1, seq_length, dtype=torch.long, device=device))
         self.block_args = [probe.seen[1:] for probe in model.transformer.h]
-        """What each block is called with besides the stream"""
+        """Arguments of each block besides the stream"""
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -82,7 +82,7 @@ class Outside(nn.Module):
         return self.model.lm_head
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The stream before the first block, (B, T) to (B, T, n_embd)."""
+        """Return the residual stream before the first block, (B, T) to (B, T, n_embd)."""
         first = self.model.transformer.h[0]
         with stopping_at(first):
             self.model(ids)
@@ -92,17 +92,17 @@ class Outside(nn.Module):
 def run_block(
     block: Block, stream: torch.Tensor, args: Sequence, wanted: Sequence[str] = (), stop: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Runs a block on a stream.
+    """Run a block and capture inputs of its submodules.
 
     Args:
         block: The block.
-        stream: Its input, shape (B, T, n_embd).
-        args: What else it is called with.
-        wanted: Modules whose inputs are wanted, by their names.
-        stop: Leave off as soon as all of them were seen.
+        stream: Input of the block, shape (B, T, n_embd).
+        args: Other arguments of the block.
+        wanted: Names of submodules whose inputs to capture.
+        stop: If true, stop the forward pass as soon as all inputs are captured.
 
     Returns:
-        The inputs of the modules by name, and the block's output as `out` unless it was stopped.
+        The submodules' inputs by name, and the block's output as `out` unless it was stopped.
     """
     seen: dict[str, torch.Tensor] = {}
 
@@ -126,7 +126,7 @@ def run_block(
 
 
 def input_of(part: nn.Module, whole: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a part of a module reads when the module runs on x."""
+    """Return the input of the submodule `part` when the module `whole` runs on x."""
     seen = []
     handle = part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -139,17 +139,17 @@ def input_of(part: nn.Module, whole: nn.Module, x: torch.Tensor) -> torch.Tensor
 def routing(
     moe: LLaMAMoE, x: torch.Tensor, times: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """How much of each expert's answer goes into each token's output, 0 where it is not asked.
+    """Return the routing weight of each expert for each token, 0 for experts that the token is not routed to.
 
-    It is what litgpt's own routing makes of experts that answer with unit vectors, each with its own.
+    Computed by litgpt's own routing, with each expert's output replaced by a different unit vector.
 
     Args:
-        moe: The experts, not more than n_embd.
-        x: Their input, shape (B, T, n_embd).
-        times: What to multiply it by, a function of the answer: shape (n, n_embd) to (n, 1). By default 1.
+        moe: The mixture of experts, with at most n_embd experts.
+        x: Input of the experts, shape (B, T, n_embd).
+        times: Factor for the weights as a function of the expert's output: shape (n, n_embd) to (n, 1). By default 1.
 
     Returns:
-        Shape (B · T, n_expert).
+        Weights, shape (B · T, n_expert).
     """
     n_expert, n_embd = len(moe.experts), x.shape[-1]
     assert n_expert <= n_embd, "every expert needs a unit vector of its own"
@@ -170,7 +170,7 @@ def routing(
 
 @contextmanager
 def stopping_at(module: nn.Module) -> Iterator[None]:
-    """Ends a forward pass behind this module."""
+    """Stop a forward pass after this module."""
 
     def stop(*_: object) -> None:
         raise _Stop
@@ -185,11 +185,11 @@ def stopping_at(module: nn.Module) -> Iterator[None]:
 
 
 class _Stop(Exception):
-    """Ends a forward pass that has shown all it should."""
+    """Stops a forward pass early."""
 
 
 class _Probe(nn.Module):
-    """Stands in for a block: notes what it is called with, and passes the stream on."""
+    """Placeholder for a block that records its arguments and returns its input."""
 
     seen: tuple = ()
 

@@ -1,10 +1,10 @@
-"""Calibration tokens, batch by batch, spread over the processes.
+"""Batches of calibration tokens, distributed over the processes.
 
-They have three parts: most are fitted to, an eighth chooses the strength of each regression's ridge (and is fitted to
-once that is chosen), and a sixteenth is held out: nothing is ever fitted to it, so it can judge the result.
+The tokens are split into three parts: most are for fitting, 1/8 selects the ridge strength of each regression (and is
+added to the fit after that), and 1/16 is held out to evaluate the result; nothing is ever fitted to it.
 
-Everything that is fitted needs sums over tokens and nothing else, so each process adds up its own batches, and the
-sums are then added over the processes.
+Regressions only need sums over tokens, so each process accumulates its own batches, and the sums are then reduced over
+all processes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.processes import free_memory, n_sharing, rank, world_size
 
 CACHE_PARTS = 8
-"""Each cache of activations may take this part of the free memory"""
+"""Each cache of activations may use 1/CACHE_PARTS of the free memory"""
 
 FLOAT32_TOKENS_PER_INPUT = 16
 """Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
 
 Batch = slice
-"""Windows of the calibration data"""
+"""Slice of the calibration windows"""
 
 
 class Calibration:
@@ -33,7 +33,7 @@ class Calibration:
     Args:
         windows: Token ids, shape (N, T).
         micro_batch_size: Windows per batch.
-        device: Where to compute.
+        device: Device for computation.
 
     Raises:
         UserError: If there are fewer than three windows, one for each part.
@@ -58,48 +58,48 @@ class Calibration:
 
     @staticmethod
     def share(batches: Sequence[Batch]) -> Sequence[Batch]:
-        """What this process has to do of these batches."""
+        """Return this process's share of these batches."""
         return batches[rank() :: world_size()]
 
     def is_held_out(self, batch: Batch) -> bool:
-        """Return whether these windows are never fitted to."""
+        """Return whether the batch is held out."""
         return batch.start >= self._first_held_out
 
     def is_tuning(self, batch: Batch) -> bool:
-        """Return whether these windows choose the ridges."""
+        """Return whether the batch is used to select ridges."""
         return self._first_tuning <= batch.start < self._first_held_out
 
     @property
     def fitted_batches(self) -> list[Batch]:
-        """This process's batches that are fitted to, those that choose the ridges among them."""
+        """This process's batches for fitting, tuning batches included."""
         return [batch for batch in self.batches if not self.is_held_out(batch)]
 
     @property
     def tuning_batches(self) -> list[Batch]:
-        """This process's batches that choose the ridges."""
+        """This process's batches for selecting ridges."""
         return [batch for batch in self.batches if self.is_tuning(batch)]
 
     @property
     def held_out_batches(self) -> list[Batch]:
-        """This process's batches that are never fitted to."""
+        """This process's held-out batches."""
         return [batch for batch in self.batches if self.is_held_out(batch)]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Windows and tokens of each."""
+        """Number of windows and tokens per window."""
         return tuple(self.windows.shape)
 
     @property
     def n_fitted(self) -> int:
-        """Number of tokens that are fitted to, those that tune among them."""
+        """Number of tokens for fitting, tuning tokens included."""
         return self._first_held_out * self.windows.shape[1]
 
     def ids(self, batch: Batch) -> torch.Tensor:
-        """Token ids on the device, shape (B, T)."""
+        """Return the batch's token ids on the device, shape (B, T)."""
         return self.windows[batch].to(self.device)
 
     def cached(self, compute: Callable[[Batch], torch.Tensor]) -> Callable[[Batch], torch.Tensor]:
-        """Wrap a function of a batch so that its values are kept on the device while a share of free memory lasts."""
+        """Cache a function of a batch on its device, within 1/CACHE_PARTS of the free memory."""
         kept: dict[int, torch.Tensor] = {}
         budget = free_memory(torch.device(self.device), n_sharing(torch.device(self.device))) // CACHE_PARTS
 
@@ -118,17 +118,17 @@ class Calibration:
     def moments(
         self, n_in: int, n_out: int, examples: Callable[[Batch], tuple[torch.Tensor, ...]]
     ) -> tuple[Moments, Moments]:
-        """Add up the moments of every batch that is fitted to, over all processes.
+        """Accumulate the moments of all batches for fitting, over all processes.
 
         Args:
             n_in: Size of the inputs.
             n_out: Size of the outputs.
-            examples: Gives a batch's inputs (…, n_in), outputs (…, n_out) and, where they differ, weights (…).
+            examples: Returns a batch's inputs (…, n_in), outputs (…, n_out) and, optionally, token weights (…).
 
         Returns:
-            The moments of the tokens to fit to, and of those that choose the ridge.
+            Moments of the fitting tokens and of the tuning tokens.
         """
-        # rounded products are noise far below the data's own where there are many tokens for each input
+        # with many tokens per input, rounding noise of the products is far below the noise of the data
         rough = self.n_fitted >= FLOAT32_TOKENS_PER_INPUT * n_in
         fitted, tuning = (Moments(n_in, n_out, self.device, rough=rough) for _ in range(2))
         for batch in self.fitted_batches:
@@ -137,10 +137,10 @@ class Calibration:
 
 
 def check_n_windows(n: int) -> None:
-    """Refuse too few windows: fitting, choosing ridges and judging need one each.
+    """Check that there is at least one window each for fitting, tuning and evaluation.
 
     Raises:
-        UserError: If there are fewer.
+        UserError: If there are fewer than three windows.
     """
     if n < 3:
         raise UserError(f"a repair needs at least 3 windows of calibration data, got {n}; raise repair.tokens")

@@ -1,4 +1,4 @@
-"""litgpt checkpoint directories: checked before they are read, read without running code, written whole or not."""
+"""litgpt checkpoint directories: validation, safe loading without code execution, and atomic saving."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_part
 WEIGHTS = "lit_model.pth"
 HF_CONFIG = "config.json"
 MODEL_CLASS = "model_class.yaml"
-"""Names the class that opens a checkpoint (entry-point group `litgpt.models`) and what else the class needs. Stock
-litgpt does not look at it: what lies beside it is a stock checkpoint."""
+"""File with a checkpoint's model class (entry-point group `litgpt.models`) and the other settings that the class needs.
+Stock litgpt ignores it and reads the directory as a stock checkpoint."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint directory has one."""
+    """Return whether a checkpoint directory has a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def check_checkpoint(checkpoint_dir: Path) -> Config:
-    """Read a checkpoint's config, and nothing expensive.
+    """Validate a checkpoint directory without reading its weights; return its config.
 
     Raises:
-        UserError: If the directory is missing, is no litgpt checkpoint, or one of its configs cannot be read.
+        UserError: If the directory is missing, is not a litgpt checkpoint, or one of its configs cannot be read.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     if not checkpoint_dir.is_dir():
@@ -58,7 +58,7 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
     if path.is_file():
         return read_model_config(path)
     try:
-        return Config.from_checkpoint(checkpoint_dir)  # litgpt knows some models by the directory's name
+        return Config.from_checkpoint(checkpoint_dir)  # litgpt recognises some models by the directory's name
     except FileNotFoundError:
         raise UserError(
             f"{str(checkpoint_dir)!r} has no {MODEL_CONFIG}; copy it from where the checkpoint came from"
@@ -66,10 +66,10 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
 
 
 def read_weights(checkpoint_dir: Path) -> MappedWeights:
-    """Memory-maps a checkpoint's weights after checking them against its config.
+    """Memory-map a checkpoint's weights and validate them against its config.
 
     Raises:
-        UserError: As `check_checkpoint` does, and if the file is damaged or does not fit the config.
+        UserError: As in `check_checkpoint`, and if the file is damaged or does not match the config.
     """
     config = check_checkpoint(checkpoint_dir)
     path = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS
@@ -96,7 +96,7 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
 
 
 def weights_fingerprint(checkpoint_dir: Path) -> str:
-    """Sixteen hex digits that tell a checkpoint's weights from others, wherever they lie."""
+    """Return a fingerprint of a checkpoint's weights, independent of their path: sixteen hex digits."""
     path = checkpoint_dir / WEIGHTS
     if path.is_file():
         return file_fingerprint(path)
@@ -105,10 +105,10 @@ def weights_fingerprint(checkpoint_dir: Path) -> str:
 
 
 def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
-    """The weights of a sharded checkpoint, as a full one would have them."""
+    """Read a sharded checkpoint's weights in the form of a full checkpoint."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
-    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied one is left out
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied head is not stored
     shape = read_model_class(checkpoint_dir).get("shape")
     return weights if shape is None else pad(SubNet.from_dict(config, shape), weights)
 
@@ -117,7 +117,7 @@ def _open(path: Path) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:  # more than weights: `litgpt pretrain` saves its dataloader too
+        except pickle.UnpicklingError:  # not only weights: `litgpt pretrain` saves its dataloader too
             safe = SimpleNamespace(__name__="safe_pickle", Unpickler=_TensorUnpickler)
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=safe)
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, pickle.UnpicklingError):
@@ -125,7 +125,7 @@ def _open(path: Path) -> Any:
 
 
 class _Ignored:
-    """Stands for an object of no interest, whatever it was and however it was pickled; nothing of it runs."""
+    """Placeholder for any unpickled object that is not a tensor or container; none of its code runs."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
         return super().__new__(cls)
@@ -146,7 +146,7 @@ class _Ignored:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and containers, and puts `_Ignored` in the place of everything else, so that no code runs."""
+    """Unpickler for tensors and containers; replaces everything else by `_Ignored`, so that no code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -161,7 +161,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _with_current_names(weights: MappedWeights, config: Config) -> MappedWeights:
-    """Renames the fused attention weights of old litgpt checkpoints, whose rows were ordered by group."""
+    """Convert the fused attention weights of old litgpt checkpoints, whose rows were ordered by group."""
     for name in [name for name in weights if ".attn.attn." in name]:
         weights[name.replace(".attn.attn.", ".attn.qkv.")] = qkv_reassemble(weights.pop(name), config)
     return weights
@@ -173,20 +173,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> GPT:
-    """Opens a litgpt checkpoint.
+    """Load a litgpt checkpoint.
 
     Args:
         checkpoint_dir: The directory, or its name under `checkpoints/`.
-        model_class: A class registered in the entry-point group `litgpt.models`; "SuperGPT" opens any stock
-            checkpoint as a super-network. By default what the checkpoint names, or litgpt's `GPT`.
-        dtype: Converts the weights; by default they stay as they are stored.
-        device: Where the weights go.
+        model_class: Name of a class in the entry-point group `litgpt.models`; "SuperGPT" loads any stock checkpoint as
+            a super-network. Defaults to the class named by the checkpoint, or litgpt's `GPT`.
+        dtype: dtype of the weights; by default, the stored one.
+        device: Device of the weights.
 
     Returns:
         The model, with tied weights tied, in evaluation mode.
 
     Raises:
-        UserError: As `read_weights` does, and if the class is unknown or unsuited.
+        UserError: As in `read_weights`, and if the class is unknown or does not match the checkpoint.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     weights, config = read_weights(checkpoint_dir), check_checkpoint(checkpoint_dir)
@@ -208,7 +208,11 @@ def load_model(
 
 
 def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:
-    """What `model_class.yaml` says, empty where there is none."""
+    """Return the content of `model_class.yaml`, empty if there is none.
+
+    Raises:
+        UserError: If it is not a YAML mapping.
+    """
     path = Path(checkpoint_dir) / MODEL_CLASS
     try:
         content = from_yaml(path.read_text()) if path.is_file() else {}
@@ -229,19 +233,20 @@ def save_checkpoint(
     notes: Mapping[str, Mapping[str, Any]] | None = None,
     tied: bool | None = None,
 ) -> None:
-    """Writes a checkpoint directory that stock litgpt opens, whole or not at all; an older one is replaced.
+    """Save a checkpoint directory that stock litgpt reads, atomically; an existing one is replaced.
 
     Args:
         out_dir: The directory.
-        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is
-            written zero-padded, and its true shape beside it, so that `load_model` opens it as it was.
-        weights: The weights; `None` where they are saved in parts.
-        tokenizer_dir: Where to copy tokenizer and Hugging Face config from; sizes in the latter are the student's.
-        sub_network: Written to `sub_network.yaml`.
-        extra: Further files, by name: what `torch.save` takes.
+        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is saved
+            zero-padded together with its true shape, which `load_model` restores.
+        weights: The weights; None for a sharded checkpoint, whose weights are saved separately.
+        tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config, with the sizes in the
+            latter changed to the student's.
+        sub_network: Content of `sub_network.yaml`.
+        extra: Further files, by name, saved with `torch.save`.
         notes: Further YAML files, by name.
-        tied: Whether the LM head is the embedding, which is then stored once and may be left out of `weights`; found
-            out from the weights by default.
+        tied: True if the LM head is tied to the embedding; it is then stored once and may be missing in `weights`.
+            Inferred from the weights by default.
     """
     if tied is None and weights is not None:
         tied = is_tied(weights)
@@ -276,7 +281,7 @@ def _resized(hf_config: dict[str, Any], model: Config | SubNet, tied: bool | Non
 
 
 def read_hf_config(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's Hugging Face config, empty where there is none.
+    """Return the content of a checkpoint's Hugging Face config, empty if there is none.
 
     Raises:
         UserError: If it cannot be read.

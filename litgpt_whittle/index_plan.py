@@ -1,8 +1,8 @@
-"""Which teacher weights a sub-network uses: the index plan that everything else derives from.
+"""Index plan of a sub-network: the slices of the teacher's weights that it uses.
 
-For every parameter of the student, the teacher's parameter and one index per dimension. Forward passes, extraction,
-parameter counts, repair and importance ordering all read the same plan, so what was scored cannot differ from what is
-extracted. All knowledge of architectures is in `RULES` and `kept_indices`.
+The plan gives, for every parameter of the student, the teacher's parameter and one index per dimension. Forward passes,
+extraction, parameter counts, repair and importance ordering all use the same plan, so a scored candidate cannot differ
+from the extracted model. All knowledge of architectures is in `RULES` and `kept_indices`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint, la
 
 @dataclass(frozen=True, eq=False)
 class Take:
-    """One student parameter: a teacher parameter and what to take of it along each dimension.
+    """Slice of a teacher parameter that forms one student parameter.
 
-    Calling it on the teacher's tensor gives the student's: a view where every index is a slice.
+    Calling it on the teacher's tensor returns the student's: a view if every index is a slice.
     """
 
     name: str
     """The teacher's parameter"""
     index: tuple[slice | torch.Tensor, ...]
-    """Per dimension, a slice (a contiguous run) or an int64 tensor of indices"""
+    """For each dimension, a slice (a contiguous run) or an int64 tensor of indices"""
     is_buffer: bool = False
-    """Saved with the weights, but no parameter (a router's correction bias)"""
+    """True for a tensor that is saved with the weights but is not a parameter (a router's correction bias)"""
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        # views first, so that indices copy no more than they must
+        # slices first: they are views, and reduce the size of later copies
         for dim, index in sorted(enumerate(self.index), key=lambda item: not isinstance(item[1], slice)):
             tensor = take_along(tensor, dim, index)
         return tensor
 
     def add_into(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
-        """Adds a part, of the student's shape, to the places of the teacher's tensor that it was taken of."""
+        """Add a part of the student's shape to the teacher's tensor, at the indices of this slice, in place."""
         indexed = []
         for dim, index in enumerate(self.index):
             if isinstance(index, slice):
@@ -61,32 +61,32 @@ class Take:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The student's shape."""
+        """Shape of the student's parameter."""
         return tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in self.index)
 
     def numel(self) -> int:
-        """The number of elements."""
+        """Return the number of elements of the student's parameter."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 def take_along(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor) -> torch.Tensor:
-    """What an index takes of a tensor along one dimension: a view where it is a slice."""
+    """Index a tensor along one dimension; the result is a view if the index is a slice."""
     if isinstance(index, slice):
         return tensor.narrow(dim, index.start, index.stop - index.start)
     return tensor.index_select(dim, index.to(tensor.device))
 
 
 Plan = dict[str, Take]
-"""From every student parameter's name to what it takes of the teacher."""
+"""Mapping from each student parameter's name to its slice of a teacher parameter."""
 
 
 def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
-    """Builds the index plan of a sub-network.
+    """Build the index plan of a sub-network.
 
     Args:
         teacher: The teacher's config.
-        subnet: What is kept.
-        tied: Whether the teacher's LM head is its embedding; then both student names take the embedding.
+        subnet: The sub-network.
+        tied: True if the teacher's LM head is tied to its embedding; both student names then map to the embedding.
 
     Raises:
         UserError: If `subnet` was made for another teacher.
@@ -131,14 +131,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp.shared_experts.fc_2": ("shared_neurons", "n_embd"),
     "mlp.shared_experts.proj": ("n_embd", "shared_neurons"),
 }
-"""The slicing rules: along which axis each dimension of a litgpt module's weight runs."""
+"""Slicing rules: the axis of each dimension of a litgpt module's weight."""
 
 ATTENTION_AXES = {axis for name, axes in RULES.items() if name.startswith("attn.") for axis in axes}
-"""Axes that heads may have a part of."""
+"""Axes along which attention heads can own indices."""
 
 
 def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
-    """The kept teacher indices along every axis that `RULES` names for this layer, except `n_embd`."""
+    """Return the kept teacher indices along every axis of `RULES` that this layer has, except `n_embd`."""
     per_group = teacher.n_head // teacher.n_query_groups
     groups = keep.n_query_groups.indices
     # litgpt orders query heads by group
@@ -176,11 +176,12 @@ def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: Layer
 
 
 def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
-    """What belongs to each unit of a layer, and to no other unit of its kind.
+    """Return the indices that belong to each unit of a layer, and to no other unit of its kind.
 
     Returns:
-        For every kind, by the names of `layer_sizes`, the teacher indices along the axes that its units have a part of,
-        shape (n_units, size). What all of them share (a group's keys, to the heads within it) is not among them.
+        For every kind of unit, by the names of `layer_sizes`, and every axis along which its units own indices: the
+        teacher indices, shape (n_units, size). Indices shared by all units (a group's keys, for the heads within it)
+        are excluded.
     """
     dims, full = np.arange(teacher.head_size), SubNet.full(teacher).layer(layer)
     axes, width = kept_indices(teacher, layer, dims, full), len(full.intermediate_size)
@@ -199,13 +200,17 @@ def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _own(alone: list[np.ndarray]) -> np.ndarray:
-    """From what each of several units has when it is kept alone, what not all of them have, shape (n_units, size)."""
+    """Return each unit's indices that not all units share, shape (n_units, size).
+
+    Args:
+        alone: Indices of each unit when it is kept alone.
+    """
     shared = reduce(np.intersect1d, alone) if len(alone) > 1 else []
     return np.stack([np.setdiff1d(indices, shared) for indices in alone])
 
 
 def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
-    """The plan of one layer, with names relative to its block."""
+    """Return the plan of one layer, with names relative to its block."""
     axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
     takes = {}
@@ -224,7 +229,7 @@ def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray,
 
 
 def _root_plan(teacher: Config, n_embd: Keep, tied: bool) -> Plan:
-    """The plan of what lies outside the blocks."""
+    """Return the plan of the parameters outside the blocks."""
     indices = {"vocab": slice(0, teacher.padded_vocab_size), "n_embd": _index(n_embd.indices)}
     names = ["transformer.wte.weight", "lm_head.weight"]
     names += ["lm_head.bias"] if teacher.lm_head_bias else []
@@ -237,13 +242,13 @@ def _root_plan(teacher: Config, n_embd: Keep, tied: bool) -> Plan:
 
 
 def axes_of(module: str) -> tuple[str, ...]:
-    """Along which axis each dimension of a litgpt module's weight runs.
+    """Return the axis of each dimension of a litgpt module's weight.
 
     Args:
-        module: Its name; within a block, relative to the block.
+        module: The module's name; within a block, relative to the block.
 
     Raises:
-        TypeError: If there is no rule for it.
+        TypeError: If there is no rule for the module.
     """
     module = re.sub(r"^mlp\.experts\.\d+\.", "mlp.experts.", module)
     if module not in RULES:
@@ -257,7 +262,7 @@ def _take_index(module: str, leaf: str, indices: dict[str, slice | torch.Tensor]
 
 
 def _index(units: np.ndarray) -> slice | torch.Tensor:
-    """A slice for a contiguous run, which keeps a teacher's weight a view, else an index tensor."""
+    """Return a slice for a contiguous run, which makes the student's weight a view, else an index tensor."""
     if (np.diff(units) == 1).all():
         start = int(units[0]) if len(units) else 0
         return slice(start, start + len(units))
@@ -265,7 +270,7 @@ def _index(units: np.ndarray) -> slice | torch.Tensor:
 
 
 class ConfigKey:
-    """Lets a teacher's config, which litgpt made mutable and unhashable, be the key of a cache by its value."""
+    """Hashable wrapper of a config, compared by value, for cache keys; litgpt's configs are mutable and unhashable."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -280,7 +285,7 @@ class ConfigKey:
 
 @lru_cache(maxsize=1024)
 def _block_tensors(teacher: ConfigKey, layer: int) -> tuple[tuple[str, bool], ...]:
-    """Name and is-a-buffer of every saved tensor of a teacher's block, as litgpt itself builds it."""
+    """Return name and `is_buffer` of every saved tensor of a teacher's block, as built by litgpt."""
     with torch.device("meta"):
         block = Block(teacher.config, layer)
     parameters = {name for name, _ in block.named_parameters()}
@@ -288,7 +293,7 @@ def _block_tensors(teacher: ConfigKey, layer: int) -> tuple[tuple[str, bool], ..
 
 
 def n_params(teacher: Config, subnet: SubNet, tied: bool = False) -> int:
-    """Counts a sub-network's parameters from its sizes alone, tied weights once; no model is built."""
+    """Count a sub-network's parameters from its sizes alone, tied weights once, without building a model."""
     n_embd, head_size = len(subnet.n_embd), len(subnet.head_size)
     layers = (
         layer_params(teacher, layer, n_embd, head_size, *subnet.layer(i).sizes) for i, layer in enumerate(subnet.layers)
@@ -297,7 +302,7 @@ def n_params(teacher: Config, subnet: SubNet, tied: bool = False) -> int:
 
 
 def root_params(teacher: Config, n_embd: int, tied: bool = False) -> int:
-    """Parameters outside the blocks: embedding, final norm, LM head."""
+    """Count the parameters outside the blocks: embedding, final norm, LM head."""
     return _count(_root_plan(teacher, Keep(n_embd), tied))
 
 
@@ -311,7 +316,7 @@ def layer_params(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> int:
-    """Parameters of one layer at these sizes (`n_expert` 0 in a dense layer); affine and growing in each of them."""
+    """Count one layer's parameters at these sizes (`n_expert` 0 in a dense layer); affine and increasing in each."""
     sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
     return _layer_params(ConfigKey(teacher), layer, *sizes)
 
@@ -331,12 +336,12 @@ def layer_takes(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> Plan:
-    """The plan of one layer that keeps the first units of these sizes, for its shapes."""
+    """Return the plan of one layer that keeps the first units of each kind; used for its shapes."""
     widths = Keep(n_query_groups), Keep(heads_per_group), Keep(intermediate_size)
     keep = LayerKeep(*widths, Keep(n_expert) if n_expert else None)
     return layer_plan(teacher, layer, Keep(n_embd), np.arange(head_size), keep)
 
 
 def _count(takes: Plan) -> int:
-    """Elements of the distinct teacher parameters that a plan takes."""
+    """Count the elements of a plan, each teacher parameter once, without buffers."""
     return sum({take.name: take.numel() for take in takes.values() if not take.is_buffer}.values())

@@ -1,4 +1,4 @@
-"""Which units of one dimension are kept: the first n, or a sorted set of indices."""
+"""Kept units of one dimension: the first n, or a sorted set of indices."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from litgpt_whittle.errors import UserError
 
 
 class Keep:
-    """Which units of one dimension are kept: the first n, or a sorted set of indices.
+    """Kept units of one dimension: the first n, or a sorted set of indices.
 
-    Immutable and hashable; a set that is just the first n compares equal to `Keep(n)`.
+    Immutable and hashable; a set of the first n indices compares equal to `Keep(n)`.
 
     Args:
         units: A number (the first n) or sorted distinct indices.
@@ -39,7 +39,7 @@ class Keep:
 
     @classmethod
     def parse(cls, value: int | str | Keep) -> Keep:
-        """Reads `512` (the first 512) or `0-511,640-767` (inclusive ranges).
+        """Parse `512` (the first 512) or `0-511,640-767` (inclusive ranges).
 
         Raises:
             UserError: If the text is neither.
@@ -65,7 +65,7 @@ class Keep:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether these are the first n units, so that a slice of the teacher's weight is a view."""
+        """True if these are the first n units, so that a slice of the teacher's weight is a view."""
         return self._indices is None
 
     @property
@@ -80,7 +80,7 @@ class Keep:
 
     @property
     def ranges(self) -> np.ndarray:
-        """Runs of kept indices, ascending: the first of each and the one behind its last, int64, shape (n_runs, 2)."""
+        """Runs of kept indices, ascending: start and exclusive end of each, int64, shape (n_runs, 2)."""
         if self._indices is None:
             return np.array([[0, self._n]])
         breaks = np.flatnonzero(np.diff(self._indices) != 1)
@@ -89,7 +89,7 @@ class Keep:
         return np.stack((firsts, lasts + 1), axis=1)
 
     def to_yaml(self) -> int | str:
-        """The compact form that `parse` reads: a number for a prefix, ranges for a set."""
+        """Return the compact form that `parse` reads: a number for a prefix, ranges for a set."""
         return self._n if self._indices is None else str(self)
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class Keep:
         if self._indices is None:
             return str(self._n)
         ranges = self.ranges
-        # a lone index is written as a range, so that "7" always means the first seven
+        # a single index is written as a range, since "7" means the first seven
         if len(ranges) == 1:
             return f"{ranges[0, 0]}-{ranges[0, 1] - 1}"
         return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
@@ -120,9 +120,9 @@ class Keep:
 
 
 class Ordered(Keep):
-    """All units of one dimension, in an order of their own.
+    """Permutation of all units of one dimension.
 
-    In a `SubNet` it makes the plan of a reordered teacher (`litgpt_whittle.ranking.order`); a YAML cannot say it.
+    A `SubNet` with it yields the plan of a reordered teacher (`litgpt_whittle.ranking.order`); it has no YAML form.
 
     Args:
         order: The units in their new order, a permutation of 0, 1, ….
@@ -158,12 +158,12 @@ def _check_sorted(indices: np.ndarray) -> None:
 
 
 def ranges(value: int | str | Keep) -> np.ndarray:
-    """The runs of kept indices (see `Keep.ranges`) that `Keep.to_yaml` wrote, without listing all units."""
+    """Parse the output of `Keep.to_yaml` into runs of indices (see `Keep.ranges`), without listing all units."""
     if isinstance(value, Keep):
         return value.ranges
     if isinstance(value, int):
         return np.array([[0, value]])
-    # the ends of runs become negative numbers; that of "0-0" too, as -0.0
+    # ends of runs become negative numbers, the end of "0-0" becomes -0.0
     numbers = np.fromstring(value.replace("-", ",-"), sep=",")
     is_end = np.signbit(numbers)
     ends = np.where(np.append(is_end[1:], False), np.append(-numbers[1:], 0), numbers)
@@ -171,7 +171,7 @@ def ranges(value: int | str | Keep) -> np.ndarray:
 
 
 def n_units(value: int | str) -> int:
-    """How many units `Keep.parse` reads from what `Keep.to_yaml` wrote, without listing them."""
+    """Return the number of units in the output of `Keep.to_yaml`, without listing them."""
     if isinstance(value, int):
         return value
     ranges = (part.partition("-") for part in value.split(","))

@@ -1,4 +1,4 @@
-"""How fast a sub-network reads a prompt and writes an answer, by the clock of the machine that it runs on."""
+"""Measured prefill and decode latency of a sub-network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from litgpt_whittle.supergpt import student_model
 
 
 class Latency(NamedTuple):
-    """Seconds that a batch takes."""
+    """Latency of a batch in seconds."""
 
     prefill: float
-    """From the prompt to the first new token"""
+    """Time to the first new token"""
     decode: float
-    """For each further token"""
+    """Time per further token"""
 
 
 @torch.inference_mode()
@@ -35,19 +35,19 @@ def latency(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> Latency:
-    """Times a student with random weights as it answers a prompt with the KV cache, as `litgpt generate` does.
+    """Measure generation with the KV cache, as in `litgpt generate`, for a student with random weights.
 
-    Prompts longer than the smallest sliding window are read in pieces of its size, which litgpt's cache demands. Each
-    new token is the likeliest one and is fetched from the device before the next is computed.
+    Prompts longer than the smallest sliding window are processed in chunks of its size, as litgpt's cache requires.
+    Decoding is greedy, and each token is fetched from the device before the next is computed.
 
     Args:
-        subnet: What the student keeps.
-        device: Where it runs.
-        dtype: Of its weights, activations and KV cache.
-        batch_size: Prompts that are answered at the same time.
-        prompt_length: Tokens in each.
-        new_tokens: Further tokens that are decoded, one by one.
-        repeats: The median of so many runs counts; one more goes before, to warm up.
+        subnet: The student's sub-network.
+        device: Device to measure on.
+        dtype: dtype of weights, activations and KV cache.
+        batch_size: Prompts per batch.
+        prompt_length: Tokens per prompt.
+        new_tokens: Number of tokens decoded after the first new one.
+        repeats: Number of runs, of which the median is returned; one warm-up run precedes them.
 
     Raises:
         UserError: If a number is below 1, or prompt and answer exceed the block size.
@@ -73,12 +73,12 @@ def latency(
 
 
 def default_device() -> str:
-    """A GPU or other accelerator where there is one, else the CPU."""
+    """Return the GPU or other accelerator if there is one, else the CPU."""
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
 def _random_student(subnet: SubNet, device: torch.device | str, dtype: torch.dtype, max_seq_length: int) -> GPT:
-    """The student with weights that nothing has to be read or trained for."""
+    """Create the student with random weights, on the device."""
     with torch.device("meta"):
         model = student_model(subnet)
         model.max_seq_length = max_seq_length
@@ -95,7 +95,7 @@ def _generator(device: torch.device | str) -> torch.Generator:
 
 
 def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds to read the prompts, shape (B, T), and per further token."""
+    """Return the seconds to process the prompts, shape (B, T), and per further token."""
     started = perf_counter()
     token = _next_token(model, prompt, 0)
     prefilled = perf_counter()
@@ -105,17 +105,17 @@ def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int) -> tuple[float, f
 
 
 def _next_token(model: GPT, idx: torch.Tensor, position: int) -> torch.Tensor:
-    """The likeliest token after `idx`, shape (B, T), whose first one is at `position`; shape (B, 1)."""
+    """Return the most likely token after `idx`, shape (B, T), which starts at `position`; shape (B, 1)."""
     for piece in idx.split(_window(model), dim=1):
         end = position + piece.size(1)
         input_pos = torch.arange(position, end, device=idx.device)
         logits = model(piece, input_pos, input_pos_maxp1=end)  # (B, T, V)
         position = end
     token = logits[:, -1:].argmax(-1)
-    token.tolist()  # waits for the device
+    token.tolist()  # synchronises with the device
     return token
 
 
 def _window(model: GPT) -> int:
-    """The most tokens that all layers' caches take at a time."""
+    """Return the maximum number of tokens that the caches of all layers accept at a time."""
     return min(block.attn.kv_cache.max_cache_len for block in model.transformer.h)

@@ -1,8 +1,8 @@
-"""Linear regression from moments: what repairing a cut, choosing what to keep and scoring candidates have in common.
+"""Linear regression from moments, shared by repair, unit selection and candidate scoring.
 
-Only sums over tokens are kept, so memory does not grow with the number of tokens. The ridge draws the solution towards
-an anchor, the sliced weights, instead of towards zero: plain least squares overfits small calibration sets
-(arXiv 2510.07782), and the anchor is what one would use without any data.
+Only sums over tokens are stored, so memory does not grow with the number of tokens. The ridge shrinks the solution
+towards an anchor, the sliced weights, instead of zero: plain least squares overfits small calibration sets
+(arXiv 2510.07782), and the anchor is the solution without any data.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from litgpt_whittle.processes import add_up
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
-"""Strengths to choose from, relative to the inputs' mean squares; the last one is the anchor itself"""
+"""Candidate ridge strengths, relative to the inputs' mean squares; infinity gives the anchor itself"""
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiplies float32 matrices as they are.
+    """Multiply float32 matrices in full precision.
 
-    litgpt's command line lets GPUs round what they multiply to ten bits, more than most ridges are worth.
+    litgpt's command line enables TF32 on GPUs, whose 10-bit mantissa causes rounding errors larger than most ridges.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -35,7 +35,7 @@ def exact_products() -> Iterator[None]:
 
 
 def sums_dtype(device: torch.device | str) -> torch.dtype:
-    """What sums over tokens are kept in: float64 on the CPU, float32 elsewhere (where float64 is slow or missing)."""
+    """Return the dtype of sums over tokens: float64 on the CPU, float32 elsewhere, where float64 is slow or missing."""
     return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
@@ -45,9 +45,9 @@ class Moments:
     Args:
         n_in: Size of z.
         n_out: Size of y.
-        device: Where the sums live.
-        rough: Multiplies in float32, which is twice as fast on the CPU, and adds the products up in the sums' type.
-            Enough to choose by, and to solve with where there are many tokens for each input.
+        device: Device of the sums.
+        rough: If true, multiply in float32, which is twice as fast on the CPU, and accumulate in the dtype of the sums.
+            Precise enough for unit selection, and for solves with many tokens per input.
     """
 
     def __init__(self, n_in: int, n_out: int, device: torch.device | str = "cpu", *, rough: bool = False) -> None:
@@ -80,7 +80,7 @@ class Moments:
         self.mass += float(root.double().square().sum()) if weights is not None else len(z)
         size = z.shape[1]
         step = max(size // 4, 64)
-        for i in range(0, size, step):  # z zᵀ is symmetric: its blocks below the diagonal are mirrored
+        for i in range(0, size, step):  # z zᵀ is symmetric: blocks below the diagonal are mirrored
             rows, behind = slice(i, i + step), slice(i + step, size)
             products = z[:, rows].T @ z[:, i:]
             self.zz[rows, i:] += products
@@ -98,7 +98,7 @@ class Moments:
         return total
 
     def over_processes(self) -> Moments:
-        """Sums over all processes, in place."""
+        """Sum over all processes, in place; return self."""
         scalars = torch.tensor([self.n, self.yy, self.mass], dtype=torch.float64, device=self.zz.device)
         for tensor in (self.zz, self.yz, self.z, self.y, scalars):
             add_up(tensor)
@@ -106,7 +106,7 @@ class Moments:
         return self
 
     def with_outputs(self, yz: torch.Tensor, y: torch.Tensor) -> Moments:
-        """Return the moments of the same inputs and other outputs, given Σ y zᵀ and Σ y of these."""
+        """Return moments of the same inputs with other outputs, given Σ y zᵀ and Σ y of these."""
         new = Moments(0, 0, self.zz.device)
         new.n, new.mass, new.zz, new.z, new.yz, new.y = self.n, self.mass, self.zz, self.z, yz, y
         return new
@@ -114,7 +114,7 @@ class Moments:
     def affine(
         self, weight: torch.Tensor, bias: torch.Tensor, out_weight: torch.Tensor, out_bias: torch.Tensor
     ) -> Moments:
-        """The moments of two affine functions of the inputs, of which the second is wanted from the first.
+        """Return moments with affine functions of the inputs z as new inputs and outputs.
 
         Args:
             weight: D of the new inputs D z + d, shape (n_in', n_in).
@@ -134,7 +134,7 @@ class Moments:
     def scaled(
         self, scale: torch.Tensor, shift: torch.Tensor, out_scale: torch.Tensor, out_shift: torch.Tensor
     ) -> Moments:
-        """The moments of scale · z + shift and of out_scale · y + out_shift, entry by entry."""
+        """Return the moments of scale · z + shift and out_scale · y + out_shift, elementwise."""
         scale, shift, out_scale, out_shift = (x.to(self.zz) for x in (scale, shift, out_scale, out_shift))
         new, z, y = Moments(len(self.z), len(self.y), self.zz.device), scale * self.z, out_scale * self.y
         new.n, new.mass, new.z, new.y = self.n, self.mass, z + self.mass * shift, y + self.mass * out_shift
@@ -143,7 +143,7 @@ class Moments:
         return new
 
     def covariances(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of z zᵀ and of y zᵀ, about the means of z and y where there is an intercept."""
+        """Return the weighted means of z zᵀ and y zᵀ, centred if the regression has an intercept."""
         zz, yz = self.zz / self.mass, self.yz / self.mass
         if intercept:
             mean_z, mean_y = self.z / self.mass, self.y / self.mass
@@ -151,16 +151,16 @@ class Moments:
         return zz, yz
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor, metric: torch.Tensor | None = None) -> float:
-        """The mean of ‖W z + b − y‖² over the tokens.
+        """Return the weighted mean of ‖W z + b − y‖² over the tokens.
 
         Args:
             weight: W, shape (n_out, n_in).
             bias: b, shape (n_out,).
-            metric: Measures errors e by eᵀ · metric · e instead, but for a constant that W and b don't change.
+            metric: Matrix M; the error e is then measured by eᵀ M e, up to a constant independent of W and b.
         """
         w, b = weight.to(self.zz.dtype), bias.to(self.zz.dtype)
         wz = w @ self.z
-        # Σ (Wz + b − y)(Wz + b − y)ᵀ without its part Σ y yᵀ, of which only the trace is known
+        # Σ (Wz + b − y)(Wz + b − y)ᵀ without the term Σ y yᵀ, of which only the trace is known
         if metric is None:
             total = ((w @ self.zz) * w).sum() - 2 * (w * self.yz).sum() + self.mass * b @ b + 2 * b @ (wz - self.y)
             return float(total + self.yy) / self.mass
@@ -170,37 +170,37 @@ class Moments:
 
 
 def no_outputs(like: torch.Tensor) -> torch.Tensor:
-    """Outputs of size zero, where only moments of inputs are wanted."""
+    """Return outputs of size zero, for moments of inputs alone."""
     return like.new_zeros(*like.shape[:-1], 0)
 
 
 @dataclass
 class Fit:
-    """A solution."""
+    """Solution of a regression."""
 
     weight: torch.Tensor
     """W, shape (n_out, n_in)"""
     bias: torch.Tensor
     """b, shape (n_out,), zeros without an intercept"""
     ridge: float
-    """The relative strength used, stronger than asked for where the moments are singular"""
+    """Relative strength used, larger than requested if the moments are singular"""
 
 
 def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool) -> Fit:
-    """Minimises the mean of ‖W z + b − y‖² + ridge · Σⱼ dⱼ ‖Wⱼ − anchorⱼ‖², with dⱼ the mean square of input j.
+    """Minimise the mean of ‖W z + b − y‖² + ridge · Σⱼ dⱼ ‖Wⱼ − anchorⱼ‖², with dⱼ the mean square of input j.
 
-    By Cholesky. Where rounding makes that fail, the ridge grows by tens until it doesn't.
+    Solved by Cholesky decomposition. While it fails from rounding, the ridge is multiplied by ten.
 
     Args:
-        moments: Of z and y.
-        anchor: What W is drawn towards, shape (n_out, n_in).
-        ridge: Relative to the mean squares of the inputs; infinity gives the anchor.
-        intercept: Whether there is a b.
+        moments: Moments of z and y.
+        anchor: Solution for an infinite ridge, shape (n_out, n_in).
+        ridge: Strength relative to the mean squares of the inputs; infinity gives the anchor.
+        intercept: If true, fit b, and dⱼ is the variance of input j; otherwise b is zero.
     """
     zz, yz = moments.covariances(intercept)
     anchor = anchor.to(zz.dtype)
     scale = zz.diagonal()
-    # an input that never varies is left to the anchor
+    # the anchor determines the weights of inputs that never vary
     scale = scale.clamp_min(max(float(scale.mean()) * 1e-6, 1e-30))
     weight = anchor
     while ridge < math.inf:
@@ -221,7 +221,7 @@ def fit(
     metric: torch.Tensor | None = None,
     ridges: Iterable[float] = RIDGES,
 ) -> Fit:
-    """Solves with the ridge that does best on held-out tokens, then with it on all tokens."""
+    """Select the ridge with the smallest error on held-out tokens, then solve with it on all tokens."""
 
     def error(ridge: float) -> float:
         found = solve(train, anchor, ridge, intercept)

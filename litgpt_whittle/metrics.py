@@ -1,6 +1,6 @@
-"""What a sub-network costs to store and to run, in closed forms of its sizes, and by the clock.
+"""Costs of storing and running a sub-network: closed forms of its sizes, and measured latencies.
 
-`MEASURES` names all costs, so that a search can use any of them as an objective, a bin or a limit.
+`MEASURES` lists all costs by name, so that a search can use any of them as an objective, a bin or a limit.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ BACKWARD = 2
 
 
 def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
-    """Counts floating-point operations per token of one forward pass, 2 for every multiplication with an addition.
+    """Count the floating-point operations per token of one forward pass, 2 per multiply-add.
 
-    Counted are all matrix products: linear maps (of the experts only those that a token is routed to, and the shared
-    ones), the LM head, and attention as litgpt computes it: every query with every key of the sequence, in causal and
-    sliding-window layers too. Not counted are norms, activations, rotary embeddings, biases and looking up embeddings.
-    These are the rules of `torch.utils.flop_counter`.
+    All matrix products count: linear maps (of the experts only those that a token is routed to, and the shared ones),
+    the LM head, and attention as litgpt computes it: every query with every key of the sequence, in causal and
+    sliding-window layers too. Norms, activations, rotary embeddings, biases and embedding lookups do not count. These
+    are the rules of `torch.utils.flop_counter`.
 
     Args:
         teacher: The teacher's config.
-        subnet: A sub-network of it.
-        seq_length: Tokens in the sequence.
+        subnet: A sub-network of the teacher.
+        seq_length: Tokens per sequence.
     """
     per_token = teacher.padded_vocab_size * len(subnet.n_embd)
     query_and_value = sum(_key_and_value_sizes(teacher, subnet))
@@ -45,19 +45,19 @@ def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
 
 
 def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length: int, dtype: torch.dtype) -> int:
-    """Counts the bytes of the keys and values that `GPT.set_kv_cache` makes room for.
+    """Count the bytes of the KV cache that `GPT.set_kv_cache` allocates.
 
-    A sliding-window layer keeps its window only. A layer-wise student is counted in its true shape.
+    A sliding-window layer only caches its window. A layer-wise student is counted in its true shape.
 
     Args:
         teacher: The teacher's config.
-        subnet: A sub-network of it.
-        batch_size: Sequences at a time.
-        seq_length: The longest sequence, prompt included.
-        dtype: Of the cache.
+        subnet: A sub-network of the teacher.
+        batch_size: Sequences per batch.
+        seq_length: Maximum sequence length, prompt included.
+        dtype: dtype of the cache.
     """
     window = teacher.sliding_window_size
-    # litgpt caches the keys of latent attention as they are used, not compressed, and never slides their window
+    # with latent attention, litgpt caches uncompressed keys and does not use sliding windows
     slides = teacher.sliding_window_indices if window is not None and not teacher.latent_attention else None
     heads_and_positions = 0
     for i, layer in enumerate(subnet.layers):
@@ -67,13 +67,13 @@ def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length:
 
 
 def weight_bytes(teacher: Config, subnet: SubNet, dtype: torch.dtype, tied: bool = False) -> int:
-    """Counts the bytes of a student's saved weights in its true shape.
+    """Count the bytes of a student's saved weights in its true shape.
 
     Args:
         teacher: The teacher's config.
-        subnet: A sub-network of it.
-        dtype: Of the weights.
-        tied: Whether the LM head is the embedding, which then counts once.
+        subnet: A sub-network of the teacher.
+        dtype: dtype of the weights.
+        tied: True if the LM head is tied to the embedding, which then counts once.
     """
     n_buffers = sum(buffers for _, buffers in _layers(teacher, subnet))
     return (n_params(teacher, subnet, tied) + n_buffers) * dtype.itemsize
@@ -81,18 +81,18 @@ def weight_bytes(teacher: Config, subnet: SubNet, dtype: torch.dtype, tied: bool
 
 @dataclass(frozen=True)
 class MeasureArgs:
-    """How a sub-network will be used"""
+    """Inference settings for the costs of a sub-network"""
 
     seq_length: int | None = None
-    """Tokens per sequence; prompt and answer together. By default the teacher's block size, but at most 2048"""
+    """Tokens per sequence, prompt and answer together. By default the teacher's block size, but at most 2048"""
     batch_size: int = 1
-    """Sequences at a time"""
+    """Sequences per batch"""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    """Type of weights, activations and KV cache"""
+    """dtype of weights, activations and KV cache"""
     tied: bool = False
-    """Whether the LM head is the embedding, which then counts once"""
+    """True if the LM head is tied to the embedding, which then counts once"""
     device: str | None = None
-    """Where latencies are measured; by default a GPU if there is one"""
+    """Device for latency measurements; by default a GPU if there is one"""
 
     def __post_init__(self) -> None:
         if self.seq_length is not None and self.seq_length < 2:
@@ -108,14 +108,14 @@ class MeasureArgs:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as PyTorch's."""
+        """`dtype` as a PyTorch dtype."""
         return getattr(torch, self.dtype)
 
     def length(self, teacher: Config) -> int:
-        """The tokens per sequence with this teacher.
+        """Return the tokens per sequence for this teacher.
 
         Raises:
-            UserError: If they are more than its block size.
+            UserError: If they exceed its block size.
         """
         if self.seq_length is not None and self.seq_length > teacher.block_size:
             raise UserError(
@@ -127,23 +127,23 @@ class MeasureArgs:
 
 @dataclass(frozen=True)
 class Measure:
-    """A cost of sub-networks, less is better."""
+    """A cost of sub-networks; lower is better."""
 
     function: Callable[[Config, SubNet, MeasureArgs], float]
     unit: Unit
-    """What it is given in"""
+    """Unit of the cost"""
 
     def __call__(self, teacher: Config, subnet: SubNet, args: MeasureArgs) -> float:
-        """What a sub-network of `teacher` costs when it is used like that."""
+        """Return the cost of a sub-network of `teacher` under these settings."""
         return self.function(teacher, subnet, args)
 
     def parse(self, text: str | float) -> Range:
-        """Reads a limit such as `2GB` or `600M-800M`; raises `UserError` where it is none in this unit."""
+        """Parse a limit such as `2GB` or `600M-800M`; raise UserError if it is not valid in this unit."""
         return parse_range(text, self.unit)
 
     @property
     def is_timed(self) -> bool:
-        """Whether it is taken by the clock, so that it takes time and never comes out the same twice."""
+        """True if the cost is a measured latency, which takes time and varies between runs."""
         return self.unit == "seconds"
 
 
@@ -166,14 +166,14 @@ MEASURES: dict[str, Measure] = {
 
 
 def _key_and_value_sizes(teacher: Config, subnet: SubNet) -> tuple[int, int]:
-    """The width of a head's keys (and queries), and of its values."""
+    """Return the sizes of a head's keys (and queries) and values."""
     if teacher.latent_attention:
         return teacher.qk_head_dim, teacher.v_head_dim
     return len(subnet.head_size), len(subnet.head_size)
 
 
 def _layers(teacher: Config, subnet: SubNet) -> list[tuple[int, int]]:
-    """Of each of the student's layers, the multiply-adds per token in linear maps, and the elements of buffers."""
+    """Return, per student layer, the multiply-adds per token in linear maps and the number of buffer elements."""
     key, n_embd, head_size = ConfigKey(teacher), len(subnet.n_embd), len(subnet.head_size)
     return [_layer(key, layer, n_embd, head_size, *subnet.layer(i).sizes) for i, layer in enumerate(subnet.layers)]
 
@@ -183,13 +183,13 @@ def _layer(teacher: ConfigKey, layer: int, *sizes: int) -> tuple[int, int]:
     takes, n_expert = layer_takes(teacher.config, layer, *sizes), sizes[-1]
     products = {name: take.numel() for name, take in takes.items() if len(take.shape) == 2}
     experts = sum(n for name, n in products.items() if name.startswith("mlp.experts."))
-    # a token passes through every matrix once, but through some of the experts, which are all of one size
+    # a token passes through every matrix once, except experts that it is not routed to; all experts have one size
     idle = experts // n_expert * (n_expert - teacher.config.n_expert_per_token) if n_expert else 0
     return sum(products.values()) - idle, sum(take.numel() for take in takes.values() if take.is_buffer)
 
 
 def _latency(teacher: Config, subnet: SubNet, args: MeasureArgs) -> Latency:
-    """Both latencies of a sub-network; the last quarter of the sequence, at most 32 tokens, is decoded."""
+    """Measure both latencies of a sub-network; the last quarter of the sequence, at most 32 tokens, is decoded."""
     return _measured_latency(ConfigKey(teacher), subnet, args, args.length(teacher))
 
 

@@ -1,4 +1,4 @@
-"""litgpt's `model_config.yaml` as people edit it, read by the types of litgpt's `Config`."""
+"""Read litgpt's `model_config.yaml`, validated against the types of litgpt's `Config`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from litgpt_whittle.errors import UserError
 MODEL_CONFIG = "model_config.yaml"
 
 _REAL = ("rope_base", "rope_condense_ratio", "attention_scores_scalar")
-"""Fields that litgpt annotates as integers, though any number will do; students have fractions of a RoPE base"""
+"""Fields that litgpt annotates as integers but that take any number; students can have a fractional RoPE base"""
 
 
 def read_model_config(path: Path) -> Config:
     """Read a `model_config.yaml`.
 
-    A number that YAML reads as text, such as `1e-5` or `"192"`, becomes the number that the field's type asks for.
+    A number that YAML reads as a string, such as `1e-5` or `"192"`, is converted to the field's type.
 
     Raises:
-        UserError: If the file cannot be read, a value does not have its field's type, or litgpt refuses the config.
+        UserError: If the file cannot be read, a value does not have its field's type, or litgpt rejects the config.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -55,14 +55,14 @@ def _unusable(path: Path, problem: str) -> UserError:
 
 
 class _WrongTypeError(ValueError):
-    """Names the type that a value should have."""
+    """A value has the wrong type; the message names the expected one."""
 
 
 def _typed(name: str, value: Any, of: Any) -> Any:
-    """Return a field's value in the field's type.
+    """Convert a field's value to the field's type.
 
     Raises:
-        _WrongTypeError: If it has none.
+        _WrongTypeError: If that is not possible.
     """
     options = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
     if value is None and NoneType in options:
@@ -73,7 +73,7 @@ def _typed(name: str, value: Any, of: Any) -> Any:
     if get_origin(kind) is list and isinstance(value, list):
         return [_typed(name, entry, get_args(kind)[0]) for entry in value]
     if kind is dict and isinstance(value, dict):
-        # litgpt gives the entries no types; those of hf_config are not used as numbers
+        # litgpt does not annotate the entries; those of hf_config are not used as numbers
         return value if name == "hf_config" else {key: _number_or_same(entry) for key, entry in value.items()}
     if kind in (int, float):
         return _number(value, is_whole=kind is int and name not in _REAL, as_float=kind is float)
@@ -92,12 +92,15 @@ def _one_of(choices: tuple, value: Any) -> Any:
 
 
 def _number(value: Any, is_whole: bool, as_float: bool) -> int | float:
-    """Return a number, or the one that a text stands for.
+    """Convert a number or a string to a number.
 
     Args:
-        value: It.
-        is_whole: Whether fractions are refused.
-        as_float: Whether a text becomes a `float`, even where it stands for a whole number.
+        value: The number or string.
+        is_whole: If true, reject fractions and return an `int`.
+        as_float: If true, convert strings to `float`, even if they are whole numbers.
+
+    Raises:
+        _WrongTypeError: If the value is not such a number.
     """
     number = value
     if isinstance(value, str):

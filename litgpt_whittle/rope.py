@@ -1,9 +1,10 @@
-"""Which dimensions of a head a smaller head keeps, so that its rotary frequencies stay the teacher's.
+"""Smaller attention heads that preserve the teacher's rotary frequencies.
 
-Rotary embeddings turn pairs of dimensions, pair j of n/2 by the angle position · base^(-2j/n). "The first h dimensions"
-breaks pairs apart and gives the rest other frequencies. Stock litgpt can express two cuts that don't:
+Rotary embeddings rotate pairs of dimensions, pair j of n/2 by the angle position · base^(-2j/n). Keeping the first h
+dimensions would break pairs apart and change the frequencies of the others. Stock litgpt can express two cuts that
+preserve them:
 
-- drop dimensions that are not rotary, and raise `rotary_percentage` so that as many stay rotary as before;
+- drop non-rotary dimensions, and raise `rotary_percentage` to keep the number of rotary dimensions;
 - keep the pairs 0, s, 2s, … and set `rope_base` to base^(s·m/n), for m of n rotary dimensions kept.
 """
 
@@ -25,21 +26,21 @@ from litgpt_whittle.errors import UserError
 
 @dataclass(frozen=True)
 class HeadCut:
-    """A smaller head: what it keeps, and how its config differs."""
+    """A smaller head: its kept dimensions and config changes."""
 
     dims: np.ndarray
     """Kept dimensions of each head, in the student's order, shape (head_size,)"""
     config_changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of the student's litgpt config that follow from it"""
+    """Changed fields of the student's litgpt config"""
 
 
 def cut_head(teacher: Config, keep: int | np.ndarray) -> HeadCut:
-    """Cuts a head down without changing the frequencies of what stays.
+    """Reduce a head's size without changing the rotary frequencies of the kept dimensions.
 
     Args:
         teacher: The teacher's config.
-        keep: A head size (dimensions that are not rotary go first, then rotary pairs, evenly over the frequencies), or
-            the kept dimensions, sorted, in which rotary ones come in whole pairs 0, s, 2s, ….
+        keep: A head size (first non-rotary dimensions are dropped, then rotary pairs, evenly over the frequencies), or
+            the kept dimensions, sorted; rotary ones must form whole pairs 0, s, 2s, ….
 
     Raises:
         UserError: If litgpt cannot express such a head with the teacher's frequencies.
@@ -65,7 +66,7 @@ def cut_head(teacher: Config, keep: int | np.ndarray) -> HeadCut:
 
 
 def legal_head_sizes(teacher: Config) -> list[int]:
-    """All head sizes that keep the teacher's rotary frequencies, ascending."""
+    """Return all head sizes that preserve the teacher's rotary frequencies, ascending."""
     sizes = []
     for size in range(1, teacher.head_size + 1):
         try:
@@ -77,10 +78,10 @@ def legal_head_sizes(teacher: Config) -> list[int]:
 
 
 def _cut(teacher: Config, dims: np.ndarray, stride: int, check: bool = True) -> HeadCut:
-    """The head that keeps `dims`, whose rotary ones are every `stride`-th pair from the first on."""
+    """Return the head that keeps `dims`, whose rotary dimensions are every `stride`-th pair from the first on."""
     n_rotary, kept = teacher.rope_n_elem, int((dims < teacher.rope_n_elem).sum())
     changes: dict[str, Any] = {"head_size": len(dims), "rotary_percentage": _percentage(kept, len(dims))}
-    if kept not in (n_rotary, 2):  # a single pair turns by the position itself, whatever the base
+    if kept not in (n_rotary, 2):  # a single pair rotates by the position itself, independently of the base
         power = stride * kept / n_rotary
         changes["rope_base"] = float(teacher.rope_base) ** power
         if teacher.rope_local_base_freq is not None:
@@ -92,7 +93,7 @@ def _cut(teacher: Config, dims: np.ndarray, stride: int, check: bool = True) -> 
 
 
 def _percentage(n_rotary: int, size: int) -> float:
-    """The share from which litgpt, which truncates, computes exactly `n_rotary` rotary dimensions."""
+    """Return the `rotary_percentage` from which litgpt, which truncates, computes exactly `n_rotary` dimensions."""
     share = n_rotary / size
     while int(share * size) < n_rotary:
         share = math.nextafter(share, 2.0)
@@ -100,18 +101,18 @@ def _percentage(n_rotary: int, size: int) -> float:
 
 
 def _dims(teacher: Config, pairs: np.ndarray) -> np.ndarray:
-    """The dimensions of some rotary pairs, in the order in which litgpt lays pairs out."""
+    """Return the dimensions of these rotary pairs, in litgpt's layout."""
     if teacher.rope_interleave:
         return (pairs[:, None] * 2 + np.arange(2)).ravel()
     return np.concatenate((pairs, pairs + teacher.rope_n_elem // 2))
 
 
 def _pairs(teacher: Config, rotary: np.ndarray) -> np.ndarray:
-    """The pairs that some rotary dimensions form."""
+    """Return the pairs that these rotary dimensions form; raise UserError if a pair is incomplete or none is kept."""
     half = teacher.rope_n_elem // 2
     pairs = np.unique(rotary // 2 if teacher.rope_interleave else rotary % max(half, 1))
     whole = set(_dims(teacher, pairs).tolist())
-    if len(rotary) == teacher.rope_n_elem:  # all of them, an odd number included
+    if len(rotary) == teacher.rope_n_elem:  # all rotary dimensions, even if their number is odd
         return np.arange(half)
     if missing := sorted(whole - set(rotary.tolist())):
         raise UserError(f"head_size must keep rotary dimensions in whole pairs; add dimension {missing[0]} or its pair")
@@ -121,7 +122,7 @@ def _pairs(teacher: Config, rotary: np.ndarray) -> np.ndarray:
 
 
 def _stride(teacher: Config, pairs: np.ndarray) -> int:
-    """The s for which the kept pairs are 0, s, 2s, …."""
+    """Return s such that the kept pairs are 0, s, 2s, …; raise UserError if there is none."""
     stride = int(pairs[1] - pairs[0]) if len(pairs) > 1 else 1
     if len(pairs) and not np.array_equal(pairs, np.arange(len(pairs)) * stride):
         raise UserError(f"head_size must keep rotary pairs 0, s, 2s, … for some s, got {pairs.tolist()}")
@@ -129,7 +130,7 @@ def _stride(teacher: Config, pairs: np.ndarray) -> int:
 
 
 def _frequencies(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine at position 1 (no angle exceeds 1 there: they tell the frequencies), as litgpt computes them."""
+    """Return litgpt's cosine and sine at position 1, where angles are at most 1 and so determine the frequencies."""
     return tuple(cache[1] for cache in GPT.rope_cache(SimpleNamespace(config=config, max_seq_length=2)))
 
 

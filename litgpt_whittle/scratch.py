@@ -1,4 +1,4 @@
-"""Where a walk through a model's layers keeps what memory cannot hold, and finds it after an interruption."""
+"""Scratch files for layer-by-layer work: activations that do not fit into memory, and state to resume from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from litgpt_whittle.registry import version
 
 
 class Stream:
-    """Hidden states of all tokens, in a file: indexed by windows, float32, shape (N, T, n_embd)."""
+    """Memory-mapped file of hidden states, indexed by window: float32, shape (N, T, n_embd)."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        # several processes may open it at once, so none may empty it
+        # several processes may open it at once, so it must keep its content
         with open(path, "ab") as file:
             file.truncate(4 * math.prod(shape))
         self._states = np.memmap(path, np.float32, "r+", shape=shape)
@@ -32,7 +32,7 @@ class Stream:
         self._states[windows] = states.cpu().numpy()
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """The states of tokens by their places, all windows one after the other: shape (n, n_embd)."""
+        """Return the hidden states at these positions, counted over all windows concatenated: shape (n, n_embd)."""
         return torch.from_numpy(self._states.reshape(-1, self._states.shape[-1])[rows.numpy()])
 
     def flush(self) -> None:
@@ -40,13 +40,13 @@ class Stream:
 
 
 class Scratch:
-    """A folder for streams and finished layers.
+    """Folder for streams and finished layers.
 
     Args:
-        folder: Made when it is not there.
-        key: What the work depends on. What a folder holds of other work is thrown away.
+        folder: Path of the folder, created if it does not exist.
+        key: Identifies the inputs and settings of the work. Content with another key is deleted.
 
-    Several processes may share a folder; the first one makes, saves and removes.
+    Several processes may share a folder; only rank 0 creates, saves and removes.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -63,34 +63,34 @@ class Scratch:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes of the disk."""
+        """Disk usage in bytes."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
     def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream:
-        """Opens a stream, or makes one."""
+        """Open a stream; create it if it does not exist."""
         self._streams[name] = stream = Stream(self.folder / f"{name}.f32", (n, length, n_embd))
         return stream
 
     def save(self, name: str, content: Any) -> None:
-        """Saves tensors and plain values, whole or not at all."""
+        """Save tensors and plain values atomically."""
         path = self.folder / f"{name}.pt"
         if rank() == 0:
             torch.save(content, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
 
     def load(self, name: str) -> Any:
-        """What was saved, or None."""
+        """Return the saved content, or None if there is none."""
         path = self.folder / f"{name}.pt"
         return torch.load(path, weights_only=True) if path.is_file() else None
 
     def remove_stream(self, name: str) -> None:
-        """Forgets a stream."""
+        """Close a stream and delete its file."""
         del self._streams[name]
         if rank() == 0:
             (self.folder / f"{name}.f32").unlink()
 
     def remove_streams_before(self, i: int, keep: str | None = None) -> None:
-        """Forget the streams that led to layer i, but for one whose name is given."""
+        """Delete the streams before layer i, except the one named `keep`."""
         for name in [name for name in self._streams if name.rpartition("-")[2] == str(i) and name != keep]:
             del self._streams[name]
         if rank() == 0:
@@ -99,20 +99,20 @@ class Scratch:
                     path.unlink()
 
     def remove(self) -> None:
-        """Ends the work."""
+        """Close all streams and delete the folder."""
         self._streams.clear()
         if rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def scratch_beside(out_dir: Path, kind: str, windows: torch.Tensor, keys: Any) -> Scratch:
-    """A hidden folder beside `out_dir`, found again by the same work.
+    """Open a hidden scratch folder next to `out_dir`, whose content is reused only for the same inputs and settings.
 
     Args:
-        out_dir: Where the result will go.
-        kind: What is done, which ends the folder's name.
-        windows: The tokens that it is done with, of any shape.
-        keys: What else the work depends on, told apart by its `repr`.
+        out_dir: Output directory of the work.
+        kind: Name of the work, used as the folder's suffix.
+        windows: Token ids that the work depends on, of any shape.
+        keys: Other inputs and settings that the work depends on, compared by their `repr`.
     """
     digest = hashlib.sha256(windows.numpy().tobytes())
     digest.update(repr([keys, tuple(windows.shape), version()]).encode())

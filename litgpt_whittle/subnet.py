@@ -1,7 +1,7 @@
-"""What a student keeps of its teacher: the choice of channels, layers, heads, neurons and experts.
+"""Sub-networks of a teacher: the kept channels, layers, heads, neurons and experts.
 
-A sub-network is a litgpt `Config` plus an index plan. `SubNet` is the choice and knows the student's config;
-`litgpt_whittle.index_plan` says which teacher weights it means, and everything else derives from that.
+A sub-network is a litgpt `Config` plus an index plan. `SubNet` holds the kept units and derives the student's config;
+`litgpt_whittle.index_plan` maps it to slices of the teacher's weights, from which everything else follows.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_inte
 """The fields of a `SubNet` that may differ from layer to layer."""
 
 FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER)
-"""All fields of a `SubNet`, in the order in which they are written."""
+"""All fields of a `SubNet`, in the order of the YAML file."""
 
 
 @dataclass(frozen=True)
 class LayerKeep:
-    """What one layer of the student keeps of its teacher layer."""
+    """Kept units of one layer."""
 
     n_query_groups: Keep
-    """Query groups (with as many groups as heads: the heads)"""
+    """Query groups (the heads, if each head is a group of its own)"""
     heads_per_group: Keep
     """Query heads within each group"""
     intermediate_size: Keep
     """Neurons of the MLP, or of each expert"""
     n_expert: Keep | None
-    """Experts, None in a dense layer"""
+    """Experts; None in a dense layer"""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Query groups, heads per group, neurons, experts (0 in a dense layer)."""
+        """Numbers of query groups, heads per group, neurons and experts (0 in a dense layer)."""
         n_expert = len(self.n_expert) if self.n_expert is not None else 0
         return len(self.n_query_groups), len(self.heads_per_group), len(self.intermediate_size), n_expert
 
 
 class SubNet:
-    """What a student keeps of a teacher, checked against the teacher's config when it is made.
+    """A sub-network of a teacher, validated against the teacher's config at construction.
 
     Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `Keep`; None keeps all. The
-    per-layer fields also take a list with one entry per *kept* layer (None where that layer has no such units). Lists
-    whose entries agree are the same sub-network as the one value. Immutable, hashable, compared by value.
+    per-layer fields also take a list with one entry per *kept* layer (None for layers without such units). A list of
+    equal entries is the same sub-network as the single value. Immutable, hashable, compared by value.
 
     Args:
         teacher: The teacher's litgpt config.
         n_embd: Channels of the residual stream.
-        n_layer: Layers, kept in order.
+        n_layer: Layers; their order does not change.
         head_size: Dimensions of each head; rotary pairs keep their frequencies (see `litgpt_whittle.rope`).
-        n_query_groups: Query groups; heads, where each head has its own keys and values.
+        n_query_groups: Query groups; heads, if each head has its own keys and values.
         heads_per_group: Query heads within each group, the same in all groups of a layer.
-        intermediate_size: MLP neurons (of each expert, where the teacher has no `moe_intermediate_size`).
-        moe_intermediate_size: Neurons of each expert, for teachers that set it; shared experts follow it.
+        intermediate_size: MLP neurons (of each expert, if the teacher has no `moe_intermediate_size`).
+        moe_intermediate_size: Neurons of each expert, for teachers that set it; also applied to shared experts.
         n_expert: Experts. The number must be the same in all layers, the sets may differ.
 
     Raises:
-        UserError: If the choice is illegal for this teacher.
+        UserError: If the sub-network is invalid for this teacher.
     """
 
     n_embd: Keep
@@ -107,10 +107,10 @@ class SubNet:
             setattr(self, name, self._per_layer(name, value))
         self._key = tuple(getattr(self, name) for name in FIELDS)
         self._check_experts()
-        self.head_cut  # raises where the head size is illegal
+        self.head_cut  # raises if the head size is invalid
 
     def _per_layer(self, name: str, value: Any) -> Keep | tuple[Keep | None, ...] | None:
-        """One `Keep` where all layers agree, else one entry per kept layer; None where no kept layer has such units."""
+        """Return one `Keep` if all layers agree, else one per kept layer; None if no kept layer has such units."""
         limits = [layer_sizes(self.teacher, layer).get(name) for layer in self.layers]
         values = list(value) if isinstance(value, list | tuple) else [value] * len(limits)
         if len(values) != len(limits):
@@ -137,11 +137,11 @@ class SubNet:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The teacher's layer behind each of the student's."""
+        """Index of the teacher's layer for each of the student's layers."""
         return tuple(int(i) for i in self.n_layer.indices)
 
     def layer(self, index: int) -> LayerKeep:
-        """What the student's layer `index` keeps."""
+        """Return the kept units of the student's layer `index`."""
         at = {name: value[index] if isinstance(value := getattr(self, name), tuple) else value for name in PER_LAYER}
         sizes = layer_sizes(self.teacher, self.layers[index])
         width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
@@ -150,20 +150,20 @@ class SubNet:
 
     @cached_property
     def head_cut(self) -> HeadCut:
-        """Which dimensions of a head are kept, and the RoPE settings that keep their frequencies."""
+        """Kept dimensions of a head, and the RoPE settings that preserve their frequencies."""
         return cut_head(self.teacher, self.head_size.indices if not self.head_size.is_prefix else len(self.head_size))
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether a stock litgpt config describes the student as it is: all layers have the same sizes.
+        """True if a stock litgpt config describes the student without padding.
 
-        Where the teacher's class in `transformers` wants heads that fill the channels, they do so, too.
+        All layers have the same sizes, and `config` adds no heads for the teacher's class in `transformers`.
         """
         return self.layers_are_alike and self.config.n_head == self._widest.n_head
 
     @cached_property
     def layers_are_alike(self) -> bool:
-        """Whether all layers have the same sizes, dense ones and those with experts each among themselves."""
+        """True if all layers have the same sizes; dense layers and expert layers may differ in their MLPs."""
         sizes = [self.layer(i).sizes for i in range(len(self))]
         dense = {s for s in sizes if s[3] == 0}
         experts = {s for s in sizes if s[3] > 0}
@@ -172,10 +172,10 @@ class SubNet:
 
     @cached_property
     def config(self) -> Config:
-        """The student's litgpt config; of a layer-wise student, the one padded to its widest layer.
+        """The student's litgpt config; for a layer-wise student, the one padded to its widest layer.
 
-        Where the teacher's class in `transformers` wants heads that fill the channels, so do these as far as they can:
-        what litgpt's converter and `litgpt evaluate` read is this one.
+        If the teacher's class in `transformers` requires n_head · head_size = n_embd, heads are padded to that where
+        possible, since litgpt's converter and `litgpt evaluate` read this config.
         """
         widest = self._widest
         filled = filled_heads(widest) if shares_channels(self.teacher) else None
@@ -185,7 +185,7 @@ class SubNet:
 
     @cached_property
     def _widest(self) -> Config:
-        """The config of the smallest model that has room for each of the student's layers."""
+        """Config of the smallest model into which each of the student's layers fits."""
         layers = [self.layer(i) for i in range(len(self))]
         dense = [len(k.intermediate_size) for k in layers if k.n_expert is None]
         experts = [len(k.intermediate_size) for k in layers if k.n_expert is not None]
@@ -198,7 +198,7 @@ class SubNet:
         )
 
     def layer_config(self, index: int) -> Config:
-        """The config that litgpt's `Block` needs to build the student's layer `index` in its true shape."""
+        """Return the config for litgpt's `Block` to build the student's layer `index` in its true shape."""
         keep = self.layer(index)
         width = len(keep.intermediate_size)
         is_dense = keep.n_expert is None
@@ -221,7 +221,7 @@ class SubNet:
             n_head=n_query_groups * heads_per_group,
             **self.head_cut.config_changes,
         )
-        for name in ("sliding_window_indices", "rope_indices"):  # which kind of attention goes with its layer
+        for name in ("sliding_window_indices", "rope_indices"):  # a layer keeps its kind of attention
             if getattr(teacher, name) is not None:
                 changes[name] = [getattr(teacher, name)[layer] for layer in layers]
         if teacher.first_k_dense_replace is not None:
@@ -235,15 +235,15 @@ class SubNet:
 
     @classmethod
     def full(cls, teacher: Config) -> SubNet:
-        """The sub-network that keeps everything."""
+        """Return the sub-network that keeps all units."""
         return cls(teacher)
 
     def replace(self, **changes: Any) -> SubNet:
-        """The same choice with some fields changed."""
+        """Return a copy with some fields changed."""
         return SubNet(self.teacher, **({name: getattr(self, name) for name in FIELDS} | changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
+        """Return the fields as plain values for YAML or JSON; `from_dict` reads them."""
         choice = {}
         for name in FIELDS:
             value = getattr(self, name)
@@ -257,35 +257,40 @@ class SubNet:
 
     @classmethod
     def from_dict(cls, teacher: Config, choice: Mapping[str, Any]) -> SubNet:
-        """Makes a sub-network of `teacher` from what `to_dict` gave.
+        """Create a sub-network of `teacher` from the output of `to_dict`.
 
         Raises:
-            UserError: If a key is unknown or the choice is illegal for this teacher.
+            UserError: If a key is unknown or the sub-network is invalid for this teacher.
         """
         if unknown := set(choice) - set(FIELDS):
             raise UserError(f"a sub-network has no {sorted(unknown)[0]!r}; its fields are {', '.join(FIELDS)}")
         return cls(teacher, **choice)
 
     def save(self, path: Path, **provenance: Any) -> None:
-        """Writes the choice as YAML, with where it came from below it."""
+        """Save the sub-network as YAML, followed by its provenance."""
         origin = {"teacher": self.teacher.name, "teacher_config": fingerprint(self.teacher)} | provenance
         write_text(path, to_yaml(self.to_dict() | {"provenance": origin}))
 
     @classmethod
     def load(cls, path: Path, teacher: Config) -> SubNet:
-        """Reads a sub-network of `teacher` from YAML.
+        """Load a sub-network of `teacher` from YAML.
 
         Raises:
-            UserError: If the file is missing, not YAML, illegal for this teacher, or says it is for another one.
+            UserError: If the file is missing, not YAML, invalid for this teacher, or made for another teacher.
         """
         return cls.from_saved(read_choice(path), teacher, str(path))
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], teacher: Config, name: str = "sub_network.yaml") -> SubNet:
-        """The sub-network of what `save` wrote.
+        """Create a sub-network from the content of a file written by `save`.
+
+        Args:
+            saved: Content of the file.
+            teacher: The teacher's config.
+            name: Name of the file in error messages.
 
         Raises:
-            UserError: If it is illegal for this teacher, or says it is for another one; `name` is what it is called.
+            UserError: If it is invalid for this teacher, or made for another teacher.
         """
         choice = dict(saved)
         origin = choice.pop("provenance", None) or {}
@@ -301,7 +306,7 @@ class SubNet:
             raise UserError(f"{name}: {error}") from None
 
     def __len__(self) -> int:
-        """The number of layers kept."""
+        """Return the number of kept layers."""
         return len(self.n_layer)
 
     def __eq__(self, other: object) -> bool:
@@ -315,7 +320,7 @@ class SubNet:
 
 
 def read_choice(path: Path) -> dict[str, Any]:
-    """Reads a sub-network's YAML without looking at any teacher."""
+    """Read a sub-network's YAML without validating it against a teacher."""
     try:
         choice = from_yaml(Path(path).read_text())
     except OSError as error:
@@ -328,9 +333,9 @@ def read_choice(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(config: Config) -> str:
-    """Eight hex digits that tell a teacher's architecture from others, whatever its name."""
+    """Return a hash of a teacher's architecture, independent of its name: eight hex digits."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "hf_config")}
-    # sorted at all depths: a YAML file does not keep the order of RoPE's settings
+    # sorted at all levels, since a YAML file does not preserve the order of the RoPE settings
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -348,7 +353,7 @@ def _keep(name: str, value: Any, size: int) -> Keep:
 
 
 def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
-    """The sizes of the teacher's layer `layer`, under the names of a `SubNet`'s per-layer fields."""
+    """Return the sizes of the teacher's layer `layer`, by the names of the per-layer fields of `SubNet`."""
     sizes = {"n_query_groups": teacher.n_query_groups, "heads_per_group": teacher.n_head // teacher.n_query_groups}
     is_dense = teacher.mlp_class_name != "LLaMAMoE" or layer < (teacher.first_k_dense_replace or 0)
     if is_dense:
@@ -359,10 +364,10 @@ def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
 
 
 def experts_of(teacher: Config, keep: Keep) -> np.ndarray:
-    """The kept experts' indices. In grouped routing, "the first n" are the first n / groups of each group.
+    """Return the kept experts' indices. In grouped routing, "the first n" are the first n / groups of each group.
 
     Raises:
-        UserError: If litgpt's router could not choose among so few, or the groups would differ in size.
+        UserError: If they are too few for litgpt's router, or the groups would differ in size.
     """
     n, per_token = len(keep), teacher.n_expert_per_token
     if n < per_token:

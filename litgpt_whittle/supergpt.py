@@ -1,4 +1,4 @@
-"""A litgpt GPT that runs as any of its sub-networks, and the models that sub-networks become."""
+"""Super-network: a litgpt GPT that runs as any of its sub-networks, and standalone models of sub-networks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from litgpt_whittle.subnet import SubNet
 Weights = dict[str, torch.Tensor]
 
 KEPT_BYTES = 256 * 2**20
-"""Of a candidate's weights that are copies, so many are kept from one batch to the next, the head's before the blocks'.
-The others are copied anew for every batch, which takes some hundredths of its time and no memory"""
+"""Byte budget for caching a candidate's gathered weights across batches, the LM head's before the blocks'. Weights
+beyond it are gathered again for every batch, which takes a few percent of its time and no memory"""
 
 _EMBEDDING = "transformer.wte.weight"
 
 
 class BlocksGPT(GPT):
-    """litgpt's GPT around given blocks."""
+    """litgpt's GPT with given blocks."""
 
     def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
         super().__init__(dataclasses.replace(config, n_layer=0))
@@ -40,11 +40,11 @@ class BlocksGPT(GPT):
 class LayerwiseGPT(BlocksGPT):
     """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
 
-    Its `config` is the stock one padded to the widest layer, as which it is saved (`pad`). Layers that are alike become
-    one, too, where the stock model needs more heads than they have (see `SubNet.config`).
+    Its `config` is the stock one padded to the widest layer, the form in which it is saved (`pad`). It is also used for
+    layers of equal sizes if the stock model needs more heads than they have (see `SubNet.config`).
 
     Args:
-        subnet: The sub-network whose sizes the layers have.
+        subnet: The sub-network that defines the sizes of the layers.
     """
 
     def __init__(self, subnet: SubNet) -> None:
@@ -53,7 +53,7 @@ class LayerwiseGPT(BlocksGPT):
 
     @classmethod
     def from_padded(cls, config: Config, weights: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> LayerwiseGPT:
-        """Opens a padded stock checkpoint in its true shape, the choice `shape` of its own config."""
+        """Load a padded stock checkpoint in its true shape, which `shape` gives as a sub-network of `config`."""
         subnet = SubNet.from_dict(config, shape)
         with torch.device("meta"):
             model = cls(subnet)
@@ -62,9 +62,9 @@ class LayerwiseGPT(BlocksGPT):
 
 
 class SuperBlock(Block):
-    """A litgpt block that can run with a part of its weights.
+    """A litgpt block that can run with slices of its weights.
 
-    The part is taken inside `forward`, where a sharded block's parameters are whole.
+    The weights are sliced inside `forward`, where a sharded block's parameters are gathered.
     """
 
     _running: _Running | None = None
@@ -78,7 +78,7 @@ class SuperBlock(Block):
 class SuperGPT(BlocksGPT):
     """A litgpt GPT that runs as any of its sub-networks.
 
-    Outside of `running` it is the full litgpt model: same weights, same names, same outputs.
+    Outside `running` it is the full litgpt model: same weights, same names, same outputs.
 
         with model.running(subnet):
             logits = model(idx)  # (B, T, V)
@@ -91,12 +91,12 @@ class SuperGPT(BlocksGPT):
 
     @property
     def tied(self) -> bool:
-        """Whether the LM head is the embedding."""
+        """True if the LM head is tied to the embedding."""
         return self.lm_head.weight is self.transformer.wte.weight
 
     @property
     def head_owner(self) -> GPT:
-        """The model whose LM head `forward` calls: this one, or that of the sub-network which it runs as."""
+        """Model whose LM head `forward` calls: this model, or the running sub-network."""
         return self if self._running is None else self._running.module
 
     def forward(self, idx: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | list[torch.Tensor]:
@@ -106,15 +106,16 @@ class SuperGPT(BlocksGPT):
 
     @contextmanager
     def running(self, subnet: SubNet, materialize: bool = False, trains: bool = False) -> Iterator[SuperGPT]:
-        """Makes `forward` compute the sub-network's logits, with gradients to the weights that it uses.
+        """Run as a sub-network: `forward` computes its logits, with gradients to the weights that it uses.
 
         Args:
             subnet: A sub-network of this model.
-            materialize: Slice once, now, without gradients, instead of in every forward: for scoring a candidate on
-                many batches. Contiguous runs stay views, which take no memory; of the rest, `KEPT_BYTES` are kept.
-            trains: Give the weights of layers that are left out gradients of zero instead of none. Where processes
-                train together, their modules are called, too: whatever wraps them (FSDP2, DDP) then finds all of them
-                used, on every process. A single process adds gradients to the full weights' own in place.
+            materialize: If true, slice the weights once, without gradients, instead of in every forward: for scoring a
+                candidate on many batches. Contiguous runs are views, which take no memory; gathered weights are cached
+                up to `KEPT_BYTES`.
+            trains: If true, the weights of dropped layers get zero gradients instead of None. With several processes,
+                the dropped layers' modules are called as well, so that their wrappers (FSDP2, DDP) see all of them used
+                on every process. A single process accumulates gradients in place in those of the full weights.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -156,7 +157,10 @@ class SuperGPT(BlocksGPT):
                 weight.grad = torch.zeros_like(weight)
 
     def _delegates(self, layers: Sequence[int], calls_all: bool) -> list[_Delegate]:
-        """What calls each layer, those that are left out with the one behind them where it `calls_all`."""
+        """Return the module that calls each kept layer; if `calls_all`, also the dropped layers before it.
+
+        The last one also calls the dropped layers after it.
+        """
         blocks, delegates, begin = self.transformer.h, [], 0
         for layer in layers:
             delegates.append(_Delegate(blocks[begin : layer + 1] if calls_all else [blocks[layer]]))
@@ -166,7 +170,7 @@ class SuperGPT(BlocksGPT):
         return delegates
 
     def _rope(self, subnet: SubNet) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sub-network's rotary cache: this model's own unless heads shrink."""
+        """Return the sub-network's rotary cache: this model's own unless heads are smaller."""
         if len(subnet.head_size) == self.config.head_size:
             return self.cos, self.sin
         with torch.device("meta"):
@@ -176,7 +180,14 @@ class SuperGPT(BlocksGPT):
 
 
 class _Running:
-    """A sub-network's module, without weights of its own, and what it takes of the module that it stands in for."""
+    """A sub-network's module without own weights, with its slices of the teacher module that it replaces.
+
+    Args:
+        module: The sub-network's module, on the meta device.
+        takes: Slices of the teacher module's parameters.
+        constants: Tensors that are not sliced from the teacher.
+        in_place: If true, gradients are accumulated in place in those of the teacher's parameters.
+    """
 
     def __init__(
         self, module: nn.Module, takes: Mapping[str, Take], constants: Weights, in_place: bool = False
@@ -193,10 +204,10 @@ class _Running:
 
     @torch.no_grad()
     def materialize(self, owner: nn.Module, most: int) -> int:
-        """Takes the weights once and for all, unless those that are no views have more bytes.
+        """Slice the weights once, unless the gathered ones exceed `most` bytes.
 
         Returns:
-            How many they have, 0 where they are taken in every forward.
+            Bytes of the gathered weights, 0 if the weights are sliced in every forward.
         """
         indexed = [take for take in self.takes.values() if any(not isinstance(i, slice) for i in take.index)]
         n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
@@ -206,7 +217,7 @@ class _Running:
         return n_bytes
 
     def _take(self, owner: nn.Module) -> Weights:
-        # tied weights under both their names
+        # tied weights appear under both names
         tensors = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers())
         return {name: self._part(take, tensors[take.name]) for name, take in self.takes.items()}
 
@@ -215,9 +226,9 @@ class _Running:
 
 
 class _TakeInPlace(torch.autograd.Function):
-    """A part of a leaf, with its gradient added to the leaf's own.
+    """Slice of a leaf tensor whose gradient is accumulated in place in the leaf's gradient.
 
-    Autograd's own slicing would make every part's gradient as large as the whole before it adds them up.
+    Autograd's slicing would allocate a gradient of the leaf's full size for every slice before adding them.
     """
 
     @staticmethod
@@ -232,7 +243,7 @@ class _TakeInPlace(torch.autograd.Function):
 
 
 class _Lookup(nn.Embedding):
-    """The teacher's embedding, of which a sub-network takes scattered channels: of the rows that it looks up only."""
+    """The teacher's embedding with scattered channels selected after the lookup, so that only those rows are copied."""
 
     def __init__(self, teacher: Config, take: Take) -> None:
         super().__init__(teacher.padded_vocab_size, teacher.n_embd)
@@ -246,12 +257,12 @@ class _Delegate(nn.Module):
     """Calls a block of the super-network from within the sub-network's model, without owning its weights.
 
     Args:
-        blocks: The block, and before it those that only pass the stream on.
+        blocks: Dropped blocks that only pass the stream on, followed by the block itself.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        # tuples hide them from PyTorch's registry of submodules
+        # in tuples, they are not registered as submodules
         *before, block = blocks
         self.before, self.block, self.behind = tuple(before), (block,), ()
 
@@ -265,12 +276,12 @@ class _Delegate(nn.Module):
 
 
 def _pass_on(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Stands for a block that is left out: gives what it gets."""
+    """Replace the forward of a dropped block by the identity."""
     return _PassOn.apply(x, *block.parameters())
 
 
 class _PassOn(torch.autograd.Function):
-    """The identity, with gradients of zero for weights that it does not use."""
+    """Identity with zero gradients for the unused weights."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -284,7 +295,7 @@ class _PassOn(torch.autograd.Function):
 
 
 def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:
-    """One layer's part of a plan, with names relative to its block on both sides."""
+    """Return one layer's part of a plan, with names relative to the student's and the teacher's block."""
     ours, theirs = f"transformer.h.{student_layer}.", f"transformer.h.{teacher_layer}."
     return {
         name.removeprefix(ours): dataclasses.replace(take, name=take.name.removeprefix(theirs))
@@ -294,17 +305,17 @@ def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:
 
 
 def student_model(subnet: SubNet) -> GPT:
-    """A model of the sub-network's true shape with fresh weights: a stock `GPT` where its sizes are uniform."""
+    """Create a model of the sub-network's true shape with newly initialised weights: a stock `GPT` if it is uniform."""
     return GPT(subnet.config) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
 def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:
-    """Cuts a sub-network's weights out of its teacher.
+    """Extract a sub-network's weights from its teacher.
 
     Args:
-        teacher: The teacher, or its weights; memory-mapped ones are read only where needed, a tensor at a time.
-        subnet: What to keep.
-        tied: Whether the teacher's LM head is its embedding; found out from the weights by default.
+        teacher: The teacher, or its weights; memory-mapped weights are read only where needed, one tensor at a time.
+        subnet: The sub-network.
+        tied: True if the teacher's LM head is tied to its embedding; inferred from the weights by default.
 
     Returns:
         The weights of `student_model(subnet)`, contiguous copies; a tied head shares its embedding's memory.
@@ -316,7 +327,7 @@ def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, t
     for name, take in plan(subnet.teacher, subnet, tied).items():
         if take.name not in taken:
             part = take(weights[take.name]).detach()
-            # an index makes a copy already, a slice is a view on the teacher's memory
+            # an index tensor copies already; a slice is a view of the teacher's memory
             is_view = part.untyped_storage().data_ptr() == weights[take.name].untyped_storage().data_ptr()
             taken[take.name] = part.clone(memory_format=torch.contiguous_format) if is_view else part.contiguous()
             if isinstance(weights, MappedWeights):
@@ -326,22 +337,22 @@ def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, t
 
 
 def tie(model: GPT) -> GPT:
-    """Make the embedding of a model its LM head, in place; return the model."""
+    """Tie a model's embedding to its LM head, in place; return the model."""
     model.transformer.wte.weight = model.lm_head.weight
     return model
 
 
 def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the LM head is the embedding: one memory, or equal values."""
+    """Return whether the LM head is tied to the embedding: shared memory, or equal values."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     if head.data_ptr() == embedding.data_ptr() and head.device.type != "meta":
         return True
-    # a row tells nearly always, so that a large file is not read for nothing
+    # comparing one row first usually avoids reading a large file
     return torch.equal(head[0], embedding[0]) and torch.equal(head, embedding)
 
 
 def shape_of(subnet: SubNet) -> SubNet:
-    """A layer-wise student's true shape, as the leading part that it uses of every padded tensor."""
+    """Return a layer-wise student's true shape as a sub-network of its padded config: leading parts of its tensors."""
     layers = [subnet.layer(i) for i in range(len(subnet))]
     config = subnet.config
     width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
@@ -355,16 +366,15 @@ def shape_of(subnet: SubNet) -> SubNet:
 
 
 def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
-    """Zero-pads a layer-wise student to its widest layer: a stock litgpt model with the same outputs.
+    """Zero-pad a layer-wise student to its widest layer: a stock litgpt model with the same outputs.
 
-    Padded neurons and query groups give nothing and get no gradient. A padded head of a group that the student keeps
-    gives nothing either, but it shares that group's values: training the padded model in stock litgpt can bring it to
-    life. A norm over all heads (OLMo 2) would average over the padding too; its inputs and weight are scaled against
-    that.
+    Padded neurons and query groups output zero and get no gradient. A padded head of a kept group outputs zero as well,
+    but shares that group's values, so training the padded model in stock litgpt can activate it. A norm over all heads
+    (OLMo 2) would average over the padding too; its inputs and weight are rescaled to compensate.
 
     Args:
         subnet: The student's sub-network.
-        weights: Its weights, in their true shape.
+        weights: The student's weights in their true shape.
 
     Returns:
         The weights of a stock `GPT(subnet.config)`.
@@ -374,11 +384,11 @@ def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
-    """Puts a sub-network's weights where `shape` takes them from, among zeros.
+    """Scatter a sub-network's weights into zeros of the full model's shape; the inverse of extraction.
 
     Args:
-        shape: The part of the whole model (`shape.teacher`) that the weights are; all its channels are kept.
-        weights: They, in the sub-network's true shape.
+        shape: The sub-network of the full model (`shape.teacher`); it keeps all channels.
+        weights: The sub-network's weights in their true shape.
 
     Returns:
         The weights of a stock `GPT(shape.teacher)`.
@@ -399,7 +409,7 @@ def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def unpad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
-    """Undoes `pad`: the true shape of a layer-wise student from its padded stock weights."""
+    """Undo `pad`: return a layer-wise student's weights in their true shape from its padded stock weights."""
     shape = shape_of(subnet)
     return _rescale_norms(shape, extract_weights(weights, shape), inverse=True)
 
@@ -409,7 +419,7 @@ def _as_tensor(index: slice | torch.Tensor, device: torch.device) -> torch.Tenso
 
 
 def _rescale_norms(shape: SubNet, weights: Weights, inverse: bool) -> Weights:
-    """Scales the inputs of norms over all heads so that their mean square is the same with zeros appended."""
+    """Scale the inputs and weights of norms over all heads so that appended zeros do not change their outputs."""
     config = shape.teacher
     if not (config.norm_qk and config.norm_qk_type == "olmo2") or shape.is_uniform:
         return weights

@@ -1,1 +1,1 @@
-"""What was cut off, fitted into what stays in closed form: `litgpt extract --repair`."""
+"""Repair a pruned model in closed form, by least squares: `litgpt extract --repair`."""

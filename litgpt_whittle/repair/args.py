@@ -1,4 +1,4 @@
-"""Settings of a repair."""
+"""Repair settings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.costs import widest_map
 
 LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
-"""Default number of calibration tokens: at least, and for each input of the widest map, since maps overfit fewer"""
+"""Default number of calibration tokens: the minimum, and the number per input of the widest map; fewer would overfit"""
 
 
 @dataclass
 class RepairArgs:
-    """How a cut is repaired before it is saved"""
+    """Closed-form repair of the student before it is saved"""
 
     basis: Literal["pca", "coordinates"] = "pca"
-    """What the student's channels carry: leading directions of the teacher's residual stream, or kept channels"""
+    """Student channels: leading principal directions of the teacher's residual stream, or a subset of its channels"""
     choose_units: bool = True
-    """Keep as many heads and neurons as the sub-network says, but those that the others can least make up for"""
+    """Keep the sub-network's numbers of heads and neurons, but select those with the largest Optimal-Brain-Surgeon
+    saliency"""
     tokens: int | None = None
-    """Number of calibration tokens; by default 32 for each input of the student's widest map, and at least 65,536"""
+    """Number of calibration tokens; by default 32 per input of the student's widest linear map, and at least 65,536"""
     refine_passes: float = 0.0
-    """Passes over the calibration tokens that train all blocks together to the teacher's predictions, after the closed
+    """Passes over the calibration tokens that train all blocks jointly on the teacher's predictions, after the closed
     form"""
     refine_lr: float = 3e-4
-    """Learning rate of these passes, annealed to zero"""
+    """Peak learning rate of these passes, annealed to zero"""
     head_passes: int = 1
     """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
 

@@ -1,10 +1,11 @@
-"""Which directions of the teacher's residual stream the student's channels carry.
+"""Basis of the student's residual stream: directions of the teacher's stream that the student's channels represent.
 
-Either kept coordinates, as a plain slice has them, or the directions that matter most to what reads the stream. An
-RMSNorm does not care about rotations of its input once its weight is folded into what reads it (SliceGPT, arXiv
-2401.15024), so a student can carry any orthonormal directions and stay a stock litgpt model. A LayerNorm subtracts the
-mean over channels first. Its student gets directions within the channels' zero-mean subspace, mapped into its own
-zero-mean subspace, where subtracting the mean changes nothing: it loses one direction and keeps its kind of norm.
+The basis is either a subset of the teacher's channels, as in a plain slice, or the directions that matter most to the
+input projections. An RMSNorm commutes with rotations of its input once its weight is folded into the projections after
+it (SliceGPT, arXiv 2401.15024), so a student can use any orthonormal directions and stay a stock litgpt model. A
+LayerNorm first subtracts the mean over channels. Its student uses directions of the teacher's zero-mean subspace,
+mapped into its own zero-mean subspace, where subtracting the mean changes nothing: it loses one direction and stays a
+LayerNorm.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from litgpt_whittle.least_squares import Moments
 
 
 class Basis:
-    """The map from the teacher's stream to the student's.
+    """Linear map from the teacher's residual stream to the student's.
 
     Args:
-        matrix: The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher), with
-            orthonormal rows (but for the direction that a LayerNorm loses).
-        kept: The teacher's channels, where the student's are a choice of them.
+        matrix: The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher). Its
+            rows are orthonormal, except for the direction that a LayerNorm loses.
+        kept: Indices of the teacher's channels if the student's channels are a subset of them, otherwise None.
     """
 
     def __init__(self, matrix: torch.Tensor, kept: torch.Tensor | None = None) -> None:
@@ -32,17 +33,17 @@ class Basis:
 
     @classmethod
     def coordinates(cls, kept: torch.Tensor, n_embd: int) -> Basis:
-        """The teacher's channels `kept`."""
+        """Create the basis that selects the teacher's channels `kept`."""
         return cls(torch.eye(n_embd, device=kept.device)[kept], kept)
 
     @classmethod
     def principal(cls, directions: torch.Tensor, n_embd: int, centred: bool) -> Basis:
-        """The leading directions.
+        """Create the basis of the leading directions.
 
         Args:
-            directions: What `principal_directions` gives.
-            n_embd: The student's channels.
-            centred: Whether the model's norms subtract the mean over channels.
+            directions: Output of `principal_directions`.
+            n_embd: Number of the student's channels.
+            centred: True if the model's norms subtract the mean over channels.
         """
         if not centred:
             return cls(directions[:n_embd].float().contiguous())
@@ -54,26 +55,26 @@ class Basis:
         return self.kept is not None
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """The teacher's stream as the student's channels carry it: (…, n_embd_teacher) to (…, n_embd_student)."""
+        """Project the teacher's stream onto the student's channels: (…, n_embd_teacher) to (…, n_embd_student)."""
         return stream[..., self.kept] if self.kept is not None else stream @ self.matrix.T
 
     def turn_norm(self, teacher: nn.Module, student: nn.Module) -> None:
-        """Gives a student's norm its start in a basis of directions, in which the teacher's weight is no diagonal."""
+        """Initialise a student's norm in a basis of directions, where the teacher's weight is no longer diagonal."""
         weight = norm_weight(teacher)
         scale = 1.0 if weight is None else weight.square().mean().sqrt()
         set_norm_weight(student, scale)
         if getattr(student, "bias", None) is not None:
-            # a LayerNorm's output has no mean of its own: a constant there is an intercept to readers without a bias
+            # a LayerNorm's output has zero mean: a constant added to it gives projections without a bias an intercept
             student.bias.copy_(self.matrix @ teacher.bias + scale)
 
     def reconstruction(self, norm: nn.Module, moments: Moments) -> torch.Tensor:
-        """The teacher's normalised stream from the student's, as a plain cut has it, to the best scale.
+        """Return the plain cut's estimate of the teacher's normalised stream from the student's, optimally scaled.
 
-        The scale is needed because a norm over fewer channels divides by something else.
+        The scale compensates for a norm over fewer channels, which divides by a different value.
 
         Args:
             norm: The teacher's norm.
-            moments: Of the student's normalised stream as inputs, the teacher's as outputs.
+            moments: Moments with the student's normalised stream as inputs and the teacher's as outputs.
 
         Returns:
             R, shape (n_embd_teacher, n_embd_student), with teacher ≈ R · student.
@@ -89,32 +90,32 @@ class Basis:
 
 
 def principal_directions(worth: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Orthonormal directions of the stream, the worthiest first, shape (n_embd, n_embd).
+    """Return orthonormal directions of the stream, the most important first, shape (n_embd, n_embd).
 
     Args:
-        worth: A symmetric form that says what a direction is worth, such as the normalised stream's covariance; shape
+        worth: Symmetric matrix M that scores a direction v by vᵀMv, such as the normalised stream's covariance; shape
             (n_embd, n_embd).
-        centred: Whether the model's norms subtract the mean over channels, which leaves no direction but those without
-            one; the last of the directions is nothing then.
+        centred: True if the model's norms subtract the mean over channels. All directions then have zero mean, and the
+            last one is zero.
     """
     if not centred:
         return torch.linalg.eigh(worth).eigenvectors.flip(1).T
     n = len(worth)
     centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
-    # rounding leaves a trace of the mean in the directions
+    # centre again: rounding leaves a trace of the mean in the directions
     return torch.linalg.eigh(centring @ worth @ centring).eigenvectors.flip(1).T @ centring
 
 
 def _zero_mean_directions(n: int) -> torch.Tensor:
-    """An orthonormal basis of the vectors whose entries sum to zero, shape (n, n - 1), the same at every call."""
-    # the columns of the discrete cosine transform but for the constant one
+    """Return a deterministic orthonormal basis of the vectors whose entries sum to zero, shape (n, n - 1)."""
+    # the columns of the discrete cosine transform except the constant one
     i = torch.arange(n, dtype=torch.float64)[:, None] + 0.5
     k = torch.arange(1, n, dtype=torch.float64)
     return torch.cos(torch.pi * i * k / n) * (2 / n) ** 0.5
 
 
 def norm_weight(norm: nn.Module) -> torch.Tensor | None:
-    """What a norm multiplies its channels by; None where it has no weight."""
+    """Return the factor of each channel in a norm, or None if the norm has no weight."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         return None
@@ -122,24 +123,24 @@ def norm_weight(norm: nn.Module) -> torch.Tensor | None:
 
 
 def set_norm_weight(norm: nn.Module, weight: torch.Tensor | float) -> None:
-    """Makes a norm multiply its channels by `weight`, in place; a norm without a weight stays as it is."""
+    """Set the factor of each channel in a norm, in place; a norm without a weight is not changed."""
     if getattr(norm, "weight", None) is not None:
         norm.weight.data.fill_(0).add_(weight - 1 if getattr(norm, "add_unit_offset", False) else weight)
 
 
 def affine_part(norm: nn.Module, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a norm multiplies its n channels by, and what it adds to them."""
+    """Return the weight and bias of a norm over n channels; ones and zeros if it has none."""
     weight, bias = norm_weight(norm), getattr(norm, "bias", None)
     return torch.ones(n) if weight is None else weight, torch.zeros(n) if bias is None else bias.data
 
 
 def is_centring(config: Config) -> bool:
-    """Whether the model's norms subtract the mean over channels."""
+    """Return whether the model's norms subtract the mean over channels."""
     return config.norm_class_name == "LayerNorm"
 
 
 def standardised(stream: torch.Tensor, config: Config) -> torch.Tensor:
-    """The stream as a norm without weights leaves it."""
+    """Normalise the stream as a norm without weights does."""
     if is_centring(config):
         stream = stream - stream.mean(-1, keepdim=True)
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + config.norm_eps)
@@ -148,16 +149,16 @@ def standardised(stream: torch.Tensor, config: Config) -> torch.Tensor:
 def token_weights(stream: torch.Tensor, config: Config) -> torch.Tensor:
     """Return the weight of each token's error in a regression: 1 / the mean square of its stream.
 
-    Every map reads the stream through a norm, so what counts is an error relative to the stream's size at that token.
-    Pretrained models have a few tokens whose streams are a thousand times as large as the others' (massive
-    activations, arXiv 2402.17762); unweighted least squares would serve these tokens alone.
+    Every projection reads the stream through a norm, so errors count relative to the stream's size at that token.
+    Pretrained models have a few tokens whose hidden states are a thousand times as large as the others' (massive
+    activations, arXiv 2402.17762); these tokens would dominate unweighted least squares.
 
     Args:
         stream: The teacher's residual stream, shape (…, n_embd).
         config: The teacher's config.
 
     Returns:
-        Shape (…).
+        Weights, shape (…).
     """
     if is_centring(config):
         stream = stream - stream.mean(-1, keepdim=True)
@@ -165,7 +166,7 @@ def token_weights(stream: torch.Tensor, config: Config) -> torch.Tensor:
 
 
 def readers(block: Block, part: str) -> list[torch.Tensor]:
-    """The weights of all maps of `attn` or `mlp` that read the stream, each of shape (n_out, n_embd)."""
+    """Return the weights of all input projections of `attn` or `mlp`, each of shape (n_out, n_embd)."""
     weights = []
     for name, weight in block.get_submodule(part).named_parameters():
         module, _, leaf = f"{part}.{name}".rpartition(".")
@@ -175,24 +176,25 @@ def readers(block: Block, part: str) -> list[torch.Tensor]:
 
 
 class Worth:
-    """How much the directions of the normalised stream matter to what reads it.
+    """Importance of the normalised stream's directions for the projections that read them.
 
-    With C the stream's covariance and G the sum of WᵀW over all readers' weights W, the leading eigenvectors of
-    C^½ G C^½ are the directions that carry most of what is read. They lie within the span of C: a direction in which
-    the stream never moves is worth nothing, however large the weights along it.
+    With C the stream's uncentred covariance and G the weighted sum of WᵀW over the weights W of all input projections,
+    the leading eigenvectors of C^½ G C^½ are the directions that contribute most to the projections' outputs. They lie
+    in the span of C: a direction in which the stream is always zero has no importance, however large the weights along
+    it.
     """
 
     def __init__(self) -> None:
         self.covariance = self.gram = 0.0
 
     def add(self, moments: Moments, norm: nn.Module, weights: list[torch.Tensor], times: float = 1.0) -> None:
-        """Adds the readers behind one norm, each norm weighing `times`.
+        """Add the input projections after one norm.
 
         Args:
-            moments: Of the stream as the norm would leave it without weights.
+            moments: Moments of the stream, normalised without the norm's weights.
             norm: The norm.
-            weights: Those of the maps behind it, each of shape (n_out, n_embd).
-            times: What they count.
+            weights: Weights of the projections after the norm, each of shape (n_out, n_embd).
+            times: Total weight of these projections, relative to those after other norms.
         """
         covariance = (moments.zz / moments.mass).double()
         scale = norm_weight(norm)
@@ -205,7 +207,7 @@ class Worth:
 
     @property
     def form(self) -> torch.Tensor:
-        """C^½ G C^½, shape (n_embd, n_embd)."""
+        """The matrix C^½ G C^½, shape (n_embd, n_embd)."""
         values, vectors = torch.linalg.eigh(self.covariance)
         root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         return root @ self.gram @ root

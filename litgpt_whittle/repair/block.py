@@ -1,4 +1,4 @@
-"""Fits the maps of one block of a student in the order in which they compute."""
+"""Fit the linear maps of one student block, in the order of the forward pass."""
 
 from __future__ import annotations
 
@@ -28,49 +28,49 @@ from litgpt_whittle.repair.readers import fit_readers
 from litgpt_whittle.scratch import Stream
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
-"""litgpt's norms between what a part of a block writes and the stream"""
+"""litgpt's names of the norms after attention and MLP, before the residual addition"""
 
 Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Gives a linear map's inputs, wanted outputs and token weights on a batch"""
+"""Function that returns a linear map's inputs, targets and token weights for a batch"""
 
 
 @dataclass
 class Streams:
-    """Both models' residual streams around a block, in its calibration's batches."""
+    """Residual streams of both models around a block, on the calibration tokens."""
 
     teacher: Stream
-    """The teacher's before the block"""
+    """The teacher's stream before the block"""
     student: Stream
-    """The student's before the block"""
+    """The student's stream before the block"""
     middle: Stream | None
-    """The teacher's before the block's MLP; None where attention and MLP read the same stream"""
+    """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
     ahead: Stream
-    """The teacher's behind the block, and behind the dropped ones that follow it"""
+    """The teacher's stream after the block and the dropped blocks that follow it"""
     sizes: Mapping[tuple[str, int], torch.Tensor]
-    """What the teacher's norms behind writing maps divide by, shape (B, T, 1), by the norm and the batch's start"""
+    """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
 
 
 def post_norm(block: Block, *parts: str) -> nn.Module | None:
-    """The norm between what a part of a block writes and the stream; None where there is none or it has no weight.
+    """Return the norm between a block's attention or MLP and the residual addition.
 
-    Nor is there one behind an expert alone, or where attention and MLP write together.
+    None if there is no such norm or it has no weight, for a single expert, and if attention and MLP are fitted jointly.
     """
     norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 and parts[0] in POST_NORMS else None
     return None if norm_weight(norm) is None else norm
 
 
 class BlockRepair:
-    """Fits the maps of a student's block.
+    """Fits the linear maps of a student's block.
 
     Args:
         block: The student's block, fitted in place.
-        takes: What it takes of the teacher's.
+        takes: The block's slices of the teacher's parameters.
         teacher: The teacher's block.
-        args: What the student's block is called with besides the stream.
-        streams: Both models' streams.
-        basis: What the student's channels carry.
-        calibration: The tokens.
-        ridges: The ridges to choose from.
+        args: Arguments of the student's block besides the stream.
+        streams: Residual streams of both models.
+        basis: Basis of the student's residual stream.
+        calibration: The calibration tokens.
+        ridges: Candidate ridge strengths.
     """
 
     def __init__(
@@ -88,16 +88,16 @@ class BlockRepair:
         self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
         self.is_parallel = streams.middle is None
         self.left_as_cut = linear_names(takes, "inner")
-        # a block's parts compute once: what later maps need again is kept while it fits
+        # cached while they fit into memory, since several maps need them
         self._attn_inputs = calibration.cached(lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
         self._middle = calibration.cached(self._compute_middle)
         self._mlp_inputs = calibration.cached(self._compute_mlp_inputs)
         self._is_fitted = False
         self._before: tuple[Moments, Moments] | None = None
-        """Of the streams before a parallel block, which attention and MLP both read"""
+        """Moments of the streams before a parallel block, which attention and MLP both read"""
 
     def fit(self) -> None:
-        """Fits all maps."""
+        """Fit all linear maps of the block, in place."""
         block, teacher = self.block, self.teacher
         self._read("attn", teacher.norm_1, block.norm_1)
         if self.is_parallel:
@@ -119,15 +119,15 @@ class BlockRepair:
         return self._middle(batch) + norm(block.mlp.proj(self._mlp_inputs(batch)))
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put the block's weights back to what they were."""
+        """Restore earlier weights of the block."""
         self.block.load_state_dict(weights)
-        self._is_fitted = False  # nothing that was kept holds for them
+        self._is_fitted = False  # cached activations belong to the fitted weights
 
     def error(self, batches: Iterable[Batch]) -> float:
         """Return the student's squared error after this block, relative to each token's stream.
 
         Args:
-            batches: The tokens: held-out ones for a report, tuning ones for a choice.
+            batches: The batches to evaluate: held-out ones for reports, tuning ones for decisions.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
         for batch in batches:
@@ -137,12 +137,12 @@ class BlockRepair:
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
-    # maps that read the stream ----------------------------------------------------------------------------------------
+    # input projections ------------------------------------------------------------------------------------------------
 
     def _read(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> None:
-        """Fits all maps of `attn` or `mlp` that read the stream.
+        """Fit all input projections of `attn` or `mlp`.
 
-        Experts share one regression too, which gives each of them more tokens than are routed to it.
+        Experts share the regression as well, so each is fitted on more tokens than are routed to it.
         """
         moments = self._normalised(part, teacher_norm, student_norm)
         anchor = self.basis.reconstruction(teacher_norm, moments[0])
@@ -154,10 +154,10 @@ class BlockRepair:
             self._told(found, name)
 
     def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
-        """The moments of both models' streams before `attn` or `mlp`, behind these norms."""
+        """Return the moments of both models' streams before `attn` or `mlp`, after these norms."""
         n_in, n_out = self.basis.matrix.shape
         if self.is_parallel:
-            # both parts read one stream, and their norms differ in their weights alone
+            # attention and MLP read the same stream, and their norms differ only in their weights
             self._before = self._before or self.calibration.moments(
                 n_in,
                 n_out,
@@ -177,10 +177,10 @@ class BlockRepair:
 
         return self.calibration.moments(n_in, n_out, pair)
 
-    # maps that write to the stream ------------------------------------------------------------------------------------
+    # output projections -----------------------------------------------------------------------------------------------
 
     def _write(self, *parts: str) -> None:
-        """Fits the maps through which `attn`, `mlp` or both together write to the stream."""
+        """Fit the output projection of `attn` or `mlp`, or both jointly."""
         names = [f"{part}.proj" for part in parts]
         modules = [self.block.get_submodule(name) for name in names]
         inside = parts == ("mlp",)
@@ -210,15 +210,16 @@ class BlockRepair:
                 module.bias.copy_(found.bias if module is last else torch.zeros_like(found.bias))
 
     def _write_through_norm(self, part: str, norm: nn.Module, examples: Examples) -> None:
-        """Fits a map behind which a norm stands before the stream.
+        """Fit an output projection that is followed by a norm.
 
-        A norm divides by the size of what it gets, so what it gives is not linear in the map's inputs. With the size
-        that the teacher's norm has at each token it is. The fit is kept if the norm gives something better for it.
+        A norm divides by the size of its input, so its output is not linear in the projection's inputs. It becomes
+        linear with the size taken from the teacher's norm at each token. The fit is kept unless it increases the error
+        after the student's own norm.
         """
         name = f"{part}.proj"
         module, kind = self.block.get_submodule(name), POST_NORMS[part]
         weight = norm_weight(norm)
-        weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)  # a channel that the norm shuts is not opened
+        weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)  # avoids division by zero in channels the norm disables
 
         def through(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             z, y, weights = examples(batch)
@@ -235,7 +236,7 @@ class BlockRepair:
         self._refit_post_norm(norm, module, examples)
 
     def _error_after(self, norm: nn.Module, module: nn.Module, examples: Examples) -> float:
-        """Return the weighted squared error after a writing map and its norm, on the tuning tokens."""
+        """Return the weighted squared error after an output projection and its norm, on the tuning tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
         for batch in self.calibration.tuning_batches:
             z, y, weights = examples(batch)
@@ -243,9 +244,9 @@ class BlockRepair:
         return float(add_up(total))
 
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
-        """Fit the weight of a norm that follows a writing map, channel by channel.
+        """Fit the weight of the norm after an output projection, channel by channel.
 
-        A channel keeps its own where the one that is best for the fitted tokens is worse for those that tune.
+        A channel keeps its weight if the one fitted to the other tokens increases the error on the tuning tokens.
         """
         sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
         for batch in self.calibration.fitted_batches:
@@ -260,20 +261,20 @@ class BlockRepair:
         set_norm_weight(norm, norm_weight(norm) * torch.where(is_better, scale, 1.0).to(torch.float32))
 
     def _told(self, found: Fit, *names: str) -> Fit:
-        """Lists maps for which no ridge is better than the cut."""
+        """Record maps for which no ridge improves on the plain cut; return the fit."""
         if math.isinf(found.ridge):
             self.left_as_cut += names
         return found
 
     def _write_experts(self) -> None:
-        """Fits what experts write, and then what shared experts do.
+        """Fit the output projections of the experts, then of the shared experts.
 
-        Each expert, on the tokens that are routed to it, is fitted to the teacher's same expert on the teacher's
-        stream, plus its share of what all that leaves of the way to the teacher's stream. Shared experts, which see
-        all tokens, are fitted to what is then still left.
+        The target of each expert, on the tokens routed to it, is the output of the same teacher expert on the teacher's
+        stream, plus its share of the remaining residual to the teacher's stream. Shared experts, which see all tokens,
+        are fitted to the residual after that.
         """
         mlp, theirs = self.block.mlp, self.teacher.mlp
-        if len(mlp.experts) > self.basis.matrix.shape[0]:  # then `routing` cannot tell them apart
+        if len(mlp.experts) > self.basis.matrix.shape[0]:  # `routing` needs a unit vector per expert
             self.left_as_cut += [name for name in linear_names(self.takes, "writing") if name.startswith("mlp")]
             return
         of = [self.takes[f"mlp.experts.{j}.proj.weight"].name.split(".")[2] for j in range(len(mlp.experts))]
@@ -327,7 +328,7 @@ class BlockRepair:
             shared.proj.bias.copy_(found.bias)
 
     def _before_mlp(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's stream before its MLP, and normalised."""
+        """Return the student's stream before its MLP, and the same after the norm."""
         start = self._middle(batch)
         return start, self.block.norm_2(start)
 
@@ -337,7 +338,7 @@ class BlockRepair:
         return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
 
     def _compute_middle(self, batch: Batch) -> torch.Tensor:
-        """Return the student's stream between attention and MLP, once attention is fitted."""
+        """Return the student's stream between attention and MLP; attention must be fitted already."""
         return self._student(batch) + self.block.post_attention_norm(self.block.attn.proj(self._attn_inputs(batch)))
 
     def _compute_mlp_inputs(self, batch: Batch) -> torch.Tensor:
@@ -345,7 +346,7 @@ class BlockRepair:
         return input_of(mlp.proj, mlp, self.block.norm_2(self._middle(batch)))
 
     def _weights(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
-        """Return the tokens' weights by the teacher's stream, by default after the block: shape (B, T)."""
+        """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""
         stream = self.streams.ahead if stream is None else stream
         return token_weights(self._on_device(stream, batch), self.teacher.config)
 
@@ -353,7 +354,7 @@ class BlockRepair:
         return self._on_device(self.streams.student, batch)
 
     def _goal(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
-        """The teacher's stream, by default behind the block, in the student's basis."""
+        """Return a teacher stream in the student's basis, by default the one after the block."""
         return self.basis.project(self._on_device(self.streams.ahead if stream is None else stream, batch))
 
     def _on_device(self, stream: Stream, batch: Batch) -> torch.Tensor:

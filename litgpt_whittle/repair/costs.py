@@ -1,4 +1,4 @@
-"""What repairs take: memory to keep moments, operations to collect them and to solve for a candidate."""
+"""Cost estimates of repairs: memory for moments, operations to collect them and to solve for a candidate."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from litgpt_whittle.subnet import SubNet
 FP32 = torch.float32.itemsize
 
 SOLVING = 8
-"""How many operations of a forward pass take the time of one of a solve, which is in float64 and copies much; measured
-on a teacher of 8M parameters"""
+"""Time of one operation of a solve, in operations of a forward pass; solves run in float64 and copy a lot. Measured on
+a teacher of 8M parameters"""
 
 
 def widest_map(config: Config) -> int:
-    """The most inputs that a map of a student with this config is fitted to."""
+    """Return the largest number of inputs of a regression for a student with this config."""
     writing = config.n_head * config.head_size, config.intermediate_size or 0
-    # in a parallel block attention and MLP write together
+    # in a parallel block, the output projections of attention and MLP are fitted jointly
     return max(config.n_embd, *((sum(writing),) if config.parallel_residual else writing))
 
 
 def sums_bytes(subnet: SubNet, chooses_units: bool, device: torch.device) -> int:
-    """What the moments take that a repair keeps at once, at most.
+    """Return the peak memory in bytes for the moments of a repair.
 
     Args:
-        subnet: What the student keeps.
-        chooses_units: Whether the repair chooses heads and neurons.
-        device: Where they lie.
+        subnet: The student's sub-network.
+        chooses_units: True if the repair selects heads and neurons.
+        device: Device of the moments.
     """
     ours, theirs = subnet.config, subnet.teacher
-    # of a map those to fit to, those held out, their sum and its factor; of experts all of the first two
+    # per map: moments to fit and to tune, their sum and its Cholesky factor; for experts the first two of all of them
     widest = widest_map(ours)
     found = [4 * widest * (widest + ours.n_embd)]
     if ours.n_expert:
@@ -48,18 +48,18 @@ def sums_bytes(subnet: SubNet, chooses_units: bool, device: torch.device) -> int
     if chooses_units:
         n_inputs = {"attn.proj": theirs.n_head * theirs.head_size, "mlp.proj": theirs.intermediate_size}
         chosen = (maps_to_choose_for(subnet, i) for i in range(len(subnet)))
-        # all inputs of the teacher's map, their covariance, its inverse and a copy
+        # over all inputs of the teacher's map: moments, covariance, its inverse and a copy
         found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
     return max(found) * sums_dtype(device).itemsize
 
 
 def head_bytes(subnet: SubNet) -> int:
-    """What an untied LM head takes while it is fitted to the teacher's predictions."""
+    """Return the bytes for fitting an untied LM head to the teacher's predictions."""
     return FP32 * OPTIMIZER_COPIES * subnet.teacher.padded_vocab_size * len(subnet.n_embd)
 
 
 def refine_bytes(subnet: SubNet, tied: bool) -> int:
-    """Return what a student takes, without activations, while all its blocks are trained together."""
+    """Return the bytes for training all blocks of a student jointly, without activations."""
     return FP32 * OPTIMIZER_COPIES * (n_params(subnet.teacher, subnet) - (1 + tied) * _embedding(subnet))
 
 
@@ -68,29 +68,29 @@ def _embedding(subnet: SubNet) -> int:
 
 
 def repair_bytes(subnet: SubNet, tied: bool, device: torch.device) -> int:
-    """What a repair with all its steps keeps on a device at once, without activations.
+    """Return the peak device memory of a repair in bytes, without activations.
 
     Args:
-        subnet: What the student keeps.
-        tied: Whether the LM head is the embedding.
-        device: Where it runs.
+        subnet: The student's sub-network.
+        tied: True if the LM head is tied to the embedding.
+        device: Device of the repair.
     """
     teacher = subnet.teacher
     both = (len(subnet.n_embd) + teacher.n_embd) * teacher.padded_vocab_size * (1 if tied else 2)
-    # a block of the teacher, and one of the student, which is not larger
+    # one block of the teacher and one of the student, which is at most as large
     block = 2 * largest_block(teacher) + sums_bytes(subnet, True, device)
     return FP32 * both + max(block, 0 if tied else head_bytes(subnet))
 
 
 def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
-    """Return what a repair takes of the disk: streams of so many tokens, finished layers, and a training's state."""
-    # a stream of each model before and after a block, the teacher's within it, and one to train all blocks from
+    """Return the disk space of a repair in bytes: residual streams, finished layers, and the state of training."""
+    # both models' streams before and after a block, the teacher's within it, and the input of end-to-end training
     streams = n_tokens * (3 * subnet.teacher.n_embd + (2 + refines) * len(subnet.n_embd))
     return FP32 * (streams + (1 + 4 * refines) * n_params(subnet.teacher, subnet))
 
 
 def largest_block(config: Config) -> int:
-    """Bytes of a model's largest block, in fp32."""
+    """Return the bytes of a model's largest block in fp32."""
     full = SubNet.full(config)
     head_size = len(full.head_size)
     return FP32 * max(
@@ -99,7 +99,7 @@ def largest_block(config: Config) -> int:
 
 
 def sites(config: Config, layer: int) -> list[tuple[str, ...]]:
-    """The maps of a block that write to the stream; attention and MLP of a parallel block do it together."""
+    """Return the output projections of a block by regression; attention and MLP of a parallel block share one."""
     full = SubNet.full(config)
     plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
     writing = linear_names(plan, "writing")
@@ -107,34 +107,34 @@ def sites(config: Config, layer: int) -> list[tuple[str, ...]]:
 
 
 def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
-    """What the moments of all layers take.
+    """Return the bytes of the moments of all layers.
 
     Args:
-        config: The teacher's.
-        n_tokens: Different tokens in the calibration text.
-        device: Where they lie.
+        config: The teacher's config.
+        n_tokens: Number of distinct tokens in the calibration data.
+        device: Device of the moments.
     """
     by_token = 4 * n_tokens * config.n_embd * (config.n_layer - 1)
     return _n_numbers(config) * sums_dtype(device).itemsize + by_token
 
 
 def streams_bytes(config: Config, n_calibration: int) -> int:
-    """Return the main memory for the teacher's stream before each layer and after the last, in float32 at most."""
+    """Return an upper bound of the main memory for the teacher's stream before each layer and after the last."""
     return FP32 * (config.n_layer + 1) * n_calibration * config.n_embd
 
 
 def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0) -> None:
-    """Refuses a teacher whose moments would take more memory than there is.
+    """Check that the moments of all layers of a teacher fit into memory.
 
     Args:
-        config: The teacher's.
-        n_tokens: Different tokens in the calibration text, 0 where that is not known yet.
-        device: Where the moments will lie.
-        beside: Bytes of what is still to be loaded beside them.
+        config: The teacher's config.
+        n_tokens: Number of distinct tokens in the calibration data; 0 if unknown.
+        device: Device of the moments.
+        beside: Bytes reserved for what is loaded later.
         n_calibration: Number of calibration tokens, whose streams are kept in main memory.
 
     Raises:
-        UserError: With both numbers.
+        UserError: If they do not fit.
     """
     needed, free = moments_bytes(config, n_tokens, device), free_memory(device, n_sharing(device)) - beside
     if device.type == "cpu":
@@ -147,17 +147,17 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
 
 
 def collecting_flops(config: Config, n_tokens: int) -> float:
-    """Operations that add up the moments of so many tokens, and that order all units by them, once."""
-    # half of the products are mirrored, and all of them are in float64, which takes twice as long
+    """Return the operations to collect the moments of `n_tokens` tokens and to order all units by them, once."""
+    # half of the products are mirrored, but float64 takes twice as long
     return 2 * n_tokens * _n_numbers(config) + SOLVING * 2 * sum(n**3 for sizes in _sizes(config) for n in sizes)
 
 
 def solving_flops(subnet: SubNet, tied: bool) -> float:
-    """Operations that repair a candidate, in those of a forward pass. Right in its order, no more.
+    """Estimate the cost of repairing a candidate, in operations of a forward pass; an order of magnitude.
 
     Args:
         subnet: The candidate.
-        tied: Whether the LM head is the embedding, which is not fitted.
+        tied: True if the LM head is tied to the embedding; a tied head is not fitted.
     """
     teacher, n, wide = subnet.teacher, len(subnet.n_embd), subnet.teacher.n_embd
     sizes, full = _sizes(teacher), SubNet.full(teacher)
@@ -167,23 +167,23 @@ def solving_flops(subnet: SubNet, tied: bool) -> float:
             layer_params(teacher, layer, len(net.n_embd), len(net.head_size), *net.layer(at).sizes)
             for net, at in ((subnet, i), (full, layer))
         )
-        kept = min(ours * wide / (theirs * n), 1.0)  # of the layer's units
+        kept = min(ours * wide / (theirs * n), 1.0)  # fraction of the layer's units
         total += _reading(n, wide, ours / n) + sum(_writing(n, wide, size, kept * size) for size in sizes[layer])
     return SOLVING * total
 
 
 def _reading(n: int, wide: int, n_rows: float) -> float:
-    """The regression of a stream of `wide` channels on one of n, and what maps with so many outputs make of it."""
+    """Return the operations to regress `wide` channels on n, and to fit input projections with `n_rows` outputs."""
     return n**3 / 3 + 2 * n**2 * wide + 2 * (n + n_rows) * wide * (wide + n)
 
 
 def _writing(n: int, wide: int, size: int, kept: float) -> float:
-    """The solve for a map from the kept ones of its inputs to n channels, and the moments that it starts from."""
+    """Return the operations to fit an output projection from `kept` of `size` inputs to n channels, with moments."""
     return kept**3 / 3 + 2 * kept**2 * n + 2 * n * size * (wide + kept)
 
 
 def _sizes(config: Config) -> list[list[int]]:
-    """By layer, the inputs of its writing maps, those counted together that write together."""
+    """Return the number of inputs of each regression for output projections (see `sites`), by layer."""
     found = []
     for layer in range(config.n_layer):
         with torch.device("meta"):
@@ -193,6 +193,6 @@ def _sizes(config: Config) -> list[list[int]]:
 
 
 def _n_numbers(config: Config) -> int:
-    """Entries of all moments."""
+    """Return the number of entries of all moments."""
     streams = config.n_layer * (1 if config.parallel_residual else 2) * config.n_embd**2
     return streams + sum(n**2 for sizes in _sizes(config) for n in sizes)

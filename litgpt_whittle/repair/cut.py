@@ -1,4 +1,4 @@
-"""A student as it is cut, in its own basis: where every repair begins."""
+"""Plain cut of a student in its own basis: the starting point of every repair."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights
 
 KINDS = ("reading", "writing", "inner")
-"""Of linear maps: those that read the stream, those that write to it, and the rest"""
+"""Kinds of linear maps: input projections (from the residual stream), output projections (to it), and all others"""
 
 
 def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Basis, tied: bool) -> Weights:
-    """What lies outside of a student's blocks.
+    """Cut the weights outside the blocks: embedding, final norm and LM head.
 
     Args:
         teacher: The teacher's config.
-        weights: The teacher's weights; those of its blocks are not looked at.
-        basis: The student's channels.
-        tied: Whether the LM head is the embedding.
+        weights: The teacher's weights; those of its blocks are ignored.
+        basis: Basis of the student's residual stream.
+        tied: True if the LM head is tied to the embedding.
     """
     n_student, n_teacher = basis.matrix.shape
     embedding = basis.project(weights["transformer.wte.weight"])
@@ -45,7 +45,7 @@ def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Bas
 
 
 def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher: Block) -> tuple[Block, Plan]:
-    """A student's block, and what it takes of the teacher's block."""
+    """Cut a student's block out of the teacher's; return it with its slices of the teacher's parameters."""
     takes = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
     tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in takes.items()}
@@ -64,10 +64,10 @@ def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher
 
 
 def linear_names(takes: Plan, kind: str) -> list[str]:
-    """The linear maps of a block.
+    """Return the names of a block's linear maps of one kind.
 
     Args:
-        takes: The block's plan.
+        takes: The block's slice plan.
         kind: One of `KINDS`.
     """
     names = []
@@ -81,7 +81,7 @@ def linear_names(takes: Plan, kind: str) -> list[str]:
 
 
 def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The teacher's weight and bias in the place of a linear map of the student, at the kept outputs."""
+    """Return weight and bias of the teacher's counterpart of a student's linear map, at the kept outputs."""
     take = takes[f"{name}.weight"]
     wide = teacher.get_submodule(take.name.removesuffix(".weight"))
     rows, bias = on(take.index[0], wide.weight), getattr(wide, "bias", None)
@@ -89,29 +89,30 @@ def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, 
 
 
 def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
-    """An index where a tensor is."""
+    """Move an index to a tensor's device."""
     return index if isinstance(index, slice) else index.to(like.device)
 
 
 def not_finite(layer: int) -> UserError:
-    """What to say where a layer of the teacher gives infinities or NaNs."""
+    """Return the error for a teacher layer whose outputs contain infinities or NaNs."""
     return UserError(
         f"the teacher's layer {layer} gives activations that are not finite on calibration data: it is damaged"
     )
 
 
 class TokenMeans:
-    """Means of the teacher's stream by token: they stand in for first layers that are dropped.
+    """Mean of the teacher's residual stream per token, an embedding that replaces dropped first layers.
 
-    A student without the teacher's first layers begins with the stream behind them, as far as the token alone tells.
+    A student without the teacher's first layers starts from the stream after them, as far as the token alone predicts
+    it.
 
     Args:
-        tokens: Those that can occur, in ascending order, shape (n,).
-        n_embd: The teacher's channels.
+        tokens: Token ids that can occur, in ascending order, shape (n,).
+        n_embd: Number of the teacher's channels.
     """
 
     RIDGE = 4
-    """As many occurrences draw a token towards its own embedding, which rare tokens need"""
+    """Weight of the student's own embedding in the mean, as a number of occurrences; regularises rare tokens"""
 
     def __init__(self, tokens: torch.Tensor, n_embd: int) -> None:
         self.tokens = tokens
@@ -119,13 +120,13 @@ class TokenMeans:
         self.count = torch.zeros(len(tokens), 1, device=tokens.device)
 
     def add(self, ids: torch.Tensor, stream: torch.Tensor) -> None:
-        """Adds tokens, shape (…), and the stream where they are, shape (…, n_embd)."""
+        """Add tokens, shape (…), with the stream at their positions, shape (…, n_embd)."""
         rows = torch.searchsorted(self.tokens, ids.flatten())
         self.total.index_add_(0, rows, stream.flatten(0, -2).float())
         self.count.index_add_(0, rows, self.count.new_ones(len(rows), 1))
 
     def into(self, embedding: torch.Tensor, basis: Basis, config: Config) -> None:
-        """Puts the means into a student's embedding, in place."""
+        """Write the means into a student's embedding, in place."""
         factor = math.sqrt(embedding.shape[1]) if config.scale_embeddings else 1.0
         own = embedding[self.tokens].float() * factor
         means = (basis.project(self.total) + own * self.RIDGE) / (self.count + self.RIDGE)

@@ -1,9 +1,9 @@
-"""Trains all of a repaired student's blocks together, on the calibration tokens.
+"""Train all blocks of a repaired student jointly, on the calibration tokens.
 
-A closed form fits one linear map at a time. What dropped layers and neurons computed in a nonlinear way needs maps that
-are trained together. The targets are the teacher's predictions: its final hidden states lie in the scratch files of the
-walk, so it does not run again, nor do the student's leading blocks that are copies of the teacher's. The embedding
-keeps its values, and with it a head that is tied to it.
+The closed form fits one linear map at a time, but nonlinear contributions of dropped layers and neurons can only be
+recovered by training the maps jointly. The targets are the teacher's predictions. The teacher does not run again,
+since its final hidden states lie in the scratch files of the sequential repair; nor do leading blocks of the student
+that are copies of the teacher's. The embedding, and with it a tied head, is frozen.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from litgpt_whittle.repair.refine import Errors, refine
 from litgpt_whittle.scratch import Scratch, Stream
 
 TOKENS_PER_STEP = 512
-"""Few tokens allow many steps; a step has one window at least"""
+"""Tokens per step, but at least one window; small, since calibration tokens are few"""
 
 WARMUP = 0.1
-"""Share of the steps in which the learning rate rises"""
+"""Fraction of the steps in which the learning rate rises"""
 
 
 class EndToEnd:
     """Trains a student's blocks, final norm and untied head towards the teacher's predictions.
 
     Args:
-        ours: The parts outside of the student's blocks, trained in place.
-        theirs: The same of the teacher.
-        blocks: The student's blocks but for leading copies of the teacher's, trained in place.
+        ours: The student's modules outside the blocks, trained in place.
+        theirs: The teacher's modules outside the blocks.
+        blocks: The student's blocks except leading copies of the teacher's, trained in place.
         args: Arguments of each block besides the stream.
         start: The student's stream before the first of these blocks.
         teacher: The teacher's stream after its last block.
-        calibration: The tokens.
-        tied: Whether the student's head is its embedding.
+        calibration: The calibration tokens.
+        tied: True if the student's head is tied to its embedding.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EndToEnd:
         self.parameters = [parameter for part in parts for parameter in part.parameters()]
 
     def fit(self, n_passes: float, lr: float, scratch: Scratch | None = None, progress: bool = False) -> Errors:
-        """Train for some passes over the tokens that are fitted to; every process takes the same steps.
+        """Train for `n_passes` passes over the fitted tokens; every process takes the same steps.
 
         Returns:
             KL(teacher ‖ student) on held-out tokens before and after, in nats per token.
@@ -89,7 +89,7 @@ class EndToEnd:
             return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)
 
     def divergence(self, windows: slice) -> torch.Tensor:
-        """Return KL(teacher ‖ student) on some windows, the mean over their tokens in nats."""
+        """Return KL(teacher ‖ student) on these windows, in nats per token."""
         device = self.calibration.device
         stream, teacher = (states[windows].to(device) for states in (self.start, self.teacher))
         for block, args in zip(self.blocks, self.args):

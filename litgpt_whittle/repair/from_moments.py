@@ -1,9 +1,9 @@
-"""Repairs a cut from the teacher's moments alone: collected once, they give any candidate for the cost of solves.
+"""Repair candidates from the teacher's moments alone: collected once, they fit any candidate by linear solves.
 
-`litgpt_whittle.repair` runs the student to see what its maps really read. Here each map is fitted as if all before it
-were the teacher's own, so that no token has to pass through the candidate. The result is a little worse than a
-repair's, and ranks candidates as their repairs do, which the plain cut does not. Layers that are dropped are made up
-for as in a repair: the maps before such a gap are fitted to the teacher's stream after it.
+The full repair (`litgpt_whittle.repair.walk`) runs the student to get the actual inputs of its maps. Here each map is
+fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is slightly
+worse than a full repair, but ranks candidates as full repairs do; the plain cut does not. Dropped layers are
+compensated as in a full repair: the maps before such a gap are fitted to the teacher's stream after it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ GAPS_KEPT = 64
 """Number of gaps of dropped layers whose moments are kept for later candidates"""
 
 RIDGE = 1e-4
-"""Relative strength of the ridge, which a repair would choose for each map"""
+"""Relative strength of the ridge, which a full repair tunes for each map"""
 
 
 class QuickRepair:
-    """Makes repaired students of a teacher, in its precision; what is solved, is solved in float32 at least.
+    """Creates repaired students of a teacher, in its precision; solves run in float32 or higher.
 
     Args:
         teacher: The teacher.
@@ -55,7 +55,7 @@ class QuickRepair:
         micro_batch_size: Windows per forward pass.
 
     Raises:
-        UserError: If the moments of all layers would not fit into memory, or activations are not finite.
+        UserError: If the moments of all layers do not fit into memory, or activations are not finite.
     """
 
     @exact_products()
@@ -68,7 +68,7 @@ class QuickRepair:
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
-        """The teacher's stream before those layers that may come first in a student"""
+        """Per-token means of the teacher's stream before each layer that can be a student's first, except layer 0"""
         self.streams: list[list[torch.Tensor]] = [[] for _ in range(self.config.n_layer + 1)]
         """The teacher's stream before each layer and after the last, batch by batch, in main memory"""
         self.block_args: list[tuple] = [()] * self.config.n_layer
@@ -83,7 +83,7 @@ class QuickRepair:
             block = teacher.transformer.h[layer]
             watching.append(block.register_forward_pre_hook(lambda _, x, means=means: means.add(self._ids, x[0])))
         for self._ids in windows.to(self.device).split(micro_batch_size):
-            with stopping_at(teacher.transformer.ln_f):  # the logits would take memory for nothing
+            with stopping_at(teacher.transformer.ln_f):  # saves the memory of the logits
                 teacher(self._ids)
         for handle in watching:
             handle.remove()
@@ -99,15 +99,16 @@ class QuickRepair:
             self.block_args[layer] = inputs[1:]
 
     def _measure_gap(self, layer: int, following: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the moments of a layer's last writing maps with the stream that they should reach.
+        """Return the moments of a layer's last output projections with their target across a gap.
 
         Args:
             layer: The layer before a gap of dropped layers.
-            following: The next layer that is kept, or the number of layers.
+            following: The next kept layer, or the number of layers.
 
         Returns:
-            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,), where z are the maps'
-            inputs and y is what takes the stream before these maps to the teacher's stream after the gap.
+            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). z are the projections'
+            inputs, y is the difference between the teacher's stream after the gap and the stream before these
+            projections.
         """
         moments, block = self.layers[layer], self.teacher.transformer.h[layer]
         names = moments.last_writers
@@ -119,18 +120,18 @@ class QuickRepair:
             seen = run_block(block, before, self.block_args[layer], [*names, *start_at], stop=True)
             z = torch.cat([seen[name].flatten(0, -2) for name in names], -1).to(yz.dtype)
             off = (wanted.float() - seen.get("norm_2", before).float()).flatten(0, -2).to(yz.dtype)
-            # the weights of the layer's own moments, which both share
+            # same weights as the layer's own moments, whose sums over the inputs are used again
             off = off * token_weights(after.float(), self.config).flatten()[:, None].to(yz.dtype)
             yz += off.T @ z
             y += off.sum(0)
         return yz, y
 
     def block(self, layer: int) -> Block:
-        """One of the teacher's blocks, in float32."""
+        """Return one of the teacher's blocks in float32."""
         return load_block(self.config, layer, read_block(self.weights, layer, self.device))
 
     def _checked_ridge(self) -> float:
-        """The ridge of all maps, a strong one where a map has more inputs than there are tokens."""
+        """Return the ridge of all maps, a strong one if the widest map has more inputs than there are tokens."""
         behind = [*(layer.before_attn for layer in self.layers[1:]), self.final]
         for layer, moments in enumerate(self.layers):
             if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), behind[layer])):
@@ -146,7 +147,7 @@ class QuickRepair:
         return 1e-1
 
     def _add(self, moments: Moments, stream: torch.Tensor) -> None:
-        """Adds the stream as a norm without weights would leave it."""
+        """Add the stream, normalised without the norm's weights."""
         moments.add(standardised(stream.float(), self.config), no_outputs(stream))
 
     def _worth(self) -> Worth:
@@ -163,7 +164,7 @@ class QuickRepair:
     @exact_products()
     @torch.no_grad()
     def student(self, subnet: SubNet) -> GPT:
-        """A repaired student, in principal directions where channels are cut, with units of the repair's choice."""
+        """Return a repaired student, with a principal basis if channels are cut, and with reselected units."""
         basis = self._basis(len(subnet.n_embd))
         blocks = []
         for i, layer in enumerate(subnet.layers):
@@ -204,12 +205,12 @@ class QuickRepair:
 
 
 class _LayerMoments:
-    """What one block of the teacher reads, and what its writing maps do.
+    """Moments of one teacher block: of the streams it reads and of its output projections.
 
     Args:
-        repair: The repair that it is a part of.
-        layer: Which layer it is.
-        block: The running teacher's block.
+        repair: The repair that collects the moments.
+        layer: Index of the layer.
+        block: The teacher's block, watched by hooks while the teacher runs.
     """
 
     def __init__(self, repair: QuickRepair, layer: int, block: Block) -> None:
@@ -218,7 +219,7 @@ class _LayerMoments:
         self.before_attn = Moments(self.config.n_embd, 0, self.device)
         self.before_mlp = self.before_attn if parallel else Moments(self.config.n_embd, 0, self.device)
         self._start: torch.Tensor | None = None
-        """The stream that the maps that are running write to"""
+        """Stream before the current output projections, which they add to"""
 
         def begin(moments: Moments, _: nn.Module, inputs: tuple) -> None:
             self._start = inputs[0]
@@ -229,11 +230,11 @@ class _LayerMoments:
             self.handles.append(block.norm_2.register_forward_pre_hook(partial(begin, self.before_mlp)))
         self.moments: dict[tuple[str, ...], Moments] = {}
         self.columns: dict[tuple[str, ...], dict[str, slice]] = {}
-        """Where each of the maps that write together has its inputs"""
+        """Input columns of each projection in a joint regression"""
         for names in sites(self.config, layer):
             self._watch(block, names)
         self.last_writers = next((names for names in self.moments if "mlp.proj" in names), ())
-        """The maps that write to the stream last, which make up for dropped layers; none where experts do"""
+        """The block's last output projections, which compensate for dropped layers; empty for experts"""
         self._orders: Orders = {}
 
     def _watch(self, block: Block, names: tuple[str, ...]) -> None:
@@ -245,7 +246,7 @@ class _LayerMoments:
         moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
         written: list[torch.Tensor] = []
-        is_expert = "experts" in names[0]  # sees the tokens that are routed to it, whose streams are not at hand
+        is_expert = "experts" in names[0]  # unweighted: the streams of the tokens routed to it are not available here
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
@@ -260,7 +261,7 @@ class _LayerMoments:
         self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
     def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerKeep:
-        """As many units as a candidate keeps of this layer, but those that the others can least make up for."""
+        """Select as many units as a candidate keeps of this layer, those with the largest OBS saliency."""
         covariances = {}
         for name in maps_to_choose_for(subnet, index):
             names = next(names for names in self.moments if name in names)
@@ -278,15 +279,15 @@ class _LayerMoments:
         ridge: float,
         gap: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Fit all maps of a student's block that read the stream or write to it, in place.
+        """Fit all input and output projections of a student's block, in place.
 
         Args:
             block: The student's block.
-            theirs: The teacher's.
-            takes: What the student's takes of the teacher's.
-            basis: The student's channels.
-            ridge: The ridge's relative strength.
-            gap: Moments of the gap of dropped layers that follows, as `QuickRepair._measure_gap` returns them.
+            theirs: The teacher's block.
+            takes: The student block's slices of the teacher's parameters.
+            basis: Basis of the student's residual stream.
+            ridge: Relative strength of the ridge.
+            gap: Moments of the gap of dropped layers after this one, as `QuickRepair._measure_gap` returns them.
         """
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
@@ -315,7 +316,7 @@ class _LayerMoments:
             return
         students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
         wide = [theirs.get_submodule(name) for name in names]
-        # in coordinates a norm behind the map is the teacher's own, whose input is linear; otherwise it is not
+        # in coordinates, the norm after the map is the teacher's: the target is its input, which is linear
         is_linear = basis.is_coordinates and gap is None
         norm_behind = None if is_linear else _post_norm(theirs, names)
         if gap is not None:
@@ -338,28 +339,28 @@ class _LayerMoments:
                 module.bias.copy_(found.bias if module is students[-1] else torch.zeros_like(found.bias))
 
     def _through_norm(self, found: Fit, moments: Moments, norm: nn.Module) -> Fit:
-        """Lets a norm behind the map give each channel its size, so that the norm's own input has all of one size."""
+        """Scale each output channel of the fit to unit RMS, and move its size into the norm's weight."""
         size = ((found.weight @ (moments.zz / moments.mass)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
         set_norm_weight(norm, size.float())
         return Fit(found.weight / size[:, None], found.bias / size, found.ridge)
 
 
 def _post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:
-    """The norm behind a writing map, by the maps' names."""
+    """Return the norm after output projections, given their names; None if there is none."""
     return post_norm(block, *(name.removesuffix(".proj") for name in names))
 
 
 def _writing_moments(
     moments: Moments, kept: torch.Tensor, basis: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> Moments:
-    """The moments of the kept inputs of writing maps and of what they should add to the student's stream.
+    """Return the moments of output projections' kept inputs and their targets in the student's stream.
 
     Args:
-        moments: Of all inputs, and of the teacher's outputs where there is no `weight`.
-        kept: Which inputs are kept.
+        moments: Moments of all inputs, and of the targets in the teacher's stream if `weight` is None.
+        kept: Indices of the kept inputs.
         basis: The student's channels, shape (n_embd_student, n_embd).
-        weight: The teacher's map, shape (n_embd, n_in); None where a norm follows it, so that it is not linear.
-        bias: Its bias.
+        weight: The teacher's map, shape (n_embd, n_in), if the targets are its outputs; otherwise None.
+        bias: Bias of the teacher's map.
     """
     new = Moments(len(kept), len(basis), moments.zz.device)
     basis = basis.to(new.zz.dtype)
@@ -376,15 +377,16 @@ def _writing_moments(
 
 
 def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module) -> Moments:
-    """The moments of both models' normalised streams, as if the student's stream were the teacher's in its basis.
+    """Return the moments of both models' normalised streams, with the student's stream approximated by the teacher's.
 
-    A norm over fewer channels divides by something else at each token; on average, here.
+    The student's stream is the teacher's projected onto its basis. A norm over fewer channels divides each token by a
+    different value; here a single factor, averaged over tokens, replaces it.
 
     Args:
-        stream: Of the teacher's stream as a norm without weights leaves it.
-        basis: The student's channels.
+        stream: Moments of the teacher's stream, normalised without the norm's weights.
+        basis: Basis of the student's residual stream.
         theirs: The teacher's norm.
-        ours: The student's.
+        ours: The student's norm.
     """
     turn = basis.matrix.to(stream.zz.dtype)
     n_student, n_teacher = turn.shape

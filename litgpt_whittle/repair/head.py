@@ -1,9 +1,9 @@
-"""Fits the LM head to what the teacher predicts, after the closed form has fitted it to the teacher's logits.
+"""Train the LM head on the teacher's predictions, after the closed-form fit to the teacher's logits.
 
-To least squares, the logit of a token that nobody expects is worth as much as that of the likeliest one. What a student
-is judged by, how far its predictions are from the teacher's, has no closed form, but it is convex in the head: a few
-passes over the final hidden states, which lie in scratch files already, come near its minimum, and no block runs. The
-teacher tells a probability for every token of the vocabulary, so even few calibration tokens are hard to overfit.
+Least squares weighs the logit of an unlikely token as much as that of the most likely one. The quantity of interest,
+KL(teacher ‖ student), has no closed form, but is convex in the head: a few passes over the final hidden states, which
+lie in scratch files already, come close to the minimum without running any block. The teacher gives a probability for
+every token of the vocabulary, so even few calibration tokens are hard to overfit.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from litgpt_whittle.scratch import Scratch, Stream
 
 TOKENS_PER_STEP = 256
 NORM_TOKENS = 4_096
-"""Tokens per pass where only the final norm is trained"""
+"""Tokens per pass if only the final norm is trained"""
 RATE = 0.03
-"""Learning rate, relative to the root mean square of the weights, so that the size of hidden states does not matter"""
+"""Learning rate relative to the RMS of the weights, which makes it independent of the scale of the hidden states"""
 OPTIMIZER_COPIES = 5
-"""Numbers kept per weight while it is trained: itself, its gradient, Adam's two means, and what it was"""
+"""Values stored per weight during training: the weight, its gradient, Adam's two moments, and the initial weight"""
 
 
 class HeadRepair:
-    """Trains a student's LM head towards the teacher's predictions.
+    """Trains a student's LM head on the teacher's predictions.
 
-    Where the head is the embedding, which has another use too, the weight of the final norm is trained instead.
+    If the head is tied to the embedding, the final norm is trained instead.
 
     Args:
-        ours: What lies outside the student's blocks, trained in place.
-        theirs: The same of the teacher.
-        student: The student's stream behind its last block.
-        teacher: The teacher's.
-        calibration: The tokens.
-        tied: Whether the student's head is its embedding.
+        ours: The student's modules outside the blocks, trained in place.
+        theirs: The teacher's modules outside the blocks.
+        student: The student's stream after its last block.
+        teacher: The teacher's stream after its last block.
+        calibration: The calibration tokens.
+        tied: True if the student's head is tied to its embedding.
     """
 
     def __init__(
@@ -49,16 +49,14 @@ class HeadRepair:
         self.ours, self.theirs, self.student, self.teacher = ours, theirs, student, teacher
         self.calibration = calibration
         self.rates = _norm_rates(ours.norm) if tied else _head_rates(ours.head)
-        # the weight of a norm is soon found; every token costs a pass through both heads
+        # a norm's weight converges fast, and every token costs a forward pass through both heads
         self.n_tokens = min(calibration.n_fitted, NORM_TOKENS) if tied else calibration.n_fitted
 
     def fit(self, n_passes: int, scratch: Scratch | None = None, progress: bool = False) -> Errors | None:
-        """Trains it, if it has anything to be trained.
-
-        Every process takes the same steps.
+        """Train for `n_passes` passes over the fitted tokens; every process takes the same steps.
 
         Returns:
-            KL(teacher ‖ student) on held-out tokens, in nats per token, before and after.
+            KL(teacher ‖ student) on held-out tokens before and after, in nats per token; None if nothing is trainable.
         """
         if not self.rates:
             return None
@@ -82,10 +80,10 @@ class HeadRepair:
         return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
 
     def divergence(self, rows: torch.Tensor) -> torch.Tensor:
-        """KL(teacher ‖ student) of some tokens, the mean in nats.
+        """Return KL(teacher ‖ student) on these tokens, in nats per token.
 
         Args:
-            rows: The tokens' places in the calibration data, shape (n,).
+            rows: Positions of the tokens in the calibration data, all windows concatenated; shape (n,).
         """
         ours, theirs = (
             HeadInput(outside.norm(stream.tokens(rows).to(self.calibration.device)), *_parameters(outside.head))
@@ -97,11 +95,11 @@ class HeadRepair:
 
 
 Rates = list[tuple[nn.Parameter, float]]
-"""What is trained, and how fast"""
+"""Trained parameters with their learning rates"""
 
 
 def _head_rates(head: nn.Linear) -> Rates:
-    bias = [] if head.bias is None else [(head.bias, RATE)]  # which is in nats, as the logits are
+    bias = [] if head.bias is None else [(head.bias, RATE)]  # in nats like the logits, so not scaled
     return [(head.weight, RATE * _size(head.weight)), *bias]
 
 

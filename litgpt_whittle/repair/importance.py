@@ -1,8 +1,8 @@
-"""Which units to keep: those whose removal the others can least make up for.
+"""Optimal-Brain-Surgeon saliency of heads and neurons (Hassibi & Stork, 1993), for groups of inputs of a linear map.
 
-What a removed neuron or head carried is partly a linear function of those that stay, and a repair gives that back
-(`litgpt_whittle.repair`). So a unit is worth what is lost after the best repair, not the size of its weights or
-activations: the criterion of Optimal Brain Surgeon (Hassibi & Stork, 1993), for groups of inputs of a linear map.
+The output of a removed neuron or head is partly a linear function of the kept units, and a repair recovers that part
+(`litgpt_whittle.repair`). A unit's importance is therefore the error after the best repair, not the size of its weights
+or activations.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 def elimination_order(
     covariance: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, n_keep: int = 0, damping: float = 1e-4
 ) -> list[int]:
-    """Removes units one after the other, each time those that cost least after the best linear repair by the rest.
+    """Return the greedy OBS elimination order: repeatedly remove the unit with the smallest saliency.
 
-    With H the inverse covariance of what is left and W the repaired map, removing unit u costs
-    tr(Wᵤ (Hᵤᵤ)⁻¹ Wᵤᵀ): the rise of E‖W z − y‖² (Hassibi & Stork, 1993, equation 5, for several inputs at once).
-    While many are left, a few are removed at a time.
+    With H the inverse covariance of the remaining inputs and W the repaired map, removing unit u increases E‖W z − y‖²
+    by its saliency tr(Wᵤ (Hᵤᵤ)⁻¹ Wᵤᵀ) (Hassibi & Stork, 1993, equation 5, for several inputs at once). With many units
+    remaining, 1/32 of them are removed per step.
 
     Args:
-        covariance: Of the map's inputs z, shape (n, n).
+        covariance: Covariance of the map's inputs z, shape (n, n).
         weight: The map, shape (n_out, n).
-        units: Which inputs belong to each unit, shape (n_units, size); their order does not matter.
-        n_keep: Stop when so many units are left.
+        units: Input indices of each unit, shape (n_units, size); their order does not matter.
+        n_keep: Number of units to keep.
         damping: Ridge relative to the diagonal.
 
     Returns:
@@ -32,7 +32,7 @@ def elimination_order(
     dtype = covariance.dtype
     scale = covariance.diagonal().clamp_min(max(float(covariance.diagonal().mean()) * 1e-6, 1e-30))
     n_units, size = units.shape
-    # inputs in the order of their units
+    # sort inputs by unit
     order = units.flatten()
     inverse = torch.linalg.inv(covariance + torch.diag(damping * scale))[order][:, order]
     weight = weight.to(dtype)[:, order]

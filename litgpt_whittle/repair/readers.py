@@ -1,8 +1,8 @@
-"""Fits the maps that read the residual stream: all that lie behind one norm follow from one regression.
+"""Fit input projections: one regression per norm fits all projections after it.
 
-What such a map should give is what the teacher's gives: a linear function of the teacher's normalised stream. So that
-stream is regressed once on the student's, and every map's weights are the teacher's times the solution; the LM head's
-too, whose logits need not exist.
+The targets are the outputs of the teacher's projections, linear functions of the teacher's normalised stream. So that
+stream is regressed once on the student's, and the weights of every projection are the teacher's times the solution.
+This includes the LM head, without computing any logits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
 Find = Callable[[bool, torch.Tensor], Fit]
-"""Regresses the teacher's normalised stream on the student's, with an intercept or not, errors weighed by a metric"""
+"""Function that regresses the teacher's normalised stream on the student's, given whether to fit an intercept, and a
+metric for the errors"""
 
 
 def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find) -> dict[str, Fit]:
-    """Fits all maps of `attn` or `mlp` that read the stream, in place; gives the regression behind each."""
+    """Fit all input projections of `attn` or `mlp`, in place; return the regression used for each."""
     names = [name for name in linear_names(takes, "reading") if name.startswith(part)]
     rows = {name: teacher_rows(takes, name, teacher) for name in names}
     wide = torch.cat([weight for weight, _ in rows.values()])
@@ -41,9 +42,9 @@ def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find
 
 
 def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
-    """Fits an LM head that is not the embedding to the teacher's, in place."""
+    """Fit an untied LM head to the teacher's, in place."""
     weight, intercept = wide.weight.float(), wide.bias is not None
-    # a softmax does not see what all logits have in common
+    # softmax is invariant to a constant added to all logits
     found = find(intercept, _gram(weight - weight.mean(0)))
     head.weight.copy_(weight @ found.weight.float())
     if intercept:
@@ -53,14 +54,15 @@ def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
 def fit_tied_norm(
     norm: nn.Module, embedding: torch.Tensor, wide: torch.Tensor, moments: Moments, held_out: Moments | None = None
 ) -> None:
-    """Fits the weight w of the final norm where the head is the embedding, so that nothing else is free.
+    """Fit the weight of the final norm for a tied head, whose embedding stays fixed.
 
-    With E the student's embedding, V the teacher's, z and y their final normalised streams, ‖E diag(w) z − V y‖² is
-    least where (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ). Kept if it is better on held-out tokens, where there are any.
+    With E the student's embedding, V the teacher's, z and y their final normalised streams, the factor w of the norm's
+    weight that minimises ‖E diag(w) z − V y‖² solves (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ). If held-out moments are given,
+    w is applied only if it decreases the error on them.
     """
     if norm_weight(norm) is None:
         return
-    # a softmax does not see what all logits have in common
+    # softmax is invariant to a constant added to all logits
     ours, theirs = (weight.to(moments.zz.dtype) for weight in (embedding, wide))
     ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
 
@@ -73,7 +75,7 @@ def fit_tied_norm(
     is_better = bool(torch.isfinite(factor).all())
     if is_better and held_out is not None:
         gram, right = normal_equations(held_out)
-        # the error of w, but for what no w changes
+        # squared error up to a constant that does not depend on w
         fitted, unfitted = (float(w @ gram @ w - 2 * right @ w) for w in (factor, torch.ones_like(factor)))
         is_better = fitted < unfitted
     if is_better:

@@ -1,4 +1,4 @@
-"""Train what the closed form has found a little further, and keep the result where it is better."""
+"""Train parameters from the closed-form solution, and keep the result if the held-out error decreases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Errors(NamedTuple):
 
     before: float
     after: float
-    """The same as before where nothing better was found"""
+    """Equal to `before` if training did not help"""
 
 
 def refine(
@@ -35,17 +35,17 @@ def refine(
     scratch: Scratch | None = None,
     name: str = "refined",
 ) -> Errors:
-    """Train parameters in place by Adam, each with its own learning rate, annealed to zero by a cosine.
+    """Train parameters in place with Adam, each with its own learning rate, annealed to zero by a cosine schedule.
 
     Args:
         rates: The parameters and their learning rates.
         n_steps: Number of steps.
-        loss: Gives the loss of a step, by its number.
-        error: Gives the error on held-out tokens; the parameters are set back if it does not fall.
-        bar: Shows the steps.
-        warmup: Share of the steps in which the learning rates rise linearly.
-        max_norm: Clip the gradients' common norm to this.
-        scratch: Saves the state once a minute, so that an interrupted training goes on from there.
+        loss: Returns the loss of a step, given its index.
+        error: Returns the error on held-out tokens; the parameters are restored if it does not decrease.
+        bar: Progress bar over the steps.
+        warmup: Fraction of the steps in which the learning rates rise linearly.
+        max_norm: Maximum norm for gradient clipping.
+        scratch: Folder for the training state, saved once a minute, from which an interrupted run resumes.
         name: Name of the state in the scratch folder.
     """
     groups = [{"params": [parameter], "lr": lr} for parameter, lr in rates]

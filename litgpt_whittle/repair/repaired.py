@@ -13,13 +13,13 @@ from litgpt_whittle.supergpt import Weights
 
 @dataclass
 class LayerReport:
-    """What repairing a layer did, on held-out tokens."""
+    """Held-out errors of a layer before and after its repair."""
 
     layer: int
     before: float
-    """Relative squared error of the student's stream behind this block, as it was sliced"""
+    """Relative squared error of the student's stream after this block, as sliced"""
     after: float
-    """The same, repaired"""
+    """The same error, repaired"""
     left_as_cut: list[str] = field(default_factory=list)
     """Maps that were not fitted"""
 
@@ -29,13 +29,13 @@ class Repaired:
     """A repaired student."""
 
     subnet: SubNet
-    """Its sub-network, with the units that were chosen"""
+    """Sub-network with the selected units"""
     weights: Weights
     layers: list[LayerReport]
     head: Errors | None
     """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token"""
     refined: Errors | None
-    """The same before and after the passes that train all blocks together"""
+    """The same before and after the passes that train all blocks jointly"""
     basis_name: str
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""

@@ -1,4 +1,4 @@
-"""Which heads and neurons of a layer a repaired student keeps: those that the others can least make up for."""
+"""Select the heads and neurons of a repaired student: those with the largest Optimal-Brain-Surgeon saliency."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from litgpt_whittle.repair.importance import elimination_order
 from litgpt_whittle.subnet import LayerKeep, SubNet
 
 Orders = dict[tuple[str, bytes], list[int]]
-"""Units in the order in which they are best removed, by the map that reads them and the columns that they have in it"""
+"""Elimination order of units, by the name of the map that reads them and their columns in it"""
 
 
 def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:
-    """The writing maps of a student's layer whose inputs are cut."""
+    """Return the output projections of a student's layer whose inputs are cut."""
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
     maps = []
     if (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group):
         maps.append("attn.proj")
-    # experts are not chosen between here: which one runs depends on the token
+    # no selection within experts or among them: the experts that run depend on the token
     if keep.n_expert is None and keep.intermediate_size != full.intermediate_size:
         maps.append("mlp.proj")
     return maps
@@ -38,20 +38,21 @@ def choose_units(
     basis: torch.Tensor | None = None,
     orders: Orders | None = None,
 ) -> LayerKeep:
-    """Chooses as many units of each kind as a student's layer keeps.
+    """Select as many units of each kind as a student's layer keeps.
 
     Args:
-        subnet: What is to be kept, of which only the numbers count.
+        subnet: The student's sub-network; only the numbers of units matter.
         index: The student's layer.
-        teacher: The teacher's block behind it.
-        covariances: Of what these writing maps of the teacher read, shape (n_in, n_in); a choice is made for each.
-        basis: The student's channels, whose errors count, shape (n_embd_student, n_embd); all channels if None.
-        orders: Remembers whole orders from one call to the next, for callers that try many numbers of units.
+        teacher: The corresponding block of the teacher.
+        covariances: Input covariances of the teacher's output projections to select for, by name, shape (n_in, n_in).
+        basis: The student's channels, in which errors are measured, shape (n_embd_student, n_embd); all channels if
+            None.
+        orders: Cache of complete elimination orders, for callers that try many numbers of units.
     """
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
 
     def best(name: str, units: np.ndarray, n: int) -> Keep:
-        """The best n of the units, each a row of the columns that it has in a map."""
+        """Select the best n units; each row of `units` holds the columns of one unit in the map."""
         if n == len(units):
             return Keep(n)
         key = (name, units.tobytes())
@@ -79,7 +80,7 @@ def choose_units(
     if "attn.proj" in covariances:
         rows = [columns_of(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
         groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
-        # a head's place within its group is kept or dropped in all of them
+        # a head's position within its group is kept or dropped in all groups
         rows = [columns_of(groups, Keep([head])) for head in full.heads_per_group.indices]
         heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
         keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)

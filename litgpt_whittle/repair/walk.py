@@ -1,15 +1,17 @@
-"""Repairs a cut in closed form: fits what was cut off into what stays, before any training.
+"""Sequential repair: fit the linear maps of a pruned student in closed form, block by block, before any training.
 
-Most of what removed channels, neurons, heads and layers carried is a linear function of what stays. So teacher and
-student walk through their blocks side by side on the same calibration tokens, and every linear map of the student is
-fitted to what the teacher has in its place, given the inputs that the already repaired student really computes:
+Most of the contribution of removed channels, neurons, heads and layers is a linear function of the kept ones. So
+teacher and student advance through their blocks side by side on the same calibration tokens, and every linear map of
+the student is fitted to the teacher's counterpart, given the actual inputs from the already repaired student:
 
-- Maps that read the residual stream (queries, keys, values, the MLP's inputs, routers, the LM head) want the teacher's
-  pre-activations, which are linear in the teacher's normalised stream. So one regression of that on the student's
-  normalised stream serves all maps behind a norm, the LM head included, whose logits never exist.
-- Maps that write to the stream want to bring the student's stream to the teacher's, so each block also repairs what
-  accumulated before it. Before a gap of dropped layers the target is the teacher's stream behind the gap.
-- The LM head is then trained a little further (`litgpt_whittle.repair.head`), since logits are not what counts.
+- The targets of input projections (queries, keys, values, the MLP's inputs, routers, the LM head) are the teacher's
+  pre-activations, which are linear in the teacher's normalised stream. So one regression of that stream on the
+  student's fits all projections after a norm, the LM head included, without computing logits.
+- The target of output projections is the difference between the teacher's stream after them and the student's stream
+  before them, so each block also corrects the error accumulated before it. Before a gap of dropped layers, the target
+  is the teacher's stream after the gap.
+- The LM head is then trained on the teacher's predictions (`litgpt_whittle.repair.head`), since squared errors of
+  logits are only a proxy.
 
 Only moments are kept in memory (`litgpt_whittle.least_squares`), the streams lie in scratch files, and the teacher is
 read block by block.
@@ -59,19 +61,19 @@ from litgpt_whittle.supergpt import Weights, is_tied
 
 
 class Repair:
-    """Walks through teacher and student and fits the student, a block at a time.
+    """Fits a student to its teacher, one block at a time.
 
-    Where several processes run it together, each takes its share of the tokens, and all get the same student.
+    With several processes, each computes its share of the tokens, and all get the same student.
 
     Args:
         weights: The teacher's weights; memory-mapped ones are read a block at a time.
-        subnet: What the student keeps.
-        calibration: The tokens, and where to compute, in float32.
-        args: How to repair.
-        scratch: Where streams and finished blocks go; a repair that was stopped goes on with what it finds there.
+        subnet: The student's sub-network.
+        calibration: The calibration tokens and the device; computation is in float32.
+        args: Repair settings.
+        scratch: Folder for streams and finished blocks; an interrupted repair resumes from its content.
 
     Raises:
-        UserError: If activations of the teacher are not finite, or memory does not suffice.
+        UserError: If activations of the teacher are not finite, or the repair does not fit into memory.
     """
 
     def __init__(
@@ -91,7 +93,11 @@ class Repair:
         self.ridges = self._ridges(widest_map(subnet.config))
 
     def _check_memory(self) -> None:
-        """Refuses what would not fit: the moments that are kept at once, and an LM head that is trained."""
+        """Check that the moments, joint training of the blocks and training of the LM head fit into memory.
+
+        Raises:
+            UserError: If one of them does not.
+        """
         free = free_memory(self.device, n_sharing(self.device))
         if (needed := sums_bytes(self.subnet, self.args.choose_units, self.device)) > free:
             raise UserError(
@@ -112,7 +118,7 @@ class Repair:
             )
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
-        """The ridges to choose from: only strong ones where a regression has more inputs than tokens."""
+        """Return the candidate ridges, only strong ones if the widest map has more inputs than there are tokens."""
         n_tokens = self.calibration.n_fitted
         if n_tokens >= widest:
             return RIDGES
@@ -126,7 +132,7 @@ class Repair:
     @exact_products()
     @torch.no_grad()
     def run(self, progress: bool = True) -> Repaired:
-        """Repairs all of it."""
+        """Run the repair, from the last finished layer on if it was interrupted."""
         self.theirs = self._outside(self.teacher, read_outside(self.weights, self.device))
         self.basis = self._find_basis()
         cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
@@ -154,12 +160,12 @@ class Repair:
         student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
-        if self.tied and self.subnet.layers[0]:  # it is the head, too
+        if self.tied and self.subnet.layers[0]:  # not replaced by token means, since it is the head, too
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
         return Repaired(chosen, student, reports, head, refined, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
-        """Saves a layer, so that an interrupted repair goes on behind it."""
+        """Save a finished layer, after which an interrupted repair resumes."""
         self.teacher_stream.flush()
         self.student_stream.flush()
         barrier()  # all processes' parts of the streams are on disk
@@ -168,7 +174,7 @@ class Repair:
         self.scratch.remove_streams_before(i, keep=self._start if self.args.refine_passes else None)
 
     def _finished(self) -> Iterator[tuple[LayerKeep, Weights, LayerReport]]:
-        """The layers that an interrupted repair had finished."""
+        """Yield the layers that an interrupted repair has finished."""
         for i in range(len(self.subnet)):
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
@@ -188,7 +194,7 @@ class Repair:
             kept = torch.tensor(self.subnet.n_embd.indices, device=self.device)
             return Basis.coordinates(kept, self.teacher.n_embd)
         saved = self.scratch.load("basis")
-        barrier()  # nobody saves before all have looked
+        barrier()  # no process saves before all have looked
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
         centred = is_centring(self.teacher)
@@ -197,8 +203,8 @@ class Repair:
         return basis
 
     def _worth(self) -> Worth:
-        """What directions of the teacher's stream are worth to what reads it in the kept layers, and to its head."""
-        # thirty-two tokens for each channel suffice for directions, from all over the calibration data
+        """Return the importance of the teacher's directions for the kept layers' input projections and the LM head."""
+        # 32 tokens per channel suffice for directions, spread over the calibration data
         batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
         batches = self.calibration.share(batches[:: max(self.calibration.windows.numel() // n_needed, 1)])
         stream, worth = self._stream("directions", self.teacher.n_embd), Worth()
@@ -224,10 +230,10 @@ class Repair:
         for batch in batches:
             x = stream[batch].to(self.device)
             final.add(standardised(x, self.teacher), no_outputs(x))
-        final.over_processes()  # all have read the stream
+        final.over_processes()  # also waits until all processes have read the stream
         self.scratch.remove_stream("directions")
         head = self.theirs.head.weight
-        # as much as half of the layers' readers: of 1, 1/2, 1/4 and 1/8 the best on a teacher of 8 layers
+        # half the weight of all layers' projections: the best of 1, 1/2, 1/4 and 1/8 on a teacher of 8 layers
         worth.add(final, self.theirs.norm, [head - head.mean(0)], times=len(self.subnet))
         return worth
 
@@ -237,7 +243,7 @@ class Repair:
         return self.scratch.stream(name, *self.calibration.shape, n_embd)
 
     def _begin_streams(self, n_finished: int) -> None:
-        """Both models' streams before the first block that is still to do."""
+        """Set up both models' streams before the first unfinished block."""
         self.teacher_stream = self._stream(f"teacher-{n_finished}", self.teacher.n_embd)
         self.student_stream = self._stream(f"student-{n_finished}", self.n_embd)
         if n_finished:
@@ -254,13 +260,13 @@ class Repair:
             self.student_stream[batch] = self.ours.embed(self.calibration.ids(batch))
 
     def _advance(self, stream: Stream, layer: int) -> None:
-        """Takes the teacher's stream through one of its blocks, in place."""
+        """Run one of the teacher's blocks on its stream, in place."""
         block = self._teacher_block(layer)
         for batch in self.calibration.batches:
             stream[batch] = _finite(block(stream[batch].to(self.device), *self.theirs.block_args[layer]), layer)
 
     def _repair_embedding(self) -> None:
-        """Lets the embedding stand in for the dropped first layers."""
+        """Replace dropped first layers by per-token means in the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.batches:
@@ -283,12 +289,12 @@ class Repair:
         block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
         repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
-        # the choice is made on tokens that tune, those held out only report
+        # decisions use the tuning tokens; held-out tokens are only for the report
         tuning, held_out = self.calibration.tuning_batches, self.calibration.held_out_batches
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         before, before_tuning = repair.error(held_out), repair.error(tuning)
         repair.fit()
-        if repair.error(tuning) > before_tuning:  # what is cut loses little, and norms are not linear
+        if repair.error(tuning) > before_tuning:  # possible if the cut loses little, since norms are not linear
             repair.restore(start)
             repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
         after = repair.error(held_out)
@@ -297,14 +303,14 @@ class Repair:
         self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
         for batch in self.calibration.batches:
             self.student_stream[batch] = repair.output(batch)
-        # a device has room for one block
+        # the device holds one block at a time
         weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
-        # where the cut loses nothing, nothing is left to be fitted
+        # a cut without loss leaves nothing to fit
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut)
 
     def _is_copy(self, i: int) -> bool:
-        """Return whether a layer and all before it are the teacher's own, so that their streams are, too."""
+        """Return whether a layer and all layers before it equal the teacher's, so that their streams do as well."""
         if self.n_embd < self.teacher.n_embd or i + 1 == len(self.subnet) < self.teacher.n_layer:
             return False
         full = SubNet.full(self.teacher)
@@ -314,7 +320,7 @@ class Repair:
         return is_whole and list(self.subnet.layers[:n_same]) == list(range(n_same)) and is_same_head
 
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
-        """Take a layer over as it is; nothing needs to be fitted."""
+        """Copy a layer of the teacher, which needs no fit."""
         ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
         for batch in self.calibration.batches:
             stream = teacher(self.teacher_stream[batch].to(self.device), *self.theirs.block_args[i])
@@ -324,7 +330,7 @@ class Repair:
         return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
 
     def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
-        """Takes the teacher's stream through its block and the dropped ones behind; chooses the student's units."""
+        """Run the teacher's block and the dropped blocks after it on its stream; select the student's units."""
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
@@ -334,7 +340,7 @@ class Repair:
         }
         for batch in self.calibration.batches:
             stream = streams.teacher[batch].to(self.device)
-            # sixteen tokens for each input suffice to choose, from the beginning of the data
+            # 16 tokens per input suffice for the selection, from the beginning of the data
             n_before = batch.start * self.calibration.shape[1]
             wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
             inside = [] if streams.middle is None else ["norm_2"]
@@ -344,7 +350,7 @@ class Repair:
             for name in post_norms:
                 streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
             for name in wanted:
-                # errors count relative to the stream that the map writes to
+                # errors count relative to the stream after the projection
                 is_inside = name.startswith("attn") and streams.middle is not None
                 weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
@@ -357,10 +363,10 @@ class Repair:
         }
         return choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
 
-    # behind the last layer --------------------------------------------------------------------------------------------
+    # after the last layer ---------------------------------------------------------------------------------------------
 
     def _repair_head(self, progress: bool) -> Errors | None:
-        """Fits the LM head to the teacher's logits, through the moments of both final norms, and to its predictions."""
+        """Fit the LM head to the teacher's logits, from the moments of both final norms, then to its predictions."""
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
             self.basis.turn_norm(theirs.norm, ours.norm)
@@ -383,7 +389,7 @@ class Repair:
         return head.fit(self.args.head_passes, self.scratch, progress)
 
     def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors]:
-        """Train all blocks but leading copies together; return their weights."""
+        """Train all blocks except leading copies jointly; return their weights and the errors."""
         first = self._n_copies
         blocks = [
             load_block(subnet.layer_config(i), i, {name: w.to(self.device) for name, w in layers[i].items()})
@@ -414,11 +420,11 @@ class Repair:
 
     @property
     def _start(self) -> str:
-        """Name of the student's stream before its first layer that is no copy."""
+        """Name of the student's stream before its first layer that is not a copy."""
         return f"student-{self._n_copies}"
 
     def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
-        """The sub-network with the units that were chosen."""
+        """Return the sub-network with the selected units."""
         subnet = self.subnet
         width = "moe_intermediate_size" if self.teacher.moe_intermediate_size is not None else "intermediate_size"
         fields: dict[str, list[Keep | None]] = {}
@@ -433,7 +439,7 @@ class Repair:
 
 
 def _finite(stream: torch.Tensor, layer: int) -> torch.Tensor:
-    """The teacher's stream behind a layer, refused where it is not finite."""
+    """Return the teacher's stream after a layer; raise UserError if it is not finite."""
     if not torch.isfinite(stream).all():
         raise not_finite(layer)
     return stream
