@@ -1,4 +1,4 @@
-"""`litgpt pretrain_supernet`: train a model together with its sub-networks; takes all of `litgpt pretrain`'s options."""
+"""`litgpt pretrain_supernet`: train a model together with its sub-networks. Takes all options of `litgpt pretrain`."""
 
 from __future__ import annotations
 
