@@ -458,7 +458,7 @@ def load_fitness(
 
 
 def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
-    """Print how well each bin's surrogate predicted later measurements, and save the surrogates that are slow to refit."""
+    """Print how well each bin's surrogate predicted later measurements, and save surrogates that are slow to refit."""
     for search in searches:
         if isinstance(search.strategy, SurrogateSearch):
             bin = str(search.space.bin)
