@@ -117,7 +117,7 @@ def check(args: Namespace) -> tuple[Config, int]:
             raise UserError(f"{name} must be at least {least}, got {args[name]}; raise it")
     if args.layer_metric == "perplexity" and not args.layer_tokens:
         raise UserError("layer_metric perplexity needs layer_tokens, got 0; 16384 suit most models")
-    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
     check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return teacher, length
 
