@@ -1,17 +1,17 @@
-"""Turns a large pretrained language model into a good small one, from litgpt's command line.
+"""Turn a large pretrained language model into a good small one, from litgpt's command line.
 
-To read the code, begin with `subnet` (what a student keeps), `index_plan` (which weights that means) and `supergpt` (a
-teacher that runs as any of its sub-networks), and go on with one of `commands`. Packages, from what to how:
+To read the code, begin with `subnet` (the units that a student keeps), `index_plan` (the weights of these units) and
+`supergpt` (a teacher that runs as any of its sub-networks), and continue with one of `commands`. Packages:
 
-commands, pipeline, api    what people type: each command by itself, all of them as one, the same from Python
-spaces, ranking, fitness   what may shrink, what its parts are worth, what a candidate is scored by
-strategies, surrogates     who proposes candidates; searching: the loop around them
-repair                     what was cut off, fitted into what stays
-distillation, training     what a student learns, and the loop in which it does; samplers: super-networks' steps
-pruners, hf, reports       sparse weights; Hugging Face directories; tables, pictures and pages
+commands, pipeline, api    user interfaces: each command on its own, all of them as one, and from Python
+spaces, ranking, fitness   search spaces, importance of units and layers, scores of candidates
+strategies, surrogates     proposing candidates and predicting scores; searching: the search loop
+repair                     fitting the remaining weights to compensate for the removed units
+distillation, training     losses and teachers, and the training loop; samplers: the steps of super-networks
+pruners, hf, reports       sparse weights; Hugging Face directories; tables, plots and pages
 
-Names are imported when they are first used (PEP 562): the bootstrap in `plugin` runs in every `import torch`, and so
-must this file.
+Names are imported on first use (PEP 562), since the bootstrap in `plugin`, and with it this file, runs in every
+`import torch`.
 """
 
 from importlib import import_module

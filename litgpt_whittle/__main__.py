@@ -1,10 +1,10 @@
-"""The same commands as in `litgpt`, for when its extension is off (`TORCH_DEVICE_BACKEND_AUTOLOAD=0`)."""
+"""Run the commands without `litgpt`'s extension, which may be disabled (`TORCH_DEVICE_BACKEND_AUTOLOAD=0`)."""
 
 from litgpt_whittle.plugin import commands, show_user_errors_in_one_line
 
 
 def main() -> None:
-    """Runs `litgpt-whittle COMMAND …` with litgpt's own way of parsing."""
+    """Run `litgpt-whittle COMMAND …` with litgpt's own parser."""
     import torch
     from litgpt.utils import CLI
 

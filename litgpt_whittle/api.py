@@ -1,4 +1,4 @@
-"""Search, extract and distill from Python, a notebook for instance, as small as litgpt's own `LLM`.
+"""Python API to search, extract and distill, for instance in a notebook, in the style of litgpt's own `LLM`.
 
     from litgpt_whittle import distill, extract, search
 
@@ -9,8 +9,8 @@
     print(found, trained.perplexity)
     trained.checkpoint.llm().generate("Once upon a time")
 
-Settings have the commands' own names; sections are dicts, or litgpt's dataclasses, as in a YAML. Everything runs in
-this process, on one device.
+Settings have the names of the commands' options; sections are dicts as in a YAML, or litgpt's dataclasses. Everything
+runs in this process, on one device.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def search(
     out_dir: str | Path = "out/search",
     **settings: Any,
 ) -> SearchResult:
-    """Searches a checkpoint for its best sub-networks, as `litgpt search` does.
+    """Search a checkpoint for its best sub-networks, as `litgpt search` does.
 
     Args:
         checkpoint_dir: The teacher's checkpoint directory.
-        bin: How many parameters the sub-network may have, such as ``410M±5%``.
-        data: What candidates are scored on: a litgpt data module, or the path of a text for `HFText`.
-        out_dir: Where journal and report go.
-        settings: Of `litgpt search`.
+        bin: Parameter count of the sub-network, such as ``410M±5%``.
+        data: Data to score candidates on: a litgpt data module, or the path of a text for `HFText`.
+        out_dir: Directory of the journal and the report.
+        settings: Further options of `litgpt search`.
 
     Raises:
-        UserError: As the command does.
+        UserError: In the same cases as the command.
     """
     _call("search", search_command.setup, data, settings, checkpoint_dir=checkpoint_dir, bin=bin, out_dir=out_dir)
     return SearchResult(init_out_dir(Path(out_dir)), extend_checkpoint_dir(Path(checkpoint_dir)))
@@ -65,17 +65,17 @@ def extract(
     out_dir: str | Path = "out/extract",
     **settings: Any,
 ) -> Checkpoint:
-    """Cuts a sub-network out of its teacher, as `litgpt extract` does.
+    """Cut a sub-network out of its teacher, as `litgpt extract` does.
 
     Args:
-        sub_network: What a search in one bin found, or the YAML of a sub-network.
-        checkpoint_dir: The teacher's checkpoint directory; not needed for what a search found.
-        data: What a repair calibrates on, as in `search`.
-        out_dir: Where the student's checkpoint goes.
-        settings: Of `litgpt extract`, such as ``repair=True``.
+        sub_network: Result of a search in one bin, or the YAML of a sub-network.
+        checkpoint_dir: The teacher's checkpoint directory; not needed for the result of a search.
+        data: Calibration data of a repair, as in `search`.
+        out_dir: Directory of the student's checkpoint.
+        settings: Further options of `litgpt extract`, such as ``repair=True``.
 
     Raises:
-        UserError: As the command does; or if the teacher is not named, or the search had several bins.
+        UserError: In the same cases as the command, if the teacher is missing, or if the search had several bins.
     """
     if isinstance(sub_network, SearchResult):
         checkpoint_dir = checkpoint_dir or sub_network.teacher
@@ -94,17 +94,17 @@ def distill(
     out_dir: str | Path = "out/distill",
     **settings: Any,
 ) -> TrainingResult:
-    """Pretrains a student with its teacher's help, as `litgpt distill` does.
+    """Pretrain a student with its teacher's help, as `litgpt distill` does.
 
     Args:
         student: An extracted checkpoint.
-        teacher: The teacher's checkpoint directory; by default what the student was cut out of.
-        data: What it is trained and validated on, as in `search`.
-        out_dir: Where checkpoints and figures go.
-        settings: Of `litgpt distill`, such as ``train={"max_tokens": 10_000_000}``.
+        teacher: The teacher's checkpoint directory; by default the checkpoint that the student was cut out of.
+        data: Data for training and validation, as in `search`.
+        out_dir: Directory of the checkpoints and metrics.
+        settings: Further options of `litgpt distill`, such as ``train={"max_tokens": 10_000_000}``.
 
     Raises:
-        UserError: As the command does.
+        UserError: In the same cases as the command.
     """
     for name, argument in (("initial_checkpoint_dir", "student"), ("teacher_checkpoint_dir", "teacher")):
         if name in settings:
@@ -120,7 +120,7 @@ def distill(
 
 
 def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **inputs: Any) -> None:
-    """Runs a command with settings that its own parser has read."""
+    """Run a command with settings parsed by the command's own parser."""
     settings = {"devices": 1} | settings
     if settings["devices"] != 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, so that the commands can show it without a traceback."""
+"""The exception for invalid user input, which commands print without a traceback."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for, told in one line: the rule, the value, the remedy."""
+    """Invalid user input, as a one-line message: the rule, the value, the remedy."""
 
     last: UserError | None = None
-    """The latest one, which a parser of arguments may have put into an error of its own"""
+    """The latest instance, which an argument parser may have wrapped in its own error"""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -17,8 +17,8 @@ class UserError(ValueError):
 
     @classmethod
     def inside(cls, error: BaseException) -> UserError | None:
-        """The last mistake, where another error tells of it among others.
+        """Return the last UserError if the message of another error contains it, else None.
 
-        Where an argument may be of several types, jsonargparse tells what each of them had against it.
+        For an argument of several types, jsonargparse lists the errors of all types in one message.
         """
         return cls.last if cls.last is not None and str(cls.last) in str(error) else None

@@ -1,4 +1,4 @@
-"""Optional packages, asked for where they are needed."""
+"""Optional packages, checked when they are needed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from litgpt_whittle.errors import UserError
 
 
 def require(package: str, extra: str, what: str) -> None:
-    """Refuses what needs a package that is not installed.
+    """Check that an optional package is installed.
 
     Args:
-        package: The package, by the name that it is imported by.
+        package: The package's import name.
         extra: The extra of this project that installs it.
-        what: What needs it.
+        what: The feature that needs it, for the message.
 
     Raises:
-        UserError: If it cannot be imported.
+        UserError: If the package cannot be imported.
     """
     try:
         import_module(package)

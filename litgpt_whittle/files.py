@@ -1,4 +1,4 @@
-"""Files and folders that are either wholly there or not at all, whenever the process may die."""
+"""Atomic writing of files and folders, even if the process dies, and locks on folders."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.hf.tokenizer_files import TEMPLATES
 
 LOCK = ".lock"
-"""What keeps a second process out of a folder"""
+"""Name of the file that locks a folder against other processes"""
 
 PATIENCE = 60
-"""Seconds that another process is given to leave a folder; a training that is told to stop saves first"""
+"""Seconds to wait for another process to leave a folder; an interrupted training saves first"""
 
 
 class MappedWeights(dict):
-    """Weights that are memory-mapped from a file and never written to."""
+    """Read-only weights, memory-mapped from a file."""
 
     def forget(self, name: str) -> None:
-        """Gives a tensor's pages back to the system, which reads them again if they are needed again.
+        """Release a tensor's memory pages; the system reads them again on the next access.
 
-        So a teacher can be read through one tensor after the other in little memory.
+        So a large teacher can be read tensor by tensor in little memory.
         """
         tensor: torch.Tensor = self[name]
         if not sys.platform.startswith("linux"):
@@ -48,19 +48,19 @@ class MappedWeights(dict):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line, mappings a line per key."""
+    """Writes lists on one line and mappings with a line per key."""
 
 
 _Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:
-    """Compact YAML: a line per key, in the order given."""
+    """Return compact YAML with a line per key, in the given order."""
     return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, width=2**16, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-5` as a number, as YAML 1.2 and jsonargparse do; YAML 1.1 asks for a point and a sign in it."""
+    """Reads `1e-5` as a number, like YAML 1.2 and jsonargparse; YAML 1.1 requires a point and a sign."""
 
 
 _Loader.add_implicit_resolver(
@@ -69,12 +69,12 @@ _Loader.add_implicit_resolver(
 
 
 def from_yaml(text: str) -> Any:
-    """Return the content of a YAML text."""
+    """Parse a YAML text."""
     return yaml.load(text, Loader=_Loader)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames into place."""
+    """Write a file atomically: write a temporary file beside it and rename it."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(beside, "w", encoding="utf-8") as file:
@@ -86,10 +86,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
-    """Gives a folder beside `path` to fill; it takes `path`'s place when the block ends without an error.
+    """Yield a temporary folder beside `path`, and rename it to `path` if the block ends without an error.
 
-    An older `path` is replaced; in the instant between, it lies beside under a hidden name, never half-written. With
-    `replaces` false, what another process has put there is kept, and the new folder dropped.
+    An older `path` is replaced; during the swap it is beside it under a hidden name, never half-written. If `replaces`
+    is false, a folder that another process has put there is kept, and the new one removed.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -116,10 +116,10 @@ def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written to, without leaving anything behind.
+    """Check that a folder can be created and written to, without creating it.
 
     Raises:
-        UserError: If it, or the nearest folder above it, cannot be written to.
+        UserError: If `folder` is a file, or it or its nearest existing parent cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -128,7 +128,7 @@ def check_writable(folder: Path) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     try:
-        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone are not conclusive
             pass
     except OSError as error:
         raise UserError(
@@ -137,19 +137,19 @@ def check_writable(folder: Path) -> None:
 
 
 def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker: str) -> None:
-    """Refuses an output directory that cannot be written, or whose contents would be lost.
+    """Check that an output directory can be written without losing other contents.
 
     Args:
         out_dir: The directory, which `new_folder` will fill.
-        overwrite: Whether what is in it may be replaced, if it is a checkpoint.
-        needed: What is read, and must not be in it.
-        marker: The file, or a pattern of it, that tells a checkpoint of the kind that will be written.
+        overwrite: If true, a checkpoint in the directory may be replaced.
+        needed: Input files, which must not be in the directory.
+        marker: Name or pattern of the file that identifies a checkpoint of the kind to write.
 
     Raises:
-        UserError: For the first such mistake.
+        UserError: For the first failed check.
     """
     check_writable(out_dir)
-    # it is written beside and renamed into place
+    # the directory is written beside and renamed into place
     check_writable(out_dir.resolve().parent)
     if not out_dir.exists() or not any(out_dir.iterdir()):
         return
@@ -164,15 +164,15 @@ def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker
 
 
 def check_space(folder: Path, n_bytes: int, what: str) -> None:
-    """Refuses to write more than the disk has room for.
+    """Check that the disk has room for an output.
 
     Args:
-        folder: Where it goes; the folder need not be there yet.
-        n_bytes: How much.
-        what: What it is, for people.
+        folder: Folder of the output, which need not exist yet.
+        n_bytes: Size of the output in bytes.
+        what: Name of the output, for the message.
 
     Raises:
-        UserError: If there is less room.
+        UserError: If there is less free space.
     """
     nearest = Path(folder).absolute()
     while not nearest.exists():
@@ -186,7 +186,7 @@ def check_space(folder: Path, n_bytes: int, what: str) -> None:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Sixteen hex digits that tell files apart by their size and 64 parts of them, wherever they lie."""
+    """Return a fingerprint of 16 hex digits, by a file's size and 64 parts of its contents, not by its path."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -197,15 +197,15 @@ def file_fingerprint(path: Path) -> str:
 
 
 def readable_size(n_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Format bytes as MB or GB."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def lock(file: IO[Any]) -> bool:
-    """Keeps an open file to this process and those that it hands it to, until all of them have closed it or ended.
+    """Lock an open file for this process and those that inherit it, until all of them have closed it or ended.
 
     Returns:
-        Whether no other process has it; also where there are no locks.
+        False if another process holds the lock; true also if the system has no locks.
     """
     try:
         import fcntl
@@ -222,19 +222,19 @@ def lock(file: IO[Any]) -> bool:
 
 @contextmanager
 def claimed(out_dir: Path) -> Iterator[IO[Any]]:
-    """Keeps other processes out of a folder while the block runs, and after it any that the block's file is handed to.
+    """Lock a folder against other processes while the block runs, or a process that inherits the yielded file.
 
-    Of the folder nothing is left but what the block leaves there.
+    On exit, the lock file is removed, and so are the folders created here if they are empty.
 
     Raises:
-        UserError: If another process is at work in it, and still is after `PATIENCE`.
+        UserError: If another process still holds the lock after `PATIENCE`.
     """
     made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     file = _claim(out_dir)
     try:
         yield file
     finally:
-        with suppress(OSError):  # on Windows; or there is more in the folders
+        with suppress(OSError):  # on Windows, or if the folders are not empty
             (out_dir / LOCK).unlink()
             for folder in made:
                 folder.rmdir()
@@ -244,10 +244,10 @@ def claimed(out_dir: Path) -> Iterator[IO[Any]]:
 def _claim(out_dir: Path) -> IO[Any]:
     deadline, is_told = time.monotonic() + PATIENCE, False
     while True:
-        with suppress(FileNotFoundError):  # whoever had the folder may have removed it
+        with suppress(FileNotFoundError):  # the previous owner may have removed the folder
             out_dir.mkdir(parents=True, exist_ok=True)
             file = open(out_dir / LOCK, "a")
-            # a file that was removed in between keeps nobody out
+            # a lock on a file that was removed in between is worthless
             if lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 return file
             file.close()

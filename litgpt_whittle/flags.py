@@ -1,4 +1,4 @@
-"""What the parser cannot take, told in one line: jsonargparse prints a page of usage, and every type that it tried."""
+"""One-line messages for parser errors; jsonargparse prints a page of usage and an error for every type it tried."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from litgpt_whittle.errors import UserError
 
 
 def install(commands: set[str]) -> None:
-    """Has the parser of these commands tell a user's mistake in one line; other commands keep their messages."""
+    """Make the parser print one-line errors for these commands; other commands keep their messages."""
     from jsonargparse import ArgumentParser
 
     tell_at_length = ArgumentParser.error
@@ -28,12 +28,12 @@ def install(commands: set[str]) -> None:
 
 
 def in_one_line(message: str, command: str, flags: list[str]) -> str:
-    """What the parser says, without the types that it tried.
+    """Return a one-line version of a parser's message, without the types that it tried.
 
     Args:
-        message: jsonargparse's.
-        command: Whose flags they are, such as "search".
-        flags: All of them, such as "--out_dir".
+        message: jsonargparse's message.
+        command: Name of the command, such as "search".
+        flags: All flags of the command, such as "--out_dir".
     """
     told = UserError.inside(message)
     if told is not None:
@@ -57,7 +57,7 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
 
 
 def why_not_made(message: str) -> str | None:
-    """What an argument's own class had against its settings, where jsonargparse tells of all types that it tried."""
+    """Return the errors of an argument's own class from a message on all types that jsonargparse tried, or None."""
     if not message.startswith("Does not validate against any of the Union subtypes"):
         return None
     bullets = re.split(r"^  - ", message.split("\n  Given value type: ")[0], flags=re.MULTILINE)[1:]
@@ -66,7 +66,7 @@ def why_not_made(message: str) -> str | None:
 
 
 def names_of(parser: Any, command: str) -> list[str]:
-    """The flags of a command, by its own parser or by that of all commands."""
+    """Return the flags of a command, from its own parser or from that of all commands."""
     subcommands = getattr(parser, "_subcommands_action", None)
     if subcommands is not None and command in subcommands.choices:
         parser = subcommands.choices[command]
@@ -88,7 +88,7 @@ def _wrong_value(message: str) -> str:
     if not _is_known(message):
         return in_full
     nested = re.search(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", message)
-    # where one of several types is a section of settings, its keys are read apart
+    # if one of several types is a section of settings, its keys are in a message of their own
     if nested and nested[1] not in keys[1:]:
         keys.append(nested[1])
     if "Unrecognized arguments: " in message and nested:
@@ -96,7 +96,7 @@ def _wrong_value(message: str) -> str:
     unknown = re.search(r"Key '([^']+)' is not expected|Option '([^']+)' is not accepted", message)
     if unknown:
         owner = re.findall(r"class_path '([^']+)'", message)
-        # a section of settings, one of the argument's types, is no class that anybody has named
+        # a section of settings is one of the argument's types, not a class that the user named
         is_section = owner and f"<class '{owner[-1]}'>" in message
         return f"{keys[0]} has no setting {unknown[1] or unknown[2]}" + (
             f"; it is a {owner[-1]}" if owner and not is_section else ""
@@ -110,7 +110,7 @@ def _wrong_value(message: str) -> str:
     if name_of_class and set(kinds) <= {"NoneType"}:
         return f"{name}: there is nothing called {name_of_class[1]}; name a class, or its path such as package.Class"
     if nested and len(kinds) > 1:
-        kinds = kinds[1:]  # the first is what could stand in the section's place
+        kinds = kinds[1:]  # the first kind is the alternative to the section
     if name_of_class or "expects a dict or Namespace" in message:
         kinds.append("a section of settings")
     given = re.findall(r"(?:Got value|Given value): (.*)", message)
@@ -137,11 +137,11 @@ _WORDINGS = (
     r"must be one of .*",
     r"Given value( type)?: .*",  # of a nested union
 )
-"""The lines of which jsonargparse 4.39 to 4.53 make up a message on a value; another line may change what it means"""
+"""Patterns of all lines in messages of jsonargparse 4.39 to 4.53 on values; an unknown line may change the meaning"""
 
 
 def _is_known(message: str) -> bool:
-    """Return whether every line of a message, up to the value that it ends with, has a known wording."""
+    """Return whether every line of a message, up to the value at its end, matches a known pattern."""
     body = message.split("\n  Given value type: ")[0]
     lines = [line.strip().removeprefix("- ") for line in body.replace('": ', '":\n').splitlines()]
     return all(not line or any(re.fullmatch(known, line) for known in _WORDINGS) for line in lines)
@@ -151,11 +151,11 @@ _KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 
 def _name_choices() -> None:
-    """Has the parser say what there is to choose from; jsonargparse 4.41 trips over a text that is none of it."""
+    """Make the parser list an argument's choices for an invalid one; jsonargparse 4.41 fails on such a text."""
     from jsonargparse import _typehints
 
     adapt = getattr(_typehints, "adapt_typehints", None)
-    if adapt is None:  # another jsonargparse, whose own message will do
+    if adapt is None:  # another version of jsonargparse; its own message is good enough
         return
 
     def adapt_or_tell(value: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +169,7 @@ def _name_choices() -> None:
 
 
 def _replace_whole() -> None:
-    """Has a whole value take the place of a dictionary from a YAML, which jsonargparse 4.41 trips over."""
+    """Let a whole value replace a dictionary from a YAML, on which jsonargparse 4.41 fails."""
     from jsonargparse import _typehints
 
     action = getattr(_typehints, "ActionTypeHint", None)

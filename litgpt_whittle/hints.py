@@ -1,4 +1,4 @@
-"""Command lines that a command proposes as the next step."""
+"""Suggest the command line of the next step."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def try_next(*arguments: Any) -> str:
-    """Return a hint with a litgpt command line that a shell reads as these arguments, whatever characters they hold."""
+    """Return a hint with a litgpt command line, its arguments quoted for the shell."""
     return f"Try: litgpt {shlex.join(map(str, arguments))}"

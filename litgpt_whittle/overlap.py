@@ -1,4 +1,4 @@
-"""Measure how much text two sets of samples have in common, apart from templates that many samples share."""
+"""Measure the overlap of text between two sets of samples, without templates that many samples share."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 
 RUN = 32
-"""Tokens that are compared at once; shorter runs may agree by chance"""
+"""Tokens per compared run; shorter runs may match by chance"""
 
 REPEATED = 3
-"""Times that a run occurs on one side to be a template, such as a system prompt, and no evidence"""
+"""Number of occurrences in one set from which a run counts as a template, such as a system prompt, and is ignored"""
 
 
 class Sample(NamedTuple):
-    """One sample, up to its last token that counts."""
+    """One sample, up to its last token that counts in the loss."""
 
     input_ids: torch.Tensor
     """Shape (T,)"""
     targets: torch.Tensor
-    """Next tokens, -100 where they do not count, shape (T,)"""
+    """Next tokens, -100 for those that do not count, shape (T,)"""
 
 
 def samples_of(input_ids: torch.Tensor, targets: torch.Tensor) -> list[Sample]:
-    """Return a batch's rows, each up to its last token that counts; none of rows where no token does.
+    """Return a batch's rows as samples, each up to its last token that counts, without rows that have no such token.
 
     Args:
         input_ids: Shape (B, T).
@@ -40,21 +40,21 @@ def samples_of(input_ids: torch.Tensor, targets: torch.Tensor) -> list[Sample]:
 
 
 def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_length: int) -> float:
-    """Return the share of either side's text that the other has, too, whichever is larger.
+    """Return the larger of the two shares of one set's text that also occurs in the other.
 
-    A small set may be a small part of what has it all, hence both shares. What is compared are whole samples, and runs
-    of tokens that count wherever they are, since text may be cut into windows at different places. Runs that one side
-    repeats are templates and left out.
+    Both shares are needed because one set may be a small part of the other. Compared are whole samples, and runs of
+    counting tokens at any position, since text may be cut into windows at different places. Runs that one set repeats
+    are templates and left out.
 
     Args:
         ours: Samples.
         theirs: Samples to compare with.
-        max_seq_length: Length at which samples are cut; of those that are, only runs are compared.
+        max_seq_length: Length at which samples are truncated; truncated samples are compared only by runs.
     """
     if not ours or not theirs:
         return 0.0
     length = max(len(sample.input_ids) for sample in ours)
-    # as long as chance asks for, and short enough for short windows to have many, wherever they are cut
+    # long enough to exclude chance, and short enough that short windows contain many runs, wherever they are cut
     size = min(RUN, max(length // 4, min(length // 2, 16), 8), length)
     whole = _share(_whole(ours, max_seq_length), _whole(theirs, max_seq_length))
     n_repeated = [max(2, min(REPEATED, len(side))) for side in (ours, theirs)]
@@ -65,13 +65,13 @@ def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_lengt
 def _share(
     ours: np.ndarray, theirs: np.ndarray, n_repeated: Sequence[int] | None = None, but_not_all: bool = False
 ) -> float:
-    """Return the share of either side's numbers that the other has, whichever is larger.
+    """Return the larger of the two shares of one set's numbers that also occur in the other.
 
     Args:
         ours: Numbers.
         theirs: Numbers.
-        n_repeated: For each side, how often it has a number that is then left out; by default none is.
-        but_not_all: Leave none out where hardly any would remain: a text that repeats itself from beginning to end.
+        n_repeated: Number of occurrences in each set from which a number is left out; by default none is.
+        but_not_all: If true, leave none out if hardly any would remain, as in a text that repeats itself throughout.
     """
     (a, n_a), (b, n_b) = (np.unique(side, return_counts=True) for side in (ours, theirs))
     _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
@@ -85,19 +85,19 @@ def _share(
 
 
 def _is_plain(samples: Iterable[Sample]) -> bool:
-    """Return whether all tokens count, as in text that is not instructions."""
+    """Return whether all tokens count, unlike in instruction data."""
     return all((sample.targets != IGNORE_INDEX).all() for sample in samples)
 
 
 def _whole(samples: Iterable[Sample], max_seq_length: int) -> np.ndarray:
-    """Return a number for every sample that was not cut, equal for equal samples."""
+    """Return a hash of every sample that was not truncated."""
     rows = (torch.cat([ids, labels[-1:]]).numpy() for ids, labels in samples if len(ids) < max_seq_length)
     return np.array([hash(row.tobytes()) for row in rows], np.int64)
 
 
 def _runs(samples: Iterable[Sample], size: int) -> np.ndarray:
-    """Return a number for every run of `size` tokens that count, equal for equal runs."""
-    gap = torch.tensor([IGNORE_INDEX])  # no run reaches from one sample into the next
+    """Return a hash of every run of `size` counting tokens."""
+    gap = torch.tensor([IGNORE_INDEX])  # no run crosses from one sample to the next
     ids = torch.cat([part for sample in samples for part in (sample.targets, gap)]).numpy()
     n = max(len(ids) - size + 1, 0)
     numbers, runs = ids.astype(np.uint64) + np.uint64(1), np.zeros(n, np.uint64)

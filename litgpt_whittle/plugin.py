@@ -1,9 +1,9 @@
-"""Puts commands into `litgpt` without touching litgpt.
+"""Add commands to `litgpt` without changing litgpt.
 
-litgpt has no hook for plugins, but `import torch` calls every `torch.backends` entry point, and ours (`install`) puts
-an import hook in place that waits for `litgpt.__main__` and adds the commands found in the entry-point group
-`litgpt.commands`. An exception in `install` would break `import torch` for everyone, so it does nothing else, and
-this file imports neither torch nor litgpt at the top.
+litgpt has no hook for plugins, but `import torch` calls every `torch.backends` entry point. Ours (`install`) installs
+an import hook that waits for `litgpt.__main__` and adds the commands of the entry-point group `litgpt.commands`. An
+exception in `install` would break `import torch` for everyone, so it does nothing else, and this file imports neither
+torch nor litgpt at the top.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ TARGET = "litgpt.__main__"
 
 
 def install() -> None:
-    """Waits for litgpt's command line; called by every `import torch`."""
+    """Install the import hook for litgpt's command line; called by every `import torch`."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds `litgpt.__main__` as Python does, and has it loaded by `_Loader`."""
+    """Finds `litgpt.__main__` like Python's own finder, but with `_Loader` as its loader."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name != TARGET:
@@ -40,7 +40,7 @@ class _Finder:
 
 
 class _Loader:
-    """Loads `litgpt.__main__` and adds the commands to it."""
+    """Loads `litgpt.__main__` and adds the commands."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -52,11 +52,11 @@ class _Loader:
         self._loader.exec_module(module)
         try:
             add_commands(module)
-        except Exception as error:  # litgpt's own commands must go on working whatever happens here
+        except Exception as error:  # litgpt's own commands must keep working
             warnings.warn(f"litgpt_whittle could not add its commands to litgpt: {error!r}", stacklevel=2)
 
     def get_code(self, name: str) -> CodeType:
-        """`python -m litgpt` asks for code to run as `__main__`; it gets code that runs the extended module."""
+        """Return the code that `python -m litgpt` runs as `__main__`: a call of the extended module's `main`."""
         return compile(f"from {TARGET} import main\nmain()\n", f"<{TARGET}>", "exec")
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +64,7 @@ class _Loader:
 
 
 def add_commands(module: ModuleType) -> None:
-    """Adds the commands to litgpt's table, and to the list that litgpt checks the table against."""
+    """Add the commands to litgpt's table, and to the list that litgpt checks the table against."""
     added = commands(taken=set(module.PARSER_DATA))
     module.PARSER_DATA.update(added)
     names = list(module.parser_commands())
@@ -73,13 +73,13 @@ def add_commands(module: ModuleType) -> None:
 
 
 def commands(taken: set[str] | None = None) -> dict[str, Callable]:
-    """The registered commands by name.
+    """Return the registered commands by name.
 
-    Only a command that is named on the command line is imported. The others are stand-ins with the same help line, so
-    that no litgpt command waits for what it does not use.
+    Only the command named on the command line is imported. The others are stand-ins with the same help line, so that no
+    litgpt command waits for imports that it does not use.
 
     Args:
-        taken: Names that are litgpt's own.
+        taken: Names of litgpt's own commands.
 
     Raises:
         SystemExit: On Windows, if a command of this package is named on the command line.
@@ -108,7 +108,7 @@ def commands(taken: set[str] | None = None) -> dict[str, Callable]:
 
 
 def _stand_in(point: Any) -> Callable:
-    """A function without arguments that has the help of a command which is not imported."""
+    """Return a function without arguments, with the docstring of a command that is not imported."""
     import ast
     from importlib.util import find_spec
 
@@ -128,10 +128,10 @@ def _stand_in(point: Any) -> Callable:
 
 
 def show_user_errors_in_one_line(commands: set[str]) -> None:
-    """Prints a user's mistake without a traceback when it ends the process, with exit code 1 as Python does anyway.
+    """Print an uncaught UserError without a traceback; the exit code stays 1.
 
     Args:
-        commands: Those whose parser tells its own errors in one line, too.
+        commands: Names of the commands whose parser errors are printed on one line, too.
     """
     from litgpt_whittle import flags, recipes
 
@@ -154,9 +154,9 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
 
 
 def save_hyperparameters(function: Callable, out_dir: Path) -> None:
-    """Writes what the command line asked for to `hyperparameters.yaml`, as litgpt's commands do.
+    """Save the command line's settings to `hyperparameters.yaml`, as litgpt's commands do.
 
-    Does nothing when `function` was called from Python, where no command line tells.
+    Does nothing if `function` was called from Python, without a command line.
     """
     from importlib.metadata import entry_points
 
@@ -169,4 +169,4 @@ def save_hyperparameters(function: Callable, out_dir: Path) -> None:
     try:
         parser_config.save_hyperparameters(function, Path(out_dir), known_commands=known)
     finally:
-        sys.argv[:] = argv  # litgpt takes the command's name out for good
+        sys.argv[:] = argv  # litgpt removes the command's name from it

@@ -1,4 +1,4 @@
-"""What processes that share some work need of each other; all of it does nothing where there is only one."""
+"""Launch and synchronise the processes of a distributed run; a single process needs no communication."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _n_spread = 0
-"""How often work was spread over the processes"""
+"""Number of calls of `spread` so far"""
 
 HELD_BYTES = 2**26
-"""Freed memory that the system's allocator may hold on to, at least"""
+"""Growth of resident memory, in bytes, before freed memory is returned to the system"""
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 _resident_when_trimmed = 0
 
 _resident_at_launch = 0
-"""Bytes of this process's memory before it began"""
+"""Resident bytes of this process at `launch`"""
 
 
 def n_devices(asked: int | str) -> int:
-    """How many devices to use: GPUs, or processes on the CPU's cores where there are none.
+    """Return the number of devices to use: GPUs, or processes on the CPU's cores if there are no GPUs.
 
     Args:
-        asked: A number, or "auto": all GPUs, one process on a CPU.
+        asked: A number, or "auto" for all GPUs, or one process on a CPU.
 
     Raises:
-        UserError: If there are fewer.
+        UserError: If `asked` is not a number, or there are fewer devices.
     """
     gpus = torch.cuda.device_count()
     if asked in ("auto", -1, "-1"):
@@ -63,16 +63,16 @@ def n_devices(asked: int | str) -> int:
 def launch(
     n: int, precision: str = "32-true", num_nodes: int = 1, strategy: Any = "ddp", loggers: Sequence[Any] = ()
 ) -> L.Fabric:
-    """Starts the other processes, each of which runs this command from its beginning, and connects all of them.
+    """Start the other processes, each of which runs this command from its beginning, and connect all of them.
 
-    From then on all of them end when one does.
+    From then on, all of them end when one fails.
 
     Args:
         n: Devices per machine.
-        precision: As Fabric names it.
-        num_nodes: Machines.
-        strategy: How they share the work, as Fabric has it; where there is one device it does not matter.
-        loggers: As Fabric has them.
+        precision: Precision of Fabric.
+        num_nodes: Number of machines.
+        strategy: Strategy of Fabric; ignored on a single device.
+        loggers: Loggers of Fabric.
     """
     global _resident_at_launch
     _resident_at_launch = _resident()
@@ -84,11 +84,11 @@ def launch(
 
 
 def _watch(processes: Sequence[Any]) -> None:
-    """Ends this process with a message when one of those that it started has failed."""
+    """End this process with a message when one of the processes that it started has failed."""
     if not processes:
         return
     for thread in threading.enumerate():
-        if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a word
+        if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a message
             thread._run = lambda: True
 
     def watch() -> None:
@@ -116,48 +116,48 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
 
 
 def is_first_started() -> bool:
-    """Whether this process, which nothing connects to others yet, is the first of them, or will start them."""
-    # Lightning knows of RANK, LOCAL_RANK and SLURM's; who starts several machines without any of them sets NODE_RANK
+    """Return whether this process is rank 0, before `launch` starts or connects the others."""
+    # Lightning reads RANK, LOCAL_RANK and SLURM's variables; a start on several machines without them sets NODE_RANK
     return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def claimed_for_all(out_dir: Path) -> AbstractContextManager[Any]:
-    """`claimed` by the first process, before it starts the others or they find each other."""
+    """Return `claimed` on rank 0 and a null context on others, before the processes are started or connected."""
     return claimed(out_dir) if is_first_started() else nullcontext()
 
 
 def free_memory(device: torch.device, n_local: int) -> int:
-    """Bytes that a process may still take on its device; the `n_local` processes of a machine share its memory."""
+    """Return the free bytes on a process's device; on a CPU, the `n_local` processes of a machine share its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // n_local
 
 
 def n_sharing(device: torch.device) -> int:
-    """How many of this command's processes share a device's memory: all on a CPU, one on a GPU."""
+    """Return the number of this command's processes that share a device's memory: all on a CPU, one on a GPU."""
     return world_size() if device.type == "cpu" else 1
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process took on its device at most since `launch`."""
+    """Return the peak bytes that this process has used on its device since `launch`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident() - _resident_at_launch
 
 
 def peak_resident() -> int:
-    """Return the most bytes of memory that this process has taken so far."""
-    import resource  # of POSIX systems
+    """Return this process's peak resident memory in bytes."""
+    import resource  # on POSIX systems only
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def give_back_freed() -> None:
-    """Returns memory to the system that is free and that the system's allocator (glibc's) still holds.
+    """Return freed memory that glibc's allocator still holds to the system.
 
-    Buffers of many sizes, in turns, leave it with gaps that add up to more than what is in use. What is returned must
-    be fetched again, so nothing is until `HELD_BYTES` have come together.
+    Alternating buffers of many sizes fragment the heap, until gaps take more than the memory in use. Returned memory
+    must be requested again, so nothing is returned before resident memory has grown by `HELD_BYTES`.
     """
     global _resident_when_trimmed
     if _trim is not None and _resident() > _resident_when_trimmed + HELD_BYTES:
@@ -170,11 +170,11 @@ def _resident() -> int:
 
 
 class Termination:
-    """Notes SIGTERM, by which schedulers announce that they will take the machine away, instead of dying of it."""
+    """Context manager that records SIGTERM, which schedulers send before preemption, instead of ending the process."""
 
     def __enter__(self) -> Termination:
         self.is_announced = False
-        # only the main thread may; elsewhere the signal does what it always does
+        # only the main thread may set a handler; in other threads the signal keeps its default action
         in_main = threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._note) if in_main else None
         return self
@@ -187,7 +187,7 @@ class Termination:
             signal.signal(signal.SIGTERM, self._before)
 
     def agreed(self, fabric: L.Fabric) -> bool:
-        """Whether any process was told; all of them must ask."""
+        """Return whether any rank received SIGTERM; a collective, which all ranks must call."""
         if fabric.world_size == 1:
             return self.is_announced
         told = torch.tensor(float(self.is_announced), device=fabric.device)
@@ -195,25 +195,25 @@ class Termination:
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's rank."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes share the work."""
+    """Return the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Waits until all processes are here, so that each finds the files that the others have written."""
+    """Wait for all processes, so that each finds the files that the others have written."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def leave() -> bool:
-    """Ends the sharing; says whether this is the first process, which goes on alone.
+    """Shut down the process group, and return whether this is rank 0, which continues alone.
 
-    Processes that just exited could find their connections gone and abort.
+    Processes that exited without it could find their connections closed and abort.
     """
     is_first = rank() == 0
     if distributed.is_initialized():
@@ -223,16 +223,16 @@ def leave() -> bool:
 
 
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums a tensor over the processes, in place."""
+    """Sum a tensor over the processes, in place."""
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, in the order of the processes, on all of them.
+    """Return the values of all processes, in order of rank, on every process.
 
-    Where another process is gone, this one ends.
+    Ends this process if another one is gone.
     """
     if not distributed.is_initialized():
         return [value]
@@ -246,21 +246,21 @@ def gather(value: T) -> list[T]:
 
 def _lost(error: Exception) -> None:
     if rank() == 0:
-        time.sleep(2)  # the watch knows which one, and how it ended
+        time.sleep(2)  # `_watch` reports which process ended, and how
     _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
 
 
 def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Applies a function to items, each on whichever process is free; all of them get all results, in order.
+    """Apply a function to items in parallel, each on the next free process; yield all results in order on all of them.
 
-    A process that waits for others' results is given its next item first, so that slow items hold nobody up.
+    A process takes its next item before it waits for others' results, so that slow items block no one.
     """
     if not distributed.is_initialized():
         yield from map(function, items)
         return
     global _n_spread
-    _n_spread += 1  # the same on all processes, which call this in step
-    # what the processes found each other by; PyTorch gives no other way to it
+    _n_spread += 1  # the same on all processes, which make the same calls
+    # the store of the process group's rendezvous, which PyTorch exposes nowhere else
     store = distributed.PrefixStore(f"spread {_n_spread}", distributed.distributed_c10d._get_default_store())
     n_given = 0
     try:
@@ -276,15 +276,15 @@ def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
 
 
 def each(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Applies a function in which all processes work together to items, one after the other."""
+    """Apply a function that all processes run together to items, one after the other."""
     return map(function, items)
 
 
 def first_does(function: Callable[[], T]) -> T:
-    """What the first process returns of a function that the others do not call.
+    """Call a function on rank 0 only, and return its result on all ranks.
 
     Raises:
-        UserError: If it did; the other processes end without a word.
+        UserError: On rank 0, if the function raises it; the other ranks exit with code 0.
     """
     result, failure = None, None
     if rank() == 0:
@@ -300,13 +300,13 @@ def first_does(function: Callable[[], T]) -> T:
     return result
 
 
-# looked up here, since little may be done between a fork and what follows it
+# looked up at import, since little is allowed between fork and exec
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h"""
+"""Constant of linux/prctl.h"""
 
 
 def stop_with_parent() -> None:
-    """Has Linux tell this process to stop, by SIGTERM, when the one that started it was killed."""
+    """Make Linux send SIGTERM to this process when its parent ends."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Recipes by their names in config_hub, from a clone or from an installed package, in any working directory."""
+"""Find recipes by their paths in config_hub, in a clone or an installed package, from any working directory."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 HUB = "config_hub"
-"""Folder of the recipes: at the top of the repository, within the package once that is installed"""
+"""Folder of the recipes: at the top of the repository, or in the package once it is installed"""
 
 
 def find_recipe(path: Path | str) -> Path | str:
     """Return the packaged recipe that a path such as `config_hub/search/pythia-6.9b/410m.yaml` names.
 
-    A file in the working directory comes first, and any other path is returned as it is.
+    A file in the working directory takes precedence, and any other path is returned unchanged.
     """
     given = Path(path)
     if given.parts[:1] != (HUB,) or ".." in given.parts or given.exists():
@@ -29,7 +29,7 @@ def install() -> None:
     apply = ActionConfigFile.apply_config
 
     def apply_found(parser: Any, cfg: Any, dest: str, value: Any) -> None:
-        # a YAML's text may take the place of its path
+        # the value may be a YAML text instead of a path
         is_path = isinstance(value, str) and "\n" not in value and value.startswith(HUB)
         apply(parser, cfg, dest, str(find_recipe(value)) if is_path else value)
 

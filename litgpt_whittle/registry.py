@@ -1,4 +1,4 @@
-"""Finds the parts of this project, and of anyone else's, by name through entry points."""
+"""Find components of this project and of other packages by name, through entry points."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def _points(group: str) -> dict[str, EntryPoint]:
 
 
 def names(group: str) -> list[str]:
-    """The names registered in an entry-point group, sorted."""
+    """Return the sorted names in an entry-point group."""
     return sorted(_points(group))
 
 
 def lookup(group: str, name: str) -> Any:
-    """Loads what is registered under a name.
+    """Load the object registered under a name.
 
     Raises:
-        UserError: If nothing is, or it cannot be imported.
+        UserError: If the name is unknown, or its object cannot be imported.
     """
     points = _points(group)
     if name not in points:
@@ -38,7 +38,7 @@ def lookup(group: str, name: str) -> Any:
 
 
 def load_all(group: str) -> dict[str, Any]:
-    """Loads everything in a group by name; what cannot be imported is named in a warning and left out."""
+    """Load all objects of a group by name; those that cannot be imported are skipped with a warning."""
     found = {}
     for name, point in sorted(_points(group).items()):
         try:
@@ -49,19 +49,19 @@ def load_all(group: str) -> dict[str, Any]:
 
 
 def with_settings(group: str, choice: str | dict[str, dict[str, Any]], kind: str, n_given: int) -> dict[str, Any]:
-    """What is chosen of a group, and all its settings, those left out as they are by default.
+    """Return a choice from a group with all of its settings, defaults included.
 
     Args:
         group: The entry-point group.
         choice: A name, or a name with settings.
-        kind: What the group's things are called.
-        n_given: How many arguments they take that are no settings, before these.
+        kind: Name for members of the group, for messages.
+        n_given: Number of leading arguments that are not settings.
 
     Returns:
-        The name, and below it the settings.
+        A dictionary from the name to its settings.
 
     Raises:
-        UserError: If there is nothing of that name, or it does not take a setting.
+        UserError: If the choice is not one name, the name is unknown, or it has no such setting.
     """
     choice = {choice: {}} if isinstance(choice, str) else choice
     if not isinstance(choice, dict) or len(choice) != 1 or not all(isinstance(s, dict) for s in choice.values()):
@@ -75,7 +75,7 @@ def with_settings(group: str, choice: str | dict[str, dict[str, Any]], kind: str
 
 
 def version() -> str:
-    """This project's version."""
+    """Return this project's version."""
     try:
         return metadata.version("litgpt-whittle")
     except metadata.PackageNotFoundError:  # run from its source folder

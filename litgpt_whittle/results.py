@@ -1,4 +1,4 @@
-"""What commands leave in their folders, as objects: for the Python API, reports and whoever asks afterwards."""
+"""Outputs of the commands as objects, for the Python API and reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `litgpt search` left in its folder."""
+    """Output folder of `litgpt search`."""
 
     folder: Path
     teacher: Path | None = None
@@ -37,17 +37,17 @@ class SearchResult:
 
     @cached_property
     def findings(self) -> Findings:
-        """Its evaluations, and what their scores depend on."""
+        """The search's evaluations and journal header."""
         return Findings.read(self.folder)
 
     @property
     def bests(self) -> dict[str, Evaluation]:
-        """The best evaluation of every bin."""
+        """The best evaluation of each bin."""
         return best_of(self.findings.evaluations, self.findings.score)
 
     @property
     def best(self) -> Evaluation:
-        """The best evaluation, of the first bin where there are several."""
+        """The best evaluation, in the first of several bins."""
         return next(iter(self.bests.values()))
 
     @property
@@ -70,45 +70,45 @@ class SearchResult:
         return as_text(self.findings.bests)
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """Return the table as HTML for notebooks."""
         return table(self.findings.bests)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A litgpt checkpoint, such as `litgpt extract` leaves it."""
+    """A litgpt checkpoint, such as `litgpt extract` writes."""
 
     folder: Path
 
     @property
     def config(self) -> Config:
-        """litgpt's config, padded to the widest layer where layers differ."""
+        """litgpt's config, padded to the widest layer if layers differ."""
         return check_checkpoint(self.folder)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where it was cut from, as it was noted then; empty where that is not known."""
+        """Provenance of the sub-network, recorded by `litgpt extract`; empty if unknown."""
         path = self.folder / "sub_network.yaml"
         return (read_choice(path).get("provenance") or {}) if path.is_file() else {}
 
     @property
     def n_params(self) -> int:
-        """Its parameters in its true shape, as they are saved: a tied matrix once."""
+        """Number of parameters in the true shape, with a tied matrix counted once."""
         config, shape = self.config, read_model_class(self.folder).get("shape")
         whole = SubNet.full(config) if shape is None else SubNet.from_dict(config, shape)
         return n_params(config, whole, is_tied(read_weights(self.folder)))
 
     @property
     def calibration_tokens(self) -> int:
-        """The tokens that its repair saw."""
+        """Calibration tokens of the repair; 0 without one."""
         return (self.origin.get("repair") or {}).get("tokens", 0)
 
     def load(self) -> GPT:
-        """The model, with its weights."""
+        """Load the model with its weights."""
         return load_model(self.folder)
 
     def llm(self) -> LLM:
-        """The same as litgpt's `LLM`, which generates text; it needs the tokenizer."""
+        """Load the checkpoint as litgpt's `LLM`, which generates text; it needs the tokenizer."""
         from litgpt import LLM
 
         return LLM.load(str(self.folder))
@@ -116,18 +116,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `litgpt distill` or `litgpt pretrain_supernet` left in its folder."""
+    """Output folder of `litgpt distill` or `litgpt pretrain_supernet`."""
 
     folder: Path
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of its ``metrics.jsonl``."""
+        """The lines of ``metrics.jsonl``."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """Tokens and validation loss in nats per token, as training went on."""
+        """Pairs of tokens and validation loss in nats per token, in order of training."""
         return [(row["tokens"], row["val_loss"]) for row in self.rows if "val_loss" in row]
 
     @property
@@ -135,7 +135,7 @@ class TrainingResult:
         """The last validation loss, in nats per token.
 
         Raises:
-            UserError: If there was none yet.
+            UserError: If there is none yet.
         """
         if not self.curve:
             raise UserError(f"{str(self.folder)!r} has no validation loss; name the out_dir of a training that ended")
@@ -148,7 +148,7 @@ class TrainingResult:
 
     @property
     def teacher_val_loss(self) -> float | None:
-        """The teacher's loss on the same batches, where it was measured."""
+        """The teacher's loss on the same batches, if measured."""
         return next((row["teacher_val_loss"] for row in self.rows if "teacher_val_loss" in row), None)
 
     @property
@@ -158,15 +158,15 @@ class TrainingResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training ended, and its model is saved."""
+        """True if training has ended and its model is saved."""
         return (self.folder / "final" / WEIGHTS).is_file()
 
 
 def searched_perplexity(origin: Mapping[str, Any]) -> float | None:
-    """What a search measured of the sub-network with this provenance: its perplexity as repaired, or else as cut."""
+    """Return the perplexity that a search measured for this provenance: as repaired, or else as cut."""
     return origin.get("repaired_perplexity", origin.get("perplexity"))
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
-    """The first number of tokens at which a curve is at most `loss`; none where it never is."""
+    """Return the first number of tokens at which a curve is at most `loss`; None if it never is."""
     return next((tokens for tokens, value in curve if value <= loss), None)

@@ -1,4 +1,4 @@
-"""`litgpt cache_teacher`: write what a teacher says about a corpus once, for many students to learn from."""
+"""`litgpt cache_teacher`: precompute a teacher's outputs on a corpus for offline distillation of many students."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from litgpt_whittle.training.resume import describe, flatten
 
 @dataclass
 class WindowArgs(BatchArgs):
-    """How the teacher sees the data"""
+    """Micro batch size and sequence length for the teacher"""
 
     max_seq_length: int | None = None
-    """Length of samples, as ``litgpt distill`` will have it; by default the teacher's block size"""
+    """Length of samples, the same as in ``litgpt distill``; by default the teacher's block size"""
 
 
 def setup(
@@ -56,30 +56,30 @@ def setup(
     resume: bool = False,
     seed: int = 42,
 ) -> None:
-    """Write what a teacher says about a corpus, for students to learn from without it.
+    """Precompute a teacher's outputs on a corpus for offline distillation.
 
     Train with ``litgpt distill --teacher_cache``, with the same data, tokenizer and ``train.max_seq_length``.
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        data: What the students will be trained on: the training part of any litgpt data module, or
+        data: The students' training data: the training split of any litgpt data module, or
             ``--data HFText --data.path PATH``.
-        out_dir: Where the cache goes.
-        codec: What is kept of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or that and its
-            settings: ``sampled``, 12 random draws that are right on average (``{sampled: {draws: 12}}``); ``top_k``,
-            the most likely tokens and the mass of all others (``{top_k: {k: 64}}``); ``full``, all logits.
-        temperature: Divides logits before they become probabilities; the students' ``distill.temperature``. The codec
-            ``full`` serves any.
-        train: How the teacher sees the data.
-        max_tokens: Stop after this many tokens, the first ones that a training sees; by default all are cached.
+        out_dir: Directory of the cache.
+        codec: Encoding of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or the name with
+            settings: ``sampled``, 12 random draws, unbiased (``{sampled: {draws: 12}}``); ``top_k``, the most likely
+            tokens and the mass of all others (``{top_k: {k: 64}}``); ``full``, all logits.
+        temperature: Divisor of the logits before the softmax; the same as the students' ``distill.temperature``. The
+            codec ``full`` serves any temperature.
+        train: Micro batch size and sequence length for the teacher.
+        max_tokens: Cache only the first tokens of training, up to this number; by default all.
         precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
-        devices: Devices that share the work: GPUs, or processes on a CPU's cores. The cache is the same with any
-            number of them.
-        teacher_placement: How they share the teacher: each has all of it, or they hold a part each (FSDP2), for one
-            that is larger than a device's memory.
-        shard_size: The size of the files, which is also what is lost when caching is interrupted.
-        resume: Continue the cache in ``out_dir``. All else must be the same.
-        seed: The seed of random draws and of the data's order.
+        devices: Devices that share the work: GPUs, or processes on a CPU's cores. The cache does not depend on their
+            number.
+        teacher_placement: ``replicated``: each device holds the teacher. ``sharded``: the devices hold a part of it
+            each (FSDP2), for a teacher that does not fit in one device's memory.
+        shard_size: Size of a cache file; an interruption loses at most the unfinished file.
+        resume: Continue the cache in ``out_dir``. All other settings must be the same.
+        seed: Seed of the random draws and of the data order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
     contents = check(Namespace(**locals()))
@@ -104,16 +104,16 @@ def setup(
 
 
 def check(args: Namespace) -> Contents:
-    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+    """Run the checks that take no time; `litgpt whittle` runs them before its first stage.
 
     Args:
-        args: The command's arguments, by their names.
+        args: The command's arguments, by name.
 
     Returns:
-        What the cache is to be made of.
+        Settings that determine the cache's contents.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first invalid setting.
     """
     _check_numbers(args.data, args.temperature, args.max_tokens, args.seed)
     teacher, length = check_checkpoint(args.checkpoint_dir), args.train.max_seq_length
@@ -125,7 +125,7 @@ def check(args: Namespace) -> Contents:
     if n_devices(args.devices) == 1 and args.teacher_placement == "sharded":
         raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
     gives = make_codec(args.codec, teacher.padded_vocab_size, args.temperature).gives
-    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
     check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return Contents(
         teacher=teacher.name,
@@ -167,17 +167,18 @@ def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
 
 
 def _described(data: DataModule) -> dict[str, Any]:
-    """The data module's class and settings, without how fast it is read."""
+    """Return the data module's class and settings, without the number of workers, which does not change the data."""
     settings = flatten(describe(data))
     settings.pop("init_args.num_workers", None)
     return settings
 
 
 def _begin(out_dir: Path, contents: Contents, resume: bool) -> Index:
-    """The index to go on with.
+    """Return a new index, or the existing one when resuming.
 
     Raises:
-        UserError: If there is a cache and should be none, none and should be one, or one of other contents.
+        UserError: If there is no cache to resume, `out_dir` is not empty without `resume`, or the existing cache has
+            other contents.
     """
     if not (out_dir / INDEX).is_file():
         if resume:
@@ -198,7 +199,7 @@ def _begin(out_dir: Path, contents: Contents, resume: bool) -> Index:
 
 
 def _write_index(out_dir: Path, index: Index, checkpoint_dir: Path, teacher: Config) -> None:
-    """The index, and what a student is checked against: the teacher's config and tokenizer."""
+    """Write the index, and the teacher's config and tokenizer, against which students are checked."""
     out_dir.mkdir(parents=True, exist_ok=True)
     index.write(out_dir)
     copy_tokenizer(checkpoint_dir, out_dir)
@@ -208,7 +209,7 @@ def _write_index(out_dir: Path, index: Index, checkpoint_dir: Path, teacher: Con
 
 
 def summary(out_dir: Path, index: Index) -> str:
-    """What was written, for people."""
+    """Return a readable summary of the cache."""
     n_windows = sum(shard.n_windows for shard in index.shards)
     n_bytes = sum(shard_path(out_dir, i).stat().st_size for i in range(len(index.shards)))
     n_tokens = n_windows * index.length

@@ -1,4 +1,4 @@
-"""`litgpt distill`: pretrain a student with its teacher's help. Takes all that `litgpt pretrain` takes."""
+"""`litgpt distill`: pretrain a student with its teacher's help. Accepts all options of `litgpt pretrain`."""
 
 from __future__ import annotations
 
@@ -124,16 +124,16 @@ def setup(
 
     Arguments:
         model_name: A litgpt model to start from random weights, where no student is given. Use "list" to list them.
-        model_config: The same by its ``litgpt.Config``. Overrides ``model_name``.
+        model_config: A ``litgpt.Config`` to start from random weights. Overrides ``model_name``.
         out_dir: Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``.
-        precision: The precision to train in; the teacher runs in bf16 where it is a bf16 one. Determines a
-            compatible precision setting by default.
-        initial_checkpoint_dir: The student: a litgpt checkpoint directory, such as ``litgpt extract`` writes.
+        precision: The precision to train in; if it is a bf16 one, the teacher runs in bf16. Determines a compatible
+            precision setting by default.
+        initial_checkpoint_dir: The student's litgpt checkpoint directory, such as ``litgpt extract`` writes.
         resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
-            ``out_dir``, or ``'auto'`` for the same but only if there is one. All settings must be those of the run.
+            ``out_dir``, or ``'auto'`` to resume only if there is one. All settings must be those of the run.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
-        train: Training-related arguments. Training ends at the first of ``max_tokens``, ``max_steps`` and
-            ``max_time``.
+        train: Training-related arguments. Training ends when the first of ``max_tokens``, ``max_steps`` and
+            ``max_time`` is reached.
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
         log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
         optimizer: An optimizer name (such as "AdamW") or config.
@@ -145,23 +145,25 @@ def setup(
         seed: The random seed to use for reproducibility.
         teacher_checkpoint_dir: The teacher's litgpt checkpoint directory. Needed unless there is a ``teacher_cache``
             or ``distill.beta`` is 0.
-        teacher_cache: What ``litgpt cache_teacher`` wrote of the teacher on the same data. No teacher is run then, but
-            for its one validation where ``teacher_checkpoint_dir`` is given too.
+        teacher_cache: Directory that ``litgpt cache_teacher`` wrote for this teacher and the same data. The teacher is
+            then not run, except for one validation if ``teacher_checkpoint_dir`` is given too.
         sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
         repair: Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
             settings.
-        random_weights: Take the student's architecture alone and start from random weights, for a comparison.
-        distill: What the student learns from.
-        compile: Whether to compile the student. Off saves a minute of start-up that small models don't earn back.
-        strategy: How several devices share the student: ``fsdp`` spreads its weights over them (FSDP2), which is the
-            default; with ``ddp`` each has all of it, which is faster for small ones.
-        teacher_placement: How they share the teacher: each has all of it, they hold a part each, or what memory asks
-            for.
-        teacher_quantize: Runs the teacher's blocks in fewer bits, as ``litgpt generate --quantize`` does.
-        activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
-        checkpoint_type: What is saved on the way: a stock litgpt checkpoint, for which the first process gathers all
-            weights and the optimizer's state, or each process's own part. The final one is full.
-        dry_run: Whether to stop when everything is checked and the memory that training will take is printed.
+        random_weights: Use only the student's architecture and start from random weights, as a baseline.
+        distill: Losses, weights and temperature of the distillation.
+        compile: If true, compile the student. Without it, training starts about a minute earlier, which can pay off
+            for small models.
+        strategy: Distribution of the student over several devices: ``fsdp`` shards its weights (FSDP2) and is the
+            default; ``ddp`` replicates them, which is faster for small models.
+        teacher_placement: Distribution of the teacher over several devices: replicated, sharded, or chosen by the
+            memory that training needs.
+        teacher_quantize: Quantize the teacher's blocks, as ``litgpt generate --quantize`` does.
+        activation_checkpointing: If true, recompute activations in the backward pass: slower, with less memory.
+        checkpoint_type: Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first
+            process gathers all weights and the optimizer state, or ``sharded``, one part per process. The final
+            checkpoint is full.
+        dry_run: If true, check all settings, print the memory that training needs, and stop.
     """
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
@@ -223,7 +225,7 @@ def setup(
             start, seen = out_dir / "start", BatchArgs(train.micro_batch_size, seq_length)
             key = extract.key_of(teacher_dir, sub_network, None, repair, data, seen, seed)
             if not (resume and extract.is_finished(start, key)):
-                module = copy.deepcopy(data)  # training connects it anew
+                module = copy.deepcopy(data)  # training connects its own copy
                 extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
             student = Student.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
             origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
@@ -323,7 +325,7 @@ def main(
     settings: dict[str, Any],
     state: dict[str, Any] | None,
 ) -> None:
-    """Builds student, teacher and data, in litgpt's order, and trains."""
+    """Build student, teacher and data, in litgpt's order, and train."""
     fabric.seed_everything(seed)
     model = build_model(fabric, student, seq_length, activation_checkpointing)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
@@ -335,7 +337,7 @@ def main(
         fabric, data, tokenizer_dir, train.micro_batch_size, seq_length, eval.max_iters
     )
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
-    # one that is cached is run for its validation only, before training
+    # a cached teacher runs only for its validation, before training
     is_run = teacher_dir is not None and (cache is None or state is None)
     dtype = teacher_dtype(fabric._precision.precision)
     live = None
@@ -350,7 +352,7 @@ def main(
     job.helper = hidden
     frozen = [live.model.config] if live is not None and cache is None else []
     job.flops_per_iter = count_flops(model, train.micro_batch_size, seq_length, frozen)
-    del live  # a cached one is gone after its validation
+    del live  # frees a cached teacher after its validation
     run = begin(fabric, job, train_loader, validation, schedule, seq_length, out_dir, settings, state)
     fit(run, train, eval)
 
@@ -364,15 +366,15 @@ def make_job(
     objectives: Callable[[float], Objective],
     save: Callable,
 ) -> Job:
-    """What the training loop does with a batch.
+    """Return the training loop's job: the steps for training and validation batches.
 
     Args:
-        root: What Fabric set up.
-        losses_of: The model within.
-        optimizer: Its optimizer.
-        teacher: What the student learns from.
-        live: The teacher that can be validated.
-        objectives: What is learned when a share of the training is done.
+        root: The module that Fabric set up.
+        losses_of: The loss model inside `root`.
+        optimizer: The optimizer of `root`.
+        teacher: Source of the teacher's outputs; None without one.
+        live: The teacher to validate, if any.
+        objectives: The objective for a given fraction of training done.
         save: Writes a checkpoint.
     """
 

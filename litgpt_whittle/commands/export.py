@@ -1,4 +1,4 @@
-"""`litgpt export`: a checkpoint as a directory that other tools open."""
+"""`litgpt export`: convert a checkpoint to a directory for other tools."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def setup(
     check: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Export a checkpoint as a Hugging Face directory, for transformers and all that builds on it.
+    """Export a checkpoint as a Hugging Face directory, for transformers and tools that build on it.
 
     Arguments:
         checkpoint_dir: The litgpt checkpoint's directory.
-        format: What to write: ``hf`` is ``config.json``, safetensors and the tokenizer's files.
-        out_dir: Where it goes.
-        max_shard_size: How large a file of weights may be.
-        check: Open what was written with transformers and compare its logits with litgpt's, one model after the other
-            in float32; where they differ, nothing is exported.
+        format: Output format: ``hf`` writes ``config.json``, safetensors and the tokenizer's files.
+        out_dir: Output directory.
+        max_shard_size: Maximum size of a weights file.
+        check: Load the exported model with transformers and compare its logits with litgpt's, one model after the
+            other in float32; if they differ, nothing is exported.
         overwrite: Replace the model in ``out_dir``.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), Path(out_dir)

@@ -1,4 +1,4 @@
-"""`litgpt extract`: cut a sub-network out of its teacher, as a litgpt checkpoint that stock litgpt opens."""
+"""`litgpt extract`: cut a sub-network out of its teacher and save it as a checkpoint that stock litgpt opens."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def setup(
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        sub_network: The YAML that says what to keep, such as ``best.yaml`` of ``litgpt search``; or the search's
-            folder: the best of each bin is cut out then.
-        out_dir: Where the student's checkpoint goes; of a search's folder, each into a folder of its own in it.
-        dtype: Store the weights as this type; by default as the teacher stores them.
+        sub_network: YAML of the kept units, such as ``best.yaml`` of ``litgpt search``; or the folder of a search, to
+            extract the best sub-network of each bin.
+        out_dir: Directory of the student's checkpoint; for a search folder, each student goes to a folder in it.
+        dtype: Data type of the stored weights; by default the teacher's.
         overwrite: Replace the checkpoint in ``out_dir``.
-        repair: Fit what is cut off into what stays, in closed form: ``true``, or settings such as
-            ``--repair.refine_passes 1``.
-        data: What a repair calibrates on: the training part of any litgpt data module, or
+        repair: Fit the remaining weights in closed form, so that they compensate for the removed units: ``true``, or
+            settings such as ``--repair.refine_passes 1``.
+        data: Calibration data of the repair: the training split of any litgpt data module, or
             ``--data HFText --data.path PATH``.
-        train: How it sees the data.
+        train: Micro batch size and sequence length for the repair.
         devices: Devices that share a repair's calibration tokens: GPUs, or processes on a CPU's cores.
-        seed: The seed of the data's order.
+        seed: Seed of the data order.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     sub_network, out_dir = Path(sub_network), Path(out_dir)
@@ -124,11 +124,11 @@ def setup(
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         try:
             repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
-        except UserError:  # nothing that the same command could go on from
+        except UserError:  # the same command could not resume from it
             scratch.remove()
             raise
         if not leave():
-            return  # the first process has the whole student, as all have
+            return  # every process has the whole student; the first one saves it
         subnet, student = repaired.subnet, repaired.weights
         counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
     if repaired is None:
@@ -159,7 +159,7 @@ def setup(
 
 
 def _why_not_convertible(subnet: SubNet) -> str | None:
-    """What of a student, as it is saved, its class in transformers cannot express; None where it can."""
+    """Return the reason why the student's class in transformers cannot express it as saved; None if it can."""
     try:
         fit_heads(subnet.config, check_expressible(subnet.config))
     except UserError as error:
@@ -168,7 +168,7 @@ def _why_not_convertible(subnet: SubNet) -> str | None:
 
 
 def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
-    """The best sub-networks that a search left in its folder."""
+    """Return the files of the best sub-networks in a search's folder."""
     found = sorted(path for path in folder.glob("best*.yaml") if not path.stem.endswith("-by-score"))
     if not found:
         raise UserError(
@@ -188,20 +188,20 @@ def key_of(
     train: BatchArgs,
     seed: int,
 ) -> str:
-    """What tells students of other weights, sub-networks or settings apart."""
+    """Return a fingerprint of all that determines a student: teacher weights, sub-network and settings."""
     told = [weights_fingerprint(checkpoint_dir), sub_network.read_text(), dtype, repair, seed]
-    told += [describe(data), describe(train)] if repair else []  # nothing else sees any text
+    told += [describe(data), describe(train)] if repair else []  # only a repair reads data
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def is_finished(folder: Path, key: str) -> bool:
-    """Whether a folder has the student that would be cut out into it."""
+    """Return whether a folder already holds the student with this key."""
     path = folder / "sub_network.yaml"
     return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == key
 
 
 def _students_table(students: Mapping[Path, Path]) -> str:
-    """The students of a search, with the perplexities that it measured."""
+    """Return a table of a search's students, with the perplexities that the search measured."""
     lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
     for folder in students.values():
         origin = read_choice(folder / "sub_network.yaml")["provenance"]
@@ -212,7 +212,7 @@ def _students_table(students: Mapping[Path, Path]) -> str:
 
 
 def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
-    """Parameters of student and teacher; of the student's padded stock form too, where that is larger."""
+    """Count the parameters of student and teacher, and of a non-uniform student's padded stock form."""
     counts = {
         "n_params": n_params(subnet.teacher, subnet, tied),
         "n_params_teacher": n_params(subnet.teacher, SubNet.full(subnet.teacher), tied),
@@ -223,13 +223,13 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
 
 
 def check(args: Namespace) -> None:
-    """Makes the checks that need no sub-network; `litgpt whittle` makes them before its first stage.
+    """Run the checks that need no sub-network; `litgpt whittle` runs them before its first stage.
 
     Args:
-        args: The command's arguments, by their names.
+        args: The command's arguments, by name.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first invalid setting.
     """
     _check_devices(args.devices, args.repair)
     if args.repair:
@@ -245,7 +245,7 @@ def _check_devices(devices: int | str, repair: bool | RepairArgs) -> int:
 
 
 def _check_calibration(repair: RepairArgs, data: DataModule | None, train: BatchArgs, checkpoint_dir: Path) -> int:
-    """The length of the samples that a repair sees."""
+    """Check the settings of a repair's calibration, and return the length of its samples."""
     if data is None:
         raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
     teacher = check_checkpoint(checkpoint_dir)
@@ -258,14 +258,14 @@ def _check_calibration(repair: RepairArgs, data: DataModule | None, train: Batch
 def _open_scratch(
     checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
 ) -> Scratch:
-    """A folder beside `out_dir` for what the repair cannot hold in memory, found again after an interruption."""
+    """Open the repair's scratch folder beside `out_dir`, the same one after an interruption."""
     keys = [weights_fingerprint(checkpoint_dir), repr(subnet), repr(args)]
     scratch = scratch_beside(out_dir, "repair", windows, keys)
     needed = scratch_bytes(subnet, windows.numel(), args.refine_passes > 0) - scratch.size
     try:
         check_space(out_dir, needed, "the repair's scratch files")
     except UserError:
-        if scratch.is_new:  # nothing to go on from
+        if scratch.is_new:  # nothing to resume from
             scratch.remove()
         raise
     return scratch
@@ -292,7 +292,7 @@ def _repair_summary(repaired: Repaired) -> str:
 
 
 def _convert(weights: Weights, dtype: torch.dtype) -> None:
-    """Converts in place, a tensor at a time, so that two students never lie in memory; tied weights stay tied."""
+    """Convert in place, a tensor at a time, so that memory never holds two students; tied weights stay tied."""
     done: dict[int, torch.Tensor] = {}
     for name in list(weights):
         tensor = weights[name]
@@ -302,7 +302,7 @@ def _convert(weights: Weights, dtype: torch.dtype) -> None:
 
 
 def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir: Path) -> str:
-    """What was done, in a few lines for people."""
+    """Return a readable summary of the extraction."""
     before, after = counts["n_params_teacher"], counts["n_params"]
     layers = "" if subnet.n_layer.is_prefix else f" (the teacher's {subnet.n_layer})"
     lines = [
@@ -324,7 +324,7 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
 
 
 def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:
-    """Name, teacher's size and kept size of every dimension that shrank."""
+    """Return name, teacher's size and kept size of every dimension that shrank."""
     teacher = subnet.teacher
     keeps = [subnet.layer(i) for i in range(len(subnet))]
     dense = [keep for keep in keeps if keep.n_expert is None]

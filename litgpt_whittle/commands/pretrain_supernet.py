@@ -1,4 +1,4 @@
-"""`litgpt pretrain_supernet`: train a model so that its sub-networks are good, too. Takes all of `litgpt pretrain`."""
+"""`litgpt pretrain_supernet`: train a model together with its sub-networks. Takes all options of `litgpt pretrain`."""
 
 from __future__ import annotations
 
@@ -88,22 +88,22 @@ def setup(
     checkpoint_type: Literal["full", "sharded"] = "full",
     dry_run: bool = False,
 ):
-    """Pretrain, or go on training, a model so that its sub-networks are good, too.
+    """Pretrain, or continue to train, a model together with its sub-networks.
 
-    The result is a stock litgpt checkpoint, which search, extract, distill and generate take as any other. With one
-    of litgpt's instruction data modules, it is finetuned this way.
+    The result is a stock litgpt checkpoint, which search, extract, distill and generate accept like any other. One of
+    litgpt's instruction data modules makes it a finetuning.
 
     Arguments:
         model_name: A litgpt model to start from random weights. Use "list" to list them.
-        model_config: The same by its ``litgpt.Config``. Overrides ``model_name``.
+        model_config: A ``litgpt.Config`` to start from random weights. Overrides ``model_name``.
         out_dir: Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``.
         precision: The precision to train in. Determines a compatible precision setting by default.
-        initial_checkpoint_dir: A pretrained litgpt checkpoint directory to go on from.
+        initial_checkpoint_dir: A pretrained litgpt checkpoint directory to continue from.
         resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
-            ``out_dir``, or ``'auto'`` for the same but only if there is one. All settings must be those of the run.
+            ``out_dir``, or ``'auto'`` to resume only if there is one. All settings must be those of the run.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
-        train: Training-related arguments. Training ends at the first of ``max_tokens``, ``max_steps`` and
-            ``max_time``. A token counts once, however many networks see it.
+        train: Training-related arguments. Training ends when the first of ``max_tokens``, ``max_steps`` and
+            ``max_time`` is reached. A token counts once, however many networks are trained on it.
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
         log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
         optimizer: An optimizer name (such as "AdamW") or config.
@@ -112,13 +112,14 @@ def setup(
         tokenizer_dir: Tokenizer for the data module, copied into the checkpoints. By default the checkpoint's.
         logger_name: The name of the logger to send metrics to.
         seed: The random seed to use for reproducibility.
-        supernet: Which sub-networks are trained, and what they learn.
-        strategy: How several devices share the model: ``fsdp`` spreads its weights over them (FSDP2), which is the
-            default; with ``ddp`` each has all of it.
-        activation_checkpointing: Whether to compute activations again instead of keeping them: slower, in less memory.
-        checkpoint_type: What is saved on the way: a stock litgpt checkpoint, for which the first process gathers all
-            weights and the optimizer's state, or each process's own part. The final one is full.
-        dry_run: Whether to stop when everything is checked and the memory that training will take is printed.
+        supernet: Sampling of the sub-networks to train, and their losses.
+        strategy: Distribution of the model over several devices: ``fsdp`` shards its weights (FSDP2) and is the
+            default; ``ddp`` replicates them.
+        activation_checkpointing: If true, recompute activations in the backward pass: slower, with less memory.
+        checkpoint_type: Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first
+            process gathers all weights and the optimizer state, or ``sharded``, one part per process. The final
+            checkpoint is full.
+        dry_run: If true, check all settings, print the memory that training needs, and stop.
     """
     if model_name == "list":
         print("Available values:\n" + "\n".join(sorted(name_to_config)))
@@ -185,7 +186,11 @@ def setup(
 
 
 def _super_network(start_dir: Path | None, model_name: str | None, model_config: Config | None) -> Student:
-    """Where the model comes from; it is built as a super-network."""
+    """Return the source of the model, built as a super-network.
+
+    Raises:
+        UserError: If there is no model, or its layers differ in size.
+    """
     if start_dir is None and model_name is None and model_config is None:
         raise UserError(
             "there is no model; set --initial_checkpoint_dir to go on with a pretrained one, or --model_name to start "
@@ -224,7 +229,7 @@ def main(
     settings: dict[str, Any],
     state: dict[str, Any] | None,
 ) -> None:
-    """Builds model and data, in litgpt's order, and trains."""
+    """Build model and data, in litgpt's order, and train."""
     fabric.seed_everything(seed)
     model = build_model(fabric, start, step.seq_length, step.activation_checkpointing)
     smallest = sampler.space.smallest()

@@ -1,4 +1,4 @@
-"""`litgpt prune`: make a checkpoint's linear maps sparse, as a litgpt checkpoint with exact zeros."""
+"""`litgpt prune`: sparsify a checkpoint's linear layers; the result is a litgpt checkpoint with exact zeros."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from litgpt_whittle.training.student import BASIS, Student
 
 GROUP = "litgpt_whittle.pruners"
 NOTES = "pruning.yaml"
-"""How a checkpoint was pruned"""
+"""Name of the file that records the settings and results of the pruning"""
 
 
 def setup(
@@ -56,28 +56,28 @@ def setup(
     overwrite: bool = False,
     seed: int = 42,
 ) -> None:
-    """Make a checkpoint's linear maps sparse.
+    """Sparsify a checkpoint's linear layers.
 
-    Prunes the linear maps inside the blocks, a block at a time, each for what the pruned blocks before it compute.
+    Prunes the linear layers inside the blocks, one block at a time, on the outputs of the pruned blocks before it.
 
     Arguments:
         checkpoint_dir: The checkpoint directory.
-        out_dir: Where the pruned checkpoint goes, with ``pruning.yaml`` and ``pruning.png``.
-        method: How weights are chosen, by its name in ``litgpt_whittle.pruners``, or that and its settings:
-            ``magnitude``, the smallest of a map; ``wanda``, for each output, the smallest products of weight and input;
-            ``sparsegpt``, which adapts what stays (``{sparsegpt: {damp: 0.01, block_size: 128}}``).
-        sparsity: The share of weights that become zero; 0.5 where there is no pattern either.
+        out_dir: Directory of the pruned checkpoint, ``pruning.yaml`` and ``pruning.png``.
+        method: Pruning method, by its name in ``litgpt_whittle.pruners``, or the name with settings: ``magnitude``
+            drops a layer's smallest weights; ``wanda`` drops, for each output, the smallest products of weight and
+            input; ``sparsegpt`` also updates the remaining weights (``{sparsegpt: {damp: 0.01, block_size: 128}}``).
+        sparsity: Fraction of weights that become zero; 0.5 if there is no pattern either.
         pattern: Keep N of every M weights along the inputs: ``2:4``, which GPUs multiply faster, ``4:8``, ….
-        targets: What is pruned, separated by commas: ``attn``, ``mlp``, or kinds of maps such as ``attn.qkv`` and
+        targets: Layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of layers such as ``attn.qkv`` and
             ``mlp.experts.proj``.
-        refit: Then fit what stays of each map in closed form to what the whole map gives.
-        data: What pruning calibrates on and perplexity is measured on: any litgpt data module, or
-            ``--data HFText --data.path PATH``. Only magnitude does without.
-        tokens: Calibration tokens, from the training split.
-        train: How the model sees the data.
-        eval: How much validation data measures perplexity.
+        refit: Then refit each layer's remaining weights in closed form to the unpruned layer's outputs.
+        data: Data for calibration and for measuring perplexity: any litgpt data module, or
+            ``--data HFText --data.path PATH``. Only magnitude works without data.
+        tokens: Number of calibration tokens, from the training split.
+        train: Micro batch size and sequence length.
+        eval: Number of validation batches for measuring perplexity.
         overwrite: Replace the checkpoint in ``out_dir``.
-        seed: The seed of the data's order.
+        seed: Seed of the data order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), Path(out_dir)
     check_seed(seed)
@@ -137,7 +137,7 @@ def _make_pruner(method: Mapping[str, Mapping[str, Any]], sparsity: Sparsity) ->
 
 
 def _shape(model: Student) -> SubNet:
-    """The model's true shape, whose layers may differ."""
+    """Return the model's true shape, whose layers may differ."""
     with torch.device("meta"):
         built = model.build()
     return built.shape if isinstance(built, LayerwiseGPT) else SubNet.full(model.config)
@@ -146,7 +146,7 @@ def _shape(model: Student) -> SubNet:
 def _perplexity(
     checkpoint_dir: Path, weights: Weights | None, batches: Sequence[Batch], device: torch.device
 ) -> float | None:
-    """The checkpoint's perplexity, or that of other weights in the place of its own; None without any text."""
+    """Return the perplexity of the checkpoint, with other weights if given; None without batches."""
     if not batches:
         return None
     model = load_model(checkpoint_dir, "SuperGPT")
@@ -158,7 +158,7 @@ def _perplexity(
 
 
 def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Path) -> str:
-    """What was done, for people."""
+    """Return a readable summary of the pruning."""
     lines = [table(reports)]
     if notes["perplexity"] is not None:
         lines.append(f"perplexity {notes['perplexity_before']:.2f} -> {notes['perplexity']:.2f}")
@@ -170,7 +170,7 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
 
 
 def table(reports: Sequence[MapReport]) -> str:
-    """Weights, zeros and mean error of each kind of map, as text."""
+    """Return a text table of weights, zeros and mean output error by kind of linear layer."""
     lines = [f"{'map':<24}{'weights':>16}{'zeros':>9}{'output error':>15}"]
     for kind in dict.fromkeys(report.kind for report in reports):
         lines.append(_row(kind, [report for report in reports if report.kind == kind]))

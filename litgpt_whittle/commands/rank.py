@@ -44,18 +44,19 @@ def setup(
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        data: What the teacher is watched on: the training part of any litgpt data module, or
+        data: Data to measure importance on: the training split of any litgpt data module, or
             ``--data HFText --data.path PATH``.
-        out_dir: Where ``importance.pt`` and ``importance.png`` go.
-        metric: What orders units: what they compute, the size of their weights, or the first-order change of the loss
-            without them. All three are measured.
-        layer_metric: What orders layers: how much they turn the residual stream, or the perplexity without them.
-        tokens: Tokens to watch the teacher on.
-        layer_tokens: How many of these measure the perplexity without a layer, once for each; 0 leaves it out.
-        train: How the teacher sees the data. Smaller micro batches take less memory.
+        out_dir: Directory of ``importance.pt`` and ``importance.png``.
+        metric: Metric that orders units: the size of their activations, the size of their weights, or the first-order
+            change of the loss without them. All three are measured.
+        layer_metric: Metric that orders layers: the change of the residual stream's direction, or the perplexity
+            without the layer.
+        tokens: Number of tokens to measure importance on.
+        layer_tokens: Number of these tokens for the perplexity without a layer, measured once per layer; 0 skips it.
+        train: Micro batch size and sequence length for the teacher. Smaller micro batches take less memory.
         precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
         overwrite: Replace the ranking in ``out_dir``.
-        seed: The seed of the data's order.
+        seed: Seed of the data order.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
     teacher, length = check(Namespace(**locals()))
@@ -90,16 +91,16 @@ def setup(
 
 
 def check(args: Namespace) -> tuple[Config, int]:
-    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+    """Run the checks that take no time; `litgpt whittle` runs them before its first stage.
 
     Args:
-        args: The command's arguments, by their names.
+        args: The command's arguments, by name.
 
     Returns:
         The teacher's config, and the length of samples.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first invalid setting.
     """
     check_seed(args.seed)
     teacher = check_checkpoint(args.checkpoint_dir)
@@ -116,13 +117,13 @@ def check(args: Namespace) -> tuple[Config, int]:
             raise UserError(f"{name} must be at least {least}, got {args[name]}; raise it")
     if args.layer_metric == "perplexity" and not args.layer_tokens:
         raise UserError("layer_metric perplexity needs layer_tokens, got 0; 16384 suit most models")
-    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
     check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
     return teacher, length
 
 
 def table(scores: Scores, layer_metric: str, n: int = 8) -> str:
-    """The n least important layers, as text."""
+    """Return a text table of the n least important layers."""
     order = scores.layers[layer_metric].argsort(stable=True).tolist()
     rows = [["least important layers", *(LAYER_TITLES[name] for name in scores.layers)]]
     for layer in order[:n]:

@@ -1,4 +1,4 @@
-"""`litgpt report`: draw what a search has found, also while it is running."""
+"""`litgpt report`: draw the report of a search, finished or running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from litgpt_whittle.reports.report import PAGE, write_report
 
 
 def setup(out_dir: Path) -> None:
-    """Draw a search's findings from its journal, also while it is running.
+    """Draw the report of a search, finished or running, from its journal.
 
     Arguments:
         out_dir: The search's directory. ``report.html`` and its pictures are written there; nothing else is changed.

@@ -1,4 +1,4 @@
-"""`litgpt search`: find the sub-networks of a checkpoint that lie in a bin and predict best."""
+"""`litgpt search`: find the best sub-networks of a checkpoint within each bin of parameter counts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training.sharding import load_sharded
 
-registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by their names
+registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by name
 
 Save = Callable[[Evaluation, Path], None]
 """Writes an evaluation's sub-network to a path"""
@@ -108,42 +108,42 @@ def setup(
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        bin: The parameters that a sub-network may have: a range (385M-426M), a target with a tolerance (410M±5%,
-            also written 410M+-5%), or a target, which means ±5%. Several are separated by commas. Where a limit is
-            given, it may be left out: then any number will do.
-        space: Coarse spaces keep the first n of each dimension, fine ones any n; uniform ones make one choice for all
-            layers, layerwise ones one for each. Which layers are kept is a choice in all of them.
-        search_space: What may shrink, how far and in which steps.
-        limit: What a sub-network may cost: at most so much (``--limit.flops 800M``), or a range (600M-800M).
-        order: What the first n units of the coarse spaces are: the teacher's first ones, or its most important ones.
-        importance: Which these are: the ``importance.pt`` that ``litgpt rank`` leaves behind. Some measures of fitness
-            need it too, and the simple starts of fine spaces take their units and layers from it.
-        strategy: How to search, by its name in ``litgpt_whittle.strategies``, with its settings below it.
-        surrogate: What predicts scores from those of other candidates, and what for; by default nothing.
-        fitness: What candidates are scored by, by its name in ``litgpt_whittle.fitness``. By default the perplexity
+        bin: Parameter count of the sub-networks: a range (385M-426M), a target with a tolerance (410M±5%, also written
+            410M+-5%), or a target, which means ±5%. Several bins are separated by commas. With a limit, it may be left
+            out to allow any parameter count.
+        space: Coarse spaces keep the first n units of each dimension, fine ones any n; uniform ones make one choice for
+            all layers, layerwise ones one per layer. All of them also choose the kept layers.
+        search_space: Dimensions that may shrink, their bounds and steps.
+        limit: Bounds on a sub-network's cost: a maximum (``--limit.flops 800M``), or a range (600M-800M).
+        order: Order of units in coarse spaces, which keep the first n: as in the teacher, or by importance.
+        importance: The ``importance.pt`` of ``litgpt rank``. Some fitness measures need it too, and the simple starts
+            of fine spaces choose their units and layers by it.
+        strategy: Search strategy, by its name in ``litgpt_whittle.strategies``, with its settings below it.
+        surrogate: Model that predicts scores from those of other candidates, and its use; by default none.
+        fitness: Measure that scores candidates, by its name in ``litgpt_whittle.fitness``. By default the perplexity
             after a repair such as ``litgpt extract --repair`` makes; ``perplexity`` is that of the plain cut, which
             takes less memory and time.
         iterations: Candidates to evaluate in each bin.
-        simple_starts: Begin with plain ideas, built into the bin: fewer neurons, fewer layers, fewer channels, and
+        simple_starts: Begin with simple cuts that fit the bin: fewer neurons, fewer layers, fewer channels, and
             mixtures of these. They count as evaluations, and the strategy learns from their scores. Fine spaces keep
             the most important units, by ``importance`` or by a quick measurement on the data.
-        data: What candidates are scored on: the validation part of any litgpt data module, or
-            ``--data HFText --data.path PATH``; repairs are fitted to its training part. Some measures of fitness need
+        data: Data to score candidates on: the validation split of any litgpt data module, or
+            ``--data HFText --data.path PATH``; repairs are fitted to its training split. Some fitness measures need
             none.
-        train: How candidates see the data.
-        eval: How much of it they see.
+        train: Micro batch size and sequence length of the scoring.
+        eval: Number of validation batches per evaluation.
         out_dir: Directory for the journal, the best sub-networks and the report.
         precision: The precision to score in. By default bf16-true on a GPU, 32-true elsewhere.
         racing: Score most candidates on a part of the data and only the best of them on all of it: ``true``, or
             settings such as ``--racing.alpha 0.01``.
-        selection: How to choose among the best in the end: by their score, or by short distillations in rungs.
-        devices: Devices that share the scoring: GPUs, or processes on a CPU's cores. The search is the same with any
-            number of them.
-        num_nodes: Machines with so many devices each.
+        selection: Final selection among the best candidates: by their score, or by short distillations in rungs.
+        devices: Devices that share the scoring: GPUs, or processes on a CPU's cores. The search does not depend on
+            their number.
+        num_nodes: Number of machines, with ``devices`` devices each.
         teacher_placement: ``replicated``: each device holds the teacher and scores its own candidates. ``sharded``:
             the devices hold a part of it each (FSDP2) and score every candidate together.
         seed: The random seed. The same seed gives the same search.
-        resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all else must be the same.
+        resume: Continue the search in ``out_dir``; ``iterations`` may be raised, all other settings must be the same.
     """
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
     ranking = check(Namespace(**locals()))
@@ -165,7 +165,7 @@ def setup(
     chosen, search_space = search_space, decided(search_space, teacher)
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
     searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
-    measurement_names(searches)  # so that a strategy refuses a bin before anything is loaded
+    measurement_names(searches)  # a strategy rejects a bin before anything is loaded
     racing = RacingArgs() if racing is True else racing or None
     precision = precision or _default_precision()
     fabric = launch(n, precision, num_nodes)
@@ -185,7 +185,7 @@ def setup(
     simple_starts = simple_starts and not (resume and began_without(out_dir / JOURNAL))
     settings = {
         "space": space,
-        # journals from before there was `convertible` are of spaces without it
+        # older journals lack `convertible`, and their spaces did not have it
         "search_space": {k: v for k, v in asdict(search_space).items() if k != "convertible" or v},
         "order": order,
         "importance": ranking and (ranking.scores_fingerprint if needs_importance else ranking.fingerprint),
@@ -194,7 +194,7 @@ def setup(
         "strategy": type(strategy).__name__,
         "strategy_settings": strategy.settings,
         **({"surrogate": surrogate_settings} if surrogate_settings else {}),
-        # like those from before there were any
+        # absent if false, as in journals older than this option
         **({"simple_starts": True} if simple_starts else {}),
         "fitness": fitness,
         "score": measure.name,
@@ -208,7 +208,7 @@ def setup(
     }
     header = _header(checkpoint_dir, teacher, batches, wanted.get("calibration"), settings)
     with open_record(out_dir / JOURNAL, header, resume) as record:
-        # those of a search that began here before are of other candidates
+        # notes of an earlier search in this folder are about other candidates
         notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
@@ -249,7 +249,7 @@ def _header(
     calibration: torch.Tensor | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a journal begins with: all that its scores depend on."""
+    """Return the journal header: everything that the scores depend on."""
     return {
         "teacher": {
             "name": teacher.name,
@@ -268,17 +268,17 @@ def _header(
 
 
 def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
-    """Makes the checks that take no time; `litgpt whittle` makes them before its first stage.
+    """Run the checks that take no time; `litgpt whittle` runs them before its first stage.
 
     Args:
-        args: The command's arguments, by their names.
-        to_come: Files that are not there yet.
+        args: The command's arguments, by name.
+        to_come: Files that an earlier stage will write.
 
     Returns:
-        The teacher's ranking, where the order of importance or the fitness asks for it and it is there.
+        The teacher's ranking; None if it is not needed, or still to be written.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first invalid setting.
     """
     if args.bin is None and not args.limit.ranges():
         raise UserError("bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit")
@@ -303,7 +303,7 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
     if args.teacher_placement == "sharded":
         _check_can_shard(measure, args.fitness, n * args.num_nodes)
     parse_rungs(args.selection, to_come)
-    read_weights(args.checkpoint_dir)  # so that damaged ones are told before the data is read
+    read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
     check_data(args.data if reads_data else None, args.checkpoint_dir, teacher.padded_vocab_size)
     if hasattr(measure, "check"):
         itemsize = _DTYPES.get(args.precision or _default_precision(), torch.float32).itemsize
@@ -322,8 +322,8 @@ def _default_precision() -> str:
 
 
 def made_strategy(strategy: Strategy | str) -> Strategy:
-    """Return the strategy of a name with its default settings, or the one that is given."""
-    if isinstance(strategy, str):  # from Python, or a name that the command line knows no class of
+    """Return the given strategy; for a name, the strategy of that name with its default settings."""
+    if isinstance(strategy, str):  # from Python, or a name that is no class known to the command line
         return registry.lookup("litgpt_whittle.strategies", strategy)()
     return Evolution() if strategy is _DEFAULT_STRATEGY else strategy
 
@@ -339,7 +339,11 @@ def _check_can_shard(measure: type[Fitness], name: str, n: int) -> None:
 
 
 def _needs_ranking(args: Namespace, by_fitness: bool) -> bool:
-    """Whether the order of importance or the fitness asks for the teacher's ranking."""
+    """Return whether the order, the fitness or the simple starts use the teacher's ranking.
+
+    Raises:
+        UserError: If the ranking is missing, or given without use.
+    """
     order, path = args.order, args.importance
     if order not in ("given", "importance"):
         raise UserError(f"order must be given or importance, got {order!r}")
@@ -379,7 +383,7 @@ def main(
     objectives: list[str],
     prepare: Callable[[], None],
 ) -> None:
-    """Make the strategies' measurements, run the search, choose among the best, and report."""
+    """Take the strategies' measurements, run the search, select among the best candidates, and report."""
     stopped = False
     try:
         prepare()
@@ -387,7 +391,7 @@ def main(
     except KeyboardInterrupt:
         stopped = True
     if stopped and rank() > 0:
-        raise SystemExit  # with code 0, since the first process, which reports, would end with one that failed
+        raise SystemExit  # with code 0, since a failed rank would end rank 0, which still has to report
     if not stopped and not leave():
         return
     evaluations, score, searches = loop.record.evaluations, loop.fitness.name, loop.searches
@@ -417,7 +421,7 @@ def main(
 def save_subnet(
     teacher: Config, checkpoint_dir: Path, settings: dict[str, Any], evaluation: Evaluation, path: Path
 ) -> None:
-    """Writes a candidate's sub-network, with where it came from."""
+    """Write a candidate's sub-network with its provenance."""
     provenance = {
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "bin": evaluation.bin,
@@ -439,13 +443,13 @@ def load_fitness(
     wanted: dict[str, Any],
     sharded: bool = False,
 ) -> Fitness:
-    """Loads the teacher as a super-network, in the precision that candidates are scored in.
+    """Load the teacher as a super-network, in the precision of the scoring, and return its fitness measure.
 
-    `wanted` is what this fitness is given beside the teacher and the batches.
+    `wanted` holds the further arguments of `measure`, after the teacher and the batches.
     """
     dtype = _DTYPES.get(fabric._precision.precision, torch.float32)
     if sharded:
-        # the head is used behind the forward pass, when a root that is not kept is in parts again
+        # the head is used after the forward pass, when FSDP would have resharded the root module
         model = load_sharded(checkpoint_dir, "SuperGPT", dtype, fabric.device, seq_length, keep_root=True)
     else:
         model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
@@ -454,7 +458,7 @@ def load_fitness(
 
 
 def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
-    """Says how well each bin's surrogate predicted what was not measured yet, and writes those that are worth it."""
+    """Print how well each bin's surrogate predicted later measurements, and save surrogates that are slow to refit."""
     for search in searches:
         if isinstance(search.strategy, SurrogateSearch):
             bin = str(search.space.bin)
@@ -464,5 +468,5 @@ def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out
 
 
 def best_name(search: Search, searches: list[Search]) -> str:
-    """Where a bin's best sub-network goes."""
+    """Return the file name of a bin's best sub-network."""
     return "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"

@@ -1,4 +1,4 @@
-"""`litgpt whittle`: from a teacher to trained students of the sizes asked for, by the other commands in turn."""
+"""`litgpt whittle`: run the other commands in turn, from a teacher to trained students of given sizes."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ def setup(
 ) -> None:
     """Turn a teacher into trained students: rank, search, extract and repair, distill, report.
 
-    Every stage is the command of its name, and its section holds that command's own settings; each may have a
-    ``data`` of its own. The same command again goes on where it was interrupted.
+    Every stage runs the command of its name, and its section holds that command's settings; each stage may have its own
+    ``data``. Run the same command again to resume after an interruption.
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.
-        target: The parameters of the student, as ``litgpt search --bin`` has them (410M±5%), or of several students,
-            separated by commas. They share the ranking and the cached teacher.
-        data: What all stages read: any litgpt data module, or ``--data HFText --data.path PATH``.
+        target: Parameter count of the student, in the format of ``litgpt search --bin`` (410M±5%), or of several
+            students, separated by commas. They share the ranking and the cached teacher.
+        data: Data of all stages: any litgpt data module, or ``--data HFText --data.path PATH``.
         out_dir: Directory of the stages' folders, the students and the report.
-        rank: Whether to rank at all, by default where the search space is coarse, which then keeps the most important
-            units first; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``.
+        rank: If true, rank the teacher's units first, by default for coarse search spaces, which then keep the most
+            important units; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``.
         search: Settings such as ``--search.iterations 1000``, see ``litgpt search --help``.
         extract: Settings such as ``--extract.repair.tokens 100000``, see ``litgpt extract --help``. Students are
             repaired unless ``--extract.repair false``.
-        cache_teacher: Whether to cache the teacher, by default for several students; or settings such as
+        cache_teacher: If true, cache the teacher, by default for several students; or settings such as
             ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``.
-        distill: Settings such as ``--distill.train.max_tokens 1000000000``, which must be there, see
+        distill: Settings such as ``--distill.train.max_tokens 1000000000``, which is required, see
             ``litgpt distill --help``.
-        baseline: Train each student's architecture from random weights too, without the teacher, on as many tokens.
-        devices: Devices that each stage uses, as far as it can.
+        baseline: Also train each student's architecture from random weights, without the teacher, on as many tokens.
+        devices: Devices for each stage that can use several.
         seed: The random seed of all stages.
-        dry_run: Check everything, print the stages with what they will take, and stop.
+        dry_run: Check everything, print the stages with their estimated costs, and stop.
     """
     arguments = {name: describe(value) for name, value in locals().items() if name not in ("out_dir", "dry_run")}
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
@@ -94,7 +94,7 @@ def setup(
 
 
 def _targets(target: str | int | float | list[str | int | float]) -> dict[str, Bin]:
-    """The bins by the names of their students' folders."""
+    """Return the bins by the names of their students' folders."""
     texts = target.split(",") if isinstance(target, str) else target if isinstance(target, list) else [target]
     try:
         bins = parse_bins([*texts])

@@ -1,4 +1,4 @@
-"""DataModules that litgpt lacks."""
+"""Further data modules for litgpt."""
 
 from litgpt_whittle.data.hf_text import HFText
 

@@ -28,27 +28,27 @@ from litgpt_whittle.data.sources import (
 from litgpt_whittle.errors import UserError
 
 HEAD = 2**16
-"""Bytes of a file that are checked before anything starts"""
+"""Bytes of a file to check before anything starts"""
 
 MAX_NULS = 0.01
-"""Share of NUL bytes above which a file is not text"""
+"""Fraction of NUL bytes above which a file is not text"""
 
 MAX_CHECKED = 1000
-"""Files of a folder that are checked before anything starts"""
+"""Maximum number of a folder's files to check before anything starts"""
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[Path]]:
-    """Return the kind of a set of files, and those to read: not what describes them, and not empty ones.
+    """Return the kind of a set of files, and the files to read, without metadata, licences and empty files.
 
     Args:
         files: The files.
-        path: Where they were found, as given.
-        option: The option that gave it.
+        path: The path they were found at, as given by the user.
+        option: Name of the option that gave the path.
 
     Raises:
-        UserError: If they are of several kinds, all empty, or neither text nor of a kind that can be read.
+        UserError: If the files are of several kinds, all empty, or neither text nor of a readable kind.
     """
     kinds = {file: kind_of(file)[0] for file in files}
     if set(kinds.values()) != {"text"}:
@@ -79,19 +79,19 @@ def documents(
     streaming: bool,
     option: str,
 ) -> tuple[Iterator[str], int | None]:
-    """Return the documents that are not blank, and their largest possible number where it is known.
+    """Return the documents that are not blank, and an upper bound of their number if known.
 
     Args:
-        layout: Where to read.
-        files: The files to read, all those of the split; none on the hub.
+        layout: The files and splits to read from.
+        files: All files of the split; none on the hub.
         name: The configuration.
         split: The split.
         column: The column that holds the text.
-        streaming: Whether to read a dataset on the hub without downloading it first.
-        option: The option that gave the path.
+        streaming: If true, read a dataset on the hub without downloading it first.
+        option: Name of the option that gave the path.
 
     Raises:
-        UserError: If they cannot be read, or there is no such column of text.
+        UserError: If the documents cannot be read, or the column is missing or not text.
     """
     if layout.kind == "files":
         kind, files = readable(files, layout.path, option)
@@ -118,8 +118,8 @@ def _open_files(kind: str, files: Iterable[Path]) -> Any:
     import datasets
 
     builder, options = ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
-    paths = [glob.escape(str(file.absolute())) for file in files]  # `datasets` takes names for patterns
-    # streamed, since the tokens are kept and a copy of the text in the user's cache would serve nobody
+    paths = [glob.escape(str(file.absolute())) for file in files]  # `datasets` interprets names as patterns
+    # streamed, since only the tokens are kept; a copy of the text in the user's cache would be useless
     with tempfile.TemporaryDirectory() as cache:
         return datasets.load_dataset(
             builder, data_files=paths, split="train", streaming=True, cache_dir=cache, **options
@@ -140,7 +140,7 @@ def _open_hub(path: str, name: str | None, split: str | None, streaming: bool) -
 
 
 def _texts_of(data: Iterable[dict[str, Any]], layout: Layout, column: str, option: str) -> Iterator[str]:
-    """Return the texts of rows that have one."""
+    """Yield the text of every row that has one."""
     if getattr(data, "column_names", None) is not None:
         _check_column(column, data.column_names, layout.path)
     rows = iter(data)
@@ -168,7 +168,7 @@ def _check_column(column: str, columns: Iterable[str], path: str) -> None:
 
 @contextmanager
 def _told_in_one_line(layout: Layout, option: str) -> Iterator[None]:
-    """Turn what `datasets` raises into a user's mistake."""
+    """Convert exceptions of `datasets` to `UserError`."""
     try:
         yield
     except (UserError, StopIteration):
@@ -182,13 +182,13 @@ def _told_in_one_line(layout: Layout, option: str) -> Iterator[None]:
         elif isinstance(error, ValueError) and not isinstance(error, HFValidationError):
             remedy = "check data.name and the splits"
         else:
-            # the hub's client says no more than this once it was closed by an earlier failure
+            # after an earlier failure, the hub's client reports only that it is closed
             raise not_found(layout.path, option, "" if "client has been closed" in cause else f" ({cause})") from None
         raise UserError(f"{option} {layout.path!r} cannot be read ({cause}); {remedy}") from None
 
 
 def _cache_error(error: BaseException | None) -> UserError | None:
-    """Return the mistake where a dataset from the hub cannot be written to the user's cache."""
+    """Return a `UserError` if the cause is that the user's cache of datasets cannot be written, else None."""
     while error is not None:
         unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
         if isinstance(error, OSError) and error.errno in unwritable:
@@ -206,7 +206,7 @@ def read_text(file: Path, option: str) -> str:
     """Return a file's text.
 
     Raises:
-        UserError: If it cannot be read or is not UTF-8.
+        UserError: If the file cannot be read or is not UTF-8.
     """
     with opened(file, option) as stream:
         content = stream.read()
@@ -214,16 +214,16 @@ def read_text(file: Path, option: str) -> str:
 
 
 def check_utf8(content: bytes, file: Path, option: str, is_all: bool = True) -> str:
-    """Return the text that bytes mean, without a byte order mark.
+    """Decode UTF-8 bytes, without a byte order mark.
 
     Args:
         content: The bytes.
-        file: Where they come from.
-        option: The option that named it.
-        is_all: Whether a character may not be cut at the end.
+        file: The file that holds them.
+        option: Name of the option that gave the file.
+        is_all: If false, `content` may end within a character.
 
     Raises:
-        UserError: If they are not UTF-8, or hold NUL bytes in bulk.
+        UserError: If the bytes are not UTF-8, or more than `MAX_NULS` of them are NUL.
     """
     try:
         if content.count(0) <= MAX_NULS * len(content):
@@ -241,10 +241,10 @@ def check_utf8(content: bytes, file: Path, option: str, is_all: bool = True) -> 
 
 @contextmanager
 def opened(file: Path, option: str) -> Iterator[IO[bytes]]:
-    """Open a file, decompressed.
+    """Open a file for reading, decompressed.
 
     Raises:
-        UserError: If it cannot be read, also while the block reads it.
+        UserError: If the file cannot be read, also inside the `with` block.
     """
     import fsspec
 

@@ -1,4 +1,4 @@
-"""Any text that Hugging Face `datasets` reads, as a litgpt DataModule: tokenised once, memory-mapped, packed."""
+"""A litgpt DataModule for any text that Hugging Face `datasets` reads: tokenised once, memory-mapped, packed."""
 
 from __future__ import annotations
 
@@ -39,35 +39,35 @@ class HFText(DataModule):
     text_column: str = "text"
     """The column that holds the text"""
     train_split: str = "train"
-    """The split to train on; a folder without splits is read whole. Folders have splits as `datasets` defines them,
-    from files such as train.jsonl and validation.jsonl, folders, or the README.md"""
+    """The split to train on; a folder without splits is read whole. Splits of a folder are those of `datasets`: by
+    files such as train.jsonl and validation.jsonl, by subfolders, or by the README.md"""
     val_split: str | None = None
-    """The split to validate on. By default the split 'validation' of a local folder all of whose files belong to
-    splits, else a share of the training split"""
+    """The split to validate on. By default the split 'validation' of a local folder if all of its files belong to
+    splits, else a fraction of the training split"""
     val_path: str | None = None
     """A file, folder, pattern or dataset to validate on"""
     val_fraction: float = 0.02
-    """The share of documents, by a hash of their text, to validate on where no split or path is known for that"""
+    """The fraction of documents to hold out for validation, by a hash of their text, if there is no split or path"""
     streaming: bool = False
     """Read a dataset from the hub as it is tokenised instead of downloading it first"""
     max_documents: int | None = None
-    """Read no more documents than this, those for validation included"""
+    """Maximum number of documents to read, including those for validation"""
     max_tokens: int | None = None
-    """Stop reading at this many tokens"""
+    """Maximum number of tokens to read"""
     seed: int = 42
-    """The seed of the order of training blocks"""
+    """The seed for shuffling the training blocks"""
     num_workers: int = 0
     """The number of workers to use for data loading"""
     cache_dir: Path | None = None
-    """Where the tokens are kept; by default beside local data, else in the user's cache"""
+    """Folder for the tokens; by default beside local data, else in the user's cache"""
 
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
     vocab_size: int | None = field(default=None, init=False, repr=False)
-    """Number of tokens that the model has embeddings for, where it is known"""
+    """Number of embeddings of the model, if known"""
     parts: tuple[str, ...] = field(default=PARTS, init=False, repr=False)
-    """What is prepared; whoever reads validation text alone need not wait for the rest"""
+    """Parts to prepare; a search that reads only validation data need not tokenise the training data"""
     train_dataset: Windows | None = field(default=None, init=False, repr=False)
     val_dataset: Windows | None = field(default=None, init=False, repr=False)
 
@@ -86,17 +86,17 @@ class HFText(DataModule):
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None, **kwargs: Any
     ) -> None:
-        """Takes what is only known at run time; blocks hold one token more, since each is predicted from the last."""
+        """Set the tokenizer, batch size and sequence length; a block has one more token, the last one's target."""
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.parts = PARTS
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length + 1
 
     def check(self, reads: bool = False) -> None:
-        """Refuses data that is not there or cannot be read, before anything expensive starts.
+        """Check that the data exists and can be read, before anything expensive starts.
 
         Args:
-            reads: Whether to look up and read datasets on the hub, too.
+            reads: If true, look up and read datasets on the hub, too.
 
         Raises:
             UserError: If a file, folder, split or column is missing, or the first document cannot be read.
@@ -110,7 +110,7 @@ class HFText(DataModule):
                 raise UserError(f"{source.option} {source.layout.path!r} is empty; name data that has text")
 
     def prepare_data(self) -> None:
-        """Tokenises what has not been tokenised yet.
+        """Tokenise the parts that have not been tokenised yet.
 
         Raises:
             UserError: If there is no usable tokenizer, or the data cannot be read or is empty.
@@ -120,10 +120,10 @@ class HFText(DataModule):
                 self._tokenise(part, folder)
 
     def setup(self, stage: str = "") -> None:
-        """Opens the tokens.
+        """Open the tokenised parts.
 
         Raises:
-            UserError: If they do not fill one block.
+            UserError: If a part does not fill one block, or has a token without an embedding.
         """
         datasets = {part: Windows(self._folder(part), self.max_seq_length) for part in self.parts}
         self.train_dataset, self.val_dataset = (datasets.get(part) for part in PARTS)
@@ -136,7 +136,7 @@ class HFText(DataModule):
                 )
 
     def _check_id(self, token: int, part: str) -> None:
-        """Refuse a token that the model has no embedding for."""
+        """Raise UserError for a token that the model has no embedding for."""
         if self.vocab_size is not None and token >= self.vocab_size:
             processor = self.tokenizer.processor
             text = processor.id_to_token(token) if hasattr(processor, "id_to_token") else processor.id_to_piece(token)
@@ -152,12 +152,12 @@ class HFText(DataModule):
             yield ids
 
     def train_dataloader(self) -> DataLoader:
-        """Blocks in an order that depends on nothing but seed and epoch."""
+        """Return a dataloader of shuffled blocks; the order depends only on seed and epoch."""
         sampler = Shuffled(len(self.train_dataset), self.seed)
         return self._loader(self.train_dataset, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Blocks in their order in the text, always the same."""
+        """Return a dataloader of blocks in text order."""
         return self._loader(self.val_dataset, shuffle=False)
 
     def _loader(self, dataset: Windows, **options: Any) -> DataLoader:
@@ -165,10 +165,10 @@ class HFText(DataModule):
         return DataLoader(dataset, batch_size=self.batch_size, **workers, **options)
 
     def _source(self, part: str) -> Source:
-        """Return what a part is read from.
+        """Return the source of a part.
 
         Raises:
-            UserError: If it is not there, or has no such split.
+            UserError: If the path is not found, or has no such split.
         """
         if part == "validation" and self.val_path is not None:
             layout = find_layout(str(self.val_path), self.name, "data.val_path")
@@ -186,7 +186,7 @@ class HFText(DataModule):
         validation = Source(layout, val_split, "data.val_split") if val_split is not None else None
         if part == "validation" and validation is not None:
             return validation
-        # otherwise names such as test_io.py among others are no splits
+        # otherwise a name such as test_io.py would be read as a split
         has_splits = layout.kind == "hub" or layout.is_certain or self.train_split != "train" or own_val_split
         is_shared = self.val_path is None and validation is None
         return Source(layout, self.train_split if has_splits else None, is_shared=is_shared)
@@ -200,7 +200,7 @@ class HFText(DataModule):
         return Path(self.cache_dir or default_cache(root)).expanduser() / f"{part}-{self._fingerprint(part)}"
 
     def _fingerprint(self, part: str) -> str:
-        """Tells apart everything that changes the tokens."""
+        """Return a fingerprint of all settings and files that determine the tokens."""
         source = self._source(part)
         files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
         facts = {
@@ -255,17 +255,17 @@ class HFText(DataModule):
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
-    """Token ids of each document, without BOS and EOS."""
+    """Yield each document's token ids, without BOS and EOS."""
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, batch)):
-        if tokenizer.backend == "huggingface":  # in parallel, and a hundred times fewer calls
+        if tokenizer.backend == "huggingface":  # in parallel, with fewer calls
             yield from (done.ids for done in tokenizer.processor.encode_batch(chunk, add_special_tokens=False))
         else:
             yield from (tokenizer.encode(text, bos=False, eos=False).tolist() for text in chunk)
 
 
 def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Documents until they hold `max_tokens`, their EOS counted; the last one is cut."""
+    """Yield documents up to `max_tokens` tokens, including EOS; the last document is cut."""
     left = max_tokens
     for ids in documents:
         if left is not None:
@@ -282,12 +282,12 @@ def _same(a: str, b: str) -> bool:
 
 
 def _position(text: str) -> float:
-    """A document's fixed place in [0, 1), the same in every run and on every machine."""
+    """Map a document to [0, 1) by a hash, the same in every run and on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 
 def largest_id(tokenizer: Tokenizer) -> int:
-    """Return the largest id that a tokenizer may give, added tokens included."""
+    """Return a tokenizer's largest id, added tokens included."""
     if tokenizer.backend != "huggingface":
         return tokenizer.vocab_size - 1
     return max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=0)

@@ -1,4 +1,4 @@
-"""Check, prepare and open litgpt's data modules; a user's mistakes end in one line before anything expensive starts."""
+"""Check, prepare and open litgpt's data modules; invalid data fails early with a one-line error."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _NEED_LITDATA = (TinyLlama, LitData, TextFiles, OpenWebText, TinyStories)
 
 
 def check_data(data: DataModule | None, tokenizer_dir: Path | None, vocab_size: int) -> None:
-    """Refuse data that is not there, or that the tokenizer and the models do not fit.
+    """Check that the data exists, and that tokenizer and models fit it.
 
     Args:
-        data: Any data module; most is known of our own and of litgpt's.
-        tokenizer_dir: Where its tokenizer is to come from; None where no folder has one.
-        vocab_size: Tokens that every model has an embedding for.
+        data: Any data module; most checks are for this project's and litgpt's own.
+        tokenizer_dir: Directory of the tokenizer; None without one.
+        vocab_size: Number of tokens that every model has an embedding for.
 
     Raises:
-        UserError: For the first mistake.
+        UserError: For the first failed check.
     """
     if data is None:
         return
@@ -68,7 +68,7 @@ def _check_tokenizer(data: DataModule, tokenizer_dir: Path | None, vocab_size: i
     if isinstance(data, _TOKENISED):
         return
     if isinstance(data, HFText):
-        data.vocab_size = vocab_size  # tokens without an embedding are no fault unless the text has them
+        data.vocab_size = vocab_size  # tokens without an embedding matter only if they occur in the text
         return
     try:
         largest = largest_id(Tokenizer(tokenizer_dir))
@@ -85,7 +85,7 @@ def _check_tokenizer(data: DataModule, tokenizer_dir: Path | None, vocab_size: i
 
 
 def _check_records(records: Iterable[Any], part: str) -> None:
-    """Refuse instruction data that litgpt trips over in the middle of an epoch."""
+    """Raise UserError for instruction data that would make litgpt fail in the middle of an epoch."""
     for i, record in enumerate(records):
         if not isinstance(record, Mapping):
             raise UserError(f"JSON data must be a list of records, got a {type(record).__name__} in it; mend the file")
@@ -106,14 +106,14 @@ def _check_folder(path: str | Path | None, option: str) -> None:
 def connect(
     data: DataModule, tokenizer_dir: Path | None, batch_size: int, seq_length: int, validation_only: bool = False
 ) -> None:
-    """Ready a data module for its dataloaders; the first process prepares for all.
+    """Connect, prepare and set up a data module; rank 0 prepares the data for all ranks.
 
     Args:
         data: The data module.
-        tokenizer_dir: Where its tokenizer is, if there is one.
+        tokenizer_dir: Directory of the tokenizer, if any.
         batch_size: Samples per batch.
-        seq_length: Their length.
-        validation_only: Whether nobody will ask for the training data, which then need not be prepared.
+        seq_length: Tokens per sample.
+        validation_only: If true, the training data is not prepared, where the data module allows it.
 
     Raises:
         UserError: If a package is missing, or the data cannot be read.
@@ -129,7 +129,7 @@ def connect(
 
     first_does(prepare)
     if rank() > 0:
-        prepare()  # finds everything there
+        prepare()  # finds everything prepared
     with explained(data):
         data.setup()
 
@@ -156,10 +156,10 @@ def val_loader(data: DataModule) -> Any:
 
 @contextmanager
 def explained(data: DataModule) -> Iterator[None]:
-    """Turn what a data module raises for a user's mistake into one line.
+    """Convert a data module's exceptions for invalid input to `UserError`.
 
     Raises:
-        UserError: For a missing package, file or connection; for litgpt's own modules also for wrong contents.
+        UserError: For a missing package, file or connection; for litgpt's own modules also for invalid contents.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Find the files of local text and their splits, by the rules that Hugging Face `datasets` has for folders."""
+"""Find local text files and their splits, by the rules of Hugging Face `datasets` for folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
-"""Kinds of data files by suffix; any other file must be plain text, and is one document"""
+"""Kinds of data files by suffix; any other file must be plain text and is one document"""
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """fsspec's names of compressions by suffix"""
@@ -33,7 +33,7 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in the names of files and folders that mean a split, as in `datasets.data_files`"""
+"""Words in file and folder names that denote a split, as in `datasets.data_files`"""
 
 METADATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Names of files that describe a dataset, which `datasets` never reads"""
@@ -46,24 +46,24 @@ class Layout:
     """Files of a path and their splits."""
 
     path: str
-    """As given"""
+    """The path as given by the user"""
     kind: Literal["hub", "files", "saved", "configured"]
-    """On the hub; plain files; written by `save_to_disk`; or a folder whose README.md names configurations"""
+    """A dataset on the hub, plain files, a folder of `save_to_disk`, or a folder with configurations in README.md"""
     root: Path | None = None
-    """The file or folder; for a pattern, the folder that it begins with"""
+    """The file or folder; for a pattern, its leading folder"""
     files: tuple[Path, ...] = ()
     splits: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    """The files of each split, all of them where the files' names do not tell; empty if there are no splits"""
+    """Files by split, all files in each if file names do not show the split; empty if there are no splits"""
     names: tuple[str, ...] = ()
-    """The configurations"""
+    """Names of the configurations"""
 
     def has(self, split: str) -> bool:
-        """Return whether there is such a split; unknown on the hub."""
+        """Return whether there is such a split; always false on the hub, where splits are not known."""
         return split in self.splits
 
     @property
     def is_certain(self) -> bool:
-        """Return whether the files must have been meant as splits: each belongs to one, and one is for training."""
+        """True if the files are splits beyond doubt: each belongs to a split, and one split is for training."""
         named = {file for files in self.splits.values() for file in files}
         rest = (file for file in self.files if file not in named and not is_companion(file))
         return "train" in self.splits and (self.kind != "files" or not any(rest))
@@ -71,10 +71,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """All of a path, or one of its splits.
+    """All files of a path, or those of one split.
 
     Raises:
-        UserError: If it has no such split.
+        UserError: If the path has no such split, or a split must be chosen.
     """
 
     layout: Layout
@@ -83,7 +83,7 @@ class Source:
     split_option: str = "data.train_split"
     option: str = "data.path"
     is_shared: bool = False
-    """Whether a hash of each document decides if it is for training or validation"""
+    """True if a hash of each document assigns it to training or validation"""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -104,7 +104,7 @@ class Source:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files to read, none on the hub."""
+        """Files to read, none on the hub."""
         return self.layout.files if self.split is None else self.layout.splits.get(self.split, ())
 
 
@@ -113,11 +113,11 @@ def find_layout(path: str, name: str | None = None, option: str = "data.path") -
 
     Args:
         path: The path; `~` is the home directory.
-        name: The configuration, for a folder whose README.md names several.
-        option: The option that gave the path, for messages.
+        name: The configuration, for a folder whose README.md has several.
+        option: Name of the option that gave the path, for error messages.
 
     Raises:
-        UserError: If nothing is there, or there is no such configuration.
+        UserError: If nothing is found, or there is no such configuration.
     """
     local = Path(os.path.expanduser(path))
     if local.is_file():
@@ -152,7 +152,7 @@ def _folder_layout(path: str, folder: Path, files: tuple[Path, ...], name: str |
 
 
 def split_by_name(folder: Path, files: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
-    """Return the files of each split by the rules of `datasets`, the first that fits any: shards, folders, files."""
+    """Return the files of each split by the first rule of `datasets` that matches any: shards, folders, file names."""
     relative = {file: file.relative_to(folder) for file in files if file.name not in METADATA}
     shards = {
         file: match[1]
@@ -170,13 +170,13 @@ def split_by_name(folder: Path, files: Iterable[Path]) -> dict[str, tuple[Path, 
 
 
 def _is_named(path: Path, split: str, by_folder: bool) -> bool:
-    """Return whether one of a path's folders, or its file name, has a word that means this split."""
+    """Return whether one of a path's folders, or its file name, contains a word for this split."""
     rule = rf"(.*[-._ 0-9])?({'|'.join(SPLITS[split])})" + (r"([-._ 0-9].*)?" if by_folder else r"[-._ 0-9].*")
     return any(re.fullmatch(rule, part, re.DOTALL) for part in (path.parts[:-1] if by_folder else path.parts[-1:]))
 
 
 def _configurations(folder: Path) -> tuple[str, ...]:
-    """Return the configurations that a folder's README.md names."""
+    """Return the configurations in a folder's README.md."""
     if not (folder / "README.md").is_file():
         return ()
     from huggingface_hub import DatasetCard
@@ -192,14 +192,14 @@ def open_configuration(path: str, name: str | None, names: tuple[str, ...], opti
     """Return the `datasets` builder of a folder with configurations.
 
     Raises:
-        UserError: If there is no such configuration, or it cannot be read.
+        UserError: If there is no such configuration, one must be chosen, or it cannot be read.
     """
     import datasets
 
     if name is not None and name not in names:
         raise UserError(f"data.name {name!r} is not in {path!r}; its configurations are {', '.join(names)}")
     try:
-        with tempfile.TemporaryDirectory() as cache:  # nothing is cached of local files
+        with tempfile.TemporaryDirectory() as cache:  # local files are not cached
             return datasets.load_dataset_builder(os.path.expanduser(path), name, cache_dir=cache)
     except Exception as error:
         if name is None and len(names) > 1:
@@ -210,7 +210,7 @@ def open_configuration(path: str, name: str | None, names: tuple[str, ...], opti
 
 
 def kind_of(file: Path) -> tuple[str, str | None]:
-    """Return a file's kind ("text" for plain text) and its compression, whatever the case of its suffixes."""
+    """Return a file's kind ("text" for plain text) and compression by its suffixes, ignoring case."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     inner = suffixes[:-1] if compression else suffixes
@@ -218,15 +218,15 @@ def kind_of(file: Path) -> tuple[str, str | None]:
 
 
 def is_companion(file: Path) -> bool:
-    """Return whether a file describes data rather than being some."""
+    """Return whether a file describes data, such as a README or a licence, instead of holding it."""
     return file.name in METADATA or _COMPANIONS.match(file.name) is not None
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Return a folder's files in order, also those of linked folders, without hidden ones and `__pycache__`."""
+    """Yield a folder's files in order, following links, without hidden files and folders such as `__pycache__`."""
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        # a link may lead back to where the walk came from
+        # links may form a cycle
         is_new = os.path.realpath(parent) not in seen
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if is_new and not name.startswith((".", "__"))]
@@ -235,12 +235,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _folder_of_pattern(pattern: Path) -> Path:
-    """Return the folder that a pattern begins with."""
+    """Return the leading folder of a pattern, which has no wildcards."""
     return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def is_file_name(path: str) -> bool:
-    """Return whether a path cannot be a dataset's name on the hub, which is `name` or `owner/name`."""
+    """Return whether a path cannot be a dataset's name on the hub (`name` or `owner/name`)."""
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
     return is_path or kind_of(Path(path)) != ("text", None) or Path(path).suffix.lower() == ".txt"
 
@@ -251,6 +251,6 @@ def not_found(path: str, option: str, cause: str = "") -> UserError:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's first line; `datasets` wraps what went wrong in an error that does not name it."""
+    """Return the first line of an error or its cause; `datasets` wraps causes in errors that do not name them."""
     cause = error.__cause__ or error
     return (str(cause).strip() or repr(cause)).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, whole or not at all, and read as windows without loading the file."""
+"""Token files: written atomically, and read as memory-mapped windows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TOKENS, ABOUT = "tokens.bin", "about.json"
 
 
 def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, vocab_size: int, about: dict) -> None:
-    """Writes documents one after the other, each followed by EOS; `folder` appears when all are written.
+    """Write documents in sequence, each followed by EOS; `folder` appears once all are written.
 
-    Where several processes write the same, the first one's stays.
+    If several processes write the same folder, the first one's is kept.
 
     Raises:
-        UserError: If the folder cannot be written, for a full disk for instance.
+        UserError: If the folder cannot be written, for instance because the disk is full.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     n_documents, n_tokens, largest = 0, 0, eos_id
@@ -45,15 +45,15 @@ def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, voca
 
 
 def is_written(folder: Path) -> bool:
-    """Whether `write_tokens` finished here."""
+    """Return whether `write_tokens` has finished this folder."""
     return (folder / ABOUT).is_file()
 
 
 class Windows(Dataset):
-    """Windows of a token file: number i holds tokens [i·T, i·T + T], so each token but the first is predicted once.
+    """Windows of a token file: window i holds tokens [i·T, i·T + T], so each token but the first is predicted once.
 
     Args:
-        folder: What `write_tokens` wrote.
+        folder: A folder that `write_tokens` wrote.
         length: Tokens per window, T + 1.
     """
 
@@ -64,7 +64,7 @@ class Windows(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Tells these tokens from others."""
+        """Fingerprint of the tokens."""
         return self.about["fingerprint"]
 
     def __len__(self) -> int:
@@ -79,13 +79,13 @@ class Windows(Dataset):
         return torch.from_numpy(self._tokens[start : start + self.length].astype(np.int64))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_tokens": None}  # litgpt pickles dataloaders; the file stays where it is
+        return self.__dict__ | {"_tokens": None}  # litgpt pickles dataloaders; the file is mapped again
 
 
 class Shuffled(Sampler):
-    """An order that depends on nothing but seed and epoch.
+    """Sampler of a random order that depends only on seed and epoch.
 
-    Each new pass is the next epoch, unless `set_epoch` says which it is.
+    Each new pass is the next epoch, unless `set_epoch` sets it.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -104,7 +104,7 @@ class Shuffled(Sampler):
 
 
 def default_cache(local: Path | None) -> Path:
-    """Return a folder beside local text, if it can be written to there, else one in the user's cache.
+    """Return a folder beside local text if that is writable, else a folder in the user's cache.
 
     Args:
         local: The text's file or folder; None for text on the hub.

@@ -1,4 +1,4 @@
-"""A student's sizes in Hugging Face's `config.json`, which lm-eval, tokenizers and exported models read."""
+"""Write a student's sizes to Hugging Face's `config.json`, which lm-eval, tokenizers and exported models read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from litgpt.config import Config
 def student_hf_config(
     hf_config: dict[str, Any], config: Config, layers: Sequence[int] | None = None, tied: bool | None = None
 ) -> dict[str, Any]:
-    """Puts a student's sizes into its teacher's Hugging Face config.
+    """Return the teacher's Hugging Face config with the student's sizes.
 
     Args:
         hf_config: The content of the teacher's `config.json`.
         config: The student's litgpt config.
-        layers: The teacher's layer behind each of the student's, where the student is new.
-        tied: Whether the student's LM head is its embedding; `None` leaves what the config says.
+        layers: The teacher's layer for each of the student's; None if `hf_config` already lists the student's layers.
+        tied: True if the student's LM head is tied to its embedding; `None` keeps the config's setting.
     """
     content = text_part(hf_config)
     if tied is not None:
@@ -30,12 +30,12 @@ def student_hf_config(
 
 
 def expert_width(config: Config) -> int:
-    """Return the neurons of each expert, which litgpt's `intermediate_size` gives where no other setting does."""
+    """Return the neurons per expert, which litgpt keeps in `intermediate_size` if `moe_intermediate_size` is unset."""
     return config.moe_intermediate_size or config.intermediate_size
 
 
 def text_part(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config; of a multimodal model's, its text part, which is all that litgpt converts."""
+    """Return a copy of a config; for a multimodal model only its text part, which litgpt converts."""
     if "text_config" not in hf_config:
         return dict(hf_config)
     content = {k: v for k, v in hf_config.items() if k not in ("text_config", "vision_config")}
@@ -72,10 +72,10 @@ def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _rope(content: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Base and share of rotary dimensions, in the layout of the file: `transformers` 5 nests them."""
+    """Return base and fraction of rotary dimensions in the file's own layout; `transformers` 5 nests them."""
     if content.get("rope_parameters"):
         rope = dict(content["rope_parameters"])
-        if isinstance(rope.get("full_attention"), dict):  # Gemma 3 has a base for either kind of layer
+        if isinstance(rope.get("full_attention"), dict):  # Gemma 3 has a base for each kind of layer
             local = config.rope_base if config.rope_local_base_freq is None else config.rope_local_base_freq
             rope["full_attention"] = rope["full_attention"] | {"rope_theta": config.rope_base}
             rope["sliding_attention"] = rope["sliding_attention"] | {"rope_theta": local}
@@ -89,14 +89,14 @@ def _rope(content: dict[str, Any], config: Config) -> dict[str, Any]:
         if config.rope_local_base_freq is not None:
             changes["rope_local_base_freq"] = config.rope_local_base_freq
     for key in ("partial_rotary_factor", "rotary_pct"):
-        # GPT-NeoX heeds no other key, even where it writes another
+        # GPT-NeoX reads no other key, even if it writes another
         if key in content or (key == "rotary_pct" and content.get("model_type") == "gpt_neox"):
             changes[key] = config.rotary_percentage
     return changes
 
 
 def _layer_types(content: dict[str, Any], config: Config, layers: Sequence[int] | None) -> list[str] | None:
-    """Which kind of attention each kept layer has; None where `transformers` needs no list."""
+    """Return the kind of attention of each kept layer; None if `transformers` needs no list."""
     known = content.get("layer_types")
     indices = config.sliding_window_indices
     if config.sliding_window_size is not None and (known or len(set(indices)) > 1):

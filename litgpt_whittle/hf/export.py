@@ -1,4 +1,4 @@
-"""A litgpt checkpoint as a Hugging Face directory, whose model computes the same."""
+"""Export a litgpt checkpoint as a Hugging Face directory whose model computes the same outputs."""
 
 from __future__ import annotations
 
@@ -35,40 +35,41 @@ _STALE = (
     "_name_or_path",
     "_commit_hash",
 )
-"""Settings of the teacher's `config.json` that are said anew, or not true of the student"""
+"""Settings of the teacher's `config.json` to drop, since they are set again or invalid for the student"""
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 1e-3
-"""Of the largest logit. Rounding stays below 1e-4; a wrong activation, norm or rotary setting does not"""
+"""Tolerance relative to the largest logit. Rounding stays below 1e-4; a wrong activation, norm or rotary setting does
+not"""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export."""
+    """Result of an export."""
 
     family: Family
     n_params: int
     """Parameters, padding included"""
     zero_heads: int
-    """Heads of zeros that fill up the channels of a layer"""
+    """Number of zero heads per layer that pad the heads to the channels"""
     needs_eager_experts: bool
-    """Whether transformers' default implementation of experts cannot run it"""
+    """True if transformers' default implementation of experts cannot run the model"""
     difference: float | None
-    """The largest difference of a logit from litgpt's, relative to the largest logit; `None` where not checked"""
+    """Largest difference of a logit from litgpt's, relative to the largest logit; `None` if not checked"""
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "5GB", check: bool = True) -> Exported:
-    """Writes a Hugging Face directory, whole or not at all; an older one is replaced.
+    """Write a Hugging Face directory atomically, replacing an older one.
 
     Args:
-        checkpoint_dir: A litgpt checkpoint. What a layer-wise student's layers lack is filled up with zeros.
-        out_dir: The directory.
-        max_shard_size: How many bytes a file of weights may have, as a number or such as "5GB".
-        check: Whether to open it with `transformers`, and compare its logits on random tokens with litgpt's.
+        checkpoint_dir: A litgpt checkpoint. The layers of a layer-wise student are padded with zeros.
+        out_dir: The output directory.
+        max_shard_size: Maximum bytes of a weights file, as a number or such as "5GB".
+        check: If true, load the directory with `transformers` and compare the logits of random tokens with litgpt's.
 
     Raises:
-        UserError: If the checkpoint cannot be read, if litgpt has no way back for it or the model's class in
-            `transformers` cannot be built like it, if the disk is full, or if the check finds a difference.
+        UserError: If the checkpoint cannot be read, litgpt cannot convert it, the model's class in `transformers`
+            cannot express it, the disk is full, or the check finds a difference.
     """
     n_bytes = int(parse_amount(max_shard_size, "bytes"))
     config = check_checkpoint(checkpoint_dir)
@@ -88,7 +89,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
         write_text(folder / "config.json", json.dumps(content, indent=2))
         write_text(folder / "README.md", model_card(config, count, _provenance(checkpoint_dir)))
         save_torch_state_dict(hf_weights(shape.teacher, family, weights, tied), folder, max_shard_size=n_bytes)
-        for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the user read what it wrote
+        for file in folder.glob("*.safetensors"):  # safetensors makes its files readable by the user only
             shutil.copymode(folder / "config.json", file)
         del weights
         difference = _difference(checkpoint_dir, folder, config) if check else None
@@ -97,19 +98,19 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
 
 
 def _needs_eager_experts(config: Config, dtype: torch.dtype) -> bool:
-    """Return whether rows of the experts' weights are no multiple of 16 bytes, as grouped matrix products need."""
+    """Return whether rows of the experts' weights are not multiples of 16 bytes, which grouped matrix products need."""
     widths = (config.n_embd, expert_width(config))
     return config.mlp_class_name == "LLaMAMoE" and any(width * dtype.itemsize % 16 for width in widths)
 
 
 def fit_heads(config: Config, family: Family) -> SubNet:
-    """The model as a part of one whose heads have the size that its class in `transformers` gives them.
+    """Return the model as a sub-network of one with the head size of its class in `transformers`.
 
-    Some classes have heads of `n_embd / n_head` dimensions only. Where that leaves room for more heads of the model's
-    own size, heads of zeros fill it up, and change no output.
+    Some classes fix the head size to `n_embd / n_head`. If the channels have room for more heads of the model's own
+    size, zero heads fill it, without changing the outputs.
 
     Raises:
-        UserError: If it leaves none.
+        UserError: If zero heads cannot fill the channels.
     """
     n_embd, size, groups = config.n_embd, config.head_size, config.n_query_groups
     if family.free_heads or config.n_head * size == n_embd:
@@ -127,14 +128,14 @@ def fit_heads(config: Config, family: Family) -> SubNet:
 def hf_content(
     original: dict[str, Any], config: Config, family: Family, tied: bool, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The content of a model's `config.json`, in the layout that `transformers` 4 and 5 both read.
+    """Return the content of a model's `config.json`, in a layout that both `transformers` 4 and 5 read.
 
     Args:
-        original: The teacher's, where it is known. What litgpt's config says goes before it.
+        original: The teacher's content, empty if unknown. Settings of litgpt's config take precedence.
         config: litgpt's config.
         family: The model's family.
-        tied: Whether the LM head is the embedding.
-        dtype: That of the weights.
+        tied: True if the LM head is tied to the embedding.
+        dtype: The weights' data type.
     """
     content = {key: value for key, value in text_part(original).items() if key not in _STALE}
     gelu = "gelu_pytorch_tanh" if config.gelu_approximate == "tanh" else "gelu"
@@ -173,7 +174,11 @@ def _rope_scaling(config: Config) -> dict[str, Any] | None:
 
 
 def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tensor], tied: bool) -> Weights:
-    """A model's weights under the names of `transformers`, by litgpt's mapping; a tied LM head is left out."""
+    """Return a model's weights under the names of `transformers`, by litgpt's mapping, without a tied LM head.
+
+    Raises:
+        UserError: If litgpt's mapping lacks one of the weights.
+    """
     converted: Weights = {}
     try:
         family.copy_weights(config, converted, dict(weights))
@@ -186,9 +191,9 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
     if tied:
         converted.pop(head, None)
     else:
-        # litgpt leaves out what most checkpoints of a family tie, though a student may have untied it
+        # litgpt leaves out the head in families that mostly tie it, though a student may have untied it
         converted.setdefault(head, weights["lm_head.weight"])
-    # safetensors refuses parts of a tensor, which queries, keys and values are here
+    # safetensors does not accept views of a larger tensor, as queries, keys and values are here
     return {
         name: part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
         for name, part in converted.items()
@@ -196,7 +201,7 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
 
 
 def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids that a text begins and ends with, where no `config.json` says them: a class's own may not exist here."""
+    """Return BOS, EOS and padding ids if there is no `config.json`; the class's default ids may not exist here."""
     if original:
         return {}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -208,10 +213,12 @@ def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[s
 
 @torch.inference_mode()
 def _difference(checkpoint_dir: Path, folder: Path, config: Config) -> float:
-    """How far the exported model's logits are from litgpt's, relative to the largest, in float32.
+    """Return the largest difference between the exported model's logits and litgpt's, relative to the largest logit.
+
+    Both models run in float32.
 
     Raises:
-        UserError: If `transformers` does not open it as it should, or it computes something else.
+        UserError: If `transformers` does not load the model correctly, or the difference exceeds `_TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(config.vocab_size, (1, min(_CHECKED_TOKENS, config.block_size)), generator=generator)
@@ -226,7 +233,11 @@ def _difference(checkpoint_dir: Path, folder: Path, config: Config) -> float:
 
 
 def _open(folder: Path) -> torch.nn.Module:
-    """The exported model, in float32."""
+    """Load the exported model in float32.
+
+    Raises:
+        UserError: If `transformers` cannot load it, or reports missing, unexpected or mismatched weights.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -256,7 +267,7 @@ def _open(folder: Path) -> torch.nn.Module:
 
 
 def model_card(config: Config, n_params: int, provenance: Mapping[str, Any]) -> str:
-    """What is known of a model, in a few lines for people."""
+    """Return a short model card."""
     lines = ["---", "library_name: transformers", "---", f"# {config.name}", ""]
     lines.append(f"{n_params:,} parameters, {config.n_layer} layers, {config.n_embd} channels.")
     if {"teacher", "n_params", "n_params_teacher"} <= provenance.keys():

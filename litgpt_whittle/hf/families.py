@@ -1,8 +1,8 @@
-"""Which model of `transformers` computes what a litgpt model does, and litgpt's own mapping to its weights' names.
+"""Map litgpt models to the equivalent models of `transformers`, with litgpt's own mapping of weight names.
 
-Facts about classes and their settings are those of `transformers`' configuration and modeling files (5.3); litgpt tells
-families by the model's name, in `litgpt.scripts.convert_lit_checkpoint`, and so does this file (but for `Gemma-2b`,
-which litgpt 0.5.13 takes for a Gemma 2).
+Facts about classes and their settings come from `transformers`' configuration and modeling files (5.3). Like
+`litgpt.scripts.convert_lit_checkpoint`, this file identifies families by the model's name (except for `Gemma-2b`, which
+litgpt 0.5.13 treats as a Gemma 2).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from litgpt_whittle.hf.config import expert_width
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of `transformers` and what it leaves open."""
+    """A model type of `transformers` and its degrees of freedom."""
 
     model_type: str
     architecture: str
-    """Its class with a language-modelling head"""
+    """The class with a language-modelling head"""
     copy_weights: Callable[..., None]
-    """litgpt's mapping: takes a config, the dictionary to fill and litgpt's weights"""
+    """litgpt's weight mapping: takes a config, the dictionary to fill and litgpt's weights"""
     facts: Callable[[Config], dict[str, Any]]
-    """Settings of its `config.json` beside those that all share, from litgpt's config"""
+    """Returns the family's own settings in `config.json`, from litgpt's config"""
     norm_eps: str | None = "rms_norm_eps"
-    """What the setting is called; `None` where it is always 1e-5"""
+    """Name of the setting; `None` if it is always 1e-5"""
     activation: str = "hidden_act"
     rotary: str | None = None
-    """The share of rotary dimensions; `None` where all are"""
+    """Name of the setting for the fraction of rotary dimensions; `None` if all are rotary"""
     free_heads: bool = True
-    """Whether heads may be of any size; else they share the channels: `n_embd = n_head * head_size`"""
+    """True if heads may have any size; else `n_embd = n_head * head_size`"""
     mixed_windows: bool = False
-    """Whether some layers may attend in a window and others globally"""
+    """True if some layers may have a sliding window and others global attention"""
     parallel_residual: bool | None = False
-    """`None` where it can be either"""
+    """`None` if both values are supported"""
     expresses: tuple[str, ...] = ()
-    """What else litgpt's config may ask for, of the settings in `_RARE`"""
+    """Supported settings among those in `_RARE`"""
 
 
 _RARE = {
@@ -60,7 +60,7 @@ _RARE = {
     "first_k_dense_replace": None,
     "routed_scaling_factor": 1.0,
 }
-"""Settings that few families have, and what they are in all others"""
+"""Settings that few families support, and their values in all others"""
 
 _ROPE = ("rope_adjustments", "rope_condense_ratio")
 _GEMMA = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "sliding_window_size")
@@ -79,7 +79,7 @@ def _scores(config: Config) -> dict[str, Any]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-    """Room for `student_hf_config` to say which layers have a window; one that no text fills stands for none."""
+    """Return settings in which `student_hf_config` sets each layer's window; a window of `block_size` acts as none."""
     size = config.sliding_window_size or config.block_size
     return {"sliding_window": size, "layer_types": ["full_attention"] * config.n_layer}
 
@@ -104,12 +104,12 @@ def _qwen3_experts(config: Config) -> dict[str, Any]:
         "moe_intermediate_size": expert_width(config),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "norm_topk_prob": True,  # litgpt's router always weighs the chosen experts by a softmax over them
+        "norm_topk_prob": True,  # litgpt's router always weights the chosen experts by a softmax over them
     }
 
 
 def _copy_olmo2(config: Config, state_dict: dict[str, Any], weights: dict[str, Any]) -> None:
-    # litgpt's mapping calls this norm norm_2, as which its model does not build it
+    # litgpt's mapping calls this norm norm_2, its model post_attention_norm
     renamed = {name.replace("post_attention_norm", "norm_2"): weight for name, weight in weights.items()}
     converter.copy_weights_olmo2(config, state_dict, renamed)
 
@@ -192,11 +192,11 @@ FAMILIES: dict[str, Family] = {
         norm_eps="layer_norm_eps", rotary="partial_rotary_factor", free_heads=False, expresses=_ROPE,
     ),
 }  # fmt: skip
-"""From the name for people"""
+"""Families by readable name"""
 
 
 def family_name(config: Config) -> str:
-    """The family of a model, as litgpt's converter tells it."""
+    """Return the name of a model's family, by the rules of litgpt's converter."""
     name, low, has_experts = config.name, config.name.lower(), config.mlp_class_name == "LLaMAMoE"
     if "falcon" in name:
         return "Falcon"
@@ -221,22 +221,22 @@ def family_name(config: Config) -> str:
 
 
 def shares_channels(config: Config) -> bool:
-    """Whether a model's heads fill its channels, as its class in `transformers` asks of all models."""
+    """Return whether a model's heads fill its channels, and its class in `transformers` requires it."""
     return not FAMILIES[family_name(config)].free_heads and config.n_head * config.head_size == config.n_embd
 
 
 def filled_heads(config: Config) -> tuple[int, int] | None:
-    """Query groups and heads per group of the model that heads of zeros make of this one, to fill its channels.
+    """Return query groups and heads per group after padding the model with zero heads to fill its channels.
 
     Returns:
-        None where `n_embd` is no multiple of the head size, or has no room for the heads that there are.
+        None if `n_embd` is not a multiple of the head size, or too small for the model's heads.
     """
     n_head, rest = divmod(config.n_embd, config.head_size)
     groups = config.n_query_groups
     per_group = config.n_head // groups
     if rest or n_head < config.n_head:
         return None
-    # zeros with keys of their own get no gradient; Falcon's only head may be one of many that share their keys
+    # zero heads with their own keys get no gradient; Falcon's only head may be one of many that share their keys
     if per_group == 1 and (groups > 1 or family_name(config) != "Falcon"):
         return n_head, 1
     wider = (n for n in range(groups, n_head + 1) if n_head % n == 0 and n_head // n >= per_group)
@@ -244,10 +244,10 @@ def filled_heads(config: Config) -> tuple[int, int] | None:
 
 
 def check_expressible(config: Config) -> Family:
-    """The family of a model, once it is known that its class in `transformers` can be built like it.
+    """Return the family of a model, after checking that its class in `transformers` can express the model.
 
     Raises:
-        UserError: If not; heads that do not fill the channels are left to `fit_heads`.
+        UserError: If it cannot; `fit_heads` handles heads that do not fill the channels.
     """
     name = family_name(config)
     family = FAMILIES[name]

@@ -1,6 +1,6 @@
-"""The files that belong to a checkpoint's tokenizer, its chat template and its generation, and their copies.
+"""Copy the files of a checkpoint's tokenizer, chat template and generation config.
 
-litgpt's `copy_config_files` leaves out chat templates and copies the permissions of read-only files, too.
+litgpt's `copy_config_files` leaves out chat templates, and also copies the permissions of read-only files.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import shutil
 from pathlib import Path
 
 TEMPLATES = "additional_chat_templates"
-"""Folder of the chat templates that have names, as `transformers` writes it"""
+"""Name of the folder in which `transformers` stores named chat templates"""
 
 _HUGGING_FACE = (
     "tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json",
     "chat_template*", f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
-"""Patterns of the files that a tokenizer and a generation of `transformers` read"""
+"""Patterns of the files that `transformers` reads for tokenizers and generation"""
 
 _LITGPT = ("prompt_style.yaml",)
 """Further files that litgpt's own `generate`, `chat` and `serve` read"""
@@ -28,7 +28,7 @@ def copy_tokenizer(source: Path, out_dir: Path, for_litgpt: bool = True) -> None
     Args:
         source: A checkpoint directory.
         out_dir: An existing folder. Files of the same names in it are replaced.
-        for_litgpt: Whether to include the files that only litgpt reads.
+        for_litgpt: If true, include the files that only litgpt reads.
     """
     for pattern in (*_HUGGING_FACE, *(_LITGPT if for_litgpt else ())):
         for path in sorted(source.glob(pattern)):
@@ -37,7 +37,7 @@ def copy_tokenizer(source: Path, out_dir: Path, for_litgpt: bool = True) -> None
 
 
 def copy_contents(path: Path, to: Path) -> None:
-    """Copy a file's contents; the copy has the permissions of any new file."""
+    """Copy a file's contents; the copy has the permissions of a new file."""
     to.parent.mkdir(exist_ok=True)
     to.unlink(missing_ok=True)  # an earlier copy may be read-only
     shutil.copyfile(path, to)

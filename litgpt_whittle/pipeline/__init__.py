@@ -1,1 +1,1 @@
-"""`litgpt whittle`: the other commands as the stages of one."""
+"""`litgpt whittle`: a pipeline whose stages are the other commands."""

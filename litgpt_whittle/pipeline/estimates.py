@@ -1,4 +1,4 @@
-"""What a pipeline's stages will take: tokens, floating-point operations, memory, and time at this machine's speed."""
+"""Estimate tokens, floating-point operations, memory and time of a pipeline's stages on this machine."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher_dtype
 
 REPAIR_PASSES = 3
-"""How many passes of the teacher a repair takes on its tokens, at most; see benchmarks/repair.py"""
+"""Upper bound of a repair's cost, in forward passes of the teacher over its tokens; see benchmarks/repair.py"""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage will take, at most."""
+    """Upper bound of a stage's cost."""
 
     name: str
     tokens: int
     forward: float
-    """FLOPs of passes without gradients"""
+    """FLOPs of forward passes without gradients"""
     training: float = 0.0
-    """FLOPs of passes with gradients, forward and backward"""
+    """FLOPs of forward and backward passes with gradients"""
     weights: int = 0
     """Bytes of models and moments on each device, without activations, gradients and the optimizer"""
 
     def seconds(self, speed: Speed) -> float:
-        """At a machine's speed."""
+        """Return the stage's time in seconds at a machine's speed."""
         return self.forward / speed.forward + self.training / speed.training
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What all devices of this machine do, in FLOPs per second."""
+    """Speed of all devices of this machine together, in FLOPs per second."""
 
     forward: float
     training: float
 
 
 def costs(stages: Stages) -> list[Cost]:
-    """Every stage's cost, for students as the search could propose them.
+    """Return every stage's cost, for random students of the given sizes.
 
-    A stage that may end sooner, such as a race or a search in little validation text, counts in full.
+    A stage that may end early, such as a race or a search on little validation text, counts in full.
     """
     request, length = stages.request, stages.length
     whole = flops(stages.teacher, SubNet.full(stages.teacher), length)
@@ -86,7 +86,7 @@ def costs(stages: Stages) -> list[Cost]:
         n_calibration = repair.n_tokens(stages.examples[name].config) if repair else 0
         forward = REPAIR_PASSES * n_calibration * whole
         found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.start(name, bool(repair))))
-        # a block whose activations are not kept runs forward twice
+        # activation checkpointing runs each block forward twice
         training = (1 + BACKWARD + stages.trained.activation_checkpointing) * n_tokens * parts[name]
         alone = held.student(name)
         beside = held.teacher_beside if taught else 0
@@ -97,7 +97,7 @@ def costs(stages: Stages) -> list[Cost]:
 
 
 class _Held:
-    """Bytes of weights that stages hold on each device."""
+    """Bytes of weights on each device, by stage."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages, full = stages, SubNet.full(stages.teacher)
@@ -105,23 +105,23 @@ class _Held:
         self.n_teacher = n_params(stages.teacher, full, self.tied)
 
     def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:
-        """Of the teacher in a stage with these arguments, which may spread it; by default as they say to compute."""
+        """Return the teacher's bytes in a stage with these arguments, by default in the stage's precision."""
         n_shards = n_devices_of(args.devices) if args.get("teacher_placement") == "sharded" else 1
         return self.n_teacher * (dtype or _weights_dtype(args.precision)).itemsize // n_shards
 
     @property
     def teacher_beside(self) -> int:
-        """Of the teacher beside a student in training."""
+        """Bytes of the teacher that runs while a student is trained."""
         trained = self.stages.trained
         return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
 
     def start(self, name: str, is_repaired: bool) -> int:
-        """Of what a student is cut out with, a block of the teacher at a time."""
+        """Return the bytes for extracting (and repairing) a student, one block of the teacher at a time."""
         subnet = self.stages.examples[name]
         return repair_bytes(subnet, self.tied, _device()) if is_repaired else largest_block(subnet.teacher)
 
     def student(self, name: str) -> int:
-        """Of a student in training, before it is spread over devices."""
+        """Return a student's bytes in training, before sharding."""
         n = n_params(self.stages.teacher, self.stages.examples[name], self.tied)
         return n * _weights_dtype(self.stages.trained.precision).itemsize
 
@@ -137,7 +137,7 @@ def _weights_dtype(precision: str | None) -> torch.dtype:
 def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held: _Held) -> Cost:
     args = stages.searched
     n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or length)
-    # what is measured is the teacher with small cuts
+    # measured sub-networks are the teacher with small cuts
     tokens = n_each * (args.iterations * len(parts) + stages.n_measurements)
     forward = n_each * (args.iterations * sum(parts) + stages.n_measurements * whole)
     training = 0.0
@@ -158,7 +158,7 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
 
 
 def cache_bytes(stages: Stages) -> int:
-    """What the cache of the teacher takes of the disk, at most."""
+    """Return the maximum size of the teacher cache on disk."""
     codec = make_codec(stages.cached.codec, stages.teacher.padded_vocab_size, stages.cached.temperature)
     n_windows = -(-(stages.cached.max_tokens or stages.n_tokens) // stages.length)
     return n_windows * Layout(codec, stages.length).window_bytes
@@ -169,17 +169,17 @@ def _device() -> torch.device:
 
 
 def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
-    """Runs a block of the teacher forward, and one of the largest student forward and backward, a few times each.
+    """Time a block of the teacher forward, and one of the largest student forward and backward, a few times each.
 
-    Whole models would take their time and memory, and a few blocks more of the same are no faster.
+    Whole models would take more time and memory, and more blocks of the same kind have the same speed.
 
     Args:
-        stages: What will run.
-        budget: Seconds for it; the first pass of each is made in any case.
+        stages: The pipeline's stages.
+        budget: Seconds to spend; at least one pass of each runs in any case.
     """
     device, length = _device(), stages.length
     precision = stages.trained.precision or _default_precision()
-    # a few hundred tokens keep a CPU busy, not so a GPU
+    # a few hundred tokens saturate a CPU, but not a GPU
     n_rows, n_tokens = (
         (stages.trained.train.micro_batch_size, length) if device.type == "cuda" else (1, min(length, 256))
     )
@@ -190,13 +190,13 @@ def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
     training /= _seconds(_training_pass(ours, ids, precision), budget / 2, device)
     forward = flops(theirs.teacher, theirs, n_tokens) * ids.numel()
     forward /= _seconds(_forward_pass(theirs, ids, precision), budget / 2, device)
-    # the processes of a CPU share its cores, which one of them has used already
+    # processes on a CPU share its cores, all of which the measurement has used already
     n_devices = n_devices_of(stages.request.devices) if device.type == "cuda" else 1
     return Speed(forward * n_devices, training * n_devices)
 
 
 def _one_block(subnet: SubNet) -> SubNet:
-    """The last layer of a sub-network, which has experts where any has, with a small vocabulary."""
+    """Return the last layer of a sub-network, with a small vocabulary; it has experts if any layer has."""
     teacher = copy.copy(subnet.teacher)
     teacher.vocab_size = teacher.padded_vocab_size = min(1024, teacher.vocab_size)
     kept = {name: getattr(subnet, name) for name in FIELDS}
@@ -230,7 +230,7 @@ def _model(subnet: SubNet, ids: torch.Tensor, dtype: torch.dtype) -> GPT:
 
 
 def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> float:
-    """The shortest of some runs, the first of which only warms up where there is time for a second one."""
+    """Return the shortest time of several runs; the first one is the warm-up if there is time for a second."""
     times: list[float] = []
     while not times or (sum(times) + times[-1] < budget and len(times) < 6):
         started = time.perf_counter()
@@ -242,7 +242,7 @@ def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> fl
 
 
 def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:
-    """The stages' costs as a table, below a row of headings."""
+    """Return the stages' costs as a table, headings first."""
     rows = [["stage", "tokens", "FLOPs", "weights per device", "about"]]
     for cost in found:
         flop, weights = cost.forward + cost.training, readable_size(cost.weights)
@@ -254,7 +254,7 @@ def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds in a readable unit."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

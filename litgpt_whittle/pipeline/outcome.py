@@ -1,4 +1,4 @@
-"""What a pipeline came to, for people: a table, a picture of the trainings, and one page with the stages' pictures."""
+"""Report of a pipeline: a table, a plot of the trainings, and one page with the stages' pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE, CURVES = "report.html", "students.png"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One student."""
+    """The checkpoints and trainings of one student."""
 
     name: str
     start: Checkpoint
@@ -34,18 +34,18 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
-        """Reads a student's folder."""
+        """Read a student's folder."""
         baseline = TrainingResult(folder / "baseline")
         distilled = TrainingResult(folder / "distilled")
         return cls(folder.name, Checkpoint(folder / "start"), distilled, baseline if baseline.is_finished else None)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """Tokens, those of the repair included, and validation loss."""
+        """Pairs of tokens, those of the repair included, and validation loss."""
         return [(self.start.calibration_tokens + tokens, loss) for tokens, loss in self.distilled.curve]
 
     def row(self, n_teacher: int) -> list[str]:
-        """Its line in the table."""
+        """Return the student's row of the table."""
         searched = searched_perplexity(self.start.origin)
         n_params = self.distilled.checkpoint.n_params
         cells = [self.name, f"{n_params:,}", f"{n_params / n_teacher:.0%}"]
@@ -58,15 +58,15 @@ class Outcome:
 
 
 def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> list[list[str]]:
-    """Writes the page and the picture.
+    """Write the page and the plot of the trainings.
 
     Args:
         out_dir: The pipeline's folder.
-        names: Its students.
-        teacher: Their teacher.
+        names: Names of its students.
+        teacher: The teacher's checkpoint.
 
     Returns:
-        The table, below a row of headings.
+        The table, headings first.
     """
     outcomes = [Outcome.read(out_dir / name) for name in names]
     n_teacher = teacher.n_params
@@ -103,7 +103,7 @@ def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def plot_students(outcomes: Sequence[Outcome], teacher_val_loss: float | None, path: Path) -> None:
-    """Draws validation perplexity over tokens, of every student and of its baseline."""
+    """Plot validation perplexity over tokens, for every student and its baseline."""
     from matplotlib.ticker import EngFormatter
 
     figure, [[axes]] = new_figure()

@@ -1,4 +1,4 @@
-"""The stages of `litgpt whittle`: commands that run one after the other, each in a process of its own, each once."""
+"""Run the stages of `litgpt whittle`: commands in sequence, each once and in its own process."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ from litgpt_whittle.searching.journal import JOURNAL
 from litgpt_whittle.training.resume import flatten, has_training_state
 
 RECORD = "stages.json"
-"""What the stages that have begun were told, and which are finished"""
+"""Name of the file that records the settings of the stages that have begun, and which of them are finished"""
 
 SETTINGS = "whittle.yaml"
-"""What the pipeline was asked for"""
+"""Name of the file with the pipeline's settings"""
 
 COMMANDS = "commands.sh"
-"""The stages as command lines"""
+"""Name of the file with the stages as command lines"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, with what its YAML and its command line say."""
+    """One command, with the settings of its YAML and its command line."""
 
     command: str
     folder: Path
-    """Its out_dir"""
+    """The command's out_dir"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What its YAML holds"""
+    """Contents of the command's YAML"""
     flags: Sequence[str] = ()
-    """What the pipeline's command line said for it"""
+    """Flags for this command from the pipeline's command line"""
     inputs: Sequence[str | Path] = ()
-    """Its arguments without a name"""
+    """The command's positional arguments"""
 
     @property
     def name(self) -> str:
-        """What it is called in the pipeline's folder."""
+        """Name of the stage, relative to the pipeline's folder."""
         own = self.folder.name
         return f"{self.folder.parent.name}/{own}" if self.command in ("extract", "distill") else own
 
     @property
     def config(self) -> Path:
-        """Where its YAML goes, beside its folder."""
+        """Path of the YAML, beside the stage's folder."""
         return self.folder.with_suffix(".yaml")
 
     @property
     def told(self) -> dict[str, Any]:
-        """All that decides what it leaves behind, by the names of its command's arguments."""
+        """Settings that determine the output, by the names of the command's arguments."""
         told = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
         told |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
         return {name: str(value) for name, value in told.items() if name not in _FREE}
 
     def option(self, name: str) -> str:
-        """What an argument of its command is called on the pipeline's command line."""
+        """Return the name of a command's argument on the pipeline's command line."""
         return "target" if name == "bin" else f"{self.command}.{name}"
 
     def needs(self, other: Stage) -> bool:
-        """Whether it reads what another one leaves behind."""
+        """Return whether this stage reads the output of another one."""
         return any(Path(value).is_relative_to(other.folder) for value in self.told.values())
 
     def arguments(self, begins: bool = False) -> list[str]:
-        """Its command line, which goes on where an earlier one was interrupted unless it `begins`."""
+        """Return the command line, which resumes an interrupted run unless `begins` is true."""
         inputs = [str(path) for path in self.inputs]
         goes_on = [] if begins else _GO_ON[self.command](self.folder)
         return [self.command, *inputs, f"--config={self.config}", *self.flags, f"--out_dir={self.folder}", *goes_on]
@@ -80,14 +80,14 @@ class Stage:
 _AGAIN = "run the same command again"
 
 _FREE = ("devices", "data.init_args.num_workers")
-"""Arguments that may change on the way"""
+"""Arguments that may change between runs"""
 
 _UNFINISHED: dict[str, Callable[[Path], bool]] = {
     "search": lambda folder: (folder / JOURNAL).is_file(),
     "cache_teacher": lambda folder: (folder / INDEX).is_file(),
     "distill": lambda folder: any(map(has_training_state, [*folder.glob("step-*"), folder / "final"])),
 }
-"""Whether a command finds something to go on from in its folder; the others begin anew"""
+"""Tests whether a command can resume from its folder; the other commands start from scratch"""
 
 _GO_ON: dict[str, Callable[[Path], list[str]]] = {
     "rank": lambda folder: ["--overwrite=true"] if folder.exists() else [],
@@ -96,18 +96,18 @@ _GO_ON: dict[str, Callable[[Path], list[str]]] = {
     "cache_teacher": lambda folder: ["--resume=true"] if _UNFINISHED["cache_teacher"](folder) else [],
     "distill": lambda folder: ["--resume=auto"],
 }
-"""How each command is told to go on, as far as it must be told"""
+"""Flags that make each command resume, or replace its unfinished output"""
 
 
 class Pipeline:
-    """Runs stages that are not finished yet.
+    """Runs the stages of a pipeline that are not finished yet.
 
     Args:
         out_dir: The pipeline's folder.
-        settings: All that was asked for.
+        settings: The pipeline's settings.
 
     Raises:
-        UserError: If the folder holds something else.
+        UserError: If the folder is not empty and not a pipeline's.
     """
 
     def __init__(self, out_dir: Path, settings: dict[str, Any]) -> None:
@@ -119,13 +119,13 @@ class Pipeline:
         self.record: dict[str, dict[str, Any]] = _read(out_dir / RECORD)
 
     def check(self, stages: Sequence[Stage]) -> None:
-        """Refuses what does not go with the stages that have begun; all others may be asked for anew.
+        """Check that the stages that have begun keep their settings; the settings of other stages may change.
 
         Args:
-            stages: All of them, in their order.
+            stages: All stages in order.
 
         Raises:
-            UserError: If one has begun with other settings, or after a stage that is to run anew.
+            UserError: If a stage has begun with other settings, or reads the output of a stage that would run again.
         """
         begun = [stage for stage in stages if self._has_begun(stage, stages)]
         for stage in begun:
@@ -148,18 +148,18 @@ class Pipeline:
             raise UserError(f"the stage {stage.name} {why} delete {folders}, or choose another out_dir")
 
     def _told(self, stage: Stage) -> dict[str, str]:
-        # the folder may be named in another way
+        # the pipeline's folder may be given by another path
         told = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.told.items()}
         return told | {"teacher's weights": str(self.settings.get("teacher"))}
 
     def _has_begun(self, stage: Stage, stages: Sequence[Stage]) -> bool:
-        """Whether a stage left something that counts."""
+        """Return whether a stage is finished or can resume; later stages then depend on its settings."""
         if not self._is_noted_done(stage):
             is_unfinished = _UNFINISHED.get(stage.command, lambda _: False)
             return stage.name in self.record and is_unfinished(stage.folder)
         if stage.folder.exists():
             return True
-        # whoever frees the disk of what has served its end does not want it again
+        # a user who deletes an output that every later stage has used does not want it again
         users = [other for other in stages if other.needs(stage)]
         have_used = bool(users) and all(self._is_noted_done(other) and other.folder.exists() for other in users)
         return have_used and self.record[stage.name]["told"] == self._told(stage)
@@ -172,17 +172,17 @@ class Pipeline:
         write_text(self.out_dir / RECORD, json.dumps(self.record, indent=1))
 
     def run(self, stages: Sequence[Stage], files: Mapping[Path, str]) -> None:
-        """Runs the stages that are not finished.
+        """Run the stages that are not finished.
 
         Args:
-            stages: All of them, in their order.
-            files: What they read beside their YAMLs, by path.
+            stages: All stages in order.
+            files: Contents of further files that the stages read, by path.
 
         Raises:
-            UserError: If one fails; it has said why itself. Or if another process works in this folder.
+            UserError: If a stage fails, which prints its own error, or if another process works in this folder.
         """
         with claimed(self.out_dir) as lock_file:
-            self.record = _read(self.out_dir / RECORD)  # others may have finished more in the meantime
+            self.record = _read(self.out_dir / RECORD)  # another process may have finished stages in the meantime
             self._run(stages, files, lock_file)
 
     def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
@@ -203,21 +203,21 @@ class Pipeline:
             self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):
-                # what it said itself would come again; what ended it from outside may not
+                # the command's own error would recur; an end from outside may not
                 remedy = "correct what it says above, and run the command again" if code in (1, 2) else _AGAIN
                 raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to go on from there")
             self._note(stage, is_done=True)
 
 
 def call(command: Sequence[str], lock_file: IO[Any]) -> int:
-    """Runs a command that shares this process's terminal, and hands on what tells this process to stop.
+    """Run a command in this process's terminal, forward SIGTERM to it, and return its exit code.
 
     Args:
         command: The command line.
-        lock_file: What the command keeps open for as long as it runs.
+        lock_file: The folder's lock, which the command holds open while it runs.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C, which the terminal tells the command itself.
+        KeyboardInterrupt: After Ctrl-C, which the terminal sends to the command itself.
         SystemExit: After SIGTERM.
     """
     told: list[int] = []
@@ -230,7 +230,7 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         process = subprocess.Popen(command, pass_fds=[lock_file.fileno()], preexec_fn=stop_with_parent)
-        code = process.wait()  # a command that is told to stop saves first
+        code = process.wait()  # a stopped command saves first
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -242,7 +242,7 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
 
 
 def folder_of(target: str) -> str:
-    """A folder's name for a target size: `410M` for `410M±5%`."""
+    """Return the folder name for a target size: `410M` for `410M±5%`."""
     return re.sub(r"[^\w.-]+", "_", re.split(r"±|\+-|\+/-", target.strip())[0].strip())
 
 

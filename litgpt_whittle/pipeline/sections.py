@@ -1,4 +1,4 @@
-"""The settings of one command within another's: read by its own parser, so that nothing has another name there."""
+"""Parse the settings of a command inside another command's, with its own parser, so that all names stay the same."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from litgpt_whittle.flags import in_one_line, names_of
 
 
 class Section:
-    """What one command is told.
+    """The settings of one command.
 
     Args:
-        name: What the settings are called, for errors.
+        name: Name of the section, for errors.
         command: The command's function.
-        given: Its settings, as a YAML has them; such as ``eval.max_iters``, from a command line, come after all others.
-        defaults: Settings for where it says nothing else.
+        given: The settings, as in a YAML; dotted names such as ``eval.max_iters``, from a command line, override all
+            others.
+        defaults: Settings to use where `given` has none.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class Section:
 
     @cached_property
     def parser(self) -> ArgumentParser:
-        """The command's own."""
-        # help texts, which nobody will read here, take longer than all else
+        """The command's own parser."""
+        # parsing help texts takes most of the time, and they are not shown here
         set_parsing_settings(docstring_parse_attribute_docstrings=False)
         try:
             parser: ArgumentParser = capture_parser(lambda: CLI(self.command))
@@ -46,25 +47,25 @@ class Section:
         return parser
 
     def parse(self, **inputs: Any) -> Namespace:
-        """Every argument of the command, defaults included, as its function gets them.
+        """Return every argument of the command's function, defaults included.
 
         Args:
-            inputs: Arguments that the settings leave out.
+            inputs: Arguments that are not part of the settings.
 
         Raises:
-            UserError: If the command does not take the settings.
+            UserError: If the command does not accept the settings.
         """
         return self._told(lambda: self.parser.instantiate_classes(self._read(inputs)))
 
     def dump(self, **inputs: Any) -> str:
-        """The same as a YAML."""
+        """Return all arguments of the command as YAML."""
         return self._told(lambda: self.parser.dump(self._read(inputs)))
 
     def _read(self, inputs: Mapping[str, Any]) -> Namespace:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{self.name}.yaml"
             path.write_text(to_yaml(self.settings | {name: str(value) for name, value in inputs.items()}))
-            # just as the command will read it
+            # exactly as the command will read it
             read = self.parser.parse_args([f"--config={path}", *self.flags])
         del read["config"]
         return read
@@ -80,10 +81,10 @@ class Section:
             raise UserError(f"the section {self.name} cannot be read: {told}") from None
 
     def told(self, check: Callable[[], Any]) -> Any:
-        """What a check of the command gives.
+        """Return the result of one of the command's checks.
 
         Raises:
-            UserError: What the check says, with the flags by their names here.
+            UserError: If the check fails; the message uses the flags of `litgpt whittle`.
         """
         try:
             return check()
@@ -95,16 +96,16 @@ OWN_FLAGS = {name: name for name in ("data", "devices", "seed", "target")} | {
     "bin": "target",
     "codec": "cache_teacher.codec",
 }
-"""The flags of `litgpt whittle` itself that stand for those of its commands"""
+"""Flags of `litgpt whittle` itself, by the flags of its commands that they replace"""
 
 
 def own_flags(message: str, section: str) -> str:
-    """A command's message, with the flags that it names as `litgpt whittle` has them."""
+    """Return a command's message with its flags renamed to those of `litgpt whittle`."""
     return re.sub(r"--([a-z_]+)", lambda flag: f"--{OWN_FLAGS.get(flag[1], f'{section}.{flag[1]}')}", message)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, of which those above count where both say something; what lies within sections is merged too."""
+    """Merge two mappings of settings recursively; `above` takes precedence."""
     merged = {**below}
     for name, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping) and "class_path" not in value

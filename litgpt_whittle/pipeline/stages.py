@@ -1,4 +1,4 @@
-"""What `litgpt whittle` tells each command, and the checks that can be made before the first of them runs."""
+"""The settings that `litgpt whittle` gives each command, and the checks that run before the first stage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COMMANDS = {
     "cache_teacher": cache_teacher,
     "distill": distill,
 }
-"""The modules of the commands that a pipeline runs, by the names of their sections"""
+"""Modules of a pipeline's commands, by the names of their sections"""
 
 BASELINE = [
     "--random_weights=true",
@@ -53,28 +53,28 @@ BASELINE = [
     "--distill.hidden.weight=0",
     "--distill.hidden.attention=0",
 ]
-"""What makes a distillation plain pretraining from random weights"""
+"""Flags that turn distillation into plain pretraining from random weights"""
 
 NO_LIMIT = 3_000_000_000_000
-"""Tokens that litgpt trains on where nobody says how many"""
+"""litgpt's default number of training tokens"""
 
 SELECTION_CONFIG = "selection-distill.yaml"
-"""What the students of a selection are trained with, where the search does not say"""
+"""Name of the training config for a selection's students, unless the search's settings name one"""
 
 PROVIDED = (
     *("checkpoint_dir", "out_dir", "bin", "resume", "overwrite", "dry_run", "sub_network", "random_weights"),
     *("initial_checkpoint_dir", "model_name", "model_config", "teacher_cache"),
 )
-"""The commands' arguments that the pipeline itself provides"""
+"""Arguments of the commands that the pipeline itself provides"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a pipeline is asked for."""
+    """Inputs of a pipeline that concern all stages."""
 
     checkpoint_dir: Path
     bins: dict[str, Bin]
-    """By the names of the students' folders"""
+    """Bins by the names of the students' folders"""
     out_dir: Path
     data: DataModule | None
     devices: int | str
@@ -86,15 +86,16 @@ class Stages:
     """The commands of a pipeline.
 
     Args:
-        request: What is asked for.
-        rank: The section of `litgpt rank`, or whether to rank; None where the space is coarse.
+        request: Inputs that concern all stages.
+        rank: The section of `litgpt rank`, or true or false to rank or not; None to rank for coarse spaces.
         search: The section of `litgpt search`.
         extract: The section of `litgpt extract`.
-        cache: The section of `litgpt cache_teacher`, or whether to cache; None for several students.
+        cache: The section of `litgpt cache_teacher`, or true or false to cache or not; None to cache for several
+            students, if their losses allow it.
         distill: The section of `litgpt distill`.
 
     Raises:
-        UserError: If a command would not take its section.
+        UserError: If a command does not accept its section.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Stages:
         self.cached = self.cache.parse(checkpoint_dir=request.checkpoint_dir)
 
     def all(self) -> list[Stage]:
-        """Every stage in its order."""
+        """Return all stages in order."""
         teacher, out_dir = self.request.checkpoint_dir, self.request.out_dir
         stages = [self._stage(self.rank, out_dir / "rank", teacher)] if self.ranks else []
         stages.append(self._stage(self.search, out_dir / "search", teacher))
@@ -143,23 +144,23 @@ class Stages:
         return stages
 
     def files(self) -> dict[Path, str]:
-        """What must lie in the pipeline's folder beside the stages' own YAMLs."""
+        """Return the contents of further files that the stages read, by path."""
         if not self.searched.selection.rungs or "config" in self.search.settings.get("selection", {}):
             return {}
         return {self.request.out_dir / SELECTION_CONFIG: self.distill.dump()}
 
     @cached_property
     def spaces(self) -> dict[str, Space]:
-        """The space of each bin.
+        """The search space of each bin.
 
         Raises:
-            UserError: If a bin is out of reach.
+            UserError: If the space has no sub-network in a bin.
         """
         args, tied = self.searched, self.tied
         search_space, limits = decided(args.search_space, self.teacher), Limits()
         if ranges := args.limit.ranges():
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
-        if search_space.layers == "best":  # which these are, is not known yet
+        if search_space.layers == "best":  # the best layers are not known yet
             search_space = replace(search_space, layers="any")
         given = {"tied": tied, "args": search_space, "limits": limits}
         make = partial(Space, self.teacher, args.space, **given)
@@ -167,39 +168,39 @@ class Stages:
 
     @cached_property
     def examples(self) -> dict[str, SubNet]:
-        """A sub-network of each bin, as the search could propose it.
+        """A random sub-network of each bin.
 
         Raises:
-            UserError: If a bin is out of reach.
+            UserError: If the space has no sub-network in a bin.
         """
         rng, seed = np.random.default_rng, self.request.seed
         return {name: space.sample(rng(seed)) for name, space in self.spaces.items()}
 
     @cached_property
     def n_measurements(self) -> int:
-        """Sub-networks that the search's strategy measures before it begins.
+        """Number of sub-networks that the strategy measures before the search begins.
 
         Raises:
-            UserError: If it cannot search one of the bins.
+            UserError: If the strategy cannot search one of the bins.
         """
         strategy = search.made_strategy(self.searched.strategy)
         searches = [Search.begin(space, strategy, "score", self.request.seed) for space in self.spaces.values()]
         return len(self.search.told(partial(measurement_names, searches)))
 
     def check(self) -> str:
-        """Makes the checks of the commands to come that need no student yet.
+        """Run the checks of all commands that need no student.
 
         Returns:
-            What training the largest student takes of each device's memory, as far as that can be told.
+            A text on the memory per device for training the largest student, if it can be estimated.
 
         Raises:
-            UserError: For the first mistake.
+            UserError: For the first invalid setting.
         """
         if self.ranks:
             self.rank.told(lambda: rank.check(self.ranked))
         to_come = [self.request.out_dir / "rank" / IMPORTANCE, *self.files()]
         self.search.told(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
-        largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # tells of bins out of reach
+        largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # raises for bins out of reach
         self.extract.told(lambda: extract.check(self.extracted))
         if self.caches:
             self.cache.told(self._check_cache)
@@ -209,7 +210,7 @@ class Stages:
         return plan
 
     def _data(self) -> list[HFText]:
-        """All text that the stages read."""
+        """Return the different text data modules of all stages."""
         args = [*[self.ranked] * self.ranks, self.searched, self.extracted, *[self.cached] * self.caches, self.trained]
         found = {repr(each.data): each.data for each in args}
         return [data for data in found.values() if isinstance(data, HFText)]
@@ -225,17 +226,17 @@ class Stages:
         check_cache(contents, "cache to come", distill.objectives()(0.0).terms, distill, self.length, teacher)
 
     def _plan_training(self, name: str) -> str:
-        """Has the distillation check all but the cache, for one of the students."""
+        """Run the distillation's checks for one of the students, except those of the cache; return the memory plan."""
         arguments = vars(self.trained) | {"dry_run": True}
-        if self.caches:  # the cache is not there yet
+        if self.caches:  # the cache does not exist yet
             arguments["distill"] = DistillArgs(beta=0.0)
-        if has_tokenizer(self.request.checkpoint_dir):  # which students have from their teacher
+        if has_tokenizer(self.request.checkpoint_dir):  # students inherit their teacher's tokenizer
             arguments["tokenizer_dir"] = self.trained.tokenizer_dir or self.request.checkpoint_dir
         said = io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
             path = Path(folder) / "sub_network.yaml"
             self.examples[name].save(path)
-            # what another teacher distills was not cut from it
+            # another teacher's student was not cut from it
             student = {"sub_network": path} if self._own_teacher else {"model_config": self.examples[name].config}
             arguments["train"] = replace(self.trained.train, tie_embeddings=self.tied)
             try:
@@ -260,7 +261,7 @@ class Stages:
 
     def _check_trained(self) -> None:
         args, section = self.trained, self.distill
-        # litgpt's own default would be trillions of tokens
+        # litgpt's default would be trillions of tokens
         told = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
         told = {name.removeprefix("--train.") for name in told}
         if not any(name in told and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
@@ -278,7 +279,7 @@ class Stages:
         inputs = {"checkpoint_dir": self.request.checkpoint_dir, "sub_network": "best.yaml"}
         section = self._section("extract", given, repair=True, devices=self.request.devices)
         args = section.parse(**inputs)
-        if not args.repair and "devices" not in given:  # there is nothing to share
+        if not args.repair and "devices" not in given:  # only a repair is shared by devices
             section.settings["devices"] = 1
             args = section.parse(**inputs)
         return section, args
@@ -294,7 +295,7 @@ class Stages:
         return section, args
 
     def _needs_ranking(self) -> bool:
-        """Whether a ranking is of use: where the first units are kept, those should be the most important ones."""
+        """Return whether to rank by default: coarse spaces keep the first units, which should be the most important."""
         settings = self.search.settings
         given = "importance" in settings or settings.get("order") == "given"
         return self.searched.space.startswith("coarse") and not given
@@ -311,12 +312,12 @@ class Stages:
 
     @property
     def length(self) -> int:
-        """Tokens of each sample that students are trained on."""
+        """Tokens per training sample."""
         return self.trained.train.max_seq_length or self.teacher.block_size
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that each student is trained on."""
+        """Training tokens per student."""
         train = self.trained.train
         limits = [train.max_tokens] if train.max_tokens else []
         if train.max_steps:
@@ -325,11 +326,11 @@ class Stages:
 
     @property
     def _own_teacher(self) -> bool:
-        """Whether students learn from what they are cut from."""
+        """True if students are distilled from the teacher that they are cut from."""
         return Path(self.trained.teacher_checkpoint_dir) == self.request.checkpoint_dir
 
     def _can_cache(self) -> bool:
-        """Whether a cache of samples has all that the students learn from, and is known to end."""
+        """Return whether a cache of random draws suffices for the students' losses, and has a known end."""
         args: DistillArgs = self.trained.distill
         is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
         if not (args.uses_teacher and self._own_teacher and is_plain and self.n_tokens < NO_LIMIT):

@@ -1,4 +1,4 @@
-"""What decides which weights of a linear map go, by name through the group `litgpt_whittle.pruners`."""
+"""Pruners choose the weights of a linear layer to drop; found by name in the group `litgpt_whittle.pruners`."""
 
 from litgpt_whittle.pruners.base import Pruner, Sparsity
 from litgpt_whittle.pruners.magnitude import Magnitude

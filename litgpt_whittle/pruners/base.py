@@ -1,4 +1,4 @@
-"""What every pruner is: shown a linear map and the moments of what it reads, it says what remains of the map."""
+"""Base class of pruners, which prune a linear layer given the moments of its inputs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from litgpt_whittle.least_squares import Moments
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How many of a linear map's weights become zero: a share of them, or all but n of every m along its inputs."""
+    """Sparsity of a linear layer: a fraction of zeros, or an n:m pattern that keeps n of every m weights per output."""
 
     share: float = 0.5
-    """Zeros among all weights"""
+    """Fraction of zeros among all weights"""
     pattern: tuple[int, int] | None = None
-    """n and m, which 2:4 kernels want as 2 and 4; None where the zeros may lie anywhere"""
+    """n and m, such as 2 and 4 for 2:4 kernels; None for unstructured sparsity"""
 
     @classmethod
     def parse(cls, sparsity: float | None, pattern: str | int | None) -> Sparsity:
-        """Reads the command line's two ways to say it; one half where it says neither.
+        """Parse the command line's options; without any, the sparsity is 0.5.
 
         Raises:
-            UserError: If it says both, or one that makes no sense.
+            UserError: If both are given, or one is invalid.
         """
         if sparsity is not None and pattern is not None:
             raise UserError(
@@ -37,7 +37,7 @@ class Sparsity:
             if not 0 < share < 1:
                 raise UserError(f"sparsity must lie between 0 and 1, got {share}; 0.5 makes half of the weights zero")
             return cls(share)
-        if isinstance(pattern, int):  # YAML takes 2:4 without quotes for two minutes and four seconds
+        if isinstance(pattern, int):  # YAML reads 2:4 without quotes as two minutes and four seconds
             pattern = "{}:{}".format(*divmod(pattern, 60))
         found = re.fullmatch(r"(\d+):(\d+)", pattern)
         n, m = map(int, found.groups()) if found else (0, 0)
@@ -47,18 +47,18 @@ class Sparsity:
 
     @property
     def group(self) -> int:
-        """How many inputs belong together; 1 without a pattern."""
+        """Inputs per group of the pattern; 1 without a pattern."""
         return self.pattern[1] if self.pattern else 1
 
     def dropped(self, scores: torch.Tensor, per_row: bool = False) -> torch.Tensor:
-        """Which weights go: those of the lowest scores, exactly as many as it says.
+        """Return the mask of weights to drop: those with the lowest scores, to the exact sparsity.
 
         Args:
             scores: Shape (n_out, n_in). With a pattern, n_in is a multiple of m.
-            per_row: Without a pattern, weights of one output are compared with each other, instead of all.
+            per_row: Without a pattern, compare the weights of each output separately, instead of all together.
 
         Returns:
-            True where a weight goes, shape (n_out, n_in).
+            True for weights to drop, shape (n_out, n_in).
         """
         if self.pattern:
             n, m = self.pattern
@@ -72,31 +72,31 @@ class Sparsity:
 
 
 def lowest(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """True at the k lowest entries along the last dimension; of equal ones, any."""
+    """Return a mask of the k lowest entries along the last dimension; ties are broken arbitrarily."""
     places = scores.topk(k, dim=-1, largest=False, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, places, True)
 
 
 class Pruner(ABC):
-    """Chooses the weights that go, and may change those that stay. Settings are keyword arguments after the sparsity.
+    """Chooses the weights to drop, and may update the others. Settings are keyword arguments after the sparsity.
 
     Args:
-        sparsity: How many go.
+        sparsity: The sparsity of each linear layer.
     """
 
     reads_data = True
-    """Whether it needs to know what the maps read"""
+    """True if the pruner needs the moments of the inputs"""
 
     def __init__(self, sparsity: Sparsity) -> None:
         self.sparsity = sparsity
 
     @abstractmethod
     def prune(self, weight: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        """Prunes a linear map.
+        """Prune a linear layer.
 
         Args:
-            weight: Shape (n_out, n_in), float32, left as it is.
-            moments: Of its inputs, at least one token's; None may be given to one that reads no data.
+            weight: Shape (n_out, n_in), float32, not modified.
+            moments: Moments of the inputs, of at least one token; may be None if `reads_data` is false.
 
         Returns:
             The pruned weight, of the same shape and type, with exact zeros.

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: drop the smallest weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from litgpt_whittle.pruners.base import Pruner
 
 
 class Magnitude(Pruner):
-    """The weights of the smallest absolute value among all of a map go (without a pattern)."""
+    """Drops the weights of the smallest absolute value, without a pattern among all weights of a linear layer."""
 
     reads_data = False
 
     def prune(self, weight: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        """What remains; the moments are not looked at."""
+        """Return the pruned weight; the moments are not used."""
         return weight.masked_fill(self.sparsity.dropped(weight.abs()), 0)

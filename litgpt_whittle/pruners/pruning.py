@@ -1,8 +1,8 @@
-"""Makes a model's linear maps sparse, block by block: each is pruned for what the pruned blocks before it compute.
+"""Prune a model's linear layers block by block, each on the outputs of the pruned blocks before it.
 
-So do Wanda and SparseGPT. A block's maps are pruned for what they read while the block is whole; then the block runs
-again, pruned, for the next one. All calibration tokens count. Only moments are kept in memory
-(`litgpt_whittle.least_squares`), the stream lies in scratch files, and the model is read block by block.
+Wanda and SparseGPT proceed in the same way. A block's layers are pruned on their inputs in the unpruned block; then the
+pruned block runs again to produce the next block's inputs. All calibration tokens are used. Only moments are kept in
+memory (`litgpt_whittle.least_squares`), hidden states are in scratch files, and weights are read block by block.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import Weights
 
 REFIT_RIDGE = 1e-3
-"""Draws refitted weights towards what they were, relative to the mean squares of the inputs"""
+"""Ridge that draws refitted weights towards their old values, relative to the mean squares of the inputs"""
 
 
 @dataclass(frozen=True)
 class MapReport:
-    """What pruning did to one linear map."""
+    """Result of pruning one linear layer."""
 
     layer: int
     name: str
-    """Within its block"""
+    """Name within the block"""
     n_zero: int
     n_weights: int
     error: float | None
-    """‖(W' − W) X‖² / ‖W X‖² on the calibration tokens X; None where there are none"""
+    """‖(W' − W) X‖² / ‖W X‖² on the calibration inputs X; None without any"""
     saw_tokens: bool
-    """Whether there were any; experts that no token was routed to are pruned by magnitude"""
+    """True if calibration tokens reached the layer; experts without any are pruned by magnitude"""
 
     @property
     def kind(self) -> str:
-        """Its name but for the number of its expert."""
+        """Name without the expert's index."""
         return kind_of(self.name)
 
 
 def kind_of(name: str) -> str:
-    """The name of a linear map in a block without the number of its expert."""
+    """Return the name of a linear layer in a block without the expert's index."""
     return re.sub(r"\.\d+\.", ".", name)
 
 
 def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> list[list[str]]:
-    """The linear maps that are pruned in each layer, by their names in the block. Routers never are.
+    """Return the names of the linear layers to prune in each block. Routers are never pruned.
 
     Args:
-        shape: The model.
-        targets: What is pruned: parts (`attn`, `mlp`) or kinds of maps (`attn.qkv`, `mlp.experts.proj`).
-        sparsity: How sparse they become.
+        shape: Shape of the model.
+        targets: Parts of a block (`attn`, `mlp`) or kinds of linear layers (`attn.qkv`, `mlp.experts.proj`).
+        sparsity: The sparsity of each linear layer.
 
     Raises:
-        UserError: If a target names nothing, nothing would become zero, or inputs cannot be divided into the
+        UserError: If a target matches nothing, no weight would become zero, or inputs cannot be divided into the
             pattern's groups.
     """
     layers = []
@@ -104,15 +104,15 @@ def _matches(kind: str, target: str) -> bool:
 
 
 def refit(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """What stays of a pruned map, fitted to what the whole map gives: least squares for each output.
+    """Refit the nonzero weights of a pruned layer to the unpruned layer's outputs, by least squares per output.
 
     Args:
-        weight: The whole map, shape (n_out, n_in).
-        pruned: The pruned one; its zeros stay.
-        moments: Of the inputs.
+        weight: The unpruned weight, shape (n_out, n_in).
+        pruned: The pruned weight; its zeros are kept.
+        moments: Moments of the inputs.
     """
     fitted = torch.zeros_like(pruned)
-    products = weight.to(moments.zz.dtype) @ moments.zz  # Σ y xᵀ of the whole map's outputs y
+    products = weight.to(moments.zz.dtype) @ moments.zz  # Σ y xᵀ of the unpruned layer's outputs y
     for row, kept in enumerate(pruned != 0):
         if not kept.any():
             continue
@@ -124,18 +124,18 @@ def refit(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> torch
 
 
 class Pruning:
-    """Walks through a model and prunes its linear maps, a block at a time.
+    """Prunes a model's linear layers, one block at a time.
 
     Args:
-        shape: The model.
-        weights: Its weights, in their true shape; memory-mapped ones are read a block at a time.
-        maps: What to prune in each layer (`maps_to_prune`).
-        pruner: How.
-        scratch: Where the stream and finished blocks go; pruning that was stopped goes on with what it finds there.
-        windows: Calibration tokens, shape (N, T); None where a pruner that reads no data does without them.
+        shape: Shape of the model.
+        weights: The model's weights, in their true shape; memory-mapped weights are read a block at a time.
+        maps: Names of the linear layers to prune in each block (`maps_to_prune`).
+        pruner: The pruner.
+        scratch: Folder of the hidden states and finished blocks, from which interrupted pruning resumes.
+        windows: Calibration tokens, shape (N, T); may be None if the pruner reads no data.
         micro_batch_size: Windows per batch.
-        refit: Fit what stays of each map in closed form.
-        device: Where to compute, in float32.
+        refit: If true, refit each layer's remaining weights in closed form.
+        device: Device of the computation, in float32.
 
     Raises:
         UserError: If activations are not finite.
@@ -162,10 +162,10 @@ class Pruning:
     @exact_products()
     @torch.no_grad()
     def run(self, progress: bool = True) -> tuple[Weights, list[MapReport]]:
-        """Prunes all of it.
+        """Prune all blocks.
 
         Returns:
-            All weights, those that were not pruned as they were given, and what was done to each map.
+            All weights, pruned or unchanged, and a report for each pruned layer.
         """
         finished = list(self._finished())
         if self.batches:
@@ -182,7 +182,7 @@ class Pruning:
         return weights, [report for _, reports in finished for report in reports]
 
     def _finish(self, i: int, weights: Weights, reports: list[MapReport]) -> None:
-        """Saves a layer, so that interrupted pruning goes on behind it."""
+        """Save a finished block, so that interrupted pruning resumes after it."""
         if self.batches:
             self.stream.flush()
         rows = [dataclasses.asdict(report) for report in reports]
@@ -190,18 +190,18 @@ class Pruning:
         self.scratch.remove_streams_before(i)
 
     def _finished(self) -> Iterator[tuple[Weights, list[MapReport]]]:
-        """The layers that interrupted pruning had finished."""
+        """Yield the blocks that interrupted pruning has finished."""
         for i in range(len(self.shape)):
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
             yield saved["weights"], [MapReport(**row) for row in saved["reports"]]
 
     def _open_stream(self, i: int) -> None:
-        """The file of the stream before block i."""
+        """Open the file of the hidden states before block i."""
         self.stream = self.scratch.stream(f"stream-{i}", *self.windows.shape, len(self.shape.n_embd))
 
     def _begin_stream(self, n_finished: int) -> None:
-        """The stream before the first block that is still to do."""
+        """Open the hidden states before the first unfinished block; write the embeddings if it is block 0."""
         outside = read_outside(self.weights, self.device)
         outside = Outside(self.shape.config, outside, self.windows.shape[1], self.device)
         self.block_args = outside.block_args
@@ -220,13 +220,13 @@ class Pruning:
             weight, report = self._prune_map(module.weight, moments.get(name))
             pruned[full_name] = weight.to(self.weights[full_name].dtype).cpu()
             reports.append(MapReport(i, name, **report))
-            # the block goes on with what is saved; its old weights may be memory-mapped, and so are not overwritten
+            # the block continues with the saved weights; the old ones may be memory-mapped and are not overwritten
             module.weight = nn.Parameter(pruned[full_name].to(self.device, torch.float32), requires_grad=False)
         self._advance(i, block)
         return pruned, reports
 
     def _moments(self, i: int, block: Block) -> dict[str, Moments]:
-        """The moments of what the maps read on all batches; maps that read the same share them."""
+        """Return the moments of each layer's inputs over all batches; layers with the same inputs share them."""
         found: dict[str, Moments] = {}
         for batch in self.batches:
             seen = run_block(block, self.stream[batch].to(self.device), self.block_args[i], self.maps[i])
@@ -245,7 +245,7 @@ class Pruning:
         return found
 
     def _prune_map(self, weight: torch.Tensor, moments: Moments | None) -> tuple[torch.Tensor, dict]:
-        """What remains of a map, and the facts of its report."""
+        """Return a layer's pruned weight, and the fields of its report."""
         saw_tokens = moments is not None and moments.n > 0
         pruner = self.pruner
         if pruner.reads_data and not saw_tokens:
@@ -258,7 +258,7 @@ class Pruning:
         return pruned, {"n_zero": n_zero, "n_weights": weight.numel(), "error": error, "saw_tokens": saw_tokens}
 
     def _advance(self, i: int, block: Block) -> None:
-        """Takes the stream through the pruned block."""
+        """Run the hidden states through the pruned block."""
         if not self.batches:
             return
         before = self.stream
@@ -268,7 +268,7 @@ class Pruning:
 
 
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> float:
-    """‖(W' − W) X‖² / ‖W X‖² of a pruned map W' on the inputs X whose moments these are."""
+    """Return ‖(W' − W) X‖² / ‖W X‖² for pruned weights W' and the moments of the inputs X."""
     w, off = (x.to(moments.zz.dtype) for x in (weight, pruned - weight))
     lost, all_of_it = (((x @ moments.zz) * x).sum() for x in (off, w))
     return float(lost / all_of_it.clamp_min(1e-30))

@@ -1,4 +1,4 @@
-"""Wanda: weights go by their size times that of what they read (arXiv 2306.11695)."""
+"""Wanda: drop the smallest products of weight magnitude and input norm (arXiv 2306.11695)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from litgpt_whittle.pruners.base import Pruner
 
 
 class Wanda(Pruner):
-    """The weights of the smallest |W_ij| · ‖x_j‖₂ of each output go; those that stay are not changed (equation 1)."""
+    """Drops each output's weights of the smallest |W_ij| · ‖x_j‖₂, without updating the others (equation 1)."""
 
     def prune(self, weight: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        """What remains."""
+        """Return the pruned weight."""
         assert moments is not None
         scores = weight.abs() * moments.zz.diagonal().sqrt()
         return weight.masked_fill(self.sparsity.dropped(scores, per_row=True), 0)

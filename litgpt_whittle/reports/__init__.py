@@ -1,1 +1,1 @@
-"""Findings for people: tables, pictures, and HTML pages that hold both."""
+"""Reports: tables, plots, and HTML pages of both."""

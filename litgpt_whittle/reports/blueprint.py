@@ -1,4 +1,4 @@
-"""A drawing of a sub-network against its teacher, layer by layer."""
+"""Draw a sub-network against its teacher, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ DROPPED = dict(facecolor="white", edgecolor="#b9bfca", hatch="////", linewidth=0
 
 @dataclass(frozen=True)
 class Row:
-    """How many units of one kind each of the teacher's layers has, and how many the student keeps."""
+    """Numbers of units of one kind, in the teacher and kept, for each of the teacher's layers."""
 
     name: str
     of: list[int]
-    """The teacher's, 0 in a layer without such units"""
+    """The teacher's units per layer, 0 in a layer without such units"""
     kept: list[int]
-    """The student's, 0 in a dropped layer"""
+    """The student's units per layer of the teacher, 0 in a dropped layer"""
 
     @property
     def span(self) -> str:
-        """The sizes in the kept layers: `6-11`, or `8` where they agree."""
+        """Range of the sizes in the kept layers: `6-11`, or `8` if all are equal."""
         sizes = [size for size in self.kept if size] or [0]
         return f"{min(sizes)}-{max(sizes)}" if len(set(sizes)) > 1 else str(sizes[0])
 
 
 def rows(subnet: SubNet) -> list[Row]:
-    """What a sub-network keeps of each of its teacher's layers."""
+    """Return a row for each kind of unit."""
     full = SubNet.full(subnet.teacher)
     of = [_sizes(full, i) for i in range(len(full))]
     kept = {layer: _sizes(subnet, i) for i, layer in enumerate(subnet.layers)}
@@ -42,7 +42,7 @@ def rows(subnet: SubNet) -> list[Row]:
 
 
 def plot_architecture(subnet: SubNet, path: Path, title: str = "") -> None:
-    """Draws every layer of the teacher and what the student keeps of it; layers that it drops are hatched."""
+    """Draw the teacher's and the kept units of every layer; dropped layers are hatched."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     teacher, panels = subnet.teacher, rows(subnet)
@@ -61,7 +61,7 @@ def plot_architecture(subnet: SubNet, path: Path, title: str = "") -> None:
 
 
 def _sizes(subnet: SubNet, index: int) -> dict[str, int]:
-    """The sizes of the student's layer `index`, by names for people."""
+    """Return the sizes of the student's layer `index`, by readable names."""
     groups, per_group, width, n_expert = subnet.layer(index).sizes
     sizes = {"heads": groups * per_group}
     if subnet.teacher.n_query_groups != subnet.teacher.n_head:
@@ -70,7 +70,7 @@ def _sizes(subnet: SubNet, index: int) -> dict[str, int]:
 
 
 def _draw_shares(axes: Any, subnet: SubNet) -> None:
-    """Draws what is the same in all layers, as bars from 0 to the teacher's size."""
+    """Draw the dimensions that all layers share, as bars from 0 to the teacher's size."""
     teacher = subnet.teacher
     sizes = {
         "layers": (len(subnet), teacher.n_layer),
@@ -91,7 +91,7 @@ def _draw_shares(axes: Any, subnet: SubNet) -> None:
 
 
 def _draw_row(axes: Any, row: Row, layers: set[int]) -> None:
-    """Draws one kind of unit: the student's bars in front of the teacher's."""
+    """Draw one kind of unit: the student's bars in front of the teacher's."""
     places = range(len(row.of))
     stays = [i for i in places if i in layers]
     goes = [i for i in places if i not in layers]
@@ -109,7 +109,7 @@ def _draw_row(axes: Any, row: Row, layers: set[int]) -> None:
 
 
 def _write_numbers(axes: Any, row: Row) -> None:
-    """Writes each kept size on its bar, upright where bars are narrow."""
+    """Write each kept size on its bar, rotated if bars are narrow."""
     is_narrow = len(row.of) * len(str(max(row.of))) > 60
     for place, kept in enumerate(row.kept):
         if kept:

@@ -1,4 +1,4 @@
-"""What each layer's alternatives cost: a heat map of the layers and the cuts that were measured in them."""
+"""Plot the costs of each layer's alternatives: a heat map of layers and measured cuts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from litgpt_whittle.strategies.integer_program import WHOLE, costs_of
 Costs = Mapping[Alternative, float]
 
 _FEWEST = 3
-"""Columns' worth of room for a panel's title"""
+"""Minimum width of a panel in columns, so that its title fits"""
 
 
 def read_costs(out_dir: Path, teacher: Config, score: str) -> tuple[dict[Alternative, float], str]:
-    """Return the costs of the alternatives that a search has measured so far, and their unit; none without the teacher.
+    """Return the costs of the alternatives that a search has measured so far, and their unit.
+
+    Costs are relative to the whole teacher; without its score there are none.
 
     Args:
         out_dir: The search's folder.
         teacher: The teacher's config.
-        score: The name of the score that counts.
+        score: The name of the score that the search minimises.
     """
     path = Path(out_dir) / MEASUREMENTS
     evaluations: Sequence[Evaluation] = read_journal(path)[1] if path.is_file() else []
@@ -43,13 +45,13 @@ def read_costs(out_dir: Path, teacher: Config, score: str) -> tuple[dict[Alterna
 
 
 def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
-    """Draw the costs, a row for each layer and a column for each cut, in panels by the kind of units.
+    """Plot the costs, with a row per layer, a column per cut and a panel per kind of unit.
 
     Args:
-        costs: The rise of the loss by each alternative.
+        costs: Increase of the loss by each alternative.
         path: The PNG file.
         teacher: The teacher's config.
-        unit: What costs are given in.
+        unit: Unit of the costs.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
@@ -61,7 +63,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     finite = [cost for cost in costs.values() if math.isfinite(cost)]
-    # few cuts cost many times what the others do: those beyond the colours have the darkest
+    # a few cuts cost many times more than the others and are clipped to the darkest colour
     norm = PowerNorm(0.5, 0.0, max(float(np.quantile(finite, 0.98)) if finite else 0.0, 1e-6), clip=True)
     for ax, (title, labels, grid) in zip(axes, panels):
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="Reds", norm=norm)
@@ -86,7 +88,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
 
 
 def _panels(costs: Costs, teacher: Config) -> list[tuple[str, list[str], np.ndarray]]:
-    """Return titles, labels of columns, and costs, shape (n_layer or 1, n_columns), NaN where there is none."""
+    """Return each panel's title, column labels and costs, shape (n_layer or 1, n_columns), NaN if not measured."""
     titles = {DROPPED: "layer", **unit_titles(teacher)}
     titles["n_expert"] = "experts of all layers"
     panels = []

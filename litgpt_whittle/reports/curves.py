@@ -1,4 +1,4 @@
-"""Pictures of what was done to a model: its training, the repair of its blocks, the pruning of its maps."""
+"""Plots of a model's training, repair and pruning."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 MOST_LABELS = 24
-"""Layers that are named along an axis; of more, every second or third is"""
+"""Maximum number of layer labels along an axis; with more layers, only every second or third is labelled"""
 
 
 def plot_training(metrics_path: Path, png_path: Path) -> None:
-    """Draws train and validation loss, and the learning rate, over tokens."""
+    """Plot train and validation loss, and the learning rate, over tokens."""
     from matplotlib.ticker import EngFormatter
 
     rows = read_metrics(metrics_path)
@@ -29,7 +29,7 @@ def plot_training(metrics_path: Path, png_path: Path) -> None:
     found = {key: [(row["tokens"], row[key]) for row in rows if key in row] for key in _keys(rows)}
     others = [key for key in found if key.startswith("val_loss/")]
     validated = {"val_loss": "validation"} | {key: f"validation, {key.partition('/')[2]}" for key in others}
-    # what is logged in between is drawn behind, and thinner
+    # training losses, which are noisier, are drawn thinner and below the validation losses
     for key, label in {"ce": "train, cross-entropy", "full": "train, full network"}.items():
         if found.get(key):
             loss.plot(*zip(*found[key]), color=GRAY, linewidth=0.8, alpha=0.7, label=label)
@@ -62,7 +62,7 @@ def _result(validations: Sequence[tuple[int, float]]) -> str:
 
 
 def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
-    """Draw each block's error on held-out tokens, as it was cut and repaired.
+    """Plot each block's error on held-out tokens, as cut and after its repair.
 
     Leading blocks that are copies of the teacher's have no error and are left out.
     """
@@ -84,7 +84,7 @@ def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g}%"))
         axes.yaxis.set_minor_locator(NullLocator())
-        # a mark above and below all that is drawn
+        # a tick below and above all points
         axes.set_ylim(_mark_below(min(errors)), 1 / _mark_below(1 / max(errors)))
     axes.set_title("The student's stream after each block, against the teacher's", loc="left")
     save_figure(figure, png_path)
@@ -97,7 +97,7 @@ def _mark_below(value: float) -> float:
 
 
 def plot_pruning(reports: Sequence[MapReport], png_path: Path) -> None:
-    """Draws what each layer's maps lose on calibration data, the mean over its experts."""
+    """Plot the output error of each layer's pruned linear layers on calibration data, averaged over experts."""
     figure, [[axes]] = new_figure((8.5, 4.8))
     for i, kind in enumerate(dict.fromkeys(report.kind for report in reports)):
         errors: dict[int, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What a search with several objectives found: its fronts, as sub-networks in files and as a table."""
+"""Pareto fronts of a search with several objectives, as files of sub-networks and as a table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def save_fronts(
     objectives: Sequence[str],
     save: Callable[[Evaluation, Path], None],
 ) -> None:
-    """Writes a folder for the front of each bin, with one sub-network in each file; nothing for a single objective.
+    """Write a folder for each bin's front, with one sub-network per file; nothing for a single objective.
 
     Args:
         out_dir: The search's folder.
-        evaluations: What was tried.
-        objectives: The names of the measures that were minimised.
+        evaluations: All evaluations of the search.
+        objectives: The names of the minimised measures.
         save: Writes an evaluation's sub-network to a path.
     """
     fronts = fronts_of(evaluations, objectives) if len(objectives) > 1 else {}
@@ -38,7 +38,7 @@ def save_fronts(
 def front_table(
     teacher: Config, front: Sequence[Evaluation], objectives: Sequence[str], folder: str
 ) -> list[list[str]]:
-    """A front below a row of headings: what counts, the sizes, and where in `folder` the sub-network goes."""
+    """Return a table of a front, headings first: objectives, sizes, and the sub-network's path in `folder`."""
     lines = [[*objectives, "layers", "channels", "sub-network"]]
     for evaluation in front:
         subnet = SubNet.from_dict(teacher, evaluation.subnet)
@@ -49,10 +49,10 @@ def front_table(
 
 
 def folder_name(bin: str, evaluations: Sequence[Evaluation]) -> str:
-    """Where the front of a bin goes."""
+    """Return the name of a bin's front folder."""
     return "front" if len(bins_of(evaluations)) == 1 else f"front-{bin}"
 
 
 def file_name(evaluation: Evaluation) -> str:
-    """By the evaluation, so that it stays the same while the front moves on."""
+    """Return the evaluation's file name; it uses the evaluation's index, so that it is stable while the front moves."""
     return f"{evaluation.index:04d}.yaml"

@@ -1,4 +1,4 @@
-"""Where in a teacher the important units are: a heat map over depth, a panel per kind of unit, and the layers' bars."""
+"""Plot the importance of a teacher's units and layers: a heat map over depth per kind of unit, and bars for layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from litgpt.config import Config
 from litgpt_whittle.ranking.ranking import Ranking
 
 N_BINS = 128
-"""Columns of a panel; of more units, neighbours in the order are averaged"""
+"""Maximum number of columns in a panel; with more units, neighbours in the order are averaged"""
 
 FEW = 16
-"""Units that are told apart by their numbers"""
+"""Maximum number of units to label by their indices"""
 
 MANY_LAYERS = 48
-"""Layers beyond which numbers would not be legible"""
+"""Number of layers beyond which numbers would not be legible"""
 
 TITLES = {
     "activation": "what they compute",
@@ -28,10 +28,10 @@ LAYER_TITLES = {"block_influence": "block influence", "perplexity": "perplexity 
 
 
 def plot_importance(ranking: Ranking, path: Path) -> None:
-    """Draws the scores that order units, the most important ones on the left, and those of layers.
+    """Plot the scores of units, most important on the left, and those of layers.
 
-    Colours are relative to the mean of the kind and layer, so that layers of any scale can be compared. Channels, which
-    all layers share, have one order; other units are sorted in each layer.
+    Colours are relative to the mean of each kind and layer, so that layers of any scale can be compared. Channels,
+    which all layers share, have one order; other units are sorted in each layer.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -55,7 +55,7 @@ def plot_importance(ranking: Ranking, path: Path) -> None:
 
 
 def _panels(ranking: Ranking) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By title, units in their order and their scores relative to the mean, each of shape (n_layer, n_units).
+    """Return, by title, the ordered units and their scores relative to the mean, each of shape (n_layer, n_units).
 
     Scores are NaN in layers without such units. Kinds with a single unit are left out.
     """
@@ -76,7 +76,7 @@ def _panels(ranking: Ranking) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def unit_titles(teacher: Config) -> dict[str, str]:
-    """Return what kinds of units are called, by the names of a sub-network's fields."""
+    """Return titles for the kinds of units, by the names of a sub-network's fields."""
     is_grouped = teacher.n_query_groups != teacher.n_head
     experts_only = teacher.n_expert and teacher.moe_intermediate_size is None
     return {
@@ -116,7 +116,7 @@ def _draw_panel(ax: Any, units: np.ndarray, scores: np.ndarray, shades: _Shades)
 
 
 def _draw_bars(ax: Any, values: np.ndarray, line: float | None) -> None:
-    """A layer's bar each, on a logarithmic scale where they differ much; a line where nothing is left out."""
+    """Draw a bar per layer, on a log scale if values differ by more than 8 times, and a line for the whole model."""
     ax.spines[["top", "right"]].set_visible(False)
     shown = np.where(np.isfinite(values), values, np.nan)
     finite = [value for value in (*shown, line) if value is not None and np.isfinite(value)]
@@ -136,7 +136,7 @@ def _draw_bars(ax: Any, values: np.ndarray, line: float | None) -> None:
 
 
 class _Shades:
-    """One scale of colours for all panels: white is the mean, red above it, blue below."""
+    """Colour scale shared by all panels: white at the mean, red above it, blue below."""
 
     def __init__(self, panels: list[np.ndarray]) -> None:
         from matplotlib.colors import LogNorm

@@ -1,4 +1,4 @@
-"""One HTML page of text, tables and pictures that needs no other file and no network."""
+"""Build a self-contained HTML page of text, tables and pictures, without other files or network access."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ pre { padding: 1rem; overflow-x: auto; background: #f6f7f9; font-size: 0.85rem; 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page."""
+    """A section of a page."""
 
     title: str
     text: str
     content: str
-    """HTML, such as `table`, `picture` and `code` make"""
+    """HTML, such as `table`, `picture` and `code` return"""
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The HTML of a page."""
+    """Return the HTML of a page."""
     parts = [f"<h2>{escape(part.title)}</h2>\n<p>{escape(part.text)}</p>\n{part.content}\n" for part in sections]
     head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
     head += f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n"
@@ -45,20 +45,20 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row are the headings."""
+    """Return the HTML of a table; the first row holds the headings."""
     head, *body = rows
     lines = [_line(head, "th"), *(_line(row, "td") for row in body)]
     return f'<div class="wide"><table>\n{"".join(lines)}</table></div>'
 
 
 def picture(path: Path, description: str) -> str:
-    """A PNG file, within the page."""
+    """Return the HTML of a PNG file, embedded in the page."""
     content = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{content}">'
 
 
 def code(text: str) -> str:
-    """Text with its lines as they are."""
+    """Return the HTML of preformatted text."""
     return f"<pre>{escape(text)}</pre>"
 
 

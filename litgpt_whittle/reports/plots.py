@@ -1,4 +1,4 @@
-"""Pictures of a search's evaluations: how it went, what it found, and what mattered."""
+"""Plots of a search's evaluations: progress, candidates, fronts, dimensions and predictions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Points = list[tuple[float, float]]
 
 
 def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Draws every candidate's score and the best so far over the evaluations, one colour per bin."""
+    """Plot every candidate's score and the best so far over the evaluations, one colour per bin."""
     figure, [[axes]] = new_figure()
     bins = bins_of(evaluations)
     for bin, color in _colored(bins):
@@ -51,14 +51,14 @@ def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "per
 
 
 def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Draws every candidate's score over its parameters, marks the front and each bin's best."""
+    """Plot every candidate's score over its parameters, and mark the front and each bin's best."""
     figure, [[axes]] = new_figure()
     found = scored(evaluations, score)
     points = [(e.n_params, e.score(score)) for e in found]
     seen_whole = [(e.n_params, e.score(score)) for e in found if not e.dropped]
     front = [seen_whole[i] for i in pareto_front(seen_whole)]
     if found:
-        # later candidates darker, so that one sees the search move
+        # later candidates are darker, to show the progress of the search
         order = [e.index for e in found]
         dots = axes.scatter(
             *_columns(points), c=order, cmap="Blues", vmin=-0.4 * max(max(order), 1), s=16, linewidths=0
@@ -81,9 +81,9 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
 
 
 def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequence[str]) -> None:
-    """Draws the first objective over each other one, and marks the front of all of them in each bin.
+    """Plot the first objective over each of the others, and mark each bin's front.
 
-    With more than two objectives, what is on the front need not look so in every panel.
+    With more than two objectives, points of the front may look dominated in some panels.
     """
     first, *others = objectives
     figure, [row] = new_figure((max(4.4 * len(others), 8.5), 5), 1, len(others))
@@ -108,9 +108,9 @@ def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequen
 
 
 def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Draws scores over each size that varies, with Spearman's rank correlation of both within each bin.
+    """Plot scores over each size that varies, with Spearman's rank correlation of both within each bin.
 
-    Of sizes that differ from layer to layer, the mean over a candidate's layers.
+    Sizes that differ from layer to layer are averaged over a candidate's layers.
     """
     found = scored(evaluations, score)
     sizes = [mean_sizes(e.subnet) for e in found]
@@ -137,7 +137,7 @@ def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = 
 def _draw_dimension(
     axes: Any, name: str, candidates: list[tuple[float, Evaluation]], bins: list[tuple[str, str]], score: str
 ) -> None:
-    """Draws scores over one size, with a correlation per bin above and a star for its best."""
+    """Plot scores over one size, with a correlation per bin above and a star for its best."""
     bests = best_of([e for _, e in candidates], score)
     bins = [(bin, color) for bin, color in bins if bin in bests]
     for i, (bin, color) in enumerate(bins):
@@ -155,9 +155,9 @@ def _draw_dimension(
 
 
 def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Draws what was predicted of candidates before they were evaluated against what was measured.
+    """Plot measured scores over the surrogate's predictions before the evaluation.
 
-    Of several bins, each has its own colour and its own τ: which of two bins has the better candidates is no news.
+    Each of several bins has its own colour and its own τ, since differences between bins are easy to predict.
     """
     figure, [[axes]] = new_figure()
     found = scored(scored(evaluations, score), "predicted")
@@ -179,20 +179,20 @@ def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str =
 
 
 def _agreement(evaluations: Sequence[Evaluation], score: str) -> str:
-    """Kendall's τ of predictions, as a label; empty where there is none."""
+    """Return Kendall's τ of the predictions as a label; empty if it is undefined."""
     tau, _ = prediction_tau(evaluations, score)
     return f"τ = {tau:.2f}".replace("-", "−") if math.isfinite(tau) else ""
 
 
 def number(value: float, name: str = "perplexity") -> str:
-    """A score, or a cost in the unit of the measure with this name, as people read it."""
+    """Format a score, or a cost in the unit of the measure with this name."""
     if name in MEASURES:
         return format_amount(value, MEASURES[name].unit)
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def score_axis(axis: Any, scores: Sequence[float], label: str) -> None:
-    """Labels an axis of scores; logarithmic where they span more than a factor of three, with plain numbers on it.
+    """Format an axis of scores with plain numbers, on a log scale if they span more than a factor of three.
 
     An axis of costs is linear, with numbers in their unit.
     """
@@ -215,13 +215,13 @@ def _note_failures(axes: Any, evaluations: Sequence[Evaluation], score: str) -> 
 
 
 def _correlation(points: Points) -> str:
-    """Spearman's rank correlation, as a label; empty where there is none, or too few points to tell."""
+    """Return Spearman's rank correlation as a label; empty if it is undefined or there are fewer than 10 points."""
     from scipy.stats import spearmanr
 
     if len(points) < 10:
         return ""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where all sizes or all scores are the same
+        warnings.simplefilter("ignore")  # if all sizes or all scores are the same
         rho = spearmanr(*_columns(points)).statistic
     return f"ρ = {rho:.2f}".replace("-", "−") if math.isfinite(rho) else ""
 
@@ -243,5 +243,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _millions(n: float) -> str:
-    """A count to four digits: `389.5M`."""
+    """Format a count to four digits: `389.5M`."""
     return short(round(int(n), -max(0, len(str(int(n))) - 4)))

@@ -1,4 +1,4 @@
-"""What a search found, for people: a table, pictures, and one HTML page that holds both, drawn from its journal."""
+"""Report of a search, drawn from its journal: a table, plots, and an HTML page of both."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from litgpt_whittle.subnet import SubNet
 PAGE = "report.html"
 
 Plot = Callable[[Any, Path, str], None]
-"""Draws something into a PNG file, with a label"""
+"""Draws its first argument into a PNG file, with a label"""
 
 IMPORTANCE = "importance.png"
-"""A picture of importance scores, which the page takes in where a search's folder has one"""
+"""Name of a plot of importance scores, which the page includes if the search's folder has one"""
 
 
 def write_report(out_dir: Path) -> str:
-    """Writes `report.html` and its pictures beside a search's journal, which is only read, also during the search.
+    """Write `report.html` and its pictures beside a search's journal, which is only read; the search may be running.
 
     Args:
         out_dir: The search's folder.
 
     Returns:
-        The best of each bin as a table in text; where there are several objectives, their front too.
+        A text table of each bin's best, followed by the fronts if there are several objectives.
 
     Raises:
         UserError: If the folder holds no search, or none of its candidates has a score yet.
@@ -63,18 +63,22 @@ def write_report(out_dir: Path) -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """A search as its journal tells it."""
+    """The contents of a search's journal."""
 
     teacher: Config
     score: str
-    """The score that counts"""
+    """Name of the score that the search minimises"""
     header: dict[str, Any]
-    """What the scores depend on"""
+    """Journal header, with everything that the scores depend on"""
     evaluations: list[Evaluation]
 
     @classmethod
     def read(cls, out_dir: Path) -> Findings:
-        """Reads a search's journal; raises `UserError` if it has none, or no score yet."""
+        """Read a search's journal.
+
+        Raises:
+            UserError: If the folder has no journal, another version wrote it, or it has no score yet.
+        """
         path = out_dir / JOURNAL
         if not path.is_file():
             raise UserError(f"{str(out_dir)!r} holds no search, it has no {JOURNAL}; name the out_dir of litgpt search")
@@ -89,7 +93,7 @@ class Findings:
 
     @property
     def bests(self) -> list[list[str]]:
-        """The best of each bin as a table, below a row of headings."""
+        """Table of each bin's best, headings first."""
         kinds = [row.name for row in rows(SubNet.full(self.teacher))]
         lines = [["bin", self.score, "parameters", "layers", "channels", *kinds, "found at", "evaluated"]]
         for bin, best in best_of(self.evaluations, self.score).items():
@@ -103,12 +107,12 @@ class Findings:
 
     @property
     def objectives(self) -> list[str]:
-        """What the strategy minimised."""
+        """Names of the measures that the strategy minimised."""
         return self.header["settings"].get("objectives", [self.score])
 
     @property
     def fronts(self) -> list[list[list[str]]]:
-        """The front of each bin as a table; none for a single objective."""
+        """Tables of the bins' fronts; none for a single objective."""
         fronts = fronts_of(self.evaluations, self.objectives) if len(self.objectives) > 1 else {}
         return [
             front_table(self.teacher, front, self.objectives, folder_name(bin, self.evaluations))
@@ -117,7 +121,7 @@ class Findings:
 
 
 def draw(found: Findings, out_dir: Path) -> list[Section]:
-    """Draws the pictures that there is data for, as PNG files in `out_dir`."""
+    """Draw all plots that there is data for, as PNG files in `out_dir`, and return the page's sections."""
     evaluations, score = found.evaluations, found.score
 
     def drawn(title: str, text: str, name: str, plot: Plot, what: Any = evaluations, label: str = score) -> Section:
@@ -167,7 +171,7 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
 
 
 def _starts(found: Findings) -> list[list[str]]:
-    """Return the simple starts as a table, below a row of headings."""
+    """Return the simple starts as a table, headings first."""
     starts, bins = [e for e in found.evaluations if e.origin], bins_of(found.evaluations)
     starts.sort(key=lambda e: (bins.index(e.bin), e.dropped, e.score(found.score)))
     lines = [["bin", "cut", found.score, "parameters"]]
@@ -175,14 +179,14 @@ def _starts(found: Findings) -> list[list[str]]:
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal."""
+    """Format a table for the terminal."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _summary(found: Findings) -> str:
-    """How much was tried in each bin, and what failed why."""
+    """Return a text on the number of evaluations in each bin, their time, and the causes of failures."""
     evaluations = found.evaluations
     minutes = sum(e.seconds for e in evaluations) / 60
     tried = ", ".join(f"{sum(e.bin == bin for e in evaluations):,} of {bin}" for bin in bins_of(evaluations))

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, axes, where the legend goes."""
+"""Shared style of all plots: colours, axes and legend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLACK, GRAY = "#222222", "#888888"
 def new_figure(
     size: tuple[float, float] = (8.5, 5), n_rows: int = 1, n_columns: int = 1, sharey: bool = True, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """A figure and its axes, an array of shape (n_rows, n_columns); its size is in inches."""
+    """Return a figure of a size in inches, and its axes, an array of shape (n_rows, n_columns)."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=size, layout="constrained")
@@ -25,7 +25,7 @@ def new_figure(
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes the picture, with the labels of all axes in one legend below, where it hides nothing."""
+    """Save the figure, with the labels of all axes in one legend below the plots."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
