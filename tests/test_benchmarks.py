@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_name_that_a_benchmark_imports_exists(script):
-    beside = {path.stem: path for path in SCRIPTS}
+    beside = {path.stem: path for path in SCRIPTS if path.parent == FOLDER}
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "litgpt_whittle":
             module = import_module(node.module)
