@@ -235,7 +235,7 @@ class OnPredictions(SurrogateSearch):
 
     @property
     def ready(self) -> int:
-        """Return the remaining candidates of this generation; before the first fit, also of the strategy's own."""
+        """Return the number of remaining candidates; before the first fit, the strategy's own number limits it too."""
         return super().ready if self.predictor.is_fitted else min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
