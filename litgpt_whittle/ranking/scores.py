@@ -58,7 +58,7 @@ class UnitScores:
     """Scores of all units by one measure, float64 on the CPU."""
 
     n_embd: torch.Tensor
-    """Channels per layer, and in the last row outside of the layers, shape (n_layer + 1, n_embd); the sum is the score"""
+    """Channels per layer, with a last row for other modules, shape (n_layer + 1, n_embd); their sum is the score"""
     layers: tuple[dict[str, torch.Tensor], ...]
     """Per-layer units, by the names of a `SubNet`'s fields, each of shape (n_units,)"""
 
