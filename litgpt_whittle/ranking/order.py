@@ -43,7 +43,7 @@ class Order:
     def by(
         cls, teacher: Config, n_embd: np.ndarray, n_layer: np.ndarray, layers: tuple[Mapping[str, np.ndarray], ...]
     ) -> Order:
-        """Sort units by descending score; ties keep their order."""
+        """Sort units by descending score, experts within their groups; ties keep their order."""
 
         def sort(name: str, scores: np.ndarray) -> np.ndarray:
             groups = (teacher.n_expert_groups or 1) if name == "n_expert" else 1

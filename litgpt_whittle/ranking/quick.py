@@ -56,7 +56,7 @@ def quick_order(
 
 
 class _Sums:
-    """Accumulate squared contributions of units and the block influence of layers while a model runs."""
+    """Hooks that accumulate squared contributions of units and the block influence of layers while a model runs."""
 
     def __init__(self, model: GPT) -> None:
         self.model, config = model, model.config

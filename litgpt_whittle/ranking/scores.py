@@ -158,7 +158,7 @@ Place = tuple[int, str]
 
 
 class _Watch:
-    """Accumulate activations and gradients of units while a model runs on batches of sequences."""
+    """Hooks that accumulate activations and gradients of units while a model runs on batches of sequences."""
 
     def __init__(self, model: GPT, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_layer = model, n_tokens, model.config.n_layer

@@ -14,7 +14,7 @@ Networks = list[SubNet | None]
 
 
 class Sampler(ABC):
-    """Choose the networks of each step. A subclass takes its settings as keyword arguments after the space.
+    """Sampler of the networks of each step. A subclass takes its settings as keyword arguments after the space.
 
     Args:
         space: Space of sub-networks.

@@ -97,7 +97,7 @@ class Journal:
             write_text(self.path, _line(self.header))
             n_bytes = self.path.stat().st_size
         self._file = open(self.path, "r+b")
-        self._file.truncate(n_bytes)  # cuts off what a killed process left half-written
+        self._file.truncate(n_bytes)  # drops a line that a killed process left incomplete
         self._file.seek(0, os.SEEK_END)
 
     def append(self, evaluation: Evaluation) -> None:
@@ -172,7 +172,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def check_resumable(path: Path, resume: bool) -> None:
-    """Raise UserError when resuming without a journal, or starting a new one where a journal exists."""
+    """Raise UserError if there is no journal to resume, or if one exists and `resume` is false."""
     if resume and not Path(path).is_file():
         raise UserError(f"there is nothing to resume, {str(path)!r} does not exist; leave out --resume to begin")
     if not resume and Path(path).exists():

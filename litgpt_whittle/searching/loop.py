@@ -99,7 +99,7 @@ class Search:
 
 
 class Loop:
-    """Evaluate candidates, alternating between bins; evaluations in the journal are replayed first.
+    """Loop over proposals and evaluations, alternating between bins; recorded evaluations are replayed first.
 
     Args:
         searches: One per bin.

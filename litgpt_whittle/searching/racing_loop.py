@@ -84,7 +84,7 @@ class RaceNotes:
 
 
 class RacingLoop(Loop):
-    """Evaluate every batch of proposals in a race (`litgpt_whittle.searching.racing`).
+    """Loop that evaluates every batch of proposals in a race (`litgpt_whittle.searching.racing`).
 
     Args:
         rest: As for `Loop`; the fitness must provide losses per window.

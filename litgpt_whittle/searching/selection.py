@@ -113,7 +113,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class Selection:
-    """Train the best candidates of a search and rank them by their validation loss.
+    """Training of the best candidates of a search, which ranks them by their validation loss.
 
     Each student is extracted and trained by `litgpt extract` and `litgpt distill` in processes of their own. Finished
     steps are reused after an interruption.

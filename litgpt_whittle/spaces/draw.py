@@ -218,7 +218,7 @@ class _LayerTable:
 
 
 class _Descent:
-    """Draw the per-layer sizes one after the other, depth first."""
+    """Depth-first search that draws the per-layer sizes one after the other."""
 
     def __init__(self, draw: _Draw, table: _LayerTable) -> None:
         self.draw, self.table, self.bin = draw, table, draw.bin
@@ -342,7 +342,7 @@ class _Descent:
 
 
 def _random_order(rng: np.random.Generator, first: int, stop: int) -> Iterator[int]:
-    """Yield first … stop - 1 from a uniform start with a random stride, each in constant time whatever their number."""
+    """Yield first … stop - 1 from a uniform start with a random stride, in constant time per value."""
     n = stop - first
     if n < 1:
         return

@@ -146,7 +146,7 @@ class Space:
             sizes, units = having[int(rng.integers(len(having)))]
             values[key] = sizes.values[key]
             sets |= {k: units[k] for k in units if k == key or (k[0] == key[0] and not self.is_layerwise)}
-        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts, whose number has another key
+        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts: their number has another key
             having = [parent for parent in parents if key in parent[1]]
             units = having[int(rng.integers(len(having)))][1][key]
             if self.is_layerwise or (key[0], EVERY) not in sets:

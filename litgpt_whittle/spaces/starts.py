@@ -106,7 +106,7 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
 
 
 class Builder:
-    """Build sub-networks of a maximum size from ideas.
+    """Builder of sub-networks of a maximum size from ideas.
 
     Args:
         space: The space.

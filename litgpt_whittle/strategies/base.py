@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 
 class Strategy(ABC):
-    """Propose sub-networks of a space, guided by the scores of earlier ones.
+    """Search strategy, which proposes sub-networks of a space, guided by the scores of earlier ones.
 
     A subclass takes its settings as keyword arguments of `__init__` (they become flags of `litgpt search`) and
     implements `propose`. Its state must depend only on the seed and the reported scores, so that replaying a journal

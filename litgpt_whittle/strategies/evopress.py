@@ -22,7 +22,7 @@ class EvoPress(Generations):
     Args:
         n_initial: Number of random sub-networks to start with, the best of which becomes the first parent.
         n_children: Number of offspring per generation, λ.
-        max_trades: Maximum number of trades per offspring, which makes the smaller of two random numbers of them.
+        max_trades: Maximum number of trades per offspring; the number is the smaller of two uniform draws from 1 up.
     """
 
     def __init__(self, n_initial: int = 32, n_children: int = 16, max_trades: int = 3) -> None:

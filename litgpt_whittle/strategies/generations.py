@@ -11,7 +11,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class Generations(Strategy):
-    """Propose a generation, wait for its scores, learn from them, and propose the next one.
+    """Strategy that proposes a generation, waits for its scores, learns from them, and proposes the next one.
 
     The candidates of a generation do not depend on each other's scores, so they can be scored in parallel. A subclass
     must initialise its own state before calling `start` of this class.

@@ -34,8 +34,7 @@ _TRIES = 20
 
 
 class IntegerProgram(Generations):
-    """Find the combination of layers' alternatives with the lowest total cost by an integer program; correct and
-    repeat.
+    """Search by an integer program for the combination of layers' alternatives with the lowest total cost.
 
     Before the search, the teacher is scored with one alternative of one layer at a time: the layer dropped, or a share
     of its units kept. The increase of the loss is the alternative's cost. The first candidate is the combination in the

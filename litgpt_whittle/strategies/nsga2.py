@@ -16,7 +16,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class NSGA2(Generations):
-    """Search for non-dominated sub-networks, spread along the Pareto front.
+    """NSGA-II: search for non-dominated sub-networks, spread along the Pareto front.
 
     Args:
         objectives: Objectives to minimise: `score` for the fitness, and measures by name, such as `n_params`.

@@ -46,7 +46,7 @@ class Program:
         self.n = 0
         self.dropped = {layer: self._new() for layer in sorted(alternatives.droppable)}
         self.parts: dict[Part, dict[tuple[int, ...], int]] = {}
-        """The variable of each combination of sizes, by part"""
+        """Variable of each combination of sizes, by part"""
         for layer, sizes in enumerate(alternatives.sizes):
             for names in (ATTENTION, tuple(name for name in sizes if name not in ATTENTION)):
                 levels = itertools.product(*(alternatives.levels[name] for name in names))

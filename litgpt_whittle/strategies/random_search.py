@@ -9,7 +9,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class RandomSearch(Strategy):
-    """Propose random sub-networks."""
+    """Random sub-networks."""
 
     def __init__(self) -> None:
         pass

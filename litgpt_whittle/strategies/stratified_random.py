@@ -11,7 +11,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class StratifiedRandom(Strategy):
-    """Propose random sub-networks of all sizes, one from every stratum of the bin in turn.
+    """Random sub-networks of all sizes, one from every stratum of the bin in turn.
 
     Args:
         n_strata: Number of equal parts of the bin; parts without sub-networks are skipped.

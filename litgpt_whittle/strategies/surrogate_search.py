@@ -138,7 +138,7 @@ class SurrogateSearch(Generations):
 
 
 class Filter(SurrogateSearch):
-    """Evaluate only the best of several proposals of the strategy, by prediction.
+    """Strategy whose proposals are filtered: only the best of several, by prediction, is evaluated.
 
     Only scores of evaluated candidates are reported to the strategy. With several objectives, the filter uses the
     score.
@@ -190,7 +190,7 @@ class Filter(SurrogateSearch):
 
 
 class OnPredictions(SurrogateSearch):
-    """Search on predictions, evaluate the best candidates, fit the surrogate to them, and repeat.
+    """Strategy that alternates between a search on predictions and evaluations of the best candidates found.
 
     Args:
         strategy: The strategy, which starts from scratch in each search on predictions.

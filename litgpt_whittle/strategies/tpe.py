@@ -17,7 +17,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class TPE(Generations):
-    """Model the density of sizes of good and of other sub-networks, and propose sizes with the best ratio.
+    """TPE: models of the densities of good and of other sub-networks' sizes, whose ratio the proposals maximise.
 
     Each proposal is the best sub-network so far with a few random parameters sampled from the model: proposals that
     change all of them are rarely good if every layer has its own. The result is adjusted to the bin, and the model

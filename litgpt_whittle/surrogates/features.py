@@ -49,7 +49,7 @@ class Read:
 
 
 class Features:
-    """Compute numeric features of a teacher's sub-networks.
+    """Numeric features of a teacher's sub-networks.
 
     Args:
         teacher: The teacher's config.
@@ -71,7 +71,7 @@ class Features:
         self._parts = overlap.clip(0) * N_PARTS
 
     def __call__(self, choices: Sequence[Choice]) -> dict[str, np.ndarray]:
-        """Return the features of n sub-networks, each of shape (n,), by names that depend only on teacher and ranking."""
+        """Return the features of n sub-networks, each of shape (n,), by name; a teacher's names are always the same."""
         teacher, read = self.teacher, self.read(choices)
         found = {
             "depth": read.is_kept.mean(1),
@@ -142,7 +142,7 @@ class Features:
         return {f"{name}_at_{i}": part for i, part in enumerate(self._parts @ kept.T.astype(np.float64))}
 
     def _param_shares(self, read: Read) -> dict[str, np.ndarray]:
-        """Return shares of parameters: of attention and MLPs in the teacher's, and of parts in the sub-network's own."""
+        """Return parameters relative to the teacher's, by part, and the shares of parts in the sub-network's own."""
         attention, mlp = self._params(read)
         layers = attention + mlp
         return {

@@ -154,7 +154,7 @@ def describe(teacher: Config, choices: Sequence[Choice]) -> list[str]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's global generators (new weights, dropout) and use deterministic algorithms; restore both on exit."""
+    """Seed PyTorch's global generators (new weights, dropout), use deterministic algorithms, and restore both."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=devices):
