@@ -1,4 +1,4 @@
-"""What candidates are scored by, found through the entry-point group `litgpt_whittle.fitness`, ours like anyone's."""
+"""Fitness functions; built-in and third-party ones register in the entry-point group `litgpt_whittle.fitness`."""
 
 from litgpt_whittle.fitness.perplexity import Fitness, Perplexity, RepairedPerplexity, WindowLosses
 

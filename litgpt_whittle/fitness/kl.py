@@ -1,4 +1,4 @@
-"""Scores a candidate by how far its predictions are from its teacher's, on text that needs no right answers."""
+"""Score a candidate by the KL divergence between the teacher's predictions and its own."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ _ONLY_KL = Objective(alpha=0.0, beta=1.0)
 
 
 class TaughtBatch(NamedTuple):
-    """A batch, and what the teacher makes of it."""
+    """A batch with the teacher's hidden states."""
 
     input_ids: torch.Tensor
     """Token ids, shape (B, T)"""
     targets: torch.Tensor
-    """The tokens that follow them, of which only matters which ones count, shape (B, T)"""
+    """Next tokens, used only as a mask of ignored positions, shape (B, T)"""
     hidden: torch.Tensor
-    """What the teacher's LM head is called with, shape (B, T, n_embd)"""
+    """Inputs of the teacher's LM head, shape (B, T, n_embd)"""
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that count."""
+        """Return the number of tokens that are not ignored."""
         return Batch(self.input_ids, self.targets).n_tokens
 
 
 class KLDivergence(Perplexity):
-    """KL(teacher ‖ candidate) in nats per token, a mean over the same tokens for all candidates.
+    """KL(teacher ‖ candidate) in nats per token, the mean over the same tokens for all candidates.
 
-    Every token is compared over the whole vocabulary, where perplexity sees the one token that follows. The batches are
-    those of the perplexity: held-out text, on which the teacher says what it will say when it is used, and as many
-    tokens as `eval.max_iters` asks for, so that both measures are journalled, raced and compared alike.
+    Compares predictions over the whole vocabulary, whereas perplexity considers only the next token. The batches are
+    those of the perplexity: held-out data, on which the teacher predicts as it will in use, with the number of tokens
+    that `eval.max_iters` sets. Both measures are therefore recorded, raced and compared in the same way.
 
-    The teacher runs once. What is kept of it are the inputs of its LM head, n_tokens · n_embd numbers: its logits
-    would be n_tokens · vocabulary, and are made anew, chunk by chunk, for every candidate.
+    The teacher runs once. Only the inputs of its LM head are stored, n_tokens · n_embd numbers: its logits would be
+    n_tokens · vocabulary, and are recomputed in chunks for every candidate.
 
     Args:
         model: The teacher.
-        batches: What to predict; kept on the model's device with the teacher's hidden states.
-        autocast: Gives the context to compute in, as `Fabric.autocast` does.
+        batches: Batches to predict; stored on the model's device with the teacher's hidden states.
+        autocast: Returns an autocast context, as `Fabric.autocast` does.
     """
 
     name = "kl"
-    can_shard = False  # the teacher's head is needed outside of its forward
+    can_shard = False  # the head's weights are used outside of the teacher's forward
 
     @torch.inference_mode()
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
         super().__init__(model, batches, autocast)
-        # under autocast some norms give another type than the head has
+        # under autocast, some norms return a different dtype than the head's
         dtype = model.lm_head.weight.dtype
         with self.autocast():
             tap = tap_head(model)
@@ -65,7 +65,7 @@ class KLDivergence(Perplexity):
             ]
 
     def scores(self, loss: float) -> dict[str, float]:
-        """The mean loss is the score."""
+        """Return the mean loss as the score."""
         return {self.name: loss}
 
     def _loss(self, window: HeadInput, batch: TaughtBatch, i: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a candidate is scored by: its perplexity on fixed validation batches, as it is cut or repaired."""
+"""Fitness protocol, and perplexity on fixed validation batches, with or without repair."""
 
 from __future__ import annotations
 
@@ -22,55 +22,59 @@ from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}
-"""Tokens per forward pass. More are no faster on a CPU, and their activations take memory for nothing."""
+"""Maximum number of tokens per forward pass. More are no faster on a CPU, and their activations need more memory."""
 
 
 class Fitness(Protocol):
-    """What candidates are scored by, found by its name in the entry-point group `litgpt_whittle.fitness`.
+    """Scoring function for candidates, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
-    It is made of the teacher, the batches that score all candidates, and a function that gives the context to compute
-    in, as `Fabric.autocast` does. Class attributes say what else it wants and can do: with `n_calibration`, it is also
-    given so many training tokens, as `calibration`, shape (N, T); with `needs_importance` true the teacher's `Ranking`,
-    as `importance`; with `reads_data` false there are no batches; with `can_shard` true it can work with a teacher that
-    is spread over processes; with `chooses_units` true the numbers of units alone count, except of experts. One that
-    gives losses by window (`losses`, `scores`) lets candidates race. A static `check` of the teacher's config, the
-    device and the bytes of the teacher's weights may refuse before they are read.
+    Constructed from the teacher, the batches that score all candidates, and a function that returns an autocast
+    context, as `Fabric.autocast` does. Class attributes declare further inputs and capabilities:
+
+    - `n_calibration`: number of calibration tokens, passed as `calibration`, shape (N, T).
+    - `needs_importance`: if true, the teacher's `Ranking` is passed as `importance`.
+    - `reads_data`: if false, there are no batches.
+    - `can_shard`: if true, the teacher may be sharded over processes.
+    - `chooses_units`: if true, only the numbers of units affect the score, except for experts.
+
+    Losses per window (`losses`, `scores`) enable racing. A static method `check` receives the teacher's config, the
+    device and the bytes of the teacher's weights, and can raise UserError before the weights are loaded.
     """
 
     name: str
-    """Which of the scores counts; lower is better"""
+    """Name of the score to minimise"""
     model: SuperGPT
     batches: Sequence[Batch]
     n_tokens: int
-    """Tokens that score each candidate"""
+    """Number of tokens that score each candidate"""
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None: ...
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network, by one or more names."""
+        """Return a sub-network's scores by name."""
 
 
 class WindowLosses(NamedTuple):
-    """What a candidate loses on each window of text, in the batches' order; both on the CPU, shape (n_windows,)."""
+    """A candidate's losses per window, in the batches' order; tensors on the CPU, shape (n_windows,)."""
 
     sums: torch.Tensor
-    """Losses added up over the window's tokens, float64"""
+    """Losses summed over the window's tokens, float64"""
     n_tokens: torch.Tensor
-    """How many tokens those are"""
+    """Number of tokens of the window"""
 
     @property
     def mean(self) -> float:
-        """The loss per token."""
+        """Return the mean loss per token."""
         return float(self.sums.sum() / self.n_tokens.sum())
 
 
 class Perplexity:
-    """exp(total negative log-likelihood / total tokens), the same batches for all candidates.
+    """Perplexity, exp(total negative log-likelihood / total tokens), on the same batches for all candidates.
 
     Args:
         model: The teacher.
-        batches: What to predict; kept on the model's device.
-        autocast: Gives the context to compute in, as `Fabric.autocast` does.
+        batches: Batches to predict; stored on the model's device.
+        autocast: Returns an autocast context, as `Fabric.autocast` does.
     """
 
     name = "perplexity"
@@ -83,20 +87,20 @@ class Perplexity:
         self.n_tokens = sum(batch.n_tokens for batch in batches)
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network: `perplexity` and `nll`, its logarithm (nats per token)."""
+        """Return a sub-network's `perplexity` and `nll`, its logarithm (nats per token)."""
         return self.scores(self.losses(subnet).mean)
 
     def scores(self, loss: float) -> dict[str, float]:
-        """The scores that a mean loss stands for."""
+        """Convert a mean loss to scores by name."""
         return {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
 
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
-        """A sub-network's losses on every window of some of the batches.
+        """Return a sub-network's losses on every window of the selected batches.
 
-        Where the teacher's weights are spread over processes, they score together, every one some of the batches.
+        If the teacher is sharded over processes, they score the sub-network together, each with a part of the batches.
         """
         batches = self.batches[which]
-        # while it runs as a sub-network, the super-network calls the head of a model without weights of its own
+        # a running super-network calls the head of `_running.module`, a model that holds no weights of its own
         if self.is_sharded:
             with torch.no_grad(), self.model.running(subnet):
                 return self._losses_together(batches)
@@ -107,7 +111,7 @@ class Perplexity:
     def _losses_together(self, batches: Sequence[Batch]) -> WindowLosses:
         n = world_size()
         own = batches[rank() :: n]
-        # a process without a batch of its own takes part all the same: the others need its part of the weights
+        # a process without a batch must still run a forward pass, because the others need its shard of the weights
         wanted = [*own, *[batches[-1]] * (-(-len(batches) // n) - len(own))]
         parts = [self._losses(self.model, self.model._running.module, [batch]) for batch in wanted]
         by_process = gather([tuple(part) for part in parts])
@@ -115,7 +119,7 @@ class Perplexity:
         return WindowLosses(*(torch.cat(tensors) for tensors in zip(*in_order)))
 
     def _losses(self, model: GPT, owner_of_head: GPT, batches: Sequence[Batch]) -> WindowLosses:
-        """A model's losses, the logits made in chunks that are thrown away."""
+        """Return a model's losses, with logits computed in chunks that are not kept."""
         tap = tap_head(owner_of_head)
         context: AbstractContextManager = self.autocast()
         with context:
@@ -124,7 +128,7 @@ class Perplexity:
         return WindowLosses(sums.cpu(), n_tokens.cpu())
 
     def _window_sums(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
-        """The loss of each of a batch's windows, added up over its tokens, float64, shape (B,)."""
+        """Return the loss of each window of a batch, summed over its tokens, float64, shape (B,)."""
         caught = self._caught(model, tap, batch.input_ids)
         windows = (caught._replace(hidden=hidden) for hidden in caught.hidden)
         means = []
@@ -134,13 +138,13 @@ class Perplexity:
         return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
 
     def _loss(self, window: HeadInput, batch: Batch, i: int) -> torch.Tensor:
-        """The mean over the tokens of a batch's window i."""
+        """Return the mean loss over the tokens of window i of a batch."""
         return head_loss(window, batch.targets[i], softcap=self.model.config.final_logit_softcapping).ce
 
     def _caught(self, model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
-        """What a model's head is called with."""
+        """Run a model and return the inputs of its head."""
         n_rows, n_tokens = input_ids.shape
-        # processes that score together must make the same number of passes, whatever their batches are
+        # sharded processes must run the same number of forward passes, whatever their batches
         most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
         if most is not None:
             n_rows = max(most // n_tokens, 1)
@@ -157,13 +161,13 @@ class Perplexity:
 
 
 class RepairedPerplexity(Perplexity):
-    """The perplexity of a candidate after a quick repair (`litgpt_whittle.repair.from_moments`).
+    """Perplexity of a candidate after a quick repair (`litgpt_whittle.repair.from_moments`).
 
     Args:
         model: The teacher.
-        batches: What to predict.
-        autocast: Gives the context to compute in.
-        calibration: Training tokens to repair on, shape (N, T).
+        batches: Batches to predict.
+        autocast: Returns an autocast context.
+        calibration: Calibration tokens for the repair, shape (N, T).
     """
 
     name = "repaired_perplexity"
@@ -179,11 +183,11 @@ class RepairedPerplexity(Perplexity):
 
     @staticmethod
     def check(teacher: Config, device: torch.device, beside: int) -> None:
-        """Refuses a teacher whose moments cannot fit; which tokens the text has is not known yet."""
+        """Raise UserError if the moments of all layers do not fit in memory; distinct tokens are not known yet."""
         check_memory(teacher, 0, device, beside)
 
     @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
-        """The repaired student's losses on every window of some of the batches."""
+        """Return the repaired student's losses on every window of the selected batches."""
         student = self.repair.student(subnet)
         return self._losses(student, student, self.batches[which])

@@ -1,7 +1,7 @@
-"""Fitness that no text is read for: how much a candidate keeps of the teacher's weights, of its units, of its layers.
+"""Data-free proxies of a candidate's fitness, from the kept share of the teacher's weights, units or layers.
 
-They rank candidates without a forward pass, and worse than a measured loss does (arXiv 2510.07227). Each score is the
-share that is lost, from 0 for the whole teacher to nearly 1, so that lower is better as everywhere.
+They rank candidates without a forward pass, but less accurately than a measured loss (arXiv 2510.07227). Each score is
+the lost share, from 0 for the whole teacher to nearly 1, so that lower is better as for all scores.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT
 
 CHUNK_ELEMENTS = 2**22
-"""Weights that are looked at together, since those in bf16 are widened meanwhile"""
+"""Number of weights per chunk, which limits the memory of their float32 copies"""
 
 _NEVER_CUT = {"vocab", "q_lora_rank", "kv_lora_rank"}
 
 
 class _Proxy:
-    """A fitness that sees no tokens.
+    """Base class of fitness functions without data.
 
     Args:
         model: The teacher.
-        batches: Not looked at.
-        autocast: Not needed.
+        batches: Not used.
+        autocast: Not used.
     """
 
     name: str
@@ -47,27 +47,27 @@ class _Proxy:
 
 
 class WeightMagnitude(_Proxy):
-    """The share of the teacher's Σ |w| that a candidate leaves out, over all parameters, tied ones once.
+    """Share of the teacher's Σ |w| that a candidate lacks, over all parameters, with tied ones counted once.
 
-    What each row or column of a weight sums up to depends on the kept channels alone, which many candidates have in
-    common. These sums are remembered for a few choices of channels; a candidate adds up those of the units that it has.
+    The sum of each row or column of a weight depends only on the kept channels, which many candidates share. These sums
+    are cached for the latest choices of channels; a candidate's score adds up the sums of its units.
     """
 
     name = "magnitude_lost"
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch] = (), autocast: Any = nullcontext) -> None:
         super().__init__(model, batches, autocast)
-        named = model.named_parameters(remove_duplicate=False)  # a tied weight goes by its other name in the plan
+        named = model.named_parameters(remove_duplicate=False)  # the plan uses a tied weight's other name
         self._weights = {name: _Weight.of(name, tensor) for name, tensor in named}
         self._sums = lru_cache(maxsize=8 * len(self._weights))(self._sums_over)
         self._total = self._kept(SubNet.full(self.config))
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network: `magnitude_lost`."""
+        """Return a sub-network's `magnitude_lost`."""
         return {self.name: 1 - self._kept(subnet) / self._total}
 
     def _kept(self, subnet: SubNet) -> float:
-        """Σ |w| of a sub-network."""
+        """Return Σ |w| of a sub-network."""
         takes = {take.name: take for take in plan(self.config, subnet, self.model.tied).values() if not take.is_buffer}
         return sum(self._kept_of(take, subnet.n_embd) for take in takes.values())
 
@@ -79,7 +79,7 @@ class WeightMagnitude(_Proxy):
 
     @torch.no_grad()
     def _sums_over(self, name: str, n_embd: Keep | None) -> np.ndarray:
-        """Σ |w| along a weight's summed dimension, of which only some channels count where it has channels."""
+        """Return Σ |w| along a weight's summed dimension, over the kept channels if that is the channels' dimension."""
         tensor, dim, _ = self._weights[name]
         if dim is None:
             return wide(tensor).abs().double().cpu().numpy()
@@ -95,13 +95,13 @@ class WeightMagnitude(_Proxy):
 
 
 class _Weight(NamedTuple):
-    """A parameter, and the dimension of it that is summed up for many candidates at once."""
+    """A parameter, and the dimension that is summed once for many candidates."""
 
     tensor: torch.Tensor
     summed: int | None
-    """None where there is one dimension only"""
+    """Dimension to sum over; None for a parameter with a single dimension"""
     over_channels: bool
-    """Whether that is the channels' dimension, of which candidates have a part"""
+    """True if it is the channels' dimension, of which candidates keep a part"""
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> _Weight:
@@ -113,17 +113,17 @@ class _Weight(NamedTuple):
 
 
 class ImportanceMass(_Proxy):
-    """The share of the units' importance that a candidate leaves out, a mean over the kinds of units.
+    """Share of the units' importance that a candidate lacks, averaged over the kinds of units.
 
-    Channels, query groups, heads within groups, neurons and experts each have a share, summed over the layers; a layer
-    that goes takes its units with it. A mean of shares, since measures of different kinds have different scales. Kinds
-    that have one unit per layer say nothing.
+    Channels, query groups, heads within groups, neurons and experts each have a share, summed over the layers; a
+    dropped layer loses all of its units. Shares are averaged because scores of different kinds have different scales.
+    Kinds with a single unit per layer are skipped.
 
     Args:
         model: The teacher.
-        batches: Not looked at.
-        autocast: Not needed.
-        importance: What `litgpt rank` found; its `metric` counts.
+        batches: Not used.
+        autocast: Not used.
+        importance: Ranking from `litgpt rank`; its `metric` is used.
     """
 
     name = "importance_lost"
@@ -139,14 +139,14 @@ class ImportanceMass(_Proxy):
         self._totals = self._kept(SubNet.full(self.config))
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network: `importance_lost`."""
+        """Return a sub-network's `importance_lost`."""
         kept = self._kept(subnet)
         shares = [kept.get(kind, 0.0) / total for kind, total in self._totals.items() if total > 0]
         return {self.name: 1 - sum(shares) / len(shares) if shares else 0.0}
 
     def _kept(self, subnet: SubNet) -> dict[str, float]:
-        """The importance that a sub-network has, by the kinds of units."""
-        rows = [*subnet.layers, self.config.n_layer]  # the last row is what lies outside of the layers
+        """Return the kept importance of a sub-network by kind of units."""
+        rows = [*subnet.layers, self.config.n_layer]  # the last row is for modules outside of the layers
         mass = {"n_embd": float(self._channels[rows][:, subnet.n_embd.indices].sum())}
         for i, layer in enumerate(subnet.layers):
             keep = subnet.layer(i)
@@ -161,13 +161,13 @@ class ImportanceMass(_Proxy):
 
 
 class BlockInfluence(_Proxy):
-    """The share of the layers' block influence that a candidate leaves out, whatever its layers' widths (ShortGPT).
+    """Share of the layers' block influence (ShortGPT) that a candidate lacks, regardless of its layers' widths.
 
     Args:
         model: The teacher.
-        batches: Not looked at.
-        autocast: Not needed.
-        importance: What `litgpt rank` found.
+        batches: Not used.
+        autocast: Not used.
+        importance: Ranking from `litgpt rank`.
     """
 
     name = "influence_lost"
@@ -180,5 +180,5 @@ class BlockInfluence(_Proxy):
         self._influence = importance.scores.layers["block_influence"].numpy()  # (n_layer,)
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network: `influence_lost`."""
+        """Return a sub-network's `influence_lost`."""
         return {self.name: 1 - float(self._influence[list(subnet.layers)].sum() / self._influence.sum())}

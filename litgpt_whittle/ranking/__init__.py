@@ -1,1 +1,1 @@
-"""What a teacher's units are worth, and the order that follows from it: `litgpt rank`."""
+"""Importance scores of a teacher's units and layers, and the order that follows from them: `litgpt rank`."""

@@ -1,8 +1,8 @@
-"""The units of a teacher, the most important first: what "the best n" are, and a teacher that has them in front.
+"""Order of a teacher's units by importance, and reordering of the teacher's weights.
 
-Channels, query groups, heads within groups, neurons and experts may change places without changing what a model
-computes. So a teacher sorted by importance is the same teacher, and every prefix of it a good sub-network. Layers
-have an order of importance too, but never move.
+Permuting channels, query groups, heads within groups, neurons or experts does not change the function of a model. A
+teacher sorted by importance is therefore equivalent, and every prefix of its units is a good sub-network. Layers have
+an order of importance too, but are not moved.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from litgpt_whittle.supergpt import Weights, extract_weights
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The units of a teacher, the most important first.
+    """Units of a teacher, the most important first.
 
-    Where a router chooses between groups of experts, experts are sorted within their groups.
+    If a router chooses between groups of experts, experts are sorted within their groups.
     """
 
     teacher: Config
@@ -33,7 +33,7 @@ class Order:
     n_layer: np.ndarray
     """Layers"""
     layers: tuple[dict[str, np.ndarray], ...]
-    """Every layer's own units, by the names of a `SubNet`'s fields"""
+    """Per-layer units, by the names of a `SubNet`'s fields"""
 
     def __post_init__(self) -> None:
         for layer, units in enumerate(self.layers):
@@ -43,7 +43,7 @@ class Order:
     def by(
         cls, teacher: Config, n_embd: np.ndarray, n_layer: np.ndarray, layers: tuple[Mapping[str, np.ndarray], ...]
     ) -> Order:
-        """The order of scores, the higher the more important; of equal units the first one comes first."""
+        """Sort units by descending score, experts within their groups; ties keep their order."""
 
         def sort(name: str, scores: np.ndarray) -> np.ndarray:
             groups = (teacher.n_expert_groups or 1) if name == "n_expert" else 1
@@ -55,14 +55,14 @@ class Order:
         return cls(teacher, sort("n_embd", n_embd), sort("n_layer", n_layer), own)
 
     def best(self, name: str, layer: int, n: int) -> Keep:
-        """The n most important units of a layer; channels, which all layers share, whatever the layer."""
+        """Return the n most important units of a layer; `layer` is ignored for channels, which all layers share."""
         order = self.n_embd if name == "n_embd" else self.layers[layer][name]
         places = experts_of(self.teacher, Keep(n)) if name == "n_expert" else slice(n)
         return Keep(np.sort(order[places]))
 
     @property
     def reordered(self) -> SubNet:
-        """The whole teacher with its units in this order, as a sub-network that takes everything."""
+        """Return the whole teacher with its units in this order, as a sub-network that keeps all units."""
         fields: dict[str, list[Keep | None]] = {}
         for name in PER_LAYER:
             if any(name in units for units in self.layers):
@@ -71,14 +71,14 @@ class Order:
 
 
 def reorder(teacher: GPT | Mapping[str, torch.Tensor], order: Order, tied: bool | None = None) -> Weights:
-    """The teacher's weights with the most important units first: another arrangement of the same function.
+    """Return the teacher's weights with the most important units first, which compute the same function.
 
     Args:
         teacher: The teacher, or its weights.
         order: The order.
-        tied: Whether the LM head is the embedding; found out from the weights by default.
+        tied: If true, the LM head shares the embedding's weights; by default detected from the weights.
 
     Returns:
-        Weights for the teacher's config, copies. The best n units of any dimension are now its first n.
+        Copies of the weights, for the teacher's config. The best n units of any dimension are now its first n.
     """
     return extract_weights(teacher, order.reordered, tied)

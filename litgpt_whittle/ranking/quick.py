@@ -1,9 +1,9 @@
-"""A quick order of a teacher's units and layers, from one forward pass over a little text.
+"""Quick order of a teacher's units and layers, from one forward pass over a few thousand tokens.
 
-A unit counts by the size of what it adds to the stream, a channel by the size of what its readers make of it: root mean
-squares over tokens. For a neuron that is its activation times the norm of its column in the next map. Layers count by
-their block influence. `litgpt rank` (`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which
-takes more time and memory.
+The score of a unit is the root mean square over tokens of its contribution to the residual stream; that of a channel,
+of its contribution to the outputs of the input projections and the LM head. For a neuron it is the activation times the
+norm of its column in the output projection. Layers are scored by block influence. `litgpt rank`
+(`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which takes more time and memory.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from litgpt_whittle.ranking.scores import Autocast
 from litgpt_whittle.subnet import layer_sizes
 
 N_TOKENS = 4096
-"""Tokens that are read"""
+"""Number of tokens to read"""
 
 ROWS_TOKENS = 2048
-"""Tokens per forward pass"""
+"""Number of tokens per forward pass"""
 
 
 @torch.no_grad()
 def quick_order(
     model: GPT, batches: Iterable[torch.Tensor], autocast: Autocast = nullcontext, n_tokens: int = N_TOKENS
 ) -> Order:
-    """Order a teacher's units and layers by what they do on text.
+    """Order a teacher's units and layers by their activations on calibration tokens.
 
     Args:
         model: The teacher.
         batches: Token ids, each of shape (B, T).
-        autocast: Gives the context to compute in.
+        autocast: Returns an autocast context.
         n_tokens: Approximate number of tokens to read.
     """
     sums, missing = _Sums(model), n_tokens
@@ -56,7 +56,7 @@ def quick_order(
 
 
 class _Sums:
-    """Adds up squares of what units do while a model runs, and how much its layers turn the stream."""
+    """Hooks that accumulate squared contributions of units and the block influence of layers while a model runs."""
 
     def __init__(self, model: GPT) -> None:
         self.model, config = model, model.config
@@ -104,11 +104,11 @@ class _Sums:
 
 
 def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the square of all that a map makes of its inputs together, summed over tokens."""
+    """Return the squared norm of a linear map's output, summed over tokens."""
     return wide(F.linear(x, weight)).square().sum().double().cpu()
 
 
 def _squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the squares of all that a map makes of each of its inputs, summed over tokens, shape (n_in,)."""
+    """Return the squared norm of each input's contribution to a linear map, summed over tokens, shape (n_in,)."""
     norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).square()
     return (wide(x).flatten(0, -2).square().sum(0) * norms).double().cpu()

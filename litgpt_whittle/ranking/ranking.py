@@ -1,4 +1,4 @@
-"""`importance.pt`: what `litgpt rank` found out about a teacher, and the order that follows from it."""
+"""`importance.pt`: the scores of a teacher from `litgpt rank`, and the order that follows from them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ FILE = "importance.pt"
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The scores of a teacher, and which of them count."""
+    """Scores of a teacher, and the metrics that define its order."""
 
     teacher: Config
     scores: Scores
     metric: str
-    """What orders units"""
+    """Metric that orders units"""
     layer_metric: str
-    """What orders layers"""
+    """Metric that orders layers"""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Plain values: the weights and the text that were looked at"""
+    """Plain values that identify the weights and the calibration data"""
 
     @cached_property
     def order(self) -> Order:
-        """The most important units first."""
+        """Return the order with the most important units first."""
         units = self.scores.units[self.metric]
         own = tuple({name: scores.numpy() for name, scores in layer.items()} for layer in units.layers)
         layers = self.scores.layers[self.layer_metric]
@@ -44,7 +44,7 @@ class Ranking:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell orders apart."""
+        """Return sixteen hex digits that identify the order."""
         digest = hashlib.sha256()
         for order in (self.order.n_embd, self.order.n_layer, *(x for own in self.order.layers for x in own.values())):
             digest.update(order.astype("<i8").tobytes())
@@ -52,7 +52,7 @@ class Ranking:
 
     @cached_property
     def scores_fingerprint(self) -> str:
-        """Sixteen hex digits that tell scores apart, also those that give one order."""
+        """Return sixteen hex digits that identify the scores, which can differ for the same order."""
         digest = hashlib.sha256(f"{self.metric} {self.layer_metric}".encode())
         units = self.scores.units[self.metric]
         own = [layer[name] for layer in units.layers for name in sorted(layer)]
@@ -61,7 +61,7 @@ class Ranking:
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Writes it beside and renames it into place."""
+        """Save the ranking atomically, by writing a temporary file and renaming it."""
         units = {
             metric: {"n_embd": scores.n_embd, "layers": list(scores.layers)}
             for metric, scores in self.scores.units.items()
@@ -83,10 +83,10 @@ class Ranking:
 
     @classmethod
     def load(cls, path: Path, teacher: Config) -> Ranking:
-        """Reads the ranking of `teacher`; `path` may be the folder that it lies in.
+        """Load the ranking of `teacher`; `path` may be the file or its folder.
 
         Raises:
-            UserError: If there is none, it is damaged, or it ranks another architecture.
+            UserError: If the file is missing, damaged or of another version, or ranks another architecture.
         """
         path = path / FILE if path.is_dir() else path
         content = _read(path)

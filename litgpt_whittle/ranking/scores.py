@@ -1,23 +1,24 @@
-"""What the units of a teacher are worth, by what they compute on calibration text, their weights and their gradients.
+"""Importance scores of a teacher's units, from activations on calibration tokens, weights and gradients.
 
-Three measures of channels, query groups, heads within groups, neurons and experts, the higher the more important. A
-unit computes what a map to the residual stream reads from it (the outputs of heads, the neurons behind the gate), an
-expert what it adds to the stream, a channel the outputs of all norms over channels.
+Three measures of channels, query groups, heads within groups, neurons and experts; higher is more important. The
+activation of a unit is its input to the output projection (the outputs of heads, the neurons after the gate), that of
+an expert its contribution to the residual stream, that of a channel the outputs of all norms over channels.
 
-- `activation`: the unit's L2 norm, a mean over a sequence's tokens, the root of the sum of squares over sequences:
-  (batch = L2, sequence = mean), the best of Minitron (arXiv 2407.14679, section 2.2). Channels add up over the norms.
-- `magnitude`: the L2 norm of the weights (not the biases) that only this unit has.
+- `activation`: L2 norm of the activation, averaged over the tokens of a sequence, then root of the sum of squares over
+  sequences: (batch = L2, sequence = mean), the best of Minitron (arXiv 2407.14679, section 2.2). Channels are summed
+  over the norms.
+- `magnitude`: L2 norm of the weights (not the biases) that belong only to this unit.
 - `taylor`: |gradient · activation|, the first-order change of a sequence's loss when the unit is set to zero (Molchanov
-  et al., arXiv 1611.06440), summed over its tokens before and averaged over sequences after taking the absolute value.
-  Channels add up over the norms. In nats per token.
+  et al., arXiv 1611.06440), summed over the tokens before and averaged over sequences after taking the absolute value.
+  Channels are summed over the norms. In nats per token.
 
 Two measures of layers:
 
-- `block_influence`: one minus the cosine between a token's stream before and behind the layer, a mean over tokens
-  (ShortGPT, arXiv 2403.03853).
+- `block_influence`: one minus the cosine similarity of the residual stream before and after the layer, averaged over
+  tokens (ShortGPT, arXiv 2403.03853).
 - `perplexity`: the teacher's perplexity without the layer.
 
-litgpt's own modules are watched while they run; which tensor belongs to whom is read off the plan's rules.
+Activations and gradients are collected by hooks on litgpt's own modules; the slicing rules map tensors to units.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, eq=False)
 class UnitScores:
-    """What every unit is worth by one measure, float64 on the CPU."""
+    """Scores of all units by one measure, float64 on the CPU."""
 
     n_embd: torch.Tensor
-    """Channels, in every layer and at last outside of the layers, shape (n_layer + 1, n_embd); their sum counts"""
+    """Channels per layer, with a last row for other modules, shape (n_layer + 1, n_embd); their sum is the score"""
     layers: tuple[dict[str, torch.Tensor], ...]
-    """Every layer's own units, by the names of a `SubNet`'s fields, each of shape (n_units,)"""
+    """Per-layer units, by the names of a `SubNet`'s fields, each of shape (n_units,)"""
 
     @property
     def is_finite(self) -> bool:
@@ -68,13 +69,13 @@ class UnitScores:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What units and layers are worth, by the names of the measures."""
+    """Scores of units and layers, by the names of the measures."""
 
     units: dict[str, UnitScores]
     layers: dict[str, torch.Tensor]
     """Each of shape (n_layer,)"""
     perplexity: float | None
-    """Of the whole teacher, where its layers' was measured"""
+    """Perplexity of the whole teacher, if the perplexity without each layer was measured"""
 
 
 def measure(
@@ -85,15 +86,15 @@ def measure(
     autocast: Autocast = nullcontext,
     progress: bool = True,
 ) -> Scores:
-    """Scores a teacher's units in one pass over text, forward and backward, and its layers in one more pass for each.
+    """Score a teacher's units in one forward and backward pass, and its layers in one more forward pass per layer.
 
     Args:
-        model: The teacher, whose weights lose their gradients.
+        model: The teacher; `requires_grad` is set to false for its parameters.
         windows: Token ids, shape (N, T), with T at least 2.
-        n_layer_windows: How many of them measure the perplexity without a layer; 0 leaves that measure out.
-        micro_batch_size: Windows per batch. With experts they come one at a time: a routed token's sequence is unknown.
-        autocast: Gives the context to compute in, as `Fabric.autocast` does.
-        progress: Show a bar.
+        n_layer_windows: Number of windows for the perplexity without each layer; 0 omits that measure.
+        micro_batch_size: Windows per batch; 1 for models with experts, because a routed token's sequence is unknown.
+        autocast: Returns an autocast context, as `Fabric.autocast` does.
+        progress: If true, show a progress bar.
     """
     model.requires_grad_(False)
     watch = _Watch(model, windows.shape[1])
@@ -115,7 +116,7 @@ def measure(
 
 
 def perplexities_without(teacher: Config, score: Perplexity, progress: bool = True) -> torch.Tensor:
-    """The perplexity of the teacher without each of its layers, shape (n_layer,); infinite for the only one."""
+    """Return the teacher's perplexity without each of its layers, shape (n_layer,); infinite for an only layer."""
     n_layer = teacher.n_layer
     found = torch.full((n_layer,), torch.inf, dtype=torch.float64)
     for layer in tqdm(range(n_layer if n_layer > 1 else 0), "layers", disable=not progress):
@@ -126,7 +127,7 @@ def perplexities_without(teacher: Config, score: Perplexity, progress: bool = Tr
 
 @torch.no_grad()
 def magnitudes(model: GPT) -> UnitScores:
-    """The L2 norm of the weights that only this unit has; tied weights count once."""
+    """Return the L2 norm of the weights that belong only to each unit; tied weights are counted once."""
     config = model.config
     channels = torch.zeros(config.n_layer + 1, config.n_embd, dtype=torch.float64)
     units = [units_of(config, layer) for layer in range(config.n_layer)]
@@ -153,11 +154,11 @@ def magnitudes(model: GPT) -> UnitScores:
 
 
 Place = tuple[int, str]
-"""What is scored: a layer and its kind of units, or a norm over channels (`n_layer` for the last one)"""
+"""Key of scores: a layer and a kind of units, or a layer and a norm over channels (`n_layer` for the final norm)"""
 
 
 class _Watch:
-    """Watches a model while it runs on batches of sequences, and adds up what its units do."""
+    """Hooks that accumulate activations and gradients of units while a model runs on batches of sequences."""
 
     def __init__(self, model: GPT, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_layer = model, n_tokens, model.config.n_layer
@@ -167,14 +168,14 @@ class _Watch:
         self.moe_inputs: dict[int, torch.Tensor] = {}
 
     def run(self, ids: torch.Tensor, autocast: Autocast) -> None:
-        """Adds the sequences `ids`, shape (B, T)."""
+        """Add the sequences `ids`, shape (B, T)."""
         self.n_sequences = len(ids)
         targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         with self._watching(), torch.enable_grad():
             with autocast():
                 head_input = hidden_states(self.model, ids)
                 loss = head_loss(head_input, targets, softcap=self.model.config.final_logit_softcapping).loss
-            # every token's loss counts 1 for now, since small gradients would underflow in fp16
+            # sum over tokens instead of the mean, because small gradients would underflow in fp16
             (loss * (targets != IGNORE_INDEX).sum()).backward()
         with torch.no_grad(), autocast():
             for layer, x in self.moe_inputs.items():
@@ -200,7 +201,7 @@ class _Watch:
                 handle.remove()
 
     def _watch(self, layer: int, name: str, module: nn.Module) -> list:
-        """Watches a module of a block if units can be seen there."""
+        """Register hooks on a module of a block if it exposes units."""
         if isinstance(module, LLaMAMoE):
             note_input = lambda _, inputs: self.moe_inputs.update({layer: inputs[0].detach()})
             handles = [module.register_forward_pre_hook(note_input)]
@@ -222,7 +223,7 @@ class _Watch:
         return norm.register_forward_hook(lambda _, inputs, output: self._note(output, {place: channels}))
 
     def _note(self, x: torch.Tensor, own: dict[Place, np.ndarray]) -> None:
-        """Takes what units compute, (…, n), of which each has its own indices, shape (n_units, size)."""
+        """Add the activations of units, shape (…, n), with each unit's indices, shape (n_units, size)."""
         seen = x.detach()  # a hook that held x itself would keep it from being freed
         for place, indices in own.items():
             size = torch.linalg.vector_norm(_by_unit(wide(seen), indices), dim=-1)
@@ -249,12 +250,12 @@ class _Watch:
         self.influence[layer] += float((1 - cosine).sum())
 
     def _per_sequence(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over tokens: (…, n_units), a sequence's tokens in a row, to (B, n_units)."""
+        """Sum over the tokens of each sequence, which are contiguous: (…, n_units) to (B, n_units)."""
         rows = values.flatten(0, -2)
         return rows.view(self.n_sequences, len(rows) // self.n_sequences, rows.shape[-1]).sum(1)
 
     def scores(self, sums: _Sums, of: Callable[[torch.Tensor], torch.Tensor]) -> UnitScores:
-        """What the sums say, each through the function `of`."""
+        """Convert the sums to scores by the function `of`."""
         channels = torch.zeros(self.n_layer + 1, self.model.config.n_embd, dtype=torch.float64)
         for (layer, name), total in sums.total.items():
             if layer == self.n_layer or name not in self.units[layer]:
@@ -264,12 +265,12 @@ class _Watch:
 
 
 def _by_unit(x: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
-    """What each unit has: (…, n) to (…, n_units, size)."""
+    """Gather each unit's elements: (…, n) to (…, n_units, size)."""
     return x.unsqueeze(-1) if indices.shape[1] == 1 else x[..., torch.from_numpy(indices).to(x.device)]
 
 
 class _Sums:
-    """Sums over sequences of a power of what each of them gives in total."""
+    """Sums over sequences of a power of each sequence's total."""
 
     def __init__(self, power: int) -> None:
         self.power = power
@@ -277,11 +278,11 @@ class _Sums:
         self._open: dict[Place, torch.Tensor] = {}
 
     def add(self, place: Place, values: torch.Tensor) -> None:
-        """Adds something to the sequences of this batch, shape (B, n_units)."""
+        """Add values to the totals of this batch's sequences, shape (B, n_units)."""
         self._open[place] = self._open[place] + values if place in self._open else values
 
     def close(self) -> None:
-        """Ends the batch."""
+        """Finish the batch and add its totals to the sums."""
         for place, values in self._open.items():
             power = values.cpu().double().abs().pow(self.power).sum(0)
             self.total[place] = self.total[place] + power if place in self.total else power

@@ -1,4 +1,4 @@
-"""Which networks a step of super-network training trains, by name through the group `litgpt_whittle.samplers`."""
+"""Samplers of sub-networks for super-network training, registered in the group `litgpt_whittle.samplers`."""
 
 from litgpt_whittle.samplers.base import Networks, Sampler
 from litgpt_whittle.samplers.ours import (

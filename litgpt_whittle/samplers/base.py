@@ -1,4 +1,4 @@
-"""What every sampler is: asked which networks a step trains."""
+"""Base class of samplers, which choose the networks that a training step trains."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Networks = list[SubNet | None]
 
 
 class Sampler(ABC):
-    """Chooses the networks of each step. A subclass takes its settings as keyword arguments after the space.
+    """Sampler of the networks of each step. A subclass takes its settings as keyword arguments after the space.
 
     Args:
-        space: The sub-networks that there are.
+        space: Space of sub-networks.
     """
 
     teaches = False
-    """Whether the full network, which then comes first, teaches those that follow it in a step"""
+    """True if the full network is the teacher of the other networks in a step; it must then come first"""
 
     def __init__(self, space: Space) -> None:
         self.space = space
 
     @abstractmethod
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """The networks of one step.
+        """Return the networks of one step.
 
         Args:
-            rng: Where all randomness comes from; a new one for every step, so that a resumed run goes on exactly.
-            step: The optimizer steps before it.
-            done: The share of the training that is done, from 0 to 1.
+            rng: The only source of randomness; a new generator for every step, so that a resumed run continues exactly.
+            step: Number of optimizer steps before this one.
+            done: Completed share of the training, from 0 to 1.
         """

@@ -1,4 +1,4 @@
-"""The samplers that come with the project."""
+"""Built-in samplers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from litgpt_whittle.subnet import SubNet
 
 
 class Standard(Sampler):
-    """The full network only: plain training."""
+    """Standard training: only the full network."""
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """The full network."""
+        """Return the full network."""
         return [None]
 
 
@@ -22,8 +22,8 @@ class Uniform(Sampler):
     """Random sub-networks.
 
     Args:
-        space: The sub-networks that there are.
-        n: How many a step trains.
+        space: Space of sub-networks.
+        n: Number of sub-networks per step.
     """
 
     def __init__(self, space: Space, n: int = 1) -> None:
@@ -32,17 +32,17 @@ class Uniform(Sampler):
         self.n = n
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """Some of them."""
+        """Return n random sub-networks."""
         return [self.space.sample(rng) for _ in range(self.n)]
 
 
 class RandomLinear(Sampler):
-    """The full network or a random sub-network, whose probability grows linearly (arXiv 2405.02267).
+    """The full network or a random sub-network, with a linear schedule of its probability (arXiv 2405.02267).
 
     Args:
-        space: The sub-networks that there are.
-        start: The probability of a sub-network at the beginning.
-        end: The same in the end.
+        space: Space of sub-networks.
+        start: Probability of a sub-network at the start of training.
+        end: Probability of a sub-network at the end of training.
     """
 
     def __init__(self, space: Space, start: float = 0.0, end: float = 1.0) -> None:
@@ -51,25 +51,25 @@ class RandomLinear(Sampler):
         self.start, self.end = start, end
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """One of the two."""
+        """Return a random sub-network or the full network."""
         is_part = rng.random() < self.start + (self.end - self.start) * done
         return [self.space.sample(rng) if is_part else None]
 
 
 class Alternate(Uniform):
-    """The full network and random sub-networks by turns (ATS, arXiv 2106.08895)."""
+    """The full network and random sub-networks in alternating steps (ATS, arXiv 2106.08895)."""
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """The full network in even steps."""
+        """Return the full network in even steps, and random sub-networks in odd steps."""
         return super().networks(rng, step, done) if step % 2 else [None]
 
 
 class Sandwich(Uniform):
-    """The largest network, the smallest one, and random ones between (arXiv 1903.05134).
+    """Sandwich rule: the largest network, the smallest one, and random ones (arXiv 1903.05134).
 
     Args:
-        space: The sub-networks that there are.
-        n: How many random ones.
+        space: Space of sub-networks.
+        n: Number of random sub-networks per step.
     """
 
     def __init__(self, space: Space, n: int = 2) -> None:
@@ -77,23 +77,23 @@ class Sandwich(Uniform):
         self.smallest = space.smallest()
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """All of them."""
+        """Return the full network, the smallest sub-network and n random ones."""
         return [None, self.smallest, *super().networks(rng, step, done)]
 
 
 class InPlaceDistillation(Sandwich):
-    """The sandwich, whose smaller networks learn from what the largest one says (arXiv 1903.05134)."""
+    """Sandwich rule in which the full network is the teacher of the smaller ones (arXiv 1903.05134)."""
 
     teaches = True
 
 
 class SizeWeighted(Uniform):
-    """Random sub-networks, the smaller the likelier: p ∝ 1 / parameters.
+    """Random sub-networks with probability p ∝ 1 / parameters.
 
     Args:
-        space: The sub-networks that there are.
-        n: How many a step trains.
-        n_drawn: Random ones that each is drawn from.
+        space: Space of sub-networks.
+        n: Number of sub-networks per step.
+        n_drawn: Number of random sub-networks that each one is drawn from.
     """
 
     def __init__(self, space: Space, n: int = 1, n_drawn: int = 16) -> None:
@@ -102,7 +102,7 @@ class SizeWeighted(Uniform):
         self.n_drawn = n_drawn
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """Some of them."""
+        """Return n sub-networks, the smaller ones more often."""
         return [self._one(rng) for _ in range(self.n)]
 
     def _one(self, rng: np.random.Generator) -> SubNet:

@@ -1,1 +1,1 @@
-"""`litgpt search`: candidates are asked for, scored, written down, told of, and the best are chosen among."""
+"""`litgpt search`: propose, evaluate, record and report candidates, and select the best."""

@@ -14,12 +14,12 @@ from litgpt_whittle.metrics import MEASURES
 
 @dataclass
 class BatchArgs:
-    """How candidates see the validation data"""
+    """Validation batches that score candidates"""
 
     micro_batch_size: int = 4
     """Number of samples per forward pass"""
     max_seq_length: int | None = None
-    """Length of samples; by default the teacher's block size, but at most 2048"""
+    """Length of samples; by default the teacher's block size, up to 2048"""
 
     def __post_init__(self) -> None:
         check_positive("train", micro_batch_size=self.micro_batch_size, max_seq_length=self.max_seq_length)
@@ -27,7 +27,7 @@ class BatchArgs:
 
 @dataclass
 class BudgetArgs:
-    """How much of the validation data candidates see"""
+    """Amount of validation data per candidate"""
 
     max_iters: int = 32
     """Validation batches per candidate"""
@@ -38,14 +38,14 @@ class BudgetArgs:
 
 @dataclass
 class RacingArgs:
-    """How soon candidates that fall behind are dropped"""
+    """Early stopping of candidates with significantly worse losses"""
 
     start: int = 1
-    """Validation batches that every candidate sees"""
+    """Validation batches of the first stage, which scores every candidate"""
     growth: float = 2.0
-    """How many times as many those that are left have seen after each further stage"""
+    """Growth factor of the number of validation batches per stage"""
     alpha: float = 0.05
-    """How likely it may be that a candidate is dropped that is as good as the worst one to keep"""
+    """Significance level of the test that drops a candidate for being worse than the worst one to keep"""
 
     def __post_init__(self) -> None:
         check_positive("racing", start=self.start)
@@ -57,14 +57,15 @@ class RacingArgs:
 
 @dataclass
 class SelectionArgs:
-    """How the best of a search are chosen among by short distillations"""
+    """Selection among the best candidates of a search by short distillations"""
 
     rungs: list[str] = field(default_factory=list)
-    """Students x tokens, fewer and longer each time, such as [8x200k, 2x1M]; by default the best score wins"""
+    """Students x tokens per rung, with fewer students and more tokens each time, such as [8x200k, 2x1M]; by default the
+    best score wins"""
     config: Path | None = None
-    """A YAML file of litgpt distill to train them with: its data, batch sizes, optimizer and losses"""
+    """YAML config of litgpt distill for their training: data, batch sizes, optimizer and losses"""
     repair: bool = True
-    """Whether students are repaired before they are trained"""
+    """If true, repair students before training"""
 
 
 @dataclass
@@ -78,7 +79,7 @@ class SizeArgs:
     head_size: int = 1
     """Dimensions of each head"""
     n_query_groups: int = 1
-    """Query groups of a layer (heads, where each has its own keys and values)"""
+    """Query groups of a layer (heads, if each has its own keys and values)"""
     heads_per_group: int = 1
     """Query heads within each group"""
     intermediate_size: int = 1
@@ -91,28 +92,28 @@ class SizeArgs:
 
 @dataclass
 class SpaceArgs:
-    """What may shrink, how far and in which steps"""
+    """Dimensions that may shrink, with their smallest sizes and steps"""
 
     step: SizeArgs = field(default_factory=SizeArgs)
-    """Sizes are multiples of these; the teacher's own size is always among them"""
+    """Step of each dimension: sizes are its multiples; the teacher's own size is always allowed"""
     smallest: SizeArgs = field(default_factory=SizeArgs)
-    """The smallest size to consider"""
+    """Smallest size of each dimension"""
     fixed: list[str] = field(default_factory=lambda: ["head_size"])
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first", "best"] = "any"
-    """Whether any layers may be kept, in order, the first ones only, or the most important ones only"""
+    """Layers to keep: any, in their order; only the first ones; or only the most important ones (best)"""
     convertible: bool | None = None
-    """Whether heads take no more than the channels and may fill them, as transformers' classes for Pythia (GPT-NeoX),
-    StableLM and Falcon ask for: `n_embd` stays a multiple of the teacher's `head_size`. By default, a search for
-    students of such a teacher keeps to it, nothing else does"""
+    """If true, the heads fit within the channels and can be padded to fill them, as transformers' classes for Pythia
+    (GPT-NeoX), StableLM and Falcon require: `n_embd` stays a multiple of the teacher's `head_size`. By default true for
+    a search with such a teacher, else false"""
 
 
 @dataclass
 class LimitArgs:
-    """What sub-networks may cost: at most so much (800M), or at least and at most (600M-800M)"""
+    """Limits on the costs of sub-networks: a maximum (800M) or a range (600M-800M)"""
 
     n_params: str | int | float | None = None
-    """Parameters. Where there is no ``--bin``, candidates are built to them as to a bin"""
+    """Parameters. Without ``--bin``, candidates are built to this range as to a bin"""
     flops: str | int | float | None = None
     """FLOPs per token of a forward pass, as in 1.5G"""
     kv_cache_bytes: str | int | float | None = None
@@ -120,19 +121,19 @@ class LimitArgs:
     weight_bytes: str | int | float | None = None
     """Bytes of the weights in bfloat16, as in 2GB"""
     latency_prefill: str | int | float | None = None
-    """Seconds from a prompt to the first new token on this machine, as in 50ms. Every candidate is timed before it is
-    scored, which takes some seconds for a large one; one that is too slow is not scored, but counts as an evaluation"""
+    """Seconds from a prompt to the first new token on this machine, as in 50ms. Candidates are timed before scoring,
+    which takes some seconds for a large one; one that is too slow is not scored, but counts as an evaluation"""
     latency_decode: str | int | float | None = None
-    """Seconds for each further token on this machine, as in 5ms; taken like the other latency, both in one go"""
+    """Seconds for each further token on this machine, as in 5ms; measured together with the other latency"""
 
     def __post_init__(self) -> None:
         self.ranges()
 
     def ranges(self) -> dict[str, Range]:
-        """The limits that there are.
+        """Return the limits that are set, by name.
 
         Raises:
-            UserError: If one cannot be read.
+            UserError: If a limit cannot be parsed.
         """
         found = {}
         for name, text in vars(self).items():
@@ -145,38 +146,39 @@ class LimitArgs:
 
 @dataclass
 class SurrogateArgs:
-    """What predicts the scores of candidates, so that fewer of them need be evaluated"""
+    """Predictor of candidates' scores, which reduces the number of evaluations"""
 
     mode: Literal["none", "filter", "objective"] = "none"
-    """With filter, the strategy proposes several candidates for each one evaluated: the one with the best prediction.
-    With objective, it searches on predictions alone, the best few are evaluated and learnt from, and so on"""
+    """With filter, the strategy proposes several candidates per evaluation, and the one with the best prediction is
+    evaluated. With objective, the strategy searches on predictions; the best candidates are evaluated, the surrogate is
+    fitted to them, and the search repeats"""
     kind: str = "trees"
-    """What predicts, by its name in `litgpt_whittle.surrogates`: trees (a forest on features of sub-networks), or text
-    (a language model that reads a description of them)"""
+    """Regressor, by its name in `litgpt_whittle.surrogates`: trees (a forest on features of sub-networks), or text (a
+    language model that reads a description of them)"""
     path: Path | None = None
-    """Another search's folder or journal, of any teacher and data, to learn from beforehand"""
+    """Another search's folder or journal, of any teacher and data, to pretrain on"""
     importance: Path | None = None
-    """The teacher's `importance.pt` of `litgpt rank`: the shares of its scores that are kept become features too"""
+    """The teacher's `importance.pt` of `litgpt rank`: adds the kept shares of its scores as features"""
     n_initial: int = 20
-    """Evaluations before the first predictions, where there is no `path`"""
+    """Evaluations before the first predictions, if no `path` is given"""
     refit: float = 0.1
-    """The share by which the evaluations grow until it is fitted anew, with filter; it is never less than ten"""
+    """Relative growth of the number of evaluations between two fits, with filter; at least ten evaluations"""
     n_proposals: int = 30
-    """Candidates proposed for each one evaluated, with filter"""
+    """Candidates proposed per evaluation, with filter"""
     optimism: float = 1.0
-    """What counts is the prediction less so many times its standard deviation, as far as that is known: of candidates
-    that are expected to be alike, the one that is least like any known one, without which a search stays where it is"""
+    """κ in the lower confidence bound μ − κσ that ranks candidates: of equal predictions it prefers the most uncertain,
+    which makes a search explore. No effect for regressors without a standard deviation"""
     n_inner: int = 500
-    """Predictions that each search on predictions makes, with objective"""
+    """Predictions per search on predictions, with objective"""
     n_evaluated: int = 10
-    """How many of the best are then evaluated, with objective"""
+    """Candidates to evaluate after each search on predictions, with objective"""
     model: str | None = None
-    """A Hugging Face model for sequence classification, its folder or name; what a search with kind text left in its
-    folder `surrogate` is one too. For kind text"""
+    """Folder or name of a Hugging Face model for sequence classification, such as the folder `surrogate` that a search
+    with kind text writes. For kind text"""
     epochs: int = 10
-    """How often it sees each evaluation, whenever it is fitted. For kind text"""
+    """Training epochs per fit. For kind text"""
     learning_rate: float = 5e-5
-    """The largest one, reached after a tenth of the steps. For kind text"""
+    """Peak learning rate, reached after a tenth of the steps. For kind text"""
 
     def __post_init__(self) -> None:
         if self.mode not in ("none", "filter", "objective"):
@@ -196,11 +198,7 @@ class SurrogateArgs:
 
 
 def check_positive(section: str, **values: int | None) -> None:
-    """Refuses settings that are no whole numbers from 1.
-
-    Raises:
-        UserError: If there is one.
-    """
+    """Raise UserError unless all settings are whole numbers of at least 1; None is allowed."""
     for name, value in values.items():
         if value is not None and not (is_number(value) and value >= 1 and value == int(value)):
             is_small = is_number(value) and value < 1
@@ -210,16 +208,12 @@ def check_positive(section: str, **values: int | None) -> None:
 
 
 def check_shares(section: str, **values: float) -> None:
-    """Refuses settings outside of 0 … 1.
-
-    Raises:
-        UserError: If there is one.
-    """
+    """Raise UserError unless all settings are numbers between 0 and 1."""
     for name, value in values.items():
         if not (is_number(value) and 0 <= value <= 1):
             raise UserError(f"{section}.{name} must be between 0 and 1, got {value!r}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number; settings of parts that are found by name come with no types."""
+    """Return whether a setting is a finite number; settings of plugins are not type-checked by the parser."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""What a search's evaluations say: the best of each bin, the front, and the sizes of candidates."""
+"""Summaries of a search's evaluations: the best of each bin, Pareto fronts, and sizes of candidates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bests = dict[str, Evaluation]
 
 
 def best_of(evaluations: Sequence[Evaluation], score: str = "perplexity") -> Bests:
-    """The best evaluation in every bin that has one, the earlier one of equals; none that a race has dropped."""
+    """Return the best evaluation of every bin, the earliest in a tie; candidates dropped by a race are skipped."""
     bests: Bests = {}
     for evaluation in scored(evaluations, score):
         if evaluation.dropped:
@@ -26,22 +26,22 @@ def best_of(evaluations: Sequence[Evaluation], score: str = "perplexity") -> Bes
 
 
 def scored(evaluations: Sequence[Evaluation], score: str = "perplexity") -> list[Evaluation]:
-    """The evaluations that have a score."""
+    """Return the evaluations with a finite score."""
     return [evaluation for evaluation in evaluations if math.isfinite(evaluation.score(score))]
 
 
 def bins_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The bins that candidates were built into, in their order."""
+    """Return the bins of the candidates, in order of first appearance."""
     return list(dict.fromkeys(evaluation.bin for evaluation in evaluations))
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Indices of the points that no other one beats in all coordinates (lower is better), along the first one.
+    """Return the indices of the non-dominated points (lower is better), sorted by the first coordinate.
 
-    Of equal points the first one.
+    Of equal points, only the first is kept.
     """
     front: list[int] = []
-    # what beats a point comes before it in this order
+    # a dominating point comes earlier in this order
     for i in sorted(range(len(points)), key=lambda i: tuple(points[i])):
         if not any(all(a <= b for a, b in zip(points[j], points[i])) for j in front):
             front.append(i)
@@ -49,7 +49,7 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
 
 
 def fronts_of(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> dict[str, list[Evaluation]]:
-    """The front of every bin that has one: of equally good evaluations the earliest, along the first objective."""
+    """Return the Pareto front of every bin, sorted by the first objective; of equal evaluations, the earliest."""
     fronts: dict[str, list[Evaluation]] = {bin: [] for bin in bins_of(evaluations)}
     for bin, front in fronts.items():
         own = [(e, [e.measure(name) for name in objectives]) for e in evaluations if e.bin == bin]
@@ -59,9 +59,9 @@ def fronts_of(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> d
 
 
 def prediction_tau(evaluations: Sequence[Evaluation], score: str = "perplexity") -> tuple[float, int]:
-    """Kendall's τ between what a surrogate predicted of candidates and what was then measured, and of how many.
+    """Return Kendall's τ between a surrogate's predictions and the measured scores, and the number of candidates.
 
-    NaN where there are fewer than two, or all predictions or scores are the same.
+    τ is NaN for fewer than two candidates, and if all predictions or all scores are the same.
     """
     from scipy.stats import kendalltau
 
@@ -73,9 +73,9 @@ def prediction_tau(evaluations: Sequence[Evaluation], score: str = "perplexity")
 
 
 def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:
-    """The sizes of a sub-network as `SubNet.to_dict` gives it, by litgpt's names; means over the layers that have them.
+    """Return a sub-network's sizes by litgpt's names, as means over the layers that have such units.
 
-    Nothing is made of the choice, which would take long for the many candidates of a fine space.
+    Reads the output of `SubNet.to_dict` directly: building a `SubNet` is slow for the many candidates of a fine space.
     """
     groups, per_group = _per_layer(choice["n_query_groups"]), _per_layer(choice.get("heads_per_group", 1))
     n_layers = max(len(groups), len(per_group))
@@ -89,7 +89,7 @@ def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _per_layer(value: int | str | list) -> list[int]:
-    """The sizes of the layers that have such units; one where all layers agree."""
+    """Return the sizes of the layers that have such units; a single one if all layers share it."""
     values = value if isinstance(value, list) else [value]
     return [n_units(units) for units in values if units is not None]
 

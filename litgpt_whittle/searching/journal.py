@@ -1,7 +1,7 @@
-"""Every evaluation of a search, written down as it ends: what resuming, plots and tables read.
+"""Journal of a search: an append-only record of its evaluations, read by resuming, plots and tables.
 
-A journal is a file of JSON lines that only grows. Its first line says what the scores depend on (teacher, data,
-settings); every other line is one evaluation.
+A journal is a JSON Lines file. The first line is the header, which holds everything that the scores depend on (teacher,
+data, settings); every other line is one evaluation.
 """
 
 from __future__ import annotations
@@ -20,68 +20,68 @@ from litgpt_whittle.files import claimed, write_text
 from litgpt_whittle.processes import first_does
 
 JOURNAL = "journal.jsonl"
-"""Its name in a search's folder"""
+"""File name in a search's folder"""
 
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One candidate and how it fared."""
+    """A candidate and its scores."""
 
     index: int
     """Position in the journal, from 0"""
     bin: str
-    """The bin that it was built into"""
+    """Bin of the candidate"""
     subnet: dict[str, Any]
-    """The sub-network, as `SubNet.to_dict` gives it"""
+    """Sub-network, as returned by `SubNet.to_dict`"""
     n_params: int
-    """Its parameters"""
+    """Number of parameters"""
     scores: dict[str, float | None]
-    """What it was measured to be; None where that is no finite number"""
+    """Measured values by name; None instead of a value that is not finite"""
     seed: int
     """The search's seed"""
     batches: int
-    """Validation batches that it was scored on"""
+    """Number of validation batches that scored it"""
     tokens: int
     """Predicted tokens in them"""
     seconds: float
-    """How long scoring took"""
+    """Duration of scoring"""
     error: str | None = None
-    """Why it could not be scored"""
+    """Reason for a failed evaluation"""
     dropped: bool = False
-    """Whether it fell behind in a race: its scores are estimates from what it saw"""
+    """True if a race dropped it: its scores are estimates from the batches that it was evaluated on"""
     losses: list[float] | None = None
-    """The mean loss of each window, of one that a race has seen to the end"""
+    """Mean loss of each window, for a candidate that finished a race"""
     origin: str | None = None
-    """The simple idea that it was built by, of one that the search began with"""
+    """Name of the simple idea, for a candidate that is one of the search's simple starts"""
 
     def score(self, name: str) -> float:
-        """A score, infinite where the candidate has none."""
+        """Return a score; infinite if the candidate has none."""
         value = self.scores.get(name)
         return math.inf if value is None else value
 
     @property
     def measures(self) -> dict[str, float]:
-        """All that is known of the candidate, by name: its parameters and whatever it was measured to be."""
+        """Return the number of parameters and all scores, by name."""
         return {"n_params": float(self.n_params), **{name: self.score(name) for name in self.scores}}
 
     def measure(self, name: str) -> float:
-        """One of `measures`, infinite where the candidate has none."""
+        """Return one of `measures`; infinite if the candidate has none."""
         return self.measures.get(name, math.inf)
 
 
 class Journal:
-    """A journal open for writing: a context manager.
+    """A journal open for writing; a context manager.
 
     Args:
-        path: The file.
-        header: What the scores depend on: sections of plain values.
-        resume: Go on with the journal that is there, instead of beginning one.
+        path: Journal file.
+        header: Everything that the scores depend on: sections of plain values.
+        resume: Continue the existing journal instead of creating one.
 
     Raises:
-        UserError: If there is nothing to resume, or something when nothing should be there; if the journal is
-            damaged, or was written under another header.
+        UserError: If there is no journal to resume, or one exists and `resume` is false; if the journal is damaged, or
+            was written with a different header.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False) -> None:
@@ -93,15 +93,15 @@ class Journal:
             found, self.evaluations, n_bytes = _read(self.path)
             _check_same(found, self.header, self.path)
         else:
-            # whole or not at all, so that a journal always has its header
+            # written atomically, so that a journal always has its header
             write_text(self.path, _line(self.header))
             n_bytes = self.path.stat().st_size
         self._file = open(self.path, "r+b")
-        self._file.truncate(n_bytes)  # cuts off what a killed process left half-written
+        self._file.truncate(n_bytes)  # drops a line that a killed process left incomplete
         self._file.seek(0, os.SEEK_END)
 
     def append(self, evaluation: Evaluation) -> None:
-        """Writes an evaluation to the disk before it returns."""
+        """Append an evaluation and flush it to disk before returning."""
         assert evaluation.index == len(self.evaluations), "evaluations are numbered in the order of the journal"
         self._file.write(_line(asdict(evaluation)).encode())
         self._file.flush()
@@ -119,12 +119,12 @@ class Journal:
 def open_record(
     path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False, is_claimed: bool = False
 ) -> Iterator[Journal | MirroredJournal]:
-    """Opens the one journal that several processes share: the first one writes it, the others follow in memory.
+    """Open a journal shared by all processes: rank 0 writes it, the others mirror it in memory.
 
-    Its folder belongs to them while it is open, as it does already where it `is_claimed`.
+    The folder is locked while the journal is open, unless the caller has locked it already (`is_claimed`).
 
     Raises:
-        UserError: As `Journal` does, or if other processes are at work in its folder.
+        UserError: As `Journal` does, or if other processes have locked the folder.
     """
     journal = None
     with ExitStack() as stack:
@@ -142,27 +142,27 @@ def open_record(
 
 @dataclass
 class MirroredJournal:
-    """What a journal holds that another process writes."""
+    """In-memory copy of a journal that another process writes."""
 
     evaluations: list[Evaluation]
 
     def append(self, evaluation: Evaluation) -> None:
-        """Takes note of what the other process writes."""
+        """Add an evaluation that the other process writes to the file."""
         self.evaluations.append(evaluation)
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
-    """Reads a journal's header and evaluations, also while a search is writing it.
+    """Read a journal's header and evaluations, also while a search is writing it.
 
     Raises:
-        UserError: If there is none, or it is damaged elsewhere than in its last line.
+        UserError: If there is no journal, or a line other than the last is damaged.
     """
     header, evaluations, _ = _read(Path(path))
     return header, evaluations
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read a journal's header alone; empty where its first line is damaged, which `Journal` refuses."""
+    """Read only a journal's header; empty if its first line is damaged, for which `Journal` raises an error."""
     with open(path, "rb") as file:
         try:
             header = json.loads(file.readline())
@@ -172,11 +172,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def check_resumable(path: Path, resume: bool) -> None:
-    """Refuses to resume where there is no journal, and to begin where there is one.
-
-    Raises:
-        UserError: In both cases.
-    """
+    """Raise UserError if there is no journal to resume, or if one exists and `resume` is false."""
     if resume and not Path(path).is_file():
         raise UserError(f"there is nothing to resume, {str(path)!r} does not exist; leave out --resume to begin")
     if not resume and Path(path).exists():
@@ -186,7 +182,7 @@ def check_resumable(path: Path, resume: bool) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
-    """Header, evaluations, and the bytes up to the end of the last whole line."""
+    """Return the header, the evaluations, and the number of bytes up to the end of the last complete line."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -199,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
             records.append(json.loads(line) if number == 1 else Evaluation(**json.loads(line)))
         except (ValueError, TypeError):
             if number == len(whole) and number > 1 and not torn:
-                # a file system may have lengthened the file before the line's bytes arrived
+                # after a crash the file may have its new length, but not yet the bytes of the last line
                 return records[0], records[1:], len(content) - len(line) - 1
             raise UserError(f"line {number} of the journal {str(path)!r} is damaged; restore it from a copy") from None
     if not records or not isinstance(records[0], dict) or "version" not in records[0]:
@@ -228,7 +224,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As the values come back from the file."""
+    """Return the values as they are read back from the file."""
     return json.loads(_line(values))
 
 

@@ -1,7 +1,7 @@
-"""The loop of a search: candidates are proposed, evaluated, recorded, and their scores reported to the strategies.
+"""Main loop of a search: propose, evaluate and record candidates, and report their scores to the strategies.
 
-The first candidates of a search are its simple starts, if it has any; the strategies propose the others.
-All processes run the same loop and come to the same decisions. They share the scoring, and the first one writes.
+The first candidates of a search are its simple starts, if any; the strategies propose the others. All processes run the
+same loop and make the same decisions. Scoring is distributed over them; rank 0 writes the journal.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.subnet import SubNet
 
 ROUND = 32
-"""At most so many candidates are asked for at a time, by strategies that never wait for scores"""
+"""Maximum number of proposals per batch, for strategies that never wait for scores"""
 
 SaveBest = Callable[["Search", Evaluation], None]
 
 
 class Record(Protocol):
-    """Where evaluations go: a `Journal`, or a list of them where another process writes it."""
+    """Destination of evaluations: a `Journal`, or its in-memory copy if another process writes it."""
 
     evaluations: list[Evaluation]
 
@@ -47,23 +47,23 @@ class Search:
     space: Space
     strategy: Strategy
     score: str
-    """Which of a candidate's scores counts"""
+    """Name of the score to minimise"""
     measures: Measures = field(default_factory=dict)
-    """What else to measure of a candidate; journalled among its scores"""
+    """Additional measures of a candidate, recorded with its scores"""
     starts: Sequence[Start] = ()
-    """Candidates to evaluate before the strategy is asked, reported to it like its own"""
+    """Candidates to evaluate before the strategy's first proposal; their scores are reported to it"""
     best: Evaluation | None = None
     n_told: int = 0
 
     @classmethod
     def begin(cls, space: Space, strategy: Strategy, score: str, seed: int, measures: Measures | None = None) -> Search:
-        """A search of its own, whatever other bins are searched beside it."""
+        """Start a search with its own copy of the strategy, independent of other bins."""
         strategy = copy.deepcopy(strategy)
         strategy.start(space, seed)
         return cls(space, strategy, score, dict(measures or {}))
 
     def ask(self, iterations: int) -> list[SubNet]:
-        """What to evaluate next, so that all of it comes to so many; nothing when there is nothing left."""
+        """Return the next candidates, up to `iterations` evaluations in total; empty when the search is finished."""
         if starts := self.starts[self.n_told : iterations]:
             return [start.subnet for start in starts]
         n = min(ROUND if self.strategy.ready >= 2**31 else self.strategy.ready, iterations - self.n_told)
@@ -71,16 +71,16 @@ class Search:
 
     @property
     def origin(self) -> str | None:
-        """The simple idea that the next candidate to record was built by; None for one of the strategy's."""
+        """Return the simple idea of the next candidate to record; None for a proposal of the strategy."""
         return self.starts[self.n_told].origin if self.n_told < len(self.starts) else None
 
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> None:
-        """Takes an evaluation."""
+        """Report an evaluation to the strategy."""
         self.strategy.tell(candidate, evaluation.score(self.score), evaluation.measures)
         self.n_told += 1
 
     def is_better(self, evaluation: Evaluation) -> bool:
-        """Whether an evaluation is the best so far, which it then is to later ones."""
+        """Return whether an evaluation is the best so far; if so, later ones are compared with it."""
         score = evaluation.score(self.score)
         better = not evaluation.dropped and score < (math.inf if self.best is None else self.best.score(self.score))
         if better:
@@ -88,25 +88,25 @@ class Search:
         return better
 
     def costs(self, candidate: SubNet) -> tuple[dict[str, float], str | None]:
-        """What a candidate costs, and why it fails if that is beyond a limit."""
+        """Return a candidate's additional measures, and the reason if one of them is outside its limit."""
         costs = {name: measure(candidate) for name, measure in self.measures.items()}
         return costs, self.space.limits.excess(costs)
 
     @property
     def standing(self) -> str:
-        """The best so far, for the progress bar."""
+        """Return the best score so far, for the progress bar."""
         return f"best {self.best.score(self.score):.4g}" if self.best is not None else "none yet"
 
 
 class Loop:
-    """Evaluates candidates, the bins in turn, first from the journal as far as it goes.
+    """Loop over proposals and evaluations, alternating between bins; recorded evaluations are replayed first.
 
     Args:
         searches: One per bin.
-        record: Gets every evaluation as it ends; those that it has are told to the strategies instead of repeated.
+        record: Record of all evaluations; existing ones are replayed to the strategies instead of repeated.
         fitness: Scores a sub-network.
         iterations: Evaluations per bin.
-        seed: For the record.
+        seed: Seed of the search, for the record.
         save_best: Called with every new best of a bin.
         spread: Distributes work over processes.
     """
@@ -125,10 +125,10 @@ class Loop:
         self.iterations, self.seed, self.save_best, self.spread = iterations, seed, save_best, spread
 
     def run(self) -> None:
-        """Runs until every bin has its evaluations, or no further sub-networks.
+        """Run until every bin has `iterations` evaluations or is exhausted.
 
         Raises:
-            UserError: If the journal has more of them, or others than this search would have tried.
+            UserError: If the journal has more evaluations, or its candidates differ from the proposals of this search.
         """
         self.known = {str(search.space.bin): [] for search in self.searches}
         for evaluation in self.record.evaluations:
@@ -149,7 +149,7 @@ class Loop:
                 print(f"The bin {search.space.bin} has no further sub-networks: {search.n_told} evaluated")
 
     def _round(self, search: Search, candidates: list[SubNet]) -> None:
-        """Evaluates candidates that were asked for together."""
+        """Evaluate one batch of proposals, replaying those in the journal."""
         known = self.known_of(search, len(candidates))
         for candidate, evaluation in zip(candidates, known):
             check_replayed(evaluation, search, candidate)
@@ -158,14 +158,14 @@ class Loop:
             self.evaluate(search, left)
 
     def known_of(self, search: Search, n: int) -> list[Evaluation]:
-        """What the record had of a bin's next n candidates.
+        """Return the recorded evaluations of a bin's next n candidates.
 
-        By bin, since their turns are others where an earlier run was to have fewer iterations.
+        Looked up by bin, because bins interleave differently if an earlier run had fewer iterations.
         """
         return self.known[str(search.space.bin)][search.n_told : search.n_told + n]
 
     def evaluate(self, search: Search, candidates: list[SubNet]) -> None:
-        """Scores candidates, each on all of the data."""
+        """Score candidates, each on all validation batches."""
         outcomes = self.spread(lambda candidate: score(self.fitness, candidate, search), candidates)
         for candidate, outcome in zip(candidates, outcomes):
             self._append(search, candidate, outcome)
@@ -193,7 +193,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: the part of an `Evaluation` that its scoring gives."""
+    """Result of scoring a candidate: the fields of its `Evaluation` that scoring determines."""
 
     scores: Mapping[str, float | None]
     batches: int
@@ -205,9 +205,9 @@ class Outcome:
 
 
 def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> Outcome:
-    """Score a candidate of a search, or another sub-network.
+    """Score a candidate of a search, or any sub-network if `search` is None.
 
-    One counts as failed that is beyond a limit, whose loss is not finite, or that runs out of memory.
+    A candidate fails if it is outside a limit, its loss is not finite, or memory runs out.
     """
     started = time.perf_counter()
     costs, error = ({}, None) if search is None else search.costs(candidate)
@@ -220,26 +220,26 @@ def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> 
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What a function gives, or why it could not: memory ran out."""
+    """Return the function's result and None, or None and the error message if memory ran out."""
     try:
         return function(), None
     except (torch.OutOfMemoryError, MemoryError):
         return None, "out of memory"
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what PyTorch says where the CPU's memory runs out
+        if "can't allocate memory" not in str(error):  # PyTorch's message when CPU memory runs out
             raise
         return None, "out of memory"
 
 
 def finite(scores: Mapping[str, float], error: str | None) -> tuple[dict[str, float | None], str | None]:
-    """Scores with None in the place of what is not finite, which is an error."""
+    """Replace scores that are not finite by None, and return them with the error, if any."""
     if error is None and not all(math.isfinite(score) for score in scores.values()):
         error = "its loss is not finite"
     return {name: score if math.isfinite(score) else None for name, score in scores.items()}, error
 
 
 def check_replayed(evaluation: Evaluation, search: Search, candidate: SubNet) -> None:
-    """Refuses a journal that another version of the program wrote."""
+    """Raise UserError if a recorded candidate differs from the proposal: another version wrote the journal."""
     if evaluation.bin != str(search.space.bin) or evaluation.subnet != candidate.to_dict():
         raise UserError(
             f"evaluation {evaluation.index} of the journal is not what this search would have tried; it was written by "

@@ -1,7 +1,7 @@
-"""What a strategy measures before the search, once for all bins: other sub-networks than candidates, in their own file.
+"""Measurements that a strategy needs before the search: scores of sub-networks that are not candidates.
 
-The file is a journal like that of the search, which resumes from it. It names no bin, so that a copy of it serves the
-searches of other bins.
+They are taken once for all bins and recorded in a journal of their own, from which an interrupted search resumes. The
+journal names no bin, so a copy of it can be reused by searches of other bins.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.subnet import SubNet
 
 MEASUREMENTS = "measurements.jsonl"
-"""Their journal's name in a search's folder"""
+"""File name of the measurements' journal in a search's folder"""
 
 _SETTINGS = ("space", "search_space", "order", "importance", "fitness", "score", "precision", "max_seq_length")
-"""Settings of a search that its measurements depend on, beside those of the strategy"""
+"""Settings of a search that its measurements depend on, in addition to the strategy's own"""
 
 
 def measurement_names(searches: Sequence[Search]) -> list[str]:
-    """Return the names of what the strategies want to be measured.
+    """Return the names of the measurements that the strategies need.
 
     Raises:
         UserError: If a strategy cannot search its bin.
@@ -47,19 +47,19 @@ def take_measurements(
     seed: int,
     spread: Callable = spread,
 ) -> None:
-    """Score what the strategies want to be measured, unless it is known, and report it to all of them.
+    """Take the measurements that are not in their journal yet, and report all of them to every strategy.
 
     Args:
         searches: One per bin.
-        path: The measurements' journal; what it holds is not measured again.
-        header: The header of the search's journal.
+        path: Journal of the measurements.
+        header: Header of the search's journal.
         fitness: Scores a sub-network.
-        order: Gives the units by importance, on all processes; None where the first ones are kept.
-        seed: For the record.
+        order: Returns the units by importance, on all processes; None if the first units are kept.
+        seed: Seed of the search, for the record.
         spread: Distributes work over processes.
 
     Raises:
-        UserError: If the file was written under other settings.
+        UserError: If the journal was written with different settings.
     """
     names = measurement_names(searches)
     if not names:
@@ -96,7 +96,7 @@ def take_measurements(
 
 
 def as_scored(evaluations: Sequence[Evaluation], name: str, teacher: Any) -> dict[str, Scored]:
-    """Return measurements as strategies take them, by their names."""
+    """Convert measurements to the strategies' format, by name."""
     return {
         str(each.origin): Scored(SubNet.from_dict(teacher, each.subnet), each.score(name), each.measures)
         for each in evaluations
@@ -104,6 +104,6 @@ def as_scored(evaluations: Sequence[Evaluation], name: str, teacher: Any) -> dic
 
 
 def measurements_header(header: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the header of the measurements' journal: what the scores of any bin's candidates depend on."""
+    """Return the header of the measurements' journal: settings that the scores of all bins' candidates depend on."""
     settings = {name: value for name, value in header["settings"].items() if name in _SETTINGS}
     return {**header, "settings": settings}

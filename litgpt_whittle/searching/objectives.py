@@ -1,4 +1,4 @@
-"""What a search minimises beside the score: costs of sub-networks, by their names."""
+"""Objectives of a search in addition to the score: costs of sub-networks, by name."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.subnet import SubNet
 
 Measures = Mapping[str, Callable[[SubNet], float]]
-"""Functions of a sub-network, by the names of what they measure; lower is better"""
+"""Functions of a sub-network, by the names of their measures; lower is better"""
 
 
 def objective_names(objectives: Sequence[str], score: str) -> list[str]:
-    """A strategy's objectives as a journal names them: the score by what it is."""
+    """Return a strategy's objectives by their names in the journal, `score` replaced by the name of the score."""
     return [score if name == "score" else name for name in objectives]
 
 
 def objective_measures(
     objectives: Sequence[str], score: str, teacher: Config, seq_length: int, tied: bool = False
 ) -> Measures:
-    """What must be measured for a strategy's objectives, beyond what every evaluation has.
+    """Return the measures that a strategy's objectives need in addition to those of every evaluation.
 
     Args:
-        objectives: The names of a strategy's objectives.
-        score: The name of the score that counts, which `score` stands for too.
+        objectives: Names of the strategy's objectives.
+        score: Name of the score to minimise; an alias of the objective `score`.
         teacher: The teacher's config.
         seq_length: Tokens per sequence.
-        tied: Whether the LM head is the embedding.
+        tied: If true, the LM head shares the embedding's weights.
 
     Raises:
-        UserError: If nothing is measured under an objective's name, or not for such sequences.
+        UserError: If an objective is unknown, or cannot be measured for this sequence length.
     """
     given = ("score", score, "n_params")
     known = dict.fromkeys((*given, *MEASURES))

@@ -1,4 +1,4 @@
-"""The loop of a search whose candidates race: most see a part of the data, the best see all of it."""
+"""Main loop of a search with racing: only the best candidates are evaluated on all of the data."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet
 
 NOTES = "race.jsonl"
-"""What the race under way has seen, in a search's folder"""
+"""File name of the current race's intermediate results in a search's folder"""
 
 
 LEAST_BEHIND = 1e-6
-"""By how much a dropped candidate's estimated loss is worse than what it lost against, at least"""
+"""Minimum margin between a dropped candidate's estimated loss and the worst loss that is kept"""
 
 
 class Leg(NamedTuple):
-    """What a candidate lost in one stage of a race."""
+    """A candidate's losses in one stage of a race."""
 
     sums: list[float]
-    """The loss of each window, added up over its tokens"""
+    """Loss of each window, summed over its tokens"""
     seconds: float
     error: str | None = None
     costs: dict[str, float] = {}
-    """What it costs, measured in the first stage, and what its strategy expects of it"""
+    """Additional measures and the strategy's predictions, from the first stage"""
 
 
 class RaceNotes:
-    """The legs of the race under way, kept on disk so that a killed search repeats none of them.
+    """Legs of the current race, kept on disk so that a killed search does not repeat them.
 
     Args:
-        path: The file; it is made anew for every race.
-        known: What it holds, as `read` gives it.
+        path: The file; deleted after every race.
+        known: Contents of the file, as returned by `read`.
     """
 
     def __init__(self, path: Path, known: list[dict[str, Any]]) -> None:
         self.path = path
         self.legs = {(note["race"], note["candidate"], note["end"]): Leg(**note["leg"]) for note in known}
-        if rank() == 0:  # without a line that was not finished, behind which nothing would be read again
+        if rank() == 0:  # drops an incomplete last line, because `read` stops at the first one
             write_text(path, "".join(f"{json.dumps(note)}\n" for note in known))
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """What an interrupted search left behind, but for a line that was not finished."""
+        """Read the notes of an interrupted search, up to the first incomplete line."""
         notes = []
         for line in path.read_text().splitlines() if path.is_file() else ():
             try:
@@ -68,7 +68,7 @@ class RaceNotes:
         return notes
 
     def add(self, race: str, candidate: int, end: int, leg: Leg) -> None:
-        """Writes down a leg."""
+        """Record a leg."""
         self.legs[race, candidate, end] = leg
         if rank() == 0:
             with open(self.path, "a") as file:
@@ -77,19 +77,20 @@ class RaceNotes:
                 os.fsync(file.fileno())
 
     def clear(self) -> None:
-        """Forgets a race that the journal has."""
+        """Delete the notes of a race whose results are in the journal."""
         self.legs.clear()
         if rank() == 0:
             self.path.unlink(missing_ok=True)
 
 
 class RacingLoop(Loop):
-    """Evaluates candidates, those that were asked for together in a race (`litgpt_whittle.searching.racing`).
+    """Loop that evaluates every batch of proposals in a race (`litgpt_whittle.searching.racing`).
 
     Args:
-        racing: When candidates are dropped.
-        notes: Keeps what the race under way has seen.
-        rest: As for `Loop`; the fitness gives losses by window.
+        rest: As for `Loop`; the fitness must provide losses per window.
+        racing: Settings of the race.
+        notes: Stores intermediate results of the current race.
+        more: As for `Loop`.
     """
 
     def __init__(self, *rest: Any, racing: RacingArgs, notes: RaceNotes, **more: Any) -> None:
@@ -117,7 +118,7 @@ class RacingLoop(Loop):
             self.finished[evaluation.bin].append(np.array(evaluation.losses))
 
     def _race(self, search: Search, candidates: list[SubNet]) -> Iterator[Outcome]:
-        """Runs a race; one outcome for each candidate, in their order."""
+        """Run a race and yield one outcome per candidate, in their order."""
         runners = [_Runner() for _ in candidates]
         left, begin = list(range(len(candidates))), 0
         for end in stages(self.racing, len(self.fitness.batches)):
@@ -160,14 +161,14 @@ class RacingLoop(Loop):
         return Leg(sums, round(time.perf_counter() - started, 4), error, costs)
 
     def _outcome(self, runner: _Runner, is_finished: bool, finished: list[np.ndarray], n_kept: int) -> Outcome:
-        """What a candidate came to; `finished` has the losses of those that saw everything, the best first."""
+        """Return a candidate's outcome; `finished` holds the losses of fully evaluated candidates, the best first."""
         scores, error, losses = runner.costs, runner.error, self._means(runner.sums)
         if error is None:
             if is_finished or not finished:
                 loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
             else:
                 loss = estimate(losses, self.n_tokens, finished[0])
-                # it was dropped for being surely worse than these, whatever its few windows promise
+                # the test found it worse than these, so its estimate must not be better
                 kept = finished[:n_kept][-1]
                 loss = max(loss, float(np.average(kept, weights=self.n_tokens)) + LEAST_BEHIND)
             scores = self.fitness.scores(loss) | scores
@@ -183,12 +184,12 @@ class RacingLoop(Loop):
         )
 
     def _means(self, sums: list[float]) -> np.ndarray:
-        """Mean losses of windows; 0 for one without tokens."""
+        """Return the mean loss of each window; 0 for a window without tokens."""
         return np.array(sums) / np.maximum(self.n_tokens[: len(sums)], 1)
 
 
 class _Runner:
-    """A candidate in a race."""
+    """State of a candidate in a race."""
 
     def __init__(self) -> None:
         self.sums: list[float] = []
@@ -205,10 +206,10 @@ class _Runner:
 
 
 def check_can_race(fitness: type, name: str, strategy: Strategy) -> None:
-    """Refuses to race where it cannot be.
+    """Check that the fitness and the strategy support racing.
 
     Raises:
-        UserError: If the fitness does not tell windows apart, or the strategy needs exact scores of all.
+        UserError: If the fitness has no losses per window, or the strategy needs exact scores of all candidates.
     """
     if not (hasattr(fitness, "losses") and hasattr(fitness, "scores")):
         raise UserError(f"racing needs losses by window, which fitness {name!r} does not give; leave racing out")

@@ -1,7 +1,7 @@
-"""Chooses among the best of a search by what they become: short distillations in rungs, fewer and longer each time.
+"""Select among the best candidates of a search by short distillations in rungs, with fewer and longer ones per rung.
 
-Ranks before training can flip after it, which training-aware selection answers (DarwinLM, arXiv 2502.07780). Each
-rung's students start anew, so that their learning-rate schedules are whole ones of their rung's length.
+Training can change the ranking of candidates, which motivates training-aware selection (DarwinLM, arXiv 2502.07780).
+Every rung trains its students from scratch, so that each gets a complete learning-rate schedule of the rung's length.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.training.compiler import check_compiler
 
 FOLDER = "selection"
-"""Where students and their training go, in a search's folder"""
+"""Folder of the students and their training in a search's folder"""
 
 RESULTS = "selection.json"
-"""The rungs' results, in a search's folder"""
+"""File name of the rungs' results in a search's folder"""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the selection."""
+    """One rung of the selection."""
 
     n: int
-    """How many students are trained"""
+    """Number of students to train"""
     tokens: int
-    """For how many tokens each"""
+    """Training tokens per student"""
 
     @classmethod
     def parse(cls, text: str) -> Rung:
-        """Reads students x tokens, such as `8x200k`.
+        """Parse students x tokens, such as `8x200k`.
 
         Raises:
-            UserError: If it is no such thing.
+            UserError: If the text does not have this form.
         """
         n, _, tokens = str(text).partition("x")
         if not n.strip().isdigit() or int(n) < 1 or not tokens:
@@ -61,26 +61,26 @@ class Rung:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a candidate in a rung."""
+    """Result of a candidate in a rung."""
 
     rung: int
     bin: str
     evaluation: int
-    """Its index in the journal"""
+    """Index of the candidate in the journal"""
     tokens: int
     val_loss: float
 
 
 def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Rung]:
-    """The rungs, checked.
+    """Parse and check the rungs.
 
     Args:
-        args: What was asked for.
-        to_come: Files that are not there yet.
+        args: Settings of the selection.
+        to_come: Files that do not exist yet, whose contents are not checked.
 
     Raises:
-        UserError: If there is none, if students do not get fewer, or tokens not more, from rung to rung, or if the
-            settings to train with are missing.
+        UserError: If a rung is invalid or does not have fewer students and more tokens than the one before, or if rungs
+            or the training config are given without the other.
     """
     rungs = [Rung.parse(text) for text in args.rungs]
     for before, after in zip(rungs, rungs[1:]):
@@ -108,21 +108,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "data" not in content:
         raise UserError(f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section")
     train = content.get("train") or {}
-    # the command's own parser takes quoted numbers
+    # the command's own parser accepts quoted numbers
     return content | {"train": {name: from_yaml(v) if isinstance(v, str) else v for name, v in train.items()}}
 
 
 class Selection:
-    """Trains the best candidates of a search and ranks them by their validation loss.
+    """Training of the best candidates of a search, which ranks them by their validation loss.
 
-    Each student is extracted and trained by the same commands that a user would type, in processes of their own. What
-    is finished is found again after an interruption.
+    Each student is extracted and trained by `litgpt extract` and `litgpt distill` in processes of their own. Finished
+    steps are reused after an interruption.
 
     Args:
-        checkpoint_dir: The teacher.
+        checkpoint_dir: The teacher's checkpoint.
         out_dir: The search's folder.
-        args: The rungs, and what to train with.
-        devices: What the training uses.
+        args: Rungs and training config.
+        devices: Devices for the training.
     """
 
     def __init__(self, checkpoint_dir: Path, out_dir: Path, args: SelectionArgs, devices: int | str = 1) -> None:
@@ -131,10 +131,10 @@ class Selection:
         self.config = _read_config(args.config)
 
     def run(self, evaluations: Sequence[Evaluation], score: str) -> dict[str, Evaluation]:
-        """Runs all rungs for every bin.
+        """Run all rungs for every bin.
 
         Returns:
-            The winner of each bin: the best of the last rung.
+            The winner of each bin: the best student of the last rung.
         """
         bins = dict.fromkeys(evaluation.bin for evaluation in evaluations)
         ranked = {
@@ -164,7 +164,7 @@ class Selection:
         return winners
 
     def _train(self, evaluation: Evaluation, rung: Rung) -> float:
-        """Trains a candidate's student on its rung's tokens; gives the validation loss."""
+        """Train a candidate's student for the rung's tokens and return the validation loss."""
         folder = self.out_dir / FOLDER / f"candidate-{evaluation.index}"
         student, trained = folder / "student", folder / f"trained-{rung.tokens}"
         subnet, repair, settings = (
@@ -172,7 +172,7 @@ class Selection:
         )
         how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
         told = {subnet: to_yaml(evaluation.subnet), repair: to_yaml(how), settings: to_yaml(self._settings(rung))}
-        # what was made of another sub-network or under other settings is made anew
+        # outputs made from a different sub-network or settings are not reused
         differ = [path for path, text in told.items() if path.is_file() and path.read_text() != text]
         if differ:
             shutil.rmtree(trained if differ == [settings] else folder, ignore_errors=True)
@@ -190,12 +190,12 @@ class Selection:
         return [row["val_loss"] for row in rows if "val_loss" in row][-1]
 
     def _settings(self, rung: Rung) -> dict[str, Any]:
-        """The user's training settings for so many tokens, a tenth of them to warm up."""
+        """Return the user's settings with the rung's number of tokens, and warmup limited to a tenth of the steps."""
         train = dict(self.config.get("train") or {})
         length = train.get("max_seq_length") or check_checkpoint(self.checkpoint_dir).block_size
         steps = rung.tokens // (train.get("global_batch_size", 512) * length)
         train |= {"max_tokens": rung.tokens, "save_interval": None}
-        evaluated = dict(self.config.get("eval") or {}) | {"final_validation": True}  # by which students are ranked
+        evaluated = dict(self.config.get("eval") or {}) | {"final_validation": True}  # students are ranked by it
         train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
         model = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config")
         dropped = {*model, "resume", "out_dir", "devices"}
@@ -203,7 +203,7 @@ class Selection:
         return {k: v for k, v in self.config.items() if k not in dropped} | own
 
     def _call(self, command: str, *arguments: Any, log: Path) -> None:
-        """Runs one of our commands, its output in a file."""
+        """Run one of our commands and write its output to a file."""
         environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
         with open(log, "w") as file:
             line = [sys.executable, "-m", "litgpt_whittle", command, *map(str, arguments)]
@@ -215,19 +215,19 @@ class Selection:
 
 
 _OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""What the search's own processes were told of each other"""
+"""Environment variables of the search's own process group, which must not reach the commands"""
 
 
 def read_results(out_dir: Path) -> list[Result]:
-    """The results of a search's rungs; none where it has none."""
+    """Read the results of a search's rungs; empty without any."""
     path = Path(out_dir) / RESULTS
     return [Result(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
 
 def rung_table(results: Sequence[Result], evaluations: Sequence[Evaluation], score: str) -> list[list[str]]:
-    """Each candidate's rank by the score and in every rung that it reached, below a row of headings.
+    """Return a table of each candidate's rank by the score and in every rung that it reached, with a header row.
 
-    The last row has Kendall's τ between a rung and the ranking before it, over the candidates of the rung.
+    The last row of a bin has Kendall's τ between a rung and the ranking before it, over the candidates of the rung.
     """
     rungs = sorted({result.rung for result in results})
     tokens = {result.rung: result.tokens for result in results}

@@ -1,4 +1,4 @@
-"""The simple starts of a search: units by the teacher's ranking or a quick measurement, kept in a file for resuming."""
+"""Simple starts of a search, with units chosen by the teacher's ranking or a quick measurement; saved for resuming."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from litgpt_whittle.spaces.starts import Start, simple_starts
 from litgpt_whittle.subnet import SubNet
 
 STARTS = "starts.json"
-"""Their name in a search's folder"""
+"""File name in a search's folder"""
 
 _WIDE = 1.25
-"""Ratio of a bin's ends from which a search that trades sizes for scores starts at several sizes"""
+"""Minimum ratio of a bin's ends for which a search that trades sizes for scores starts at several sizes"""
 
 
 def began_without(journal: Path) -> bool:
-    """Return whether a search that is resumed has no simple starts, as those of earlier versions."""
+    """Return whether the search of a journal has no simple starts, as in earlier versions."""
     return not read_header(journal).get("settings", {}).get("simple_starts", False)
 
 
 def text_to_measure(
     data: DataModule | None, seq_length: int, batches: Sequence[Batch], calibration: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Return text to measure units on, token ids of shape (B, T) each.
+    """Return tokens to measure units on, token ids of shape (B, T) each.
 
-    That which scores candidates would flatter those whose units were chosen by it, so it is the last resort.
+    The batches that score candidates would favour units chosen on them, so they are used only as a last resort.
 
     Args:
-        data: The connected data module; None where the fitness reads no text.
-        seq_length: The length of samples.
-        batches: What scores candidates.
-        calibration: Training tokens, shape (N, T), where they were read.
+        data: The connected data module; None if the fitness reads no data.
+        seq_length: Length of samples.
+        batches: Batches that score candidates.
+        calibration: Calibration tokens, shape (N, T), if they were read.
     """
     if calibration is not None:
         return [calibration]
@@ -65,16 +65,16 @@ def give_starts(
     ranking: Ranking | None = None,
     sharded: bool = False,
 ) -> None:
-    """Give each search its simple starts, the same on all processes and after a resumption.
+    """Set each search's simple starts, identical on all processes and after resuming.
 
     Args:
         searches: One per bin.
-        path: The file that keeps them.
-        resume: Read them from there, if they were written before the interruption.
-        fitness: Scores the candidates; its teacher is measured where a ranking is needed and none is given.
-        text: Gives what to measure it on, as `text_to_measure` does.
+        path: File that stores the starts.
+        resume: If true, read the starts from the file if it exists.
+        fitness: Scores the candidates; its teacher is measured if a ranking is needed and none is given.
+        text: Returns the tokens to measure the teacher on, as `text_to_measure` does.
         ranking: The teacher's ranking.
-        sharded: The teacher is spread over the processes, which measure it together.
+        sharded: If true, the teacher is sharded over the processes, which measure it together.
     """
     found = first_does(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
     if found is None:
@@ -105,7 +105,7 @@ def order_of_units(
     ranking: Ranking | None = None,
     sharded: bool = False,
 ) -> Order | None:
-    """Return the order of the units that a fine space keeps; None where the first ones are named or the space has one.
+    """Return the order in which a fine space keeps units; None if candidates do not list their units.
 
     Args:
         space: The space.
@@ -115,8 +115,8 @@ def order_of_units(
 
 
 def _names_units(space: Space, fitness: Fitness, ranking: Ranking | None) -> bool:
-    """Return whether kept units matter and the space does not prescribe them."""
-    # where the fitness chooses units, a list of them would only make the journal longer
+    """Return whether candidates list their kept units: in a fine space, unless the fitness chooses them itself."""
+    # if the fitness chooses units, listing them would only make the journal longer
     leaves_units = getattr(fitness, "chooses_units", False) and not space.teacher.n_expert
     return space.is_fine and (ranking is not None or not leaves_units)
 
@@ -124,7 +124,7 @@ def _names_units(space: Space, fitness: Fitness, ranking: Ranking | None) -> boo
 def _order(
     fitness: Fitness, text: Callable[[], list[torch.Tensor]], ranking: Ranking | None, sharded: bool
 ) -> Order | None:
-    """Return the ranking's order, or one that is measured, the same on all processes."""
+    """Return the ranking's order, or a measured one, identical on all processes."""
 
     def order() -> Order | None:
         return _measured(fitness, text()) if ranking is None else ranking.order
@@ -137,12 +137,12 @@ def _may_drop_any_layer(space: Space) -> bool:
 
 
 def _n_sizes(search: Search) -> int:
-    """Sizes to start at: one, unless a smaller sub-network may be preferred to one that scores better."""
+    """Return the number of sizes to start at: one, unless the search also minimises sizes or latencies."""
     space = search.space
     lo, hi = max(space.bin.lo, space.sizes.smallest), min(space.bin.hi, space.sizes.largest)
     return 3 if (len(search.strategy.objectives) > 1 or space.limits.is_timed) and hi >= _WIDE * lo else 1
 
 
 def _measured(fitness: Fitness, text: list[torch.Tensor]) -> Order | None:
-    """Measure the order of the teacher's units and layers; None where there is no text."""
+    """Measure the order of the teacher's units and layers; None without tokens."""
     return quick_order(fitness.model, text, getattr(fitness, "autocast", nullcontext)) if text else None

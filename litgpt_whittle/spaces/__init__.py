@@ -1,4 +1,4 @@
-"""What may shrink: the four search spaces, and sub-networks built into a bin."""
+"""The four search spaces, and construction of sub-networks within a bin."""
 
 from litgpt_whittle.spaces.space import Space
 

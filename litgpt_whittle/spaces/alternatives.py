@@ -1,6 +1,6 @@
-"""The cuts of a single layer that a search can combine: the layer is dropped, or fewer units of one kind are kept.
+"""Alternatives: cuts of a single layer that a search can combine, by dropping it or keeping fewer units of one kind.
 
-Each is measured on its own, as the whole teacher with this one cut. Channels and the size of heads stay whole, so that
+Each alternative is measured on its own, as the teacher with this one cut. Channels and head size are not cut, so that
 the parameters of a combination, and its other costs in closed form, are sums over its layers.
 """
 
@@ -20,7 +20,7 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet, layer_sizes
 
 DROPPED = "n_layer"
-"""The name of the alternative that drops a layer"""
+"""Name of the alternative that drops a layer"""
 
 _TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(\w+) (\d+))")
 
@@ -29,11 +29,11 @@ class Alternative(NamedTuple):
     """One cut of the teacher."""
 
     layer: int
-    """The teacher's layer; `EVERY` for experts, of which all layers have the same number"""
+    """The teacher's layer; `EVERY` for experts, because all layers have the same number of them"""
     name: str
-    """The size that is cut, or `DROPPED`"""
+    """Name of the reduced size, or `DROPPED`"""
     size: int
-    """Kept units"""
+    """Number of kept units"""
 
     def __str__(self) -> str:
         where = "all layers" if self.layer == EVERY else f"layer {self.layer}"
@@ -41,7 +41,7 @@ class Alternative(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Alternative | None:
-        """Return the alternative that `str` describes so, or None."""
+        """Parse the output of `str`; None if the text does not have this form."""
         match = _TITLE.fullmatch(text)
         if match is None:
             return None
@@ -50,26 +50,26 @@ class Alternative(NamedTuple):
 
 
 LayerChoice = dict[str, int] | None
-"""The sizes of a layer, by the names of `layer_sizes`; None where it is dropped"""
+"""Sizes of a layer, by the names of `layer_sizes`; None if the layer is dropped"""
 
 
 class Alternatives:
-    """The alternatives of a space, and the sub-networks that combine them.
+    """Alternatives of a space, and sub-networks that combine them.
 
     Args:
         space: The space.
-        shares: Shares of a layer's units to offer, beside all of them.
+        shares: Shares of a layer's units to offer, in addition to all of them.
     """
 
     def __init__(self, space: Space, shares: Sequence[float]) -> None:
         self.space, self.teacher, self.shares = space, space.teacher, tuple(shares)
         self.sizes = [layer_sizes(self.teacher, layer) for layer in range(self.teacher.n_layer)]
         self.units: dict[Alternative, Mapping[int, Keep]] = {}
-        """Kept units by layer where they were measured; the first ones by default"""
+        """Kept units by layer of the measured alternatives; others use the space's order, or the first units"""
 
     @cached_property
     def levels(self) -> dict[str, list[int]]:
-        """The sizes of each kind of units to choose among, the teacher's first."""
+        """Return the available sizes of each kind of units, the teacher's first."""
         grids, levels = self.space.sizes, {}
         for name in dict.fromkeys(name for sizes in self.sizes for name in sizes):
             grid = grids.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
@@ -79,7 +79,7 @@ class Alternatives:
 
     @cached_property
     def droppable(self) -> set[int]:
-        """Layers that the space can do without."""
+        """Return the layers that the space may drop."""
         sizes, n_layer = self.space.sizes, self.teacher.n_layer
         n_kept = sizes.grids["n_layer"][0]
         if n_kept == n_layer:
@@ -88,7 +88,7 @@ class Alternatives:
 
     @cached_property
     def all(self) -> list[Alternative]:
-        """All alternatives, layer by layer."""
+        """Return all alternatives, layer by layer."""
         found = []
         for layer, sizes in enumerate(self.sizes):
             found += [Alternative(layer, DROPPED, 0)] if layer in self.droppable else []
@@ -98,7 +98,7 @@ class Alternatives:
 
     @cached_property
     def index(self) -> dict[Alternative, int]:
-        """The position of each alternative in `all`."""
+        """Return the position of each alternative in `all`."""
         return {alternative: i for i, alternative in enumerate(self.all)}
 
     # sub-networks -----------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class Alternatives:
         return SubNet(self.teacher, **{alternative.name: keeps})
 
     def note_units(self, alternative: Alternative, alone: SubNet) -> None:
-        """Keep the same units in combinations as where the alternative was measured."""
+        """Record the units of a measured alternative, so that combinations keep the same ones."""
         if alternative.name != DROPPED:
             layers = range(self.teacher.n_layer) if alternative.layer == EVERY else [alternative.layer]
             field = "intermediate_size" if alternative.name.endswith("intermediate_size") else alternative.name
@@ -130,7 +130,7 @@ class Alternatives:
             }
 
     def combined(self, choices: Sequence[LayerChoice]) -> SubNet:
-        """Return the sub-network with these sizes of the teacher's layers."""
+        """Return the sub-network with the given sizes of the teacher's layers."""
         layers = [layer for layer, choice in enumerate(choices) if choice is not None]
         fields: dict[str, list[Keep | None]] = {}
         for i, layer in enumerate(layers):
@@ -145,9 +145,10 @@ class Alternatives:
         return Keep(size) if self.space.order is None else self.space.order.best(name, layer, size)
 
     def weights(self, subnet: SubNet) -> np.ndarray | None:
-        """Return how much of each alternative a sub-network has, shape (n_alternatives,).
+        """Return the weight of each alternative in a sub-network, shape (n_alternatives,).
 
-        Sizes between two levels have a part of both. None where channels or heads are cut, which no alternative does.
+        Sizes between two levels are interpolated. None if alternatives cannot describe the sub-network: it has fewer
+        channels, a smaller head size, or lacks a layer that the space always keeps.
         """
         if len(subnet.n_embd) < self.teacher.n_embd or len(subnet.head_size) < self.teacher.head_size:
             return None
@@ -167,7 +168,7 @@ class Alternatives:
         return weights
 
     def _between(self, name: str, size: int) -> list[tuple[int, float]]:
-        """Return the levels nearest to a size, with their shares of it."""
+        """Return the levels adjacent to a size, with their interpolation weights."""
         levels = self.levels[name]
         below = next((level for level in levels if level <= size), levels[-1])
         above = next((level for level in reversed(levels) if level >= size), levels[0])

@@ -1,4 +1,4 @@
-"""Bins: the range of parameter counts that a searched sub-network must have."""
+"""Bins: ranges of parameter counts for the sub-networks of a search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fractions import Fraction
 from litgpt_whittle.errors import UserError
 
 TOLERANCE = Fraction(5, 100)
-"""How far the bin of a bare target reaches to both sides, as the paper's do around their reference models."""
+"""Relative half-width of a bin given as a single target, the same as around the paper's reference models."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)"
@@ -21,7 +21,7 @@ _TARGET = re.compile(rf"{_NUMBER}(?:\s*(?:±|\+-|\+/-)\s*{_NUMBER}(%?))?", re.IG
 
 @dataclass(frozen=True)
 class Bin:
-    """A range of parameter counts, both ends included."""
+    """A range of parameter counts, inclusive of both ends."""
 
     lo: int
     hi: int
@@ -37,17 +37,17 @@ class Bin:
 
     def __str__(self) -> str:
         lo, hi = short(self.lo), short(self.hi)
-        # a first number without a suffix would take the second's
+        # `parse` would apply the second number's suffix to a first one without a suffix
         return f"{self.lo}-{self.hi}" if lo.isdigit() and not hi.isdigit() else f"{lo}-{hi}"
 
     @classmethod
     def parse(cls, text: str | int | float) -> Bin:
-        """Reads `385M-426M`, `410M±5%` (or `410M+-5%`, `410M±20M`), or a bare target, `410M`, which means ±5 %.
+        """Parse `385M-426M`, `410M±5%` (or `410M+-5%`, `410M±20M`), or a single target, `410M`, which means ±5 %.
 
-        Numbers take the suffixes K, M and B; the first number of a range without one takes the second's.
+        Numbers may have the suffixes K, M and B; without one, the first number of a range takes the second's.
 
         Raises:
-            UserError: If the text is none of these, or the range is reversed.
+            UserError: If the text has none of these forms, the range is reversed, or it contains no count of 1 or more.
         """
         given = format(text, "d") if isinstance(text, int) else str(text).strip()
         if match := _RANGE.fullmatch(given):
@@ -71,10 +71,10 @@ class Bin:
 
 
 def parse_bins(value: str | int | float | Sequence[str | int | float]) -> list[Bin]:
-    """Reads one bin or several, separated by commas or as a list; each once.
+    """Parse one or more bins, separated by commas or as a list.
 
     Raises:
-        UserError: If there is none, one cannot be read, or two are the same.
+        UserError: If there is none, one cannot be parsed, or two are the same.
     """
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
     bins = [Bin.parse(part) for part in parts]
@@ -87,7 +87,7 @@ def parse_bins(value: str | int | float | Sequence[str | int | float]) -> list[B
 
 
 def short(n: int) -> str:
-    """A count in the unit that suits it, without loss: `410M`, `389.5M`, `2700`."""
+    """Format a count with a suffix if that loses no digits: `410M`, `389.5M`, `2.7K`; otherwise as plain digits."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if size <= n < 1000 * size and n * 10_000 % size == 0:
             return f"{n / size:.4f}".rstrip("0").rstrip(".") + unit

@@ -1,9 +1,8 @@
-"""Draws the sizes of a sub-network so that its parameter count lands in a bin, by construction.
+"""Draw the sizes of a sub-network whose parameter count lies in a bin by construction.
 
-The count is affine in every single size and grows with it. So sizes are drawn one after the other, each among those
-values for which the bin stays within reach of the sizes still open; what the last one may be is then solved for
-exactly. Where sizes are too coarse for that, the draw backtracks, depth first; nothing is ever drawn anew from scratch
-and hoped for.
+The count is affine and increasing in every single size. Sizes are therefore drawn one after the other, each from the
+values for which the remaining sizes can still reach the bin; the range of the last size is solved for exactly. If sizes
+are too coarse for that, the draw backtracks, depth first. There is no rejection sampling.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, GLOBAL, Key, Sizes, SizeSpace
 
 _TRIES = (500,) * 12 + (30_000,)
-"""Nodes that each attempt at a draw may visit. A draw that backtracks much is stuck below an unlucky first choice, so
-that starting over finds a way sooner; only the last attempt may prove that there is none."""
+"""Maximum number of nodes per attempt. A draw that backtracks often is stuck below an unlucky first choice, so
+restarting succeeds sooner; the last attempt is longer, so that it can prove that there are no such sizes."""
 
 
 @dataclass
 class Wish:
-    """Sizes that a draw stays as near to as the bin allows; what is not wished for is drawn freely."""
+    """Target sizes of a draw, met as closely as the bin allows; other sizes are drawn at random."""
 
     layers: tuple[int, ...] | None = None
     values: Mapping[Key, int] = field(default_factory=dict)
     spread: bool = True
-    """Whether all per-layer sizes give way together when the bin is missed, or only as few as needed"""
+    """If true, all per-layer target sizes are shifted together to meet the bin; if false, as few as needed change"""
     evenness: float | None = None
-    """Draws the per-layer sizes that are not wished for around an equal share of what the bin leaves for them, the
-    closer the larger this is, instead of each anywhere in its range"""
+    """Concentration of the per-layer sizes without a target around equal shares of the remaining parameters; None draws
+    each from its whole range"""
 
 
 def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish | None = None) -> Sizes | None:
-    """Draws sizes whose count lies in the bin, as near as it allows to what is wished for.
+    """Draw sizes whose parameter count lies in the bin, as close to the wish as the bin allows.
 
     Returns:
-        The sizes, or None when nothing in the bin was found.
+        The sizes, or None if none were found.
     """
     for n_nodes in _TRIES:
         draw = _Draw(space, rng, bin, wish or Wish(), n_nodes)
@@ -51,11 +50,7 @@ def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish 
 
 
 def check_reachable(space: SizeSpace, bin: Bin) -> None:
-    """Refuses a bin that no sub-network can meet.
-
-    Raises:
-        UserError: If there is none, with the nearest sizes that there are.
-    """
+    """Raise UserError, with the nearest possible parameter counts, if no sub-network lies in the bin."""
     if draw_sizes(space, np.random.default_rng(0), bin) is None:
         near = " and ".join(f"{n:,}" for n in nearest(space, bin) if n is not None)
         hint = "" if bin.lo <= space.largest else f" (the teacher has {space.largest:,})"
@@ -63,7 +58,7 @@ def check_reachable(space: SizeSpace, bin: Bin) -> None:
 
 
 def nearest(space: SizeSpace, bin: Bin) -> tuple[int | None, int | None]:
-    """The nearest counts below and above a bin that no sub-network meets; None where there is none."""
+    """Return the nearest possible counts below and above an empty bin; None if there is none."""
     rng, below, above = np.random.default_rng(0), None, None
     if bin.lo > space.largest:
         return space.largest, None
@@ -81,7 +76,7 @@ def nearest(space: SizeSpace, bin: Bin) -> tuple[int | None, int | None]:
 
 
 class _Draw:
-    """One attempt at drawing sizes into a bin."""
+    """One attempt to draw sizes within a bin."""
 
     def __init__(self, space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish, nodes: int) -> None:
         self.space, self.rng, self.bin, self.wish, self.nodes = space, rng, bin, wish, nodes
@@ -90,7 +85,7 @@ class _Draw:
         self.depths = np.arange(len(space.depths))
 
     def run(self) -> Sizes | None:
-        """The sizes, or None: nothing is there, or, when no nodes are left, nothing was found."""
+        """Return the sizes, or None: if nodes remain, no sizes exist; otherwise the search was cut off."""
         names = [*GLOBAL, "n_layer"]
         wished = [
             (name, EVERY) in self.wish.values or (name == "n_layer" and self.wish.layers is not None) for name in names
@@ -99,7 +94,7 @@ class _Draw:
         return self._shared([names[i] for i in sorted(order, key=wished.__getitem__)])
 
     def _shared(self, names: list[str]) -> Sizes | None:
-        """Draws the sizes that all layers share, then the rest."""
+        """Draw the named shared sizes, then the per-layer sizes."""
         if not names:
             return self._per_layer()
         if names[0] == "n_layer":
@@ -119,7 +114,7 @@ class _Draw:
         return None
 
     def _size_options(self, name: str) -> Iterator[int]:
-        """The values of a shared size for which the bin is within reach."""
+        """Return the values of a shared size that can reach the bin."""
         at, grid = GLOBAL.index(name), self.space.grids.get(name, [0])
         depths = self.space.depths[self.depths]
 
@@ -133,7 +128,7 @@ class _Draw:
         return self._ordered(grid, first, stop, self.wish.values.get((name, EVERY)))
 
     def _depth_options(self) -> Iterator[int]:
-        """The numbers of layers of each kind for which the bin is within reach, as indices into all of them."""
+        """Return the numbers of layers of each kind that can reach the bin, as indices into `space.depths`."""
         lows, highs = self.space.reaches(self.lo, self.hi, self.space.depths)
         depths = np.flatnonzero((lows <= self.bin.hi) & (highs >= self.bin.lo))
         totals = self.space.depths[depths].sum(1)
@@ -142,15 +137,15 @@ class _Draw:
                 [self.space.kind_of[layer] for layer in self.wish.layers], minlength=len(self.space.kinds)
             )
             off = abs(self.space.depths[depths] - wished).sum(1)
-            # of equally near ones a random one first
+            # ties are broken at random
             return iter(depths[np.lexsort((self.rng.random(len(depths)), off))].tolist())
-        # any number of layers is as likely as any other; within a number, any set of layers
+        # numbers of layers are equally likely, and so are sets of the same number of layers
         keys = self.rng.random(len(depths)) ** (1 / self.space.depth_weights[depths])
         place = {total: i for i, total in enumerate(self.rng.permutation(np.unique(totals)).tolist())}
         return iter(depths[np.lexsort((-keys, [place[total] for total in totals.tolist()]))].tolist())
 
     def _ordered(self, grid: list[int], first: int, stop: int, wished: float | None) -> Iterator[int]:
-        """The values grid[first:stop], nearest to the wish first, without one in random order."""
+        """Yield the values grid[first:stop], nearest to the wish first, or in random order without a wish."""
         for i in _random_order(self.rng, first, stop) if wished is None else _outwards(grid, first, stop, wished):
             self.nodes -= 1
             if self.nodes <= 0:
@@ -158,7 +153,7 @@ class _Draw:
             yield grid[i]
 
     def _choose_layers(self) -> tuple[int, ...]:
-        """Layers of the numbers drawn: those wished for, else random ones."""
+        """Choose as many layers of each kind as were drawn: the wished ones first, then random ones."""
         space = self.space
         if space.layer_order is not None:
             return tuple(sorted(space.layer_order[: int(space.depths[self.depths[0]].sum())]))
@@ -174,7 +169,7 @@ class _Draw:
         return tuple(sorted(chosen))
 
     def _per_layer(self) -> Sizes | None:
-        """Draws the layers' own sizes, with the shared ones settled."""
+        """Draw the per-layer sizes, given the shared ones."""
         layers = self._choose_layers()
         table = _LayerTable(self.space, layers, self.lo)
         values = _Descent(self, table).run()
@@ -187,7 +182,7 @@ class _Draw:
 
 
 class _LayerTable:
-    """The cost of the chosen layers as a function of their own sizes, the shared ones being settled."""
+    """Cost of the chosen layers as a function of their per-layer sizes, given the shared ones."""
 
     def __init__(self, space: SizeSpace, layers: tuple[int, ...], shared: list[int]) -> None:
         self.root = space.root_count(shared[0])
@@ -214,7 +209,7 @@ class _LayerTable:
         self.grids = {key: space.own_grid(key[0], *shared[:2]) for key in self.users}
 
     def cost(self, term: int, sizes: list) -> int:
-        """The cost of the layers of one term: groups, heads per group, neurons."""
+        """Return the cost of the layers of one term, given groups, heads per group and neurons."""
         groups, per_group, neurons = sizes
         c = self.coefficients[term]
         one = c[0] + c[1] * neurons + per_group * (c[2] + c[3] * neurons)
@@ -223,7 +218,7 @@ class _LayerTable:
 
 
 class _Descent:
-    """Draws the layers' own sizes one after the other, depth first."""
+    """Depth-first search that draws the per-layer sizes one after the other."""
 
     def __init__(self, draw: _Draw, table: _LayerTable) -> None:
         self.draw, self.table, self.bin = draw, table, draw.bin
@@ -236,15 +231,15 @@ class _Descent:
         self.wishes = self._wishes()
 
     def _order(self) -> list[Key]:
-        """Free sizes first, then those wished for, each in random order; last the one with the finest steps."""
+        """Return the order of the draws: free sizes, then wished ones, in random order; the finest grid comes last."""
         rng, keys = self.draw.rng, list(self.table.users)
         order = [keys[i] for i in rng.permutation(len(keys)).tolist()]
-        # the finest steps are an MLP's neurons unless they are fixed
+        # the neurons of an MLP have the finest grid unless they are fixed
         last = max(order, key=lambda key: (key[0].endswith("intermediate_size"), len(self.table.grids[key])))
         return [*sorted((key for key in order if key != last), key=self.wishes.__contains__), last]
 
     def _wishes(self) -> dict[Key, float]:
-        """The sizes wished for; when they are to give way together, shifted so that the count meets the bin."""
+        """Return the target sizes; with `spread`, shifted together so that the count meets the bin."""
         wish, table, rng = self.draw.wish, self.table, self.draw.rng
         wishes = {key: float(wish.values[key]) for key in table.users if key in wish.values}
         if wish.evenness is not None:
@@ -260,12 +255,12 @@ class _Descent:
         return wishes
 
     def _shift(self, sizes: Mapping[Key, float], by: float) -> dict[Key, float]:
-        """All sizes moved by a share of the way to their smallest (by < 0) or largest."""
+        """Move all sizes by a fraction of the way to their smallest (by < 0) or largest value."""
         ends = {key: self.table.grids[key][-1 if by > 0 else 0] for key in sizes}
         return {key: size + abs(by) * (ends[key] - size) for key, size in sizes.items()}
 
     def _shift_into_bin(self, sizes: Mapping[Key, float], others: Mapping[Key, float]) -> float:
-        """By which share to shift `sizes` for the count to meet the bin, at fixed `others`."""
+        """Return the fraction by which to shift `sizes` so that the count meets the bin, at fixed `others`."""
 
         def count(by: float) -> float:
             table = self.table
@@ -286,9 +281,9 @@ class _Descent:
         return (low + high) / 2
 
     def run(self) -> dict[Key, int] | None:
-        """A value for every key, or None: there is none, or no nodes are left."""
+        """Return a value for every key, or None if there is none or the node limit is reached."""
         order = self._order()
-        # totals with the open sizes at their smallest and at their largest
+        # counts with the undrawn sizes at their smallest and at their largest
         totals = [
             self.table.root + sum(self.table.cost(term, own) for term, own in enumerate(ends))
             for ends in (self.lo, self.hi)
@@ -319,7 +314,7 @@ class _Descent:
             self.lo[term][axis], self.hi[term][axis] = smallest, largest
 
     def _open(self, key: Key, totals: list[int]) -> tuple[Iterator[int], list, list, list]:
-        """The values of a size for which the bin is within reach, and the totals as affine functions of it."""
+        """Return the values of a size that can reach the bin, and the totals as affine functions of it."""
         users, grid = self.table.users[key], self.table.grids[key]
         affine = []
         for ends, total in zip((self.lo, self.hi), totals):
@@ -347,7 +342,7 @@ class _Descent:
 
 
 def _random_order(rng: np.random.Generator, first: int, stop: int) -> Iterator[int]:
-    """All of first … stop - 1, the first one uniformly drawn, each in constant time however many there are."""
+    """Yield first … stop - 1 from a uniform start with a random stride, in constant time per value."""
     n = stop - first
     if n < 1:
         return
@@ -364,7 +359,7 @@ def _random_order(rng: np.random.Generator, first: int, stop: int) -> Iterator[i
 
 
 def _outwards(grid: list[int], first: int, stop: int, wished: float) -> Iterator[int]:
-    """All of first … stop - 1, those whose value is nearest to the wish first."""
+    """Yield first … stop - 1, nearest value to the wish first."""
     above = min(max(bisect_left(grid, wished), first), stop)
     below = above - 1
     while below >= first or above < stop:

@@ -1,4 +1,4 @@
-"""What a search's sub-networks may cost, in any of the measures; what they may have in parameters is the bin."""
+"""Limits on the costs of a search's sub-networks, by any measure, in addition to the bin of parameter counts."""
 
 from __future__ import annotations
 
@@ -16,66 +16,66 @@ from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.subnet import SubNet
 
 _DRAWS = 500
-"""How many random sub-networks are tried before limits count as out of reach"""
+"""Number of random sub-networks to try before limits count as unreachable"""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Ranges of costs, by the names of their measures.
 
-    Costs in closed form take no time, so what is outside is turned down before it becomes a candidate (`admits`). A
-    latency is another one each time it is taken, while candidates must follow from the seed and the scores alone, or no
-    journal could be resumed. So it is measured once, when a candidate is evaluated, and one that is outside counts as
-    failed (`excess`). That costs an evaluation of the budget and the time of six answers to a prompt, but not the time
-    of scoring.
+    Costs in closed form are cheap, so sub-networks outside are rejected before they become candidates (`admits`).
+    Latencies vary between measurements, but proposals must depend only on the seed and the scores, or a journal could
+    not be resumed. Latency is therefore measured once, when a candidate is evaluated, and a candidate outside the range
+    counts as failed (`excess`). That uses up an evaluation of the budget and the time of six answers to a prompt, but
+    not the time of scoring.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
     teacher: Config | None = None
-    """Needed as soon as there is a range"""
+    """The teacher's config; required if there is a range"""
     args: MeasureArgs = MeasureArgs()
-    """How the sub-networks will be used"""
+    """Intended use of the sub-networks, which the measures depend on"""
 
     @property
     def settings(self) -> dict[str, list[float]]:
-        """The ranges as plain values."""
+        """Return the ranges as plain values."""
         return {name: list(amounts) for name, amounts in self.ranges.items()}
 
     def admits(self, subnet: SubNet) -> bool:
-        """Whether a sub-network keeps to all limits in closed form."""
+        """Return whether a sub-network is within all limits in closed form."""
         return all(_within(cost, self.ranges[name]) for name, cost in self.costs(subnet).items())
 
     def fits(self, subnet: SubNet) -> bool:
-        """Return whether a sub-network costs no more than the limits in closed form allow, however little that is."""
+        """Return whether a sub-network is within the upper ends of all limits in closed form."""
         return all(cost <= self.ranges[name][1] for name, cost in self.costs(subnet).items())
 
     @property
     def is_timed(self) -> bool:
-        """True if a limit must be measured."""
+        """Return whether a limit requires a timed measurement."""
         return any(MEASURES[name].is_timed for name in self.ranges)
 
     def excess(self, measured: Mapping[str, float]) -> str | None:
-        """Why a candidate fails of which this was measured; None where it keeps to the limits."""
+        """Return the reason why a candidate with these measured costs fails; None if it is within the limits."""
         for name, amounts in self.ranges.items():
             if name in measured and not _within(measured[name], amounts):
                 return f"{name} is outside of its limit {format_range(amounts, MEASURES[name].unit)}"
         return None
 
     def bin(self, smallest: int, largest: int) -> Bin:
-        """The bin of a search that names none: all counts that there are, as far as the limits allow."""
+        """Return the default bin: all possible counts within the limits, or all possible counts if none is."""
         least, most = self.ranges.get("n_params", (0, math.inf))
         lo, hi = max(math.ceil(least), smallest), math.floor(min(most, largest))
         return Bin(lo, hi) if lo <= hi else Bin(smallest, largest)
 
     def check_reachable(self, sample: Callable[[np.random.Generator], SubNet], bin: Bin) -> None:
-        """Refuses limits that no random sub-network keeps to.
+        """Check that a random sub-network is within the limits.
 
         Args:
             sample: Draws a sub-network of the bin.
-            bin: For the message.
+            bin: The bin, for the error message.
 
         Raises:
-            UserError: If there is none among 500, with the costs that they have.
+            UserError: If none of 500 sub-networks is, with the range of their costs.
         """
         rng, seen = np.random.default_rng(0), {name: [] for name in self.ranges}
         for _ in range(_DRAWS if self.ranges else 0):
@@ -97,7 +97,7 @@ class Limits:
             )
 
     def costs(self, subnet: SubNet) -> dict[str, float]:
-        """Return a sub-network's costs for which there is a limit in closed form, by name."""
+        """Return a sub-network's costs that have a limit in closed form, by name."""
         closed = [name for name in self.ranges if not MEASURES[name].is_timed]
         return {name: MEASURES[name](self.teacher, subnet, self.args) for name in closed}
 

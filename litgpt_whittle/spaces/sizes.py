@@ -1,7 +1,7 @@
-"""Which sizes sub-networks of a teacher may have, and the closed form of their parameter counts.
+"""Allowed sizes of a teacher's sub-networks, and their parameter counts in closed form.
 
-The count is a polynomial that is affine in every single size and grows with it, so that how few and how many parameters
-a partly settled choice can have is known without trying (see `litgpt_whittle.spaces.draw`).
+The count is a polynomial that is affine and increasing in every single size, so that the smallest and largest counts of
+a partial choice follow without enumeration (see `litgpt_whittle.spaces.draw`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ GLOBAL = ("n_embd", "head_size", "n_expert")
 ATTENTION = ("n_query_groups", "heads_per_group")
 
 EVERY = -1
-"""Stands for all layers in a key"""
+"""Layer index of a key that applies to all layers"""
 
 Key = tuple[str, int]
-"""A size that is drawn: its name, and the teacher layer that it belongs to or `EVERY`"""
+"""A size to draw: its name, and its teacher layer or `EVERY`"""
 
 
 @dataclass
 class Sizes:
-    """The sizes of one sub-network: a value for every key that applies to it."""
+    """Sizes of one sub-network: a value for every key that applies to it."""
 
     layers: tuple[int, ...]
-    """The teacher's layers that are kept"""
+    """Kept layers of the teacher"""
     values: dict[Key, int]
 
     def get(self, name: str, layer: int) -> int:
-        """The size `name` of the teacher's layer `layer`."""
+        """Return the size `name` of the teacher's layer `layer`."""
         value = self.values.get((name, layer))
         return self.values[name, EVERY] if value is None else value
 
@@ -54,13 +54,13 @@ class SizeSpace:
 
     Args:
         teacher: The teacher's config.
-        layerwise: Whether each layer has its own sizes.
-        tied: Whether the LM head is the embedding.
-        args: What may shrink, how far and in which steps.
+        layerwise: If true, each layer has its own sizes.
+        tied: If true, the LM head shares the embedding's weights.
+        args: Dimensions that may shrink, with their smallest sizes and steps.
         best_layers: All layers, the most important one first.
 
     Raises:
-        UserError: If `args` leave a dimension without any size.
+        UserError: If `args` are out of range, or require `convertible` of a teacher that does not satisfy it.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class SizeSpace:
         _check_args(args)
         orders = {"any": None, "first": range(teacher.n_layer), "best": best_layers}
         self.layer_order = orders[args.layers]
-        """Whose first n layers are kept; None where any n may be"""
+        """Order of layers of which the first n are kept; None if any n may be kept"""
         self.limits = _limits(teacher)
         self.grids = {name: self._grid(name, limit) for name, limit in self.limits.items()}
         self.sharing = _sharing(teacher) if args.convertible else None
-        """Which heads share the channels; None where any number of heads may lie beside any number of channels"""
+        """Constraint of heads to the channels; None if the number of heads is independent of the number of channels"""
         if self.sharing is not None:
             self._keep_convertible(self.sharing)
         self.root = [root_params(teacher, n, tied) for n in (1, 2)]
@@ -87,7 +87,7 @@ class SizeSpace:
         self._find_depths()
 
     def _grid(self, name: str, limit: int) -> list[int]:
-        """The sizes that a dimension may have, ascending; the teacher's own is always the last."""
+        """Return the allowed sizes of a dimension, ascending; the teacher's own is always the last."""
         if name in self.args.fixed:
             return [limit]
         step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
@@ -97,11 +97,11 @@ class SizeSpace:
         return [n for n in (*range(-(-least // step) * step, limit, step), limit) if n in legal]
 
     def _keep_convertible(self, sharing: _Sharing) -> None:
-        """Leaves out channels and head sizes with which heads could not fill the channels.
+        """Remove numbers of channels and head sizes with which heads could not fill the channels.
 
-        What is left needs no look at the other: all head sizes divide the teacher's, of which all channels are
-        multiples. So the most heads that fit into them are always in steps of the heads' own, and the largest layer
-        grows with the channels and with the head size, on which the closed form of what is within reach counts.
+        The remaining values can be combined freely: all head sizes divide the teacher's, and all numbers of channels
+        are multiples of it. The maximum number of heads that fit is then always in the heads' grid, and the largest
+        layer grows with the channels and with the head size, as the closed form of the reachable counts requires.
         """
         size, heads = self.teacher.head_size, set(self.grids[sharing.name])
         each = size * sharing.groups
@@ -109,16 +109,16 @@ class SizeSpace:
         self.grids["n_embd"] = [n for n in self.grids["n_embd"] if n % each == 0 and n // each in heads]
 
     def own_grid(self, name: str, n_embd: int, head_size: int) -> list[int]:
-        """The sizes that a layer's own dimension may have beside these shared ones."""
+        """Return the allowed sizes of a per-layer dimension, given the shared sizes."""
         grid, sharing = self.grids[name], self.sharing
         if sharing is None or name != sharing.name:
             return grid
         return grid[: bisect_right(grid, n_embd // (head_size * sharing.groups))]
 
-    # what a layer costs -----------------------------------------------------------------------------------------------
+    # cost of a layer --------------------------------------------------------------------------------------------------
 
     def _find_kinds(self) -> None:
-        """Tells layers of different costs apart (dense ones and ones with experts), and each kind's closed form."""
+        """Group layers by cost (such as dense layers and layers with experts), and find each kind's closed form."""
         self.kind_of: list[int] = []
         self.kinds: list[_Kind] = []
         seen: dict[tuple, int] = {}
@@ -142,7 +142,7 @@ class SizeSpace:
         return _Kind(width, "n_expert" in sizes, multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
 
     def _find_depths(self) -> None:
-        """All numbers of layers of each kind that a sub-network may have."""
+        """Find all allowed numbers of layers of each kind."""
         totals = [self.kind_of.count(kind) for kind in range(len(self.kinds))]
         if self.layer_order is not None:
             kinds = [self.kind_of[layer] for layer in self.layer_order]
@@ -151,13 +151,13 @@ class SizeSpace:
             allowed = set(self.grids["n_layer"])
             depths = [d for d in itertools.product(*(range(t + 1) for t in totals)) if sum(d) in allowed]
         self.depths = np.array(sorted(depths, key=sum))  # (n_depths, n_kinds)
-        # as many ways as there are to choose such layers, so that any set of n layers is as likely as any other
+        # number of sets of layers with these depths, so that all sets of n layers are equally likely
         ways = [math.prod(math.comb(t, d) for t, d in zip(totals, depth)) for depth in self.depths.tolist()]
         most = max(ways)
         self.depth_weights = np.array([way / most for way in ways]).clip(1e-300)
 
     def count(self, sizes: Sizes) -> int:
-        """The number of parameters."""
+        """Return the number of parameters."""
         shared = [sizes.values.get((name, EVERY), 0) for name in GLOBAL]
         total = self.root_count(shared[0])
         for layer in sizes.layers:
@@ -171,18 +171,18 @@ class SizeSpace:
 
     @property
     def smallest(self) -> int:
-        """Parameters of the smallest sub-network."""
+        """Return the number of parameters of the smallest sub-network."""
         lo = [self.grids.get(name, [0])[0] for name in GLOBAL]
         return self.reach(lo, lo, self.depths)[0]
 
     @property
     def largest(self) -> int:
-        """Parameters of the largest sub-network, the teacher."""
+        """Return the number of parameters of the largest sub-network, the teacher."""
         hi = [self.grids.get(name, [0])[-1] for name in GLOBAL]
         return self.reach(hi, hi, self.depths)[1]
 
     def reach(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[int, int]:
-        """The smallest and largest count with the shared sizes between `lo` and `hi` and one of `depths`."""
+        """Return the smallest and largest count with shared sizes between `lo` and `hi` and one of `depths`."""
         lows, highs = self.reaches(lo, hi, depths)
         return int(lows.min()), int(highs.max())
 
@@ -192,7 +192,7 @@ class SizeSpace:
         return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])
 
     def _highest(self, kind: _Kind, shared: list[int]) -> np.ndarray:
-        """What the largest layer of a kind costs beside these shared sizes."""
+        """Return the cost of the largest layer of a kind, given the shared sizes."""
         if self.sharing is None:
             return _contract(kind.high, shared)
         return kind.at(*shared, *(self.own_grid(name, *shared[:2])[-1] for name in (*ATTENTION, kind.width)))
@@ -200,27 +200,27 @@ class SizeSpace:
 
 @dataclass(frozen=True)
 class _Sharing:
-    """Which heads share the channels: `n_embd` of them are at least `groups * size * head_size`."""
+    """Constraint of heads to the channels: `n_embd >= groups * size * head_size`."""
 
     name: str
-    """The size, one of `ATTENTION`"""
+    """Name of the size, one of `ATTENTION`"""
     groups: int
-    """How many of the teacher's there are of it"""
+    """Multiplicity of the size in the teacher: 1 for `n_query_groups`, the number of groups for `heads_per_group`"""
 
 
 class _Kind:
-    """Layers of equal cost: a polynomial that is affine in each of six sizes."""
+    """Kind of layers with equal cost, a polynomial that is affine in each of six sizes."""
 
     def __init__(self, width: str, has_experts: bool, coefficients: np.ndarray, grids: list[list[int]]) -> None:
         self.width, self.has_experts, self.coefficients = width, has_experts, coefficients
-        # with the per-layer sizes at their smallest and at their largest, a polynomial of the shared three
+        # polynomials of the three shared sizes, with the per-layer sizes at their smallest and at their largest
         own = grids[len(GLOBAL) :]
         reverse = coefficients.transpose(3, 4, 5, 0, 1, 2)
         self.low = _contract(reverse, [grid[0] for grid in own])
         self.high = _contract(reverse, [grid[-1] for grid in own])
 
     def at(self, *sizes: int) -> np.ndarray:
-        """The polynomial with its leading sizes filled in; the cost itself when all are."""
+        """Evaluate the polynomial in its leading sizes; with all six, the result is the cost."""
         return _contract(self.coefficients, sizes)
 
 
@@ -231,7 +231,7 @@ def _contract(coefficients: np.ndarray, sizes: tuple | list) -> np.ndarray:
 
 
 def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """Coefficients, shape (2,) * n, of a function affine in each of n integers, from its values at the corners."""
+    """Return the coefficients, shape (2,) * n, of a function affine in each of n integers, from its corner values."""
     corners = itertools.product(*(bound if bound[0] < bound[1] else bound[:1] for bound in bounds))
     values = np.array([function(*corner) for corner in corners], dtype=np.int64)
     values = values.reshape([1 if lo == hi else 2 for lo, hi in bounds])
@@ -243,23 +243,23 @@ def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
 
 
 def nearest_size(grid: Sequence[int], share: float) -> int:
-    """Return the size nearest to a share of the largest, the smaller one of two equally near."""
+    """Return the size nearest to a share of the largest; in a tie, the smaller one."""
     aim = share * grid[-1]
     at = bisect_left(grid, aim)
     return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))
 
 
 def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:
-    """A search's space with `convertible` decided: true where it is needed for what may shrink, else as it was."""
+    """Set `convertible` to true if it is None and the teacher requires it for the dimensions that may shrink."""
     is_needed = shares_channels(teacher) and not {"n_embd", "head_size"} <= set(args.fixed)
     return replace(args, convertible=True) if args.convertible is None and is_needed else args
 
 
 def _sharing(teacher: Config) -> _Sharing | None:
-    """What must fit into the channels; None where the teacher's class takes heads of any size.
+    """Return the constraint of heads to the channels; None if the teacher's class in transformers has none.
 
     Raises:
-        UserError: If the teacher itself does not fit.
+        UserError: If the teacher itself violates it.
     """
     if FAMILIES[family_name(teacher)].free_heads:
         return None
@@ -278,7 +278,7 @@ def _positional(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
 
 
 def _limits(teacher: Config) -> dict[str, int]:
-    """The teacher's size of every dimension that it has."""
+    """Return the teacher's size of every dimension that it has."""
     limits = {"n_embd": teacher.n_embd, "n_layer": teacher.n_layer, "head_size": teacher.head_size}
     for layer in range(teacher.n_layer):
         limits |= layer_sizes(teacher, layer)

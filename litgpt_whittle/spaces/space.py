@@ -1,6 +1,6 @@
-"""What may shrink in a search: the four spaces of sub-networks, from which candidates are built into a bin.
+"""The four spaces of sub-networks, which build candidates within a bin.
 
-A strategy asks a `Space` for a random sub-network, a mutated one or a cross of two, and gets one of the right size.
+A strategy asks a `Space` for a random sub-network, a mutation or a crossover; the result is always within the bin.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension, or a layer's most important n; fine: any n. Uniform: the same sizes in
-all layers, and random candidates also keep the same units in all of them; layerwise: a choice for each layer."""
+"""Coarse: the first n units of each dimension, or the most important n of each layer; fine: any n. Uniform: the same
+sizes in all layers, and random candidates also keep the same units in all of them; layerwise: a choice per layer."""
 
 Sets = dict[Key, np.ndarray]
-"""Which units are kept, by the size that says how many"""
+"""Indices of kept units, by the key of their size"""
 
 
 class Space:
-    """The sub-networks of a teacher that lie in one bin.
+    """The sub-networks of a teacher within one bin.
 
     Args:
         teacher: The teacher's config.
         name: One of the four spaces.
-        bin: The parameter counts to meet; by default all that there are.
-        tied: Whether the teacher's LM head is its embedding, which then counts once.
-        args: What may shrink, how far and in which steps.
+        bin: Range of parameter counts; by default all possible counts within the limits.
+        tied: If true, the teacher's LM head shares the embedding's weights, which then count once.
+        args: Dimensions that may shrink, with their smallest sizes and steps.
         order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
-        limits: What the sub-networks may cost. What is drawn here meets the bin, but a strategy has to ask whether it
-            keeps to them, `admits`.
+        limits: Limits on costs. Sub-networks drawn here are in the bin, but a strategy must check them against the
+            limits with `admits`.
 
     Raises:
-        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network lies in the bin
-            or keeps to the limits.
+        UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network is in the bin or
+            within the limits.
     """
 
     def __init__(
@@ -73,32 +73,32 @@ class Space:
         limits.check_reachable(self.sample, self.bin)
 
     def n_params(self, subnet: SubNet) -> int:
-        """The parameters of a sub-network, in closed form."""
+        """Return the number of parameters of a sub-network, in closed form."""
         return n_params(self.teacher, subnet, self.tied)
 
     def admits(self, subnet: SubNet) -> bool:
-        """Whether a sub-network keeps to the limits that need no clock."""
+        """Return whether a sub-network is within the limits in closed form."""
         return self.limits.admits(subnet)
 
     def smallest(self) -> SubNet:
-        """A sub-network with the fewest parameters; of the units, the first ones, or random ones in a fine space."""
+        """Return a sub-network with the fewest parameters; a fine space keeps random units, from a fixed seed."""
         least = copy.copy(self)
         least.bin = Bin(self.sizes.smallest, self.sizes.smallest)
         return least.sample(np.random.default_rng(0))
 
     def sample(self, rng: np.random.Generator) -> SubNet:
-        """Draws a sub-network: each size among those that keep the bin within reach, then which units.
+        """Draw a random sub-network: first sizes from the values that can reach the bin, then units.
 
-        Half of the draws give the layers nearly equal shares of what the bin leaves for them. In a deep teacher the
-        others hardly ever would: the sizes drawn first take up the bin, and the rest ends at its smallest.
+        Half of the draws give all layers nearly equal shares of the remaining parameters. The others rarely do in a
+        deep teacher: the sizes drawn first use up the bin, and the rest ends at the smallest values.
         """
         evenness = 2.0 ** rng.uniform(-1, 6) if rng.random() < 0.5 else None
         return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
     def split(self, n: int) -> list[Space]:
-        """This space in n equal parts of its bin, in ascending order.
+        """Split the space into n equal parts of its bin, in ascending order.
 
-        Parts in which no sub-network was found are left out; where that goes for all of them, the space is one part.
+        Parts without sub-networks are omitted; if all are, the only part is the space itself.
         """
         lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
         edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
@@ -110,13 +110,13 @@ class Space:
         return parts or [self]
 
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
-        """Changes some of a sub-network's choices; the others give way as little as the bin demands.
+        """Change some of a sub-network's choices; the others change only as much as the bin requires.
 
         Args:
-            rng: Where the randomness comes from.
+            rng: Random generator.
             parent: A sub-network of this space.
-            probability: How likely each size, each set of units and the choice of layers is to change; at least one
-                of them does.
+            probability: Probability that a size, a set of units or the choice of layers changes; at least one of them
+                does.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -137,7 +137,7 @@ class Space:
         return self._build(rng, Wish(layers, self._at_layers(values, layers), spread), sets, swaps)
 
     def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
-        """Mixes two sub-networks: each size, with its units, is a random parent's, as nearly as the bin allows."""
+        """Combine two sub-networks: each size, with its units, is a random parent's, as closely as the bin allows."""
         parents = [(self.sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
         values: dict[Key, int] = {}
         sets: Sets = {}
@@ -146,7 +146,7 @@ class Space:
             sizes, units = having[int(rng.integers(len(having)))]
             values[key] = sizes.values[key]
             sets |= {k: units[k] for k in units if k == key or (k[0] == key[0] and not self.is_layerwise)}
-        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts, whose number has another key
+        for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts: their number has another key
             having = [parent for parent in parents if key in parent[1]]
             units = having[int(rng.integers(len(having)))][1][key]
             if self.is_layerwise or (key[0], EVERY) not in sets:
@@ -157,11 +157,12 @@ class Space:
         return self._build(rng, Wish(layers, self._at_layers(values, layers)), sets, {})
 
     def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
-        """Changes one choice and lets another size pay for it, so that the count stays near to what it was.
+        """Change one choice and compensate with another size, so that the parameter count stays nearly the same.
 
-        The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The choice
-        is a nearby size, the layers, or, at no cost, some units of a set, each kind as likely as the others. Near is
-        within a tenth of the bin; where one size cannot pay for that, the others give way too.
+        The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The change
+        is, with equal probability, a step of one size, a change of layers, or an exchange of units in a set, which
+        costs nothing. The target is the parent's count within a tenth of the bin's width; if one size cannot
+        compensate, others change too.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -192,13 +193,13 @@ class Space:
     def near(
         self, rng: np.random.Generator, sizes: Sizes, units_of: SubNet | None = None, exchange: float = 0.0
     ) -> SubNet:
-        """The sub-network whose sizes come as near to the wished ones as the bin allows.
+        """Return the sub-network closest to the given sizes within the bin.
 
         Args:
-            rng: Where the randomness comes from.
-            sizes: The layers and a size for each key that applies to them; none need be legal.
-            units_of: Whose units are kept in a fine space, as far as their number allows; by default random ones.
-            exchange: How likely some units of each set are exchanged for others.
+            rng: Random generator.
+            sizes: Layers, and a size for each key that applies to them; they need not be legal.
+            units_of: Sub-network whose units a fine space keeps, as far as their number allows; by default random ones.
+            exchange: Probability that some units of a set are exchanged for others.
         """
         sets = {} if units_of is None else self._sets_of(units_of)
         swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
@@ -208,9 +209,9 @@ class Space:
         """Return the sub-network of legal sizes whose units are the most important ones.
 
         Args:
-            sizes: The layers and the sizes; nothing brings them into the bin.
-            order: The teacher's units by importance, for a fine space, where each layer keeps its own best ones; by
-                default the first ones are kept. A coarse space goes by its own order.
+            sizes: Layers and sizes, which are not adjusted to the bin.
+            order: The teacher's units by importance, for a fine space, in which each layer keeps its own best ones; by
+                default the first ones are kept. A coarse space uses its own order.
         """
         sets: Sets = {}
 
@@ -229,15 +230,15 @@ class Space:
     # changes to wishes ------------------------------------------------------------------------------------------------
 
     def _free(self, sizes: Sizes) -> list[Key]:
-        """The sizes that may differ."""
+        """Return the keys of sizes with more than one value."""
         return [key for key in sizes.values if len(self.sizes.grids[key[0]]) > 1]
 
     def _movable(self, sets: Sets) -> list[Key]:
-        """The sets of units that leave out some; none in a coarse space."""
+        """Return the keys of sets that do not keep all units; empty in a coarse space."""
         return [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]]
 
     def _change_size(self, rng: np.random.Generator, values: dict[Key, int], key: Key) -> None:
-        """Half of the time any size, half of the time one nearby."""
+        """Remove the wish for a size, so that any is drawn, or change it to a nearby value, each half of the time."""
         if rng.random() < 0.5:
             del values[key]
             return
@@ -245,7 +246,7 @@ class Space:
         values[key] = round(values[key] + rng.normal() * max((grid[-1] - grid[0]) / 10, 1))
 
     def _change_layers(self, rng: np.random.Generator, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """A layer more, a layer less, or another one instead."""
+        """Add, drop or exchange one layer."""
         left = [layer for layer in range(self.teacher.n_layer) if layer not in layers]
         change = int(rng.integers(3))
         kept = set(layers)
@@ -256,7 +257,7 @@ class Space:
         return tuple(sorted(kept))
 
     def _at_layers(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
-        """Wishes at other layers than the parents': a new layer takes its nearest neighbour's sizes."""
+        """Extend the target sizes to layers that the parents lack: a new layer gets its nearest neighbour's sizes."""
         wished = dict(values)
         if self.is_layerwise:
             for layer in layers:
@@ -267,7 +268,7 @@ class Space:
         return wished
 
     def complete(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
-        """The sizes of exactly these layers: the given ones, those of the nearest layer, or else the teacher's."""
+        """Return the sizes of exactly these layers: the given ones, else the nearest layer's, else the teacher's."""
         wished = self._at_layers(values, layers)
         keys = {(name, EVERY) for name in ("n_embd", "head_size")}
         for layer in layers:
@@ -297,22 +298,22 @@ class Space:
         return sets
 
     def _own(self, subnet: SubNet, index: int) -> dict[str, Keep]:
-        """What the student's layer `index` keeps, by the names of a sub-network's fields."""
+        """Return the kept units of the student's layer `index`, by the names of a sub-network's fields."""
         keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
         own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
         own[kind.width] = keep.intermediate_size
         return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draws sizes into the bin, then units."""
+        """Draw sizes within the bin, then units."""
         sizes = draw_sizes(self.sizes, rng, self.bin, wish)
-        if sizes is None and wish.values:  # in a bin with hardly any sub-network, any will do
+        if sizes is None and wish.values:  # a nearly empty bin: ignore the wish
             sizes = draw_sizes(self.sizes, rng, self.bin)
         assert sizes is not None, f"the bin {self.bin} was found reachable before"
         return self._keep_units(rng, sizes, sets, swaps)
 
     def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draws units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
+        """Draw units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
         chosen: dict[Key, Keep] = {}
 
         def keep(name: str, layer: int) -> Keep:
@@ -332,21 +333,21 @@ class Space:
         return SubNet(self.teacher, **fields)
 
     def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> Keep:
-        """Which n units are kept: the first ones in a coarse space, else the wished ones and random others."""
+        """Choose n units: the first ones in a coarse space, else the given ones and random others."""
         limit = self.sizes.limits[name]
         if not self.is_fine or n == limit:
             return Keep(n)
         groups = (self.teacher.n_expert_groups or 1) if name == "n_expert" else 1
         each = limit // groups
         parts = []
-        for start in range(0, limit, each):  # routed experts are balanced over their groups
+        for start in range(0, limit, each):  # every group of routed experts keeps the same number
             own = None if units is None else units[(units >= start) & (units < start + each)] - start
             parts.append(start + _choose(rng, n // groups, each, own, swap))
         return Keep(np.concatenate(parts))
 
 
 def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:
-    """Draws n of `limit` units, sorted: wished ones first, of which a share `swap` is exchanged for others."""
+    """Draw n of `limit` units and sort them: `wished` ones first, a share `swap` of which is exchanged for others."""
     if wished is None:
         return np.sort(rng.permutation(limit)[:n])
     is_wished = np.zeros(limit, dtype=bool)
@@ -360,7 +361,7 @@ def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | N
 
 
 def _one_of(rng: np.random.Generator, keys: list[Key]) -> Key:
-    """One of the keys: any dimension as likely as any other, whether it has one key or one in every layer."""
+    """Draw a key: all dimensions are equally likely, whether they have one key or one per layer."""
     names = list(dict.fromkeys(name for name, _ in keys))
     name = names[int(rng.integers(len(names)))]
     own = [key for key in keys if key[0] == name]
@@ -368,7 +369,7 @@ def _one_of(rng: np.random.Generator, keys: list[Key]) -> Key:
 
 
 def _step(rng: np.random.Generator, grid: list[int], value: int) -> int:
-    """Another value of a grid, mostly a nearby one: about a tenth of the grid away."""
+    """Draw another value of a grid, mostly a nearby one: about a tenth of the grid away."""
     at = grid.index(value)
     by = round(rng.normal() * len(grid) / 10) or (1 if rng.random() < 0.5 else -1)
     if not 0 <= at + by < len(grid):

@@ -1,7 +1,7 @@
-"""The plain ideas that a search begins with: a few dimensions are cut, as little as the bin demands.
+"""Simple starts of a search: sub-networks with cuts in only a few dimensions, as large as the bin allows.
 
-On a real pretrained model random mixtures of all dimensions are hopeless, while fewer neurons or fewer layers alone are
-not. Each idea is built into the bin by construction: all but one dimension are settled, and the last one is solved for.
+Random mixtures of all dimensions lose too much of a real pretrained model, while cutting only neurons or only layers
+does not. Each idea meets the bin by construction: all dimensions but one are set, and the last one is solved for.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ DIMENSIONS = {
     "channels": ("n_embd",),
     "experts": ("n_expert",),
 }
-"""Names of sizes, by what an idea calls them"""
+"""Names of sizes, by the names of an idea's dimensions"""
 
 Layers = tuple[int, ...]
 
 
 class Start(NamedTuple):
-    """A sub-network that a search begins with."""
+    """A sub-network to evaluate at the start of a search."""
 
     origin: str
-    """The idea that it was built by"""
+    """Name of its idea"""
     subnet: SubNet
 
 
 class Idea(NamedTuple):
-    """A way to cut: a part of the excess in layers, the rest in other dimensions, all to about the same share."""
+    """A way to cut: part of the excess by dropping layers, the rest in other dimensions, to about the same share."""
 
     dimensions: tuple[str, ...] = ()
-    """By their names in `DIMENSIONS`; the last one that may shrink is solved for"""
+    """Names in `DIMENSIONS`; the last one that may shrink is solved for"""
     layers: str = ""
-    """The way of choosing layers, by its name in `Builder.choosers`; all are kept by default"""
+    """Method of choosing layers, by its name in `Builder.choosers`; all layers are kept by default"""
     portion: float = 1.0
-    """The share of the excess that dropped layers take away"""
+    """Share of the excess parameters to remove by dropping layers"""
 
     @property
     def name(self) -> str:
@@ -56,10 +56,10 @@ class Idea(NamedTuple):
 
 
 def ideas(best: str) -> list[Idea]:
-    """Return all ideas, the most different ones first, since a short search tries only the first of them.
+    """Return all ideas, the most different ones first, because a short search tries only the first of them.
 
     Args:
-        best: The way of choosing layers where only one is tried.
+        best: Method of choosing layers for ideas that use only one.
     """
     ways = dict.fromkeys((best, "evenly", "middle", "evenly inside"))
     second = next(way for way in ways if way != best)
@@ -83,16 +83,16 @@ def ideas(best: str) -> list[Idea]:
 
 
 def simple_starts(space: Space, order: Order | None = None, by_units: bool = True, n_sizes: int = 1) -> list[Start]:
-    """Build the plain ideas into a space's bin; ideas that cannot meet it are left out.
+    """Build the simple starts of a space; ideas that cannot meet its bin are omitted.
 
     Args:
         space: The space. Coarse ones keep the first units, or the best ones of their own order.
-        order: The teacher's layers and units by importance, if that is known.
-        by_units: Also choose units by `order`, not layers alone.
-        n_sizes: Sizes to build each idea at, evenly from the largest of the bin downwards.
+        order: The teacher's layers and units by importance, if known.
+        by_units: If true, choose units by `order`, not only layers.
+        n_sizes: Number of target sizes per idea, evenly spaced from the bin's upper end downwards.
 
     Returns:
-        Different members of the space, each as large as the bin, the limits and `n_sizes` allow.
+        Distinct sub-networks of the space, each as large as its target size and the limits allow.
     """
     lo, hi = max(space.bin.lo, space.sizes.smallest), min(space.bin.hi, space.sizes.largest)
     found: dict[SubNet, Start] = {}
@@ -106,13 +106,13 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
 
 
 class Builder:
-    """Build ideas into sub-networks of a maximum size.
+    """Builder of sub-networks of a maximum size from ideas.
 
     Args:
         space: The space.
-        most: The largest number of parameters.
+        most: Maximum number of parameters.
         order: The teacher's layers and units by importance.
-        by_units: Choose units by it, too.
+        by_units: If true, choose units by `order`, not only layers.
     """
 
     def __init__(self, space: Space, most: int, order: Order | None, by_units: bool) -> None:
@@ -122,7 +122,7 @@ class Builder:
 
     @cached_property
     def choosers(self) -> dict[str, Callable[[int], Layers]]:
-        """Functions that choose n layers, by their names."""
+        """Return the methods of choosing n layers, by name."""
         if (prescribed := self.space.sizes.layer_order) is not None:
             return {self.space.sizes.args.layers: lambda n: tuple(sorted(prescribed[:n]))}
         ways = {"evenly": self._evenly, "middle": self._around_middle, "evenly inside": self._evenly_inside}
@@ -132,11 +132,11 @@ class Builder:
 
     @property
     def best(self) -> str:
-        """The way of choosing layers where only one is tried."""
+        """Return the method of choosing layers for ideas that use only one."""
         return next(way for way in ("importance", "middle", *self.choosers) if way in self.choosers)
 
     def build(self, idea: Idea) -> SubNet | None:
-        """Return an idea's sub-network, or None where the space has none in the bin."""
+        """Return an idea's sub-network, or None if the space has none in the bin."""
         layers: Layers | None = tuple(range(self.n_layer))
         free = [name for name in idea.dimensions if any(len(grid) > 1 for grid in self._grids(name).values())]
         if idea.layers:
@@ -153,23 +153,23 @@ class Builder:
     # layers -----------------------------------------------------------------------------------------------------------
 
     def _evenly(self, n: int) -> Layers:
-        """Drop layers evenly; the first and the last one stay."""
+        """Drop layers evenly; keep the first and the last one."""
         return tuple(np.linspace(0, self.n_layer - 1, n).round().astype(int).tolist())
 
     def _evenly_inside(self, n: int) -> Layers:
-        """Drop layers evenly; the first two and the last two stay."""
+        """Drop layers evenly; keep the first two and the last two."""
         if n < 5:
             return self._evenly(n)
         inside = 2 + np.arange(n - 4) * (self.n_layer - 4) // (n - 4)
         return (0, 1, *inside.tolist(), self.n_layer - 2, self.n_layer - 1)
 
     def _around_middle(self, n: int) -> Layers:
-        """Drop a run of layers, two fifths of the others before it."""
+        """Drop consecutive layers, with two fifths of the kept ones before them."""
         before = round(0.4 * n)
         return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
 
     def _fewer_layers(self, idea: Idea) -> Layers | None:
-        """Return the layers that an idea keeps; None where it cannot drop enough."""
+        """Return the kept layers of an idea; None if it cannot drop enough."""
         choose = self.choosers.get(idea.layers)
         options = [choose(n) for n in self.grids["n_layer"][:-1]] if choose else []
         if not idea.dimensions:
@@ -181,7 +181,7 @@ class Builder:
     # other dimensions -------------------------------------------------------------------------------------------------
 
     def _solve(self, layers: Layers, free: Sequence[str]) -> dict[str, float] | None:
-        """Return the largest shares of some dimensions that fit, all about the same; None where none does."""
+        """Return the largest shares of some dimensions that fit, all about the same; None if none fit."""
         if not free:
             return {} if self._fits(layers, {}) else None
         *others, last = free
@@ -189,7 +189,7 @@ class Builder:
         if together is None:
             return None
         shares = {}
-        for name in others:  # each is cut by a step at least, or this would be another idea
+        for name in others:  # each is cut by at least one step, or this would be another idea
             options = self._shares(name)[:-1]
             shares[name] = min(options, key=lambda share: abs(share - together))
         found = self._largest(self._shares(last), layers, [last], shares)
@@ -198,16 +198,16 @@ class Builder:
     def _largest(
         self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: Mapping[str, float]
     ) -> float | None:
-        """Return the largest share for some dimensions that fits beside the others'; what a share costs grows with it.
+        """Return the largest share of some dimensions that fits, given the others' shares.
 
-        Shares that fit come before those that do not.
+        Costs grow with the share, so bisection applies: the options that fit come before those that do not.
         """
         fits = lambda share: not self._fits(layers, fixed | dict.fromkeys(names, share))
         n = bisect_right(options, False, key=fits)
         return options[n - 1] if n else None
 
     def _fits(self, layers: Layers, shares: Mapping[str, float]) -> bool:
-        """Return whether a sub-network of these shares stays below the upper ends of the bin and of all limits."""
+        """Return whether a sub-network with these shares is within the maximum size and all limits' upper ends."""
         if self._count(layers, shares) > self.most:
             return False
         limits = self.space.limits
@@ -220,16 +220,16 @@ class Builder:
         return {name: self.grids[name] for name in DIMENSIONS[dimension] if name in self.grids}
 
     def _shares(self, dimension: str) -> list[float]:
-        """All shares that make a difference to a dimension, ascending up to 1."""
+        """Return the distinct shares of a dimension's grids, ascending up to 1."""
         return sorted({n / grid[-1] for grid in self._grids(dimension).values() for n in grid})
 
     def _sizes(self, layers: Layers, shares: Mapping[str, float]) -> Sizes:
-        """Return the legal sizes that are nearest to shares of the teacher's; what has no share stays whole."""
+        """Return the legal sizes nearest to the shares of the teacher's; sizes without a share are not cut."""
         of = {size: share for name, share in shares.items() for size in DIMENSIONS[name]}
         values = self.space.complete({}, layers)
         for key in values:
             values[key] = nearest_size(self.grids[key[0]], of.get(key[0], 1.0))
         shared = [values[name, EVERY] for name in ("n_embd", "head_size")]
-        for key in values:  # heads give way where they must share the channels
+        for key in values:  # fewer heads where they must fit into the channels
             values[key] = min(values[key], self.space.sizes.own_grid(key[0], *shared)[-1])
         return Sizes(layers, values)

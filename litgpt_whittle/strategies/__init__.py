@@ -1,4 +1,4 @@
-"""Search strategies, found through the entry-point group `litgpt_whittle.strategies`, ours like anyone's."""
+"""Search strategies; built-in and third-party ones register in the entry-point group `litgpt_whittle.strategies`."""
 
 from litgpt_whittle.strategies.base import Scored, Strategy
 from litgpt_whittle.strategies.evolution import Evolution

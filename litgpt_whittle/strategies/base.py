@@ -1,4 +1,4 @@
-"""What every search strategy is: asked for sub-networks, told their scores, and never shown a model."""
+"""Base class of search strategies, which propose sub-networks and receive their scores but never see a model."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
 _TRIES = 20
-"""How often a strategy may propose what cannot be asked for, before a random candidate takes its place"""
+"""Maximum number of inadmissible proposals in a row before random candidates are drawn instead"""
 
 _RANDOM_TRIES = 500
-"""How many random candidates in a row must be old ones or beyond a limit for the space to count as exhausted"""
+"""Number of inadmissible random candidates in a row after which the space counts as exhausted"""
 
 
 class Scored(NamedTuple):
-    """A sub-network, its score and what else is known of it."""
+    """A sub-network with its score and other measures."""
 
     subnet: SubNet
     score: float
-    """The lower the better; infinite where the evaluation failed"""
+    """Lower is better; infinite if the evaluation failed"""
     measures: Mapping[str, float]
-    """Whatever else was measured, by name, such as `n_params`"""
+    """Other measures by name, such as `n_params`"""
 
 
 class Strategy(ABC):
-    """Proposes sub-networks of a space, guided by the scores of earlier ones.
+    """Search strategy, which proposes sub-networks of a space, guided by the scores of earlier ones.
 
-    A subclass takes its settings as keyword arguments of `__init__` (they become flags of `litgpt search`) and says
-    in `propose` what to try next. Its state must follow from the seed and what it was told alone, so that a journal
-    replayed brings it back: draw from the generator that `propose` is given, from nothing else.
+    A subclass takes its settings as keyword arguments of `__init__` (they become flags of `litgpt search`) and
+    implements `propose`. Its state must depend only on the seed and the reported scores, so that replaying a journal
+    restores it: use no random generator other than the argument of `propose`.
 
         strategy.start(space, seed=42)
         for subnet in strategy.ask(8):
@@ -45,14 +45,14 @@ class Strategy(ABC):
 
     space: Space
     objectives: tuple[str, ...] = ("score",)
-    """What it minimises: the score, and measures that it wants to be told with it, by name"""
+    """Names of the objectives to minimise: the score, and measures that must be reported with it"""
     needs_measurements: bool = False
-    """Scores of other sub-networks (`measurements`) come before the search"""
+    """True if the strategy needs scores of other sub-networks (`measurements`) before the search"""
     n_kept: int | None = 1
-    """How many of the best it goes on from, the only ones that must be told apart exactly; None for all of them"""
+    """Number of best candidates that the search continues from, the only ones that need exact scores; None for all"""
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.space, self.seed = space, seed
         self.told: list[Scored] = []
         self.exhausted = False
@@ -60,26 +60,26 @@ class Strategy(ABC):
 
     @abstractmethod
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """One sub-network of `self.space`.
+        """Propose a sub-network of `self.space`.
 
-        One that was asked before or is outside of the space's limits is turned down and another one proposed.
+        Called again if the proposal is a duplicate or outside the space's limits.
 
         Args:
-            rng: Where all randomness comes from; a new one for every candidate.
+            rng: The only source of randomness; a new generator for every candidate.
         """
 
     def expects(self, subnet: SubNet) -> dict[str, float]:
-        """What it expects of a candidate that is not told yet, by name; journalled beside what is then measured."""
+        """Return predictions for a candidate that has no score yet, by name; recorded with its measured scores."""
         return {}
 
     def measurements(self, order: Order | None = None) -> dict[str, SubNet]:
-        """Return sub-networks to score before the search, by names; none by default.
+        """Return the sub-networks to score before the search, by name; none by default.
 
-        They are no candidates and need not lie in the bin. Of bins that are searched together, those of the first one
-        serve all: they must have the same names.
+        They are not candidates and need not lie in the bin. If several bins are searched together, those of the first
+        bin are used for all, so the names must not depend on the bin.
 
         Args:
-            order: The teacher's units by importance, where a space does not prescribe which are kept.
+            order: The teacher's units by importance, if the space does not prescribe the kept units.
 
         Raises:
             UserError: If the strategy cannot search this space.
@@ -87,35 +87,35 @@ class Strategy(ABC):
         return {}
 
     def take_measurements(self, measured: Mapping[str, Scored]) -> None:
-        """Learn from the scores of all `measurements`, by their names."""
+        """Learn from the scores of all `measurements`, by name."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with, where they are kept under their names."""
+        """Return the arguments of `__init__` that are stored as attributes of the same name."""
         names = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @property
     def ready(self) -> int:
-        """How many more candidates may be asked for before all asked ones are told."""
+        """Return the number of further candidates that can be proposed before pending scores are reported."""
         return 2**31
 
     @property
     def n_asked(self) -> int:
-        """The number of candidates that were handed out, or reported without that."""
+        """Return the number of candidates that were proposed or reported."""
         return len(self._asked)
 
     @property
     def best(self) -> Scored | None:
-        """The best sub-network so far, the earlier one of equals; None while all have failed."""
+        """Return the best sub-network so far, the earliest in a tie; None while all have failed."""
         best = min(self.told, key=lambda scored: scored.score, default=None)
         return None if best is None or math.isinf(best.score) else best
 
     def ask(self, n: int = 1) -> list[SubNet]:
-        """Up to n candidates, each a new one.
+        """Return up to n candidates without duplicates.
 
-        Fewer where the rest depends on scores still to come, and where the space is `exhausted`. However many are
-        asked for at a time, the candidates are the same as long as they are told in the order in which they came.
+        Returns fewer if further proposals depend on pending scores, or if the space is `exhausted`. The sequence of
+        candidates does not depend on the batch sizes, as long as scores are reported in the order of the proposals.
         """
         candidates: list[SubNet] = []
         while len(candidates) < n and self.ready > 0 and not self.exhausted:
@@ -128,15 +128,15 @@ class Strategy(ABC):
         return candidates
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Record the score of a candidate, which need not be one that was asked for.
+        """Report the score of a candidate, which need not be a proposal of this strategy.
 
-        Others, such as the simple starts of a search, count like candidates of the strategy's own: it learns from them
-        and does not propose them again.
+        Other candidates, such as the simple starts of a search, are treated like the strategy's own: it learns from
+        them and does not propose them again.
 
         Args:
             subnet: The candidate.
-            score: The lower the better; NaN or infinity for one that could not be scored.
-            measures: What else was measured, by name; at least what `objectives` names beside the score.
+            score: Lower is better; NaN or infinity if the evaluation failed.
+            measures: Other measures by name, including all `objectives` other than the score.
         """
         self._asked.add(subnet)
         self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf, dict(measures or {})))

@@ -1,4 +1,4 @@
-"""The sizes of a sub-network as numbers by name, for optimisers that know nothing of sub-networks."""
+"""Sizes of a sub-network as named integers, for generic optimisers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from litgpt_whittle.subnet import SubNet, layer_sizes
 
 
 class Choices:
-    """What may be chosen in a space: whole numbers between two bounds, such as `n_embd` or `intermediate_size.3`.
+    """Parameters of a space: integers between two bounds, such as `n_embd` or `intermediate_size.3`.
 
-    Which layers are kept is one number of 0 or 1 for each, `layer.3`, or, where only the first or the best ones may be
-    kept, how many, `n_layer`. Which units are kept is no such choice.
+    Kept layers are encoded as one integer of 0 or 1 per layer, `layer.3`, or, if only the first or the best ones may be
+    kept, as their number, `n_layer`. The kept units are not encoded.
 
     Args:
         space: The space.
@@ -26,7 +26,7 @@ class Choices:
         self._keys = {_name(key): key for key in _keys(space)}
         grids = space.sizes.grids
         self.bounds = {name: (grids[size][0], grids[size][-1]) for name, (size, _) in self._keys.items()}
-        """The smallest and the largest number, by name"""
+        """Smallest and largest value, by name"""
         depths = grids["n_layer"]
         if len(depths) > 1 and space.sizes.layer_order is not None:
             self.bounds["n_layer"] = depths[0], depths[-1]
@@ -34,7 +34,7 @@ class Choices:
             self.bounds |= {f"layer.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
 
     def of(self, subnet: SubNet) -> dict[str, int]:
-        """A sub-network's numbers, all of them: a dropped layer has the sizes of the nearest kept one."""
+        """Return all parameters of a sub-network; a dropped layer gets the sizes of the nearest kept one."""
         every = tuple(range(self.space.teacher.n_layer))
         values = self.space.complete(self.space.sizes_of(subnet).values, every)
         numbers = {name: values[key] for name, key in self._keys.items()}
@@ -44,7 +44,7 @@ class Choices:
     def build(
         self, rng: np.random.Generator, numbers: Mapping[str, int], units_of: SubNet | None = None, exchange: float = 0
     ) -> SubNet:
-        """The sub-network whose sizes come as near to the numbers as the bin allows (see `Space.near`)."""
+        """Return the sub-network closest to the parameters within the bin (see `Space.near`)."""
         if "n_layer" in numbers:
             layers = sorted(self.space.sizes.layer_order[: numbers["n_layer"]])
         else:
@@ -58,7 +58,7 @@ def _name(key: Key) -> str:
 
 
 def _keys(space: Space) -> list[Key]:
-    """The sizes that may differ."""
+    """Return the keys of sizes with more than one value."""
     keys = []
     for name, grid in space.sizes.grids.items():
         if name == "n_layer" or len(grid) == 1:

@@ -1,4 +1,4 @@
-"""The evolutionary search of arXiv 2510.07227, with every candidate built into the bin instead of rejected into it."""
+"""The evolutionary search of arXiv 2510.07227, with candidates built within the bin instead of by rejection."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from litgpt_whittle.subnet import SubNet
 
 
 class Evolution(Generations):
-    """Keeps the best sub-networks, mutates and crosses them.
+    """Evolutionary search by mutation and crossover of the best sub-networks.
 
     Args:
-        population_size: Random sub-networks to start with.
-        elites: How many of the best so far are kept as parents.
-        n_offspring: New sub-networks per generation.
-        crossover_probability: How likely a child mixes two parents instead of mutating one.
-        mutation_probability: How likely each of a parent's choices (a size, a set of units, the layers) changes.
-        random_fraction: The share of each generation that is random, against settling too early.
+        population_size: Number of random sub-networks in the first generation.
+        elites: Number of best sub-networks to keep as parents.
+        n_offspring: Number of new sub-networks per generation.
+        crossover_probability: Probability that a child combines two parents instead of mutating one.
+        mutation_probability: Probability that a choice of the parent (a size, a set of units, the layers) changes.
+        random_fraction: Share of random sub-networks in each generation, against premature convergence.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class Evolution(Generations):
         self.random_fraction = random_fraction
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.parents: list[Scored] = []
         super().start(space, seed)
 
     @property
     def n_kept(self) -> int:
-        """The elites."""
+        """Return the number of elites."""
         return self.elites
 
     @property
     def generation_size(self) -> int:
-        """Random sub-networks first, then offspring."""
+        """Return the number of random sub-networks for the first generation, then of offspring."""
         return self.n_offspring if self.told else self.population_size
 
     def select(self, generation: list[Scored]) -> None:
-        """Keeps the best of parents and offspring as the next parents."""
+        """Keep the best of parents and offspring as the next parents."""
         ranked = sorted([*self.parents, *generation], key=lambda scored: scored.score)
         self.parents = [scored for scored in ranked if np.isfinite(scored.score)][: self.elites]
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A random sub-network in the first generation, later mostly a child of the best ones."""
+        """Propose a random sub-network in the first generation, later mostly a child of the best ones."""
         if not self.parents or rng.random() < self.random_fraction:
             return self.space.sample(rng)
         mother = self._parent(rng)

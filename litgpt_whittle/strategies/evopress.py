@@ -14,12 +14,15 @@ from litgpt_whittle.subnet import SubNet
 
 
 class EvoPress(Generations):
-    """Keeps one parent, whose offspring trade the size of one part for that of another, so that the budget stays met.
+    """Evolution of a single parent, whose offspring trade the size of one part for another, so that the budget is kept.
 
-    The paper selects offspring in steps of more and more tokens; a race (`litgpt_whittle.searching.racing`) does that
-    for any strategy, and is what makes this one cheap. Args: n_initial: Random sub-networks to start with, the best of
-    which becomes the first parent. n_children: Offspring per generation, λ. max_trades: Each offspring makes the
-    smaller of two random numbers of trades between 1 and this.
+    The paper selects offspring in stages with more and more tokens; racing (`litgpt_whittle.searching.racing`) does
+    that for any strategy, and makes this one cheap.
+
+    Args:
+        n_initial: Number of random sub-networks to start with, the best of which becomes the first parent.
+        n_children: Number of offspring per generation, λ.
+        max_trades: Maximum number of trades per offspring; the number is the smaller of two uniform draws from 1 up.
     """
 
     def __init__(self, n_initial: int = 32, n_children: int = 16, max_trades: int = 3) -> None:
@@ -29,23 +32,23 @@ class EvoPress(Generations):
         self.max_trades = max_trades
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.parent: Scored | None = None
         super().start(space, seed)
 
     @property
     def generation_size(self) -> int:
-        """Random sub-networks first, then offspring."""
+        """Return the number of random sub-networks for the first generation, then of offspring."""
         return self.n_children if self.told else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
-        """The best of offspring and parent is the next parent, an offspring where they are equal."""
+        """Select the best of offspring and parent as the next parent, an offspring in a tie."""
         candidates = [*generation, *([self.parent] if self.parent else [])]
         best = min(candidates, key=lambda scored: scored.score)
         self.parent = best if math.isfinite(best.score) else None
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """An offspring of the parent, a random sub-network while there is none."""
+        """Propose an offspring of the parent, or a random sub-network while there is none."""
         if self.parent is None:
             return self.space.sample(rng)
         child = self.parent.subnet

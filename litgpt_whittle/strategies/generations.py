@@ -1,4 +1,4 @@
-"""Strategies that go by generations: a new one begins when all candidates of the last one are told."""
+"""Base class of strategies with generations: the next one starts when all scores of the last one are reported."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from litgpt_whittle.subnet import SubNet
 
 
 class Generations(Strategy):
-    """Proposes a generation, waits for its scores, learns from them, and proposes the next one.
+    """Strategy that proposes a generation, waits for its scores, learns from them, and proposes the next one.
 
-    The candidates of a generation do not depend on each other's scores, so that they can be scored side by side. A
-    subclass sets up its own state before it calls `start` of this class.
+    The candidates of a generation do not depend on each other's scores, so they can be scored in parallel. A subclass
+    must initialise its own state before calling `start` of this class.
     """
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         super().start(space, seed)
         self._begins, self._ends = 0, self.generation_size
 
     @property
     @abstractmethod
     def generation_size(self) -> int:
-        """How many candidates the generation has that begins now."""
+        """Return the number of candidates in the next generation."""
 
     @abstractmethod
     def select(self, generation: list[Scored]) -> None:
-        """Learns from a generation, all of it told, in the order in which it was told."""
+        """Learn from a complete generation, in the order in which its scores were reported."""
 
     @property
     def ready(self) -> int:
-        """What is left of this generation; the next one needs all of its scores."""
+        """Return the number of remaining candidates of this generation; the next one needs all of its scores."""
         return self._ends - self.n_asked
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Takes the score of a candidate; the last one of a generation begins the next."""
+        """Report the score of a candidate; the last one of a generation starts the next."""
         super().tell(subnet, score, measures)
         if len(self.told) == self._ends:
             self.select(self.told[self._begins :])

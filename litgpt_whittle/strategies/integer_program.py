@@ -1,4 +1,4 @@
-"""Measure every layer's alternatives once and let an integer program combine them, the idea of Puzzle (2411.19146)."""
+"""Combine measured alternatives of every layer by an integer program, as in Puzzle (arXiv 2411.19146)."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.subnet import SubNet
 
 WHOLE = "teacher"
-"""The name of the measurement that all others are compared with"""
+"""Name of the measurement of the whole teacher, the reference of all others"""
 
 _NOISE = 0.05
-"""Standard deviation of a candidate's cost around the fitted one, relative to it"""
+"""Standard deviation of a candidate's cost around the fitted one, relative to the cost"""
 
 _COMMON = 2.0
-"""Prior standard deviation of the factor that all costs have in common"""
+"""Prior standard deviation of the common factor of all costs"""
 
 _LEAST = 0.02
-"""Costs below this share of the mean may be corrected by as much as one of this share"""
+"""Minimum scale of a cost's correction, as a share of the mean cost"""
 
 _TRIES = 20
-"""Combinations in a row that may turn out not to be admitted"""
+"""Maximum number of inadmissible combinations in a row before a random candidate is drawn instead"""
 
 
 class IntegerProgram(Generations):
-    """Combine the layers' alternatives that cost least, measured one by one, by an integer program; correct and repeat.
+    """Search by an integer program for the combination of layers' alternatives with the lowest total cost.
 
     Before the search, the teacher is scored with one alternative of one layer at a time: the layer dropped, or a share
-    of its units kept. The rise of the loss is the alternative's cost. The first candidate is the combination in the bin
-    with the lowest sum. True scores then correct the costs by ridge regression. Each further batch begins with the best
-    combination by the corrected costs; the others are the best ones by costs drawn from their posterior. Channels and
-    the size of heads stay whole.
+    of its units kept. The increase of the loss is the alternative's cost. The first candidate is the combination in the
+    bin with the lowest total cost. Scores of candidates then correct the costs by ridge regression. Each further batch
+    starts with the best combination by the corrected costs; the others are the best ones by costs drawn from their
+    posterior. Channels and head size are not cut.
 
     Args:
-        shares: Shares of a layer's neurons, heads or experts to offer, beside all of them.
-        batch_size: Candidates between two corrections, which can be scored side by side.
-        uncertainty: Standard deviation of the corrections, relative to the costs.
+        shares: Shares of a layer's neurons, heads or experts to offer, in addition to all of them.
+        batch_size: Candidates between two corrections, which can be scored in parallel.
+        uncertainty: Prior standard deviation of the corrections, relative to the costs.
     """
 
     needs_measurements = True
@@ -65,7 +65,7 @@ class IntegerProgram(Generations):
         self.batch_size, self.uncertainty = batch_size, uncertainty
 
     def start(self, space: Space, seed: int) -> None:
-        """Begin a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.alternatives = Alternatives(space, self.shares)
         self._program: Program | None = None
         self.base, self.costs = 0.0, np.zeros(len(self.alternatives.all))
@@ -77,18 +77,18 @@ class IntegerProgram(Generations):
 
     @property
     def program(self) -> Program:
-        """The integer program of the space."""
+        """Return the integer program of the space, built on first use."""
         if self._program is None:
             self._program = Program(self.alternatives)
         return self._program
 
     @property
     def generation_size(self) -> int:
-        """Candidates between two corrections."""
+        """Return the number of candidates between two corrections."""
         return self.batch_size
 
     def measurements(self, order: Order | None = None) -> dict[str, SubNet]:
-        """Return the whole teacher, and the teacher with each alternative alone.
+        """Return the whole teacher, and the teacher with each single alternative.
 
         Raises:
             UserError: If no combination of alternatives lies in the bin and within the limits.
@@ -102,7 +102,7 @@ class IntegerProgram(Generations):
         return {WHOLE: SubNet.full(self.space.teacher), **alone}
 
     def take_measurements(self, measured: Mapping[str, Scored]) -> None:
-        """Set the costs: rises of the loss above the whole teacher's. One that failed costs more than all others."""
+        """Set the costs to the increases of the loss over the whole teacher's; failures cost more than all others."""
         if not math.isfinite(measured[WHOLE].score):
             raise UserError("the whole teacher could not be scored, without which nothing has a cost; see the journal")
         self.base = _loss(measured[WHOLE])
@@ -114,11 +114,11 @@ class IntegerProgram(Generations):
         self._posterior = None
 
     def select(self, generation: list[Scored]) -> None:
-        """Correct the costs by all scores so far; done when they are needed next."""
+        """Mark the costs for correction by all scores so far, which the next proposal does."""
         self._is_new, self._posterior = True, None
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Return the best new combination; a random sub-network where there is none."""
+        """Propose the best new combination, or a random sub-network if there is none."""
         if self._posterior is None:
             self._posterior = self._fit()
         costs = self._posterior.mean if self._is_new else self._posterior.draw(rng)
@@ -137,7 +137,7 @@ class IntegerProgram(Generations):
         return self.space.n_params(subnet) in self.space.bin and self.space.admits(subnet)
 
     def _fit(self) -> _Posterior:
-        """Fit the costs to the scores of all generations that are complete."""
+        """Fit the costs to the scores of all complete generations."""
         told = [each for each in self.told[: self._begins] if math.isfinite(each.score)]
         for each in told:
             if each.subnet not in self._weights:
@@ -149,15 +149,15 @@ class IntegerProgram(Generations):
 
 
 class _Posterior:
-    """Costs of alternatives, corrected: a Gaussian process of linear functions, which is ridge regression.
+    """Posterior of the alternatives' costs under a Gaussian process of linear functions (ridge regression).
 
-    A cost is corrected by a factor that all have in common, since cuts rarely add up, and by a share of its own.
-    Candidates' costs are fitted relative to themselves, so that bad ones do not outweigh good ones.
+    All costs share a common factor, because costs of cuts rarely add up, and each has a correction of its own.
+    Residuals are relative to the candidates' costs, so that bad candidates do not outweigh good ones.
 
     Args:
         costs: Measured costs, shape (n_alternatives,).
-        weights: How much of each alternative candidates have, shape (n_candidates, n_alternatives).
-        rises: Their losses above the teacher's, shape (n_candidates,).
+        weights: Weight of each alternative in the candidates, shape (n_candidates, n_alternatives).
+        rises: The candidates' losses minus the teacher's, shape (n_candidates,).
         uncertainty: Prior standard deviation of the corrections, relative to the costs.
     """
 
@@ -177,11 +177,11 @@ class _Posterior:
 
     @property
     def mean(self) -> np.ndarray:
-        """The corrected costs."""
+        """Return the posterior mean of the costs."""
         return self._corrected(self.features.T @ (self.inverse @ (self.residuals / self.units)))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw costs that are as likely as the scores leave them; their common factor is the expected one."""
+        """Draw costs from the posterior, with the prior draw of the common factor fixed at its mean."""
         prior = rng.normal(size=self.features.shape[1])
         prior[-1] = 0.0
         noise = _NOISE * rng.normal(size=len(self.residuals))
@@ -189,19 +189,19 @@ class _Posterior:
         return self._corrected(prior + self.features.T @ (self.inverse @ missing))
 
     def _corrected(self, shares: np.ndarray) -> np.ndarray:
-        # the factor stays positive, or the worst combination would look best
+        # the factor must stay positive, or the worst combination would look best
         return self.costs * max(1.0 + _COMMON * shares[-1], 0.1) + self.scales * self.uncertainty * shares[:-1]
 
 
 def costs_of(measured: Mapping[str, Scored], alternatives: list[Alternative]) -> np.ndarray:
-    """Return the rise of the loss above the whole teacher's by each alternative, shape (n_alternatives,).
+    """Return the increase of the loss over the whole teacher's by each alternative, shape (n_alternatives,).
 
-    Infinite where an alternative could not be scored, or was not yet.
+    Infinite if an alternative failed or has not been scored yet.
     """
     base = _loss(measured[WHOLE])
     return np.array([_loss(measured[str(each)]) - base if str(each) in measured else math.inf for each in alternatives])
 
 
 def _loss(scored: Scored) -> float:
-    """Return the loss in nats per token where the fitness gives it, else the score."""
+    """Return the loss in nats per token if the fitness reports it, else the score; infinite after a failure."""
     return scored.measures.get("nll", scored.score) if math.isfinite(scored.score) else math.inf

@@ -1,4 +1,4 @@
-"""Hill climbing with restarts: the simplest search that learns from its scores."""
+"""Hill climbing with restarts, the simplest search that learns from its scores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from litgpt_whittle.subnet import SubNet
 
 
 class LocalSearch(Generations):
-    """Mutates the best sub-network of this climb, moves on when a mutated one is as good, and starts anew when stuck.
+    """Hill climbing: move to a mutation of the current sub-network if it is at least as good, and restart when stuck.
 
     Args:
-        n_starts: Random sub-networks at the start of each climb, which begins at the best of them.
-        n_neighbours: Mutated sub-networks per step; more can be scored side by side, fewer climb faster.
-        patience: Neighbours in a row without a better one after which a new climb starts.
-        mutation_probability: How likely each choice (a size, a set of units, the layers) changes; at least one does.
+        n_starts: Random sub-networks at the start of each climb, which starts at the best of them.
+        n_neighbours: Mutations per step; more allow more parallel scoring, fewer climb faster.
+        patience: Number of neighbours in a row without an improvement before a restart.
+        mutation_probability: Probability that a choice (a size, a set of units, the layers) changes; at least one does.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LocalSearch(Generations):
         self.mutation_probability = mutation_probability
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self._restart()
         super().start(space, seed)
 
@@ -44,11 +44,11 @@ class LocalSearch(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Random sub-networks at the start of a climb, then neighbours."""
+        """Return the number of random sub-networks at the start of a climb, then of neighbours."""
         return self.n_starts if self.at is None else self.n_neighbours
 
     def select(self, generation: list[Scored]) -> None:
-        """Moves to the best neighbour unless it is worse; gives up the climb when the patience is over."""
+        """Move to the best neighbour unless it is worse; restart when the patience is exhausted."""
         found = min(generation, key=lambda scored: scored.score)
         height = math.inf if self.at is None else self.at.score
         self.n_in_vain = 0 if found.score < height else self.n_in_vain + len(generation)
@@ -58,7 +58,7 @@ class LocalSearch(Generations):
             self._restart()
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A neighbour of where the climb is, a random sub-network at its start."""
+        """Propose a neighbour of the current sub-network, or a random one at the start of a climb."""
         if self.at is None:
             return self.space.sample(rng)
         return self.space.mutate(rng, self.at.subnet, self.mutation_probability)

@@ -1,4 +1,4 @@
-"""NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017): several objectives at once, sorted by pymoo."""
+"""Multi-objective search by NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), with non-dominated sorting by pymoo."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from litgpt_whittle.subnet import SubNet
 
 
 class NSGA2(Generations):
-    """Looks for sub-networks that no other one beats in all objectives, spread along the front of those.
+    """NSGA-II: search for non-dominated sub-networks, spread along the Pareto front.
 
     Args:
-        objectives: What to minimise: `score` for the fitness, and measures by their names, such as `n_params`.
-        population_size: Sub-networks per generation, and parents kept.
-        crossover_probability: How likely a child mixes two parents instead of mutating one.
-        mutation_probability: How likely each of a parent's choices (a size, a set of units, the layers) changes.
+        objectives: Objectives to minimise: `score` for the fitness, and measures by name, such as `n_params`.
+        population_size: Number of sub-networks per generation, and of parents.
+        crossover_probability: Probability that a child combines two parents instead of mutating one.
+        mutation_probability: Probability that a choice of the parent (a size, a set of units, the layers) changes.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class NSGA2(Generations):
     n_kept = None
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.parents: list[Scored] = []
         super().start(space, seed)
 
     @property
     def generation_size(self) -> int:
-        """As many as there are parents."""
+        """Return the population size."""
         return self.population_size
 
     @property
     def front(self) -> list[Scored]:
-        """The told sub-networks that no other one beats in all objectives, in the order in which they were told."""
+        """Return the non-dominated sub-networks in the order in which they were reported."""
         from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
         pool = self._successful(self.told)
@@ -66,7 +66,7 @@ class NSGA2(Generations):
         return [pool[i] for i in sorted(best)]
 
     def select(self, generation: list[Scored]) -> None:
-        """Keeps those of the first fronts as parents, the least crowded first within each front."""
+        """Keep the first fronts as parents, the least crowded first within each front."""
         from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
         from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
@@ -80,7 +80,7 @@ class NSGA2(Generations):
         self.parents = [pool[i] for i in ranked[: self.population_size]]
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A child of parents that each won a tournament of two, a random sub-network in the first generation."""
+        """Propose a child of parents chosen by binary tournaments, or a random sub-network in the first generation."""
         if not self.parents:
             return self.space.sample(rng)
         child = mother = self._parent(rng)
@@ -89,15 +89,15 @@ class NSGA2(Generations):
         return child if child not in self._asked else self.space.mutate(rng, child, self.mutation_probability)
 
     def _parent(self, rng: np.random.Generator) -> SubNet:
-        # the parents are sorted, so that of two the earlier one wins
+        # binary tournament: the parents are sorted, so the smaller index wins
         return self.parents[int(rng.integers(len(self.parents), size=2).min())].subnet
 
     def _successful(self, scored: list[Scored]) -> list[Scored]:
-        """Those that have a finite score and finite objectives."""
+        """Return those with a finite score and finite objectives."""
         return [one for one in scored if math.isfinite(one.score) and np.isfinite(self._values([one])).all()]
 
     def _values(self, scored: list[Scored]) -> np.ndarray:
-        """The objectives, shape (n, n_objectives)."""
+        """Return the objectives, shape (n, n_objectives)."""
         known = [{**one.measures, "score": one.score} for one in scored]
         for name in self.objectives:
             if any(name not in measures for measures in known):

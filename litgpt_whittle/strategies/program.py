@@ -1,7 +1,8 @@
-"""The integer program that finds the cheapest combination of layers' alternatives within a bin and its limits.
+"""Integer program for the cheapest combination of layers' alternatives within a bin and its limits.
 
-One binary variable for each set of sizes of a layer's attention, one for each of its MLP, and one for dropping it.
-What all layers share (experts; in uniform spaces every size) has a variable for each level, which bounds the layers'.
+A layer has one binary variable for each set of sizes of its attention, one for each of its MLP, and one for dropping
+it. Sizes shared by all layers (experts; in uniform spaces every size) have a variable per level, which bounds the
+layers' variables.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from litgpt_whittle.spaces.sizes import ATTENTION, EVERY
 from litgpt_whittle.subnet import SubNet
 
 N_NODES = 20_000
-"""Nodes of branch and bound to visit; a limit on time would make the result depend on the machine"""
+"""Node limit of branch and bound; a time limit would make the result depend on the machine"""
 
 _MAGNITUDE = 1e4
-"""Largest coefficient of a row after scaling: the solver's tolerance is 1e-6, far below one parameter then"""
+"""Largest coefficient of a row after scaling, so that the solver's tolerance of 1e-6 is far below one parameter"""
 
 Part = tuple[int, tuple[str, ...]]
-"""A layer and the names of sizes that are chosen together: its attention's or its MLP's"""
+"""A layer, and the names of sizes that are chosen together: those of its attention or its MLP"""
 
 Row = dict[int, float]
-"""Coefficients by variable"""
+"""Coefficients of a constraint by variable"""
 
 
 class Program:
-    """Choose the combination of alternatives with the lowest total cost.
+    """Solver for the combination of alternatives with the lowest total cost.
 
     Args:
-        alternatives: The alternatives of a space, whose bin and limits in closed form a combination keeps to.
+        alternatives: Alternatives of a space; solutions are within its bin and its limits in closed form.
     """
 
     def __init__(self, alternatives: Alternatives) -> None:
@@ -45,7 +46,7 @@ class Program:
         self.n = 0
         self.dropped = {layer: self._new() for layer in sorted(alternatives.droppable)}
         self.parts: dict[Part, dict[tuple[int, ...], int]] = {}
-        """The variable of each combination of sizes, by part"""
+        """Variable of each combination of sizes, by part"""
         for layer, sizes in enumerate(alternatives.sizes):
             for names in (ATTENTION, tuple(name for name in sizes if name not in ATTENTION)):
                 levels = itertools.product(*(alternatives.levels[name] for name in names))
@@ -58,18 +59,18 @@ class Program:
         self.costs = self._cost_matrix()
 
     def solve(self, costs: np.ndarray, others: Sequence[Sequence[LayerChoice]] = ()) -> list[LayerChoice] | None:
-        """Return the cheapest combination, or None where there is none or it was not found.
+        """Return the cheapest combination, or None if there is none or the solver found none.
 
         Args:
-            costs: The cost of each alternative, shape (n_alternatives,).
-            others: Combinations to differ from.
+            costs: Cost of each alternative, shape (n_alternatives,).
+            others: Combinations to exclude.
 
         Returns:
-            The sizes of each of the teacher's layers, None for one that is dropped.
+            The sizes of each of the teacher's layers, None for a dropped one.
         """
         objective = self.costs @ costs
         largest = abs(objective).max(initial=0.0) or 1.0
-        # rounded, so that the last bits of a fit, which depend on the number of threads, decide nothing
+        # rounded, so that the last bits of a fit, which depend on the number of threads, do not affect the solution
         objective = np.round(objective / largest, 9)
         rows = [*self.rows, *map(self._cut, others)]
         at = [(i, j, value) for i, (row, _, _) in enumerate(rows) for j, value in row.items()]
@@ -100,7 +101,7 @@ class Program:
         return choices
 
     def _cut(self, choices: Sequence[LayerChoice]) -> tuple[Row, float, float]:
-        """Return the row that excludes a combination."""
+        """Return the constraint that excludes a combination (no-good cut)."""
         row: Row = {}
         for (layer, names), variables in self.parts.items():
             choice = choices[layer]
@@ -108,17 +109,17 @@ class Program:
             row[variable] = row.get(variable, 0) + 1
         return row, -math.inf, len(self.parts) - 1
 
-    # rows -------------------------------------------------------------------------------------------------------------
+    # constraints ------------------------------------------------------------------------------------------------------
 
     def _choose_one(self) -> None:
-        """Each part of a layer has one combination of sizes, unless the layer is dropped."""
+        """Constrain each part of a layer to one combination of sizes, unless the layer is dropped."""
         for (layer, _), variables in self.parts.items():
             row = dict.fromkeys(variables.values(), 1.0)
             row |= {self.dropped[layer]: 1.0} if layer in self.dropped else {}
             self.rows.append((row, 1, 1))
 
     def _share_levels(self) -> dict[Alternative, int]:
-        """Layers have the same size of what they share; return the variable of each level."""
+        """Constrain layers to the same level of each shared size; return the variable of each level."""
         names = self.alternatives.levels if not self.space.is_layerwise else ["n_expert"]
         shared: dict[Alternative, int] = {}
         for name in names:
@@ -133,7 +134,7 @@ class Program:
         return shared
 
     def _bound_depth(self) -> None:
-        """The number of layers is one of the space's, and layers go in the space's order where it has one."""
+        """Constrain the number of layers to the space's, and dropped layers to the space's order if it has one."""
         grid, order = self.space.sizes.grids["n_layer"], self.space.sizes.layer_order
         if not self.dropped:
             return
@@ -148,7 +149,7 @@ class Program:
         self.rows += [({first: 1.0, second: -1.0}, -math.inf, 0) for first, second in zip(own, own[1:])]
 
     def _bound_quantities(self) -> None:
-        """The parameters lie in the bin, other costs in closed form within their limits."""
+        """Constrain the parameters to the bin, and other costs in closed form to their limits."""
         limits = self.space.limits
         ranges = {"n_params": (self.space.bin.lo, self.space.bin.hi)}
         ranges |= {name: bounds for name, bounds in limits.ranges.items() if not MEASURES[name].is_timed}
@@ -163,9 +164,9 @@ class Program:
             self.rows.append((row, scale * (lo - outside[k]), scale * (hi - outside[k])))
 
     def _quantities(self, names: Sequence[str]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Return costs outside of the layers, and those that each variable adds, each of shape (n_names,).
+        """Return the costs outside of the layers, and the costs that each variable adds, each of shape (n_names,).
 
-        They are differences of what the measures give for sub-networks of one layer.
+        Computed as differences between the costs of sub-networks with one or two layers.
         """
         teacher = self.alternatives.teacher
 
@@ -181,14 +182,14 @@ class Program:
         added: dict[int, np.ndarray] = {}
         for (layer, part), variables in self.parts.items():
             whole = measured([layer], {})
-            # a layer's own cost without units counts once, with its attention
+            # the constant part of a layer's cost is counted once, with its attention
             rest = whole - outside if part == ATTENTION else 0.0
             for values, variable in variables.items():
                 added[variable] = measured([layer], dict(zip(part, values))) - whole + rest
         return outside, added
 
     def _cost_matrix(self) -> csr_array:
-        """Return which alternatives each variable stands for, shape (n_variables, n_alternatives)."""
+        """Return the incidence matrix of variables and alternatives, shape (n_variables, n_alternatives)."""
         index, entries = self.alternatives.index, []
         for layer, variable in self.dropped.items():
             entries.append((variable, index[Alternative(layer, DROPPED, 0)]))

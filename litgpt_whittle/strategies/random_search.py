@@ -1,4 +1,4 @@
-"""Random search: the baseline that every other strategy has to beat."""
+"""Random search, the baseline for all other strategies."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from litgpt_whittle.subnet import SubNet
 
 
 class RandomSearch(Strategy):
-    """Tries random sub-networks."""
+    """Random sub-networks."""
 
     def __init__(self) -> None:
         pass
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A random sub-network."""
+        """Propose a random sub-network."""
         return self.space.sample(rng)

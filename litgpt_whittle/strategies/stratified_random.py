@@ -1,4 +1,4 @@
-"""Random search that is even over the bin, which `Space.sample` need not be."""
+"""Random search with parameter counts spread evenly over the bin, unlike `Space.sample`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from litgpt_whittle.subnet import SubNet
 
 
 class StratifiedRandom(Strategy):
-    """Tries random sub-networks of all sizes: the bin is cut into strata, and each round takes one from every stratum.
+    """Random sub-networks of all sizes, one from every stratum of the bin in turn.
 
     Args:
-        n_strata: How many equal parts the bin is cut into; parts in which no sub-network lies are passed over.
+        n_strata: Number of equal parts of the bin; parts without sub-networks are skipped.
     """
 
     def __init__(self, n_strata: int = 10) -> None:
@@ -22,10 +22,10 @@ class StratifiedRandom(Strategy):
         self.n_strata = n_strata
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         super().start(space, seed)
         self.strata = space.split(self.n_strata)
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A random sub-network of the next stratum."""
+        """Propose a random sub-network of the next stratum."""
         return self.strata[self.n_asked % len(self.strata)].sample(rng)

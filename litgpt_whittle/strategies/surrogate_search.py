@@ -1,7 +1,7 @@
-"""Any strategy with a surrogate in front of it, so that fewer candidates need be evaluated.
+"""Wrappers that combine any strategy with a surrogate to reduce the number of evaluations.
 
-The two uses of *Transferrable surrogates in expressive NAS spaces* (2025): candidates that are predicted to be bad are
-never evaluated, or the search itself runs on predictions. Both keep to the contract of a strategy.
+Both uses are from *Transferrable surrogates in expressive NAS spaces* (2025): candidates with bad predictions are not
+evaluated, or the search itself runs on predictions. Both implement the interface of a strategy.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 
 _LEAST_GROWTH = 10
-"""Evaluations between two fits of a filter at least"""
+"""Minimum number of evaluations between two fits of a filter"""
 
 _AT_A_TIME = 100
-"""Candidates of a search on predictions that are predicted at a time, as far as its strategy allows"""
+"""Maximum number of candidates per prediction batch in a search on predictions"""
 
 
 def with_surrogate(
     strategy: Strategy, args: SurrogateArgs, teacher: Config, ranking: Ranking | None = None, seed: int = 42
 ) -> tuple[Strategy, dict[str, Any]]:
-    """Puts a surrogate in front of a strategy, where one is asked for.
+    """Combine a strategy with a surrogate if the settings request one.
 
     Args:
         strategy: The strategy.
-        args: Which surrogate, and what for.
-        teacher: Whose sub-networks are searched.
-        ranking: The teacher's ranking, if the search goes by one.
-        seed: The search's seed.
+        args: Settings of the surrogate.
+        teacher: The teacher's config.
+        ranking: The teacher's ranking, if the search uses one.
+        seed: Seed of the search.
 
     Returns:
-        The strategy with the surrogate, and what the search depends on by it: nothing, where none is asked for.
+        The strategy, with the surrogate if requested, and the surrogate's settings that determine the search; empty
+        without a surrogate.
 
     Raises:
-        UserError: If there is no such surrogate, or nothing to learn from where there should be.
+        UserError: If the surrogate is unknown, the strategy needs measurements, or the files to learn from are invalid.
     """
     if args.mode == "none":
         return strategy, {}
@@ -79,15 +80,15 @@ def with_surrogate(
 
 
 class SurrogateSearch(Generations):
-    """A strategy with a surrogate: the surrogate is fitted between generations, and stays the same within them.
+    """A strategy with a surrogate, which is fitted between generations and constant within them.
 
-    Before it can predict, this is the strategy itself.
+    The strategy's own proposals are used until the surrogate can predict.
 
     Args:
         strategy: The strategy.
-        surrogate: What predicts, fitted or not.
-        n_initial: Evaluations before the surrogate is fitted first.
-        optimism: How many standard deviations better than expected candidates are taken to be.
+        surrogate: The surrogate, fitted or not.
+        n_initial: Evaluations before the first fit of the surrogate.
+        optimism: κ in the lower confidence bound μ − κσ.
     """
 
     def __init__(self, strategy: Strategy, surrogate: Surrogate, n_initial: int, optimism: float) -> None:
@@ -96,58 +97,59 @@ class SurrogateSearch(Generations):
         self.objectives, self.n_kept = strategy.objectives, strategy.n_kept
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
-        # what was given stays as it is, so that it can be given to another search too
+        """Start a new search and discard any earlier state."""
+        # copies, so that the arguments can be reused for another search
         self.inner, self.predictor = copy.deepcopy(self.strategy), self.surrogate.anew()
         self._is_stale = False
         super().start(space, seed)
         self.inner.start(space, seed)
-        self.inner._asked = self._asked  # its candidates are those that are asked for here
+        self.inner._asked = self._asked  # both share one set of proposed candidates
 
     def select(self, generation: list[Scored]) -> None:
-        """There is more to learn from; done when it is needed next."""
+        """Mark the surrogate for a new fit, which the next proposal does."""
         self._is_stale = True
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """What the surrogate prefers; what the strategy proposes while there is no surrogate."""
+        """Propose the surrogate's preferred candidate, or the strategy's while the surrogate is not fitted."""
         self.fit()
         return self.prefer(rng) if self.predictor.is_fitted else self.inner.propose(rng)
 
     @abstractmethod
     def prefer(self, rng: np.random.Generator) -> SubNet:
-        """A candidate that is predicted to be good."""
+        """Return a candidate with a good prediction."""
 
     def fit(self) -> None:
-        """Fits the surrogate on all that was told, unless it is already."""
+        """Fit the surrogate to all reported scores, unless it is up to date."""
         if self._is_stale:
             self.predictor.fit([scored.subnet for scored in self.told], [scored.score for scored in self.told])
             self._is_stale = False
 
     def save(self, folder: Path) -> None:
-        """Writes the surrogate, fitted on all that was told, if it is of a kind that is worth it."""
+        """Save the surrogate, fitted to all reported scores, if its regressor supports saving."""
         self.fit()
         if self.predictor.is_fitted:
             self.predictor.save(folder)
 
     def expects(self, subnet: SubNet) -> dict[str, float]:
-        """The predicted score, where there is a prediction."""
+        """Return the predicted score, if the surrogate is fitted."""
         if not self.predictor.is_fitted:
             return {}
         return {"predicted": float(self.predictor.predict([subnet])[0])}
 
 
 class Filter(SurrogateSearch):
-    """The strategy proposes several candidates for each one that is evaluated: the one with the best prediction.
+    """Strategy whose proposals are filtered: only the best of several, by prediction, is evaluated.
 
-    The strategy is told the evaluated ones alone. A strategy of several objectives is filtered by the score.
+    Only scores of evaluated candidates are reported to the strategy. With several objectives, the filter uses the
+    score.
 
     Args:
         strategy: The strategy.
-        surrogate: What predicts.
-        n_initial: Evaluations before the surrogate is fitted first.
-        n_proposals: Candidates proposed for each one evaluated.
-        refit: The share by which the evaluations grow until the surrogate is fitted anew.
-        optimism: How many standard deviations better than expected candidates are taken to be.
+        surrogate: The surrogate.
+        n_initial: Evaluations before the first fit of the surrogate.
+        n_proposals: Candidates proposed per evaluation.
+        refit: Relative growth of the number of evaluations between two fits.
+        optimism: κ in the lower confidence bound μ − κσ.
     """
 
     def __init__(
@@ -165,16 +167,16 @@ class Filter(SurrogateSearch):
 
     @property
     def generation_size(self) -> int:
-        """A number of evaluations that grows with how many there are, so that fitting does not take over."""
+        """Return the number of evaluations between two fits, which grows with their total to limit the cost of fits."""
         return max(math.ceil(self.refit * len(self.told)), _LEAST_GROWTH) if self.told else self.n_initial
 
     @property
     def ready(self) -> int:
-        """What is left until the surrogate is fitted or the strategy wants to be told."""
+        """Return the number of candidates until the next fit, or until the strategy needs pending scores."""
         return min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
-        """The best one of several proposals."""
+        """Return the best of several proposals, by prediction."""
         proposals = list(dict.fromkeys(self.inner.propose(rng) for _ in range(self.n_proposals)))
         new = [subnet for subnet in proposals if subnet not in self._asked and self.space.admits(subnet)]
         if not new:
@@ -182,24 +184,24 @@ class Filter(SurrogateSearch):
         return new[int(self.predictor.predict(new, self.optimism).argmin())]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Takes the score of a candidate, for the strategy too."""
+        """Report the score of a candidate, also to the strategy."""
         self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)
 
 
 class OnPredictions(SurrogateSearch):
-    """The strategy searches on predictions, the best few candidates are evaluated and learnt from, and so on.
+    """Strategy that alternates between a search on predictions and evaluations of the best candidates found.
 
     Args:
-        strategy: The strategy, which begins anew each time.
-        surrogate: What predicts.
-        n_initial: Evaluations before the surrogate is fitted first; what the strategy proposes with nothing told.
+        strategy: The strategy, which starts from scratch in each search on predictions.
+        surrogate: The surrogate.
+        n_initial: Evaluations before the first fit of the surrogate, proposed by the strategy.
         n_inner: Predictions per search.
-        n_evaluated: How many of the best are then evaluated.
-        optimism: How many standard deviations better than expected candidates are taken to be.
+        n_evaluated: Candidates to evaluate after each search.
+        optimism: κ in the lower confidence bound μ − κσ.
 
     Raises:
-        UserError: If the strategy minimises something that cannot be told of predicted candidates.
+        UserError: If the strategy has objectives other than the score and the number of parameters.
     """
 
     def __init__(
@@ -221,29 +223,29 @@ class OnPredictions(SurrogateSearch):
             )
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self._queue: list[SubNet] = []
         self._queue_for = -1
         super().start(space, seed)
 
     @property
     def generation_size(self) -> int:
-        """The first ones, then what each search on predictions brings."""
+        """Return the number of initial evaluations, then of evaluations per search on predictions."""
         return self.n_evaluated if self.told or self.predictor.is_fitted else self.n_initial
 
     @property
     def ready(self) -> int:
-        """What is left of this generation, and of the strategy's own, while candidates are its own."""
+        """Return the number of remaining candidates; before the first fit, the strategy's own number limits it too."""
         return super().ready if self.predictor.is_fitted else min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
-        """The next one of the best of a search on predictions; a random one when it brought too few."""
+        """Return the next of the best candidates of a search on predictions; a random one if there are too few."""
         if self._queue_for != self._begins:
             self._queue, self._queue_for = self._search(int(rng.integers(2**31))), self._begins
         return next((subnet for subnet in self._queue if subnet not in self._asked), None) or self.space.sample(rng)
 
     def _search(self, seed: int) -> list[SubNet]:
-        """The best sub-networks, by prediction, that a search finds and that were not asked for yet."""
+        """Search on predictions and return the best sub-networks that were not proposed before."""
         strategy = copy.deepcopy(self.strategy)
         strategy.start(self.space, seed)
         while len(strategy.told) < self.n_inner:
@@ -256,7 +258,7 @@ class OnPredictions(SurrogateSearch):
         return [scored.subnet for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Takes the score of a candidate; the strategy is told those that were its own."""
+        """Report the score of a candidate, also to the strategy before the first fit."""
         if not self.predictor.is_fitted:
             self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)

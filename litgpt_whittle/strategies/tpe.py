@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator (Bergstra et al. 2011), modelled by optuna."""
+"""The tree-structured Parzen estimator (Bergstra et al. 2011), implemented by optuna."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from litgpt_whittle.subnet import SubNet
 
 
 class TPE(Generations):
-    """Models which sizes good sub-networks have and which others do, and tries what is likelier of the good ones.
+    """TPE: models of the densities of good and of other sub-networks' sizes, whose ratio the proposals maximise.
 
-    Each proposal is the best sub-network with a few choices, drawn by lot, made by the model: proposals in which all of
-    them change are hardly ever good where every layer has its own. Its numbers are brought into the bin, and the model
-    learns from what came out. It knows sizes and layers, not which units are kept: those are the best one's, a few of
-    them exchanged.
+    Each proposal is the best sub-network so far with a few random parameters sampled from the model: proposals that
+    change all of them are rarely good if every layer has its own. The result is adjusted to the bin, and the model
+    learns from the adjusted sizes. It models sizes and layers, not the kept units: those are the best sub-network's, a
+    few of them exchanged.
 
     Args:
-        n_initial: Random sub-networks to start with.
-        batch_size: Sub-networks proposed from one state of the model; more can be scored side by side, fewer learn
-            faster.
-        n_modelled: How many choices (sizes, whether a layer is kept) the model makes in each proposal.
-        n_ei_candidates: Draws from the model for each proposal, of which it takes the most promising.
-        exchange_probability: How likely some units of each set are exchanged for others.
+        n_initial: Number of random sub-networks to start with.
+        batch_size: Sub-networks per update of the model; more allow more parallel scoring, fewer learn faster.
+        n_modelled: Number of parameters (sizes, kept layers) to sample from the model per proposal.
+        n_ei_candidates: Samples from the model per proposal, of which the most promising is taken.
+        exchange_probability: Probability that some units of a set are exchanged for others.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class TPE(Generations):
         self.exchange_probability = exchange_probability
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         import optuna
 
         self.choices = Choices(space)
@@ -60,7 +59,7 @@ class TPE(Generations):
             name: optuna.distributions.IntDistribution(lo, hi) for name, (lo, hi) in self.choices.bounds.items()
         }
         verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # silences the message about the new study
         self._study = optuna.create_study()
         optuna.logging.set_verbosity(verbosity)
         self._best: SubNet | None = None
@@ -68,11 +67,11 @@ class TPE(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Random sub-networks first, then batches."""
+        """Return the number of random sub-networks for the first generation, then the batch size."""
         return self.batch_size if self.told else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
-        """Shows the model the sizes that came out."""
+        """Add the sub-networks' sizes and scores to the model."""
         import optuna
 
         for subnet, score, _ in generation:
@@ -81,23 +80,23 @@ class TPE(Generations):
                 trial = optuna.trial.create_trial(params=numbers, distributions=self._distributions, value=score)
                 self._study.add_trial(trial)
         if self.best is not None:
-            self._best = self.best.subnet  # of whole generations, however many candidates are asked for at a time
+            self._best = self.best.subnet  # of complete generations only, whatever the batch sizes of `ask`
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """The best sub-network with some of the model's choices; a random one at first."""
+        """Propose the best sub-network with some parameters from the model; at first a random one."""
         if self._best is None:
             return self.space.sample(rng)
         numbers = self.choices.of(self._best) | self._promising(rng)
         return self.choices.build(rng, numbers, self._best, self.exchange_probability)
 
     def _promising(self, rng: np.random.Generator) -> dict[str, int]:
-        """The model's choices under some of the names."""
+        """Sample some randomly chosen parameters from the model."""
         import optuna
 
         names = rng.permutation(sorted(self._distributions))[: self.n_modelled].tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # a new one each time, so that nothing but the seed and the scores matters
+            # a new sampler each time, so that the result depends only on the seed and the scores
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=0,
                 n_ei_candidates=self.n_ei_candidates,
@@ -105,5 +104,5 @@ class TPE(Generations):
                 multivariate=True,
                 constant_liar=False,
             )
-        trial = optuna.trial.create_trial(value=0.0)  # asked for, but not looked at
+        trial = optuna.trial.create_trial(value=0.0)  # a required argument that the sampler does not use
         return sampler.sample_relative(self._study, trial, {name: self._distributions[name] for name in names})

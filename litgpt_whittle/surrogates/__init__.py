@@ -1,4 +1,4 @@
-"""Regressors behind surrogates, found through the entry-point group `litgpt_whittle.surrogates`, ours like anyone's."""
+"""Regressors of surrogates; built-in and third-party ones register in the group `litgpt_whittle.surrogates`."""
 
 from litgpt_whittle.surrogates.base import Regressor
 

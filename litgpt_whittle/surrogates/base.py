@@ -1,4 +1,4 @@
-"""What every regressor behind a surrogate is: it reads sub-networks, is fitted on some, and predicts others."""
+"""Base class of a surrogate's regressors."""
 
 from __future__ import annotations
 
@@ -16,56 +16,57 @@ from litgpt_whittle.surrogates.features import Choice
 
 
 class Regressor(ABC):
-    """Learns numbers that go with sub-networks.
+    """Regressor of numeric targets from sub-networks.
 
-    What is read of a sub-network is up to it, but must be plain numbers or text that mean the same in any teacher. It
-    must be deterministic: its predictions follow from the settings, the seed and what it was fitted on.
+    The encoding of a sub-network is up to the subclass, but must consist of plain numbers or text that mean the same
+    for any teacher. Predictions must be deterministic: they depend only on the settings, the seed and the training
+    examples.
 
     Args:
         args: The settings.
 
     Raises:
-        UserError: If they are not enough to go by.
+        UserError: If the settings are incomplete.
     """
 
     n_folds: int = 5
-    """How many times it is fitted to find out how well it predicts what it has not seen"""
+    """Number of folds of the cross-validation that measures held-out accuracy"""
 
     def __init__(self, args: SurrogateArgs) -> None:
         self.args = args
 
     @abstractmethod
     def read(self, teacher: Config, choices: Sequence[Choice], ranking: Ranking | None = None) -> list[Any]:
-        """What it needs to know of each sub-network.
+        """Encode each sub-network.
 
         Args:
-            teacher: Whose sub-networks they are.
-            choices: The sub-networks.
+            teacher: Config of the teacher.
+            choices: The teacher's sub-networks.
             ranking: The teacher's ranking, if there is one.
         """
 
     @abstractmethod
     def fit(self, known: Sequence[Any], targets: np.ndarray, seed: int) -> None:
-        """Learns anew, forgetting what it was fitted on before.
+        """Fit the regressor from scratch and discard any earlier fit.
 
         Args:
-            known: What `read` gave, of any teachers.
-            targets: What to predict, of about zero mean and unit variance, shape (n,).
-            seed: Where all randomness comes from.
+            known: Encodings from `read`, possibly of several teachers.
+            targets: Targets of about zero mean and unit variance, shape (n,).
+            seed: Seed of all randomness.
         """
 
     @abstractmethod
     def predict(self, unknown: Sequence[Any]) -> np.ndarray:
-        """Predicts for what `read` gave, shape (n,)."""
+        """Predict the targets of encodings from `read`, shape (n,)."""
 
     def deviation(self, unknown: Sequence[Any]) -> np.ndarray:
-        """How far off each prediction may be, as a standard deviation, shape (n,); 0 where nothing is known of that."""
+        """Return the standard deviation of each prediction, shape (n,); 0 if unknown."""
         return np.zeros(len(unknown))
 
     def save(self, folder: Path) -> bool:
-        """Writes what it has learnt, in files that hold no code, where a journal does not bring it back soon enough.
+        """Save the fitted regressor in files without code, if fitting it again from a journal would take long.
 
         Returns:
-            Whether anything was written.
+            True if anything was saved.
         """
         return False

@@ -1,8 +1,8 @@
-"""Numbers that describe a sub-network, for regressors that predict how good it is.
+"""Numeric features of a sub-network, for regressors that predict its score.
 
-GRAF's idea (arXiv 2404.16551): properties of the network itself, cheap and plain to read. Shares and relative depths
-instead of counts and indices, so that what was learnt in one teacher says something about another. Where the teacher's
-units were ranked (`litgpt rank`), the shares of their scores that are kept are added: the zero-cost proxies.
+As in GRAF (arXiv 2404.16551), features are properties of the architecture, cheap and interpretable. They are shares and
+relative depths instead of counts and indices, so that a regressor transfers between teachers. With a ranking of the
+teacher's units (`litgpt rank`), the kept shares of their scores are added as zero-cost proxies.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from litgpt_whittle.spaces.sizes import SizeSpace, multi_affine
 from litgpt_whittle.subnet import FIELDS, PER_LAYER, SubNet, experts_of, layer_sizes
 
 N_PARTS = 8
-"""Parts of equal depth that any teacher is divided into, for features of where something is kept"""
+"""Number of parts of equal depth that any teacher is divided into, for features by depth"""
 
 Choice = SubNet | Mapping[str, Any]
-"""A sub-network, or what `SubNet.to_dict` gives of it, of which nothing needs to be made"""
+"""A sub-network, or the output of `SubNet.to_dict`, which is faster to read than to build"""
 
 Units = int | np.ndarray
-"""Kept units: the first n, or runs of them as `Keep.ranges` gives them"""
+"""Kept units: the first n, or ranges as returned by `litgpt_whittle.keep.ranges`"""
 
 
 @dataclass
 class Read:
-    """What sub-networks keep in every layer of the teacher; nothing in the layers that they drop."""
+    """Sizes of n sub-networks in every layer of the teacher; 0 in dropped layers."""
 
     n_embd: np.ndarray
     """Channels, shape (n,)"""
     head_size: np.ndarray
     """Dimensions of a head, shape (n,)"""
     is_kept: np.ndarray
-    """Which layers are kept, bool, shape (n, n_layer)"""
+    """Mask of kept layers, bool, shape (n, n_layer)"""
     sizes: dict[str, np.ndarray]
-    """The other fields' sizes, each of shape (n, n_layer)"""
+    """Sizes of the other fields, each of shape (n, n_layer)"""
     masses: dict[str, np.ndarray]
-    """Shares of importance scores, by metric and field, each of shape (n,)"""
+    """Kept shares of importance scores, by metric and field, each of shape (n,)"""
 
 
 class Features:
-    """Describes the sub-networks of a teacher by numbers.
+    """Numeric features of a teacher's sub-networks.
 
     Args:
         teacher: The teacher's config.
-        ranking: The teacher's ranking; the shares of its scores that are kept become features too.
+        ranking: The teacher's ranking; adds the kept shares of its scores as features.
     """
 
     def __init__(self, teacher: Config, ranking: Ranking | None = None) -> None:
         self.teacher = teacher
         self._limits = [layer_sizes(teacher, layer) for layer in range(teacher.n_layer)]
-        # layers have either the one or the other
+        # a layer has only one of the two
         widths = [own.get("moe_intermediate_size", own.get("intermediate_size")) for own in self._limits]
         self._widths = np.array(widths, dtype=np.float64)
         self._masses = None if ranking is None else _Masses(ranking)
@@ -67,11 +67,11 @@ class Features:
         self._whole = self._params(self.read([SubNet.full(teacher)]))
         parts, layers = np.arange(N_PARTS + 1) / N_PARTS, np.arange(teacher.n_layer + 1) / teacher.n_layer
         overlap = np.minimum.outer(parts[1:], layers[1:]) - np.maximum.outer(parts[:-1], layers[:-1])
-        # which share of each part each layer is, shape (N_PARTS, n_layer)
+        # share of each layer in each part, shape (N_PARTS, n_layer)
         self._parts = overlap.clip(0) * N_PARTS
 
     def __call__(self, choices: Sequence[Choice]) -> dict[str, np.ndarray]:
-        """The features of n sub-networks, each of shape (n,), by names that are the same for all of a teacher's."""
+        """Return the features of n sub-networks, each of shape (n,), by name; a teacher's names are always the same."""
         teacher, read = self.teacher, self.read(choices)
         found = {
             "depth": read.is_kept.mean(1),
@@ -88,18 +88,18 @@ class Features:
         return found | self._param_shares(read) | read.masses
 
     def shares(self, read: Read) -> dict[str, np.ndarray]:
-        """The shares of each layer's units that are kept, by kind, shape (n, n_layer)."""
+        """Return the kept share of each layer's units by kind, each of shape (n, n_layer)."""
         teacher, groups = self.teacher, read.sizes["n_query_groups"]
         return {
             "heads": groups * read.sizes["heads_per_group"] / teacher.n_head,
             "groups": groups / teacher.n_query_groups,
             "neurons": read.sizes["neurons"] / self._widths,
-            # an MLP is an expert that all tokens go to
+            # a dense MLP counts as a single expert
             "experts": read.sizes["n_expert"] / teacher.n_expert if teacher.n_expert else read.is_kept * 1.0,
         }
 
     def read(self, choices: Sequence[Choice]) -> Read:
-        """Reads the sizes of n sub-networks."""
+        """Read the sizes of n sub-networks."""
         shape = len(choices), self.teacher.n_layer
         n_embd, head_size = np.zeros(shape[0]), np.zeros(shape[0])
         is_kept = np.zeros(shape, dtype=bool)
@@ -122,8 +122,8 @@ class Features:
         return Read(n_embd, head_size, is_kept, sizes, masses)
 
     def _own(self, choice: Mapping[str, Any], name: str, layers: list[int]) -> list[Units]:
-        """The units of one kind that are kept in each kept layer; none where a layer has no such units."""
-        # heads per group are not written where each head is a group, other units where no kept layer has them
+        """Return the kept units of one kind in each kept layer; 0 if a layer has no such units."""
+        # `to_dict` omits heads per group if each head is a group, and other units if no kept layer has them
         value = choice.get(name, 1 if name == "heads_per_group" else 0)
         values = (
             [_units(units) for units in value] if isinstance(value, list | tuple) else [_units(value)] * len(layers)
@@ -133,16 +133,16 @@ class Features:
         return [units if name in self._limits[layer] else 0 for layer, units in zip(layers, values)]
 
     def _in_groups(self, experts: Units) -> Units:
-        """The first experts are the first ones of each group."""
+        """Convert the first n experts to the first ones of each group; other choices are returned unchanged."""
         is_prefix = isinstance(experts, int) and experts > 0
         return _units(Keep(experts_of(self.teacher, Keep(experts)))) if is_prefix else experts
 
     def _profile(self, name: str, kept: np.ndarray) -> dict[str, np.ndarray]:
-        """What is kept in each part of the teacher's depth."""
+        """Return the kept share in each part of the teacher's depth."""
         return {f"{name}_at_{i}": part for i, part in enumerate(self._parts @ kept.T.astype(np.float64))}
 
     def _param_shares(self, read: Read) -> dict[str, np.ndarray]:
-        """Parameters per part: the shares of the teacher's, and how the sub-network's own are distributed."""
+        """Return parameters relative to the teacher's, by part, and the shares of parts in the sub-network's own."""
         attention, mlp = self._params(read)
         layers = attention + mlp
         return {
@@ -153,7 +153,7 @@ class Features:
         }
 
     def _params(self, read: Read) -> np.ndarray:
-        """Parameters of attention and of the MLPs in all kept layers, shape (2, n)."""
+        """Return the parameters of attention and of the MLPs in all kept layers, shape (2, n)."""
         sizes = (read.n_embd, read.head_size, *(read.sizes[name] for name in ("n_query_groups", "heads_per_group")))
         powers = [np.stack((np.ones_like(size), size)) for size in (*sizes, read.sizes["neurons"])]
         experts = read.sizes["n_expert"].max(1)
@@ -166,11 +166,11 @@ class Features:
 
 
 def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Closed forms of the parameters of attention and MLP, for layers of each kind.
+    """Return the closed forms of the parameters of attention and MLP for each kind of layers.
 
     Returns:
-        Coefficients of polynomials that are affine in channels, head size, query groups, heads per group, neurons and
-        experts, shape (2, 2, 2, 2, 2, 2, 2), with which layers they are for, bool, shape (n_layer,).
+        Per kind, the coefficients of polynomials that are affine in channels, head size, query groups, heads per group,
+        neurons and experts, shape (2, 2, 2, 2, 2, 2, 2), and the mask of its layers, bool, shape (n_layer,).
     """
     space = SizeSpace(teacher, layerwise=True, tied=False, args=SpaceArgs(fixed=[]))
     found = []
@@ -189,11 +189,11 @@ def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _gaps(is_kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Where layers are left out: before the first kept one, behind the last one, between them."""
+    """Return features of dropped layers: before the first kept one, after the last one, and between them."""
     n, depth = is_kept.shape
     first, behind = is_kept.argmax(1), is_kept[:, ::-1].argmax(1)
     before = np.maximum.accumulate(np.where(is_kept, np.arange(depth), -1), axis=1)[:, :-1]
-    gaps = np.arange(1, depth) - before - 1  # where a layer is kept, how many are dropped right before it
+    gaps = np.arange(1, depth) - before - 1  # number of layers dropped right before each kept layer
     is_between = is_kept[:, 1:] & (before >= 0)
     return {
         "before_first": first / depth,
@@ -205,7 +205,7 @@ def _gaps(is_kept: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _spread(name: str, share: np.ndarray, is_kept: np.ndarray) -> dict[str, np.ndarray]:
-    """How the kept layers' shares lie, and what is kept of the whole teacher."""
+    """Return statistics of the kept layers' shares, and the kept share of the whole teacher."""
     depth = np.broadcast_to(np.arange(share.shape[1]) / share.shape[1], share.shape)
     (mean, deviation), (middle, spread) = _moments(share, is_kept), _moments(depth, is_kept)
     covariance = _moments((share - mean[:, None]) * (depth - middle[:, None]), is_kept)[0]
@@ -220,27 +220,27 @@ def _spread(name: str, share: np.ndarray, is_kept: np.ndarray) -> dict[str, np.n
 
 
 def _moments(values: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations along rows of the values that count, 0 where none does."""
+    """Return means and standard deviations along rows of the values selected by the mask `of`; 0 if none is."""
     n = np.maximum(of.sum(1), 1)
     mean = (values * of).sum(1) / n
     return mean, np.sqrt((((values - mean[:, None]) * of) ** 2).sum(1) / n)
 
 
 class _Masses:
-    """Shares of the scores of a ranking that are kept: of channels, of layers, of the units of the average layer."""
+    """Kept shares of a ranking's scores: of channels, of layers, and of units averaged over the layers."""
 
     def __init__(self, ranking: Ranking) -> None:
         self.units: dict[str, dict[str, list[np.ndarray | None]]] = {}
         for metric, scores in ranking.scores.units.items():
             layers = [{name: _running_share(own.numpy()) for name, own in layer.items()} for layer in scores.layers]
-            # a single unit, such as the head of a group, says what its layer says
+            # a kind with a single unit, such as one head per group, is redundant with its layer
             names = {name: None for layer in layers for name, share in layer.items() if len(share) > 2}
             self.units[metric] = {"n_embd": [_running_share(scores.n_embd.sum(0).numpy())]}
             self.units[metric] |= {name: [layer.get(name) for layer in layers] for name in names}
         self.layers = {metric: np.diff(_running_share(own.numpy())) for metric, own in ranking.scores.layers.items()}
 
     def __call__(self, layers: list[int], kept: Mapping[str, list[Units]]) -> dict[str, float]:
-        """The shares by the names of metrics and fields."""
+        """Return the kept shares by the names of metrics and fields."""
         found = {f"{metric}_layers": float(shares[layers].sum()) for metric, shares in self.layers.items()}
         for metric, masses in self.units.items():
             for name, mass in masses.items():
@@ -251,7 +251,7 @@ class _Masses:
 
 
 def _running_share(scores: np.ndarray) -> np.ndarray:
-    """The share of all scores that the first n units have, n = 0 … len(scores); equal shares where all are 0."""
+    """Return the share of the first n units in all scores, n = 0 … len(scores); units are equal if all scores are 0."""
     shares = np.clip(scores.astype(np.float64), 0, None)
     shares = shares if shares.sum() > 0 else np.ones(len(scores))
     return np.concatenate(([0.0], np.cumsum(shares / shares.sum())))

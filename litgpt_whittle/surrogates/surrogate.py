@@ -1,9 +1,9 @@
-"""Predicts the scores of sub-networks from those of others, of the same search or of another one.
+"""Predict the scores of sub-networks from evaluations of the same search or of another one.
 
 The uses of *Transferrable surrogates in expressive NAS spaces* (2025) are in
-`litgpt_whittle.strategies.surrogate_search`; here is what predicts. Scores are fitted as logarithms, standardised
-within a bin of a search, so that another teacher's, another text's or another measure's can be learnt from. Nothing
-that was fitted is ever loaded, but a journal, on which it is fitted again: no file of a stranger runs code.
+`litgpt_whittle.strategies.surrogate_search`. Scores are fitted as logarithms, standardised within each bin of a search,
+so that a surrogate can learn from other teachers, data and measures. Fitted regressors are never loaded; they are
+fitted again from a journal, so that untrusted files cannot run code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from litgpt_whittle.surrogates.base import Regressor
 from litgpt_whittle.surrogates.features import Choice
 
 LEAST = 10
-"""Scores that a surrogate is fitted on at least"""
+"""Minimum number of scores to fit a surrogate"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +38,16 @@ class Examples:
 
     teacher: Config
     bins: tuple[tuple[list[Mapping[str, Any]], np.ndarray], ...]
-    """The sub-networks and scores of each bin"""
+    """Sub-networks and scores of each bin"""
     fingerprint: str
-    """Sixteen hex digits that tell them apart from others"""
+    """Sixteen hex digits that identify the evaluations"""
 
     @classmethod
     def read(cls, path: Path) -> Examples:
-        """Reads a journal, or the one in a search's folder.
+        """Read a journal, or the one in a search's folder.
 
         Raises:
-            UserError: If there is none, or too few of its candidates have a score.
+            UserError: If there is none, another version wrote it, or too few of its candidates have a score.
         """
         path = Path(path)
         file = path / JOURNAL if path.is_dir() else path
@@ -76,17 +76,17 @@ class Examples:
 
     @property
     def choices(self) -> list[Mapping[str, Any]]:
-        """The sub-networks of all bins."""
+        """Return the sub-networks of all bins."""
         return [choice for choices, _ in self.bins for choice in choices]
 
     @property
     def targets(self) -> np.ndarray:
-        """The scores of all bins, each bin's standardised, shape (n,)."""
+        """Return the scores of all bins, standardised within each bin, shape (n,)."""
         return np.concatenate([Scale.of(scores).standardised(scores) for _, scores in self.bins])
 
 
 class Scale(NamedTuple):
-    """How scores are standardised."""
+    """Standardisation of scores."""
 
     is_log: bool
     mean: float
@@ -94,11 +94,11 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, scores: np.ndarray) -> Scale:
-        """By the mean and the standard deviation of their logarithms, where all are above 0."""
+        """Fit the mean and standard deviation of the scores, or of their logarithms if all are positive."""
         is_log = bool((scores > 0).all())
         values = np.log(scores) if is_log else scores
         mean, deviation = float(values.mean()), float(values.std())
-        # equal scores may differ from their mean by its rounding
+        # the deviation of equal scores may be a rounding error instead of 0
         return cls(is_log, mean, deviation if deviation > 1e-9 * abs(mean) else 1.0)
 
     def standardised(self, scores: np.ndarray) -> np.ndarray:
@@ -110,17 +110,18 @@ class Scale(NamedTuple):
 
 
 class Surrogate:
-    """Predicts scores, the lower the better, in the scores' own unit.
+    """Predictor of scores (lower is better) in their original unit.
 
-    Where it has examples of another search, what it learnt from them is brought to this one's scale by a line, and what
-    is left of this search's scores is learnt from these: however strange the examples, it gets over them.
+    With examples of another search, a regressor fitted to them is the prior: its predictions are mapped to this
+    search's scale by linear regression, and a second regressor is fitted to the residuals, which corrects an unsuitable
+    prior.
 
     Args:
-        make: Makes an unfitted regressor.
-        teacher: Whose sub-networks to predict.
+        make: Returns an unfitted regressor.
+        teacher: Config of the teacher whose sub-networks to predict.
         ranking: The teacher's ranking, if there is one.
-        examples: Another search to learn from beforehand.
-        seed: Where all randomness comes from.
+        examples: Evaluations of another search to pretrain on.
+        seed: Seed of all randomness.
     """
 
     def __init__(
@@ -141,23 +142,23 @@ class Surrogate:
         self.regressor = self.make()
         self._is_own = False
         self._slope, self._offset = 1.0, 0.0
-        # of bins, the one that most is known about
+        # the scale of the bin with the most scores
         scores = [] if self.examples is None else [scores for _, scores in self.examples.bins]
         self._scale = Scale.of(max(scores, key=len)) if scores else None
 
     def anew(self) -> Surrogate:
-        """Another one that knows the same examples, and nothing else yet."""
+        """Return a copy with the same prior, but not fitted to this search's scores."""
         another = copy.copy(self)
         another._reset()
         return another
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it can predict."""
+        """Return whether the surrogate can predict."""
         return self._is_own or self.prior is not None
 
     def fit(self, choices: Sequence[Choice], scores: Sequence[float]) -> None:
-        """Learns anew from this search's evaluations, those that have a score; too few change nothing."""
+        """Fit the surrogate from scratch to this search's finite scores; does nothing with fewer than `LEAST`."""
         finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
         if len(finite) < LEAST:
             return
@@ -169,7 +170,7 @@ class Surrogate:
             before = self.prior.predict(read)
             variance = float(before.var())
             covariance = float(((before - before.mean()) * targets).mean())
-            # examples that say the opposite of what is so say nothing
+            # ignore a prior that is negatively correlated with the scores
             self._slope = max(covariance / variance, 0.0) if variance > 0 else 0.0
             self._offset = float(-self._slope * before.mean())
             targets = targets - self._slope * before - self._offset
@@ -177,11 +178,11 @@ class Surrogate:
         self._is_own = True
 
     def predict(self, choices: Sequence[Choice], optimism: float = 0.0) -> np.ndarray:
-        """The scores to expect, shape (n,).
+        """Predict scores, shape (n,).
 
         Args:
             choices: Sub-networks.
-            optimism: Standard deviations better than expected, where the regressor knows how far off it may be.
+            optimism: κ in the lower confidence bound μ − κσ; no effect for regressors without a standard deviation.
         """
         assert self._scale is not None, "there was nothing to learn from yet"
         read = self.regressor.read(self.teacher, choices, self.ranking)
@@ -195,11 +196,11 @@ class Surrogate:
         return self._scale.restored(expected)
 
     def save(self, folder: Path) -> bool:
-        """Writes what was learnt, if it is of a kind that is worth it; says whether it was."""
+        """Save the fitted regressor if it supports saving; return whether it did."""
         return (self.regressor if self._is_own else self.prior or self.regressor).save(folder)
 
     def examples_tau(self) -> float:
-        """Kendall's τ of predictions of the examples, each by a regressor that was not fitted on it."""
+        """Return Kendall's τ of cross-validated predictions of the examples."""
         assert self.examples is not None, "there are examples to try"
         return held_out_tau(self.make, self._read_examples(self.examples), self.examples.targets, self.seed)
 
@@ -209,13 +210,13 @@ class Surrogate:
 
 
 def held_out_tau(make: Callable[[], Regressor], read: Sequence[Any], targets: np.ndarray, seed: int = 0) -> float:
-    """Kendall's τ between targets and predictions, in which no target had a part that is compared with it.
+    """Return Kendall's τ between targets and their cross-validated predictions.
 
     Args:
-        make: Makes an unfitted regressor.
-        read: What it read of the sub-networks.
-        targets: Their standardised scores, shape (n,).
-        seed: Where all randomness comes from.
+        make: Returns an unfitted regressor.
+        read: Encodings of the sub-networks.
+        targets: Standardised scores, shape (n,).
+        seed: Seed of all randomness.
     """
     from scipy.stats import kendalltau
     from sklearn.model_selection import KFold

@@ -1,4 +1,4 @@
-"""A language model that reads sub-networks as text, fine-tuned to predict how good they are."""
+"""Language model fine-tuned to predict scores from text descriptions of sub-networks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BATCH_SIZE = 16
 
 
 class Text(Regressor):
-    """Any Hugging Face model for sequence classification with one output, fine-tuned on descriptions.
+    """Hugging Face model for sequence classification with one output, fine-tuned on descriptions of sub-networks.
 
-    It is fine-tuned from the named model each time, so that what it predicts follows from what it was fitted on alone.
-    Which units are kept is not described, but how many.
+    Every fit starts from the named model, so that predictions depend only on the examples. Descriptions contain the
+    numbers of kept units, not their indices.
 
     Args:
         args: The settings.
@@ -35,7 +35,7 @@ class Text(Regressor):
         UserError: If no model is named, or it cannot be loaded.
     """
 
-    n_folds = 2  # each is a fine-tuning
+    n_folds = 2  # each fold is a fine-tuning
 
     def __init__(self, args: SurrogateArgs) -> None:
         super().__init__(args)
@@ -44,11 +44,11 @@ class Text(Regressor):
         self.model, self.tokenizer = self._load(seed=0)
 
     def read(self, teacher: Config, choices: Sequence[Choice], ranking: Ranking | None = None) -> list[str]:
-        """A description of each."""
+        """Return a description of each sub-network."""
         return describe(teacher, choices)
 
     def fit(self, known: Sequence[str], targets: np.ndarray, seed: int) -> None:
-        """Fine-tunes the named model by the mean squared error."""
+        """Fine-tune the named model with the mean squared error."""
         self.model, _ = self._load(seed)
         device = default_device()
         model = self.model.to(device).train()
@@ -74,7 +74,7 @@ class Text(Regressor):
 
     @torch.inference_mode()
     def predict(self, unknown: Sequence[str]) -> np.ndarray:
-        """The model's output, shape (n,)."""
+        """Return the model's outputs, shape (n,)."""
         self.model.eval()
         rows, device = self._tokens(unknown), self.model.device
         parts = [rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)]
@@ -82,13 +82,13 @@ class Text(Regressor):
         return torch.cat(found).numpy()
 
     def save(self, folder: Path) -> bool:
-        """Writes model (as safetensors) and tokenizer, which `surrogate.model` can name later."""
+        """Save the model (as safetensors) and the tokenizer, in a folder that `surrogate.model` accepts."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         return True
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Refuses descriptions that the model cannot read to their end."""
+        """Tokenize descriptions; raise UserError if one exceeds the model's context length."""
         rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
         most, limit = max(map(len, rows)), getattr(self.model.config, "max_position_embeddings", None) or math.inf
         if most > limit:
@@ -102,20 +102,20 @@ class Text(Regressor):
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device)
 
     def _load(self, seed: int) -> tuple[Any, Any]:
-        """The named model with one output, and its tokenizer."""
+        """Load the named model with one output, and its tokenizer."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would warn of the output's new weights, which are about to be trained
+        logging.set_verbosity_error()  # no warning about the new weights of the output, which are trained next
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.args.model)
             with _seeded(seed):
-                # safetensors: other files of weights are pickles
+                # safetensors only: other weight files are pickles
                 model = AutoModelForSequenceClassification.from_pretrained(
                     self.args.model, num_labels=1, problem_type="regression", use_safetensors=True
                 )
-        except Exception as error:  # of many kinds: a missing folder, an unknown architecture, a wrong size
+        except Exception as error:  # of many types: a missing folder, an unknown architecture, a wrong size
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
                 f"surrogate.model {self.args.model!r} cannot be loaded for sequence classification ({reason}); "
@@ -130,10 +130,11 @@ class Text(Regressor):
 
 
 def describe(teacher: Config, choices: Sequence[Choice]) -> list[str]:
-    """Describes sub-networks in a few words, in percent of the teacher, so that it means the same in any teacher.
+    """Describe sub-networks in percent of the teacher, so that descriptions mean the same for any teacher.
 
-    For example `width 58 head 100 | heads 50 neurons 39 | - | heads 100 neurons 20`, a part per layer of the teacher;
-    `-` stands for a dropped one. Groups and experts are named only where heads come in groups and MLPs are experts.
+    For example `width 58 head 100 | heads 50 neurons 39 | - | heads 100 neurons 20`: channels and head size, then one
+    part per layer of the teacher, `-` for a dropped one. Groups and experts are included only if the teacher has
+    grouped heads or experts.
     """
     features = Features(teacher)
     read = features.read(choices)
@@ -153,7 +154,7 @@ def describe(teacher: Config, choices: Sequence[Choice]) -> list[str]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draws from PyTorch's own generators (new weights, dropout) follow from the seed and leave no trace."""
+    """Seed PyTorch's global generators (new weights, dropout), use deterministic algorithms, and restore both."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=devices):

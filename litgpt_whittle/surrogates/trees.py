@@ -1,4 +1,4 @@
-"""A forest of extremely randomised trees on the features of sub-networks."""
+"""Forest of extremely randomised trees on the features of sub-networks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ N_TREES = 100
 class Trees(Regressor):
     """scikit-learn's `ExtraTreesRegressor` on `litgpt_whittle.surrogates.features`.
 
-    Its shares of importance scores count where all sub-networks that it is fitted on are of a ranked teacher.
+    Shares of importance scores are used only if all training examples have them, that is, their teachers are ranked.
 
     Args:
         args: The settings.
+
+    Raises:
+        UserError: If a model is named, which only kind text reads.
     """
 
     def __init__(self, args: SurrogateArgs) -> None:
@@ -35,7 +38,7 @@ class Trees(Regressor):
     def read(
         self, teacher: Config, choices: Sequence[Choice], ranking: Ranking | None = None
     ) -> list[dict[str, float]]:
-        """The features of each."""
+        """Return the features of each sub-network."""
         key = ConfigKey(teacher), None if ranking is None else ranking.fingerprint
         if key not in self._features:
             self._features[key] = Features(teacher, ranking)
@@ -43,26 +46,26 @@ class Trees(Regressor):
         return [dict(zip(features, row)) for row in zip(*(values.tolist() for values in features.values()))]
 
     def fit(self, known: Sequence[dict[str, float]], targets: np.ndarray, seed: int) -> None:
-        """Grows the forest."""
+        """Fit the forest."""
         from sklearn.ensemble import ExtraTreesRegressor
 
         self.names = [name for name in known[0] if all(name in features for features in known)]
-        # one job: the trees are small, and processes of a search have their own devices to feed
+        # one job: the trees are small, and the other processes of a search need the CPU for their devices
         self._forest = ExtraTreesRegressor(N_TREES, random_state=seed, n_jobs=1)
         self._forest.fit(self._matrix(known), targets)
 
     def predict(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
-        """The mean over the trees, shape (n,)."""
+        """Return the mean over the trees, shape (n,)."""
         return self._by_tree(unknown).mean(0)
 
     def deviation(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
-        """How much the trees disagree, shape (n,)."""
+        """Return the standard deviation over the trees, shape (n,)."""
         return self._by_tree(unknown).std(0)
 
     def _by_tree(self, unknown: Sequence[dict[str, float]]) -> np.ndarray:
-        """What every tree predicts, shape (n_trees, n)."""
+        """Return the predictions of every tree, shape (n_trees, n)."""
         matrix = self._matrix(unknown).astype(np.float32)
-        # as the forest does it, but for checks and threads that take a hundred times as long for a few sub-networks
+        # same result as the forest's own method, whose checks and threads take a hundred times as long for a few rows
         predicted = [tree.tree_.predict(matrix) for tree in self._forest.estimators_]
         return np.array(predicted).reshape(len(predicted), len(matrix))
 
