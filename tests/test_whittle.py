@@ -170,7 +170,7 @@ def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, 
     shorter = longer | changed("search", iterations=3)
     again("search.iterations was 4 and is 3; change back, delete .*out/search, .*start, .*distilled,", **shorter)
     shutil.rmtree(tmp_path / "out/search")
-    again("14K/start has begun with what search left, which is to run anew; delete .*start, .*distilled, or", **shorter)
+    again("14K/start has begun with what search left, which must run again; delete .*start, .*distilled, or", **shorter)
     shutil.rmtree(tmp_path / "out/14K")
     again("ended with exit code -9", **shorter)
     codes |= {"search": 1, "extract": 1, "distill": 0}

@@ -105,7 +105,7 @@ class Index:
         try:
             content = json.loads(path.read_bytes())
             if content.pop("version") != VERSION:
-                raise UserError(f"{str(path)!r} is of another version of litgpt_whittle; cache the teacher anew")
+                raise UserError(f"{str(path)!r} is of another version of litgpt_whittle; cache the teacher again")
             shards = tuple(Shard(*map(_natural, shard)) for shard in content.pop("shards"))
             contents = Contents(**content.pop("contents"))
             length = content.pop("length")
@@ -121,7 +121,7 @@ class Index:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{str(path)!r} is damaged ({error!r}); cache the teacher anew") from None
+            raise UserError(f"{str(path)!r} is damaged ({error!r}); cache the teacher again") from None
         return index
 
 
@@ -331,8 +331,8 @@ class Cache:
 
     def _damaged(self, i: int, what: str) -> UserError:
         return UserError(
-            f"{str(shard_path(self.folder, i))!r} is damaged: {what}; remove it and write it anew with the same litgpt "
-            "cache_teacher and --resume true"
+            f"{str(shard_path(self.folder, i))!r} is damaged: {what}; remove it and write it again with the same "
+            "litgpt cache_teacher and --resume true"
         )
 
 

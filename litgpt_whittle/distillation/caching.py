@@ -240,7 +240,7 @@ class _Filler:
         if not is_whole or self.layout.keys(path, len(keys)).tobytes() != b"".join(keys):
             raise UserError(
                 f"{str(path)!r} is not what the training data gives: the data changed, or the file is damaged; choose "
-                "another out_dir, or remove the file to have it written anew"
+                "another out_dir, or remove the file to have it written again"
             )
         return self.known[i] if i < len(self.known) else Shard(len(keys), checksum_of(path))
 

@@ -137,10 +137,10 @@ class Pipeline:
             ]
             why = f"has begun with other settings: {', '.join(changes)}; change back,"
             if not changes:
-                anew = [other.name for other in stages if other not in begun and stage.needs(other)]
-                if not anew:
+                again = [other.name for other in stages if other not in begun and stage.needs(other)]
+                if not again:
                     continue
-                why = f"has begun with what {anew[0]} left, which is to run anew;"
+                why = f"has begun with what {again[0]} left, which must run again;"
             left = [stage]
             for later in begun:
                 left += [later] if any(map(later.needs, left)) else []

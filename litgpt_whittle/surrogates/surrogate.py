@@ -57,7 +57,7 @@ class Examples:
         try:
             teacher, score = Config(**header["teacher"]["architecture"]), header["settings"]["score"]
         except (KeyError, TypeError):
-            raise UserError(f"{str(file)!r} was written by another version; search anew to learn from it") from None
+            raise UserError(f"{str(file)!r} was written by another version; search again to learn from it") from None
         found = scored(evaluations, score)
         if len(found) < LEAST:
             raise UserError(

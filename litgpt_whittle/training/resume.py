@@ -161,7 +161,7 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differ:
         changes = ", ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in differ)
         raise UserError(
-            f"a resumed run must keep its settings: {changes}; change back, or start anew from its weights with "
+            f"a resumed run must keep its settings: {changes}; change back, or start a new run from its weights with "
             "--initial_checkpoint_dir"
         )
 
