@@ -34,14 +34,23 @@ class Calibration:
         windows: Token ids, shape (N, T).
         micro_batch_size: Windows per batch.
         device: Device for computation.
+        n_closed_form: Number of leading windows for the closed form, of which the three parts are taken; all by
+            default. The others are only used to train all blocks together.
 
     Raises:
-        UserError: If there are fewer than three windows, one for each part.
+        UserError: If there are fewer than three windows for the closed form, one for each part.
     """
 
-    def __init__(self, windows: torch.Tensor, micro_batch_size: int = 16, device: torch.device | str = "cpu") -> None:
-        n = len(windows)
+    def __init__(
+        self,
+        windows: torch.Tensor,
+        micro_batch_size: int = 16,
+        device: torch.device | str = "cpu",
+        n_closed_form: int | None = None,
+    ) -> None:
+        n = len(windows) if n_closed_form is None else min(n_closed_form, len(windows))
         check_n_windows(n)
+        self.n_closed_form = n
         self.windows, self.device = windows, device
         self._first_held_out = n - max(n // 16, 1)
         self._first_tuning = self._first_held_out - max(n // 8, 1)
@@ -55,6 +64,9 @@ class Calibration:
             for start in range(begin, end, micro_batch_size)
         ]
         self.batches = self.share(self.all_batches)
+        self._further_batches = self.share(
+            [slice(i, min(i + micro_batch_size, len(windows))) for i in range(n, len(windows), micro_batch_size)]
+        )
 
     @staticmethod
     def share(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -68,6 +80,27 @@ class Calibration:
     def is_tuning(self, batch: Batch) -> bool:
         """Return whether the batch is used to select ridges."""
         return self._first_tuning <= batch.start < self._first_held_out
+
+    @property
+    def teacher_batches(self) -> list[Batch]:
+        """This process's batches that only the teacher has to see, those of the closed form included."""
+        return [*self.batches, *self._further_batches]
+
+    @property
+    def training_batches(self) -> list[Batch]:
+        """This process's batches without the held-out ones."""
+        return [*self.fitted_batches, *self._further_batches]
+
+    @property
+    def training_windows(self) -> torch.Tensor:
+        """Indices of the windows to train on: all but the held-out ones, shape (n,)."""
+        indices = torch.arange(len(self.windows))
+        return indices[(indices < self._first_held_out) | (indices >= self.n_closed_form)]
+
+    @property
+    def held_out_windows(self) -> range:
+        """Indices of the held-out windows."""
+        return range(self._first_held_out, self.n_closed_form)
 
     @property
     def fitted_batches(self) -> list[Batch]:
@@ -91,7 +124,7 @@ class Calibration:
 
     @property
     def n_fitted(self) -> int:
-        """Number of tokens for fitting, tuning tokens included."""
+        """Number of tokens for the closed form, tuning tokens included."""
         return self._first_held_out * self.windows.shape[1]
 
     def ids(self, batch: Batch) -> torch.Tensor:

@@ -39,9 +39,11 @@ def windows(config: Config, n: int = 64, length: int = 16, seed: int = 0) -> tor
     return torch.randint(0, config.vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-def repair(teacher: GPT, subnet: SubNet, folder, n: int = 64, length: int = 16, **args) -> Repaired:
+def repair(
+    teacher: GPT, subnet: SubNet, folder, n: int = 64, length: int = 16, n_closed_form: int | None = None, **args
+) -> Repaired:
     scratch = Scratch(folder / "scratch", "key")
-    calibration = Calibration(windows(teacher.config, n, length))
+    calibration = Calibration(windows(teacher.config, n, length), n_closed_form=n_closed_form)
     found = Repair(dict(teacher.state_dict()), subnet, calibration, RepairArgs(**args), scratch).run(progress=False)
     scratch.remove()
     return found
@@ -186,7 +188,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 def test_training_all_blocks_together_brings_predictions_nearer(name, tmp_path):
     config = ARCHITECTURES[name]
     teacher, subnet = model(config, std=0.1), half(config)
-    refined = repair(teacher, subnet, tmp_path, n=128, refine_passes=1, refine_lr=1e-3)
+    refined = repair(teacher, subnet, tmp_path, n=128, refine_passes=2, refine_lr=1e-3)
     assert refined.refined.after < refined.refined.before
     # an independent account, with stock models on the held-out windows
     idx = windows(config, 128)[-8:]
@@ -210,6 +212,21 @@ def test_leading_copies_and_tied_embeddings_are_not_trained(tied, tmp_path):
     assert not torch.equal(
         repaired.weights["transformer.h.3.mlp.fc_1.weight"], theirs["transformer.h.4.mlp.fc_1.weight"]
     )
+
+
+@pytest.mark.parametrize("layers", ["0-1,3-4", "1,3-4"])
+def test_windows_beyond_the_closed_form_are_only_trained_on(layers, tmp_path):
+    config = dataclasses.replace(ARCHITECTURES["Llama-3.1-8B"], n_layer=5)
+    teacher, subnet = model(config, std=0.1), SubNet(config, n_layer=layers)
+    more = repair(teacher, subnet, tmp_path, n=192, n_closed_form=48, refine_passes=1, refine_lr=1e-3)
+    if layers.startswith("0"):  # dropped first layers are replaced by means over all tokens
+        alone = repair(teacher, subnet, tmp_path, n=48)
+        assert (more.layers, more.head) == (alone.layers, alone.head)
+    assert more.refined.after < more.refined.before
+    # judged by the last windows of the closed form
+    idx = windows(config, 192)[45:48]
+    ours, theirs = (net(idx).double().log_softmax(-1) for net in (student_of(more), teacher))
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) == pytest.approx(more.refined.after, rel=1e-3)
 
 
 def test_an_interrupted_training_of_all_blocks_goes_on_to_the_same_student(tmp_path, monkeypatch):
@@ -474,6 +491,10 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
         ({"tokens": 0}, "repair.tokens must be at least 1"),
         ({"refine_passes": -1}, "repair.refine_passes must be 0 or more"),
         ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
+        (
+            {"closed_form_tokens": 4096},
+            "repair.closed_form_tokens must be at least 1 and comes with repair.refine_passes",
+        ),
         ({"head_passes": -1}, "repair.head_passes must be 0 or more"),
     ],
 )

@@ -120,7 +120,8 @@ def setup(
         n_tokens = args.n_tokens(subnet.config)
         fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
         windows = read_calibration(data, checkpoint_dir, size, length, n_tokens, seed, "repair.tokens")
-        calibration = Calibration(windows, train.micro_batch_size, fabric.device)
+        n_closed_form = -(-args.n_closed_form(subnet.config) // length)
+        calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form)
         scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
         try:
             repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)

@@ -14,6 +14,9 @@ from litgpt_whittle.repair.costs import widest_map
 LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
 """Default number of calibration tokens: the minimum, and the number per input of the widest map; fewer would overfit"""
 
+LEAST_TOKENS_TO_REFINE, TOKENS_PER_INPUT_TO_REFINE = 16_384, 12
+"""The same for the closed form where passes that refine follow"""
+
 
 @dataclass
 class RepairArgs:
@@ -29,6 +32,9 @@ class RepairArgs:
     refine_passes: float = 0.0
     """Passes over the calibration tokens that train all blocks jointly on the teacher's predictions, after the closed
     form"""
+    closed_form_tokens: int | None = None
+    """Number of calibration tokens that the closed form is fitted to where passes that refine follow, which gain more
+    from tokens that it has not been fitted to; by default 12 for each input of the widest map, and at least 16,384"""
     refine_lr: float = 3e-4
     """Peak learning rate of these passes, annealed to zero"""
     head_passes: int = 1
@@ -39,12 +45,24 @@ class RepairArgs:
             raise UserError(f"repair.basis must be pca or coordinates, got {self.basis!r}")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
+        if self.closed_form_tokens is not None and not (self.closed_form_tokens > 0 and self.refine_passes):
+            raise UserError(
+                f"repair.closed_form_tokens must be at least 1 and comes with repair.refine_passes, got "
+                f"{self.closed_form_tokens} and {self.refine_passes}; leave it out, or give repair.tokens"
+            )
         if not 0 <= self.refine_passes < math.inf:
             raise UserError(f"repair.refine_passes must be 0 or more, got {self.refine_passes}")
         if not self.refine_lr > 0:
             raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}")
         if self.head_passes < 0:
             raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
+
+    def n_closed_form(self, config: Config) -> int:
+        """Return the number of tokens that the closed form of a student with this config is fitted to."""
+        if not self.refine_passes:
+            return self.n_tokens(config)
+        wanted = self.closed_form_tokens or max(LEAST_TOKENS_TO_REFINE, TOKENS_PER_INPUT_TO_REFINE * widest_map(config))
+        return min(wanted, self.n_tokens(config))
 
     def n_tokens(self, config: Config) -> int:
         """Return the number of calibration tokens for a student with this config."""

@@ -64,12 +64,12 @@ class EndToEnd:
         Returns:
             KL(teacher ‖ student) on held-out tokens before and after, in nats per token.
         """
-        n_windows = self.calibration.n_fitted // self.calibration.shape[1]
+        candidates = self.calibration.training_windows
         per_step = max(TOKENS_PER_STEP // self.calibration.shape[1], 1)
-        n_steps = max(round(n_passes * n_windows / per_step), 1)
+        n_steps = max(round(n_passes * len(candidates) / per_step), 1)
         order, windows = torch.Generator().manual_seed(0), []
         while len(windows) < n_steps * per_step:
-            windows += torch.randperm(n_windows, generator=order).tolist()
+            windows += candidates[torch.randperm(len(candidates), generator=order)].tolist()
 
         def loss(step: int) -> torch.Tensor:
             own = windows[step * per_step : (step + 1) * per_step]
@@ -83,8 +83,7 @@ class EndToEnd:
 
     def error(self) -> float:
         """Return the divergence on held-out tokens."""
-        length = self.calibration.shape[1]
-        windows = range(self.calibration.n_fitted // length, self.calibration.shape[0])
+        windows = self.calibration.held_out_windows
         with torch.no_grad():
             return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)
 

@@ -206,7 +206,9 @@ class Repair:
         """Return the importance of the teacher's directions for the kept layers' input projections and the LM head."""
         # 32 tokens per channel suffice for directions, spread over the calibration data
         batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
-        batches = self.calibration.share(batches[:: max(self.calibration.windows.numel() // n_needed, 1)])
+        batches = self.calibration.share(
+            batches[:: max(self.calibration.n_closed_form * self.calibration.shape[1] // n_needed, 1)]
+        )
         stream, worth = self._stream("directions", self.teacher.n_embd), Worth()
         for batch in batches:
             stream[batch] = self.theirs.embed(self.calibration.ids(batch))
@@ -250,26 +252,26 @@ class Repair:
             if (embedding := self.scratch.load("embedding")) is not None:
                 self.ours.embedding.copy_(embedding)
             return
-        for batch in self.calibration.batches:
+        for batch in self.calibration.teacher_batches:
             self.teacher_stream[batch] = self.theirs.embed(self.calibration.ids(batch))
         for layer in range(self.subnet.layers[0]):
             self._advance(self.teacher_stream, layer)
         if self.subnet.layers[0] and not self.tied:
             self._repair_embedding()
-        for batch in self.calibration.batches:
+        for batch in self.calibration.teacher_batches:
             self.student_stream[batch] = self.ours.embed(self.calibration.ids(batch))
 
     def _advance(self, stream: Stream, layer: int) -> None:
         """Run one of the teacher's blocks on its stream, in place."""
         block = self._teacher_block(layer)
-        for batch in self.calibration.batches:
+        for batch in self.calibration.teacher_batches:
             stream[batch] = _finite(block(stream[batch].to(self.device), *self.theirs.block_args[layer]), layer)
 
     def _repair_embedding(self) -> None:
         """Replace dropped first layers by per-token means in the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
-        for batch in self.calibration.batches:
+        for batch in self.calibration.training_batches:
             means.add(self.calibration.ids(batch), self.teacher_stream[batch].to(self.device))
         add_up(means.total), add_up(means.count)
         means.into(weight, self.basis, self.teacher)
@@ -322,7 +324,7 @@ class Repair:
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
         """Copy a layer of the teacher, which needs no fit."""
         ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
-        for batch in self.calibration.batches:
+        for batch in self.calibration.teacher_batches:
             stream = teacher(self.teacher_stream[batch].to(self.device), *self.theirs.block_args[i])
             ahead[batch] = ours[batch] = _finite(stream, i)
         self.teacher_stream, self.student_stream = ahead, ours
@@ -355,6 +357,9 @@ class Repair:
                 weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
             streams.ahead[batch] = _finite(seen["out"], layer)
+        for batch in self.calibration.teacher_batches[len(self.calibration.batches) :]:
+            stream = teacher(streams.teacher[batch].to(self.device), *self.theirs.block_args[layer])
+            streams.ahead[batch] = _finite(stream, layer)
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
         covariances = {
