@@ -179,18 +179,25 @@ class Bench:
 
 
 def plot(title: str, student: str, text: str, rows: list[dict], teacher: float, path: Path) -> None:
-    """Draw the loss on the text that a student was made with over the tokens that it took."""
+    """Draw the loss on the text that students were made with over their CPU time."""
     figure, [[axes]] = new_figure((7.5, 4.8))
     kinds = {"repaired": "repaired", "refined": "repaired and refined", "distilled": "plain cut, distilled"}
     for color, (kind, label) in zip(COLORS, kinds.items()):
-        own = sorted((row["tokens"], row["nll"][text]) for row in rows if row["start"].startswith(kind))
+        own = [row for row in rows if row["start"].startswith(kind)]
         if own:
-            axes.plot(*zip(*own), "o", color=color, label=label)
+            axes.plot([r["cpu"] for r in own], [r["nll"][text] for r in own], "o", color=color, label=label)
+        for row in own:
+            place = row["cpu"], row["nll"][text]
+            axes.annotate(
+                f"{row['tokens']:,} tokens",
+                place,
+                (6, -15 if kind == "refined" else 6),
+                textcoords="offset points",
+                color=color,
+            )
     axes.axhline(teacher, color=GRAY, linestyle="--", label="teacher")
-    axes.set(xlabel="calibration or training tokens", ylabel=f"NLL on {text}, nats per token", xscale="log")
-    tokens = sorted({row["tokens"] for row in rows})
-    axes.set_xticks(tokens, [f"{n:,}" for n in tokens], minor=False)
-    axes.minorticks_off()
+    axes.set(xlabel="CPU seconds", ylabel=f"NLL on {text}, nats per token")
+    axes.set_xlim(0, 1.25 * max(row["cpu"] for row in rows))
     axes.set_title(f"{title}, cut in {student}", loc="left")
     save_figure(figure, path)
 
