@@ -85,7 +85,8 @@ def costs(stages: Stages) -> list[Cost]:
         repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
         n_calibration = repair.n_tokens(stages.examples[name].config) if repair else 0
         forward = REPAIR_PASSES * n_calibration * whole
-        found.append(Cost(f"{name}/start", n_calibration, forward, weights=held.start(name, bool(repair))))
+        refining = (1 + BACKWARD) * repair.refine_passes * n_calibration * parts[name] if repair else 0.0
+        found.append(Cost(f"{name}/start", n_calibration, forward, refining, held.start(name, repair)))
         # activation checkpointing runs each block forward twice
         training = (1 + BACKWARD + stages.trained.activation_checkpointing) * n_tokens * parts[name]
         alone = held.student(name)
@@ -115,10 +116,12 @@ class _Held:
         trained = self.stages.trained
         return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
 
-    def start(self, name: str, is_repaired: bool) -> int:
+    def start(self, name: str, repair: RepairArgs | bool) -> int:
         """Return the bytes for extracting (and repairing) a student, one block of the teacher at a time."""
         subnet = self.stages.examples[name]
-        return repair_bytes(subnet, self.tied, _device()) if is_repaired else largest_block(subnet.teacher)
+        if not repair:
+            return largest_block(subnet.teacher)
+        return repair_bytes(subnet, self.tied, _device(), repair.refine_passes > 0)
 
     def student(self, name: str) -> int:
         """Return a student's bytes in training, before sharding."""

@@ -67,19 +67,21 @@ def _embedding(subnet: SubNet) -> int:
     return subnet.teacher.padded_vocab_size * len(subnet.n_embd)
 
 
-def repair_bytes(subnet: SubNet, tied: bool, device: torch.device) -> int:
+def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool = False) -> int:
     """Return the peak device memory of a repair in bytes, without activations.
 
     Args:
         subnet: The student's sub-network.
         tied: True if the LM head is tied to the embedding.
         device: Device of the repair.
+        refines: True if all blocks are trained jointly after the closed form.
     """
     teacher = subnet.teacher
     both = (len(subnet.n_embd) + teacher.n_embd) * teacher.padded_vocab_size * (1 if tied else 2)
     # one block of the teacher and one of the student, which is at most as large
     block = 2 * largest_block(teacher) + sums_bytes(subnet, True, device)
-    return FP32 * both + max(block, 0 if tied else head_bytes(subnet))
+    trained = refine_bytes(subnet, tied) if refines else 0
+    return FP32 * both + max(block, trained, 0 if tied else head_bytes(subnet))
 
 
 def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
