@@ -391,8 +391,8 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert found["14K/start"].weights >= outside + max(2 * block + solve, 5 * n_bytes(student.lm_head))
     plain = Stages(request, cache=True, **sections | {"extract": sections["extract"] | {"repair": False}})
     assert {cost.name: cost for cost in costs(plain)}["14K/start"].weights == block
-    repair = {"repair": {"tokens": 4096, "refine_passes": 2}}
-    refined = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections | changed("extract", **repair)))}
+    refining = sections | changed("extract", repair={"tokens": 4096, "refine_passes": 2})
+    refined = {cost.name: cost for cost in costs(Stages(request, cache=True, **refining))}
     assert refined["14K/start"].training == pytest.approx(3 * 2 * 4096 * part) and found["14K/start"].training == 0
     trained = n_bytes(student) - n_bytes(student.transformer.wte)
     assert refined["14K/start"].weights >= outside + 5 * (trained - n_bytes(student.transformer.ln_f))
