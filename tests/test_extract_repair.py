@@ -145,6 +145,17 @@ def test_two_processes_find_what_one_finds(folder, late, tmp_path):
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_two_processes_train_all_blocks_as_one_does(folder, tmp_path):
+    refining = ["--repair.refine_passes=0.5", "--repair.closed_form_tokens=2000"]
+    command = cli(folder, tmp_path / "two", "--devices=2", *refining, sub_network="late.yaml")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    args = RepairArgs(tokens=4000, refine_passes=0.5, closed_form_tokens=2000)
+    one = weights(extract(folder, tmp_path / "one", "late.yaml", repair=args))
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-2, atol=1e-3)
+
+
 def test_a_killed_repair_goes_on_to_the_same_student(folder, student, tmp_path):
     out_dir, scratch = tmp_path / "killed", tmp_path / ".killed.repair"
     child = subprocess.Popen(cli(folder, out_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
