@@ -76,6 +76,8 @@ class Program:
         at = [(i, j, value) for i, (row, _, _) in enumerate(rows) for j, value in row.items()]
         i, j, values = (np.array(column) for column in zip(*at))
         matrix = csr_array((values.astype(float), (i, j)), shape=(len(rows), self.n))
+        # scipy 1.13 accepts only 32-bit indices
+        matrix.indices, matrix.indptr = matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32)
         lows, highs = (np.array([row[k] for row in rows], dtype=float) for k in (1, 2))
         found = milp(
             objective,
