@@ -1,8 +1,8 @@
 """Which strategy finds the best sub-networks, and how soon? All of them, in the same bin.
 
 Every strategy searches with the same seeds, scored on the same tokens; the table compares with a random search, which
-may evaluate more. Measurements that a strategy makes before its search count as evaluations. Scores are kept, so that
-an interrupted run goes on, and one with more evaluations or seeds adds to what is there.
+may evaluate more. Measurements that a strategy makes before its search count as evaluations. Scores are kept: an
+interrupted run resumes, and a run with more evaluations or seeds reuses the existing scores.
 
     python benchmarks/strategies.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """

@@ -64,7 +64,7 @@ class Calibration:
             for start in range(begin, end, micro_batch_size)
         ]
         self.batches = self.share(self.all_batches)
-        self._further_batches = self.share(
+        self.further_batches = self.share(
             [slice(i, min(i + micro_batch_size, len(windows))) for i in range(n, len(windows), micro_batch_size)]
         )
 
@@ -84,12 +84,12 @@ class Calibration:
     @property
     def teacher_batches(self) -> list[Batch]:
         """This process's batches that only the teacher has to see, those of the closed form included."""
-        return [*self.batches, *self._further_batches]
+        return [*self.batches, *self.further_batches]
 
     @property
     def training_batches(self) -> list[Batch]:
         """This process's batches without the held-out ones."""
-        return [*self.fitted_batches, *self._further_batches]
+        return [*self.fitted_batches, *self.further_batches]
 
     @property
     def training_windows(self) -> torch.Tensor:

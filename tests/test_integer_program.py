@@ -149,7 +149,7 @@ def test_sizes_between_two_levels_have_a_part_of_both():
 
 @pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_costs_of_layers_add_up_for_every_architecture(teacher):
-    """What the program adds up is what the measures give for the whole combination, exactly."""
+    """The sums over layers equal the measures of the whole combination, exactly."""
     space = Space(teacher, "coarse_layerwise")
     names = ["n_params", "flops", "kv_cache_bytes", "weight_bytes"]
     space.limits = Limits({name: (0.0, math.inf) for name in names}, teacher, MeasureArgs(8))

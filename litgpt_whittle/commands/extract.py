@@ -190,9 +190,9 @@ def key_of(
     seed: int,
 ) -> str:
     """Return a fingerprint of all that determines a student: teacher weights, sub-network and settings."""
-    told = [weights_fingerprint(checkpoint_dir), sub_network.read_text(), dtype, repair, seed]
-    told += [describe(data), describe(train)] if repair else []  # only a repair reads data
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    inputs = [weights_fingerprint(checkpoint_dir), sub_network.read_text(), dtype, repair, seed]
+    inputs += [describe(data), describe(train)] if repair else []  # only a repair reads data
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
 
 def is_finished(folder: Path, key: str) -> bool:

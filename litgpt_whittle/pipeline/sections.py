@@ -80,7 +80,7 @@ class Section:
             told = in_one_line(str(error), self.name, names_of(self.parser, self.name))
             raise UserError(f"the section {self.name} cannot be read: {told}") from None
 
-    def told(self, check: Callable[[], Any]) -> Any:
+    def run_check(self, check: Callable[[], Any]) -> Any:
         """Return the result of one of the command's checks.
 
         Raises:

@@ -164,7 +164,7 @@ class Stages:
             search_space = replace(search_space, layers="any")
         given = {"tied": tied, "args": search_space, "limits": limits}
         make = partial(Space, self.teacher, args.space, **given)
-        return {name: self.search.told(partial(make, bin)) for name, bin in self.request.bins.items()}
+        return {name: self.search.run_check(partial(make, bin)) for name, bin in self.request.bins.items()}
 
     @cached_property
     def examples(self) -> dict[str, SubNet]:
@@ -185,7 +185,7 @@ class Stages:
         """
         strategy = search.made_strategy(self.searched.strategy)
         searches = [Search.begin(space, strategy, "score", self.request.seed) for space in self.spaces.values()]
-        return len(self.search.told(partial(measurement_names, searches)))
+        return len(self.search.run_check(partial(measurement_names, searches)))
 
     def check(self) -> str:
         """Run the checks of all commands that need no student.
@@ -197,14 +197,14 @@ class Stages:
             UserError: For the first invalid setting.
         """
         if self.ranks:
-            self.rank.told(lambda: rank.check(self.ranked))
+            self.rank.run_check(lambda: rank.check(self.ranked))
         to_come = [self.request.out_dir / "rank" / IMPORTANCE, *self.files()]
-        self.search.told(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
+        self.search.run_check(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
         largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # raises for bins out of reach
-        self.extract.told(lambda: extract.check(self.extracted))
+        self.extract.run_check(lambda: extract.check(self.extracted))
         if self.caches:
-            self.cache.told(self._check_cache)
-        plan = self.distill.told(lambda: self._plan_training(largest))
+            self.cache.run_check(self._check_cache)
+        plan = self.distill.run_check(lambda: self._plan_training(largest))
         for data in self._data():
             data.check(reads=True)
         return plan

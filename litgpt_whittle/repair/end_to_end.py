@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from litgpt_whittle.blocks import Outside
 from litgpt_whittle.calibration import Calibration
-from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
-from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.repair.head import divergence
 from litgpt_whittle.repair.refine import Errors, refine
 from litgpt_whittle.scratch import Scratch, Stream
 
@@ -93,9 +92,4 @@ class EndToEnd:
         stream, teacher = (states[windows].to(device) for states in (self.start, self.teacher))
         for block, args in zip(self.blocks, self.args):
             stream = block(stream, *args)
-        ours, theirs = (
-            HeadInput(outside.norm(x), outside.head.weight, outside.head.bias)
-            for outside, x in ((self.ours, stream), (self.theirs, teacher))
-        )
-        softcap = self.ours.model.config.final_logit_softcapping
-        return head_loss(ours, None, Objective(alpha=0.0, beta=1.0), TeacherLogits(theirs, softcap), softcap).loss
+        return divergence(self.ours, self.theirs, stream, teacher)

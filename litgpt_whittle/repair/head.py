@@ -85,13 +85,26 @@ class HeadRepair:
         Args:
             rows: Positions of the tokens in the calibration data, all windows concatenated; shape (n,).
         """
-        ours, theirs = (
-            HeadInput(outside.norm(stream.tokens(rows).to(self.calibration.device)), *_parameters(outside.head))
-            for outside, stream in ((self.ours, self.student), (self.theirs, self.teacher))
-        )
-        softcap = self.ours.model.config.final_logit_softcapping
-        told = TeacherLogits(theirs, softcap)
-        return head_loss(ours, None, Objective(alpha=0.0, beta=1.0), told, softcap).loss
+        streams = (stream.tokens(rows).to(self.calibration.device) for stream in (self.student, self.teacher))
+        return divergence(self.ours, self.theirs, *streams)
+
+
+def divergence(ours: Outside, theirs: Outside, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return KL(teacher ‖ student) in nats per token.
+
+    Args:
+        ours: The student's modules outside the blocks.
+        theirs: The teacher's modules outside the blocks.
+        student: The student's stream after its last block, shape (…, n_embd_student).
+        teacher: The teacher's stream after its last block, shape (…, n_embd_teacher).
+    """
+    student_head, teacher_head = (
+        HeadInput(outside.norm(stream), outside.head.weight, outside.head.bias)
+        for outside, stream in ((ours, student), (theirs, teacher))
+    )
+    softcap = ours.model.config.final_logit_softcapping
+    targets = TeacherLogits(teacher_head, softcap)
+    return head_loss(student_head, None, Objective(alpha=0.0, beta=1.0), targets, softcap).loss
 
 
 Rates = list[tuple[nn.Parameter, float]]
@@ -110,7 +123,3 @@ def _norm_rates(norm: nn.Module) -> Rates:
 
 def _size(weight: torch.Tensor) -> float:
     return float(weight.square().mean().sqrt())
-
-
-def _parameters(head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return head.weight, head.bias

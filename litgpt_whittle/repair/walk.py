@@ -23,6 +23,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from litgpt.config import Config
@@ -282,7 +283,7 @@ class Repair:
     def _repair_layer(self, i: int) -> tuple[LayerKeep, Weights, LayerReport]:
         layer = self.subnet.layers[i]
         teacher = self._teacher_block(layer)
-        if self._is_copy(i):
+        if i < self._n_copies:
             return self._copy_layer(i, teacher)
         middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
@@ -357,7 +358,7 @@ class Repair:
                 weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
             streams.ahead[batch] = _finite(seen["out"], layer)
-        for batch in self.calibration.teacher_batches[len(self.calibration.batches) :]:
+        for batch in self.calibration.further_batches:
             stream = teacher(streams.teacher[batch].to(self.device), *self.theirs.block_args[layer])
             streams.ahead[batch] = _finite(stream, layer)
         for dropped in range(layer + 1, behind):
@@ -418,7 +419,7 @@ class Repair:
             for name, tensor in block.state_dict().items()
         }, errors
 
-    @property
+    @cached_property
     def _n_copies(self) -> int:
         """Number of leading layers that are copies of the teacher's."""
         return sum(self._is_copy(i) for i in range(len(self.subnet)))

@@ -138,12 +138,12 @@ class IntegerProgram(Generations):
 
     def _fit(self) -> _Posterior:
         """Fit the costs to the scores of all complete generations."""
-        told = [each for each in self.told[: self._begins] if math.isfinite(each.score)]
-        for each in told:
+        finite = [each for each in self.told[: self._begins] if math.isfinite(each.score)]
+        for each in finite:
             if each.subnet not in self._weights:
                 self._weights[each.subnet] = self.alternatives.weights(each.subnet)
-        weights = [self._weights[each.subnet] for each in told]
-        pairs = [(own, _loss(each) - self.base) for own, each in zip(weights, told) if own is not None]
+        weights = [self._weights[each.subnet] for each in finite]
+        pairs = [(own, _loss(each) - self.base) for own, each in zip(weights, finite) if own is not None]
         rises = np.array([rise for _, rise in pairs])
         return _Posterior(self.costs, np.array([own for own, _ in pairs]), rises, self.uncertainty)
 
