@@ -184,6 +184,24 @@ def stopping_at(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def stopping_before(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Stop a forward pass before this module, whose input is added to the yielded list."""
+    seen: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple) -> None:
+        seen.append(inputs[0])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield seen
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+
+
 class _Stop(Exception):
     """Stops a forward pass early."""
 

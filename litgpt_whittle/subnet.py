@@ -149,6 +149,18 @@ class SubNet:
         return LayerKeep(at["n_query_groups"], at["heads_per_group"], at[width], n_expert)
 
     @cached_property
+    def n_intact(self) -> int:
+        """Number of leading layers that the cut leaves as they are, without dropped layers among or after them."""
+        full = SubNet.full(self.teacher)
+        if (self.n_embd, self.head_size) != (full.n_embd, full.head_size):
+            return 0
+        layers, n = [*self.layers, self.teacher.n_layer], 0
+        # a repair makes the layer before dropped ones compensate for them
+        while n < len(self) and layers[n : n + 2] == [n, n + 1] and self.layer(n) == full.layer(n):
+            n += 1
+        return n
+
+    @cached_property
     def head_cut(self) -> HeadCut:
         """Kept dimensions of a head, and the RoPE settings that preserve their frequencies."""
         return cut_head(self.teacher, self.head_size.indices if not self.head_size.is_prefix else len(self.head_size))

@@ -14,7 +14,8 @@ from litgpt_whittle.batches import fingerprint, fixed_batches
 from litgpt_whittle.distillation import head
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import perplexity as fitness
-from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.fitness.kl import KLDivergence
+from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import Take, plan
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
@@ -189,3 +190,27 @@ def test_copies_beyond_a_limit_are_made_for_every_batch(monkeypatch):
             assert (model._running.weights is not None) == (limit > head)
             assert all((block._running.weights is not None) == kept for block in blocks)
         assert score(subnet) == expected
+
+
+@pytest.mark.parametrize("name", ["Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "phi-2"])
+@pytest.mark.parametrize("kind", [Perplexity, KLDivergence, RepairedPerplexity])
+def test_intact_leading_layers_are_run_once_for_all_candidates(name, kind, monkeypatch):
+    """A candidate that starts at the teacher's stream scores as one that starts at the tokens."""
+    config = ARCHITECTURES[name]
+    model = super_network(config)
+    more = {"calibration": torch.cat(loader((16,), 24))} if kind is RepairedPerplexity else {}
+    scorer = kind(model, fixed_batches(loader(), 9, 24), **more)
+    subnets = [
+        SubNet(model.config, n_query_groups=[None] * 2 + [1] + [None] * (config.n_layer - 3)),
+        SubNet(model.config, n_layer=f"0-{config.n_layer - 2}"),
+        SubNet.full(model.config),
+        SubNet(model.config, n_layer="0-1,3"),
+    ]
+    assert [subnet.n_intact for subnet in subnets] == [2, config.n_layer - 2, config.n_layer, 1]
+    from_tokens = [scorer.losses(subnet, slice(0, None)).sums for subnet in subnets]
+    n_runs = []
+    first = model.transformer.h[0]
+    first.register_forward_pre_hook(lambda *_: n_runs.append(1))
+    for subnet, sums in zip(subnets, from_tokens):
+        torch.testing.assert_close(scorer.losses(subnet).sums, sums, rtol=1e-9, atol=0)
+    assert len(n_runs) == 2 * 3  # the streams of three batches, once and again for the last candidate

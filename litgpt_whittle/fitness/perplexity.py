@@ -14,6 +14,7 @@ from litgpt.model import GPT
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.fitness.prefix import Prefix, starting_at
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
 from litgpt_whittle.repair.costs import check_memory
 from litgpt_whittle.repair.from_moments import QuickRepair
@@ -85,6 +86,7 @@ class Perplexity:
         self.is_sharded = is_sharded(model)
         self.batches = [Batch(*(tensor.to(model.lm_head.weight.device) for tensor in batch)) for batch in batches]
         self.n_tokens = sum(batch.n_tokens for batch in batches)
+        self.prefix = Prefix(model, [rows for batch in self.batches for rows in self._rows(batch.input_ids)])
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's `perplexity` and `nll`, its logarithm (nats per token)."""
@@ -105,8 +107,23 @@ class Perplexity:
             with torch.no_grad(), self.model.running(subnet):
                 return self._losses_together(batches)
         # the weights are sliced once
-        with torch.inference_mode(), self.model.running(subnet, materialize=True):
-            return self._losses(self.model, self.model._running.module, batches)
+        with torch.inference_mode():
+            n_intact = self._prepare_prefix(subnet, which)
+            with self.model.running(subnet, materialize=True):
+                shell = self.model._running.module
+                with starting_at(shell, n_intact, self.prefix.streams):
+                    return self._losses(self.model, shell, batches)
+
+    def _prepare_prefix(self, subnet: SubNet, which: slice) -> int:
+        """Compute the teacher's stream after a sub-network's intact leading layers; return their number.
+
+        0 for a part of the batches, which would take the teacher as much time as the sub-network.
+        """
+        n_intact = subnet.n_intact if which == slice(None) else 0
+        if n_intact:
+            with self.autocast():
+                self.prefix.before(n_intact)
+        return n_intact
 
     def _losses_together(self, batches: Sequence[Batch]) -> WindowLosses:
         n = world_size()
@@ -143,13 +160,8 @@ class Perplexity:
 
     def _caught(self, model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
         """Run a model and return the inputs of its head."""
-        n_rows, n_tokens = input_ids.shape
-        # sharded processes must run the same number of forward passes, whatever their batches
-        most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
-        if most is not None:
-            n_rows = max(most // n_tokens, 1)
         hidden = []
-        for rows in input_ids.split(n_rows):
+        for rows in self._rows(input_ids):
             tap.tapping = True
             model(rows)
             caught, tap.caught = tap.caught, None
@@ -158,6 +170,13 @@ class Perplexity:
             give_back_freed()
         tap.tapping = False
         return caught._replace(hidden=torch.cat(hidden))
+
+    def _rows(self, input_ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split a batch into forward passes."""
+        n_rows, n_tokens = input_ids.shape
+        # sharded processes must run the same number of forward passes, whatever their batches
+        most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
+        return input_ids.split(n_rows if most is None else max(most // n_tokens, 1))
 
 
 class RepairedPerplexity(Perplexity):
@@ -189,5 +208,7 @@ class RepairedPerplexity(Perplexity):
     @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
         """Return the repaired student's losses on every window of the selected batches."""
+        n_intact = self._prepare_prefix(subnet, which)
         student = self.repair.student(subnet)
-        return self._losses(student, student, self.batches[which])
+        with starting_at(student, n_intact, self.prefix.streams):
+            return self._losses(student, student, self.batches[which])

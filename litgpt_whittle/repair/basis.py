@@ -54,6 +54,11 @@ class Basis:
     def is_coordinates(self) -> bool:
         return self.kept is not None
 
+    @property
+    def is_whole(self) -> bool:
+        """True if the student keeps all of the teacher's channels."""
+        return self.kept is not None and len(self.kept) == self.matrix.shape[1]
+
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         """Project the teacher's stream onto the student's channels: (…, n_embd_teacher) to (…, n_embd_student)."""
         return stream[..., self.kept] if self.kept is not None else stream @ self.matrix.T

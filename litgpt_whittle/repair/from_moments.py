@@ -166,9 +166,12 @@ class QuickRepair:
     def student(self, subnet: SubNet) -> GPT:
         """Return a repaired student, with a principal basis if channels are cut, and with reselected units."""
         basis = self._basis(len(subnet.n_embd))
-        blocks = []
+        blocks: list[Block] = []
         for i, layer in enumerate(subnet.layers):
             theirs, moments = self.block(layer), self.layers[layer]
+            if i < subnet.n_intact:
+                blocks.append(theirs)
+                continue
             block, takes = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
             following = subnet.layers[i + 1] if i + 1 < len(subnet) else self.config.n_layer
             gap = self._gap(layer, following) if following > layer + 1 and moments.last_writers else None
@@ -195,10 +198,13 @@ class QuickRepair:
         theirs, ours = self.norm, student.transformer.ln_f
         if not basis.is_coordinates:
             basis.turn_norm(theirs, ours)
+        if self.teacher.tied:
+            student.lm_head.weight = student.transformer.wte.weight
+        if basis.is_whole:
+            return
         moments = normalised(self.final, basis, theirs, ours)
         if self.teacher.tied:
             fit_tied_norm(ours, student.lm_head.weight, self.teacher.lm_head.weight, moments)
-            student.lm_head.weight = student.transformer.wte.weight
         else:
             anchor = basis.reconstruction(theirs, moments)
             fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, self.ridge, b))
@@ -281,6 +287,9 @@ class _LayerMoments:
     ) -> None:
         """Fit all input and output projections of a student's block, in place.
 
+        Projections that lose nothing in the cut stay as they are: inputs if all channels are kept, outputs if all
+        their inputs are kept, too.
+
         Args:
             block: The student's block.
             theirs: The teacher's block.
@@ -294,6 +303,8 @@ class _LayerMoments:
             ("attn", self.before_attn, "norm_1"),
             ("mlp", self.before_mlp, "norm_1" if shared else "norm_2"),
         ):
+            if basis.is_whole:
+                break
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
@@ -325,6 +336,8 @@ class _LayerMoments:
         for name, columns in self.columns[names].items():
             index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
+        if is_linear and basis.is_whole and sum(map(len, kept)) == len(moments.z):
+            return
         has_outputs = gap is not None or norm_behind is not None
         weight = None if has_outputs else torch.cat([module.weight for module in wide], 1)
         bias = sum(module.bias for module in wide) if wide[0].bias is not None else None

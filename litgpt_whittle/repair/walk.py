@@ -23,7 +23,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 
 import torch
 from litgpt.config import Config
@@ -283,7 +282,7 @@ class Repair:
     def _repair_layer(self, i: int) -> tuple[LayerKeep, Weights, LayerReport]:
         layer = self.subnet.layers[i]
         teacher = self._teacher_block(layer)
-        if i < self._n_copies:
+        if i < self.subnet.n_intact:
             return self._copy_layer(i, teacher)
         middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
@@ -311,16 +310,6 @@ class Repair:
         # a cut without loss leaves nothing to fit
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut)
-
-    def _is_copy(self, i: int) -> bool:
-        """Return whether a layer and all layers before it equal the teacher's, so that their streams do as well."""
-        if self.n_embd < self.teacher.n_embd or i + 1 == len(self.subnet) < self.teacher.n_layer:
-            return False
-        full = SubNet.full(self.teacher)
-        is_same_head = self.subnet.head_size == full.head_size
-        is_whole = all(self.subnet.layer(j) == full.layer(j) for j in range(i + 1))
-        n_same = i + 1 if i + 1 == len(self.subnet) else i + 2  # no dropped layers follow
-        return is_whole and list(self.subnet.layers[:n_same]) == list(range(n_same)) and is_same_head
 
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
         """Copy a layer of the teacher, which needs no fit."""
@@ -396,7 +385,7 @@ class Repair:
 
     def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors]:
         """Train all blocks except leading copies jointly; return their weights and the errors."""
-        first = self._n_copies
+        first = self.subnet.n_intact
         blocks = [
             load_block(subnet.layer_config(i), i, {name: w.to(self.device) for name, w in layers[i].items()})
             for i in range(first, len(subnet))
@@ -419,15 +408,10 @@ class Repair:
             for name, tensor in block.state_dict().items()
         }, errors
 
-    @cached_property
-    def _n_copies(self) -> int:
-        """Number of leading layers that are copies of the teacher's."""
-        return sum(self._is_copy(i) for i in range(len(self.subnet)))
-
     @property
     def _start(self) -> str:
         """Name of the student's stream before its first layer that is not a copy."""
-        return f"student-{self._n_copies}"
+        return f"student-{self.subnet.n_intact}"
 
     def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
         """Return the sub-network with the selected units."""

@@ -1,0 +1,77 @@
+"""Reuse the teacher's leading layers for candidates that leave them as they are.
+
+A measurement cuts a single layer, so half of its layers equal the teacher's on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from litgpt.model import GPT
+from torch import nn
+
+from litgpt_whittle.blocks import stopping_before
+
+
+class Prefix:
+    """The teacher's residual stream before one of its layers, on the batches that score candidates.
+
+    The stream is kept in main memory, for the latest layer only: later layers advance it, earlier ones start over.
+
+    Args:
+        teacher: The teacher.
+        input_ids: Token ids of each forward pass, shape (B, T) each.
+    """
+
+    def __init__(self, teacher: GPT, input_ids: Sequence[torch.Tensor]) -> None:
+        self.teacher, self.input_ids = teacher, input_ids
+        self.layer, self.streams = 0, []
+
+    def before(self, layer: int) -> list[torch.Tensor]:
+        """Return the stream before a layer, or after the last one, shape (B, T, n_embd) for each forward pass."""
+        if layer < self.layer:
+            self.layer, self.streams = 0, []
+        if layer > self.layer:
+            transformer = self.teacher.transformer
+            following = transformer.h[layer] if layer < len(transformer.h) else transformer.ln_f
+            found = []
+            with starting_at(self.teacher, self.layer, self.streams):
+                for ids in self.input_ids:
+                    with stopping_before(following) as seen:
+                        self.teacher(ids)
+                    found.append(seen[0].cpu())
+            self.layer, self.streams = layer, found
+        return self.streams
+
+
+@contextmanager
+def starting_at(model: GPT, layer: int, streams: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Replace a model's layers before `layer` by their known output.
+
+    Args:
+        model: The model.
+        layer: Number of layers to replace.
+        streams: Output of these layers, shape (B, T, n_embd) for each of the next forward passes, in order.
+    """
+    blocks = model.transformer.h
+    replaced = list(blocks[:layer])
+    for i in range(layer):
+        blocks[i] = _Recall(iter(streams) if i == layer - 1 else None)
+    try:
+        yield
+    finally:
+        for i, block in enumerate(replaced):
+            blocks[i] = block
+
+
+class _Recall(nn.Module):
+    """Placeholder for a block that returns the next known output, or its input if there is none."""
+
+    def __init__(self, outputs: Iterator[torch.Tensor] | None) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return x if self.outputs is None else next(self.outputs).to(x.device)
