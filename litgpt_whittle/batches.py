@@ -184,11 +184,39 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
         raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
-    # samples of different lengths, such as instructions, are concatenated
-    windows = torch.cat([sample.input_ids for sample in samples])
-    windows = windows[: len(windows) // length * length].view(-1, length)[: -(-n_tokens // length)]
+    windows = _concatenated(samples, length)[: -(-n_tokens // length)]
     _check_not_validation(data, samples, seq_length)
     return windows
+
+
+def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> torch.Tensor | None:
+    """Read the first validation tokens of a connected data module, the same in every run.
+
+    Args:
+        data: The data module.
+        seq_length: Length to which samples are truncated.
+        length: Tokens per window.
+        n: Maximum number of windows.
+
+    Returns:
+        Token ids, shape (N, length); None if the data does not fill a window.
+    """
+    loader, samples = val_loader(data), []
+    if loader is None:
+        return None
+    with fixed_randomness(loader):
+        for raw in loader:
+            if sum(len(sample.input_ids) for sample in samples) >= n * length:
+                break
+            samples += samples_of(*split_batch(raw, seq_length))
+    windows = _concatenated(samples, length)[:n] if samples else torch.empty(0, length)
+    return windows if len(windows) else None
+
+
+def _concatenated(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    """Concatenate samples, which may differ in length, and split them into windows, shape (N, length)."""
+    tokens = torch.cat([sample.input_ids for sample in samples])
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_length: int) -> None:

@@ -1,7 +1,9 @@
 """Batches of calibration tokens, distributed over the processes.
 
-The tokens are split into three parts: most are for fitting, 1/8 selects the ridge strength of each regression (and is
-added to the fit after that), and 1/16 is held out to evaluate the result; nothing is ever fitted to it.
+There are three parts: most tokens are for fitting, 1/8 selects the ridge strength of each regression (and is added to
+the fit after that), and held-out tokens evaluate the result; nothing is ever fitted to them. Held-out tokens come from
+the validation data, since another part of the calibration text may continue documents that were fitted to. Without
+validation data, they are the last 1/16 of the calibration tokens.
 
 Regressions only need sums over tokens, so each process accumulates its own batches, and the sums are then reduced over
 all processes.
@@ -23,6 +25,9 @@ CACHE_PARTS = 8
 FLOAT32_TOKENS_PER_INPUT = 16
 """Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
 
+HELD_OUT = 16
+"""There is one held-out token for this many calibration tokens"""
+
 Batch = slice
 """Slice of the calibration windows"""
 
@@ -34,8 +39,10 @@ class Calibration:
         windows: Token ids, shape (N, T).
         micro_batch_size: Windows per batch.
         device: Device for computation.
-        n_closed_form: Number of leading windows for the closed form, of which the three parts are taken; all by
-            default. The others are only used to train all blocks together.
+        n_closed_form: Number of leading windows for the closed form; all by default. The others are only used to train
+            all blocks together.
+        held_out: Windows to evaluate on, from the validation data, shape (N, T); by default the last of those for the
+            closed form.
 
     Raises:
         UserError: If there are fewer than three windows for the closed form, one for each part.
@@ -47,13 +54,23 @@ class Calibration:
         micro_batch_size: int = 16,
         device: torch.device | str = "cpu",
         n_closed_form: int | None = None,
+        held_out: torch.Tensor | None = None,
     ) -> None:
         n = len(windows) if n_closed_form is None else min(n_closed_form, len(windows))
         check_n_windows(n)
-        self.n_closed_form = n
-        self.windows, self.device = windows, device
-        self._first_held_out = n - max(n // 16, 1)
-        self._first_tuning = self._first_held_out - max(n // 8, 1)
+        n_tuning = max(n // 8, 1)
+        self.device = device
+        self.is_validated = held_out is not None
+        """True if the held-out tokens come from the validation data"""
+        if held_out is None:
+            n_held_out = max(n // HELD_OUT, 1)
+            self.windows, self._first_held_out = windows, n - n_held_out
+        else:
+            n_held_out = len(held_out)
+            self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
+        self.n_first = n = self._first_held_out + n_held_out
+        """Number of leading windows that the student reads, too: those of the closed form and the held-out ones"""
+        self._first_tuning = self._first_held_out - n_tuning
         self.all_batches = [
             slice(start, min(start + micro_batch_size, end))
             for begin, end in (
@@ -65,7 +82,10 @@ class Calibration:
         ]
         self.batches = self.share(self.all_batches)
         self.further_batches = self.share(
-            [slice(i, min(i + micro_batch_size, len(windows))) for i in range(n, len(windows), micro_batch_size)]
+            [
+                slice(i, min(i + micro_batch_size, len(self.windows)))
+                for i in range(n, len(self.windows), micro_batch_size)
+            ]
         )
 
     @staticmethod
@@ -95,12 +115,12 @@ class Calibration:
     def training_windows(self) -> torch.Tensor:
         """Indices of the windows to train on: all but the held-out ones, shape (n,)."""
         indices = torch.arange(len(self.windows))
-        return indices[(indices < self._first_held_out) | (indices >= self.n_closed_form)]
+        return indices[(indices < self._first_held_out) | (indices >= self.n_first)]
 
     @property
     def held_out_windows(self) -> range:
         """Indices of the held-out windows."""
-        return range(self._first_held_out, self.n_closed_form)
+        return range(self._first_held_out, self.n_first)
 
     @property
     def fitted_batches(self) -> list[Batch]:

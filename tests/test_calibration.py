@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.data import DataModule
 
-from litgpt_whittle.batches import calibration_windows
+from litgpt_whittle.batches import calibration_windows, held_out_windows
+from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 
 
@@ -149,3 +150,27 @@ def test_answers_of_few_kinds_are_no_overlap():
         return batch
 
     calibration_windows(Given([classified(range(30))], [classified(range(30, 45))]), 2048, 10**6)
+
+
+def test_a_repair_is_judged_by_the_validation_text():
+    """Windows of another part of the calibration text may continue documents that were fitted to."""
+    train, validation = [padded(text(33, i)) for i in range(40)], [padded(text(33, i)) for i in range(50, 60)]
+    windows = calibration_windows(Given(train, validation), 32, 32 * 32)
+    held_out = held_out_windows(Given(train, validation), 32, windows.shape[1], 3)
+    assert torch.equal(held_out.flatten(), torch.cat([text(33, i)[:32] for i in (50, 51, 52)]))
+    calibration = Calibration(windows, 4, n_closed_form=20, held_out=held_out)
+    assert calibration.is_validated and not Calibration(windows).is_validated
+    in_ = {name: {i for batch in getattr(calibration, name) for i in range(batch.start, batch.stop)} for name in (
+        "fitted_batches", "tuning_batches", "held_out_batches", "further_batches", "teacher_batches",
+    )}  # fmt: skip
+    of = {name: calibration.windows[sorted(rows)] for name, rows in in_.items()}
+    assert torch.equal(of["fitted_batches"], windows[:20]) and torch.equal(of["further_batches"], windows[20:])
+    assert torch.equal(of["held_out_batches"], held_out) and in_["tuning_batches"] < in_["fitted_batches"]
+    assert torch.equal(calibration.windows[calibration.training_windows], windows)
+    assert torch.equal(calibration.windows[list(calibration.held_out_windows)], held_out)
+    assert calibration.n_fitted == 20 * 32 and len(in_["teacher_batches"]) == len(windows) + 3
+
+
+@pytest.mark.parametrize("validation", [[], [padded(text(9, 1))]])
+def test_without_enough_validation_text_the_last_of_the_calibration_text_is_held_out(validation):
+    assert held_out_windows(Given([], validation), 32, 32, 3) is None

@@ -14,8 +14,8 @@ from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import check_seed, read_calibration, sequence_length
-from litgpt_whittle.calibration import Calibration, check_n_windows
+from litgpt_whittle.batches import check_seed, held_out_windows, read_calibration, sequence_length
+from litgpt_whittle.calibration import HELD_OUT, Calibration, check_n_windows
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
     check_checkpoint,
@@ -121,8 +121,10 @@ def setup(
         fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
         windows = read_calibration(data, checkpoint_dir, size, length, n_tokens, seed, "repair.tokens")
         n_closed_form = -(-args.n_closed_form(subnet.config) // length)
-        calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form)
-        scratch = _open_scratch(checkpoint_dir, subnet, windows, args, out_dir)
+        n_held_out = max(min(n_closed_form, len(windows)) // HELD_OUT, 1)
+        held_out = held_out_windows(data, length, windows.shape[1], n_held_out)
+        calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form, held_out)
+        scratch = _open_scratch(checkpoint_dir, subnet, calibration.windows, args, out_dir)
         try:
             repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
         except UserError:  # the same command could not resume from it
@@ -153,7 +155,7 @@ def setup(
         print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot hand it to transformers: {why}")
     if repaired:
         plot_repair(repaired.layers, out_dir / "repair.png")
-        print(_repair_summary(repaired))
+        print(_repair_summary(repaired, calibration))
         scratch.remove()
     if not has_tokenizer(out_dir):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
@@ -272,7 +274,7 @@ def _open_scratch(
     return scratch
 
 
-def _repair_summary(repaired: Repaired) -> str:
+def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
     layers = repaired.layers
     before = sum(layer.before for layer in layers) / len(layers)
     lines = [
@@ -283,8 +285,10 @@ def _repair_summary(repaired: Repaired) -> str:
     if tried := {name: errors for name, errors in steps.items() if errors is not None}:
         before, after = list(tried.values())[0].before, list(tried.values())[-1].after
         steps = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
+        n = len(calibration.held_out_windows) * calibration.shape[1]
+        source = "validation" if calibration.is_validated else "held-out calibration"
         lines += [
-            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on held-out calibration tokens:",
+            f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on {n:,} {source} tokens:",
             f"  {before:.3f} after the blocks' closed form, {steps}).",
         ]
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):

@@ -75,7 +75,7 @@ class HeadRepair:
 
     def error(self) -> float:
         """Return the divergence on held-out tokens."""
-        n, end = self.calibration.n_fitted, self.calibration.n_closed_form * self.calibration.shape[1]
+        n, end = self.calibration.n_fitted, self.calibration.n_first * self.calibration.shape[1]
         parts = torch.arange(n, end).split(TOKENS_PER_STEP)
         return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
 

@@ -207,7 +207,7 @@ class Repair:
         # 32 tokens per channel suffice for directions, spread over the calibration data
         batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
         batches = self.calibration.share(
-            batches[:: max(self.calibration.n_closed_form * self.calibration.shape[1] // n_needed, 1)]
+            batches[:: max(self.calibration.n_first * self.calibration.shape[1] // n_needed, 1)]
         )
         stream, worth = self._stream("directions", self.teacher.n_embd), Worth()
         for batch in batches:
