@@ -390,6 +390,24 @@ def test_fine_mutation_keeps_most_units():
     assert np.median(shared) == len(mother.n_embd)
 
 
+@pytest.mark.parametrize(
+    "name, n_embd, intermediate_size",
+    [("SmolLM2-135M", 32, 64), ("pythia-410m", 64, 64), ("Llama-3.1-8B", 128, 128), ("pythia-14m", 1, 1)],
+)
+def test_widths_of_large_teachers_suit_matrix_units(name, n_embd, intermediate_size):
+    teacher = Config.from_name(name)
+    space, rng = Space(teacher, "fine_layerwise"), np.random.default_rng(0)
+    for _ in range(5):
+        subnet = space.sample(rng)
+        assert len(subnet.n_embd) % n_embd == 0
+        assert all(len(subnet.layer(i).intermediate_size) % intermediate_size == 0 for i in range(len(subnet)))
+    grids = space.sizes.grids
+    assert len(grids["n_embd"]) == teacher.n_embd // n_embd >= 16
+    assert len(grids["intermediate_size"]) == teacher.intermediate_size // intermediate_size >= 16
+    of_one = Space(teacher, "fine_uniform", args=SpaceArgs(SizeArgs())).sizes
+    assert len(of_one.grids["intermediate_size"]) == teacher.intermediate_size
+
+
 def test_steps_smallest_and_fixed_sizes_are_kept_to():
     args = SpaceArgs(
         step=SizeArgs(n_embd=5, intermediate_size=16),

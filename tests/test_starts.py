@@ -71,7 +71,7 @@ def assert_member(subnet: SubNet, space: Space, args: SpaceArgs) -> None:
         whole |= limits
     for field, n in ((field, n) for each in sizes for field, n in each.items()):
         assert n == whole[field] or (
-            field not in args.fixed and n % getattr(args.step, field) == 0 and n >= getattr(args.smallest, field)
+            field not in args.fixed and n % (getattr(args.step, field) or 1) == 0 and n >= getattr(args.smallest, field)
         )
     if args.layers == "first":
         assert subnet.n_layer.is_prefix

@@ -91,10 +91,24 @@ class SizeArgs:
 
 
 @dataclass
+class StepArgs(SizeArgs):
+    """Steps of the dimensions. By default one unit, and 32 to 128 for the widths of teachers with at least 512
+    channels, since GPUs multiply matrices of odd widths slowly and quantisers refuse them"""
+
+    n_embd: int | None = None
+    """Channels of the residual stream; by default 128 for more than 2,048, else 64 or 32, if it divides the teacher's
+    and leaves 16 sizes"""
+    intermediate_size: int | None = None
+    """Neurons of an MLP; by default as for channels"""
+    moe_intermediate_size: int | None = None
+    """Neurons of an expert; by default as for channels"""
+
+
+@dataclass
 class SpaceArgs:
     """Dimensions that may shrink, with their smallest sizes and steps"""
 
-    step: SizeArgs = field(default_factory=SizeArgs)
+    step: StepArgs = field(default_factory=StepArgs)
     """Step of each dimension: sizes are its multiples; the teacher's own size is always allowed"""
     smallest: SizeArgs = field(default_factory=SizeArgs)
     """Smallest size of each dimension"""

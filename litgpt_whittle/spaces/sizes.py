@@ -28,6 +28,12 @@ GLOBAL = ("n_embd", "head_size", "n_expert")
 
 ATTENTION = ("n_query_groups", "heads_per_group")
 
+WIDTHS = ("n_embd", "intermediate_size", "moe_intermediate_size")
+"""Dimensions that are sides of large matrix products"""
+
+SMALL = 512
+"""Teachers with fewer channels keep steps of one unit"""
+
 EVERY = -1
 """Layer index of a key that applies to all layers"""
 
@@ -91,6 +97,7 @@ class SizeSpace:
         if name in self.args.fixed:
             return [limit]
         step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
+        step = default_step(self.teacher, name, limit) if step is None else step
         if least > limit:
             raise UserError(f"search_space.smallest.{name} must be at most the teacher's {limit}, got {least}")
         legal = set(_legal(self.teacher, name, limit))
@@ -249,6 +256,18 @@ def nearest_size(grid: Sequence[int], share: float) -> int:
     return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))
 
 
+def default_step(teacher: Config, name: str, limit: int) -> int:
+    """Return the default step of a dimension, of which the teacher has `limit` units.
+
+    The largest of 128 (for teachers with more than 2,048 channels), 64 and 32 that divides the teacher's size and
+    leaves at least 16 sizes; 1 for small teachers and for dimensions other than widths.
+    """
+    if name not in WIDTHS or teacher.n_embd < SMALL:
+        return 1
+    steps = [128, 64, 32] if teacher.n_embd > 2048 else [64, 32]
+    return next((step for step in steps if limit % step == 0 and limit >= 16 * step), 1)
+
+
 def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:
     """Set `convertible` to true if it is None and the teacher requires it for the dimensions that may shrink."""
     is_needed = shares_channels(teacher) and not {"n_embd", "head_size"} <= set(args.fixed)
@@ -305,7 +324,7 @@ def _check_args(args: SpaceArgs) -> None:
     names = [f.name for f in fields(SizeArgs)]
     for section in ("step", "smallest"):
         for name in names:
-            if (value := getattr(getattr(args, section), name)) < 1:
+            if (value := getattr(getattr(args, section), name)) is not None and value < 1:
                 raise UserError(f"search_space.{section}.{name} must be at least 1, got {value}")
     for name in args.fixed:
         if name not in names:
