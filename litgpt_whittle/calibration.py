@@ -123,6 +123,11 @@ class Calibration:
         return range(self._first_held_out, self.n_first)
 
     @property
+    def compared_windows(self) -> range:
+        """Indices of as many fitted windows, to compare with the held-out ones."""
+        return range(min(len(self.held_out_windows), self._first_held_out))
+
+    @property
     def fitted_batches(self) -> list[Batch]:
         """This process's batches for fitting, tuning batches included."""
         return [batch for batch in self.batches if not self.is_held_out(batch)]

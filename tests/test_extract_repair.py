@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle.batches import held_out_windows
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.data import HFText
+from litgpt_whittle.data.loading import connect
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
@@ -117,6 +120,39 @@ def test_it_says_how_it_was_repaired(folder, student, capsys, tmp_path):
     extract(folder, tmp_path / "s", repair=RepairArgs(tokens=4000, choose_units=False, basis="coordinates"))
     assert SubNet.load(tmp_path / "s/sub_network.yaml", TEACHER) == HALF
     assert "after the last block" in capsys.readouterr().out
+
+
+def kl(printed: str) -> float:
+    return float(re.search(r"predictions are ([\d.]+) nats", printed)[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"refine_passes": 1}])
+def test_the_printed_divergence_is_that_of_validation_text(changes, folder, tmp_path, capsys):
+    extract(folder, tmp_path / "s", repair=RepairArgs(tokens=4000, **changes))
+    printed = capsys.readouterr().out
+    val = data(folder)
+    connect(val, folder / "teacher", 8, 32)
+    windows = held_out_windows(val, 32, 32, 4000 // 32 // 16)
+    assert f"(KL on {windows.numel()} validation tokens" in printed and "Note: on calibration" not in printed
+    log_p = []
+    for path in (folder / "teacher", tmp_path / "s"):
+        model = GPT(Config.from_checkpoint(path)).double()
+        model.load_state_dict(weights(path))
+        log_p.append(model(windows).detach().log_softmax(-1))
+    expected = (log_p[0].exp() * (log_p[0] - log_p[1])).sum(-1).mean()
+    assert kl(printed) == pytest.approx(float(expected), abs=6e-4)
+
+
+def test_a_student_that_is_far_better_on_its_calibration_text_asks_for_other_text(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("litgpt_whittle.commands.extract.NARROW", 1.05)  # predictions of this teacher are nearly even
+    narrow = HFText(
+        path=str(write_jsonl(tmp_path / "narrow.jsonl", documents(2) * 200)), val_path=str(folder / "validation.jsonl")
+    )
+    extract(folder, tmp_path / "s", data=narrow, repair=RepairArgs(tokens=4000, refine_passes=4, refine_lr=3e-3))
+    printed = capsys.readouterr().out
+    assert "Note: on calibration tokens it is only" in printed and "broader text" in printed
 
 
 def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, capsys):

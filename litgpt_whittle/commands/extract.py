@@ -47,6 +47,9 @@ from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 from litgpt_whittle.training.resume import describe
 from litgpt_whittle.training.student import BASIS
 
+NARROW = 1.5
+"""Ratio of the divergences on validation and on calibration tokens from which a note asks for more or broader text"""
+
 
 def setup(
     checkpoint_dir: Path,
@@ -291,6 +294,11 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
             f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on {n:,} {source} tokens:",
             f"  {before:.3f} after the blocks' closed form, {steps}).",
         ]
+        if repaired.fitted is not None and after > NARROW * repaired.fitted:
+            lines.append(
+                f"  Note: on calibration tokens it is only {repaired.fitted:.3f}; raise --repair.tokens, or calibrate on "
+                "broader text."
+            )
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")
     return "\n".join(lines)

@@ -80,9 +80,9 @@ class EndToEnd:
                 rates, n_steps, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end"
             )
 
-    def error(self) -> float:
-        """Return the divergence on held-out tokens."""
-        windows = self.calibration.held_out_windows
+    def error(self, windows: range | None = None) -> float:
+        """Return the divergence on these windows, by default the held-out ones."""
+        windows = windows or self.calibration.held_out_windows
         with torch.no_grad():
             return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)
 

@@ -73,9 +73,10 @@ class HeadRepair:
                 name="head",
             )
 
-    def error(self) -> float:
-        """Return the divergence on held-out tokens."""
-        n, end = self.calibration.n_fitted, self.calibration.n_first * self.calibration.shape[1]
+    def error(self, windows: range | None = None) -> float:
+        """Return the divergence on these windows, by default the held-out ones."""
+        windows, length = windows or self.calibration.held_out_windows, self.calibration.shape[1]
+        n, end = windows.start * length, windows.stop * length
         parts = torch.arange(n, end).split(TOKENS_PER_STEP)
         return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
 

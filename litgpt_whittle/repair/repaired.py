@@ -36,6 +36,8 @@ class Repaired:
     """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token"""
     refined: Errors | None
     """The same before and after the passes that train all blocks jointly"""
+    fitted: float | None
+    """The same on as many fitted tokens, at the end"""
     basis_name: str
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""

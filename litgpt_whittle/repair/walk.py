@@ -152,9 +152,10 @@ class Repair:
             for name, tensor in weights.items()
         }
         keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
-        chosen, head, refined = self._chosen(keeps), self._repair_head(progress), None
+        chosen, refined = self._chosen(keeps), None
+        head, fitted = self._repair_head(progress)
         if self.args.refine_passes:
-            blocks, refined = self._refine(chosen, [weights for _, weights, _ in layers], progress)
+            blocks, refined, fitted = self._refine(chosen, [weights for _, weights, _ in layers], progress)
             student |= blocks
         outside = {name: tensor.detach() for name, tensor in self.ours.model.state_dict().items()}
         student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
@@ -162,7 +163,7 @@ class Repair:
             student["lm_head.weight"] = student["transformer.wte.weight"]
         if self.tied and self.subnet.layers[0]:  # not replaced by token means, since it is the head, too
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
-        return Repaired(chosen, student, reports, head, refined, self.basis_name, self.basis.matrix.cpu())
+        return Repaired(chosen, student, reports, head, refined, fitted, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
         """Save a finished layer, after which an interrupted repair resumes."""
@@ -360,8 +361,12 @@ class Repair:
 
     # after the last layer ---------------------------------------------------------------------------------------------
 
-    def _repair_head(self, progress: bool) -> Errors | None:
-        """Fit the LM head to the teacher's logits, from the moments of both final norms, then to its predictions."""
+    def _repair_head(self, progress: bool) -> tuple[Errors | None, float | None]:
+        """Fit the LM head to the teacher's logits, from the moments of both final norms, then to its predictions.
+
+        Returns:
+            Divergences on held-out tokens, and the final one on as many fitted tokens; None without passes.
+        """
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
             self.basis.turn_norm(theirs.norm, ours.norm)
@@ -379,12 +384,13 @@ class Repair:
             anchor = self.basis.reconstruction(theirs.norm, moments[0])
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
         if not self.args.head_passes:
-            return None
+            return None, None
         head = HeadRepair(ours, theirs, self.student_stream, self.teacher_stream, self.calibration, self.tied)
-        return head.fit(self.args.head_passes, self.scratch, progress)
+        errors = head.fit(self.args.head_passes, self.scratch, progress)
+        return errors, head.error(self.calibration.compared_windows)
 
-    def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors]:
-        """Train all blocks except leading copies jointly; return their weights and the errors."""
+    def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors, float]:
+        """Train all blocks except leading copies jointly; return their weights and the divergences."""
         first = self.subnet.n_intact
         blocks = [
             load_block(subnet.layer_config(i), i, {name: w.to(self.device) for name, w in layers[i].items()})
@@ -402,11 +408,12 @@ class Repair:
             self.tied,
         )
         errors = end_to_end.fit(self.args.refine_passes, self.args.refine_lr, self.scratch, progress)
-        return {
+        weights = {
             f"transformer.h.{i}.{name}": tensor.detach()
             for i, block in enumerate(blocks, first)
             for name, tensor in block.state_dict().items()
-        }, errors
+        }
+        return weights, errors, end_to_end.error(self.calibration.compared_windows)
 
     @property
     def _start(self) -> str:
