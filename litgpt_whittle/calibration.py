@@ -25,8 +25,9 @@ CACHE_PARTS = 8
 FLOAT32_TOKENS_PER_INPUT = 16
 """Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
 
-HELD_OUT = 16
-"""There is one held-out token for this many calibration tokens"""
+HELD_OUT, LEAST_HELD_OUT = 16, 4096
+"""There is one held-out token for this many calibration tokens; validation data give at least 4,096, but no more than a
+quarter of the calibration tokens"""
 
 Batch = slice
 """Slice of the calibration windows"""
@@ -63,12 +64,12 @@ class Calibration:
         self.is_validated = held_out is not None
         """True if the held-out tokens come from the validation data"""
         if held_out is None:
-            n_held_out = max(n // HELD_OUT, 1)
-            self.windows, self._first_held_out = windows, n - n_held_out
+            n_last = max(n // HELD_OUT, 1)
+            self.windows, self._first_held_out = windows, n - n_last
         else:
-            n_held_out = len(held_out)
+            n_last = len(held_out)
             self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
-        self.n_first = n = self._first_held_out + n_held_out
+        self.n_first = n = self._first_held_out + n_last
         """Number of leading windows that the student reads, too: those of the closed form and the held-out ones"""
         self._first_tuning = self._first_held_out - n_tuning
         self.all_batches = [
@@ -192,6 +193,11 @@ class Calibration:
         for batch in self.fitted_batches:
             (tuning if self.is_tuning(batch) else fitted).add(*examples(batch))
         return fitted.over_processes(), tuning.over_processes()
+
+
+def n_held_out(n: int, length: int) -> int:
+    """Return the number of windows of validation data to hold out beside n windows of calibration data."""
+    return max(n // HELD_OUT, min(LEAST_HELD_OUT // length, n // 4), 1)
 
 
 def check_n_windows(n: int) -> None:

@@ -15,7 +15,7 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.batches import check_seed, held_out_windows, read_calibration, sequence_length
-from litgpt_whittle.calibration import HELD_OUT, Calibration, check_n_windows
+from litgpt_whittle.calibration import Calibration, check_n_windows, n_held_out
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
     check_checkpoint,
@@ -124,8 +124,7 @@ def setup(
         fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
         windows = read_calibration(data, checkpoint_dir, size, length, n_tokens, seed, "repair.tokens")
         n_closed_form = -(-args.n_closed_form(subnet.config) // length)
-        n_held_out = max(min(n_closed_form, len(windows)) // HELD_OUT, 1)
-        held_out = held_out_windows(data, length, windows.shape[1], n_held_out)
+        held_out = held_out_windows(data, length, windows.shape[1], n_held_out(*windows.shape))
         calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form, held_out)
         scratch = _open_scratch(checkpoint_dir, subnet, calibration.windows, args, out_dir)
         try:
