@@ -75,7 +75,5 @@ class Middle(Bench):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
 def test_planned_memory_is_within_a_tenth_of_the_peak(tmp_path, precision):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     found = training.distilled(bench(tmp_path, Middle), precision=precision)
     assert found["planned_over_peak"] == pytest.approx(1, abs=0.1)

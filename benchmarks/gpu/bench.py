@@ -156,6 +156,12 @@ class Bench:
         """Return the peak memory of this process on the device, in GB."""
         return peak_memory(self.device) / 1e9
 
+    def forget_peak(self) -> None:
+        """Give back freed memory of the GPU, and measure its peak from now on."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     def peak_flops(self) -> float | None:
         """Return the card's bf16 FLOP/s by its data sheet; None if it is unknown."""
         if self.device.type != "cuda":

@@ -130,10 +130,8 @@ def measure(way: Way, inputs: Inputs, bench: Bench) -> dict[str, float | str]:
 
     is_gpu = bench.device.type == "cuda"
     try:
-        if is_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        bench.forget_peak()
+        before = torch.cuda.memory_allocated() if is_gpu else 0
         found: dict[str, float | str] = {"ms": bench.seconds(step, 5, 2) * 1e3}
     except Exception as error:  # out of memory, or a kernel that the card does not support: the others can be measured
         return {"error": f"{type(error).__name__}: {str(error)[:120]}"}

@@ -118,14 +118,16 @@ def distilled(
         is_profiled: If true, profile one optimizer step.
     """
     student, plans = student or bench.checkpoint(STUDENT), []
+    clock = StepClock(bench, is_profiled)
     source = {"teacher": bench.checkpoint(TEACHER)} if teacher_cache is None else {"teacher_cache": teacher_cache}
     plan_memory = memory_plan.plan_memory
 
     def noted(step: memory_plan.Step) -> memory_plan.MemoryPlan:
         plans.append(plan_memory(step))
+        clock.forget()  # the plan's own optimizer steps
         return plans[-1]
 
-    clock = StepClock(bench, is_profiled)
+    bench.forget_peak()
     with (
         patch.object(distill_command, "Saver", return_value=lambda *_: None),  # writing is not timed
         patch.object(memory_plan, "plan_memory", noted),
@@ -147,11 +149,12 @@ def distilled(
     found = clock.figures() | {
         "of_peak": bench.of_peak(training_flops(bench, config, frozen), clock.seconds()),
         "peak_gb": bench.peak_gb(),
-        "planned_gb": plans[0].total / 1e9,
+        "planned_gb": plans[0].total / 1e9 if plans else None,
     }
-    if bench.device.type == "cuda":  # a process on a CPU holds more than tensors
-        found["planned_over_peak"] = plans[0].total / torch.cuda.max_memory_allocated()
+    if bench.device.type == "cuda":
         found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        if plans:  # on a CPU, a process holds more than tensors
+            found["planned_over_peak"] = plans[0].total / torch.cuda.max_memory_allocated()
     return found
 
 
@@ -212,6 +215,10 @@ class StepClock:
             seconds = time.perf_counter() - self.moments[-2]
             self.profiler.stop()
             self.busy = self.bench.write_profile(self.profiler, "Training: one optimizer step", seconds)
+
+    def forget(self) -> None:
+        """Forget the steps so far."""
+        del self.moments[1:]
 
     def seconds(self) -> float:
         """Return the median seconds between the later steps; the first ones compile and warm up."""
