@@ -43,6 +43,7 @@ STEPS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_each_step_of_the_gpu_benchmark_leaves_its_figures(tmp_path):
     command = [sys.executable, str(FOLDER / "gpu/run.py"), "--tiny", "--out", str(tmp_path), "--only", *STEPS]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
