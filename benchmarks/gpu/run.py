@@ -180,12 +180,19 @@ def run(name: str, result: Path, out: Path, work: Path, tiny: bool) -> None:
         module, _, function = STEPS[name].function.partition(":")
         for figures in getattr(import_module(module), function)(Bench(Path(out), Path(work), tiny)):
             found["figures"] |= rounded(figures)
-            Path(result).write_text(json.dumps(found, default=float))
+            save(found, result)
     except BaseException as error:
         traceback.print_exc()
         found["error"] = f"{type(error).__name__}: {str(error)[:400]}"
-        Path(result).write_text(json.dumps(found, default=float))
+        save(found, result)
         raise SystemExit(1) from None
+
+
+def save(found: dict, result: str | Path) -> None:
+    """Write a step's figures in one move, since the step may be stopped at any time."""
+    new = Path(result).with_suffix(".new")
+    new.write_text(json.dumps(found, default=float))
+    os.replace(new, result)
 
 
 def rounded(value: Any) -> Any:
