@@ -1,0 +1,79 @@
+"""On a real GPU: results equal the CPU's, NCCL, bf16, the compiler, and the planned memory against the peak."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt.config import Config
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks/gpu"))
+import sharded
+import training
+import values
+from bench import STUDENT, TEACHER, Bench
+from goals import TOLERANCES
+
+from litgpt_whittle.least_squares import exact_products
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FAMILIES = ("pythia-14m", "Llama-3.2-1B", "Gemma-3-1b-it")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def cases(request, tmp_path_factory):
+    """A family's models on the GPU and on the CPU."""
+    return values.cases(request.param, tmp_path_factory.mktemp("cases"), DEVICE)
+
+
+def bench(tmp_path, kind=Bench, **settings):
+    (tmp_path / "work").mkdir()
+    return kind(tmp_path, tmp_path / "work", **settings)
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_results_are_those_of_the_cpu(cases, name):
+    on_gpu, on_cpu = cases
+    with exact_products():
+        assert values.difference(values.RESULTS[name](on_gpu), values.RESULTS[name](on_cpu)) <= TOLERANCES[name]
+
+
+def test_losses_in_bf16_are_near_those_in_fp32_on_the_cpu(cases):
+    on_gpu, on_cpu = cases
+    in_bf16 = values.distillation_losses(on_gpu, torch.bfloat16)
+    assert values.difference(in_bf16, values.distillation_losses(on_cpu)) <= 0.02
+
+
+def test_the_compiled_step_has_the_losses_of_the_cpu(cases):
+    on_gpu, on_cpu = cases
+    with exact_products():
+        compiled = values.distillation_losses(on_gpu, is_compiled=True)
+    assert values.difference(compiled, values.distillation_losses(on_cpu)) <= TOLERANCES["distillation_losses"]
+
+
+def test_fsdp_over_nccl_has_the_losses_of_one_device(tmp_path):
+    found = {}
+    for figures in sharded.fsdp(bench(tmp_path, tiny=True)):
+        found |= figures
+    assert max(found["sharded_difference"], found["compiled_difference"]) <= 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Middle(Bench):
+    """A student large enough that the libraries' own buffers do not count, for a GPU of 8 GB."""
+
+    length, rows = 512, 8
+
+    def config(self, name):
+        return Config.from_name({TEACHER: "pythia-160m", STUDENT: "pythia-70m"}[name])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_planned_memory_is_within_a_tenth_of_the_peak(tmp_path, precision):
+    found = training.distilled(bench(tmp_path, Middle), precision=precision)
+    assert found["planned_over_peak"] == pytest.approx(1, abs=0.1)
