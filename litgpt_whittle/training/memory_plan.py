@@ -259,9 +259,20 @@ def plan_memory(step: Step) -> MemoryPlan:
             optimizer=state,
             teacher=teacher_bytes - step.quantized_bytes,
             step=max(0, live.peak - weights - teacher_bytes - state - gradients),
-            checkpoint=(weights + state) * step.n_devices if shared and step.is_sharded else 0,
-            on_cpu=step.device.type == "cpu" and not step.is_elsewhere,
+            checkpoint=_checkpoint_bytes(weights, state, step),
+            on_cpu=_is_on_cpu(step),
         )
+
+
+def _checkpoint_bytes(weights: int, state: int, step: Step) -> int:
+    """Return the CPU memory that saving takes, from the bytes of weights and optimizer state on each device."""
+    if step.n_devices > 1 and step.is_sharded:
+        return (weights + state) * step.n_devices
+    return 0 if _is_on_cpu(step) else max(weights, state)  # copied from the device one file at a time
+
+
+def _is_on_cpu(step: Step) -> bool:
+    return step.device.type == "cpu" and not step.is_elsewhere
 
 
 def _student(step: Step, mesh: Any) -> LossModel:
