@@ -391,4 +391,5 @@ def make_job(
         return root(input_ids, targets).ce
 
     teacher_score = None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce
-    return Job(root, optimizer, step, score, save, teacher_score)
+    look_up = teacher.look_up if isinstance(teacher, CachedTeacher) else None
+    return Job(root, optimizer, step, score, save, look_up, teacher_score)

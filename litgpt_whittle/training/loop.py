@@ -129,11 +129,13 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
 def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]:
     """Accumulate the gradients of one micro-batch's mean loss divided by `divisor`, and return its scalars."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
-    batch = fabric.to_device(batch)
     for group in job.optimizer.param_groups:
         group["lr"] = schedule.lr(run.progress.iter_num)
     run.progress.iter_num += 1
-    input_ids, targets = split_batch(batch, run.seq_length)
+    batch = split_batch(batch, run.seq_length)
+    if job.look_up is not None:
+        job.look_up(batch[0])
+    input_ids, targets = fabric.to_device(batch)
     is_accumulating = run.progress.iter_num % schedule.accumulation != 0
     with fabric.no_backward_sync(job.module, enabled=is_accumulating):
         done = (run.progress.iter_num - 1) / schedule.max_iters
