@@ -135,10 +135,25 @@ def claimed_for_all(out_dir: Path) -> AbstractContextManager[Any]:
     return claimed(out_dir) if is_first_started() else nullcontext()
 
 
+def own_device() -> torch.device:
+    """Return this process's GPU or other accelerator, or the CPU if there is none.
+
+    Before `launch`, the current device of every process is the first one, on which each would take memory.
+    """
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind, local_rank = torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(kind, local_rank) if local_rank and not distributed.is_initialized() else torch.device(kind)
+
+
 def free_memory(device: torch.device, n_local: int) -> int:
-    """Return the free bytes on a process's device; on a CPU, the `n_local` processes of a machine share its memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the free bytes on a process's device.
+
+    On a CPU, and on devices that share its memory, the `n_local` processes of a machine share it. On a GPU, the call
+    takes the memory of a context there.
+    """
+    if (mem_get_info := getattr(torch.get_device_module(device), "mem_get_info", None)) is not None:
+        return mem_get_info(device)[0]
     return psutil.virtual_memory().available // n_local
 
 
@@ -149,8 +164,8 @@ def n_sharing(device: torch.device) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes that this process has used on its device since `launch`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if (allocated := getattr(torch.get_device_module(device), "max_memory_allocated", None)) is not None:
+        return allocated(device)
     return peak_resident() - _resident_at_launch
 
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import psutil
 import pytest
+import torch
 from torch import distributed
 
 from litgpt_whittle import processes
@@ -27,6 +28,17 @@ def test_the_peak_is_in_bytes_on_every_system(monkeypatch, platform, unit):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: resource.struct_rusage([0.0, 0.0, 5000, *range(13)]))
     assert peak_resident() == 5000 * unit
+
+
+@pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda"), ("0", "cuda"), ("3", "cuda:3")])
+def test_each_process_uses_its_own_gpu_before_it_is_connected(monkeypatch, local_rank, device):
+    """The first GPU is the current one of all processes then."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert processes.own_device() == torch.device(device)
 
 
 def wait_for_a_slow_process(rank, port, out):
