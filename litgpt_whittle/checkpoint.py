@@ -25,6 +25,7 @@ from litgpt_whittle.model_config import MODEL_CONFIG, read_model_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
+from litgpt_whittle.tensors import save_tensors
 from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_parts
 
 WEIGHTS = "lit_model.pth"
@@ -243,7 +244,7 @@ def save_checkpoint(
         tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config, with the sizes in the
             latter changed to the student's.
         sub_network: Content of `sub_network.yaml`.
-        extra: Further files, by name, saved with `torch.save`.
+        extra: Further files of tensors and plain values, by name.
         notes: Further YAML files, by name.
         tied: True if the LM head is tied to the embedding; it is then stored once and may be missing in `weights`.
             Inferred from the weights by default.
@@ -257,9 +258,9 @@ def save_checkpoint(
     Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out_dir) as folder:
         if weights is not None:
-            torch.save(dict(pad(model, weights) if layerwise else weights), folder / WEIGHTS)
+            save_tensors(dict(pad(model, weights) if layerwise else weights), folder / WEIGHTS)
         for name, content in (extra or {}).items():
-            torch.save(content, folder / name)
+            save_tensors(content, folder / name)
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), folder)
             if content := read_hf_config(Path(tokenizer_dir)):

@@ -72,11 +72,6 @@ def latency(
     return Latency(*(median(seconds) for seconds in zip(*runs)))
 
 
-def default_device() -> str:
-    """Return the GPU or other accelerator if there is one, else the CPU."""
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-
-
 def _random_student(subnet: SubNet, device: torch.device | str, dtype: torch.dtype, max_seq_length: int) -> GPT:
     """Create the student with random weights, on the device."""
     with torch.device("meta"):

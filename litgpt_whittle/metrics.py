@@ -16,7 +16,8 @@ from litgpt.config import Config
 from litgpt_whittle.amounts import Range, Unit, parse_range
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import ConfigKey, layer_takes, n_params
-from litgpt_whittle.latency import Latency, default_device, latency
+from litgpt_whittle.latency import Latency, latency
+from litgpt_whittle.processes import own_device
 from litgpt_whittle.subnet import SubNet
 
 BACKWARD = 2
@@ -196,5 +197,5 @@ def _latency(teacher: Config, subnet: SubNet, args: MeasureArgs) -> Latency:
 @lru_cache(maxsize=2**12)
 def _measured_latency(_: ConfigKey, subnet: SubNet, args: MeasureArgs, length: int) -> Latency:
     new_tokens = min(max(length // 4, 1), 32)
-    device = args.device or default_device()
+    device = args.device or str(own_device())
     return latency(subnet, device, args.torch_dtype, args.batch_size, length - new_tokens, new_tokens)

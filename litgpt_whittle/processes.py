@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,12 @@ Item = TypeVar("Item")
 
 _n_spread = 0
 """Number of calls of `spread` so far"""
+
+NO_LIMIT = timedelta(days=1000)
+"""Timeout where processes wait for one of them, which may tokenise, save or score for hours"""
+
+_patient_group: tuple[Any, Any] | None = None
+"""The default process group, and the one made from it by `_patient`"""
 
 HELD_BYTES = 2**26
 """Growth of resident memory, in bytes, before freed memory is returned to the system"""
@@ -79,6 +86,8 @@ def launch(
     strategy = strategy if n * num_nodes > 1 else "auto"
     fabric = L.Fabric(devices=n, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=[*loggers])
     fabric.launch()
+    if distributed.is_initialized():
+        _patient()  # while all processes are here
     _watch(getattr(fabric._strategy.launcher, "procs", []))
     return fabric
 
@@ -126,10 +135,25 @@ def claimed_for_all(out_dir: Path) -> AbstractContextManager[Any]:
     return claimed(out_dir) if is_first_started() else nullcontext()
 
 
+def own_device() -> torch.device:
+    """Return this process's GPU or other accelerator, or the CPU if there is none.
+
+    Before `launch`, the current device of every process is the first one, on which each would take memory.
+    """
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind, local_rank = torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(kind, local_rank) if local_rank and not distributed.is_initialized() else torch.device(kind)
+
+
 def free_memory(device: torch.device, n_local: int) -> int:
-    """Return the free bytes on a process's device; on a CPU, the `n_local` processes of a machine share its memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the free bytes on a process's device.
+
+    On a CPU, and on devices that share its memory, the `n_local` processes of a machine share it. On a GPU, the call
+    takes the memory of a context there.
+    """
+    if (mem_get_info := getattr(torch.get_device_module(device), "mem_get_info", None)) is not None:
+        return mem_get_info(device)[0]
     return psutil.virtual_memory().available // n_local
 
 
@@ -140,8 +164,8 @@ def n_sharing(device: torch.device) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes that this process has used on its device since `launch`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if (allocated := getattr(torch.get_device_module(device), "max_memory_allocated", None)) is not None:
+        return allocated(device)
     return peak_resident() - _resident_at_launch
 
 
@@ -205,9 +229,33 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all processes, so that each finds the files that the others have written."""
+    """Wait for all processes, so that each finds the files that the others have written.
+
+    Ends this process if another one is gone.
+    """
     if distributed.is_initialized():
-        distributed.barrier()
+        with _reported():
+            distributed.barrier(_patient())
+
+
+def _patient() -> Any:
+    """Return a process group for waiting and for Python objects, without a time limit and off the devices.
+
+    Collectives of the default group fail after half an hour. The first call must come from all processes.
+    """
+    global _patient_group
+    if _patient_group is None or _patient_group[0] is not distributed.group.WORLD:
+        _patient_group = distributed.group.WORLD, distributed.new_group(timeout=NO_LIMIT, backend="gloo")
+    return _patient_group[1]
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Replace an error of a collective, which means that another process is gone, by a message and an exit."""
+    try:
+        yield
+    except RuntimeError as error:
+        _lost(error)
 
 
 def leave() -> bool:
@@ -217,7 +265,7 @@ def leave() -> bool:
     """
     is_first = rank() == 0
     if distributed.is_initialized():
-        distributed.barrier()
+        barrier()
         distributed.destroy_process_group()
     return is_first
 
@@ -237,10 +285,8 @@ def gather(value: T) -> list[T]:
     if not distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    try:
-        distributed.all_gather_object(values, value)
-    except RuntimeError as error:
-        _lost(error)
+    with _reported():
+        distributed.all_gather_object(values, value, _patient())
     return values
 
 
@@ -270,6 +316,7 @@ def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
                 yield pickle.loads(store.get(str(n_given)))
                 n_given += 1
         for i in range(n_given, len(items)):
+            store.wait([str(i)], NO_LIMIT)
             yield pickle.loads(store.get(str(i)))
     except distributed.DistError as error:
         _lost(error)

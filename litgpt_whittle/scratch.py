@@ -14,6 +14,7 @@ import torch
 
 from litgpt_whittle.processes import barrier, rank
 from litgpt_whittle.registry import version
+from litgpt_whittle.tensors import save_tensors
 
 
 class Stream:
@@ -75,13 +76,13 @@ class Scratch:
         """Save tensors and plain values atomically."""
         path = self.folder / f"{name}.pt"
         if rank() == 0:
-            torch.save(content, path.with_suffix(".new"))
+            save_tensors(content, path.with_suffix(".new"))
             os.replace(path.with_suffix(".new"), path)
 
     def load(self, name: str) -> Any:
-        """Return the saved content, or None if there is none."""
+        """Return the saved content, with tensors in CPU memory; None if there is none."""
         path = self.folder / f"{name}.pt"
-        return torch.load(path, weights_only=True) if path.is_file() else None
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
     def remove_stream(self, name: str) -> None:
         """Close a stream and delete its file."""

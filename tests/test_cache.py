@@ -98,6 +98,19 @@ def test_windows_of_another_length_are_refused(folder):
         Cache(folder).targets(windows(8)[:, :-1])
 
 
+def test_a_batch_that_was_looked_up_is_not_read_from_the_device(folder):
+    """The device is `meta`, from which nothing can be read."""
+    teacher, batch = CachedTeacher(Cache(folder), torch.device("cpu")), windows(8)[:2]
+    for ids in batch.split(1):
+        teacher.look_up(ids)
+        assert torch.equal(teacher(ids.to("meta")).chunk(0, T), logits_of(ids[0]))
+
+
+def test_cached_targets_move_to_any_device(folder):
+    teacher = CachedTeacher(Cache(folder), torch.device("meta"))
+    assert teacher(windows(8)[:2]).chunk(0, T).device.type == "meta"
+
+
 def test_targets_may_be_overwritten(folder):
     teacher = CachedTeacher(Cache(folder), torch.device("cpu"))
     said = teacher(windows(8)[:1])

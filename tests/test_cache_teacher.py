@@ -5,6 +5,7 @@ import shutil
 import weakref
 from dataclasses import dataclass
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -315,6 +316,25 @@ def test_where_the_teacher_is_given_too_it_is_validated_and_then_forgotten(teach
     both = {"teacher_checkpoint_dir": teacher_dir, "teacher_cache": full, "distill": DistillArgs()}
     run(tmp_path / "out", data=TokenData(n_train=20), **both)
     assert "teacher_val_loss" in read_metrics(tmp_path / "out" / "metrics.jsonl")[0]
+
+
+def test_targets_are_looked_up_before_a_batch_is_sent_to_the_device(full, tmp_path, monkeypatch):
+    """Reading a batch back from a GPU would wait for all of its work, once per micro-batch."""
+    events, targets, send = [], Cache.targets, L.Fabric.to_device
+
+    def looked_up(self, input_ids):
+        events.append("look up")
+        return targets(self, input_ids)
+
+    def sent(self, batch):
+        events.append("send")
+        return send(self, batch)
+
+    monkeypatch.setattr(Cache, "targets", looked_up)
+    monkeypatch.setattr(L.Fabric, "to_device", sent)
+    run(tmp_path, teacher_cache=full, distill=DistillArgs(), data=TokenData(n_train=20, n_val=8), train=train_args())
+    is_training = [i for i, event in enumerate(events) if event == "look up"]
+    assert len(is_training) == 12 and all(events[i + 1] == "send" for i in is_training)  # 6 steps of 2 micro-batches
 
 
 def test_a_cache_alone_brings_the_tokenizer(corpus, tmp_path):

@@ -146,10 +146,19 @@ def test_what_cannot_run_without_content_is_told(monkeypatch):
                 super().step()
 
     step = a_step(build_optimizer=lambda weights: Reading(weights, 0.1))
-    with pytest.warns(UserWarning, match="memory cannot be planned"):
+    with pytest.warns(UserWarning, match="memory with a replicated teacher cannot be planned"):
         assert show_plan(step, "auto", 1) is False
-    with pytest.raises(UserError, match="memory cannot be planned.*leave --dry_run out"):
+    with pytest.raises(UserError, match="memory with a replicated teacher cannot be planned.*leave --dry_run out"):
         show_plan(step, "auto", 1, is_final=True)
+    # on several devices the plan decides where the teacher lies, so a failure ends the run unless that is chosen
+    step = replace(step, n_devices=4)
+    with pytest.raises(UserError, match="replicated teacher cannot be planned, .*; choose --teacher_placement repl"):
+        show_plan(step, "auto", 4)
+    for placement, is_sharded in (("replicated", False), ("sharded", True)):
+        with pytest.warns(UserWarning, match=f"memory with a {placement} teacher cannot be planned"):
+            assert show_plan(step, placement, 4) is is_sharded
+    with pytest.warns(UserWarning, match="memory cannot be planned"):
+        assert show_plan(replace(step, build_teacher=None), "auto", 4) is False
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_whittle import metrics
+from litgpt_whittle import metrics, processes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.latency import Latency
@@ -100,11 +100,7 @@ def test_measures_take_their_settings(monkeypatch):
         "latency_decode": 0.25,
     }
     [(_, device, dtype, batch_size, prompt_length, new_tokens)] = measured  # once for both
-    assert (torch.device(device).type, dtype, batch_size) == (
-        torch.device(metrics.default_device()).type,
-        torch.float16,
-        3,
-    )
+    assert (device, dtype, batch_size) == (str(processes.own_device()), torch.float16, 3)
     assert (prompt_length, new_tokens) == (6, 2)
 
 

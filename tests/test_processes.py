@@ -1,11 +1,18 @@
-"""Measures of a process, on the systems that count them differently."""
+"""Measures of a process, on the systems that count them differently, and processes that wait for each other."""
 
+import multiprocessing
 import resource
+import socket
 import sys
+import time
+from datetime import timedelta
 
 import psutil
 import pytest
+import torch
+from torch import distributed
 
+from litgpt_whittle import processes
 from litgpt_whittle.processes import peak_resident
 
 
@@ -21,3 +28,57 @@ def test_the_peak_is_in_bytes_on_every_system(monkeypatch, platform, unit):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: resource.struct_rusage([0.0, 0.0, 5000, *range(13)]))
     assert peak_resident() == 5000 * unit
+
+
+@pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda"), ("0", "cuda"), ("3", "cuda:3")])
+def test_each_process_uses_its_own_gpu_before_it_is_connected(monkeypatch, local_rank, device):
+    """The first GPU is the current one of all processes then."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert processes.own_device() == torch.device(device)
+
+
+def wait_for_a_slow_process(rank, port, out):
+    """Use every way of waiting while the first process takes twice the group's and the store's timeouts."""
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    processes.barrier()  # as `launch` does, all processes make their second group together
+    for waits in (distributed.distributed_c10d._get_default_store().set_timeout, set_group_timeout):
+        waits(timedelta(seconds=0.25))
+
+    def slow(value=0):
+        time.sleep(0.5)
+        return value
+
+    found = [processes.first_does(slow)]
+    if rank == 0:
+        slow()
+    processes.barrier()
+    found += processes.gather(slow(rank) if rank == 0 else rank)
+    found += processes.spread(slow, [10, 20, 30])
+    is_first = rank == 0 and slow() == 0
+    assert processes.leave() is is_first
+    out.put((rank, found))
+
+
+def set_group_timeout(timeout):
+    distributed.distributed_c10d._set_pg_timeout(timeout, distributed.group.WORLD)
+
+
+def test_processes_wait_for_one_however_long_it_takes():
+    """Tokenising and saving on one process may take longer than NCCL's and Gloo's half hour, here 0.25 seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forked = multiprocessing.get_context("fork")
+    out = forked.SimpleQueue()
+    started = [forked.Process(target=wait_for_a_slow_process, args=(rank, port, out)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    assert sorted(out.get() for _ in started) == [(rank, [0, 0, 1, 10, 20, 30]) for rank in range(2)]

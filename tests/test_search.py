@@ -28,6 +28,7 @@ from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.ranking.order import reorder
 from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.repair import costs
 from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, RacingArgs, SizeArgs, SpaceArgs
 from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.spaces.bins import Bin
@@ -353,6 +354,28 @@ def test_one_process_of_all_machines_is_the_first(monkeypatch, environment, rank
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert processes.is_first_started() == is_first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_asks_a_device_for_its_memory_before_all_are_connected(
+    checkpoint, tmp_path, monkeypatch, rank
+):
+    """The question takes half a gigabyte of the first GPU for a context, once for every process that asks."""
+    asked = []
+
+    def free_memory(*_):
+        asked.append(rank)
+        return 2**40
+
+    def launch(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(processes.rank_zero_only, "rank", rank)
+    monkeypatch.setattr(costs, "free_memory", free_memory)
+    monkeypatch.setattr(search, "launch", launch)
+    with pytest.raises(InterruptedError):
+        run(checkpoint, tmp_path, fitness="repaired_perplexity")
+    assert asked == [0] * (rank == 0)
 
 
 def test_a_checkpoint_in_parts_is_searched_like_a_whole_one(checkpoint, tmp_path):

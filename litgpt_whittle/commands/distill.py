@@ -35,7 +35,7 @@ from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teac
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import claimed_for_all, is_first_started
+from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
@@ -177,7 +177,7 @@ def setup(
     check_logger(logger_name)
     objectives = distill.objectives()
     devices = check_devices(devices, num_nodes, train)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     if compile:
         check_compiler(device)
     check_quantize(teacher_quantize, teacher_placement)
@@ -391,4 +391,5 @@ def make_job(
         return root(input_ids, targets).ce
 
     teacher_score = None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce
-    return Job(root, optimizer, step, score, save, teacher_score)
+    look_up = teacher.look_up if isinstance(teacher, CachedTeacher) else None
+    return Job(root, optimizer, step, score, save, look_up, teacher_score)

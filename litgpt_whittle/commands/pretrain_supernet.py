@@ -25,7 +25,7 @@ from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.processes import claimed_for_all, is_first_started
+from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device
 from litgpt_whittle.samplers import Sampler
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT
 from litgpt_whittle.training.args import TrainArgs
@@ -150,7 +150,7 @@ def setup(
             model.build,
             optimizer,
             precision,
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            own_device(),
             devices * num_nodes,
             strategy,
             seq_length,

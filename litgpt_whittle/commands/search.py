@@ -38,7 +38,17 @@ from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
-from litgpt_whittle.processes import each, first_does, launch, leave, n_devices, rank, spread
+from litgpt_whittle.processes import (
+    each,
+    first_does,
+    is_first_started,
+    launch,
+    leave,
+    n_devices,
+    own_device,
+    rank,
+    spread,
+)
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.reports.fronts import save_fronts
 from litgpt_whittle.reports.report import as_text, write_report
@@ -305,10 +315,9 @@ def check(args: Namespace, to_come: Collection[Path] = ()) -> Ranking | None:
     parse_rungs(args.selection, to_come)
     read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
     check_data(args.data if reads_data else None, args.checkpoint_dir, teacher.padded_vocab_size)
-    if hasattr(measure, "check"):
+    if hasattr(measure, "check") and is_first_started():  # a GPU's free memory can be read from a context there only
         itemsize = _DTYPES.get(args.precision or _default_precision(), torch.float32).itemsize
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measure.check(teacher, device, n_params(teacher, SubNet.full(teacher)) * itemsize)
+        measure.check(teacher, own_device(), n_params(teacher, SubNet.full(teacher)) * itemsize)
     return ranking
 
 

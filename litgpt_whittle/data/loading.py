@@ -15,7 +15,7 @@ from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.data.hf_text import HFText, largest_id
 from litgpt_whittle.data.sources import reason
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import first_does, rank
+from litgpt_whittle.processes import barrier, first_does, rank
 
 _TOKENISED = (TinyLlama, LitData)
 """Data modules that read tokens, not text"""
@@ -129,7 +129,8 @@ def connect(
 
     first_does(prepare)
     if rank() > 0:
-        prepare()  # finds everything prepared
+        prepare()  # finds everything prepared, except on another machine with disks of its own
+    barrier()
     with explained(data):
         data.setup()
 

@@ -15,6 +15,7 @@ from litgpt_whittle.distillation.head import HeadLosses, SoftTargets, TeacherLog
 from litgpt_whittle.distillation.hidden import Place, Watch
 from litgpt_whittle.distillation.objective import SparseTargets
 from litgpt_whittle.distillation.quantize import quantize
+from litgpt_whittle.tensors import to_device
 from litgpt_whittle.training.sharding import load_sharded
 
 
@@ -90,6 +91,17 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, device: torch.device) -> None:
         self.cache, self.device = cache, device
+        self._next: torch.Tensor | None = None
+
+    def look_up(self, input_ids: torch.Tensor) -> None:
+        """Look up the targets of the next call's batch, from its token ids in CPU memory, shape (B, T).
+
+        Reading the token ids from the device would wait for all of its earlier work.
+
+        Raises:
+            UserError: As in `Cache.targets`.
+        """
+        self._next = to_device(self.cache.targets(input_ids), self.device)
 
     def __call__(self, input_ids: torch.Tensor) -> CachedTargets:
         """Return the cached targets of the batch's windows, decoded chunk by chunk on request.
@@ -97,9 +109,9 @@ class CachedTeacher:
         Raises:
             UserError: As in `Cache.targets`.
         """
-        stored = self.cache.targets(input_ids.cpu())
-        if self.device.type == "cuda":
-            stored = stored.pin_memory().to(self.device, non_blocking=True)  # no wait for the previous step
+        if self._next is None:
+            self.look_up(input_ids.cpu())
+        stored, self._next = self._next, None
         return CachedTargets(self.cache.codec, stored)
 
 

@@ -20,6 +20,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
+from litgpt_whittle.processes import own_device
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments_bytes, repair_bytes, solving_flops
@@ -121,7 +122,7 @@ class _Held:
         subnet = self.stages.examples[name]
         if not repair:
             return largest_block(subnet.teacher)
-        return repair_bytes(subnet, self.tied, _device(), repair.refine_passes > 0)
+        return repair_bytes(subnet, self.tied, own_device(), repair.refine_passes > 0)
 
     def student(self, name: str) -> int:
         """Return a student's bytes in training, before sharding."""
@@ -156,7 +157,7 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
         solves = sum(solving_flops(subnet, held.tied) for subnet in stages.examples.values())
         solves_measured = stages.n_measurements * solving_flops(SubNet.full(stages.teacher), held.tied)
         forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves + solves_measured
-        weights += moments_bytes(stages.teacher, min(n_calibration, stages.teacher.vocab_size), _device())
+        weights += moments_bytes(stages.teacher, min(n_calibration, stages.teacher.vocab_size), own_device())
     return Cost("search", tokens, forward, training, weights)
 
 
@@ -165,10 +166,6 @@ def cache_bytes(stages: Stages) -> int:
     codec = make_codec(stages.cached.codec, stages.teacher.padded_vocab_size, stages.cached.temperature)
     n_windows = -(-(stages.cached.max_tokens or stages.n_tokens) // stages.length)
     return n_windows * Layout(codec, stages.length).window_bytes
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
@@ -180,11 +177,11 @@ def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
         stages: The pipeline's stages.
         budget: Seconds to spend; at least one pass of each runs in any case.
     """
-    device, length = _device(), stages.length
+    device, length = own_device(), stages.length
     precision = stages.trained.precision or _default_precision()
     # a few hundred tokens saturate a CPU, but not a GPU
     n_rows, n_tokens = (
-        (stages.trained.train.micro_batch_size, length) if device.type == "cuda" else (1, min(length, 256))
+        (1, min(length, 256)) if device.type == "cpu" else (stages.trained.train.micro_batch_size, length)
     )
     largest = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
     ours, theirs = _one_block(largest), _one_block(SubNet.full(stages.teacher))
@@ -194,7 +191,7 @@ def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
     forward = flops(theirs.teacher, theirs, n_tokens) * ids.numel()
     forward /= _seconds(_forward_pass(theirs, ids, precision), budget / 2, device)
     # processes on a CPU share its cores, all of which the measurement has used already
-    n_devices = n_devices_of(stages.request.devices) if device.type == "cuda" else 1
+    n_devices = 1 if device.type == "cpu" else n_devices_of(stages.request.devices)
     return Speed(forward * n_devices, training * n_devices)
 
 
@@ -238,8 +235,8 @@ def _seconds(run: Callable[[], None], budget: float, device: torch.device) -> fl
     while not times or (sum(times) + times[-1] < budget and len(times) < 6):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
 

@@ -16,6 +16,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.scores import Scores, UnitScores
 from litgpt_whittle.subnet import fingerprint
+from litgpt_whittle.tensors import save_tensors
 
 VERSION = 1
 FILE = "importance.pt"
@@ -78,7 +79,7 @@ class Ranking:
             "provenance": self.provenance,
         }
         beside = path.with_name(f".{path.name}.new")
-        torch.save(content, beside)
+        save_tensors(content, beside)
         beside.replace(path)
 
     @classmethod

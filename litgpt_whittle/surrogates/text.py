@@ -13,7 +13,7 @@ import torch
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.latency import default_device
+from litgpt_whittle.processes import own_device
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.surrogates.base import Regressor
@@ -50,7 +50,7 @@ class Text(Regressor):
     def fit(self, known: Sequence[str], targets: np.ndarray, seed: int) -> None:
         """Fine-tune the named model with the mean squared error."""
         self.model, _ = self._load(seed)
-        device = default_device()
+        device = own_device()
         model = self.model.to(device).train()
         rows = self._tokens(known)
         wanted = torch.tensor(targets, dtype=torch.float32, device=device)

@@ -11,20 +11,21 @@ from pathlib import Path
 import torch
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.processes import own_device
 
 
 def check_compiler(device: torch.device | None = None) -> None:
     """Raise UserError if a tool that `torch.compile` needs is missing.
 
     Args:
-        device: Device of the compiled model; by default a GPU if there is one.
+        device: Device of the compiled model; by default this process's.
 
     Raises:
         UserError: Naming what is missing.
     """
     if "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
         return
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     missing = {"cpu": _missing_on_cpu, "cuda": _missing_on_cuda}.get(device.type, lambda: None)()
     if missing is None and not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing = "Python's header files (such as the package python3-dev)", "found no Python.h"

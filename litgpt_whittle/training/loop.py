@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import Termination
+from litgpt_whittle.processes import Termination, barrier
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import skipping
 from litgpt_whittle.training.log import TrainLog
@@ -129,11 +129,13 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
 def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]:
     """Accumulate the gradients of one micro-batch's mean loss divided by `divisor`, and return its scalars."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
-    batch = fabric.to_device(batch)
     for group in job.optimizer.param_groups:
         group["lr"] = schedule.lr(run.progress.iter_num)
     run.progress.iter_num += 1
-    input_ids, targets = split_batch(batch, run.seq_length)
+    batch = split_batch(batch, run.seq_length)
+    if job.look_up is not None:
+        job.look_up(batch[0])
+    input_ids, targets = fabric.to_device(batch)
     is_accumulating = run.progress.iter_num % schedule.accumulation != 0
     with fabric.no_backward_sync(job.module, enabled=is_accumulating):
         done = (run.progress.iter_num - 1) / schedule.max_iters
@@ -179,7 +181,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
             f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
             "and continue with --resume auto"
         ) from None
-    run.fabric.barrier()
+    barrier()
 
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
@@ -216,7 +218,7 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
     Raises:
         UserError: If there is no batch, or no token with a label.
     """
-    run.fabric.barrier()
+    barrier()
     run.job.module.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
     n_tokens, n_batches = torch.zeros_like(total), torch.zeros_like(total)

@@ -181,7 +181,8 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
         is_final: True if only the plan is wanted.
 
     Raises:
-        NoPlan: If planning fails and `is_final`; otherwise a failure is a warning.
+        NoPlan: If planning fails and `is_final`, or the teacher's placement depends on the plan. Otherwise a failure is
+            a warning.
     """
     placements = {"replicated": [False], "sharded": [True], "auto": [False, True]}[placement]
     if step.n_devices == 1 or step.build_teacher is None:
@@ -197,11 +198,16 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
     except UserError:
         raise
     except Exception as error:  # third-party optimizers and losses may fail on tensors without data
-        message = f"memory cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        what = "" if step.build_teacher is None else f" with a {'sharded' if is_sharded else 'replicated'} teacher"
+        message = f"memory{what} cannot be planned, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if is_final:
             raise NoPlan(f"{message}; leave --dry_run out") from None
+        if len(placements) > 1:
+            raise NoPlan(
+                f"{message}; choose --teacher_placement replicated, which is faster, or sharded, which takes less memory"
+            ) from None
         warnings.warn(message, stacklevel=2)
-        return placements[-1]
+        return placements[0]
     print(plan)
     if step.build_teacher is not None and step.n_devices > 1:
         print(f"The teacher is {'sharded' if is_sharded else 'replicated'}")
@@ -259,9 +265,20 @@ def plan_memory(step: Step) -> MemoryPlan:
             optimizer=state,
             teacher=teacher_bytes - step.quantized_bytes,
             step=max(0, live.peak - weights - teacher_bytes - state - gradients),
-            checkpoint=(weights + state) * step.n_devices if shared and step.is_sharded else 0,
-            on_cpu=step.device.type == "cpu" and not step.is_elsewhere,
+            checkpoint=_checkpoint_bytes(weights, state, step),
+            on_cpu=_is_on_cpu(step),
         )
+
+
+def _checkpoint_bytes(weights: int, state: int, step: Step) -> int:
+    """Return the CPU memory that saving takes, from the bytes of weights and optimizer state on each device."""
+    if step.n_devices > 1 and step.is_sharded:
+        return (weights + state) * step.n_devices
+    return 0 if _is_on_cpu(step) else max(weights, state)  # copied from the device one file at a time
+
+
+def _is_on_cpu(step: Step) -> bool:
+    return step.device.type == "cpu" and not step.is_elsewhere
 
 
 def _student(step: Step, mesh: Any) -> LossModel:

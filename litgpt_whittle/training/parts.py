@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder
 from litgpt_whittle.processes import gather, rank, world_size
+from litgpt_whittle.tensors import map_tensors, save_tensors
 
 _ROWS = "rows of a spread tensor"
 
@@ -42,17 +43,6 @@ class Rows:
             found.append(piece[max(start - at, 0) : max(stop - at, 0)])
             at += len(piece)
         return torch.cat(found)
-
-
-def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Apply a function to all tensors in nested dicts, lists and tuples."""
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, function) for value in tree)
-    return tree
 
 
 def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None]) -> None:
@@ -90,7 +80,7 @@ def _save_part(folder: Path, tree: dict[str, Any], is_spread: bool) -> None:
         return
     own = map_tensors(tree, _own if rank() == 0 else _own_if_spread)
     with open(folder / f"part-{rank():05d}-of-{world_size() if is_spread else 1:05d}.pth", "wb") as file:
-        torch.save(own, file)
+        save_tensors(own, file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -44,6 +44,8 @@ class Job:
     save: Callable[[Path, dict[str, Any], bool], None]
     """(folder, training state, is_final) -> None; writes a checkpoint directory atomically, weights included. All
     processes must call it"""
+    look_up: Callable[[torch.Tensor], None] | None = None
+    """Called before each `step` with its token ids (B, T) while they are still in CPU memory"""
     teacher_score: Score | None = None
     helper: nn.Module | None = None
     """Trained with the model but not saved with its weights: learned projections between two models"""

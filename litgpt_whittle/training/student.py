@@ -143,6 +143,6 @@ def _read_basis(path: Path) -> torch.Tensor | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, weights_only=True)["basis"]
+        return torch.load(path, map_location="cpu", weights_only=True)["basis"]
     except Exception as error:
         raise UserError(f"{str(path)!r} cannot be read ({type(error).__name__}); extract the student again") from None

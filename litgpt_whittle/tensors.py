@@ -1,0 +1,51 @@
+"""Trees of tensors: map a function over them, save them for any machine, and send them to a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply a function to all tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def save_tensors(tree: Any, file: Path | IO[bytes]) -> None:
+    """Save a tree with all tensors in CPU memory, so that a machine without the device can load it.
+
+    `torch.save` stores each tensor's device, on which `torch.load` puts it by default. Tensors that are the same view
+    of the same memory, such as tied weights, are stored once.
+
+    Args:
+        tree: Nested dicts, lists and tuples of tensors and of other values that `torch.save` accepts.
+        file: The path, or an open file.
+    """
+    copies: dict[Any, torch.Tensor] = {}
+
+    def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if view not in copies:
+            copies[view] = tensor.detach().cpu()
+        return copies[view]
+
+    torch.save(map_tensors(tree, on_cpu), file)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU tensor on a device, without waiting for the device's earlier work where the device allows that."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits
+    # on MPS, the tensor's memory may be reused before it is copied
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
