@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,7 +30,7 @@ NAME = "pretended"
 CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 """Whether this PyTorch lets Python register a device (from 2.9)"""
 
-COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize", "set_", "lift_fresh"}
+COPIES = {"copy_", "_to_copy", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 # element-wise operators take 0-dim CPU tensors beside a GPU's; these do not
 REFUSE_CPU_SCALARS = set(
@@ -41,9 +41,8 @@ SYNCS = set(
     """_local_scalar_dense nonzero masked_select equal allclose is_nonzero bincount unique_dim _unique2
     unique_consecutive _linalg_check_errors""".split()
 )
-# PyTorch would build these from operators that resize their output
-FACTORIES = """arange arange.start arange.start_step eye eye.m linspace randperm rand randn randint randint.low tril_indices
-triu_indices""".split()
+FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
+"""PyTorch would build these from operators that resize their output"""
 
 
 class MixedDevices(RuntimeError):
@@ -157,22 +156,20 @@ class Facts(NamedTuple):
     """Facts about an operator."""
 
     name: str
-    arguments: list[str]
-    written: list[int]
-    """Arguments that it writes to"""
+    written: dict[int, str]
+    """Arguments that it writes to, by position"""
     is_view: bool
-    n_returned: int
+    returns: bool
     can_decompose: bool
 
 
 @cache
 def _facts(func) -> Facts:
     schema = func._schema
-    aliases = [argument.alias_info for argument in schema.arguments]
-    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
-    is_view, names = any(alias is not None for alias in aliases), [argument.name for argument in schema.arguments]
+    aliases = {i: a for i, a in enumerate(schema.arguments) if a.alias_info is not None}
+    written = {i: a.name for i, a in aliases.items() if a.alias_info.is_write}
     name = schema.name.removeprefix("aten::")
-    return Facts(name, names, written, is_view, len(schema.returns), func._can_decompose())
+    return Facts(name, written, bool(aliases), bool(schema.returns), func._can_decompose())
 
 
 def _map(function: Callable, of: type, x: Any) -> Any:
@@ -226,21 +223,18 @@ def _run(func, args, kwargs):
     if not stays:
         return out
     # in inference mode, a view of a tensor from outside is one from outside
-    if facts.is_view and torch.is_inference_mode_enabled() and isinstance(first, DeviceTensor) and not first.is_inference():
-        with torch.inference_mode(False):
-            return _map(_on_device, torch.Tensor, out)
-    return _map(_on_device, torch.Tensor, out)
+    is_outside = facts.is_view and isinstance(first, DeviceTensor) and not first.is_inference()
+    with torch.inference_mode(False) if is_outside else nullcontext():
+        return _map(_on_device, torch.Tensor, out)
 
 
 def _written(facts: Facts, args, kwargs):
     """Return the arguments that an operator has written to."""
-    given = [args[i] if i < len(args) else kwargs.get(facts.arguments[i]) for i in facts.written]
-    for tensor in _tensors(given):
-        if isinstance(tensor, DeviceTensor) and tensor.shape != tensor.on_cpu.shape:
-            if facts.name in ("squeeze_", "unsqueeze_", "t_", "transpose_"):
-                return DeviceTensor(tensor.on_cpu)  # callers within PyTorch continue with what it returns
+    given = [args[i] if i < len(args) else kwargs.get(name) for i, name in facts.written.items()]
+    for x in _tensors(given):
+        if isinstance(x, DeviceTensor) and x.shape != x.on_cpu.shape:
             raise NotImplementedError(f"{facts.name} changes a shape in place")
-    return None if facts.n_returned == 0 else given[0] if facts.n_returned == 1 else tuple(given)
+    return (given[0] if len(given) == 1 else tuple(given)) if facts.returns else None
 
 
 def _note_copy(source: Any, is_there: bool, non_blocking: Any) -> None:
@@ -354,6 +348,7 @@ def pretended_device() -> Iterator[Seen]:
     with ExitStack() as stack:
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _by_way_of_the_cpu(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor))
         stack.enter_context(mock.patch.object(_Connector, "_choose_auto_accelerator", staticmethod(lambda: NAME)))
         is_single = lambda connector: connector._accelerator_flag == NAME
         chosen = lambda connector: single() if is_single(connector) else choose(connector)
