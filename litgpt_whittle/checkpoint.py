@@ -180,7 +180,7 @@ def load_model(
         checkpoint_dir: The directory, or its name under `checkpoints/`.
         model_class: Name of a class in the entry-point group `litgpt.models`; "SuperGPT" loads any stock checkpoint as
             a super-network. Defaults to the class named by the checkpoint, or litgpt's `GPT`.
-        dtype: dtype of the weights; by default, the stored one.
+        dtype: dtype of the weights; by default, the stored one. The rotary cache is fp32.
         device: Device of the weights.
 
     Returns:
@@ -204,8 +204,10 @@ def load_model(
         model.load_state_dict(weights, assign=True)
     if is_tied(weights):
         model.lm_head.weight = model.transformer.wte.weight
-    model.cos, model.sin = model.rope_cache(device="cpu")
-    return model.to(device=device, dtype=dtype).eval()
+    model.cos = model.sin = torch.empty(0)  # made on the meta device, from which nothing can be moved
+    model = model.to(device=device, dtype=dtype).eval()
+    model.cos, model.sin = model.rope_cache(device=device)  # positions need fp32 for any dtype of the weights
+    return model
 
 
 def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -187,6 +188,18 @@ def give_back_freed() -> None:
     if _trim is not None and _resident() > _resident_when_trimmed + HELD_BYTES:
         _trim(0)
         _resident_when_trimmed = _resident()
+
+
+def release_memory() -> None:
+    """Return the memory of objects that nothing refers to any more to the device and the system, for other processes.
+
+    Otherwise, a model's reference cycles live until the garbage collector runs, and PyTorch keeps a device's memory.
+    """
+    gc.collect()
+    if (empty_cache := getattr(torch.get_device_module(own_device()), "empty_cache", None)) is not None:
+        empty_cache()
+    if _trim is not None:
+        _trim(0)
 
 
 def _resident() -> int:

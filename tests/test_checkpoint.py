@@ -42,6 +42,22 @@ def test_load_model_opens_what_litgpt_wrote(checkpoint):
     assert load_model(checkpoint, dtype=torch.float64).lm_head.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("model_class", [None, "SuperGPT"])
+def test_positions_of_a_bf16_model_are_exact_at_every_length(tmp_path, model_class):
+    """The oracle is a model for longer sequences, whose rotary cache litgpt computes again for a shorter one."""
+    short = dataclasses.replace(LLAMA, block_size=64)
+    weights = GPT(short).state_dict()
+    found = []
+    for config in (short, dataclasses.replace(short, block_size=128)):
+        folder = tmp_path / str(config.block_size)
+        save_checkpoint(folder, config, weights)
+        model = load_model(folder, model_class, dtype=torch.bfloat16)
+        model.max_seq_length = 64
+        assert torch.equal(model.cos, GPT(short).cos) and torch.equal(model.sin, GPT(short).sin)
+        found.append(model(torch.arange(64)[None] % short.vocab_size))
+    assert torch.equal(*found)
+
+
 def test_tied_weights_stay_tied(checkpoint):
     weights = torch.load(checkpoint / "lit_model.pth", weights_only=True)
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()  # as litgpt's converter stores them

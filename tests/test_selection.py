@@ -1,6 +1,8 @@
 """Choosing among the best of a search by short distillations."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SelectionArgs
 from litgpt_whittle.searching.journal import Evaluation, read_journal
 from litgpt_whittle.searching.selection import Result, Rung, Selection, parse_rungs, read_results, rung_table
-from litgpt_whittle.strategies import RandomSearch
+from litgpt_whittle.strategies import IntegerProgram, RandomSearch
 from litgpt_whittle.subnet import SubNet
 
 TEACHER = Config.from_name(
@@ -52,10 +54,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, out_dir, rungs, resume=False, config=None):
+def run(folder, out_dir, rungs, resume=False, config=None, **changes):
     data = HFText(path=str(folder / "train.jsonl"), val_path=str(folder / "validation.jsonl"))
-    setup(
-        folder / "teacher",
+    settings = dict(
         bin="8K-12K",
         strategy=RandomSearch(),
         iterations=5,
@@ -67,6 +68,7 @@ def run(folder, out_dir, rungs, resume=False, config=None):
         selection=SelectionArgs(rungs=rungs, config=config or folder / "distill.yaml", repair=False),
         resume=resume,
     )
+    setup(folder / "teacher", **settings | changes)
 
 
 def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, capsys):
@@ -115,6 +117,51 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
     (winner_folder / "sub_network.yaml").write_text("another search's")
     run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True, config=tmp_path / "other.yaml")
     assert calls.count("extract") == 1 and read_results(tmp_path / "out") == changed
+
+
+def live_bytes():
+    """Bytes of all weights and activations in memory, also of those in reference cycles; tokens are integers."""
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fitness": "kl", "racing": True},
+        {"fitness": "weight_magnitude"},
+        {"fitness": "perplexity", "strategy": IntegerProgram(shares=[0.5])},
+    ],
+)
+def test_the_teacher_and_all_of_the_search_are_gone_before_the_students_are_trained(
+    folder, tmp_path, monkeypatch, changes
+):
+    """They would lie beside the training on the same device, as would memory that PyTorch keeps for later."""
+    searched, events, load = [], [], search.load_fitness
+
+    def watched(*args):
+        fitness = load(*args)
+        searched.extend([weakref.ref(fitness), weakref.ref(fitness.model)])
+        searched.extend(weakref.ref(weight) for weight in fitness.model.parameters())
+        events.append("loaded")
+        return fitness
+
+    def train(self, evaluations, score):
+        events.append("trained")
+        assert searched and not [ref for ref in searched if ref() is not None]
+        assert live_bytes() <= before
+        return {}
+
+    monkeypatch.setattr(search, "load_fitness", watched)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: events.append("emptied"), raising=False)
+    monkeypatch.setattr(Selection, "run", train)
+    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    gc.collect()
+    before = live_bytes()
+    run(folder, tmp_path / "out", ["2x1024"], iterations=2, **changes)
+    assert events == ["loaded", "emptied", "trained"]
 
 
 def test_the_table_has_ranks_and_tau_against_scipy():

@@ -47,6 +47,7 @@ from litgpt_whittle.processes import (
     n_devices,
     own_device,
     rank,
+    release_memory,
     spread,
 )
 from litgpt_whittle.ranking.ranking import Ranking
@@ -61,11 +62,12 @@ from litgpt_whittle.searching.args import (
     SpaceArgs,
     SurrogateArgs,
 )
-from litgpt_whittle.searching.evaluations import best_of, prediction_tau
+from litgpt_whittle.searching.evaluations import best_of
 from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, open_record
-from litgpt_whittle.searching.loop import Loop, Search
+from litgpt_whittle.searching.loop import Loop, Record, Search
 from litgpt_whittle.searching.measuring import MEASUREMENTS, measurement_names, take_measurements
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
+from litgpt_whittle.searching.outcome import best_name, report_surrogates, save_subnet
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, order_of_units, text_to_measure
@@ -74,7 +76,7 @@ from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
-from litgpt_whittle.strategies.surrogate_search import SurrogateSearch, with_surrogate
+from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
@@ -222,26 +224,28 @@ def setup(
         notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
-        fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
-        seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
-        text = partial(text_to_measure, *seen)
-        if simple_starts:
-            give_starts(searches, out_dir / STARTS, resume, fitness, text, ranking, sharded)
-        rest = {"spread": each if sharded else spread}
-        order = partial(order_of_units, spaces[0], fitness, text, ranking, sharded)
-        prepare = partial(take_measurements, searches, out_dir / MEASUREMENTS, header, fitness, order, seed, **rest)
-        if racing:
-            rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
-
         save = partial(save_subnet, teacher, checkpoint_dir, settings)
 
         def save_best(search: Search, evaluation: Evaluation) -> None:
             if rank() == 0:
                 save(evaluation, out_dir / best_name(search, searches))
 
-        loop = (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest)
+        def run() -> None:
+            # only this call refers to the teacher, so that a selection has its memory
+            fitness = load_fitness(fabric, checkpoint_dir, measure, batches, seq_length, wanted, sharded)
+            seen = data if reads_data else None, seq_length, batches, wanted.get("calibration")
+            text = partial(text_to_measure, *seen)
+            if simple_starts:
+                give_starts(searches, out_dir / STARTS, resume, fitness, text, ranking, sharded)
+            rest = {"spread": each if sharded else spread}
+            order = partial(order_of_units, spaces[0], fitness, text, ranking, sharded)
+            take_measurements(searches, out_dir / MEASUREMENTS, header, fitness, order, seed, **rest)
+            if racing:
+                rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
+            (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest).run()
+
         choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
-        main(loop, save, choose, checkpoint_dir, out_dir, settings["objectives"], prepare)
+        main(run, searches, record, measure.name, save, choose, checkpoint_dir, out_dir, settings["objectives"])
 
 
 def _convertible_note(teacher: Config) -> str:
@@ -384,29 +388,30 @@ def _load_ranking(path: Path, checkpoint_dir: Path, teacher: Config) -> Ranking:
 
 
 def main(
-    loop: Loop,
+    run: Callable[[], None],
+    searches: list[Search],
+    record: Record,
+    score: str,
     save: Save,
     selection: Selection | None,
     checkpoint_dir: Path,
     out_dir: Path,
     objectives: list[str],
-    prepare: Callable[[], None],
 ) -> None:
-    """Take the strategies' measurements, run the search, select among the best candidates, and report."""
+    """Run the search, select among the best candidates, and report."""
     stopped = False
     try:
-        prepare()
-        loop.run()
+        run()
     except KeyboardInterrupt:
         stopped = True
     if stopped and rank() > 0:
         raise SystemExit  # with code 0, since a failed rank would end rank 0, which still has to report
     if not stopped and not leave():
         return
-    evaluations, score, searches = loop.record.evaluations, loop.fitness.name, loop.searches
+    evaluations = record.evaluations
     found_any = bool(best_of(evaluations, score))
     if found_any and selection is not None and not stopped:
-        del loop.fitness  # the students' training needs the memory
+        release_memory()  # the students are trained by other processes
         winners = selection.run(evaluations, score)
         for search in searches:
             if winner := winners.get(str(search.space.bin)):
@@ -425,22 +430,6 @@ def main(
         raise SystemExit(130)
     if not found_any:
         raise UserError("no candidate could be scored, see the journal for why; try another precision, bin or limit")
-
-
-def save_subnet(
-    teacher: Config, checkpoint_dir: Path, settings: dict[str, Any], evaluation: Evaluation, path: Path
-) -> None:
-    """Write a candidate's sub-network with its provenance."""
-    provenance = {
-        "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "bin": evaluation.bin,
-        "n_params": evaluation.n_params,
-        **evaluation.scores,
-        "tokens": evaluation.tokens,
-        "evaluation": evaluation.index,
-        **{name: settings[name] for name in ("space", "order", "strategy", "seed", "precision", "max_seq_length")},
-    }
-    SubNet.from_dict(teacher, evaluation.subnet).save(path, **provenance)
 
 
 def load_fitness(
@@ -464,18 +453,3 @@ def load_fitness(
         model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = seq_length
     return measure(model, batches, autocast=fabric.autocast, **wanted)
-
-
-def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
-    """Print how well each bin's surrogate predicted later measurements, and save surrogates that are slow to refit."""
-    for search in searches:
-        if isinstance(search.strategy, SurrogateSearch):
-            bin = str(search.space.bin)
-            tau, n = prediction_tau([e for e in evaluations if e.bin == bin], search.score)
-            print(f"The surrogate of {bin} predicted {n} candidates before they were measured: Kendall's τ {tau:.2f}")
-            search.strategy.save(out_dir / ("surrogate" if len(searches) == 1 else f"surrogate-{bin}"))
-
-
-def best_name(search: Search, searches: list[Search]) -> str:
-    """Return the file name of a bin's best sub-network."""
-    return "best.yaml" if len(searches) == 1 else f"best-{search.space.bin}.yaml"

@@ -59,8 +59,6 @@ class LiveTeacher:
             self.model = quantize(load_model(checkpoint_dir, dtype=dtype), quantized, device)
         self.model.requires_grad_(False)
         self.model.max_seq_length = max_seq_length
-        # positions need fp32 for any dtype of the weights
-        self.model.cos, self.model.sin = self.model.rope_cache(device=device)
 
     def watch(self, places: Iterable[Place]) -> None:
         """Record the hidden states at some places; later calls return them with the logits."""

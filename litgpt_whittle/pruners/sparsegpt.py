@@ -84,5 +84,5 @@ class SparseGPT(Pruner):
                     drop[:, group] = lowest(costs.flatten(), n_drop).view_as(costs)
             errors[:, j] = torch.where(drop[:, j], w[:, j] / diagonal[j], 0)
             w[:, j:] -= torch.outer(errors[:, j], factor[j, j:])
-            w[drop[:, j], j] = 0  # exactly, despite rounding
+            w[:, j].masked_fill_(drop[:, j], 0)  # exactly, despite rounding; a masked index would wait for a GPU
         return errors

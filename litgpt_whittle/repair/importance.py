@@ -7,6 +7,8 @@ or activations.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -29,31 +31,47 @@ def elimination_order(
     Returns:
         The removed units, the least important first.
     """
-    dtype = covariance.dtype
-    scale = covariance.diagonal().clamp_min(max(float(covariance.diagonal().mean()) * 1e-6, 1e-30))
+    dtype, device = covariance.dtype, covariance.device
+    diagonal = covariance.diagonal()
+    scale = torch.maximum(diagonal, (diagonal.mean() * 1e-6).clamp_min(1e-30))
     n_units, size = units.shape
     # sort inputs by unit
     order = units.flatten()
-    inverse = torch.linalg.inv(covariance + torch.diag(damping * scale))[order][:, order]
-    weight = weight.to(dtype)[:, order]
-    alive = list(range(n_units))
-    removed: list[int] = []
-    while len(alive) > n_keep:
-        n = len(alive)
+    inverse, failed = torch.linalg.inv_ex(covariance + torch.diag(damping * scale))
+    inverse, weight = inverse[order][:, order], weight.to(dtype)[:, order]
+    alive = torch.arange(n_units, device=device)
+    removed: list[torch.Tensor] = []
+    # nothing in this loop waits for a GPU
+    for n, n_now in _rounds(n_units, n_keep):
         blocks = inverse.view(n, size, n, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (n, size, size)
         ours = weight.view(-1, n, size).transpose(0, 1)  # (n, n_out, size)
-        costs = (ours @ torch.linalg.inv(blocks) * ours).sum((1, 2))
-        n_now = min(max(n // 32, 1), n - n_keep)
+        inverted, blocks_failed = torch.linalg.inv_ex(blocks)
+        costs = (ours @ inverted * ours).sum((1, 2))
         going = costs.topk(n_now, largest=False, sorted=True).indices.sort().values
-        removed += [alive[i] for i in costs[going].argsort().tolist() for i in [int(going[i])]]
-        out = (going[:, None] * size + torch.arange(size, device=going.device)).flatten()
-        stays = torch.ones(n * size, dtype=torch.bool, device=going.device)
-        stays[out] = False
-        stays = stays.nonzero().squeeze(1)
+        removed.append(alive[going[costs[going].argsort()]])
+        # a stable sort lists the remaining units in order
+        staying = torch.zeros_like(alive).index_fill(0, going, 1).sort(stable=True).indices[: n - n_now]
+        out, stays = _inputs(going, size), _inputs(staying, size)
         across = inverse[out]
-        share = torch.linalg.solve(across[:, out], across[:, stays])
+        share, solve_failed = torch.linalg.solve_ex(across[:, out], across[:, stays])
         weight = weight[:, stays] - weight[:, out] @ share
         inverse = inverse[stays[:, None], stays] - across[:, stays].T @ share
-        gone = set(going.tolist())
-        alive = [unit for i, unit in enumerate(alive) if i not in gone]
-    return removed
+        failed = failed + blocks_failed.sum() + solve_failed
+        alive = alive[staying]
+    if failed:
+        raise torch.linalg.LinAlgError("the inputs' covariance is singular")
+    return torch.cat(removed).tolist() if removed else []
+
+
+def _rounds(n_units: int, n_keep: int) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of remaining units and of units to remove, step by step."""
+    n = n_units
+    while n > n_keep:
+        n_now = min(max(n // 32, 1), n - n_keep)
+        yield n, n_now
+        n -= n_now
+
+
+def _inputs(units: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the inputs of units, if inputs are sorted by unit."""
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()

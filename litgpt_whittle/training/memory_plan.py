@@ -204,7 +204,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
             raise NoPlan(f"{message}; leave --dry_run out") from None
         if len(placements) > 1:
             raise NoPlan(
-                f"{message}; choose --teacher_placement replicated, which is faster, or sharded, which takes less memory"
+                f"{message}; choose --teacher_placement replicated, the faster one, or sharded, which takes less memory"
             ) from None
         warnings.warn(message, stacklevel=2)
         return placements[0]
