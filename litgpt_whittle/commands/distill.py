@@ -35,7 +35,7 @@ from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teac
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device
+from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device, release_memory
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
@@ -156,8 +156,8 @@ def setup(
             for small models.
         strategy: Distribution of the student over several devices: ``fsdp`` shards its weights (FSDP2) and is the
             default; ``ddp`` replicates them, which is faster for small models.
-        teacher_placement: Distribution of the teacher over several devices: replicated, sharded, or chosen by the
-            memory that training needs.
+        teacher_placement: Distribution of the teacher over several devices: replicated, sharded, or chosen by an
+            estimate of the memory that training needs; training does not start if the estimate fails.
         teacher_quantize: Quantize the teacher's blocks, as ``litgpt generate --quantize`` does.
         activation_checkpointing: If true, recompute activations in the backward pass: slower, with less memory.
         checkpoint_type: Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first
@@ -227,6 +227,7 @@ def setup(
             if not (resume and extract.is_finished(start, key)):
                 module = copy.deepcopy(data)  # training connects its own copy
                 extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
+                release_memory()  # the plan looks how much is free
             student = Student.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
             origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
         is_live = used_dir is not None and cache is None

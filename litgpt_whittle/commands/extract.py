@@ -32,7 +32,7 @@ from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hf.families import check_expressible
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import launch, leave, n_devices, rank
+from litgpt_whittle.processes import launch, leave, n_devices, rank, release_memory
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
@@ -97,6 +97,7 @@ def setup(
                 print(f"{folder} is finished already.")
             else:
                 setup(checkpoint_dir, path, folder, dtype, overwrite, repair, data, train, devices, seed)
+                release_memory()  # the next repair looks how much is free
             print()
         print(_students_table(students))
         return

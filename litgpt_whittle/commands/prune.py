@@ -26,6 +26,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
+from litgpt_whittle.processes import release_memory
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
@@ -104,6 +105,7 @@ def setup(
         check_space(out_dir, 2 * 4 * windows.numel() * config.n_embd, "the scratch files")
         batches = validation_batches(data, length, eval.max_iters)
     before = _perplexity(checkpoint_dir, None, batches, device)
+    release_memory()  # of the model
     notes = {
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "method": method,

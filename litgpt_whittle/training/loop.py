@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import Termination, barrier
+from litgpt_whittle.processes import Termination, barrier, release_memory
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import skipping
 from litgpt_whittle.training.log import TrainLog
@@ -186,11 +186,13 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
     """Validate the teacher, and the model once before training, so that errors in validation show at once."""
+    teacher_score, run.job.teacher_score = run.job.teacher_score, None
     if run.validation is None or run.progress.iter_num > 0:
         return
-    if run.job.teacher_score is not None:
-        log.teacher_validation(validate(run, run.job.teacher_score))
-        run.job.teacher_score = None  # frees a teacher that training does not use
+    if teacher_score is not None:
+        log.teacher_validation(validate(run, teacher_score))
+        del teacher_score  # frees a teacher that training does not use
+        release_memory()
     if eval.initial_validation:
         _validate(run, log)
     else:
