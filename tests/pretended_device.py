@@ -310,9 +310,9 @@ class _Accelerator(Accelerator):
 _libraries: list[torch.library.Library] = []
 
 
-def _register() -> None:
-    """Register the device; this happens once and cannot be undone."""
-    if _libraries:
+def register() -> None:
+    """Register the device, once; the first backward pass of a process must come later, because it counts devices."""
+    if _libraries or not CAN_PRETEND:
         return
     backend_registration._setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module())
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -342,7 +342,7 @@ def _by_way_of_the_cpu(function: Callable) -> Callable:
 def pretended_device() -> Iterator[Seen]:
     """Run commands on the device, and yield what it sees."""
     global _seen, _is_chosen
-    _register()
+    register()
     before = _seen, _is_chosen, torch.__future__.get_swap_module_params_on_conversion()
     choose, single = _Connector._choose_strategy, lambda: SingleDeviceStrategy(torch.device(NAME, 0))
     with ExitStack() as stack:

@@ -327,13 +327,10 @@ def test_waits_for_a_repaired_candidate_stay_below_a_limit_per_layer(tmp_path):
 @pytest.mark.parametrize("n_keep", [0, 5])
 def test_the_elimination_order_of_more_units_needs_no_more_waits(n_keep):
     waits = []
+    generator = torch.Generator().manual_seed(0)
     for n in (12, 30):
-        z = torch.randn(200, n, generator=torch.Generator().manual_seed(n)) * torch.linspace(1, 2, n)
-        covariance, weight, units = (
-            z.T @ z,
-            torch.randn(4, n, generator=torch.Generator().manual_seed(0)),
-            torch.arange(n),
-        )
+        z, weight = torch.randn(200, n, generator=generator), torch.randn(4, n, generator=generator)
+        covariance, units = z.T @ z, torch.arange(n)
         with pretended_device() as seen:
             there = (x.to(NAME) for x in (covariance, weight, units[:, None]))
             order = elimination_order(*there, n_keep=n_keep)
@@ -357,20 +354,17 @@ def test_sparsegpt_does_not_wait_for_each_column():
 
 @pytest.fixture(scope="module")
 def watched(teachers, tmp_path_factory):
-    """A function that trains on the device, once each: distill, supernet or refine; returns waits per step and `Seen`."""
+    """A function that runs a training on the device once, and returns its waits per step and what the device saw."""
 
     @cache
     def watch(command: str) -> tuple[list[int], Seen]:
         out, hidden = tmp_path_factory.mktemp("watched") / command, DistillArgs(hidden=HiddenArgs(weight=0.3))
-        repair = RepairArgs(tokens=24 * SEQ, refine_passes=1)
+        repair = dict(repair=RepairArgs(tokens=24 * SEQ, refine_passes=1), data=Tokens(), train=WINDOWS)
+        teacher, subnet = teachers / "llama", teachers / "llama.yaml"
         commands = {
             "distill": lambda: distill.setup(out_dir=out, **distilled(teachers, "llama", distill=hidden)),
-            "supernet": lambda: pretrain_supernet.setup(
-                out_dir=out, **train(initial_checkpoint_dir=teachers / "llama")
-            ),
-            "refine": lambda: extract.setup(
-                teachers / "llama", teachers / "llama.yaml", out, repair=repair, data=Tokens(), train=WINDOWS
-            ),
+            "supernet": lambda: pretrain_supernet.setup(out_dir=out, **train(initial_checkpoint_dir=teacher)),
+            "refine": lambda: extract.setup(teacher, subnet, out, **repair),
         }
         totals: list[int] = []
         with pretended_device() as seen:
