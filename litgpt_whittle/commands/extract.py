@@ -296,8 +296,8 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
         ]
         if repaired.fitted is not None and after > NARROW * repaired.fitted:
             lines.append(
-                f"  Note: on calibration tokens it is only {repaired.fitted:.3f}; raise --repair.tokens, or calibrate on "
-                "broader text."
+                f"  Note: on calibration tokens it is only {repaired.fitted:.3f}; raise --repair.tokens, or calibrate "
+                "on broader text."
             )
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
         lines.append(f"  Left as cut: {', '.join(left)}.")
