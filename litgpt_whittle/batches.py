@@ -52,7 +52,10 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
         if len(batches) == n:
             break
     if not batches:
-        raise UserError("the validation data holds no token to predict; give more data or shorten train.max_seq_length")
+        raise UserError(
+            "the validation data holds no token to predict; give more data, or raise train.max_seq_length so that "
+            "samples keep their answers"
+        )
     return batches
 
 
@@ -183,7 +186,10 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
         missing -= sum(len(row.input_ids) for row in rows)
     length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
-        raise UserError("the training data is empty, so there is nothing to calibrate on; give more data")
+        raise UserError(
+            "the training data holds no token that counts, so there is nothing to calibrate on; give more data, or "
+            "raise train.max_seq_length so that samples keep their answers"
+        )
     windows = _concatenated(samples, length)[: -(-n_tokens // length)]
     _check_not_validation(data, samples, seq_length)
     return windows

@@ -77,11 +77,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a file atomically: write a temporary file beside it and rename it."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # after a failure
 
 
 @contextmanager

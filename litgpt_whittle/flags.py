@@ -48,6 +48,9 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
     unknown = re.fullmatch(r"Validation failed: Key '([^']+)' is not expected", message)
     if unknown:
         return _unknown([f"--{unknown[1]}"], command, flags)
+    nested = re.search(r"Subcommand '[^']+' does not accept (?:nested key|option) '([^']+)'", message)
+    if nested:
+        return _unknown([f"--{nested[1]}"], command, flags)
     if message.startswith("Unexpected config:"):
         given = " ".join(message.partition(":")[2].split())
         return f"config must be a YAML of settings, each with its name, got {given or 'an empty one'}"

@@ -8,6 +8,7 @@ torch nor litgpt at the top.
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Callable
@@ -128,7 +129,7 @@ def _stand_in(point: Any) -> Callable:
 
 
 def show_user_errors_in_one_line(commands: set[str]) -> None:
-    """Print an uncaught UserError without a traceback; the exit code stays 1.
+    """Print an uncaught UserError, or that a disk is full, without a traceback; the exit code stays 1.
 
     Args:
         commands: Names of the commands whose parser errors are printed on one line, too.
@@ -145,6 +146,9 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
         told = error if isinstance(error, UserError) else None
         if isinstance(error, ValueError):
             told = told or UserError.inside(error) or flags.why_not_made(str(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            name = error.filename or "a file"
+            told = f"{name} cannot be written ({error.strerror}); make room, or choose another folder"
         if told:
             print(f"error: {told}", file=sys.stderr)
         else:

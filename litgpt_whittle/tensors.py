@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +31,9 @@ def save_tensors(tree: Any, file: Path | IO[bytes]) -> None:
     Args:
         tree: Nested dicts, lists and tuples of tensors and of other values that `torch.save` accepts.
         file: The path, or an open file.
+
+    Raises:
+        OSError: If it cannot be written.
     """
     copies: dict[Any, torch.Tensor] = {}
 
@@ -40,7 +45,13 @@ def save_tensors(tree: Any, file: Path | IO[bytes]) -> None:
             copies[view] = tensor.detach().cpu()
         return copies[view]
 
-    torch.save(map_tensors(tree, on_cpu), file)
+    try:
+        torch.save(map_tensors(tree, on_cpu), file)
+    except RuntimeError as error:
+        # PyTorch's file writer raises no OSError
+        if not re.search("inline_container|iostream|write", str(error)):
+            raise
+        raise OSError(errno.EIO, "the disk is full or failing", str(file)) from None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

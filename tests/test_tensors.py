@@ -1,5 +1,9 @@
 """Saved tensors lie in CPU memory, wherever they were; a stand-in for a device's tensor cannot be loaded elsewhere."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from litgpt.config import Config
 from litgpt.model import GPT
@@ -71,3 +75,40 @@ def test_a_part_of_a_devices_tensors_loads_without_the_device(tmp_path):
     save_parts(tmp_path / "out", {"training": {"helper": OnDevice.of(values)}}, lambda folder: None)
     (part,) = part_paths(tmp_path / "out")
     assert torch.equal(torch.load(part, weights_only=True)["training"]["helper"], values)
+
+
+FULL = """
+import resource, signal, sys, torch
+from pathlib import Path
+from litgpt_whittle.files import write_text
+from litgpt_whittle.plugin import show_user_errors_in_one_line
+from litgpt_whittle.tensors import save_tensors
+show_user_errors_in_one_line(set())
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may be longer
+path = Path(sys.argv[1])
+{write}
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "save_tensors(torch.ones(1000), path / 'file')",
+        "import errno; raise OSError(errno.ENOSPC, 'No space left on device', str(path / 'file'))",
+    ],
+)
+def test_a_full_disk_ends_in_one_line(tmp_path, write):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL.format(write=write), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1 and len(ran.stderr.splitlines()) == 1
+    assert ran.stderr.startswith(f"error: {tmp_path}/file cannot be written (") and "make room" in ran.stderr
+
+
+def test_text_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    write = "try: write_text(path / 'file', 'x' * 10_000)\nexcept OSError: print('failed', list(path.iterdir()))"
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL.format(write=write), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout == "failed []\n", ran.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.hf.tokenizer_files import copy_contents, copy_tokenizer
 from litgpt_whittle.hints import try_next
-from litgpt_whittle.processes import barrier, claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
+from litgpt_whittle.processes import claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
 from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.resume import describe, flatten
@@ -92,13 +93,11 @@ def setup(
         connect(data, checkpoint_dir, train.micro_batch_size, length)
         whole = whole_pass(train_loader(data))
         first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
-        if rank() == 0:
-            _write_index(out_dir, index, checkpoint_dir, teacher)
-        barrier()
+        begin = partial(_write_index, out_dir, index, checkpoint_dir, teacher)
         dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
         is_sharded = teacher_placement == "sharded"
         live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
-        index = write_cache(out_dir, index, live, whole, fabric.device, progress=rank() == 0, in_step=is_sharded)
+        index = write_cache(out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
         if leave():
             print(summary(out_dir, index))
 

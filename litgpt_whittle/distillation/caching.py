@@ -111,6 +111,7 @@ def write_cache(
     device: torch.device,
     progress: bool = False,
     in_step: bool = False,
+    begin: Callable[[], None] = lambda: None,
 ) -> Index:
     """Fill a cache, with each process writing shards of its own; existing shards are kept.
 
@@ -125,6 +126,7 @@ def write_cache(
         device: The teacher's device.
         progress: If true, show a progress bar with the remaining time.
         in_step: If true, all processes must run the teacher at the same time, each on its own windows.
+        begin: Called by the first process before the first shard, once data and disk have been checked.
 
     Returns:
         The complete index.
@@ -134,16 +136,18 @@ def write_cache(
     """
     contents = index.contents
     windows = unique_windows(data.batches, contents.max_seq_length, contents.max_tokens)
-    first = next(windows, None)
-    if first is None:
+    starting = list(islice(windows, 2))  # two show whether lengths differ, before anything is written
+    if not starting:
         raise UserError("the training data is empty, so there is nothing to cache; give more data")
-    length = len(first.ids)
+    length = len(starting[0].ids)
     layout = Layout(contents.make_codec(), length)
     n_windows = _n_windows(data, length, contents.max_tokens)
     first_does(lambda: _prepare(folder, layout, n_windows, index))
+    if rank() == 0:
+        begin()
     barrier()
     shards, index = list(index.shards), replace(index, length=length)
-    chunks = enumerate(_batched(chain([first], windows), windows_per_shard(layout, contents)))
+    chunks = enumerate(_batched(chain(starting, windows), windows_per_shard(layout, contents)))
     n_chunks = 0
     bar = tqdm(desc="Caching", unit=" tokens", unit_scale=True, disable=not progress)
     bar.total = None if n_windows is None else n_windows * length

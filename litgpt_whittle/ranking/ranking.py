@@ -79,8 +79,11 @@ class Ranking:
             "provenance": self.provenance,
         }
         beside = path.with_name(f".{path.name}.new")
-        save_tensors(content, beside)
-        beside.replace(path)
+        try:
+            save_tensors(content, beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)  # after a failure
 
     @classmethod
     def load(cls, path: Path, teacher: Config) -> Ranking:
