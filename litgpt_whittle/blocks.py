@@ -15,6 +15,7 @@ from torch import nn
 
 from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.supergpt import BlocksGPT, Weights
+from litgpt_whittle.windows import vectorize_windows
 
 
 def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) -> Block:
@@ -22,7 +23,7 @@ def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) 
     with torch.device("meta"):
         block = Block(config, layer)
     block.load_state_dict(weights, assign=True)
-    return block.eval().requires_grad_(False)
+    return vectorize_windows(block).eval().requires_grad_(False)
 
 
 def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.index_plan import Plan, Take, plan, take_along
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.windows import vectorize_windows
 
 Weights = dict[str, torch.Tensor]
 
@@ -34,7 +35,7 @@ class BlocksGPT(GPT):
     def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
         super().__init__(dataclasses.replace(config, n_layer=0))
         self.config = config
-        self.transformer["h"] = nn.ModuleList(blocks)
+        self.transformer["h"] = vectorize_windows(nn.ModuleList(blocks))
 
 
 class LayerwiseGPT(BlocksGPT):
@@ -126,7 +127,7 @@ class SuperGPT(BlocksGPT):
         if in_place:
             self._fill_gradients()
         with torch.device("meta"):
-            blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
+            blocks = vectorize_windows(nn.ModuleList(Block(subnet.layer_config(i), i) for i in range(len(subnet))))
             shell = BlocksGPT(subnet.config, self._delegates(subnet.layers, calls_all))
             if not isinstance(takes[_EMBEDDING].index[1], slice):
                 shell.transformer.wte = _Lookup(self.config, takes[_EMBEDDING])
@@ -306,7 +307,7 @@ def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:
 
 def student_model(subnet: SubNet) -> GPT:
     """Create a model of the sub-network's true shape with newly initialised weights: a stock `GPT` if it is uniform."""
-    return GPT(subnet.config) if subnet.is_uniform else LayerwiseGPT(subnet)
+    return vectorize_windows(GPT(subnet.config)) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
 def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:
