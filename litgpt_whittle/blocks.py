@@ -14,15 +14,17 @@ from litgpt.model import Block, LLaMAMoE
 from torch import nn
 
 from litgpt_whittle.files import MappedWeights
+from litgpt_whittle.meta import meta_modules
 from litgpt_whittle.supergpt import BlocksGPT, Weights
+from litgpt_whittle.windows import vectorize_windows
 
 
 def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) -> Block:
     """Build a litgpt block that shares the given weights."""
-    with torch.device("meta"):
+    with meta_modules():
         block = Block(config, layer)
     block.load_state_dict(weights, assign=True)
-    return block.eval().requires_grad_(False)
+    return vectorize_windows(block).eval().requires_grad_(False)
 
 
 def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:
@@ -57,7 +59,7 @@ class Outside(nn.Module):
 
     def __init__(self, config: Config, weights: Weights, seq_length: int, device: torch.device | str) -> None:
         super().__init__()
-        with torch.device("meta"):
+        with meta_modules():
             model = BlocksGPT(config, [_Probe() for _ in range(config.n_layer)])
         model.load_state_dict(weights, assign=True)
         model.max_seq_length = seq_length

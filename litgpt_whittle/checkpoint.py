@@ -27,6 +27,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
 from litgpt_whittle.tensors import save_tensors
 from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_parts
+from litgpt_whittle.windows import vectorize_windows
 
 WEIGHTS = "lit_model.pth"
 HF_CONFIG = "config.json"
@@ -200,7 +201,7 @@ def load_model(
         model = LayerwiseGPT.from_padded(config, weights, named["shape"])
     else:
         with torch.device("meta"):
-            model = cls(config)
+            model = vectorize_windows(cls(config))
         model.load_state_dict(weights, assign=True)
     if is_tied(weights):
         model.lm_head.weight = model.transformer.wte.weight

@@ -8,7 +8,9 @@ from the extracted model. All knowledge of architectures is in `RULES` and `kept
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -66,7 +68,7 @@ class Take:
 
     def numel(self) -> int:
         """Return the number of elements of the student's parameter."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def take_along(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor) -> torch.Tensor:
@@ -91,14 +93,54 @@ def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
     Raises:
         UserError: If `subnet` was made for another teacher.
     """
-    if subnet.teacher is not teacher and fingerprint(subnet.teacher) != fingerprint(teacher):
-        raise UserError(f"the sub-network belongs to {subnet.teacher.name!r}, not to {teacher.name!r}")
-    takes = _root_plan(teacher, subnet.n_embd, tied)
-    for i, layer in enumerate(subnet.layers):
+    takes, layers = plans(teacher, subnet, tied)
+    for i, (layer, own) in enumerate(zip(subnet.layers, layers)):
         prefix = f"transformer.h.{layer}."
-        for name, take in layer_plan(teacher, layer, subnet.n_embd, subnet.head_cut.dims, subnet.layer(i)).items():
+        for name, take in own.items():
             takes[f"transformer.h.{i}.{name}"] = dataclasses.replace(take, name=prefix + take.name)
     return takes
+
+
+def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[Plan, list[Plan]]:
+    """Build the index plan of a sub-network in parts, which `plan` joins.
+
+    Returns:
+        The plan of the parameters outside the blocks, and one plan per kept layer, with names relative to its block.
+        Layers of one structure that keep the same units share their plan.
+
+    Raises:
+        UserError: If `subnet` was made for another teacher.
+    """
+    if subnet.teacher is not teacher and fingerprint(subnet.teacher) != fingerprint(teacher):
+        raise UserError(f"the sub-network belongs to {subnet.teacher.name!r}, not to {teacher.name!r}")
+    key, built = ConfigKey(teacher), {}
+    layers = []
+    for i, layer in enumerate(subnet.layers):
+        keep, tensors = subnet.layer(i), _block_tensors(key, layer)
+        if (keep, tensors) not in built:
+            built[keep, tensors] = _layer_plan(teacher, layer, subnet.n_embd, subnet.head_cut.dims, keep, tensors)
+        layers.append(built[keep, tensors])
+    return _root_plan(teacher, subnet.n_embd, tied), layers
+
+
+def on_device(parts: Sequence[Plan], device: torch.device) -> list[Plan]:
+    """Return plans whose index tensors are on a device: equal ones are sent once, all of them in a single copy."""
+    indices = {id(index): index for part in parts for take in part.values() for index in take.index}
+    contents = {at: index.numpy().tobytes() for at, index in indices.items() if isinstance(index, torch.Tensor)}
+    distinct = {content: indices[at] for at, content in contents.items()}
+    if not distinct:
+        return list(parts)
+    sent = torch.cat(list(distinct.values())).to(device).split([len(index) for index in distinct.values()])
+    by_content = dict(zip(distinct, sent))
+    moved = {at: by_content[content] for at, content in contents.items()}
+    done: dict[int, Plan] = {}
+    for part in parts:
+        if id(part) not in done:
+            done[id(part)] = {
+                name: dataclasses.replace(take, index=tuple(moved.get(id(index), index) for index in take.index))
+                for name, take in part.items()
+            }
+    return [done[id(part)] for part in parts]
 
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -211,10 +253,21 @@ def _own(alone: list[np.ndarray]) -> np.ndarray:
 
 def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
     """Return the plan of one layer, with names relative to its block."""
+    return _layer_plan(teacher, layer, n_embd, head_dims, keep, _block_tensors(ConfigKey(teacher), layer))
+
+
+def _layer_plan(
+    teacher: Config,
+    layer: int,
+    n_embd: Keep,
+    head_dims: np.ndarray,
+    keep: LayerKeep,
+    tensors: tuple[tuple[str, bool], ...],
+) -> Plan:
     axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
     takes = {}
-    for name, is_buffer in _block_tensors(ConfigKey(teacher), layer):
+    for name, is_buffer in tensors:
         module, _, leaf = name.rpartition(".")
         if module.startswith("mlp.experts."):
             expert, _, part = module.removeprefix("mlp.experts.").partition(".")

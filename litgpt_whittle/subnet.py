@@ -31,6 +31,9 @@ PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_inte
 FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER)
 """All fields of a `SubNet`, in the order of the YAML file."""
 
+LAYER_SETTINGS = ("sliding_window_indices", "rope_indices")
+"""litgpt's settings with one entry per layer."""
+
 
 @dataclass(frozen=True)
 class LayerKeep:
@@ -233,7 +236,7 @@ class SubNet:
             n_head=n_query_groups * heads_per_group,
             **self.head_cut.config_changes,
         )
-        for name in ("sliding_window_indices", "rope_indices"):  # a layer keeps its kind of attention
+        for name in LAYER_SETTINGS:  # a layer keeps its kind of attention
             if getattr(teacher, name) is not None:
                 changes[name] = [getattr(teacher, name)[layer] for layer in layers]
         if teacher.first_k_dense_replace is not None:

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import nn
-from torch.func import functional_call
 
 from litgpt_whittle.files import MappedWeights
-from litgpt_whittle.index_plan import Plan, Take, plan, take_along
+from litgpt_whittle.index_plan import Take, on_device, plan, plans
+from litgpt_whittle.processes import free_memory
+from litgpt_whittle.running import Delegate, EmptyModules, Lookup, Running, Weights, pass_on
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.windows import vectorize_windows
 
-Weights = dict[str, torch.Tensor]
-
-KEPT_BYTES = 256 * 2**20
+KEPT_BYTES = {"cpu": 256 * 2**20}
 """Byte budget for caching a candidate's gathered weights across batches, the LM head's before the blocks'. Weights
-beyond it are gathered again for every batch, which takes a few percent of its time and no memory"""
+beyond it are gathered again for every batch, which takes a CPU a few percent of its time and no memory"""
 
 _EMBEDDING = "transformer.wte.weight"
 
@@ -34,7 +34,7 @@ class BlocksGPT(GPT):
     def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
         super().__init__(dataclasses.replace(config, n_layer=0))
         self.config = config
-        self.transformer["h"] = nn.ModuleList(blocks)
+        self.transformer["h"] = vectorize_windows(nn.ModuleList(blocks))
 
 
 class LayerwiseGPT(BlocksGPT):
@@ -67,7 +67,7 @@ class SuperBlock(Block):
     The weights are sliced inside `forward`, where a sharded block's parameters are gathered.
     """
 
-    _running: _Running | None = None
+    _running: Running | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._running is None:
@@ -84,10 +84,11 @@ class SuperGPT(BlocksGPT):
             logits = model(idx)  # (B, T, V)
     """
 
-    _running: _Running | None = None
+    _running: Running | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, (SuperBlock(config, i) for i in range(config.n_layer)))
+        self._modules_to_run = EmptyModules()
 
     @property
     def tied(self) -> bool:
@@ -112,7 +113,7 @@ class SuperGPT(BlocksGPT):
             subnet: A sub-network of this model.
             materialize: If true, slice the weights once, without gradients, instead of in every forward: for scoring a
                 candidate on many batches. Contiguous runs are views, which take no memory; gathered weights are cached
-                up to `KEPT_BYTES`.
+                within `kept_bytes`.
             trains: If true, the weights of dropped layers get zero gradients instead of None. With several processes,
                 the dropped layers' modules are called as well, so that their wrappers (FSDP2, DDP) see all of them used
                 on every process. A single process accumulates gradients in place in those of the full weights.
@@ -120,27 +121,27 @@ class SuperGPT(BlocksGPT):
         Raises:
             UserError: If `subnet` was made for another teacher.
         """
-        takes = plan(self.config, subnet, tied=self.tied)
+        device = self.lm_head.weight.device
+        outer, layers = plans(self.config, subnet, tied=self.tied)
+        outer, *layers = on_device([outer, *layers], device)
         in_place = trains and not dist.is_initialized()
         calls_all = trains and not in_place
         if in_place:
             self._fill_gradients()
-        with torch.device("meta"):
-            blocks = [Block(subnet.layer_config(i), i) for i in range(len(subnet))]
-            shell = BlocksGPT(subnet.config, self._delegates(subnet.layers, calls_all))
-            if not isinstance(takes[_EMBEDDING].index[1], slice):
-                shell.transformer.wte = _Lookup(self.config, takes[_EMBEDDING])
-                takes[_EMBEDDING] = Take(_EMBEDDING, ())
-        shell.max_seq_length = self.max_seq_length
-        rope = dict(zip(("cos", "sin"), self._rope(subnet)))
-        root = {name: take for name, take in takes.items() if not name.startswith("transformer.h.")}
-        active: list[tuple[nn.Module, _Running]] = [(self, _Running(shell, root, rope, in_place))]
+        shell = self._shell(subnet, outer[_EMBEDDING])
+        shell.transformer["h"] = nn.ModuleList(self._delegates(subnet.layers, calls_all))
+        constants = dict(zip(("cos", "sin"), self._rope(shell)))
+        if isinstance(shell.transformer.wte, Lookup):
+            constants["transformer.wte.channels"] = outer[_EMBEDDING].index[1]
+            outer[_EMBEDDING] = Take(_EMBEDDING, ())
+        active: list[tuple[nn.Module, Running]] = [(self, Running(shell, outer, constants, in_place))]
         for i, layer in enumerate(subnet.layers):
-            active.append((self.transformer.h[layer], _Running(blocks[i], _relative(takes, i, layer), {}, in_place)))
+            running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place)
+            active.append((self.transformer.h[layer], running))
         if calls_all:
             left_out = set(range(self.config.n_layer)) - set(subnet.layers)
-            active += [(self.transformer.h[layer], _pass_on) for layer in sorted(left_out)]
-        left = KEPT_BYTES if materialize else 0
+            active += [(self.transformer.h[layer], pass_on) for layer in sorted(left_out)]
+        left = kept_bytes(device) if materialize else 0
         try:
             for module, running in active:
                 if materialize:
@@ -156,157 +157,53 @@ class SuperGPT(BlocksGPT):
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
 
-    def _delegates(self, layers: Sequence[int], calls_all: bool) -> list[_Delegate]:
+    def _shell(self, subnet: SubNet, embedding: Take) -> GPT:
+        """Return the sub-network's model without weights and blocks; with scattered channels, it has a `Lookup`."""
+        is_scattered = isinstance(embedding.index[1], torch.Tensor)
+
+        def build() -> GPT:
+            shell = BlocksGPT(subnet.config, [])
+            shell.max_seq_length = self.max_seq_length
+            if is_scattered:
+                shell.transformer.wte = Lookup(self.config)
+            return shell
+
+        key = len(subnet.n_embd), subnet.head_cut.dims.tobytes(), self.max_seq_length, is_scattered
+        shell = self._modules_to_run.get(key, build)
+        shell.config = subnet.config
+        return shell
+
+    def _delegates(self, layers: Sequence[int], calls_all: bool) -> list[Delegate]:
         """Return the module that calls each kept layer; if `calls_all`, also the dropped layers before it.
 
         The last one also calls the dropped layers after it.
         """
         blocks, delegates, begin = self.transformer.h, [], 0
         for layer in layers:
-            delegates.append(_Delegate(blocks[begin : layer + 1] if calls_all else [blocks[layer]]))
+            delegates.append(Delegate(blocks[begin : layer + 1] if calls_all else [blocks[layer]]))
             begin = layer + 1
         if calls_all:
             delegates[-1].behind = tuple(blocks[begin:])
         return delegates
 
-    def _rope(self, subnet: SubNet) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sub-network's rotary cache: this model's own unless heads are smaller."""
-        if len(subnet.head_size) == self.config.head_size:
+    def _rope(self, shell: GPT) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rotary cache of a sub-network's model: this model's own unless heads are smaller."""
+        if shell.config.head_size == self.config.head_size:
             return self.cos, self.sin
-        with torch.device("meta"):
-            student = GPT(dataclasses.replace(subnet.config, n_layer=0))
-        student.max_seq_length = self.max_seq_length
-        return tuple(cache.to(self.cos.dtype) for cache in student.rope_cache(self.cos.device))
+        return tuple(cache.to(self.cos.dtype) for cache in shell.rope_cache(self.cos.device))
 
 
-class _Running:
-    """A sub-network's module without own weights, with its slices of the teacher module that it replaces.
+def kept_bytes(device: torch.device) -> int:
+    """Return the byte budget for caching a candidate's gathered weights: `KEPT_BYTES`, or half of a GPU's free memory.
 
-    Args:
-        module: The sub-network's module, on the meta device.
-        takes: Slices of the teacher module's parameters.
-        constants: Tensors that are not sliced from the teacher.
-        in_place: If true, gradients are accumulated in place in those of the teacher's parameters.
+    The other half is for activations. A GPU spends more time on repeated gathers, and has memory for nothing else.
     """
-
-    def __init__(
-        self, module: nn.Module, takes: Mapping[str, Take], constants: Weights, in_place: bool = False
-    ) -> None:
-        self.module = module.eval()
-        self.in_place = in_place
-        self.takes = takes
-        self.constants = constants
-        self.weights: Weights | None = None
-
-    def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weights = self._take(owner) if self.weights is None else self.weights
-        return functional_call(self.module, weights | self.constants, args, kwargs)
-
-    @torch.no_grad()
-    def materialize(self, owner: nn.Module, most: int) -> int:
-        """Slice the weights once, unless the gathered ones exceed `most` bytes.
-
-        Returns:
-            Bytes of the gathered weights, 0 if the weights are sliced in every forward.
-        """
-        indexed = [take for take in self.takes.values() if any(not isinstance(i, slice) for i in take.index)]
-        n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
-        if n_bytes > most:
-            return 0
-        self.weights = {name: weight.detach() for name, weight in self._take(owner).items()}
-        return n_bytes
-
-    def _take(self, owner: nn.Module) -> Weights:
-        # tied weights appear under both names
-        tensors = dict(owner.named_parameters(remove_duplicate=False)) | dict(owner.named_buffers())
-        return {name: self._part(take, tensors[take.name]) for name, take in self.takes.items()}
-
-    def _part(self, take: Take, tensor: torch.Tensor) -> torch.Tensor:
-        return _TakeInPlace.apply(tensor, take) if self.in_place and tensor.requires_grad else take(tensor)
-
-
-class _TakeInPlace(torch.autograd.Function):
-    """Slice of a leaf tensor whose gradient is accumulated in place in the leaf's gradient.
-
-    Autograd's slicing would allocate a gradient of the leaf's full size for every slice before adding them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor, take: Take) -> torch.Tensor:
-        ctx.leaf, ctx.take = leaf, take
-        return take(leaf)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
-        ctx.take.add_into(ctx.leaf.grad, grad)
-        return None, None
-
-
-class _Lookup(nn.Embedding):
-    """The teacher's embedding with scattered channels selected after the lookup, so that only those rows are copied."""
-
-    def __init__(self, teacher: Config, take: Take) -> None:
-        super().__init__(teacher.padded_vocab_size, teacher.n_embd)
-        self.channels = take.index[1]
-
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        return take_along(super().forward(idx), -1, self.channels)
-
-
-class _Delegate(nn.Module):
-    """Calls a block of the super-network from within the sub-network's model, without owning its weights.
-
-    Args:
-        blocks: Dropped blocks that only pass the stream on, followed by the block itself.
-    """
-
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        super().__init__()
-        # in tuples, they are not registered as submodules
-        *before, block = blocks
-        self.before, self.block, self.behind = tuple(before), (block,), ()
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        for block in self.before:
-            x = block(x)
-        x = self.block[0](x, *args, **kwargs)
-        for block in self.behind:
-            x = block(x)
-        return x
-
-
-def _pass_on(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Replace the forward of a dropped block by the identity."""
-    return _PassOn.apply(x, *block.parameters())
-
-
-class _PassOn(torch.autograd.Function):
-    """Identity with zero gradients for the unused weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights)
-        return grad, *zeros
-
-
-def _relative(takes: Plan, student_layer: int, teacher_layer: int) -> Plan:
-    """Return one layer's part of a plan, with names relative to the student's and the teacher's block."""
-    ours, theirs = f"transformer.h.{student_layer}.", f"transformer.h.{teacher_layer}."
-    return {
-        name.removeprefix(ours): dataclasses.replace(take, name=take.name.removeprefix(theirs))
-        for name, take in takes.items()
-        if name.startswith(ours)
-    }
+    return KEPT_BYTES[device.type] if device.type in KEPT_BYTES else free_memory(device, 1) // 2
 
 
 def student_model(subnet: SubNet) -> GPT:
     """Create a model of the sub-network's true shape with newly initialised weights: a stock `GPT` if it is uniform."""
-    return GPT(subnet.config) if subnet.is_uniform else LayerwiseGPT(subnet)
+    return vectorize_windows(GPT(subnet.config)) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
 def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, tied: bool | None = None) -> Weights:

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
 from litgpt.model import GPT
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from litgpt_whittle import running
+from litgpt_whittle import supergpt as super_network
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.index_plan import plan
+from litgpt_whittle.index_plan import plan, plans
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, pad, student_model, unpad
 
@@ -173,3 +176,81 @@ def test_sub_network_of_another_teacher_is_refused():
     model = supergpt(ARCHITECTURES["Llama-3.1-8B"])
     with pytest.raises(UserError, match="belongs to"), model.running(SubNet(ARCHITECTURES["phi-2"])):
         pass
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies from the CPU to the meta device, which takes the place of a GPU."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            source = args[1] if func._schema.name == "aten::copy_" else args[0]
+            self.n += source.device.type == "cpu" and result.device.type == "meta"
+        return result
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-3-1b-it", "phi-2"])
+@pytest.mark.parametrize("mode", [{"materialize": True}, {"trains": True}, {}])
+def test_indices_are_sent_to_the_device_in_one_copy_per_candidate(name, mode):
+    teacher = ARCHITECTURES[name]
+    with torch.device("meta"):
+        model = SuperGPT(teacher)
+    idx = tokens(teacher).to("meta")
+    subnet = SubNet(teacher, n_embd="1-9,12-30", n_layer="1,3", intermediate_size=["0-0,5-8", "0-0,6-8"])
+    with Transfers() as transfers, model.running(subnet, **mode):
+        n_sent = transfers.n
+        for _ in range(2):
+            model(idx).sum().backward() if "trains" in mode else model(idx)
+    assert n_sent == transfers.n == 1
+
+
+def test_a_gpu_keeps_gathered_weights_while_half_of_its_memory_is_free(monkeypatch):
+    teacher = ARCHITECTURES["Llama-3.1-8B"]
+    with torch.device("meta"):
+        model = SuperGPT(teacher)
+    subnet = SubNet(teacher, n_embd="1-9,12-30")
+    gathered = [take for name, take in plan(teacher, subnet).items() if name != "transformer.wte.weight"]
+    needed = sum(take.numel() for take in gathered) * 4
+    for free, keeps_all in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(super_network, "free_memory", lambda device, n: free)
+        with model.running(subnet, materialize=True):
+            kept = [block._running.weights is not None for block in model.transformer.h]
+        assert all(kept) == keeps_all and any(kept)
+
+
+def test_layers_that_keep_the_same_units_share_their_plan():
+    teacher = ARCHITECTURES["Llama-3.1-8B"]
+    odd = "0-0,2-2,4-9"
+    _, layers = plans(teacher, SubNet(teacher, n_embd="1-9", intermediate_size=[odd, 9, odd, "1-9"]))
+    assert layers[0] is layers[2] and len({id(layer) for layer in layers}) == 3
+
+
+def test_modules_are_built_once_for_layers_and_candidates_of_the_same_sizes(monkeypatch):
+    built = []
+    block = running.Block
+    monkeypatch.setattr(running, "Block", lambda config, i: built.append(i) or block(config, i))
+    teacher = ARCHITECTURES["Gemma-2-2b"]  # every second layer has a sliding window
+    model, idx = supergpt(teacher).eval(), tokens(teacher)
+    sizes = [9, 9, 9, 9], [9, 9, 12, 9], ["1-9", "0-8", "2-10", 9]
+    for size, n_built in zip(sizes, (2, 3, 3)):
+        subnet = SubNet(teacher, intermediate_size=size)
+        student = student_model(subnet).eval()
+        student.load_state_dict(extract_weights(model, subnet))
+        with model.running(subnet, materialize=True), torch.no_grad():
+            assert torch.equal(model(idx), student(idx))
+        assert len(built) == n_built
+
+
+def test_a_super_network_keeps_few_modules_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(running, "MAX_KEPT", 2)
+    teacher = ARCHITECTURES["Llama-3.1-8B"]
+    model, idx = supergpt(teacher).eval(), tokens(teacher)
+    for n_embd in (20, 24, 20):
+        subnet = SubNet(teacher, n_embd=n_embd, intermediate_size=[7, 8, 9, 10])
+        student = student_model(subnet).eval()
+        student.load_state_dict(extract_weights(model, subnet))
+        with model.running(subnet), torch.no_grad():
+            assert torch.equal(model(idx), student(idx))
+        assert len(model._modules_to_run._kept) == 2

@@ -75,6 +75,7 @@ from litgpt_whittle.training.resume import (
 )
 from litgpt_whittle.training.run import Job, Schedule, n_iters
 from litgpt_whittle.training.student import Student
+from litgpt_whittle.windows import vectorize_windows
 
 
 def setup(
@@ -233,7 +234,8 @@ def setup(
         is_live = used_dir is not None and cache is None
 
         def make_teacher() -> GPT:
-            return tie(GPT(teacher_config)) if teacher_tied else GPT(teacher_config)
+            model = vectorize_windows(GPT(teacher_config))
+            return tie(model) if teacher_tied else model
 
         def make_hidden(model: GPT) -> HiddenLoss:
             return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)

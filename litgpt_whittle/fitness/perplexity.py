@@ -23,7 +23,8 @@ from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}
-"""Maximum number of tokens per forward pass. More are no faster on a CPU, and their activations need more memory."""
+"""Maximum number of tokens per forward pass. More are no faster on a CPU, and their activations need more memory; a GPU
+runs whole batches."""
 
 
 class Fitness(Protocol):

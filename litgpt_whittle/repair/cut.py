@@ -11,7 +11,7 @@ from litgpt.model import Block
 
 from litgpt_whittle.blocks import load_block
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.index_plan import Plan, axes_of, layer_plan
+from litgpt_whittle.index_plan import Plan, axes_of, layer_plan, on_device
 from litgpt_whittle.repair.basis import Basis
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights
@@ -47,6 +47,7 @@ def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Bas
 def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher: Block) -> tuple[Block, Plan]:
     """Cut a student's block out of the teacher's; return it with its slices of the teacher's parameters."""
     takes = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
+    (takes,) = on_device([takes], teacher.attn.proj.weight.device)
     tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in takes.items()}
     block = load_block(subnet.layer_config(index), index, weights)

@@ -20,6 +20,7 @@ from torch import nn
 from litgpt_whittle.blocks import load_block, read_block, read_outside, run_block, stopping_at
 from litgpt_whittle.index_plan import Plan
 from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
+from litgpt_whittle.meta import meta_modules
 from litgpt_whittle.repair.basis import (
     Basis,
     Worth,
@@ -178,7 +179,7 @@ class QuickRepair:
             moments.fit(block, theirs, takes, basis, self.ridge, gap)
             blocks.append(block)
         weights = read_outside(self.weights, self.device)
-        with torch.device("meta"):
+        with meta_modules():
             shell = BlocksGPT(subnet.config, [])
         shell.load_state_dict(cut_outside(self.config, weights, basis, self.teacher.tied), assign=True)
         if subnet.layers[0] in self.before:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import is_first_started
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, is_tied, student_model
+from litgpt_whittle.windows import vectorize_windows
 
 BASIS = "basis.pth"
 """File with a repaired student's channels as combinations of the teacher's, (n_embd_student, n_embd_teacher)"""
@@ -75,7 +77,7 @@ class Student:
                 raise UserError(
                     f"model_name must be a litgpt model, got {model_name!r}; see --model_name list"
                 ) from None
-        return cls(model_config, lambda: GPT(model_config))
+        return cls(model_config, lambda: vectorize_windows(GPT(model_config)))
 
     def with_random_weights(self) -> Student:
         """Return the same architecture with random weights; a tied LM head stays tied."""
@@ -117,11 +119,14 @@ class Student:
         basis = _read_basis(checkpoint_dir / BASIS)
         if not named:
             tied = is_tied(read_weights(checkpoint_dir))
-            return cls(config, lambda: GPT(config), lambda: read_weights(checkpoint_dir), known, basis, tied)
+            read = partial(read_weights, checkpoint_dir)
+            return cls(config, lambda: vectorize_windows(GPT(config)), read, known, basis, tied)
         opened = load_model(checkpoint_dir)
 
         def build() -> GPT:
-            return LayerwiseGPT(opened.shape) if isinstance(opened, LayerwiseGPT) else type(opened)(config)
+            if isinstance(opened, LayerwiseGPT):
+                return LayerwiseGPT(opened.shape)
+            return vectorize_windows(type(opened)(config))
 
         return cls(config, build, opened.state_dict, known, basis, is_tied(opened.state_dict()))
 

@@ -1,0 +1,176 @@
+"""Modules without weights of their own, which run a sub-network with slices of its teacher's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from litgpt.config import Config
+from litgpt.model import Block
+from torch import nn
+from torch.func import functional_call
+
+from litgpt_whittle.index_plan import Take, take_along
+from litgpt_whittle.meta import meta_modules
+from litgpt_whittle.subnet import LAYER_SETTINGS, SubNet
+from litgpt_whittle.windows import WindowMasks, vectorize_windows
+
+M = TypeVar("M", bound=nn.Module)
+
+Weights = dict[str, torch.Tensor]
+
+MAX_KEPT = 256
+"""Number of modules without weights that a super-network keeps, the latest ones"""
+
+
+class EmptyModules:
+    """Modules on the meta device that a super-network's candidates run in, kept for later candidates.
+
+    Their weights are passed at each call, so that all layers and candidates of one structure and size share a module.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, nn.Module] = {}
+        self._masks = WindowMasks()
+
+    def get(self, key: Hashable, build: Callable[[], M]) -> M:
+        """Return the module that was built for a key, or build it."""
+        module = self._kept.pop(key, None)
+        if module is None:
+            with meta_modules():
+                module = build().eval()
+        self._kept[key] = module  # now the latest one
+        if len(self._kept) > MAX_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return module
+
+    def block(self, subnet: SubNet, index: int) -> Block:
+        """Return a block for a sub-network's layer `index`."""
+        teacher, layer = subnet.teacher, subnet.layers[index]
+        settings = tuple(values[layer] for name in LAYER_SETTINGS if (values := getattr(teacher, name)) is not None)
+        key = len(subnet.n_embd), subnet.head_cut.dims.tobytes(), subnet.layer(index).sizes, settings
+        return self.get(key, lambda: vectorize_windows(Block(subnet.layer_config(index), index), self._masks))
+
+
+class Running:
+    """A sub-network's module without own weights, with its slices of the teacher module that it replaces.
+
+    Args:
+        module: The sub-network's module, on the meta device.
+        takes: Slices of the teacher module's parameters.
+        constants: Tensors that are not sliced from the teacher.
+        in_place: If true, gradients are accumulated in place in those of the teacher's parameters.
+    """
+
+    def __init__(
+        self, module: nn.Module, takes: Mapping[str, Take], constants: Weights, in_place: bool = False
+    ) -> None:
+        self.module = module
+        self.in_place = in_place
+        self.takes = takes
+        self.constants = constants
+        self.weights: Weights | None = None
+
+    def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weights = self._take(owner) if self.weights is None else self.weights
+        return functional_call(self.module, weights | self.constants, args, kwargs)
+
+    @torch.no_grad()
+    def materialize(self, owner: nn.Module, most: int) -> int:
+        """Slice the weights once, unless the gathered ones exceed `most` bytes.
+
+        Returns:
+            Bytes of the gathered weights, 0 if the weights are sliced in every forward.
+        """
+        indexed = [take for take in self.takes.values() if any(not isinstance(i, slice) for i in take.index)]
+        n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
+        if n_bytes > most:
+            return 0
+        self.weights = {name: weight.detach() for name, weight in self._take(owner).items()}
+        return n_bytes
+
+    def _take(self, owner: nn.Module) -> Weights:
+        # looked up in each forward, since wrappers (FSDP2) replace the parameters
+        return {name: self._part(take, tensor_of(owner, take.name)) for name, take in self.takes.items()}
+
+    def _part(self, take: Take, tensor: torch.Tensor) -> torch.Tensor:
+        return _TakeInPlace.apply(tensor, take) if self.in_place and tensor.requires_grad else take(tensor)
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer by its full name, which takes no time in proportion to the module's size."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+class _TakeInPlace(torch.autograd.Function):
+    """Slice of a leaf tensor whose gradient is accumulated in place in the leaf's gradient.
+
+    Autograd's slicing would allocate a gradient of the leaf's full size for every slice before adding them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, take: Take) -> torch.Tensor:
+        ctx.leaf, ctx.take = leaf, take
+        return take(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        ctx.take.add_into(ctx.leaf.grad, grad)
+        return None, None
+
+
+class Lookup(nn.Embedding):
+    """The teacher's embedding with scattered channels selected after the lookup, so that only those rows are copied."""
+
+    channels: torch.Tensor
+    """Indices of the channels, passed at each call"""
+
+    def __init__(self, teacher: Config) -> None:
+        super().__init__(teacher.padded_vocab_size, teacher.n_embd)
+        self.register_buffer("channels", torch.empty(0, dtype=torch.long), persistent=False)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return take_along(super().forward(idx), -1, self.channels)
+
+
+class Delegate(nn.Module):
+    """Calls a block of the super-network from within the sub-network's model, without owning its weights.
+
+    Args:
+        blocks: Dropped blocks that only pass the stream on, followed by the block itself.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        # in tuples, they are not registered as submodules
+        *before, block = blocks
+        self.before, self.block, self.behind = tuple(before), (block,), ()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        for block in self.before:
+            x = block(x)
+        x = self.block[0](x, *args, **kwargs)
+        for block in self.behind:
+            x = block(x)
+        return x
+
+
+def pass_on(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Replace the forward of a dropped block by the identity."""
+    return _PassOn.apply(x, *block.parameters())
+
+
+class _PassOn(torch.autograd.Function):
+    """Identity with zero gradients for the unused weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights)
+        return grad, *zeros
