@@ -239,7 +239,6 @@ def test_a_live_distillation_gives_the_cpus_student(family, hidden, teachers, tm
     same_weights(one / "final", two / "final")
 
 
-@pytest.mark.xfail(strict=False, reason="cached targets move to CUDA devices only")
 @FAMILIES
 def test_a_cached_distillation_gives_the_cpus_student(family, teachers, tmp_path):
     caching = dict(codec="full", train=cache_teacher.WindowArgs(8, SEQ), precision="32-true", data=Tokens())
@@ -312,7 +311,6 @@ def test_a_candidates_score_is_read_with_two_waits(tmp_path):
     assert seen.total("sync") <= 3 * 2, seen.table()  # the losses and the numbers of tokens
 
 
-@pytest.mark.xfail(strict=False, reason="each layer sends the indices of its units again")
 def test_waits_for_a_candidate_do_not_grow_with_its_layers(tmp_path):
     few, many = (waits_of_candidates(Perplexity, n, tmp_path / str(n)) for n in (3, 5))
     assert many[0] <= few[0], many[1].table()
@@ -390,14 +388,12 @@ def test_an_optimizer_step_waits_for_its_loss_and_the_log_only(command, watched)
     assert len(waits) == 2 and max(waits) <= 2, seen.table()
 
 
-@pytest.mark.xfail(strict=False, reason="checkpoints and scratch files keep the device that wrote them")
 @pytest.mark.parametrize("command", ["distill", "supernet", "refine"])
 def test_files_hold_tensors_that_a_machine_without_the_device_can_load(command, watched):
     _, seen = watched(command)
     assert seen.total("saved") == 0, seen.table()
 
 
-@pytest.mark.xfail(strict=False, reason="the teacher stays on the device during the selection")
 @pytest.mark.parametrize("fitness", ["perplexity", "repaired_perplexity"])
 def test_a_search_gives_its_memory_back_before_the_selection(fitness, teachers, tmp_path, monkeypatch):
     gc.collect()
