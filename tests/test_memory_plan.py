@@ -104,6 +104,9 @@ def test_a_plan_for_gpus_elsewhere_has_their_chunks_of_logits_and_their_main_mem
     # the student's logits, the teacher's, and what is scored of them at once
     assert there.step - here.step > 3 * (256 - 64) * 512 * 4
     assert here.on_cpu and not there.on_cpu
+    # one device's weights, and then AdamW's state, pass through the main memory when they are saved
+    alone = plan_memory(replace(step, n_devices=1, is_elsewhere=True))
+    assert alone.checkpoint == alone.optimizer and plan_memory(replace(step, n_devices=1)).checkpoint == 0
     assert CHUNK_ELEMENTS["cpu"] == 64 * 512
 
 
