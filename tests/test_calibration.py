@@ -56,7 +56,7 @@ def test_samples_of_different_lengths_follow_each_other_without_padding():
 
 def test_samples_without_a_token_that_counts_are_left_out():
     empty = {"input_ids": text(66, 0).view(2, 33), "labels": torch.full((2, 33), -100)}
-    with pytest.raises(UserError, match="the training data is empty"):
+    with pytest.raises(UserError, match="the training data holds no token that counts"):
         calibration_windows(Given([empty]), 32, 100)
 
 
