@@ -176,14 +176,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     Raises:
         UserError: If there are none, or they overlap with the validation data by more than a tenth.
     """
-    samples: list[Sample] = []
-    missing = n_tokens
-    for raw in train_loader(data):
-        if missing <= 0:
-            break
-        rows = samples_of(*split_batch(raw, seq_length))
-        samples += rows
-        missing -= sum(len(row.input_ids) for row in rows)
+    samples = _read_samples(train_loader(data), seq_length, n_tokens)
     length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
         raise UserError(
@@ -207,16 +200,26 @@ def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> 
     Returns:
         Token ids, shape (N, length); None if the data does not fill a window.
     """
-    loader, samples = val_loader(data), []
+    loader = val_loader(data)
     if loader is None:
         return None
     with fixed_randomness(loader):
-        for raw in loader:
-            if sum(len(sample.input_ids) for sample in samples) >= n * length:
-                break
-            samples += samples_of(*split_batch(raw, seq_length))
+        samples = _read_samples(loader, seq_length, n * length)
     windows = _concatenated(samples, length)[:n] if samples else torch.empty(0, length)
     return windows if len(windows) else None
+
+
+def _read_samples(loader: Iterable, seq_length: int, n_tokens: int) -> list[Sample]:
+    """Read whole batches of samples until they have at least `n_tokens` tokens, or all if there are fewer."""
+    samples: list[Sample] = []
+    missing = n_tokens
+    for raw in loader:
+        if missing <= 0:
+            break
+        rows = samples_of(*split_batch(raw, seq_length))
+        samples += rows
+        missing -= sum(len(row.input_ids) for row in rows)
+    return samples
 
 
 def _concatenated(samples: Sequence[Sample], length: int) -> torch.Tensor:
@@ -230,13 +233,7 @@ def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_lengt
 
     Less is allowed, since texts may share boilerplate such as licences.
     """
-    theirs, n_tokens = [], 0
-    for raw in val_loader(data) or ():
-        rows = samples_of(*split_batch(raw, seq_length))
-        theirs += rows
-        n_tokens += sum(len(row.input_ids) for row in rows)
-        if n_tokens > 10_000_000:  # enough to detect an overlap
-            break
+    theirs = _read_samples(val_loader(data) or (), seq_length, 10_000_000)  # enough to detect an overlap
     if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(
             f"calibration data must not be validation data, and {share:.0%} of the text of one is in the other; "
