@@ -143,14 +143,14 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         from litgpt_whittle.errors import UserError
 
-        told = error if isinstance(error, UserError) else None
+        message = error if isinstance(error, UserError) else None
         if isinstance(error, ValueError):
-            told = told or UserError.inside(error) or flags.why_not_made(str(error))
+            message = message or UserError.inside(error) or flags.why_not_made(str(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             name = error.filename or "a file"
-            told = f"{name} cannot be written ({error.strerror}); make room, or choose another folder"
-        if told:
-            print(f"error: {told}", file=sys.stderr)
+            message = f"{name} cannot be written ({error.strerror}); make room, or choose another folder"
+        if message:
+            print(f"error: {message}", file=sys.stderr)
         else:
             show_traceback(kind, error, traceback)
 

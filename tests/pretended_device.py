@@ -28,7 +28,7 @@ from torch.utils import backend_registration
 
 NAME = "pretended"
 CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-"""Whether this PyTorch lets Python register a device (from 2.9)"""
+"""True if this PyTorch lets Python register a device (from 2.9)"""
 
 COPIES = {"copy_", "_to_copy", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
@@ -74,7 +74,7 @@ class Seen:
 
 _seen = Seen()
 _is_chosen = False
-"""Whether commands run on the device now; outside of `pretended_device` there seems to be none"""
+"""True while commands run on the device; outside of `pretended_device` there seems to be none"""
 _sizes: dict[int, int] = {}
 """Bytes of each storage on the device"""
 

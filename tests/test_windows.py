@@ -125,7 +125,7 @@ def test_masks_follow_precision_and_length(dtype):
 
 
 def test_without_a_mask_in_the_window_attention_is_causal(monkeypatch):
-    """Which is what flash attention needs."""
+    """Flash attention takes no mask."""
     model, seen = vectorize_windows(stock(MISTRAL)), []
     attend = torch.nn.functional.scaled_dot_product_attention
 

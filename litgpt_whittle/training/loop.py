@@ -9,7 +9,6 @@ litgpt's.
 from __future__ import annotations
 
 import math
-import re
 import signal
 import time
 from collections.abc import Mapping
@@ -173,10 +172,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
     state = run.training_state()
     try:
         run.job.save(folder, state, is_final)
-    except (OSError, RuntimeError) as error:
-        # PyTorch's file writer raises plain RuntimeErrors
-        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream|write", str(error)):
-            raise
+    except OSError as error:
         raise UserError(
             f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
             "and continue with --resume auto"
