@@ -218,8 +218,8 @@ def test_a_search_gives_the_cpus_scores_and_its_memory_back(family, fitness, tea
     assert live_bytes() == before
     first, second = (read_journal(folder / "journal.jsonl")[1] for folder in (one, two))
     assert [e.subnet for e in first] == [e.subnet for e in second]
-    for evaluation, other in zip(first, second):  # the repair's sums are float64 on a CPU only
-        assert other.scores == pytest.approx(evaluation.scores, rel=1e-2 if fitness == "repaired_perplexity" else 1e-5)
+    for evaluation, other in zip(first, second):  # the repair multiplies in float64 on a CPU only
+        assert other.scores == pytest.approx(evaluation.scores, rel=1e-4 if fitness == "repaired_perplexity" else 1e-5)
 
 
 @FAMILIES

@@ -115,14 +115,14 @@ class QuickRepair:
         names = moments.last_writers
         start_at = [] if self.config.parallel_residual else ["norm_2"]
         total = Moments(len(moments.moments[names].z), self.config.n_embd, self.device)
-        yz, y = total.yz, total.y
+        yz, y, dtype = total.yz, total.y, total.product_dtype
         for before, after, wanted in zip(self.streams[layer], self.streams[layer + 1], self.streams[following]):
             before, after, wanted = (x.to(self.device) for x in (before, after, wanted))
             seen = run_block(block, before, self.block_args[layer], [*names, *start_at], stop=True)
-            z = torch.cat([seen[name].flatten(0, -2) for name in names], -1).to(yz.dtype)
-            off = (wanted.float() - seen.get("norm_2", before).float()).flatten(0, -2).to(yz.dtype)
+            z = torch.cat([seen[name].flatten(0, -2) for name in names], -1).to(dtype)
+            off = (wanted.float() - seen.get("norm_2", before).float()).flatten(0, -2).to(dtype)
             # same weights as the layer's own moments, whose sums over the inputs are used again
-            off = off * token_weights(after.float(), self.config).flatten()[:, None].to(yz.dtype)
+            off = off * token_weights(after.float(), self.config).flatten()[:, None].to(dtype)
             yz += off.T @ z
             y += off.sum(0)
         return yz, y

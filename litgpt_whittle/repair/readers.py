@@ -14,7 +14,7 @@ from litgpt.model import Block
 from torch import nn
 
 from litgpt_whittle.index_plan import Plan
-from litgpt_whittle.least_squares import Fit, Moments
+from litgpt_whittle.least_squares import Fit, Moments, sums_dtype
 from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
@@ -85,5 +85,5 @@ def fit_tied_norm(
 
 
 def _gram(weight: torch.Tensor) -> torch.Tensor:
-    wide = weight.double() if weight.device.type == "cpu" else weight.float()
+    wide = weight.to(sums_dtype(weight.device))
     return wide.T @ wide
