@@ -56,7 +56,7 @@ def matched(student, teacher, args, **origin):
 
 
 def relative(a, b):
-    return ((a - b) ** 2).sum() / (b**2).sum()
+    return (((a - b) ** 2).sum(-1) / (b**2).sum(-1)).mean()
 
 
 def by_cosine(a, b):

@@ -136,7 +136,10 @@ def test_a_run_with_uneven_labels_resumes_bit_for_bit(tmp_path, models):
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 def test_streams_are_matched_where_labels_count(loss):
-    """Masked tokens, such as padding, do not change the loss; a mask that hides nothing changes nothing."""
+    """Masked tokens, such as padding, do not change the loss; a mask that hides nothing changes nothing.
+
+    Neither does the split into micro-batches, nor a token whose stream is a thousand times larger than the others'.
+    """
     teacher = config(n_embd=48)
     torch.manual_seed(0)
     student, args = student_model(SubNet(teacher, n_embd=32)), HiddenArgs(weight=1.0, loss=loss)
@@ -149,6 +152,14 @@ def test_streams_are_matched_where_labels_count(loss):
         student(ids[:, rows])
         return hidden({place: stream[:, rows] for place, stream in streams.items()}, counts)
 
+    for stream in streams.values():
+        stream[0, 0] *= 1000
+    both = found(slice(None), None)
+    parts = []
+    for i in range(2):
+        student(ids[i : i + 1])
+        parts.append(hidden({place: stream[i : i + 1] for place, stream in streams.items()}))
+    assert torch.allclose(torch.stack(parts).mean(), both)
     counts = torch.arange(8).expand(2, 8) < 5
     assert torch.allclose(found(slice(None), counts), found(slice(5), None))
     assert torch.equal(found(slice(None), counts | True), found(slice(None), None))

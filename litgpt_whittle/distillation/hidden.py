@@ -126,10 +126,12 @@ class HiddenLoss(nn.Module):
         mask = student.new_ones(student.shape[:-1]) if counts is None else counts.to(student.dtype)
         if self.args.loss == "cosine":
             distances = 1 - nn.functional.cosine_similarity(student, target, dim=-1)
-            return (distances * mask).sum() / mask.sum().clamp(min=1)
-        # relative to the teacher's norm, because the stream grows with depth and deep layers would dominate
-        off, size = ((x.square().sum(-1) * mask).sum() for x in (student - target, target))
-        return off / size.clamp(min=torch.finfo(size.dtype).tiny)
+        else:
+            # relative to each token's size: the stream grows with depth, and the first tokens of a window can be a
+            # thousand times larger than all others
+            off, size = (x.square().sum(-1) for x in (student - target, target))
+            distances = off / size.clamp(min=torch.finfo(size.dtype).tiny)
+        return (distances * mask).sum() / mask.sum().clamp(min=1)
 
 
 def _name(place: Place) -> str:

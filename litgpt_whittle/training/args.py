@@ -75,8 +75,8 @@ class HiddenArgs:
     attention: float = 0.0
     """Weight of the same loss on the attention outputs; 0 disables it"""
     loss: Literal["mse", "cosine"] = "mse"
-    """Mean squared difference relative to the teacher's mean square in the micro-batch, or 1 - cosine similarity; over
-    the tokens whose labels count"""
+    """Squared difference relative to the square of the teacher's stream at the same token, or 1 - cosine similarity;
+    averaged over the tokens whose labels count"""
     layers: list[int] | None = None
     """Student layers to match, counted from 0; by default all"""
     projection: bool = False
