@@ -126,6 +126,50 @@ def test_the_program_finds_what_brute_force_finds(name, seed, start, width, is_l
         others.append(choices)
 
 
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_neurons_between_two_measured_numbers_cost_in_proportion(seed, start):
+    """The program finds what brute force finds, with the weights of the test of interpolation below."""
+    space = SPACES["dense"]
+    alternatives = Alternatives(space, SHARES, n_between=1)  # 64, 48, 32, 24 and 16 neurons
+    assert alternatives.offered["intermediate_size"] == [64, 48, 32, 24, 16]
+    assert alternatives.offered["n_query_groups"] == alternatives.levels["n_query_groups"]
+    each = [None, *itertools.product((4, 2, 1), (64, 48, 32, 24, 16))]
+    subnets = []
+    for choices in itertools.product(each, repeat=3):
+        kept = [choice for choice in choices if choice]
+        if kept:
+            layers = Keep([layer for layer, choice in enumerate(choices) if choice])
+            heads, neurons = ([choice[k] for choice in kept] for k in (0, 1))
+            subnets.append(SubNet(DENSE, n_layer=layers, n_query_groups=heads, intermediate_size=neurons))
+    counts = np.array([n_params(DENSE, subnet) for subnet in subnets])
+    costs = np.random.default_rng(seed).normal(size=len(alternatives.all)) + 0.5
+    lo = int(np.quantile(counts, 0.8 * start))
+    within_bin = (counts >= lo) & (counts <= lo + 500)
+    totals = [alternatives.weights(subnet) @ costs for subnet in itertools.compress(subnets, within_bin)]
+    space = Space(DENSE, "coarse_layerwise", Bin(lo, lo + 500))
+    program = Program(Alternatives(space, SHARES, n_between=1))
+    choices = program.solve(costs)
+    found = program.alternatives.combined(choices)
+    assert lo <= n_params(DENSE, found) <= lo + 500
+    assert alternatives.weights(found) @ costs == pytest.approx(min(totals), abs=1e-5)
+
+
+def test_neurons_between_two_measured_numbers_are_those_of_the_smaller_and_some_of_the_larger():
+    ranking = random_ranking(DENSE, 0)
+    alternatives = Alternatives(SPACES["dense"], SHARES, n_between=1)
+    for each in alternatives.all:
+        alternatives.note_units(each, alternatives.alone(each, ranking.order))
+    choices = [{"n_query_groups": 4, "heads_per_group": 1, "intermediate_size": n} for n in (48, 24, 16)]
+    subnet = alternatives.combined(choices)
+    best = ranking.order.best
+    assert subnet.layer(2).intermediate_size == best("intermediate_size", 2, 16)
+    units = [set(subnet.layer(layer).intermediate_size.indices) for layer in range(2)]
+    assert set(best("intermediate_size", 0, 32).indices) < units[0] and len(units[0]) == 48
+    smaller, larger = (set(best("intermediate_size", 1, n).indices) for n in (16, 32))
+    assert smaller < units[1] < larger and len(units[1]) == 24
+
+
 @EACH
 def test_the_alternatives_of_a_combination_are_recognised(name):
     subnets, weights, *_ = everything(name)
@@ -171,7 +215,7 @@ def test_costs_of_layers_add_up_for_every_architecture(teacher):
 
 def begun(name: str, score, seed: int = 1, **given) -> IntegerProgram:
     """A strategy in the middle third of sizes, with all measurements taken."""
-    strategy = IntegerProgram(shares=SHARES, **given)
+    strategy = IntegerProgram(shares=SHARES, **{"n_between": 0} | given)
     strategy.start(within(name, *some_bin(name, 0.35, 0.1)), seed)
     strategy.take_measurements({key: Scored(s, score(s), {}) for key, s in strategy.measurements().items()})
     return strategy
@@ -255,7 +299,7 @@ def test_losses_count_where_the_fitness_gives_them():
 def test_measured_units_are_those_of_candidates():
     space = within("grouped", *some_bin("grouped", 0.35, 0.1))
     order = random_ranking(GQA).order
-    strategy = IntegerProgram(shares=SHARES)
+    strategy = IntegerProgram(shares=SHARES, n_between=0)
     strategy.start(space, 1)
     measured = strategy.measurements(order)
     strategy.take_measurements({name: Scored(subnet, 1.0, {}) for name, subnet in measured.items()})

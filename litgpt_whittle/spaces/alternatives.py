@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -58,24 +59,37 @@ class Alternatives:
 
     Args:
         space: The space.
-        shares: Shares of a layer's units to offer, in addition to all of them.
+        shares: Shares of a layer's units to measure, in addition to all of them.
+        n_between: Numbers of neurons to offer between two measured ones, without a measurement of their own.
     """
 
-    def __init__(self, space: Space, shares: Sequence[float]) -> None:
-        self.space, self.teacher, self.shares = space, space.teacher, tuple(shares)
+    def __init__(self, space: Space, shares: Sequence[float], n_between: int = 0) -> None:
+        self.space, self.teacher, self.shares, self.n_between = space, space.teacher, tuple(shares), n_between
         self.sizes = [layer_sizes(self.teacher, layer) for layer in range(self.teacher.n_layer)]
         self.units: dict[Alternative, Mapping[int, Keep]] = {}
         """Kept units by layer of the measured alternatives; others use the space's order, or the first units"""
 
     @cached_property
     def levels(self) -> dict[str, list[int]]:
-        """Return the available sizes of each kind of units, the teacher's first."""
+        """Return the measured sizes of each kind of units, the teacher's first."""
         grids, levels = self.space.sizes, {}
         for name in dict.fromkeys(name for sizes in self.sizes for name in sizes):
             grid = grids.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
             found = {nearest_size(grid, share) for share in self.shares}
             levels[name] = [grid[-1], *sorted(found - {grid[-1]}, reverse=True)]
         return levels
+
+    @cached_property
+    def offered(self) -> dict[str, list[int]]:
+        """Return the sizes of each kind of units that combinations may have, the teacher's first."""
+        offered = {name: list(levels) for name, levels in self.levels.items()}
+        for name in offered:
+            if name.endswith("intermediate_size"):
+                grid = self.space.sizes.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
+                pairs = pairwise(self.levels[name])
+                aims = [size for above, below in pairs for size in np.linspace(above, below, self.n_between + 2)]
+                offered[name] = sorted({*self.levels[name], *(nearest_size(grid, aim / grid[-1]) for aim in aims)})[::-1]
+        return offered
 
     @cached_property
     def droppable(self) -> set[int]:
@@ -139,10 +153,19 @@ class Alternatives:
         return SubNet(self.teacher, n_layer=Keep(np.array(layers)), **fields)
 
     def _keep(self, name: str, layer: int, size: int) -> Keep:
-        measured = self.units.get(Alternative(EVERY if name == "n_expert" else layer, name, size), {})
-        if layer in measured:
-            return measured[layer]
-        return Keep(size) if self.space.order is None else self.space.order.best(name, layer, size)
+        at = EVERY if name == "n_expert" else layer
+        if (measured := self.units.get(Alternative(at, name, size), {}).get(layer)) is not None:
+            return measured
+        if self.space.order is not None:
+            return self.space.order.best(name, layer, size)
+        # a size between two measured ones has all units of the smaller, and the first ones that only the larger has
+        units: dict[int, None] = {}
+        for level in reversed(self.levels[name]):
+            known = self.units.get(Alternative(at, name, level), {}).get(layer)
+            units |= dict.fromkeys(range(level) if known is None else known.indices)
+            if level >= size:
+                break
+        return Keep(sorted(list(units)[:size]))
 
     def weights(self, subnet: SubNet) -> np.ndarray | None:
         """Return the weight of each alternative in a sub-network, shape (n_alternatives,).
@@ -162,13 +185,13 @@ class Alternatives:
             names += ["n_expert"] if "n_expert" in self.sizes[layer] else []
             for name, size in zip(names, subnet.layer(i).sizes):
                 at = EVERY if name == "n_expert" else layer
-                for level, part in self._between(name, size):
+                for level, part in self.between(name, size):
                     if level < self.levels[name][0]:
                         weights[self.index[Alternative(at, name, level)]] = part
         return weights
 
-    def _between(self, name: str, size: int) -> list[tuple[int, float]]:
-        """Return the levels adjacent to a size, with their interpolation weights."""
+    def between(self, name: str, size: int) -> list[tuple[int, float]]:
+        """Return the measured sizes adjacent to a size, with their interpolation weights."""
         levels = self.levels[name]
         below = next((level for level in levels if level <= size), levels[-1])
         above = next((level for level in reversed(levels) if level >= size), levels[0])

@@ -43,7 +43,8 @@ class IntegerProgram(Generations):
     posterior. Channels and head size are not cut.
 
     Args:
-        shares: Shares of a layer's neurons, heads or experts to offer, in addition to all of them.
+        shares: Shares of a layer's neurons, heads or experts to measure, in addition to all of them.
+        n_between: Numbers of neurons to offer between two measured ones, at costs in proportion.
         batch_size: Candidates between two corrections, which can be scored in parallel.
         uncertainty: Prior standard deviation of the corrections, relative to the costs.
     """
@@ -55,18 +56,21 @@ class IntegerProgram(Generations):
         shares: tuple[float, ...] = (0.875, 0.75, 0.5, 0.25),
         batch_size: int = 4,
         uncertainty: float = 0.3,
+        n_between: int = 3,
     ) -> None:
         check_positive("strategy", batch_size=batch_size)
+        if n_between < 0:
+            raise UserError(f"strategy.n_between must be 0 or more, got {n_between}")
         self.shares = tuple(shares)
         if not self.shares or not all(is_number(share) and 0 < share < 1 for share in self.shares):
             raise UserError(f"strategy.shares must be one or more numbers between 0 and 1, got {list(self.shares)}")
         if not (is_number(uncertainty) and uncertainty > 0):
             raise UserError(f"strategy.uncertainty must be more than 0, got {uncertainty!r}; 0.3 is usual")
-        self.batch_size, self.uncertainty = batch_size, uncertainty
+        self.batch_size, self.uncertainty, self.n_between = batch_size, uncertainty, n_between
 
     def start(self, space: Space, seed: int) -> None:
         """Start a new search and discard any earlier state."""
-        self.alternatives = Alternatives(space, self.shares)
+        self.alternatives = Alternatives(space, self.shares, self.n_between)
         self._program: Program | None = None
         self.base, self.costs = 0.0, np.zeros(len(self.alternatives.all))
         self._tried: list[list[LayerChoice]] = []

@@ -49,7 +49,7 @@ class Program:
         """Variable of each combination of sizes, by part"""
         for layer, sizes in enumerate(alternatives.sizes):
             for names in (ATTENTION, tuple(name for name in sizes if name not in ATTENTION)):
-                levels = itertools.product(*(alternatives.levels[name] for name in names))
+                levels = itertools.product(*(alternatives.offered[name] for name in names))
                 self.parts[layer, names] = {values: self._new() for values in levels}
         self.rows: list[tuple[Row, float, float]] = []
         self._choose_one()
@@ -122,10 +122,10 @@ class Program:
 
     def _share_levels(self) -> dict[Alternative, int]:
         """Constrain layers to the same level of each shared size; return the variable of each level."""
-        names = self.alternatives.levels if not self.space.is_layerwise else ["n_expert"]
+        names = self.alternatives.offered if not self.space.is_layerwise else ["n_expert"]
         shared: dict[Alternative, int] = {}
         for name in names:
-            own = {n: self._new() for n in self.alternatives.levels.get(name, [])}
+            own = {n: self._new() for n in self.alternatives.offered.get(name, [])}
             if own:
                 self.rows.append((dict.fromkeys(own.values(), 1.0), 1, 1))
             shared |= {Alternative(EVERY, name, n): variable for n, variable in own.items()}
@@ -191,14 +191,18 @@ class Program:
         return outside, added
 
     def _cost_matrix(self) -> csr_array:
-        """Return the incidence matrix of variables and alternatives, shape (n_variables, n_alternatives)."""
-        index, entries = self.alternatives.index, []
-        for layer, variable in self.dropped.items():
-            entries.append((variable, index[Alternative(layer, DROPPED, 0)]))
+        """Return the weights of the alternatives in each variable, shape (n_variables, n_alternatives)."""
+        index, between = self.alternatives.index, self.alternatives.between
+        cuts = [(variable, Alternative(layer, DROPPED, 0), 1.0) for layer, variable in self.dropped.items()]
         for (layer, names), variables in self.parts.items():
             for values, variable in variables.items():
-                own = (Alternative(layer, name, n) for name, n in zip(names, values) if name != "n_expert")
-                entries += [(variable, index[each]) for each in own if each in index]
-        entries += [(variable, index[level]) for level, variable in self.shared.items() if level in index]
-        rows, columns = zip(*entries) if entries else ((), ())
-        return csr_array((np.ones(len(entries)), (rows, columns)), shape=(self.n, len(index)))
+                sizes = [(name, size) for name, size in zip(names, values) if name != "n_expert"]
+                cuts += [
+                    (variable, Alternative(layer, name, level), part)
+                    for name, size in sizes
+                    for level, part in between(name, size)
+                ]
+        cuts += [(variable, cut, 1.0) for cut, variable in self.shared.items() if cut.name == "n_expert"]
+        entries = [(part, variable, index[cut]) for variable, cut, part in cuts if cut in index]
+        parts, rows, columns = zip(*entries) if entries else ((), (), ())
+        return csr_array((np.array(parts, dtype=float), (rows, columns)), shape=(self.n, len(index)))
