@@ -135,7 +135,7 @@ class Bench:
 
     @torch.no_grad()
     def score(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the negative log-likelihood and KL(teacher ‖ student) in nats per token, by text; 0 if not measured."""
+        """Return the negative log-likelihood and KL(teacher ‖ student) in nats per token, by text; 0 if unmeasured."""
         models = [load_model(path).eval() for path in (folder, self.teacher)[: 1 if self.args.nll_only else 2]]
         objective = Objective(alpha=1.0, beta=0.0) if self.args.nll_only else Objective(alpha=0.0, beta=1.0)
         found = []

