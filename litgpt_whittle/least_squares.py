@@ -34,9 +34,30 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+PRODUCT_ROWS = 8192
+"""Rows of a matrix per block of `products`"""
+
+
 def sums_dtype(device: torch.device | str) -> torch.dtype:
     """Return the dtype of sums over tokens: float64 except on MPS, which has none."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def products(a: torch.Tensor, b: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """Return AᵀB in the dtype of sums, from blocks of rows, since an LM head in float64 may not fit into memory.
+
+    Args:
+        a: Shape (n, n_a).
+        b: Shape (n, n_b).
+        centred: If true, subtract the columns' means first.
+    """
+    dtype = sums_dtype(a.device)
+    means = [weight.mean(0, dtype=dtype) if centred else 0.0 for weight in (a, b)]
+    total = torch.zeros(a.size(1), b.size(1), dtype=dtype, device=a.device)
+    for parts in zip(a.split(PRODUCT_ROWS), b.split(PRODUCT_ROWS)):
+        left, right = (part.to(dtype) - mean for part, mean in zip(parts, means))
+        total.addmm_(left.T, right)
+    return total
 
 
 class Moments:

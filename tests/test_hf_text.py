@@ -7,6 +7,7 @@ from collections import Counter
 
 import lightning as L
 import pytest
+import tokenizers
 import torch
 from jsonargparse import ArgumentParser
 from litgpt.args import TrainArgs
@@ -60,6 +61,38 @@ def test_blocks_are_the_documents_one_after_the_other(tokenizer, corpus, tmp_pat
         n = (len(expected) - 1) // LENGTH
         assert len(dataset) == n and all(len(window) == LENGTH + 1 for window in dataset)
         assert text_of(dataset) == expected[: n * LENGTH + 1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_with_bos(tmp_path_factory):
+    """Begins every text with BOS, as those of Gemma and Llama do."""
+    folder = write_tokenizer(tmp_path_factory.mktemp("bos"))
+    processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    processor.add_special_tokens(["<bos>"])
+    bos_id = processor.token_to_id("<bos>")
+    processor.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", bos_id)])
+    processor.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<bos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer(folder)
+
+
+def test_blocks_begin_with_bos_where_the_tokenizer_begins_texts_with_it(tokenizer, tokenizer_with_bos, corpus):
+    bos_id, expected = tokenizer_with_bos.bos_id, stream_of(tokenizer, DOCUMENTS)
+    held_out = {"val_path": str(write_jsonl(corpus.with_name("held_out.jsonl"), documents(20, seed=1)))}
+    dataset = opened(tokenizer_with_bos, corpus, **held_out).train_dataset
+    assert len(dataset) == len(expected) // LENGTH
+    assert all(len(window) == LENGTH + 1 and window[0] == bos_id for window in dataset)
+    targets = [i for window in dataset for i in window[1:].tolist()]
+    assert targets == expected[: len(dataset) * LENGTH]  # every token is predicted once
+    assert text_of(opened(tokenizer_with_bos, corpus, bos=False, **held_out).train_dataset)[: len(targets)] == targets
+    # named by tokenizer_config.json only, as in models whose prompts begin with it, but not their text
+    named = Tokenizer(write_tokenizer(corpus.parent / "named"))
+    named.bos_id = named.eos_id
+    assert text_of(opened(named, corpus, **held_out).train_dataset)[: len(targets)] == targets
+    assert opened(named, corpus, bos=True, **held_out).train_dataset[1][0] == named.bos_id
+    with pytest.raises(UserError, match="data.bos needs a BOS token, and the tokenizer of .* names no bos_token"):
+        opened(tokenizer, corpus, bos=True, **held_out)
 
 
 def test_train_and_validation_share_no_document(tokenizer, corpus):

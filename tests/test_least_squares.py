@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle.least_squares import RIDGES, Moments, fit, solve
+from litgpt_whittle.least_squares import PRODUCT_ROWS, RIDGES, Moments, fit, products, solve
 
 
 def data(n: int, n_in: int, n_out: int, seed: int = 0, offset: float = 2.0):
@@ -118,3 +119,22 @@ def test_moments_of_scaled_and_shifted_data_follow_from_those_of_the_data():
     assert found.n == expected.n
     for name in ("zz", "yz", "z", "y"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("n", [1, PRODUCT_ROWS, 2 * PRODUCT_ROWS + 3])
+def test_products_of_long_matrices_are_those_in_float64_and_need_no_copy_in_it(n):
+    a, b = (torch.randn(n, width, generator=torch.Generator().manual_seed(width)) + 5 for width in (3, 4))
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend([out.numel()] if isinstance(out, torch.Tensor) and out.dtype == torch.float64 else [])
+            return out
+
+    with Watch():
+        plain, centred = products(a, b), products(a, b, centred=True)
+    assert max(largest) <= PRODUCT_ROWS * 4
+    wide_a, wide_b = a.double(), b.double()
+    torch.testing.assert_close(plain, wide_a.T @ wide_b)
+    torch.testing.assert_close(centred, (wide_a - wide_a.mean(0)).T @ (wide_b - wide_b.mean(0)))

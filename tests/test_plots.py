@@ -78,6 +78,17 @@ def test_fronts_are_marked_in_every_panel(tmp_path, drawn):
     assert axes.get_ylabel() == "" and drawn[0].axes[0].get_ylabel() == "perplexity"
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_evaluations_are_counted_from_one_in_whole_numbers(n, tmp_path, drawn):
+    evaluations = [evaluation(i, 5.0 - i / 10) for i in range(n)]
+    plot_search(evaluations, tmp_path / "plot.png")
+    plot_candidates(evaluations, tmp_path / "plot.png")
+    search, bar = drawn[0].axes[0].xaxis, drawn[1].axes[1].yaxis
+    assert all(tick == int(tick) for axis in (search, bar) for tick in axis.get_majorticklocs())
+    assert bar.get_view_interval().tolist() == [1, max(n, 2)]
+    assert drawn[1].axes[0].collections[0].get_array().tolist() == list(range(1, n + 1))
+
+
 def test_correlations_are_within_bins_and_fixed_dimensions_are_named(tmp_path, drawn):
     evaluations = [evaluation(i, 20.0 - i, n_embd=4 + i) for i in range(10)]
     evaluations += [evaluation(10 + i, 100.0 + i, "3M-4M", n_embd=4 + i) for i in range(10)]

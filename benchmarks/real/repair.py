@@ -29,23 +29,27 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.ranking.quick import quick_order
 from litgpt_whittle.reports.style import COLORS, GRAY, new_figure, save_figure
 
-LENGTH, N_VALIDATION = 512, 8192
-SHAPES = {"depth": {"n_layer": (8, 18)}, "neurons": {"intermediate_size": 0.5}}
-"""Students: the layers before 8 and from 18 on; half of the neurons, by activation × column norm"""
+LENGTH = 512
+STUDENTS = ("depth", "neurons")
+"""Students: the layers before and after a gap; half of the neurons, by activation × column norm"""
 DISTILL = ["--distill.beta=1", "--distill.alpha=0", "--precision=32-true", "--compile=false", "--logger_name=csv"]
-"""The rival: KL only, AdamW, batches of 2,048 tokens, a tenth of the steps to warm up, a cosine to zero"""
+"""The rival: KL only, AdamW, a tenth of the steps to warm up, a cosine to zero"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="a litgpt checkpoint")
     parser.add_argument("--text", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "VALIDATION"))
-    parser.add_argument("--students", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--students", nargs="*", default=list(STUDENTS), choices=STUDENTS)
+    parser.add_argument("--gap", type=int, nargs=2, default=(8, 18), metavar=("FIRST", "NEXT"), help="dropped layers")
     parser.add_argument("--on", nargs="*", help="texts to calibrate on and to train on, by name; all by default")
     parser.add_argument("--starts", nargs="*", default=["cut", "repaired", "refined", "distilled"])
     parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--batch", type=int, default=4, help="windows per step of the distillations")
+    parser.add_argument("--validation_tokens", type=int, default=8192, help="of each text, to score students on")
     parser.add_argument("--passes", type=float, default=1.0, help="of the refinement")
     parser.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
+    parser.add_argument("--nll_only", action="store_true", help="do not measure the KL divergence, in half of the time")
     parser.add_argument("--out", type=Path, default=Path("out/real"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -71,11 +75,11 @@ class Bench:
         tokens, flags = self.args.tokens, self.flags(text)
         sub_network = self.args.out / f"{student}.yaml"
         repair = ["extract", self.teacher, sub_network, f"--repair.tokens={tokens}", *flags]
-        steps = tokens // (4 * LENGTH)
+        steps = tokens // (self.args.batch * LENGTH)
         distill = ["distill", f"--sub_network={sub_network}", f"--teacher_checkpoint_dir={self.teacher}", *DISTILL]
         distill += [
             f"--train.max_tokens={tokens}",
-            "--train.global_batch_size=4",
+            f"--train.global_batch_size={self.args.batch}",
             f"--train.lr_warmup_steps={steps // 10}",
         ]
         distill += ["--train.min_lr=0", "--eval.max_iters=1", "--eval.initial_validation=false", *flags]
@@ -112,12 +116,12 @@ class Bench:
         if path.is_file():
             return
         if student == "depth":
-            first, second = SHAPES["depth"]["n_layer"]
-            SubNet(config, n_layer=f"0-{first - 1},{second}-{config.n_layer - 1}").save(path)
+            first, after = self.args.gap
+            SubNet(config, n_layer=f"0-{first - 1},{after}-{config.n_layer - 1}").save(path)
             return
         model = load_model(self.teacher)
         order = quick_order(model, [ids for ids, _ in self.validation(next(iter(self.texts)))])
-        n = int(config.intermediate_size * SHAPES["neurons"]["intermediate_size"])
+        n = config.intermediate_size // 2
         best = [order.best("intermediate_size", layer, n) for layer in range(config.n_layer)]
         SubNet(config, intermediate_size=best).save(path)
 
@@ -126,21 +130,22 @@ class Bench:
         train, validation = self.texts[text]
         data = HFText(path=train, val_path=validation)
         connect(data, self.teacher, 1, LENGTH)
-        batches = validation_batches(data, LENGTH, N_VALIDATION // LENGTH)
+        batches = validation_batches(data, LENGTH, self.args.validation_tokens // LENGTH)
         return [(batch.input_ids, batch.targets) for batch in batches]
 
     @torch.no_grad()
     def score(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the negative log-likelihood and KL(teacher ‖ student) in nats per token, by text."""
-        models = [load_model(path).eval() for path in (folder, self.teacher)]
+        """Return the negative log-likelihood and KL(teacher ‖ student) in nats per token, by text; 0 if unmeasured."""
+        models = [load_model(path).eval() for path in (folder, self.teacher)[: 1 if self.args.nll_only else 2]]
+        objective = Objective(alpha=1.0, beta=0.0) if self.args.nll_only else Objective(alpha=0.0, beta=1.0)
         found = []
         for model in models:
             model.max_seq_length = LENGTH
         for text in self.texts:
             losses = []
             for ids, targets in self.validation(text):
-                ours, theirs = (hidden_states(model, ids) for model in models)
-                both = head_loss(ours, targets, Objective(alpha=0.0, beta=1.0), TeacherLogits(theirs))
+                ours, *theirs = (hidden_states(model, ids) for model in models)
+                both = head_loss(ours, targets, objective, *map(TeacherLogits, theirs))
                 losses.append((float(both.ce), float(both.distill)))
             found.append([sum(part) / len(part) for part in zip(*losses)])
         return tuple(dict(zip(self.texts, values)) for values in zip(*found))

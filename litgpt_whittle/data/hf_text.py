@@ -28,7 +28,8 @@ PARTS = ("train", "validation")
 class HFText(DataModule):
     """Text from local files or the Hugging Face hub, tokenised once and packed into blocks.
 
-    Documents are separated by EOS. Batches are token ids, shape (B, max_seq_length + 1).
+    Documents are separated by EOS. Blocks begin with BOS where the tokenizer begins texts with it. Batches are token
+    ids, shape (B, max_seq_length + 1).
     """
 
     path: str
@@ -54,6 +55,9 @@ class HFText(DataModule):
     """Maximum number of documents to read, including those for validation"""
     max_tokens: int | None = None
     """Maximum number of tokens to read"""
+    bos: bool | None = None
+    """Begin every block with the BOS token, without which some models predict badly. By default if the tokenizer begins
+    every text with it, as those of Gemma and Llama do"""
     seed: int = 42
     """The seed for shuffling the training blocks"""
     num_workers: int = 0
@@ -125,15 +129,21 @@ class HFText(DataModule):
         Raises:
             UserError: If a part does not fill one block, or has a token without an embedding.
         """
-        datasets = {part: Windows(self._folder(part), self.max_seq_length) for part in self.parts}
+        bos_id = self._bos_id()
+        datasets = {part: Windows(self._folder(part), self.max_seq_length, bos_id) for part in self.parts}
         self.train_dataset, self.val_dataset = (datasets.get(part) for part in PARTS)
         for part, dataset in datasets.items():
-            self._check_id(dataset.about.get("largest_id", 0), part)
+            self._check_id(max(dataset.about.get("largest_id", 0), bos_id or 0), part)
             if len(dataset) == 0:
                 raise UserError(
                     f"the {part} data must fill a block of {self.max_seq_length} tokens, got "
                     f"{dataset.about['n_tokens']}; add text, or lower train.max_seq_length"
                 )
+
+    def _bos_id(self) -> int | None:
+        """Return the token that blocks begin with, if any."""
+        tokenizer = self._checked_tokenizer()
+        return tokenizer.bos_id if self.bos or (self.bos is None and begins_with_bos(tokenizer)) else None
 
     def _check_id(self, token: int, part: str) -> None:
         """Raise UserError for a token that the model has no embedding for."""
@@ -223,6 +233,11 @@ class HFText(DataModule):
                 f"the tokenizer of {self.tokenizer.model_name!r} names no eos_token, which separates documents; "
                 "add it to tokenizer_config.json"
             )
+        if self.bos and self.tokenizer.bos_id is None:
+            raise UserError(
+                f"data.bos needs a BOS token, and the tokenizer of {self.tokenizer.model_name!r} names no bos_token; "
+                "leave data.bos out, or add the token to tokenizer_config.json"
+            )
         return self.tokenizer
 
     def _tokenise(self, part: str, folder: Path) -> None:
@@ -262,6 +277,18 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Itera
             yield from (done.ids for done in tokenizer.processor.encode_batch(chunk, add_special_tokens=False))
         else:
             yield from (tokenizer.encode(text, bos=False, eos=False).tolist() for text in chunk)
+
+
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer begins every text with BOS.
+
+    litgpt's `use_bos` is also true for some instruction-tuned models whose prompts begin with BOS, but not their text.
+    """
+    if tokenizer.bos_id is None:
+        return False
+    if tokenizer.backend == "huggingface":
+        return tokenizer.processor.encode("").ids[:1] == [tokenizer.bos_id]
+    return tokenizer.use_bos
 
 
 def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[list[int]]:

@@ -52,13 +52,16 @@ def is_written(folder: Path) -> bool:
 class Windows(Dataset):
     """Windows of a token file: window i holds tokens [i·T, i·T + T], so each token but the first is predicted once.
 
+    With BOS, it holds BOS and tokens [i·T, i·T + T), so each token is predicted once.
+
     Args:
         folder: A folder that `write_tokens` wrote.
         length: Tokens per window, T + 1.
+        bos_id: BOS token to begin every window with, if any.
     """
 
-    def __init__(self, folder: Path, length: int) -> None:
-        self.folder, self.length = Path(folder), length
+    def __init__(self, folder: Path, length: int, bos_id: int | None = None) -> None:
+        self.folder, self.length, self.bos_id = Path(folder), length, bos_id
         self.about = json.loads((self.folder / ABOUT).read_text())
         self._tokens: np.ndarray | None = None
 
@@ -68,7 +71,8 @@ class Windows(Dataset):
         return self.about["fingerprint"]
 
     def __len__(self) -> int:
-        return max(0, (self.about["n_tokens"] - 1) // (self.length - 1))
+        n_tokens = self.about["n_tokens"] - (self.bos_id is None)
+        return max(0, n_tokens // (self.length - 1))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < len(self):
@@ -76,7 +80,9 @@ class Windows(Dataset):
         if self._tokens is None:
             self._tokens = np.memmap(self.folder / TOKENS, dtype=self.about["dtype"], mode="r")
         start = index * (self.length - 1)
-        return torch.from_numpy(self._tokens[start : start + self.length].astype(np.int64))
+        if self.bos_id is None:
+            return torch.from_numpy(self._tokens[start : start + self.length].astype(np.int64))
+        return torch.from_numpy(np.append(self.bos_id, self._tokens[start : start + self.length - 1]).astype(np.int64))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_tokens": None}  # litgpt pickles dataloaders; the file is mapped again

@@ -16,7 +16,7 @@ from litgpt.model import Block
 from torch import nn
 
 from litgpt_whittle.index_plan import axes_of
-from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.least_squares import Moments, products
 
 
 class Basis:
@@ -205,8 +205,8 @@ class Worth:
         scale = norm_weight(norm)
         gram = torch.zeros_like(covariance)
         for weight in weights:
-            weight = (weight if scale is None else weight * scale).double()
-            gram.addmm_(weight.T, weight)
+            weight = weight if scale is None else weight * scale
+            gram += products(weight, weight)
         self.covariance = self.covariance + covariance
         self.gram = self.gram + gram * (times / (gram * covariance).sum().clamp_min(1e-30))
 

@@ -14,7 +14,7 @@ from litgpt.model import Block
 from torch import nn
 
 from litgpt_whittle.index_plan import Plan
-from litgpt_whittle.least_squares import Fit, Moments, sums_dtype
+from litgpt_whittle.least_squares import Fit, Moments, products
 from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
@@ -28,7 +28,7 @@ def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find
     names = [name for name in linear_names(takes, "reading") if name.startswith(part)]
     rows = {name: teacher_rows(takes, name, teacher) for name in names}
     wide = torch.cat([weight for weight, _ in rows.values()])
-    metric = _gram(wide)
+    metric = products(wide, wide)
     found: dict[bool, Fit] = {}
     for name, (weight, bias) in rows.items():
         module = block.get_submodule(name)
@@ -45,7 +45,7 @@ def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
     """Fit an untied LM head to the teacher's, in place."""
     weight, intercept = wide.weight.float(), wide.bias is not None
     # softmax is invariant to a constant added to all logits
-    found = find(intercept, _gram(weight - weight.mean(0)))
+    found = find(intercept, products(weight, weight, centred=True))
     head.weight.copy_(weight @ found.weight.float())
     if intercept:
         head.bias.copy_(wide.bias + weight @ found.bias.float())
@@ -63,12 +63,13 @@ def fit_tied_norm(
     if norm_weight(norm) is None:
         return
     # softmax is invariant to a constant added to all logits
-    ours, theirs = (weight.to(moments.zz.dtype) for weight in (embedding, wide))
-    ours, theirs = ours - ours.mean(0), theirs - theirs.mean(0)
+    ours = products(embedding, embedding, centred=True).to(moments.zz.dtype)
+    is_same = torch.equal(embedding, wide)
+    across = ours if is_same else products(embedding, wide, centred=True).to(moments.zz.dtype)
 
     def normal_equations(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
         zz, yz = moments.covariances(intercept=False)
-        return (ours.T @ ours) * zz, ((ours.T @ theirs) @ yz).diagonal()
+        return ours * zz, (across @ yz).diagonal()
 
     gram, right = normal_equations(moments)
     factor = torch.linalg.solve(gram + 1e-6 * torch.diag(gram.diagonal().clamp_min(1e-30)), right)
@@ -82,8 +83,3 @@ def fit_tied_norm(
         set_norm_weight(norm, norm_weight(norm) * factor.to(norm.weight.dtype))
         if getattr(norm, "bias", None) is not None:
             norm.bias.mul_(factor.to(norm.bias.dtype))
-
-
-def _gram(weight: torch.Tensor) -> torch.Tensor:
-    wide = weight.to(sums_dtype(weight.device))
-    return wide.T @ wide

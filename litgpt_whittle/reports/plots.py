@@ -43,6 +43,7 @@ def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "per
             steps.append((len(own), steps[-1][1]))
             label = f"best so far: {number(steps[-1][1])}" if len(bins) == 1 else f"{bin}: {number(steps[-1][1])}"
             axes.step(*_columns(steps), where="post", color=color, linewidth=2, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("evaluations" if len(bins) == 1 else "evaluations per bin")
     axes.set_title(f"The best of {_n(evaluations, 'candidate')} so far", loc="left")
     score_axis(axes.yaxis, [e.score(score) for e in scored(evaluations, score)], score)
@@ -59,12 +60,12 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     front = [seen_whole[i] for i in pareto_front(seen_whole)]
     if found:
         # later candidates are darker, to show the progress of the search
-        order = [e.index for e in found]
-        dots = axes.scatter(
-            *_columns(points), c=order, cmap="Blues", vmin=-0.4 * max(max(order), 1), s=16, linewidths=0
-        )
+        order = [e.index + 1 for e in found]
+        last = max(max(order), 2)
+        dots = axes.scatter(*_columns(points), c=order, cmap="Blues", vmin=-0.4 * last, vmax=last, s=16, linewidths=0)
         bar = figure.colorbar(dots, ax=axes, label="evaluation", pad=0.015)
-        bar.ax.set_ylim(0, max(max(order), 1))
+        bar.ax.set_ylim(1, last)
+        bar.locator.set_params(integer=True)
         bar.outline.set_visible(False)
         axes.step(*_columns(front), where="post", color=COLORS[1], linewidth=1.2, alpha=0.7)
         axes.scatter(*_columns(front), color=COLORS[1], s=24, zorder=3, label="front: none is smaller and better")
