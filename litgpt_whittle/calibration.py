@@ -33,6 +33,26 @@ Batch = slice
 """Slice of the calibration windows"""
 
 
+class BatchCache:
+    """Tensors by batch, as many as a byte budget allows.
+
+    It stores no function: one that refers to the cache's owner would keep both alive until the garbage collector runs.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self._kept = budget, {}
+
+    def get(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        """Return a batch's tensor, computed unless it is there already."""
+        if batch.start in self._kept:
+            return self._kept[batch.start]
+        value = compute(batch)
+        if value.nbytes <= self.budget:
+            self.budget -= value.nbytes
+            self._kept[batch.start] = value
+        return value
+
+
 class Calibration:
     """Calibration windows.
 
@@ -157,22 +177,10 @@ class Calibration:
         """Return the batch's token ids on the device, shape (B, T)."""
         return self.windows[batch].to(self.device)
 
-    def cached(self, compute: Callable[[Batch], torch.Tensor]) -> Callable[[Batch], torch.Tensor]:
-        """Cache a function of a batch on its device, within 1/CACHE_PARTS of the free memory."""
-        kept: dict[int, torch.Tensor] = {}
-        budget = free_memory(torch.device(self.device), n_sharing(torch.device(self.device))) // CACHE_PARTS
-
-        def recall(batch: Batch) -> torch.Tensor:
-            nonlocal budget
-            if batch.start in kept:
-                return kept[batch.start]
-            value = compute(batch)
-            if value.numel() * value.element_size() <= budget:
-                budget -= value.numel() * value.element_size()
-                kept[batch.start] = value
-            return value
-
-        return recall
+    def cache(self) -> BatchCache:
+        """Return a cache of activations on the device, within 1/CACHE_PARTS of the free memory."""
+        device = torch.device(self.device)
+        return BatchCache(free_memory(device, n_sharing(device)) // CACHE_PARTS)
 
     def moments(
         self, n_in: int, n_out: int, examples: Callable[[Batch], tuple[torch.Tensor, ...]]

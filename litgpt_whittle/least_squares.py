@@ -148,7 +148,9 @@ class Moments:
         zz, yz = self.zz / self.mass, self.yz / self.mass
         if intercept:
             mean_z, mean_y = self.z / self.mass, self.y / self.mass
-            zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
+            # in place, since these are the largest tensors of a repair
+            zz -= torch.outer(mean_z, mean_z)
+            yz -= torch.outer(mean_y, mean_z)
         return zz, yz
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor, metric: torch.Tensor | None = None) -> float:
@@ -205,7 +207,10 @@ def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool)
     scale = scale.clamp_min(max(float(scale.mean()) * 1e-6, 1e-30))
     weight = anchor
     while ridge < math.inf:
-        factor, failed = torch.linalg.cholesky_ex(zz + torch.diag(ridge * scale))
+        damped = zz.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             weight = torch.cholesky_solve((yz + anchor * (ridge * scale)).T, factor).T
             break

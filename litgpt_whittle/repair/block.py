@@ -89,9 +89,7 @@ class BlockRepair:
         self.is_parallel = streams.middle is None
         self.left_as_cut = linear_names(takes, "inner")
         # cached while they fit into memory, since several maps need them
-        self._attn_inputs = calibration.cached(lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
-        self._middle = calibration.cached(self._compute_middle)
-        self._mlp_inputs = calibration.cached(self._compute_mlp_inputs)
+        self._of_attn, self._of_middle, self._of_mlp = (calibration.cache() for _ in range(3))
         self._is_fitted = False
         self._before: tuple[Moments, Moments] | None = None
         """Moments of the streams before a parallel block, which attention and MLP both read"""
@@ -337,13 +335,23 @@ class BlockRepair:
     def _run(self, batch: Batch, wanted: list[str]) -> dict[str, torch.Tensor]:
         return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
 
-    def _compute_middle(self, batch: Batch) -> torch.Tensor:
-        """Return the student's stream between attention and MLP; attention must be fitted already."""
-        return self._student(batch) + self.block.post_attention_norm(self.block.attn.proj(self._attn_inputs(batch)))
+    def _attn_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return the inputs of the output projection of attention."""
+        return self._of_attn.get(batch, lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
 
-    def _compute_mlp_inputs(self, batch: Batch) -> torch.Tensor:
-        mlp = self.block.mlp
-        return input_of(mlp.proj, mlp, self.block.norm_2(self._middle(batch)))
+    def _middle(self, batch: Batch) -> torch.Tensor:
+        """Return the student's stream between attention and MLP; attention must be fitted already."""
+
+        def compute(batch: Batch) -> torch.Tensor:
+            attn, norm = self.block.attn, self.block.post_attention_norm
+            return self._student(batch) + norm(attn.proj(self._attn_inputs(batch)))
+
+        return self._of_middle.get(batch, compute)
+
+    def _mlp_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return the inputs of the output projection of the MLP."""
+        mlp, norm = self.block.mlp, self.block.norm_2
+        return self._of_mlp.get(batch, lambda batch: input_of(mlp.proj, mlp, norm(self._middle(batch))))
 
     def _weights(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
         """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""

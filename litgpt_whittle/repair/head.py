@@ -27,6 +27,8 @@ RATE = 0.03
 """Learning rate relative to the RMS of the weights, which makes it independent of the scale of the hidden states"""
 OPTIMIZER_COPIES = 5
 """Values stored per weight during training: the weight, its gradient, Adam's two moments, and the initial weight"""
+STEP_COPIES = 2
+"""Temporary values per weight of the largest tensor while Adam takes a step"""
 
 
 class HeadRepair:

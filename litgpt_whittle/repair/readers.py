@@ -18,6 +18,9 @@ from litgpt_whittle.least_squares import Fit, Moments, sums_dtype
 from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
+ROWS = 2**12
+"""Rows of a weight that are converted to float64 at a time"""
+
 Find = Callable[[bool, torch.Tensor], Fit]
 """Function that regresses the teacher's normalised stream on the student's, given whether to fit an intercept, and a
 metric for the errors"""
@@ -45,7 +48,7 @@ def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
     """Fit an untied LM head to the teacher's, in place."""
     weight, intercept = wide.weight.float(), wide.bias is not None
     # softmax is invariant to a constant added to all logits
-    found = find(intercept, _gram(weight - weight.mean(0)))
+    found = find(intercept, _gram(weight, weight.mean(0)))
     head.weight.copy_(weight @ found.weight.float())
     if intercept:
         head.bias.copy_(wide.bias + weight @ found.bias.float())
@@ -84,6 +87,10 @@ def fit_tied_norm(
             norm.bias.mul_(factor.to(norm.bias.dtype))
 
 
-def _gram(weight: torch.Tensor) -> torch.Tensor:
-    wide = weight.to(sums_dtype(weight.device))
-    return wide.T @ wide
+def _gram(weight: torch.Tensor, centre: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Return WᵀW of a weight less `centre` in each row, in the dtype of sums, converting some rows at a time."""
+    gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=sums_dtype(weight.device))
+    for rows in weight.split(ROWS):
+        rows = (rows - centre).to(gram.dtype)
+        gram.addmm_(rows.T, rows)
+    return gram

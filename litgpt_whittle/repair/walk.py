@@ -47,7 +47,7 @@ from litgpt_whittle.repair.basis import (
     token_weights,
 )
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
-from litgpt_whittle.repair.costs import head_bytes, refine_bytes, sums_bytes, widest_map
+from litgpt_whittle.repair.costs import head_bytes, outside_bytes, refine_bytes, sums_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
 from litgpt_whittle.repair.end_to_end import EndToEnd
 from litgpt_whittle.repair.head import HeadRepair
@@ -98,7 +98,8 @@ class Repair:
         Raises:
             UserError: If one of them does not.
         """
-        free = free_memory(self.device, n_sharing(self.device))
+        free = free_memory(self.device, n_sharing(self.device)) - sum(outside_bytes(self.subnet, self.tied))
+        free = max(free, 0)
         if (needed := sums_bytes(self.subnet, self.args.choose_units, self.device)) > free:
             raise UserError(
                 f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
