@@ -18,6 +18,7 @@ import torch
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.processes import free_memory, n_sharing, rank, world_size
+from litgpt_whittle.tensors import to_device
 
 CACHE_PARTS = 8
 """Each cache of activations may use 1/CACHE_PARTS of the free memory"""
@@ -89,6 +90,8 @@ class Calibration:
         else:
             n_last = len(held_out)
             self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
+        self._there: torch.Tensor | None = None
+        """The windows on the device, once they are asked for"""
         self.n_first = n = self._first_held_out + n_last
         """Number of leading windows that the student reads, too: those of the closed form and the held-out ones"""
         self._first_tuning = self._first_held_out - n_tuning
@@ -175,7 +178,9 @@ class Calibration:
 
     def ids(self, batch: Batch) -> torch.Tensor:
         """Return the batch's token ids on the device, shape (B, T)."""
-        return self.windows[batch].to(self.device)
+        if self._there is None:
+            self._there = to_device(self.windows, torch.device(self.device))
+        return self._there[batch]
 
     def cache(self) -> BatchCache:
         """Return a cache of activations on the device, within 1/CACHE_PARTS of the free memory."""

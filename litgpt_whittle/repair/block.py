@@ -25,10 +25,12 @@ from litgpt_whittle.repair.basis import (
 )
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.scratch import Stream
+from litgpt_whittle.scratch import DeviceStream, Stream
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
+
+AnyStream = Stream | DeviceStream
 
 Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Function that returns a linear map's inputs, targets and token weights for a batch"""
@@ -38,13 +40,13 @@ Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 class Streams:
     """Residual streams of both models around a block, on the calibration tokens."""
 
-    teacher: Stream
+    teacher: AnyStream
     """The teacher's stream before the block"""
-    student: Stream
+    student: AnyStream
     """The student's stream before the block"""
-    middle: Stream | None
+    middle: AnyStream | None
     """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
-    ahead: Stream
+    ahead: AnyStream
     """The teacher's stream after the block and the dropped blocks that follow it"""
     sizes: Mapping[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
@@ -161,7 +163,7 @@ class BlockRepair:
                 n_out,
                 lambda batch: (
                     standardised(self._student(batch), self.block.config),
-                    standardised(self._on_device(self.streams.teacher, batch), self.teacher.config),
+                    standardised(self.streams.teacher[batch], self.teacher.config),
                 ),
             )
             ours, theirs = affine_part(student_norm, n_in), affine_part(teacher_norm, n_out)
@@ -169,7 +171,7 @@ class BlockRepair:
         inside = part == "mlp"
 
         def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
+            theirs = (self.streams.middle if inside else self.streams.teacher)[batch]
             ours = self._middle(batch) if inside else self._student(batch)
             return student_norm(ours), teacher_norm(theirs)
 
@@ -284,7 +286,7 @@ class BlockRepair:
         for batch in self.calibration.fitted_batches:
             start, x = self._before_mlp(batch)
             weights = self._weights(batch).flatten()
-            theirs_x = self.teacher.norm_2(self._on_device(self.streams.middle, batch)).flatten(0, -2)
+            theirs_x = self.teacher.norm_2(self.streams.middle[batch]).flatten(0, -2)
             parts = routing(mlp, x)  # (B · T, n_expert)
             flat, left = x.flatten(0, -2), (self._goal(batch) - start).flatten(0, -2)
             answers = [project(expert(theirs_x[parts[:, j] > 0])) for j, expert in enumerate(experts)]
@@ -353,17 +355,14 @@ class BlockRepair:
         mlp, norm = self.block.mlp, self.block.norm_2
         return self._of_mlp.get(batch, lambda batch: input_of(mlp.proj, mlp, norm(self._middle(batch))))
 
-    def _weights(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+    def _weights(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
         """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""
         stream = self.streams.ahead if stream is None else stream
-        return token_weights(self._on_device(stream, batch), self.teacher.config)
+        return token_weights(stream[batch], self.teacher.config)
 
     def _student(self, batch: Batch) -> torch.Tensor:
-        return self._on_device(self.streams.student, batch)
+        return self.streams.student[batch]
 
-    def _goal(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+    def _goal(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
         """Return a teacher stream in the student's basis, by default the one after the block."""
-        return self.basis.project(self._on_device(self.streams.ahead if stream is None else stream, batch))
-
-    def _on_device(self, stream: Stream, batch: Batch) -> torch.Tensor:
-        return stream[batch].to(self.calibration.device)
+        return self.basis.project((self.streams.ahead if stream is None else stream)[batch])
