@@ -85,6 +85,7 @@ _sizes: dict[int, int] = {}
 """Bytes of each storage on the device"""
 _live = _peak = 0
 """Bytes of all storages on the device: now, and the maximum since `peak_bytes` began"""
+_has_float64 = True
 _capacity: int | None = None
 """Bytes that fit on the device; None without a limit"""
 
@@ -158,6 +159,8 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, on_cpu: torch.Tensor):
+        if on_cpu.dtype == torch.float64 and _is_chosen and not _has_float64:
+            raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype")
         layout = dict(strides=on_cpu.stride(), storage_offset=on_cpu.storage_offset(), dtype=on_cpu.dtype)
         tensor = torch.Tensor._make_wrapper_subclass(cls, on_cpu.size(), device=torch.device(NAME, 0), **layout)
         tensor.on_cpu = on_cpu
@@ -397,14 +400,16 @@ def _by_way_of_the_cpu(function: Callable) -> Callable:
 
 
 @contextmanager
-def pretended_device(capacity: int | None = None) -> Iterator[Seen]:
+def pretended_device(capacity: int | None = None, has_float64: bool = True) -> Iterator[Seen]:
     """Run commands on the device, and yield what it sees.
 
     Args:
         capacity: Bytes that fit on the device, in addition to what lies there already; by default without a limit.
+        has_float64: False for a device without float64, such as MPS.
     """
-    global _seen, _is_chosen, _capacity
+    global _seen, _is_chosen, _capacity, _has_float64
     register()
+    _has_float64 = has_float64
     before = _seen, _is_chosen, _capacity, torch.__future__.get_swap_module_params_on_conversion()
     choose, single = _Connector._choose_strategy, lambda: SingleDeviceStrategy(torch.device(NAME, 0))
     with ExitStack() as stack:
@@ -421,4 +426,5 @@ def pretended_device(capacity: int | None = None) -> Iterator[Seen]:
             yield _seen
         finally:
             _seen, _is_chosen, _capacity = before[:3]
+            _has_float64 = True
             torch.__future__.set_swap_module_params_on_conversion(before[3])

@@ -18,7 +18,7 @@ from pretended_device import CAN_PRETEND, NAME, MixedDevices, Seen, live_bytes, 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from litgpt_whittle import calibration
+from litgpt_whittle import calibration, tensors
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import load_model, read_weights
@@ -307,6 +307,32 @@ def test_a_resumed_training_with_recomputed_activations_gives_the_cpus_student(f
         shutil.rmtree(tmp_path / name / "step-00000003")
     one, two, _ = on_both(distill.setup, tmp_path, **settings, resume=True)
     same_weights(one / "final", two / "final")
+
+
+@pytest.mark.parametrize("command", ["extract", "distill", "search", "rank", "cache_teacher"])
+def test_commands_run_on_a_device_without_float64(command, teachers, tmp_path, monkeypatch):
+    """As MPS has none; the sums of many tokens are less exact there."""
+    monkeypatch.setattr(tensors, "WITHOUT_FLOAT64", {NAME})
+    out, teacher = tmp_path / "out", teachers / "llama"
+    few = dict(data=Tokens(), train=WINDOWS)
+    commands = {
+        "extract": lambda: extract.setup(
+            teacher, teachers / "llama.yaml", out, repair=RepairArgs(tokens=24 * SEQ, refine_passes=0.2), **few
+        ),
+        "distill": lambda: distill.setup(out_dir=out, **distilled(teachers, "llama")),
+        "search": lambda: search.setup(
+            teacher, out_dir=out, **searched("llama", fitness="repaired_perplexity", iterations=2)
+        ),
+        "rank": lambda: rank.setup(teacher, out_dir=out, tokens=4 * SEQ, layer_tokens=SEQ, precision="32-true", **few),
+        "cache_teacher": lambda: cache_teacher.setup(
+            teacher, out_dir=out, data=Tokens(), train=cache_teacher.WindowArgs(8, SEQ), precision="32-true"
+        ),
+    }
+    with pretended_device(has_float64=False):
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(1, dtype=torch.float64, device=NAME)
+        commands[command]()
+    assert any(out.iterdir())
 
 
 # -- waits and memory

@@ -20,6 +20,7 @@ from litgpt_whittle.repair.costs import check_memory
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.tensors import in_sums_dtype
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}
@@ -156,7 +157,7 @@ class Perplexity:
         with context:
             sums = torch.cat([self._window_sums(model, tap, batch) for batch in batches])
         n_tokens = torch.cat([(batch.targets != IGNORE_INDEX).sum(1) for batch in batches])
-        return WindowLosses(sums.cpu(), n_tokens.cpu())
+        return WindowLosses(sums.cpu().double(), n_tokens.cpu())
 
     def _window_sums(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
         """Return the loss of each window of a batch, summed over its tokens, float64, shape (B,)."""
@@ -166,7 +167,7 @@ class Perplexity:
         for i, window in enumerate(windows):
             means.append(self._loss(window, batch, i))
             give_back_freed()
-        return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
+        return in_sums_dtype(torch.stack(means)) * (batch.targets != IGNORE_INDEX).sum(1)
 
     def _loss(self, window: HeadInput, batch: Batch, i: int) -> torch.Tensor:
         """Return the mean loss over the tokens of window i of a batch."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from litgpt_whittle.index_plan import axes_of
 from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.tensors import in_sums_dtype
 
 
 class Basis:
@@ -201,11 +202,11 @@ class Worth:
             weights: Weights of the projections after the norm, each of shape (n_out, n_embd).
             times: Total weight of these projections, relative to those after other norms.
         """
-        covariance = (moments.zz / moments.mass).double()
+        covariance = in_sums_dtype(moments.zz / moments.mass)
         scale = norm_weight(norm)
         gram = torch.zeros_like(covariance)
         for weight in weights:
-            weight = (weight if scale is None else weight * scale).double()
+            weight = in_sums_dtype(weight if scale is None else weight * scale)
             gram.addmm_(weight.T, weight)
         self.covariance = self.covariance + covariance
         self.gram = self.gram + gram * (times / (gram * covariance).sum().clamp_min(1e-30))

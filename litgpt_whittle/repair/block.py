@@ -26,6 +26,7 @@ from litgpt_whittle.repair.basis import (
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
 from litgpt_whittle.scratch import DeviceStream, Stream
+from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
@@ -129,11 +130,11 @@ class BlockRepair:
         Args:
             batches: The batches to evaluate: held-out ones for reports, tuning ones for decisions.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
+        sums = torch.zeros(2, dtype=sums_dtype(self.calibration.device), device=self.calibration.device)
         for batch in batches:
             target, weights = self._goal(batch), self._weights(batch)
-            off = ((self.output(batch) - target).square().sum(-1) * weights).double().sum()
-            sums += torch.stack([off, (target.square().sum(-1) * weights).double().sum()])
+            off = in_sums_dtype((self.output(batch) - target).square().sum(-1) * weights).sum()
+            sums += torch.stack([off, in_sums_dtype(target.square().sum(-1) * weights).sum()])
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
@@ -237,10 +238,10 @@ class BlockRepair:
 
     def _error_after(self, norm: nn.Module, module: nn.Module, examples: Examples) -> float:
         """Return the weighted squared error after an output projection and its norm, on the tuning tokens."""
-        total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
+        total = torch.zeros((), dtype=sums_dtype(self.calibration.device), device=self.calibration.device)
         for batch in self.calibration.tuning_batches:
             z, y, weights = examples(batch)
-            total += ((norm(module(z)) - y).square().sum(-1) * weights).double().sum()
+            total += in_sums_dtype((norm(module(z)) - y).square().sum(-1) * weights).sum()
         return float(add_up(total))
 
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
@@ -248,7 +249,9 @@ class BlockRepair:
 
         A channel keeps its weight if the one fitted to the other tokens increases the error on the tuning tokens.
         """
-        sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
+        sums = torch.zeros(
+            2, 2, self.basis.matrix.shape[0], dtype=sums_dtype(self.calibration.device), device=self.calibration.device
+        )
         for batch in self.calibration.fitted_batches:
             z, y, weights = examples(batch)
             normed = norm(module(z))

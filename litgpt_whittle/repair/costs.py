@@ -9,7 +9,6 @@ from litgpt.model import Block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import layer_params, layer_plan, n_params
-from litgpt_whittle.least_squares import sums_dtype
 from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.end_to_end import TOKENS_PER_STEP as TOKENS_PER_STEP_OF_ALL
@@ -17,6 +16,7 @@ from litgpt_whittle.repair.head import OPTIMIZER_COPIES, STEP_COPIES, TOKENS_PER
 from litgpt_whittle.repair.readers import ROWS
 from litgpt_whittle.repair.units import maps_to_choose_for
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tensors import sums_dtype
 
 FP32 = torch.float32.itemsize
 

@@ -14,9 +14,10 @@ from litgpt.model import Block
 from torch import nn
 
 from litgpt_whittle.index_plan import Plan
-from litgpt_whittle.least_squares import Fit, Moments, sums_dtype
+from litgpt_whittle.least_squares import Fit, Moments
 from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
+from litgpt_whittle.tensors import sums_dtype
 
 ROWS = 2**12
 """Rows of a weight that are converted to float64 at a time"""
