@@ -18,6 +18,7 @@ import torch
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.processes import free_memory, n_sharing, rank, world_size
+from litgpt_whittle.tensors import to_device
 
 CACHE_PARTS = 8
 """Each cache of activations may use 1/CACHE_PARTS of the free memory"""
@@ -31,6 +32,26 @@ quarter of the calibration tokens"""
 
 Batch = slice
 """Slice of the calibration windows"""
+
+
+class BatchCache:
+    """Tensors by batch, as many as a byte budget allows.
+
+    It stores no function: one that refers to the cache's owner would keep both alive until the garbage collector runs.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self._kept = budget, {}
+
+    def get(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        """Return a batch's tensor, computed unless it is there already."""
+        if batch.start in self._kept:
+            return self._kept[batch.start]
+        value = compute(batch)
+        if value.nbytes <= self.budget:
+            self.budget -= value.nbytes
+            self._kept[batch.start] = value
+        return value
 
 
 class Calibration:
@@ -69,6 +90,8 @@ class Calibration:
         else:
             n_last = len(held_out)
             self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
+        self._there: torch.Tensor | None = None
+        """The windows on the device, once they are asked for"""
         self.n_first = n = self._first_held_out + n_last
         """Number of leading windows that the student reads, too: those of the closed form and the held-out ones"""
         self._first_tuning = self._first_held_out - n_tuning
@@ -155,24 +178,14 @@ class Calibration:
 
     def ids(self, batch: Batch) -> torch.Tensor:
         """Return the batch's token ids on the device, shape (B, T)."""
-        return self.windows[batch].to(self.device)
+        if self._there is None:
+            self._there = to_device(self.windows, torch.device(self.device))
+        return self._there[batch]
 
-    def cached(self, compute: Callable[[Batch], torch.Tensor]) -> Callable[[Batch], torch.Tensor]:
-        """Cache a function of a batch on its device, within 1/CACHE_PARTS of the free memory."""
-        kept: dict[int, torch.Tensor] = {}
-        budget = free_memory(torch.device(self.device), n_sharing(torch.device(self.device))) // CACHE_PARTS
-
-        def recall(batch: Batch) -> torch.Tensor:
-            nonlocal budget
-            if batch.start in kept:
-                return kept[batch.start]
-            value = compute(batch)
-            if value.numel() * value.element_size() <= budget:
-                budget -= value.numel() * value.element_size()
-                kept[batch.start] = value
-            return value
-
-        return recall
+    def cache(self) -> BatchCache:
+        """Return a cache of activations on the device, within 1/CACHE_PARTS of the free memory."""
+        device = torch.device(self.device)
+        return BatchCache(free_memory(device, n_sharing(device)) // CACHE_PARTS)
 
     def moments(
         self, n_in: int, n_out: int, examples: Callable[[Batch], tuple[torch.Tensor, ...]]

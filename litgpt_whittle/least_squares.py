@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from litgpt_whittle.processes import add_up
+from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Candidate ridge strengths, relative to the inputs' mean squares; infinity gives the anchor itself"""
@@ -36,11 +37,6 @@ def exact_products() -> Iterator[None]:
 
 PRODUCT_ROWS = 8192
 """Rows of a matrix per block of `products`"""
-
-
-def sums_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype of sums over tokens: float64 except on MPS, which has none."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def products(a: torch.Tensor, b: torch.Tensor, centred: bool = False) -> torch.Tensor:
@@ -99,7 +95,7 @@ class Moments:
         root = z.new_ones(len(z)) if weights is None else weights.flatten().to(z.dtype).sqrt()
         if weights is not None:
             z, y = z * root[:, None], y * root[:, None]
-        self.mass += float(root.double().square().sum()) if weights is not None else len(z)
+        self.mass += float(in_sums_dtype(root).square().sum()) if weights is not None else len(z)
         size = z.shape[1]
         step = max(size // 4, 64)
         for i in range(0, size, step):  # z zᵀ is symmetric: blocks below the diagonal are mirrored
@@ -121,7 +117,7 @@ class Moments:
 
     def over_processes(self) -> Moments:
         """Sum over all processes, in place; return self."""
-        scalars = torch.tensor([self.n, self.yy, self.mass], dtype=torch.float64, device=self.zz.device)
+        scalars = torch.tensor([self.n, self.yy, self.mass], dtype=self.zz.dtype, device=self.zz.device)
         for tensor in (self.zz, self.yz, self.z, self.y, scalars):
             add_up(tensor)
         self.n, self.yy, self.mass = int(scalars[0]), float(scalars[1]), float(scalars[2])
@@ -169,7 +165,9 @@ class Moments:
         zz, yz = self.zz / self.mass, self.yz / self.mass
         if intercept:
             mean_z, mean_y = self.z / self.mass, self.y / self.mass
-            zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
+            # in place, since these are the largest tensors of a repair
+            zz -= torch.outer(mean_z, mean_z)
+            yz -= torch.outer(mean_y, mean_z)
         return zz, yz
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor, metric: torch.Tensor | None = None) -> float:
@@ -226,7 +224,10 @@ def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool)
     scale = scale.clamp_min(max(float(scale.mean()) * 1e-6, 1e-30))
     weight = anchor
     while ridge < math.inf:
-        factor, failed = torch.linalg.cholesky_ex(zz + torch.diag(ridge * scale))
+        damped = zz.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             weight = torch.cholesky_solve((yz + anchor * (ridge * scale)).T, factor).T
             break

@@ -129,7 +129,7 @@ def _stand_in(point: Any) -> Callable:
 
 
 def show_user_errors_in_one_line(commands: set[str]) -> None:
-    """Print an uncaught UserError, or that a disk is full, without a traceback; the exit code stays 1.
+    """Print an uncaught UserError, or that a disk or a device is full, without a traceback; the exit code stays 1.
 
     Args:
         commands: Names of the commands whose parser errors are printed on one line, too.
@@ -149,6 +149,12 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             name = error.filename or "a file"
             message = f"{name} cannot be written ({error.strerror}); make room, or choose another folder"
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
+            what = ". ".join(str(error).split(". ")[:2])
+            message = (
+                f"a model and its activations must fit into the device's memory ({what}); lower "
+                "--train.micro_batch_size, or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+            )
         if message:
             print(f"error: {message}", file=sys.stderr)
         else:

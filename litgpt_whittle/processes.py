@@ -148,14 +148,23 @@ def own_device() -> torch.device:
 
 
 def free_memory(device: torch.device, n_local: int) -> int:
-    """Return the free bytes on a process's device.
+    """Return the free bytes on a process's device, including those that this process's allocator keeps for reuse.
 
     On a CPU, and on devices that share its memory, the `n_local` processes of a machine share it. On a GPU, the call
     takes the memory of a context there.
     """
-    if (mem_get_info := getattr(torch.get_device_module(device), "mem_get_info", None)) is not None:
-        return mem_get_info(device)[0]
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
     return psutil.virtual_memory().available // n_local
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that a device's or the system's memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def n_sharing(device: torch.device) -> int:

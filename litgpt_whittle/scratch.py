@@ -6,6 +6,8 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,77 @@ import torch
 
 from litgpt_whittle.processes import barrier, rank
 from litgpt_whittle.registry import version
-from litgpt_whittle.tensors import save_tensors
+from litgpt_whittle.tensors import save_tensors, to_device
 
 
 class Stream:
-    """Memory-mapped file of hidden states, indexed by window: float32, shape (N, T, n_embd)."""
+    """Memory-mapped file of hidden states, indexed by window: float32, shape (N, T, n_embd).
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    Args:
+        path: The file, created if it does not exist.
+        shape: Shape of the hidden states.
+        device: Device of the states that are read and written.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], device: torch.device) -> None:
         # several processes may open it at once, so it must keep its content
         with open(path, "ab") as file:
             file.truncate(4 * math.prod(shape))
-        self._states = np.memmap(path, np.float32, "r+", shape=shape)
+        self._states, self.device = np.memmap(path, np.float32, "r+", shape=shape), device
+        self._coming: tuple[slice, torch.Tensor, Any] | None = None
+        """Windows that the device still copies to main memory, and the event that ends the copy"""
 
     def __getitem__(self, windows: slice) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._states[windows]))
+        self._write_coming()
+        return to_device(torch.from_numpy(np.array(self._states[windows])), self.device)
 
     def __setitem__(self, windows: slice, states: torch.Tensor) -> None:
-        self._states[windows] = states.cpu().numpy()
+        self._write_coming()
+        states = states.float()
+        if states.device.type != "cuda":
+            self._states[windows] = states.cpu().numpy()
+            return
+        # written at the next access, so that the device computes meanwhile
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._coming = windows, host, copied
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the hidden states at these positions, counted over all windows concatenated: shape (n, n_embd)."""
-        return torch.from_numpy(self._states.reshape(-1, self._states.shape[-1])[rows.numpy()])
+        self._write_coming()
+        found = self._states.reshape(-1, self._states.shape[-1])[rows.numpy()]
+        return to_device(torch.from_numpy(found), self.device)
 
     def flush(self) -> None:
+        self._write_coming()
         self._states.flush()
+
+    def _write_coming(self) -> None:
+        if self._coming is not None:
+            windows, host, copied = self._coming
+            copied.synchronize()
+            self._states[windows], self._coming = host.numpy(), None
+
+
+class DeviceStream:
+    """`Stream` in a device's memory, lost by an interruption."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._states = torch.empty(shape, device=device)
+
+    def __getitem__(self, windows: slice) -> torch.Tensor:
+        return self._states[windows]
+
+    def __setitem__(self, windows: slice, states: torch.Tensor) -> None:
+        self._states[windows] = states
+
+    def tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states at these positions, counted over all windows concatenated: shape (n, n_embd)."""
+        return self._states.flatten(0, 1).index_select(0, to_device(rows, self._states.device))
+
+    def flush(self) -> None:
+        """Do nothing; there is no file."""
 
 
 class Scratch:
@@ -47,8 +96,15 @@ class Scratch:
         folder: Path of the folder, created if it does not exist.
         key: Identifies the inputs and settings of the work. Content with another key is deleted.
 
+    Attributes:
+        device: Device of the work.
+        budget: Bytes of the device's memory for streams, as long as they last; other streams are files.
+
     Several processes may share a folder; only rank 0 creates, saves and removes.
     """
+
+    device = torch.device("cpu")
+    budget = 0
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = Path(folder)
@@ -60,17 +116,32 @@ class Scratch:
             (self.folder / "key").write_text(key)
         barrier()
         self.is_new = is_other
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, Stream | DeviceStream] = {}
+        self._n_bytes: dict[str, int] = {}
+        """Bytes of the streams in the device's memory"""
 
     @property
     def size(self) -> int:
         """Disk usage in bytes."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
-    def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream:
+    def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream | DeviceStream:
         """Open a stream; create it if it does not exist."""
-        self._streams[name] = stream = Stream(self.folder / f"{name}.f32", (n, length, n_embd))
-        return stream
+        if name not in self._streams:
+            shape, path = (n, length, n_embd), self.folder / f"{name}.f32"
+            n_bytes = 4 * math.prod(shape)
+            if n_bytes <= self.budget and not path.exists():
+                self._streams[name], self._n_bytes[name] = DeviceStream(shape, self.device), n_bytes
+                self.budget -= n_bytes
+            else:
+                self._streams[name] = Stream(path, shape, self.device)
+        return self._streams[name]
+
+    def has_streams(self, *names: str) -> bool:
+        """Return whether these streams can be opened with their content, after an interruption as well."""
+        if (self.folder / "incomplete").exists():
+            return False
+        return all(name in self._streams or (self.folder / f"{name}.f32").is_file() for name in names)
 
     def save(self, name: str, content: Any) -> None:
         """Save tensors and plain values atomically."""
@@ -86,14 +157,37 @@ class Scratch:
 
     def remove_stream(self, name: str) -> None:
         """Close a stream and delete its file."""
-        del self._streams[name]
+        self._close(name)
         if rank() == 0:
-            (self.folder / f"{name}.f32").unlink()
+            (self.folder / f"{name}.f32").unlink(missing_ok=True)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Delete all streams, and mark those opened in this context as incomplete until it ends."""
+        barrier()  # all processes have looked for streams
+        mark = self.folder / "incomplete"
+        for name in list(self._streams):
+            self._close(name)
+        if rank() == 0:
+            mark.touch()
+            for path in self.folder.glob("*.f32"):
+                path.unlink()
+        barrier()
+        yield
+        for stream in self._streams.values():
+            stream.flush()
+        barrier()
+        if rank() == 0:
+            mark.unlink()
+
+    def _close(self, name: str) -> None:
+        del self._streams[name]
+        self.budget += self._n_bytes.pop(name, 0)
 
     def remove_streams_before(self, i: int, keep: str | None = None) -> None:
         """Delete the streams before layer i, except the one named `keep`."""
         for name in [name for name in self._streams if name.rpartition("-")[2] == str(i) and name != keep]:
-            del self._streams[name]
+            self._close(name)
         if rank() == 0:
             for path in self.folder.glob(f"*-{i}.f32"):
                 if path.stem != keep:

@@ -54,6 +54,20 @@ def save_tensors(tree: Any, file: Path | IO[bytes]) -> None:
         raise OSError(errno.EIO, "the disk is full or failing", str(file)) from None
 
 
+WITHOUT_FLOAT64 = {"mps"}
+"""Kinds of devices that have no float64"""
+
+
+def sums_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the dtype of sums over tokens: float64, or float32 on devices without it."""
+    return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
+
+def in_sums_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the dtype of sums on its device."""
+    return tensor.to(sums_dtype(tensor.device))
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a CPU tensor on a device, without waiting for the device's earlier work where the device allows that."""
     if device.type == "cuda":

@@ -4,6 +4,10 @@ with pretended_device() as seen:  # Fabric, and thereby every command, chooses t
     torch.zeros(3, device=DEVICE) + torch.ones(3)  # raises MixedDevices
 seen.total("sync"), live_bytes()
 
+with peak_bytes() as peak:
+    ...
+peak.total  # of live bytes above those before
+
 It is PyTorch's PrivateUse1 backend written in Python: `DeviceTensor` keeps its values in a CPU tensor and sees every
 operator. What a GPU would refuse is refused, and what would make the host wait is counted by the lines that caused it.
 Kernels, streams, bf16 autocast and several devices are not pretended.
@@ -16,6 +20,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
@@ -53,7 +58,8 @@ class Seen:
     """Counts what the device has seen: kind of event -> lines of code that caused it -> number.
 
     Kinds: `sync`, the host waits for a result; `upload`, it waits for a copy from pageable memory; `index`, an index on
-    the CPU is copied for one operator, with a wait as well; `saved`, a tensor is pickled as the device's.
+    the CPU is copied for one operator, with a wait as well; `saved`, a tensor is pickled as the device's; `emptied`,
+    freed memory is returned to the device.
     """
 
     def __init__(self) -> None:
@@ -77,11 +83,61 @@ _is_chosen = False
 """True while commands run on the device; outside of `pretended_device` there seems to be none"""
 _sizes: dict[int, int] = {}
 """Bytes of each storage on the device"""
+_live = _peak = 0
+"""Bytes of all storages on the device: now, and the maximum since `peak_bytes` began"""
+_has_float64 = True
+_capacity: int | None = None
+"""Bytes that fit on the device; None without a limit"""
 
 
 def live_bytes() -> int:
     """Return the bytes of all tensors on the device; tensors that share memory count once."""
-    return sum(_sizes.values())
+    return _live
+
+
+@dataclass
+class Peak:
+    """Peak of live bytes above those before."""
+
+    total: int = 0
+
+
+@contextmanager
+def peak_bytes() -> Iterator[Peak]:
+    """Yield an object that holds the peak of live bytes above those before, once the context ends.
+
+    Temporary memory within a kernel is not counted.
+    """
+    global _peak
+    before, found = _live, Peak()
+    _peak = _live
+    try:
+        yield found
+    finally:
+        found.total = _peak - before
+
+
+def _allocate(storage: torch.UntypedStorage) -> None:
+    """Count a new storage.
+
+    Raises:
+        torch.OutOfMemoryError: If it exceeds the device's capacity.
+    """
+    global _live, _peak
+    key, n = storage._cdata, storage.nbytes()
+    if key in _sizes:
+        return
+    if _is_chosen and _capacity is not None and _live + n > _capacity:
+        raise torch.OutOfMemoryError(f"{NAME}: {n} bytes asked for, {_capacity - _live} are free")
+    _sizes[key] = n
+    _live += n
+    _peak = max(_peak, _live)
+    weakref.finalize(storage, _free, key)
+
+
+def _free(key: int) -> None:
+    global _live
+    _live -= _sizes.pop(key)
 
 
 def _place(n: int = 2) -> str:
@@ -103,13 +159,12 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, on_cpu: torch.Tensor):
+        if on_cpu.dtype == torch.float64 and _is_chosen and not _has_float64:
+            raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype")
         layout = dict(strides=on_cpu.stride(), storage_offset=on_cpu.storage_offset(), dtype=on_cpu.dtype)
         tensor = torch.Tensor._make_wrapper_subclass(cls, on_cpu.size(), device=torch.device(NAME, 0), **layout)
         tensor.on_cpu = on_cpu
-        storage = on_cpu.untyped_storage()
-        if storage._cdata not in _sizes:
-            _sizes[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, _sizes.pop, storage._cdata)
+        _allocate(on_cpu.untyped_storage())
         return tensor
 
     def __repr__(self):
@@ -293,6 +348,12 @@ class _Module:
     def __getattr__(self, name: str) -> Callable:
         if name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "_is_in_bad_fork", "set_rng_state"):
             return lambda *args: None
+        if name == "empty_cache":
+            return lambda: _seen.add("emptied", "cache")
+        if name == "mem_get_info" and _capacity is not None:
+            return lambda device=None: (_capacity - _live, _capacity)
+        if name in ("memory_reserved", "memory_allocated") and _capacity is not None:
+            return lambda device=None: _live  # nothing is kept for later
         raise AttributeError(name)
 
 
@@ -339,11 +400,17 @@ def _by_way_of_the_cpu(function: Callable) -> Callable:
 
 
 @contextmanager
-def pretended_device() -> Iterator[Seen]:
-    """Run commands on the device, and yield what it sees."""
-    global _seen, _is_chosen
+def pretended_device(capacity: int | None = None, has_float64: bool = True) -> Iterator[Seen]:
+    """Run commands on the device, and yield what it sees.
+
+    Args:
+        capacity: Bytes that fit on the device, in addition to what lies there already; by default without a limit.
+        has_float64: False for a device without float64, such as MPS.
+    """
+    global _seen, _is_chosen, _capacity, _has_float64
     register()
-    before = _seen, _is_chosen, torch.__future__.get_swap_module_params_on_conversion()
+    _has_float64 = has_float64
+    before = _seen, _is_chosen, _capacity, torch.__future__.get_swap_module_params_on_conversion()
     choose, single = _Connector._choose_strategy, lambda: SingleDeviceStrategy(torch.device(NAME, 0))
     with ExitStack() as stack:
         for name in ("tensor", "as_tensor"):
@@ -354,9 +421,10 @@ def pretended_device() -> Iterator[Seen]:
         chosen = lambda connector: single() if is_single(connector) else choose(connector)
         stack.enter_context(mock.patch.object(_Connector, "_choose_strategy", chosen))
         torch.__future__.set_swap_module_params_on_conversion(True)  # modules cannot hold two classes of tensors
-        _seen, _is_chosen = Seen(), True
+        _seen, _is_chosen, _capacity = Seen(), True, None if capacity is None else _live + capacity
         try:
             yield _seen
         finally:
-            _seen, _is_chosen = before[:2]
-            torch.__future__.set_swap_module_params_on_conversion(before[2])
+            _seen, _is_chosen, _capacity = before[:3]
+            _has_float64 = True
+            torch.__future__.set_swap_module_params_on_conversion(before[3])

@@ -16,6 +16,7 @@ from bench import STUDENT, TEACHER, Bench
 from goals import TOLERANCES
 
 from litgpt_whittle.least_squares import exact_products
+from litgpt_whittle.scratch import Stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,18 @@ def test_results_are_those_of_the_cpu(cases, name):
     on_gpu, on_cpu = cases
     with exact_products():
         assert values.difference(values.RESULTS[name](on_gpu), values.RESULTS[name](on_cpu)) <= TOLERANCES[name]
+
+
+def test_a_stream_in_a_file_returns_what_the_gpu_wrote(tmp_path):
+    """The copies are asynchronous; each is read before and after another one is written."""
+    stream, states = Stream(tmp_path / "s.f32", (8, 64, 512), DEVICE), torch.randn(8, 64, 512, device=DEVICE)
+    for i in range(8):
+        stream[i : i + 1] = states[i : i + 1]
+        assert torch.equal(stream[slice(max(i - 1, 0), i + 1)], states[max(i - 1, 0) : i + 1])
+    rows = torch.randperm(8 * 64)
+    assert torch.equal(stream.tokens(rows), states.flatten(0, 1)[rows.to(DEVICE)])
+    stream.flush()
+    assert torch.equal(Stream(tmp_path / "s.f32", (8, 64, 512), DEVICE)[0:8], states)
 
 
 def test_losses_in_bf16_are_near_those_in_fp32_on_the_cpu(cases):

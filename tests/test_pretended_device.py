@@ -14,23 +14,33 @@ from checkpoints import write_random_model
 from litgpt.args import EvalArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
-from pretended_device import CAN_PRETEND, NAME, MixedDevices, Seen, live_bytes, pretended_device
+from pretended_device import CAN_PRETEND, NAME, MixedDevices, Seen, live_bytes, peak_bytes, pretended_device
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
+from litgpt_whittle import calibration, tensors
 from litgpt_whittle.batches import Batch
+from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import load_model, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, pretrain_supernet, prune, rank, search
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.processes import release_memory
 from litgpt_whittle.pruners import SparseGPT, Sparsity
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.repair.args import RepairArgs
+from litgpt_whittle.repair.costs import candidate_bytes, repair_bytes
+from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.repair.importance import elimination_order
+from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SelectionArgs
 from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.searching.loop import score
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training import log
 from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
 from litgpt_whittle.training.curves import read_metrics
@@ -206,6 +216,17 @@ def test_the_device_is_there_only_when_it_is_asked_for():
     assert L.Fabric(devices=1).device.type != NAME and not torch.accelerator.is_available()
 
 
+def test_a_full_device_raises_pytorchs_error():
+    with pretended_device(capacity=1000) as seen, peak_bytes() as peak:
+        x = torch.ones(200, device=NAME)
+        assert torch.pretended.mem_get_info() == (200, 1000 + live_bytes() - 800)
+        with pytest.raises(torch.OutOfMemoryError):
+            x + 1
+        x.add_(1), x[:50] + 1
+        release_memory()
+    assert peak.total == 1000 and seen.total("emptied") == 1
+
+
 # -- the CPU's results
 
 
@@ -286,6 +307,32 @@ def test_a_resumed_training_with_recomputed_activations_gives_the_cpus_student(f
         shutil.rmtree(tmp_path / name / "step-00000003")
     one, two, _ = on_both(distill.setup, tmp_path, **settings, resume=True)
     same_weights(one / "final", two / "final")
+
+
+@pytest.mark.parametrize("command", ["extract", "distill", "search", "rank", "cache_teacher"])
+def test_commands_run_on_a_device_without_float64(command, teachers, tmp_path, monkeypatch):
+    """As MPS has none; the sums of many tokens are less exact there."""
+    monkeypatch.setattr(tensors, "WITHOUT_FLOAT64", {NAME})
+    out, teacher = tmp_path / "out", teachers / "llama"
+    few = dict(data=Tokens(), train=WINDOWS)
+    commands = {
+        "extract": lambda: extract.setup(
+            teacher, teachers / "llama.yaml", out, repair=RepairArgs(tokens=24 * SEQ, refine_passes=0.2), **few
+        ),
+        "distill": lambda: distill.setup(out_dir=out, **distilled(teachers, "llama")),
+        "search": lambda: search.setup(
+            teacher, out_dir=out, **searched("llama", fitness="repaired_perplexity", iterations=2)
+        ),
+        "rank": lambda: rank.setup(teacher, out_dir=out, tokens=4 * SEQ, layer_tokens=SEQ, precision="32-true", **few),
+        "cache_teacher": lambda: cache_teacher.setup(
+            teacher, out_dir=out, data=Tokens(), train=cache_teacher.WindowArgs(8, SEQ), precision="32-true"
+        ),
+    }
+    with pretended_device(has_float64=False):
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(1, dtype=torch.float64, device=NAME)
+        commands[command]()
+    assert any(out.iterdir())
 
 
 # -- waits and memory
@@ -392,6 +439,62 @@ def test_an_optimizer_step_waits_for_its_loss_and_the_log_only(command, watched)
 def test_files_hold_tensors_that_a_machine_without_the_device_can_load(command, watched):
     _, seen = watched(command)
     assert seen.total("saved") == 0, seen.table()
+
+
+def test_a_candidate_that_does_not_fit_is_scored_in_halves_of_its_micro_batch(teachers):
+    """With the CPU's score; one that does not fit then, either, ends the search."""
+    ids = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(0))
+    subnet = SubNet(TEACHERS["llama"], n_embd=24)
+    expected = Perplexity(load_model(teachers / "llama", "SuperGPT"), [Batch(ids, ids)])(subnet)
+    with pretended_device():
+        fitness = Perplexity(load_model(teachers / "llama", "SuperGPT", device=NAME), [Batch(ids, ids)])
+        fitness(subnet)  # builds its modules
+        with peak_bytes() as whole:
+            fitness(subnet)
+        with peak_bytes() as halves, fitness.halved():
+            fitness(subnet)
+    assert halves.total < whole.total
+    with pretended_device(capacity=(halves.total + whole.total) // 2) as seen:
+        assert score(fitness, subnet).scores == pytest.approx(expected, rel=1e-5)
+    assert seen.total("emptied") == 1
+    with pretended_device(capacity=halves.total - 1), pytest.raises(UserError, match="must fit into memory"):
+        score(fitness, subnet)
+
+
+LARGE = SIZES | {"n_layer": 1, "n_embd": 64}
+REPAIRED = {
+    "pythia": Config.from_name("pythia-14m", **LARGE, intermediate_size=128),
+    "llama": Config.from_name("Llama-3.2-1B", **LARGE, n_query_groups=2, intermediate_size=160),
+    "mixtral": Config.from_name("Mixtral-8x7B-v0.1", **LARGE, n_query_groups=2, intermediate_size=96, n_expert=3),
+    "many_tokens": Config.from_name(
+        "Llama-3.2-1B",
+        **LARGE | dict(n_embd=32, vocab_size=2000, padded_vocab_size=2000),
+        n_query_groups=2,
+        intermediate_size=32,
+    ),
+}
+"""Teachers whose moments (the last one: predictions) take much more memory than the activations of few tokens"""
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+@pytest.mark.filterwarnings("ignore:.* calibration tokens are fewer")
+def test_the_memory_of_a_repair_is_estimated_from_above(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "CACHE_PARTS", 2**60)  # activations are cached in free memory only
+    config, device = REPAIRED[name], torch.device(NAME)
+    write_random_model(tmp_path, config, std=0.1, norm_mean=1.0)
+    shape = (16, 8) if name in ("pythia", "llama") else (48, 8)
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    weights = read_weights(tmp_path)
+    subnet = SubNet(config, n_embd=config.n_embd * 7 // 8, intermediate_size=config.intermediate_size * 7 // 8)
+    with pretended_device(), peak_bytes() as peak:
+        calibrated = Calibration(ids, shape[0] // 8, NAME)
+        Repair(weights, subnet, calibrated, RepairArgs(), Scratch(tmp_path / "scratch", "")).run(progress=False)
+    assert peak.total <= repair_bytes(subnet, is_tied(weights), device) <= 2 * peak.total
+    with pretended_device():
+        repair = QuickRepair(load_model(tmp_path, "SuperGPT", device=NAME), ids, 2)
+        with peak_bytes() as peak:
+            repair.student(subnet)
+    assert peak.total <= candidate_bytes(config, device) <= 2 * peak.total
 
 
 @pytest.mark.parametrize("fitness", ["perplexity", "repaired_perplexity"])

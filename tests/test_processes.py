@@ -6,13 +6,14 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from torch import distributed
 
-from litgpt_whittle import processes
+from litgpt_whittle import plugin, processes
 from litgpt_whittle.processes import peak_resident
 
 
@@ -82,3 +83,20 @@ def test_processes_wait_for_one_however_long_it_takes():
         process.join()
     assert [process.exitcode for process in started] == [0, 0]
     assert sorted(out.get() for _ in started) == [(rank, [0, 0, 1, 10, 20, 30]) for rank in range(2)]
+
+
+def test_free_memory_includes_what_the_allocator_keeps_for_reuse(monkeypatch):
+    gpu = SimpleNamespace(
+        mem_get_info=lambda device: (100, 1000), memory_reserved=lambda device: 300, memory_allocated=lambda device: 250
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    assert processes.free_memory(torch.device("cuda"), 1) == 150
+
+
+def test_a_full_device_ends_any_command_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", lambda *_: pytest.fail("a traceback"))
+    plugin.show_user_errors_in_one_line(set())
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB.\nMore"
+    sys.excepthook(torch.OutOfMemoryError, torch.OutOfMemoryError(said), None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate 2.00 GiB); lower --train.micro_batch_size" in line and "expandable_segments:True" in line

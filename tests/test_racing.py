@@ -159,14 +159,11 @@ def test_candidates_that_fail_within_a_race_are_journalled(tmp_path):
     class Failing(Windows):
         def losses(self, subnet, which=slice(None)):
             found = super().losses(subnet, which)
-            kind = len(subnet) % 3
-            if kind == 0 and which.start:
-                raise torch.OutOfMemoryError
-            return found._replace(sums=found.sums * torch.nan) if kind == 1 else found
+            return found._replace(sums=found.sums * torch.nan) if len(subnet) % 3 == 1 else found
 
     record, search = searched(Evolution(20, 5, 20), Failing(), tmp_path, 40, RacingArgs())
     errors = {e.error for e in record.evaluations}
-    assert errors == {None, "out of memory", "its loss is not finite"}
+    assert errors == {None, "its loss is not finite"}
     assert all(e.batches == 0 for e in record.evaluations if e.error == "its loss is not finite")
     assert search.best is not None and len(record.evaluations) == 40
 

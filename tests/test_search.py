@@ -395,16 +395,12 @@ def test_failed_candidates_are_journalled_and_the_search_goes_on(checkpoint, tmp
 
     def failing(self, subnet):
         calls.append(subnet)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("made up")
-        if len(calls) == 3:
-            return {"perplexity": float("inf"), "nll": float("nan")}
-        return score(self, subnet)
+        return {"perplexity": float("inf"), "nll": float("nan")} if len(calls) == 3 else score(self, subnet)
 
     monkeypatch.setattr(Perplexity, "__call__", failing)
     run(checkpoint, tmp_path / "out")
     _, evaluations = read_journal(tmp_path / "out/journal.jsonl")
-    assert [e.error for e in evaluations[:4]] == [None, "out of memory", "its loss is not finite", None]
+    assert [e.error for e in evaluations[:4]] == [None, None, "its loss is not finite", None]
     assert evaluations[2].scores == {"perplexity": None, "nll": None} and len(evaluations) == 12
     before = lines(tmp_path / "out")
     run(checkpoint, tmp_path / "out", resume=True)
@@ -412,6 +408,41 @@ def test_failed_candidates_are_journalled_and_the_search_goes_on(checkpoint, tmp
     monkeypatch.setattr(Perplexity, "__call__", lambda *_: {"perplexity": float("nan")})
     with pytest.raises(UserError, match="no candidate could be scored"):
         run(checkpoint, tmp_path / "none", iterations=3)
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_a_candidate_out_of_memory_is_scored_once_more_and_never_recorded_as_failed(
+    checkpoint, tmp_path, monkeypatch, racing
+):
+    """The journal is that of a search that never ran out; the error names the remedy, and resuming completes it."""
+    losses, calls = Perplexity.losses, []
+
+    def failing(fails, self, subnet, *rest):
+        calls.append(self.is_halved)
+        if fails(len(calls)):
+            raise torch.OutOfMemoryError("made up")
+        return losses(self, subnet, *rest)
+
+    def kept(folder):
+        return [(e.subnet, e.error, e.score("nll")) for e in read_journal(tmp_path / folder / "journal.jsonl")[1]]
+
+    few = dict(racing=racing, iterations=7)
+    run(checkpoint, tmp_path / "whole", **few)
+    monkeypatch.setattr(Perplexity, "losses", lambda *args: failing(lambda n: n == 2, *args))
+    run(checkpoint, tmp_path / "once", **few)
+    assert calls[:4] == [False, False, True, False]
+    for ours, theirs in zip(kept("once"), kept("whole"), strict=True):
+        assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-5)
+    calls.clear()
+    monkeypatch.setattr(Perplexity, "losses", lambda *args: failing(lambda n: n > 4, *args))
+    with pytest.raises(
+        UserError, match="half of train.micro_batch_size, with .* free; search .* --resume true"
+    ) as error:
+        run(checkpoint, tmp_path / "out", **few)
+    assert "\n" not in str(error.value) and len(kept("out")) < 7
+    monkeypatch.setattr(Perplexity, "losses", losses)
+    run(checkpoint, tmp_path / "out", resume=True, **few)
+    assert kept("out") == kept("whole")
 
 
 def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from litgpt.config import Config, configs, name_to_config
+from litgpt.config import configs, name_to_config
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -68,9 +68,7 @@ def assemble(folder: Path, wheels: Path | None) -> Path:
 def install_readers(folder: Path) -> Path:
     """Install the packages that read GGUF files into a folder."""
     site = folder / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, *READERS], check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, *READERS], check=True)
     return site
 
 

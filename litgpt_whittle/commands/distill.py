@@ -153,8 +153,8 @@ def setup(
             settings.
         random_weights: Use only the student's architecture and start from random weights, as a baseline.
         distill: Losses, weights and temperature of the distillation.
-        compile: If true, compile the student. Without it, training starts about a minute earlier, which can pay off
-            for small models.
+        compile: If true, compile the student, and the teacher unless it is sharded or quantized. Without it, training
+            starts about a minute earlier, which can pay off for small models.
         strategy: Distribution of the student over several devices: ``fsdp`` shards its weights (FSDP2) and is the
             default; ``ddp`` replicates them, which is faster for small models.
         teacher_placement: Distribution of the teacher over several devices: replicated, sharded, or chosen by an
@@ -349,6 +349,8 @@ def main(
     teacher = live if cache is None else CachedTeacher(cache, fabric.device)
     if hidden is not None:
         live.watch(hidden.pairs.values())
+    if compile and live is not None and cache is None:
+        live.compile(train.micro_batch_size, seq_length)
 
     save = Saver(fabric, model, student, tokenizer_dir, arguments, checkpoint_type)
     job = make_job(root, losses_of, optimizer, teacher, live, distill.objectives(), save)

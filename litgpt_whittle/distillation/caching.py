@@ -28,6 +28,7 @@ from litgpt_whittle.distillation.head import CHUNK_ELEMENTS, SoftTargets
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space
 from litgpt_whittle.processes import barrier, first_does, gather, rank, spread, world_size
+from litgpt_whittle.tensors import sums_dtype
 from litgpt_whittle.training.loop import split_batch
 from litgpt_whittle.training.resume import set_epoch
 
@@ -292,5 +293,7 @@ def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch
         # -inf is a probability of 0; a row must have other entries as well
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
             raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")
-        parts.append(codec.encode(logits, uniform[rows].to(device)).cpu())
+        # sampled codecs need float64, which the CPU has
+        logits = logits.cpu() if sums_dtype(device) != torch.float64 else logits
+        parts.append(codec.encode(logits, uniform[rows].to(logits.device)).cpu())
     return torch.cat(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,15 @@ import torch
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.distillation.cache import Cache
 from litgpt_whittle.distillation.codecs import Codec
-from litgpt_whittle.distillation.head import HeadLosses, SoftTargets, TeacherLogits, head_loss, hidden_states
+from litgpt_whittle.distillation.head import (
+    HeadInput,
+    HeadLosses,
+    SoftTargets,
+    TeacherLogits,
+    head_loss,
+    hidden_states,
+    tap_head,
+)
 from litgpt_whittle.distillation.hidden import Place, Watch
 from litgpt_whittle.distillation.objective import SparseTargets
 from litgpt_whittle.distillation.quantize import quantize
@@ -40,6 +48,9 @@ class LiveTeacher:
     """
 
     _watch: Watch | None = None
+    _compiled: Callable | None = None
+    _shape: torch.Size | None = None
+    """Shape of the batches that the compiled model runs"""
 
     def __init__(
         self,
@@ -50,6 +61,7 @@ class LiveTeacher:
         is_sharded: bool = False,
         quantized: str | None = None,
     ) -> None:
+        self._can_compile = not is_sharded and quantized is None
         if is_sharded:
             self.model = load_sharded(checkpoint_dir, "SuperGPT", dtype, device, max_seq_length, keep_root=True)
             return
@@ -65,10 +77,22 @@ class LiveTeacher:
         self._watch = Watch(self.model, set(places))
         self._watch.is_on = True
 
+    def compile(self, batch_size: int, seq_length: int) -> None:
+        """Compile the model for training batches; no-op for a sharded or quantized one.
+
+        Batches of other shapes, as in validation, run uncompiled, because each shape would be compiled separately.
+        """
+        if self._can_compile:
+            tap_head(self.model)
+            self._compiled, self._shape = torch.compile(self.model, dynamic=False), torch.Size((batch_size, seq_length))
+
+    def _head_input(self, input_ids: torch.Tensor) -> HeadInput:
+        return hidden_states(self._compiled if input_ids.shape == self._shape else self.model, input_ids)
+
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
         """Return the teacher's logits, computed chunk by chunk on request."""
-        head_input = hidden_states(self.model, input_ids)
+        head_input = self._head_input(input_ids)
         streams = None if self._watch is None else self._watch.take()
         return TeacherLogits(head_input, self.model.config.final_logit_softcapping, streams)
 
@@ -76,7 +100,10 @@ class LiveTeacher:
     def losses(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:
         """Return the teacher's own cross-entropy on a batch."""
         softcap = self.model.config.final_logit_softcapping
-        return head_loss(hidden_states(self.model, input_ids), targets, softcap=softcap)
+        losses = head_loss(self._head_input(input_ids), targets, softcap=softcap)
+        if self._watch is not None:
+            self._watch.take()  # frees them, and the next call finds none, as the compiled model expects
+        return losses
 
 
 class CachedTeacher:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from litgpt_whittle.repair.costs import check_memory
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.tensors import in_sums_dtype
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}
@@ -39,8 +40,9 @@ class Fitness(Protocol):
     - `can_shard`: if true, the teacher may be sharded over processes.
     - `chooses_units`: if true, only the numbers of units affect the score, except for experts.
 
-    Losses per window (`losses`, `scores`) enable racing. A static method `check` receives the teacher's config, the
-    device and the bytes of the teacher's weights, and can raise UserError before the weights are loaded.
+    Losses per window (`losses`, `scores`) enable racing. A context manager `halved`, in which a candidate takes less
+    memory, is entered before one that ran out of it is scored once more. A static method `check` receives the teacher's
+    config, the device and the bytes of the teacher's weights, and can raise UserError before the weights are loaded.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Perplexity:
 
     name = "perplexity"
     can_shard = True
+    is_halved = False
+    """True while a candidate runs with half as many windows per forward pass"""
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
         self.model, self.autocast = model, autocast
@@ -92,6 +96,15 @@ class Perplexity:
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's `perplexity` and `nll`, its logarithm (nats per token)."""
         return self.scores(self.losses(subnet).mean)
+
+    @contextmanager
+    def halved(self) -> Iterator[None]:
+        """Run half as many windows per forward pass, for a candidate that ran out of memory."""
+        self.is_halved = True
+        try:
+            yield
+        finally:
+            self.is_halved = False
 
     def scores(self, loss: float) -> dict[str, float]:
         """Convert a mean loss to scores by name."""
@@ -118,9 +131,10 @@ class Perplexity:
     def _prepare_prefix(self, subnet: SubNet, which: slice) -> int:
         """Compute the teacher's stream after a sub-network's intact leading layers; return their number.
 
-        0 for a part of the batches, which would take the teacher as much time as the sub-network.
+        0 for a part of the batches, which would take the teacher as much time as the sub-network, and for other forward
+        passes than the teacher's.
         """
-        n_intact = subnet.n_intact if which == slice(None) else 0
+        n_intact = subnet.n_intact if which == slice(None) and not self.is_halved else 0
         if n_intact:
             with self.autocast():
                 self.prefix.before(n_intact)
@@ -143,7 +157,7 @@ class Perplexity:
         with context:
             sums = torch.cat([self._window_sums(model, tap, batch) for batch in batches])
         n_tokens = torch.cat([(batch.targets != IGNORE_INDEX).sum(1) for batch in batches])
-        return WindowLosses(sums.cpu(), n_tokens.cpu())
+        return WindowLosses(sums.cpu().double(), n_tokens.cpu())
 
     def _window_sums(self, model: GPT, tap: HeadTap, batch: Batch) -> torch.Tensor:
         """Return the loss of each window of a batch, summed over its tokens, float64, shape (B,)."""
@@ -153,7 +167,7 @@ class Perplexity:
         for i, window in enumerate(windows):
             means.append(self._loss(window, batch, i))
             give_back_freed()
-        return torch.stack(means).double() * (batch.targets != IGNORE_INDEX).sum(1)
+        return in_sums_dtype(torch.stack(means)) * (batch.targets != IGNORE_INDEX).sum(1)
 
     def _loss(self, window: HeadInput, batch: Batch, i: int) -> torch.Tensor:
         """Return the mean loss over the tokens of window i of a batch."""
@@ -177,7 +191,8 @@ class Perplexity:
         n_rows, n_tokens = input_ids.shape
         # sharded processes must run the same number of forward passes, whatever their batches
         most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
-        return input_ids.split(n_rows if most is None else max(most // n_tokens, 1))
+        n = n_rows if most is None else min(max(most // n_tokens, 1), n_rows)
+        return input_ids.split(-(-n // 2) if self.is_halved else n)
 
 
 class RepairedPerplexity(Perplexity):

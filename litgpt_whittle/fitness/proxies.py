@@ -82,7 +82,7 @@ class WeightMagnitude(_Proxy):
         """Return Σ |w| along a weight's summed dimension, over the kept channels if that is the channels' dimension."""
         tensor, dim, _ = self._weights[name]
         if dim is None:
-            return wide(tensor).abs().double().cpu().numpy()
+            return wide(tensor).abs().cpu().double().numpy()
         if n_embd is None or n_embd.is_prefix:
             channels = slice(None if n_embd is None else len(n_embd))
         else:
@@ -90,7 +90,7 @@ class WeightMagnitude(_Proxy):
         parts = []
         for part in tensor.split(max(CHUNK_ELEMENTS // tensor.shape[dim], 1), 1 - dim):
             part = part[channels] if dim == 0 else part[:, channels]
-            parts.append(torch.linalg.vector_norm(wide(part), 1, dim=dim).double().cpu())
+            parts.append(torch.linalg.vector_norm(wide(part), 1, dim=dim).cpu().double())
         return torch.cat(parts).numpy()
 
 

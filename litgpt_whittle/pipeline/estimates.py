@@ -23,7 +23,14 @@ from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.costs import collecting_flops, largest_block, moments_bytes, repair_bytes, solving_flops
+from litgpt_whittle.repair.costs import (
+    candidate_bytes,
+    collecting_flops,
+    largest_block,
+    moments_bytes,
+    repair_bytes,
+    solving_flops,
+)
 from litgpt_whittle.searching.selection import Rung
 from litgpt_whittle.subnet import FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
@@ -157,7 +164,8 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
         solves = sum(solving_flops(subnet, held.tied) for subnet in stages.examples.values())
         solves_measured = stages.n_measurements * solving_flops(SubNet.full(stages.teacher), held.tied)
         forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves + solves_measured
-        weights += moments_bytes(stages.teacher, min(n_calibration, stages.teacher.vocab_size), own_device())
+        n_distinct, device = min(n_calibration, stages.teacher.vocab_size), own_device()
+        weights += moments_bytes(stages.teacher, n_distinct, device) + candidate_bytes(stages.teacher, device)
     return Cost("search", tokens, forward, training, weights)
 
 

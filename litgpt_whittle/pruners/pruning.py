@@ -156,6 +156,7 @@ class Pruning:
         assert windows is not None or not (pruner.reads_data or refit), "nothing to calibrate on"
         self.shape, self.weights, self.maps, self.pruner = shape, weights, maps, pruner
         self.scratch, self.windows, self.refit, self.device = scratch, windows, refit, device
+        scratch.device = torch.device(device)
         n = 0 if windows is None else len(windows)
         self.batches = [slice(start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)]
 
@@ -229,7 +230,7 @@ class Pruning:
         """Return the moments of each layer's inputs over all batches; layers with the same inputs share them."""
         found: dict[str, Moments] = {}
         for batch in self.batches:
-            seen = run_block(block, self.stream[batch].to(self.device), self.block_args[i], self.maps[i])
+            seen = run_block(block, self.stream[batch], self.block_args[i], self.maps[i])
             by_tensor: dict[int, Moments] = {}
             for name in self.maps[i]:
                 x = seen[name]
@@ -264,7 +265,7 @@ class Pruning:
         before = self.stream
         self._open_stream(i + 1)
         for batch in self.batches:
-            self.stream[batch] = block(before[batch].to(self.device), *self.block_args[i])
+            self.stream[batch] = block(before[batch], *self.block_args[i])
 
 
 def relative_error(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> float:

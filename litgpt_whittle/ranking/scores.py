@@ -142,7 +142,7 @@ def magnitudes(model: GPT) -> UnitScores:
         layer, module = (int(inside[1]), inside[2]) if inside else (config.n_layer, name)
         module, squares = module.rpartition(".")[0], wide(weight).square()
         for dim, axis in enumerate(axes_of(module)):
-            sums = squares.sum(1 - dim).double().cpu()
+            sums = squares.sum(1 - dim).cpu().double()
             if axis == "n_embd":
                 channels[layer] += sums
             for kind, own in units[layer].items() if inside else ():

@@ -17,6 +17,7 @@ from torch import nn
 
 from litgpt_whittle.index_plan import axes_of
 from litgpt_whittle.least_squares import Moments, products
+from litgpt_whittle.tensors import in_sums_dtype
 
 
 class Basis:
@@ -201,7 +202,7 @@ class Worth:
             weights: Weights of the projections after the norm, each of shape (n_out, n_embd).
             times: Total weight of these projections, relative to those after other norms.
         """
-        covariance = (moments.zz / moments.mass).double()
+        covariance = in_sums_dtype(moments.zz / moments.mass)
         scale = norm_weight(norm)
         gram = torch.zeros_like(covariance)
         for weight in weights:

@@ -25,10 +25,13 @@ from litgpt_whittle.repair.basis import (
 )
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.scratch import Stream
+from litgpt_whittle.scratch import DeviceStream, Stream
+from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
+
+AnyStream = Stream | DeviceStream
 
 Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Function that returns a linear map's inputs, targets and token weights for a batch"""
@@ -38,13 +41,13 @@ Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 class Streams:
     """Residual streams of both models around a block, on the calibration tokens."""
 
-    teacher: Stream
+    teacher: AnyStream
     """The teacher's stream before the block"""
-    student: Stream
+    student: AnyStream
     """The student's stream before the block"""
-    middle: Stream | None
+    middle: AnyStream | None
     """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
-    ahead: Stream
+    ahead: AnyStream
     """The teacher's stream after the block and the dropped blocks that follow it"""
     sizes: Mapping[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
@@ -89,9 +92,7 @@ class BlockRepair:
         self.is_parallel = streams.middle is None
         self.left_as_cut = linear_names(takes, "inner")
         # cached while they fit into memory, since several maps need them
-        self._attn_inputs = calibration.cached(lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
-        self._middle = calibration.cached(self._compute_middle)
-        self._mlp_inputs = calibration.cached(self._compute_mlp_inputs)
+        self._of_attn, self._of_middle, self._of_mlp = (calibration.cache() for _ in range(3))
         self._is_fitted = False
         self._before: tuple[Moments, Moments] | None = None
         """Moments of the streams before a parallel block, which attention and MLP both read"""
@@ -129,11 +130,11 @@ class BlockRepair:
         Args:
             batches: The batches to evaluate: held-out ones for reports, tuning ones for decisions.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.calibration.device)
+        sums = torch.zeros(2, dtype=sums_dtype(self.calibration.device), device=self.calibration.device)
         for batch in batches:
             target, weights = self._goal(batch), self._weights(batch)
-            off = ((self.output(batch) - target).square().sum(-1) * weights).double().sum()
-            sums += torch.stack([off, (target.square().sum(-1) * weights).double().sum()])
+            off = in_sums_dtype((self.output(batch) - target).square().sum(-1) * weights).sum()
+            sums += torch.stack([off, in_sums_dtype(target.square().sum(-1) * weights).sum()])
         off, total = add_up(sums).tolist()
         return off / max(total, 1e-30)
 
@@ -163,7 +164,7 @@ class BlockRepair:
                 n_out,
                 lambda batch: (
                     standardised(self._student(batch), self.block.config),
-                    standardised(self._on_device(self.streams.teacher, batch), self.teacher.config),
+                    standardised(self.streams.teacher[batch], self.teacher.config),
                 ),
             )
             ours, theirs = affine_part(student_norm, n_in), affine_part(teacher_norm, n_out)
@@ -171,7 +172,7 @@ class BlockRepair:
         inside = part == "mlp"
 
         def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs = self._on_device(self.streams.middle if inside else self.streams.teacher, batch)
+            theirs = (self.streams.middle if inside else self.streams.teacher)[batch]
             ours = self._middle(batch) if inside else self._student(batch)
             return student_norm(ours), teacher_norm(theirs)
 
@@ -237,10 +238,10 @@ class BlockRepair:
 
     def _error_after(self, norm: nn.Module, module: nn.Module, examples: Examples) -> float:
         """Return the weighted squared error after an output projection and its norm, on the tuning tokens."""
-        total = torch.zeros((), dtype=torch.float64, device=self.calibration.device)
+        total = torch.zeros((), dtype=sums_dtype(self.calibration.device), device=self.calibration.device)
         for batch in self.calibration.tuning_batches:
             z, y, weights = examples(batch)
-            total += ((norm(module(z)) - y).square().sum(-1) * weights).double().sum()
+            total += in_sums_dtype((norm(module(z)) - y).square().sum(-1) * weights).sum()
         return float(add_up(total))
 
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
@@ -248,7 +249,9 @@ class BlockRepair:
 
         A channel keeps its weight if the one fitted to the other tokens increases the error on the tuning tokens.
         """
-        sums = torch.zeros(2, 2, self.basis.matrix.shape[0], dtype=torch.float64, device=self.calibration.device)
+        sums = torch.zeros(
+            2, 2, self.basis.matrix.shape[0], dtype=sums_dtype(self.calibration.device), device=self.calibration.device
+        )
         for batch in self.calibration.fitted_batches:
             z, y, weights = examples(batch)
             normed = norm(module(z))
@@ -286,7 +289,7 @@ class BlockRepair:
         for batch in self.calibration.fitted_batches:
             start, x = self._before_mlp(batch)
             weights = self._weights(batch).flatten()
-            theirs_x = self.teacher.norm_2(self._on_device(self.streams.middle, batch)).flatten(0, -2)
+            theirs_x = self.teacher.norm_2(self.streams.middle[batch]).flatten(0, -2)
             parts = routing(mlp, x)  # (B · T, n_expert)
             flat, left = x.flatten(0, -2), (self._goal(batch) - start).flatten(0, -2)
             answers = [project(expert(theirs_x[parts[:, j] > 0])) for j, expert in enumerate(experts)]
@@ -337,25 +340,32 @@ class BlockRepair:
     def _run(self, batch: Batch, wanted: list[str]) -> dict[str, torch.Tensor]:
         return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
 
-    def _compute_middle(self, batch: Batch) -> torch.Tensor:
+    def _attn_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return the inputs of the output projection of attention."""
+        return self._of_attn.get(batch, lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
+
+    def _middle(self, batch: Batch) -> torch.Tensor:
         """Return the student's stream between attention and MLP; attention must be fitted already."""
-        return self._student(batch) + self.block.post_attention_norm(self.block.attn.proj(self._attn_inputs(batch)))
 
-    def _compute_mlp_inputs(self, batch: Batch) -> torch.Tensor:
-        mlp = self.block.mlp
-        return input_of(mlp.proj, mlp, self.block.norm_2(self._middle(batch)))
+        def compute(batch: Batch) -> torch.Tensor:
+            attn, norm = self.block.attn, self.block.post_attention_norm
+            return self._student(batch) + norm(attn.proj(self._attn_inputs(batch)))
 
-    def _weights(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+        return self._of_middle.get(batch, compute)
+
+    def _mlp_inputs(self, batch: Batch) -> torch.Tensor:
+        """Return the inputs of the output projection of the MLP."""
+        mlp, norm = self.block.mlp, self.block.norm_2
+        return self._of_mlp.get(batch, lambda batch: input_of(mlp.proj, mlp, norm(self._middle(batch))))
+
+    def _weights(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
         """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""
         stream = self.streams.ahead if stream is None else stream
-        return token_weights(self._on_device(stream, batch), self.teacher.config)
+        return token_weights(stream[batch], self.teacher.config)
 
     def _student(self, batch: Batch) -> torch.Tensor:
-        return self._on_device(self.streams.student, batch)
+        return self.streams.student[batch]
 
-    def _goal(self, batch: Batch, stream: Stream | None = None) -> torch.Tensor:
+    def _goal(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
         """Return a teacher stream in the student's basis, by default the one after the block."""
-        return self.basis.project(self._on_device(self.streams.ahead if stream is None else stream, batch))
-
-    def _on_device(self, stream: Stream, batch: Batch) -> torch.Tensor:
-        return stream[batch].to(self.calibration.device)
+        return self.basis.project((self.streams.ahead if stream is None else stream)[batch])

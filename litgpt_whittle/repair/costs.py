@@ -9,18 +9,30 @@ from litgpt.model import Block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import layer_params, layer_plan, n_params
-from litgpt_whittle.least_squares import sums_dtype
 from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.cut import linear_names
-from litgpt_whittle.repair.head import OPTIMIZER_COPIES
+from litgpt_whittle.repair.end_to_end import TOKENS_PER_STEP as TOKENS_PER_STEP_OF_ALL
+from litgpt_whittle.repair.head import OPTIMIZER_COPIES, STEP_COPIES, TOKENS_PER_STEP
+from litgpt_whittle.repair.readers import ROWS
 from litgpt_whittle.repair.units import maps_to_choose_for
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tensors import sums_dtype
 
 FP32 = torch.float32.itemsize
 
 SOLVING = 8
 """Time of one operation of a solve, in operations of a forward pass; solves run in float64 and copy a lot. Measured on
 a teacher of 8M parameters"""
+
+SOLVE_COPIES = 8
+"""Matrices of a map's inputs that exist at once while it is fitted, or while its inputs are chosen: moments to fit and
+to tune, their sum, covariances, the damped ones, their factor or inverse, and temporaries"""
+
+LOGITS_COPIES = 8
+"""Tensors as large as the logits that exist at once while a divergence and its gradient are computed"""
+
+CANDIDATE_COPIES = 7
+"""`SOLVE_COPIES` for one candidate of a repair from moments, besides the moments of all layers"""
 
 
 def widest_map(config: Config) -> int:
@@ -39,32 +51,45 @@ def sums_bytes(subnet: SubNet, chooses_units: bool, device: torch.device) -> int
         device: Device of the moments.
     """
     ours, theirs = subnet.config, subnet.teacher
-    # per map: moments to fit and to tune, their sum and its Cholesky factor; for experts the first two of all of them
     widest = widest_map(ours)
-    found = [4 * widest * (widest + ours.n_embd)]
-    if ours.n_expert:
+    found = [SOLVE_COPIES * widest * (widest + ours.n_embd), SOLVE_COPIES * ours.n_embd * (ours.n_embd + theirs.n_embd)]
+    if ours.n_expert:  # moments to fit and to tune exist for all experts at once
         width = ours.moe_intermediate_size or ours.intermediate_size
-        found.append(2 * ours.n_expert * width * (width + ours.n_embd))
+        found.append((2 * (ours.n_expert - 1) + SOLVE_COPIES) * width * (width + ours.n_embd))
     if chooses_units:
         n_inputs = {"attn.proj": theirs.n_head * theirs.head_size, "mlp.proj": theirs.intermediate_size}
         chosen = (maps_to_choose_for(subnet, i) for i in range(len(subnet)))
-        # over all inputs of the teacher's map: moments, covariance, its inverse and a copy
-        found += [sum(4 * n_inputs[name] ** 2 for name in names) for names in chosen]
+        # over all inputs of the teacher's map
+        found += [SOLVE_COPIES * sum(n_inputs[name] ** 2 for name in names) for names in chosen]
     return max(found) * sums_dtype(device).itemsize
 
 
 def head_bytes(subnet: SubNet) -> int:
     """Return the bytes for fitting an untied LM head to the teacher's predictions."""
-    return FP32 * OPTIMIZER_COPIES * subnet.teacher.padded_vocab_size * len(subnet.n_embd)
+    return FP32 * (OPTIMIZER_COPIES + STEP_COPIES) * _embedding(subnet) + _logits_bytes(subnet, TOKENS_PER_STEP)
+
+
+def _logits_bytes(subnet: SubNet, n_tokens: int) -> int:
+    """Return the bytes of the temporary tensors while the divergence of both models' predictions is computed."""
+    return FP32 * LOGITS_COPIES * n_tokens * subnet.teacher.padded_vocab_size
 
 
 def refine_bytes(subnet: SubNet, tied: bool) -> int:
     """Return the bytes for training all blocks of a student jointly, without activations."""
-    return FP32 * OPTIMIZER_COPIES * (n_params(subnet.teacher, subnet) - (1 + tied) * _embedding(subnet))
+    n_trained = n_params(subnet.teacher, subnet) - (1 + tied) * _embedding(subnet)
+    largest = largest_block(subnet.teacher) if tied else max(largest_block(subnet.teacher), FP32 * _embedding(subnet))
+    trained = FP32 * OPTIMIZER_COPIES * n_trained + STEP_COPIES * largest
+    return trained + _logits_bytes(subnet, TOKENS_PER_STEP_OF_ALL)
 
 
 def _embedding(subnet: SubNet) -> int:
     return subnet.teacher.padded_vocab_size * len(subnet.n_embd)
+
+
+def outside_bytes(subnet: SubNet, tied: bool) -> tuple[int, int]:
+    """Return the bytes of the embedding and the LM head, of the teacher and of the student."""
+    n_rows = subnet.teacher.padded_vocab_size * (1 if tied else 2)
+    return FP32 * n_rows * subnet.teacher.n_embd, FP32 * n_rows * len(subnet.n_embd)
 
 
 def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool = False) -> int:
@@ -77,11 +102,15 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool
         refines: True if all blocks are trained jointly after the closed form.
     """
     teacher = subnet.teacher
-    both = (len(subnet.n_embd) + teacher.n_embd) * teacher.padded_vocab_size * (1 if tied else 2)
-    # one block of the teacher and one of the student, which is at most as large
-    block = 2 * largest_block(teacher) + sums_bytes(subnet, True, device)
-    trained = refine_bytes(subnet, tied) if refines else 0
-    return FP32 * both + max(block, trained, 0 if tied else head_bytes(subnet))
+    theirs, ours = outside_bytes(subnet, tied)
+    largest = largest_block(teacher)
+    # a block of the teacher and one of the student, which is at most as large, before and after the fit
+    block = 3 * largest + sums_bytes(subnet, True, device)
+    # the teacher's principal directions come before the student exists, whose weights are then cut from a copy
+    head = 3 * FP32 * teacher.n_embd * teacher.padded_vocab_size  # centred, and in float64
+    begin = max(largest + head + SOLVE_COPIES * teacher.n_embd**2 * torch.float64.itemsize, theirs) - ours
+    head = _logits_bytes(subnet, TOKENS_PER_STEP) if tied else head_bytes(subnet)
+    return theirs + ours + max(begin, block, head, refine_bytes(subnet, tied) if refines else 0)
 
 
 def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
@@ -120,13 +149,28 @@ def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
     return _n_numbers(config) * sums_dtype(device).itemsize + by_token
 
 
+def candidate_bytes(config: Config, device: torch.device) -> int:
+    """Return the bytes that repairing one candidate takes beside the moments, without activations.
+
+    Args:
+        config: The teacher's config; a candidate as large is assumed.
+        device: Device of the moments.
+    """
+    full = SubNet.full(config)
+    widest = max(config.n_embd, *(n for sizes in _sizes(config) for n in sizes))
+    # the student, the teacher's embedding and head in fp32, and rows of the head in float64
+    weights = FP32 * n_params(config, full) + outside_bytes(full, tied=False)[0]
+    weights += 4 * FP32 * min(ROWS, config.padded_vocab_size) * config.n_embd
+    return weights + largest_block(config) + CANDIDATE_COPIES * widest**2 * sums_dtype(device).itemsize
+
+
 def streams_bytes(config: Config, n_calibration: int) -> int:
     """Return an upper bound of the main memory for the teacher's stream before each layer and after the last."""
     return FP32 * (config.n_layer + 1) * n_calibration * config.n_embd
 
 
 def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0) -> None:
-    """Check that the moments of all layers of a teacher fit into memory.
+    """Check that the moments of all layers of a teacher fit into memory, and one candidate beside them.
 
     Args:
         config: The teacher's config.
@@ -138,7 +182,8 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
     Raises:
         UserError: If they do not fit.
     """
-    needed, free = moments_bytes(config, n_tokens, device), free_memory(device, n_sharing(device)) - beside
+    free = free_memory(device, n_sharing(device)) - beside
+    needed = moments_bytes(config, n_tokens, device) + candidate_bytes(config, device)
     if device.type == "cpu":
         needed += streams_bytes(config, n_calibration)
     if needed > free:

@@ -101,6 +101,23 @@ def not_finite(layer: int) -> UserError:
     )
 
 
+class FiniteCheck:
+    """Checks that a teacher layer's outputs are finite, once for all batches, so that no batch waits for a device."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer, self._are_finite = layer, []
+
+    def __call__(self, stream: torch.Tensor) -> torch.Tensor:
+        """Add a batch's outputs; return them."""
+        self._are_finite.append(torch.isfinite(stream).all())
+        return stream
+
+    def finish(self) -> None:
+        """Raise UserError if an output was not finite."""
+        if self._are_finite and not torch.stack(self._are_finite).all():
+            raise not_finite(self.layer)
+
+
 class TokenMeans:
     """Mean of the teacher's residual stream per token, an embedding that replaces dropped first layers.
 

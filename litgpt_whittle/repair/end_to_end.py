@@ -18,7 +18,7 @@ from litgpt_whittle.blocks import Outside
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.repair.head import divergence
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import Scratch, Stream
+from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
 
 TOKENS_PER_STEP = 512
 """Tokens per step, but at least one window; small, since calibration tokens are few"""
@@ -47,8 +47,8 @@ class EndToEnd:
         theirs: Outside,
         blocks: Sequence[Block],
         args: Sequence[tuple],
-        start: Stream,
-        teacher: Stream,
+        start: Stream | DeviceStream,
+        teacher: Stream | DeviceStream,
         calibration: Calibration,
         tied: bool,
     ) -> None:
@@ -88,8 +88,7 @@ class EndToEnd:
 
     def divergence(self, windows: slice) -> torch.Tensor:
         """Return KL(teacher ‖ student) on these windows, in nats per token."""
-        device = self.calibration.device
-        stream, teacher = (states[windows].to(device) for states in (self.start, self.teacher))
+        stream, teacher = self.start[windows], self.teacher[windows]
         for block, args in zip(self.blocks, self.args):
             stream = block(stream, *args)
         return divergence(self.ours, self.theirs, stream, teacher)

@@ -18,7 +18,7 @@ from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.repair.basis import norm_weight
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import Scratch, Stream
+from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
 
 TOKENS_PER_STEP = 256
 NORM_TOKENS = 4_096
@@ -27,6 +27,8 @@ RATE = 0.03
 """Learning rate relative to the RMS of the weights, which makes it independent of the scale of the hidden states"""
 OPTIMIZER_COPIES = 5
 """Values stored per weight during training: the weight, its gradient, Adam's two moments, and the initial weight"""
+STEP_COPIES = 2
+"""Temporary values per weight of the largest tensor while Adam takes a step"""
 
 
 class HeadRepair:
@@ -44,7 +46,13 @@ class HeadRepair:
     """
 
     def __init__(
-        self, ours: Outside, theirs: Outside, student: Stream, teacher: Stream, calibration: Calibration, tied: bool
+        self,
+        ours: Outside,
+        theirs: Outside,
+        student: Stream | DeviceStream,
+        teacher: Stream | DeviceStream,
+        calibration: Calibration,
+        tied: bool,
     ) -> None:
         self.ours, self.theirs, self.student, self.teacher = ours, theirs, student, teacher
         self.calibration = calibration
@@ -86,7 +94,7 @@ class HeadRepair:
         Args:
             rows: Positions of the tokens in the calibration data, all windows concatenated; shape (n,).
         """
-        streams = (stream.tokens(rows).to(self.calibration.device) for stream in (self.student, self.teacher))
+        streams = (stream.tokens(rows) for stream in (self.student, self.teacher))
         return divergence(self.ours, self.theirs, *streams)
 
 

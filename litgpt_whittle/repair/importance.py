@@ -37,7 +37,10 @@ def elimination_order(
     n_units, size = units.shape
     # sort inputs by unit
     order = units.flatten()
-    inverse, failed = torch.linalg.inv_ex(covariance + torch.diag(damping * scale))
+    damped = covariance.clone()
+    damped.diagonal().add_(damping * scale)
+    inverse, failed = torch.linalg.inv_ex(damped)
+    del damped
     inverse, weight = inverse[order][:, order], weight.to(dtype)[:, order]
     alive = torch.arange(n_units, device=device)
     removed: list[torch.Tensor] = []

@@ -23,6 +23,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 from litgpt.config import Config
@@ -35,27 +36,27 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
-from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing
+from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing, world_size
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.basis import (
-    Basis,
-    Worth,
-    is_centring,
-    principal_directions,
-    readers,
-    standardised,
-    token_weights,
-)
+from litgpt_whittle.repair.basis import Basis, is_centring, principal_directions, token_weights
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
-from litgpt_whittle.repair.costs import head_bytes, refine_bytes, sums_bytes, widest_map
-from litgpt_whittle.repair.cut import KINDS, TokenMeans, cut_block, cut_outside, linear_names, not_finite
+from litgpt_whittle.repair.costs import (
+    head_bytes,
+    outside_bytes,
+    refine_bytes,
+    repair_bytes,
+    sums_bytes,
+    widest_map,
+)
+from litgpt_whittle.repair.cut import KINDS, FiniteCheck, TokenMeans, cut_block, cut_outside, linear_names
+from litgpt_whittle.repair.directions import direction_importance
 from litgpt_whittle.repair.end_to_end import EndToEnd
 from litgpt_whittle.repair.head import HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.repaired import LayerReport, Repaired
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
-from litgpt_whittle.scratch import Scratch, Stream
+from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
 from litgpt_whittle.subnet import LayerKeep, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
 
@@ -90,6 +91,7 @@ class Repair:
         self.n_embd = len(subnet.n_embd)
         self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
         self._check_memory()
+        scratch.device, scratch.budget = self.device, self._streams_budget()
         self.ridges = self._ridges(widest_map(subnet.config))
 
     def _check_memory(self) -> None:
@@ -98,7 +100,8 @@ class Repair:
         Raises:
             UserError: If one of them does not.
         """
-        free = free_memory(self.device, n_sharing(self.device))
+        free = free_memory(self.device, n_sharing(self.device)) - sum(outside_bytes(self.subnet, self.tied))
+        free = max(free, 0)
         if (needed := sums_bytes(self.subnet, self.args.choose_units, self.device)) > free:
             raise UserError(
                 f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
@@ -116,6 +119,16 @@ class Repair:
                 f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
                 f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
             )
+
+    def _streams_budget(self) -> int:
+        """Return the bytes of the device's memory for streams: half of what the repair leaves.
+
+        0 on a CPU, whose files are cached in main memory, and for several processes, which read one another's streams.
+        """
+        if self.device.type == "cpu" or world_size() > 1:
+            return 0
+        needed = repair_bytes(self.subnet, self.tied, self.device, self.args.refine_passes > 0)
+        return max(free_memory(self.device, 1) - needed, 0) // 2
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
         """Return the candidate ridges, only strong ones if the widest map has more inputs than there are tokens."""
@@ -138,7 +151,7 @@ class Repair:
         cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
         self.ours = self._outside(self.subnet.config, cut)
         layers = list(self._finished())
-        self._begin_streams(len(layers))
+        self._begin_streams([weights for _, weights, _ in layers])
         bar = tqdm(total=len(self.subnet), desc="repair", unit="layer", disable=not progress, initial=len(layers))
         for i in range(len(layers), len(self.subnet)):
             layers.append(self._repair_layer(i))
@@ -199,81 +212,78 @@ class Repair:
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
         centred = is_centring(self.teacher)
-        basis = Basis.principal(principal_directions(self._worth().form, centred), self.n_embd, centred)
+        stream, layers = self._stream("directions", self.teacher.n_embd), set(self.subnet.layers)
+        worth = direction_importance(self.theirs, self._teacher_block, layers, self.calibration, stream)
+        self.scratch.remove_stream("directions")
+        basis = Basis.principal(principal_directions(worth.form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
         return basis
 
-    def _worth(self) -> Worth:
-        """Return the importance of the teacher's directions for the kept layers' input projections and the LM head."""
-        # 32 tokens per channel suffice for directions, spread over the calibration data
-        batches, n_needed = self.calibration.all_batches, 32 * self.teacher.n_embd
-        batches = self.calibration.share(
-            batches[:: max(self.calibration.n_first * self.calibration.shape[1] // n_needed, 1)]
-        )
-        stream, worth = self._stream("directions", self.teacher.n_embd), Worth()
-        for batch in batches:
-            stream[batch] = self.theirs.embed(self.calibration.ids(batch))
-        for layer in range(self.teacher.n_layer):
-            block = self._teacher_block(layer)
-            before, middle = (Moments(self.teacher.n_embd, 0, self.device) for _ in range(2))
-            inside = [] if self.teacher.parallel_residual else ["norm_2"]
-            for batch in batches:
-                x = stream[batch].to(self.device)
-                before.add(standardised(x, self.teacher), no_outputs(x))
-                seen = run_block(block, x, self.theirs.block_args[layer], inside)
-                if inside:
-                    middle.add(standardised(seen["norm_2"], self.teacher), no_outputs(x))
-                stream[batch] = _finite(seen["out"], layer)
-            if layer in self.subnet.layers:
-                before.over_processes()
-                mlp_norm = block.norm_1 if self.teacher.shared_attention_norm else block.norm_2
-                worth.add(before, block.norm_1, readers(block, "attn"))
-                worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
-        final = Moments(self.teacher.n_embd, 0, self.device)
-        for batch in batches:
-            x = stream[batch].to(self.device)
-            final.add(standardised(x, self.teacher), no_outputs(x))
-        final.over_processes()  # also waits until all processes have read the stream
-        self.scratch.remove_stream("directions")
-        head = self.theirs.head.weight
-        # half the weight of all layers' projections: the best of 1, 1/2, 1/4 and 1/8 on a teacher of 8 layers
-        worth.add(final, self.theirs.norm, [head - head.mean(0)], times=len(self.subnet))
-        return worth
-
     # streams ----------------------------------------------------------------------------------------------------------
 
-    def _stream(self, name: str, n_embd: int) -> Stream:
+    def _stream(self, name: str, n_embd: int) -> Stream | DeviceStream:
         return self.scratch.stream(name, *self.calibration.shape, n_embd)
 
-    def _begin_streams(self, n_finished: int) -> None:
-        """Set up both models' streams before the first unfinished block."""
-        self.teacher_stream = self._stream(f"teacher-{n_finished}", self.teacher.n_embd)
-        self.student_stream = self._stream(f"student-{n_finished}", self.n_embd)
-        if n_finished:
-            if (embedding := self.scratch.load("embedding")) is not None:
-                self.ours.embedding.copy_(embedding)
-            return
+    def _begin_streams(self, finished: list[Weights]) -> None:
+        """Set up both models' streams before the first unfinished block.
+
+        Args:
+            finished: Weights of the student's finished blocks; streams that no file holds are computed again.
+        """
+        n = len(finished)
+        names, first = [f"teacher-{n}", f"student-{n}"], min(n, self.subnet.n_intact)
+        if self.args.refine_passes:
+            names.append(f"student-{first}")
+        has_streams = n > 0 and self.scratch.has_streams(*names)
+        if (embedding := self.scratch.load("embedding") if n else None) is not None:
+            self.ours.embedding.copy_(embedding)
+        with nullcontext() if has_streams else self.scratch.filling():
+            self.teacher_stream = self._stream(f"teacher-{n}", self.teacher.n_embd)
+            self.student_stream = self._stream(f"student-{n}", self.n_embd)
+            if not has_streams:
+                self._begin_teacher(n)
+                self._begin_student(finished)
+
+    def _begin_teacher(self, n_finished: int) -> None:
+        """Run the teacher up to the student's first unfinished block; repair the student's embedding on the way."""
         for batch in self.calibration.teacher_batches:
             self.teacher_stream[batch] = self.theirs.embed(self.calibration.ids(batch))
-        for layer in range(self.subnet.layers[0]):
+        layers = self.subnet.layers
+        for layer in range(layers[n_finished] if n_finished < len(layers) else self.teacher.n_layer):
             self._advance(self.teacher_stream, layer)
-        if self.subnet.layers[0] and not self.tied:
+        if layers[0] and n_finished == 0 and not self.tied:
             self._repair_embedding()
+
+    def _begin_student(self, finished: list[Weights]) -> None:
+        """Run the student's finished blocks."""
+        n_intact = self.subnet.n_intact
         for batch in self.calibration.teacher_batches:
             self.student_stream[batch] = self.ours.embed(self.calibration.ids(batch))
+        for i, weights in enumerate(finished):
+            if i == n_intact and self.args.refine_passes:
+                start = self._stream(self._start, self.n_embd)
+                for batch in self.calibration.teacher_batches:
+                    start[batch] = self.student_stream[batch]
+            weights = {name: weight.to(self.device) for name, weight in weights.items()}
+            block = load_block(self.subnet.layer_config(i), i, weights)
+            is_copy = i < n_intact
+            args = (self.theirs if is_copy else self.ours).block_args[i]
+            for batch in self.calibration.teacher_batches if is_copy else self.calibration.batches:
+                self.student_stream[batch] = block(self.student_stream[batch], *args)
 
-    def _advance(self, stream: Stream, layer: int) -> None:
+    def _advance(self, stream: Stream | DeviceStream, layer: int) -> None:
         """Run one of the teacher's blocks on its stream, in place."""
-        block = self._teacher_block(layer)
+        block, finite = self._teacher_block(layer), FiniteCheck(layer)
         for batch in self.calibration.teacher_batches:
-            stream[batch] = _finite(block(stream[batch].to(self.device), *self.theirs.block_args[layer]), layer)
+            stream[batch] = finite(block(stream[batch], *self.theirs.block_args[layer]))
+        finite.finish()
 
     def _repair_embedding(self) -> None:
         """Replace dropped first layers by per-token means in the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.training_batches:
-            means.add(self.calibration.ids(batch), self.teacher_stream[batch].to(self.device))
+            means.add(self.calibration.ids(batch), self.teacher_stream[batch])
         add_up(means.total), add_up(means.count)
         means.into(weight, self.basis, self.teacher)
         self.scratch.save("embedding", weight)
@@ -315,9 +325,10 @@ class Repair:
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
         """Copy a layer of the teacher, which needs no fit."""
         ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
+        finite = FiniteCheck(i)
         for batch in self.calibration.teacher_batches:
-            stream = teacher(self.teacher_stream[batch].to(self.device), *self.theirs.block_args[i])
-            ahead[batch] = ours[batch] = _finite(stream, i)
+            ahead[batch] = ours[batch] = finite(teacher(self.teacher_stream[batch], *self.theirs.block_args[i]))
+        finite.finish()
         self.teacher_stream, self.student_stream = ahead, ours
         weights = {name: tensor.detach().cpu() for name, tensor in teacher.state_dict().items()}
         return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
@@ -331,8 +342,9 @@ class Repair:
         moments = {
             name: Moments(teacher.get_submodule(name).in_features, 0, self.device, rough=True) for name in chosen
         }
+        finite = FiniteCheck(layer)
         for batch in self.calibration.batches:
-            stream = streams.teacher[batch].to(self.device)
+            stream = streams.teacher[batch]
             # 16 tokens per input suffice for the selection, from the beginning of the data
             n_before = batch.start * self.calibration.shape[1]
             wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
@@ -347,10 +359,10 @@ class Repair:
                 is_inside = name.startswith("attn") and streams.middle is not None
                 weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
-            streams.ahead[batch] = _finite(seen["out"], layer)
+            streams.ahead[batch] = finite(seen["out"])
         for batch in self.calibration.further_batches:
-            stream = teacher(streams.teacher[batch].to(self.device), *self.theirs.block_args[layer])
-            streams.ahead[batch] = _finite(stream, layer)
+            streams.ahead[batch] = finite(teacher(streams.teacher[batch], *self.theirs.block_args[layer]))
+        finite.finish()
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
         covariances = {
@@ -373,7 +385,7 @@ class Repair:
 
         def pair(batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
             return tuple(
-                outside.norm(stream[batch].to(self.device))
+                outside.norm(stream[batch])
                 for outside, stream in ((ours, self.student_stream), (theirs, self.teacher_stream))
             )
 
@@ -433,10 +445,3 @@ class Repair:
             for name, value in values.items():
                 fields.setdefault(name, [None] * len(keeps))[i] = value
         return SubNet(self.teacher, n_embd=subnet.n_embd, n_layer=subnet.n_layer, head_size=subnet.head_size, **fields)
-
-
-def _finite(stream: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the teacher's stream after a layer; raise UserError if it is not finite."""
-    if not torch.isfinite(stream).all():
-        raise not_finite(layer)
-    return stream

@@ -10,21 +10,32 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.perplexity import Fitness
-from litgpt_whittle.processes import rank, spread
+from litgpt_whittle.processes import (
+    free_memory,
+    is_out_of_memory,
+    n_sharing,
+    own_device,
+    rank,
+    release_memory,
+    spread,
+)
 from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.searching.objectives import Measures
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start
 from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.subnet import SubNet
+
+T = TypeVar("T")
 
 ROUND = 32
 """Maximum number of proposals per batch, for strategies that never wait for scores"""
@@ -207,28 +218,54 @@ class Outcome:
 def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> Outcome:
     """Score a candidate of a search, or any sub-network if `search` is None.
 
-    A candidate fails if it is outside a limit, its loss is not finite, or memory runs out.
+    A candidate fails if it is outside a limit, or its loss is not finite.
+
+    Raises:
+        UserError: If memory runs out, also with half as many windows per forward pass.
     """
     started = time.perf_counter()
     costs, error = ({}, None) if search is None else search.costs(candidate)
     expects = search.strategy.expects if search is not None else lambda _: {}
     scores = {}
     if error is None:
-        scores, error = attempt(lambda: {**fitness(candidate), **expects(candidate)})
-    scores, error = finite({**(scores or {}), **costs}, error)
+        scores = within_memory(fitness, lambda: {**fitness(candidate), **expects(candidate)})
+    scores, error = finite({**scores, **costs}, error)
     return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
 
 
-def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return the function's result and None, or None and the error message if memory ran out."""
+def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:
+    """Return the result of a function that scores a candidate.
+
+    If memory runs out, memory kept for reuse is released, and the function is called once more, with half as many
+    windows per forward pass where the fitness supports that. A failure is not recorded as a candidate's score, because
+    it depends on the device, and would bias the search towards small candidates.
+
+    Raises:
+        UserError: If memory runs out again.
+    """
+    found = _unless_out_of_memory(function)
+    # processes that share a teacher wait for one another
+    if found is None and not getattr(fitness, "is_sharded", False):
+        release_memory()
+        with fitness.halved() if hasattr(fitness, "halved") else nullcontext():
+            found = _unless_out_of_memory(function)
+    if found is None:
+        device = own_device()
+        raise UserError(
+            "each candidate must fit into memory, and one did not at half of train.micro_batch_size, with "
+            f"{readable_size(free_memory(device, n_sharing(device)))} free; search in another out_dir with a smaller "
+            "one, or continue with --resume true where more memory is free"
+        )
+    return found[0]
+
+
+def _unless_out_of_memory(function: Callable[[], T]) -> tuple[T] | None:
     try:
-        return function(), None
-    except (torch.OutOfMemoryError, MemoryError):
-        return None, "out of memory"
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's message when CPU memory runs out
+        return (function(),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        return None, "out of memory"
+    return None  # outside of the handler, whose traceback would keep tensors alive
 
 
 def finite(scores: Mapping[str, float], error: str | None) -> tuple[dict[str, float | None], str | None]:

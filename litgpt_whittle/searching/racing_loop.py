@@ -18,7 +18,7 @@ from litgpt_whittle.files import write_text
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.journal import Evaluation
-from litgpt_whittle.searching.loop import Loop, Outcome, Search, attempt, check_replayed, finite
+from litgpt_whittle.searching.loop import Loop, Outcome, Search, check_replayed, finite, within_memory
 from litgpt_whittle.searching.racing import estimate, losers, stages
 from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet
@@ -154,8 +154,7 @@ class RacingLoop(Loop):
             costs |= search.strategy.expects(candidate)
         sums: list[float] = []
         if error is None:
-            losses, error = attempt(lambda: self.fitness.losses(candidate, which))
-            sums = [] if losses is None else losses.sums.tolist()
+            sums = within_memory(self.fitness, lambda: self.fitness.losses(candidate, which)).sums.tolist()
             if not np.isfinite(sums).all():
                 sums, error = [], "its loss is not finite"
         return Leg(sums, round(time.perf_counter() - started, 4), error, costs)

@@ -78,7 +78,7 @@ class Text(Regressor):
         self.model.eval()
         rows, device = self._tokens(unknown), self.model.device
         parts = [rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)]
-        found = [self.model(**self._padded(part, device)).logits.squeeze(1).double().cpu() for part in parts]
+        found = [self.model(**self._padded(part, device)).logits.squeeze(1).cpu().double() for part in parts]
         return torch.cat(found).numpy()
 
     def save(self, folder: Path) -> bool:

@@ -26,6 +26,7 @@ from litgpt_whittle.data.loading import connect, train_loader, val_loader
 from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import Termination, barrier, release_memory
+from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import skipping
 from litgpt_whittle.training.log import TrainLog
@@ -218,13 +219,13 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
     """
     barrier()
     run.job.module.eval()
-    total = torch.zeros((), dtype=torch.float64, device=run.fabric.device)
+    total = torch.zeros((), dtype=sums_dtype(run.fabric.device), device=run.fabric.device)
     n_tokens, n_batches = torch.zeros_like(total), torch.zeros_like(total)
     for batch, counts in islice(run.validation, only):
         input_ids, targets = split_batch(run.fabric.to_device(batch), run.seq_length)
         loss, n = score(input_ids, targets), (targets != IGNORE_INDEX).sum()
         if counts:
-            total += loss.double() * n
+            total += in_sums_dtype(loss) * n
             n_tokens += n
             n_batches += 1
     run.job.module.train()

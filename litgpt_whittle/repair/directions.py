@@ -1,0 +1,66 @@
+"""Importance of the teacher's directions for a sequential repair, which runs the teacher block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from litgpt.model import Block
+
+from litgpt_whittle.blocks import Outside, run_block
+from litgpt_whittle.calibration import Calibration
+from litgpt_whittle.least_squares import Moments, no_outputs
+from litgpt_whittle.repair.basis import Worth, readers, standardised
+from litgpt_whittle.repair.cut import FiniteCheck
+from litgpt_whittle.scratch import DeviceStream, Stream
+
+
+def direction_importance(
+    teacher: Outside,
+    block_of: Callable[[int], Block],
+    layers: Container[int],
+    calibration: Calibration,
+    stream: Stream | DeviceStream,
+) -> Worth:
+    """Return the importance of the teacher's directions for the kept layers' input projections and the LM head.
+
+    Args:
+        teacher: The teacher's modules outside the blocks.
+        block_of: Returns one of the teacher's blocks.
+        layers: The kept layers.
+        calibration: The calibration tokens; 32 per channel, spread over them, are used.
+        stream: Holds the teacher's residual stream; overwritten.
+
+    Raises:
+        UserError: If activations are not finite.
+    """
+    config, device = teacher.model.config, calibration.device
+    batches, n_needed = calibration.all_batches, 32 * config.n_embd
+    batches = calibration.share(batches[:: max(calibration.n_first * calibration.shape[1] // n_needed, 1)])
+    worth = Worth()
+    for batch in batches:
+        stream[batch] = teacher.embed(calibration.ids(batch))
+    for layer in range(config.n_layer):
+        block, finite = block_of(layer), FiniteCheck(layer)
+        before, middle = (Moments(config.n_embd, 0, device) for _ in range(2))
+        inside = [] if config.parallel_residual else ["norm_2"]
+        for batch in batches:
+            x = stream[batch]
+            before.add(standardised(x, config), no_outputs(x))
+            seen = run_block(block, x, teacher.block_args[layer], inside)
+            if inside:
+                middle.add(standardised(seen["norm_2"], config), no_outputs(x))
+            stream[batch] = finite(seen["out"])
+        finite.finish()
+        if layer in layers:
+            before.over_processes()
+            mlp_norm = block.norm_1 if config.shared_attention_norm else block.norm_2
+            worth.add(before, block.norm_1, readers(block, "attn"))
+            worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
+    final = Moments(config.n_embd, 0, device)
+    for batch in batches:
+        final.add(standardised(stream[batch], config), no_outputs(stream[batch]))
+    final.over_processes()  # also waits until all processes have read the stream
+    head = teacher.head.weight
+    # half the weight of all layers' projections: the best of 1, 1/2, 1/4 and 1/8 on a teacher of 8 layers
+    worth.add(final, teacher.norm, [head - head.mean(0)], times=sum(i in layers for i in range(config.n_layer)))
+    return worth
