@@ -9,11 +9,11 @@ from litgpt.model import Block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.index_plan import layer_params, layer_plan, n_params
+from litgpt_whittle.least_squares import PRODUCT_ROWS
 from litgpt_whittle.processes import free_memory, n_sharing
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.end_to_end import TOKENS_PER_STEP as TOKENS_PER_STEP_OF_ALL
 from litgpt_whittle.repair.head import OPTIMIZER_COPIES, STEP_COPIES, TOKENS_PER_STEP
-from litgpt_whittle.repair.readers import ROWS
 from litgpt_whittle.repair.units import maps_to_choose_for
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.tensors import sums_dtype
@@ -160,7 +160,7 @@ def candidate_bytes(config: Config, device: torch.device) -> int:
     widest = max(config.n_embd, *(n for sizes in _sizes(config) for n in sizes))
     # the student, the teacher's embedding and head in fp32, and rows of the head in float64
     weights = FP32 * n_params(config, full) + outside_bytes(full, tied=False)[0]
-    weights += 4 * FP32 * min(ROWS, config.padded_vocab_size) * config.n_embd
+    weights += 4 * FP32 * min(PRODUCT_ROWS, config.padded_vocab_size) * config.n_embd
     return weights + largest_block(config) + CANDIDATE_COPIES * widest**2 * sums_dtype(device).itemsize
 
 
