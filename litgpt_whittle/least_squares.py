@@ -50,8 +50,9 @@ def products(a: torch.Tensor, b: torch.Tensor, centred: bool = False) -> torch.T
     dtype = sums_dtype(a.device)
     means = [weight.mean(0, dtype=dtype) if centred else 0.0 for weight in (a, b)]
     total = torch.zeros(a.size(1), b.size(1), dtype=dtype, device=a.device)
-    for parts in zip(a.split(PRODUCT_ROWS), b.split(PRODUCT_ROWS)):
-        left, right = (part.to(dtype) - mean for part, mean in zip(parts, means))
+    for rows in zip(a.split(PRODUCT_ROWS), b.split(PRODUCT_ROWS)):
+        left = rows[0].to(dtype) - means[0]
+        right = left if b is a else rows[1].to(dtype) - means[1]
         total.addmm_(left.T, right)
     return total
 
