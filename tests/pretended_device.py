@@ -15,6 +15,7 @@ Kernels, streams, bf16 autocast and several devices are not pretended.
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections import Counter, defaultdict
@@ -109,6 +110,7 @@ def peak_bytes() -> Iterator[Peak]:
     Temporary memory within a kernel is not counted.
     """
     global _peak
+    gc.collect()  # garbage that is freed meanwhile would be counted as less memory
     before, found = _live, Peak()
     _peak = _live
     try:
