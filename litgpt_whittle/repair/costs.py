@@ -107,8 +107,8 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool
     # a block of the teacher and one of the student, which is at most as large, before and after the fit
     block = 3 * largest + sums_bytes(subnet, True, device)
     # the teacher's principal directions come before the student exists, whose weights are then cut from a copy
-    head = 3 * FP32 * teacher.n_embd * teacher.padded_vocab_size  # centred, and in float64
-    begin = max(largest + head + SOLVE_COPIES * teacher.n_embd**2 * torch.float64.itemsize, theirs) - ours
+    centred = 3 * FP32 * teacher.n_embd * teacher.padded_vocab_size  # the head, in float64, too
+    begin = max(largest + centred + SOLVE_COPIES * teacher.n_embd**2 * torch.float64.itemsize, theirs) - ours
     head = _logits_bytes(subnet, TOKENS_PER_STEP) if tied else head_bytes(subnet)
     return theirs + ours + max(begin, block, head, refine_bytes(subnet, tied) if refines else 0)
 

@@ -63,9 +63,8 @@ def fit_tied_norm(
     if norm_weight(norm) is None:
         return
     # softmax is invariant to a constant added to all logits
-    ours = products(embedding, embedding, centred=True).to(moments.zz.dtype)
-    is_same = torch.equal(embedding, wide)
-    across = ours if is_same else products(embedding, wide, centred=True).to(moments.zz.dtype)
+    ours = products(embedding, embedding, centred=True)
+    across = ours if torch.equal(embedding, wide) else products(embedding, wide, centred=True)
 
     def normal_equations(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
         zz, yz = moments.covariances(intercept=False)

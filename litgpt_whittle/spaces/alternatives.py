@@ -88,9 +88,8 @@ class Alternatives:
                 grid = self.space.sizes.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
                 pairs = pairwise(self.levels[name])
                 aims = [size for above, below in pairs for size in np.linspace(above, below, self.n_between + 2)]
-                offered[name] = sorted({*self.levels[name], *(nearest_size(grid, aim / grid[-1]) for aim in aims)})[
-                    ::-1
-                ]
+                between = {nearest_size(grid, aim / grid[-1]) for aim in aims}
+                offered[name] = sorted(between.union(self.levels[name]), reverse=True)
         return offered
 
     @cached_property

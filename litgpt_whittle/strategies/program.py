@@ -196,12 +196,9 @@ class Program:
         cuts = [(variable, Alternative(layer, DROPPED, 0), 1.0) for layer, variable in self.dropped.items()]
         for (layer, names), variables in self.parts.items():
             for values, variable in variables.items():
-                sizes = [(name, size) for name, size in zip(names, values) if name != "n_expert"]
-                cuts += [
-                    (variable, Alternative(layer, name, level), part)
-                    for name, size in sizes
-                    for level, part in between(name, size)
-                ]
+                for name, size in zip(names, values):
+                    if name != "n_expert":
+                        cuts += [(variable, Alternative(layer, name, n), part) for n, part in between(name, size)]
         cuts += [(variable, cut, 1.0) for cut, variable in self.shared.items() if cut.name == "n_expert"]
         entries = [(part, variable, index[cut]) for variable, cut, part in cuts if cut in index]
         parts, rows, columns = zip(*entries) if entries else ((), (), ())
