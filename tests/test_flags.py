@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import yaml
@@ -13,8 +13,6 @@ from litgpt.data import DataModule
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.flags import in_one_line, why_not_made
 from litgpt_whittle.training.checks import read_optimizer
-
-BIN = Path(sys.executable).parent
 
 CASES = [
     ("search", "checkpoint_dir is missing; see 'litgpt search --help'"),
@@ -29,7 +27,12 @@ CASES = [
     ("extract T S --repair.basis coordinate", "repair.basis must be one of pca, coordinates, got 'coordinate'"),
     ("extract T S --repair.tokens x", "repair.tokens must be a whole number, got x"),
     ("extract T S --repair.toknes 3", "repair has no setting toknes"),
-    ("search T --space fine", "space must be one of coarse_uniform, coarse_layerwise, "),
+    (
+        "search T --space fine",
+        "space must be one of coarse_uniform, coarse_layerwise, fine_uniform, fine_layerwise, got 'fine'",
+    ),
+    ("search T --search_space.layers last", "search_space.layers must be one of any, first, best, got 'last'"),
+    ("extract T S --dtype int", "dtype must be one of float32, float16, bfloat16, got 'int'"),
     ("search T --data Foo", "data: there is nothing called Foo; name a class, or its path such as package.Class"),
     ("search T --data HFText --data.pth x", "data has no setting pth; it is a litgpt_whittle.data.HFText"),
     ("search T --strategy.foo 3", "strategy has no setting foo; it is a litgpt_whittle.strategies.Evolution"),
@@ -38,36 +41,49 @@ CASES = [
 ]
 
 
+OPTIMIZER_FLAGS = [
+    ("--optimizer.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
+    ("--optimizer.init_args.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
+    ("--optimizer={class_path: torch.optim.AdamW, init_args: {lr: 2.0}}", {"lr": 2.0}),
+]
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict[str, str]:
-    """What a process says that parses all the command lines, one after the other, as `litgpt` would each."""
-    script = tmp_path_factory.mktemp("flags") / "run.py"
-    script.write_text(
+def printed(tmp_path_factory) -> Callable[..., tuple[str, str]]:
+    """Return standard output and error of a command line, all of which one process parses as `litgpt` would each."""
+    folder = tmp_path_factory.mktemp("flags")
+    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.1}}
+    (folder / "given.yaml").write_text(yaml.safe_dump({"optimizer": settings}))
+    lines = [line.split() for line in [*(line for line, _ in CASES), "pretrain --zzz=3"]]
+    lines += [["distill", "--config=given.yaml", flag, "--print_config"] for flag, _ in OPTIMIZER_FLAGS]
+    (folder / "run.py").write_text(
         "import contextlib, io, json, sys\n"
         "sys.argv = ['litgpt', 'search', 'distill', 'extract']\n"  # which commands are imported
         "from litgpt.__main__ import main\n"
-        "told = {}\n"
+        "printed = []\n"
         "for line in json.loads(sys.stdin.read()):\n"
-        "    sys.argv, err = ['litgpt', *line.split()], io.StringIO()\n"
-        "    with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):\n"
+        "    sys.argv, out, err = ['litgpt', *line], io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):\n"
         "        main()\n"
-        "    told[line] = err.getvalue()\n"
-        "print('TOLD', json.dumps(told))\n"
+        "    printed.append((line, (out.getvalue(), err.getvalue())))\n"
+        "print('PRINTED', json.dumps(printed))\n"
     )
-    lines = json.dumps([line for line, _ in CASES] + ["pretrain --zzz=3"])
-    done = subprocess.run([sys.executable, str(script)], input=lines, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "run.py"]
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=400, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition("TOLD")[2])
+    by_line = {tuple(line): text for line, text in json.loads(done.stdout.partition("PRINTED")[2])}
+    return lambda *line: by_line[line]
 
 
 @pytest.mark.parametrize("line, expected", CASES)
-def test_what_the_parser_cannot_take_ends_in_one_line(told, line, expected):
-    assert told[line].startswith(f"error: {expected}")
-    assert told[line].count("\n") == 1
+def test_what_the_parser_cannot_take_ends_in_one_line(printed, line, expected):
+    _, error = printed(*line.split())
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1
 
 
-def test_commands_of_litgpt_keep_their_messages(told):
-    assert told["pretrain --zzz=3"].startswith("usage: litgpt")
+def test_commands_of_litgpt_keep_their_messages(printed):
+    assert printed("pretrain", "--zzz=3")[1].startswith("usage: litgpt")
 
 
 def test_a_mistake_with_a_message_of_its_own_keeps_it():
@@ -171,20 +187,9 @@ def test_settings_beside_init_args_go_into_them(key, value):
     assert given["init_args"]["lr"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "flag, expected",
-    [
-        ("--optimizer.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
-        ("--optimizer.init_args.lr=3e-4", {"lr": 3e-4, "weight_decay": 0.1}),
-        ("--optimizer={class_path: torch.optim.AdamW, init_args: {lr: 2.0}}", {"lr": 2.0}),
-    ],
-)
-def test_flags_change_the_optimizer_of_a_yaml(tmp_path, flag, expected):
-    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.1}}
-    path = tmp_path / "given.yaml"
-    path.write_text(yaml.safe_dump({"optimizer": settings}))
-    command = [str(BIN / "litgpt"), "distill", f"--config={path}", flag, "--print_config"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout[done.stdout.index("model_name:") :]  # litserve may print above it
-    assert read_optimizer(yaml.safe_load(printed)["optimizer"])["init_args"] == expected
+@pytest.mark.parametrize("flag, expected", OPTIMIZER_FLAGS)
+def test_flags_change_the_optimizer_of_a_yaml(printed, flag, expected):
+    settings, error = printed("distill", "--config=given.yaml", flag, "--print_config")
+    assert not error
+    settings = settings[settings.index("model_name:") :]  # litserve may print above it
+    assert read_optimizer(yaml.safe_load(settings)["optimizer"])["init_args"] == expected
