@@ -15,7 +15,7 @@ runs in this process, on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.results import Checkpoint, SearchResult, TrainingResult
 from litgpt_whittle.training.resume import describe
 
-Data = DataModule | str | Path | None
+Data = DataModule | str | Path | Mapping[str, float] | None
 
 
 def search(
@@ -47,7 +47,8 @@ def search(
     Args:
         checkpoint_dir: The teacher's checkpoint directory.
         bin: Parameter count of the sub-network, such as ``410M±5%``.
-        data: Data to score candidates on: a litgpt data module, or the path of a text for `HFText`.
+        data: Data to score candidates on: a litgpt data module; or for `HFText` a path, or a blend such as
+            ``{"wiki.jsonl": 0.7, "code": 0.3}``.
         out_dir: Directory of the journal and the report.
         settings: Further options of `litgpt search`.
 
@@ -126,8 +127,11 @@ def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **
         raise UserError(
             f"from Python {name} runs on one device, got devices = {settings['devices']}; several need litgpt {name}"
         )
-    if not isinstance(data, DataModule | str | Path | None):
-        raise UserError(f"data must be a litgpt data module or the path of a text, got {data!r}; see tutorials/data.md")
-    module = HFText(path=str(data)) if isinstance(data, str | Path) else data
+    if not isinstance(data, DataModule | str | Path | Mapping | None):
+        raise UserError(
+            f"data must be a litgpt data module, or the path or blend of texts, got {data!r}; see tutorials/data.md"
+        )
+    if isinstance(data, str | Path | Mapping):
+        data = HFText(path=dict(data) if isinstance(data, Mapping) else str(data))
     given = {key: describe(value) for key, value in (settings | inputs).items()}
-    command(**vars(Section(name, command, given).parse()) | {"data": module})
+    command(**vars(Section(name, command, given).parse()) | {"data": data})

@@ -57,7 +57,7 @@ def test_bad_input(found, teacher, tmp_path):  # noqa: F811
         extract(found.best_path, out_dir=tmp_path / "out")
     with pytest.raises(UserError, match="there is no checkpoint directory 'nofolder'"):
         distill("nofolder", out_dir=tmp_path / "out")
-    with pytest.raises(UserError, match="data must be a litgpt data module or the path of a text, got 3"):
+    with pytest.raises(UserError, match="data must be a litgpt data module, .* got 3"):
         search(teacher, "14K", data=3, out_dir=tmp_path)
     with pytest.raises(UserError, match="teacher_checkpoint_dir is called teacher here, got 'other'; give it as teac"):
         distill(teacher, out_dir=tmp_path / "out", teacher_checkpoint_dir="other")

@@ -31,7 +31,7 @@ def texts_of(path, **options):
     """The documents of each part."""
     data = HFText(str(path), **options)
     data.check()
-    return {part: list(data._read(data._source(part), streaming=True)[0]) for part in ("train", "validation")}
+    return {part: list(data._read(data._sources(part)[0], streaming=True)[0]) for part in ("train", "validation")}
 
 
 def write(path, content):

@@ -8,14 +8,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from litgpt_whittle.data.blend import Blended, Paths, blended_once, weighted
 from litgpt_whittle.data.documents import documents
 from litgpt_whittle.data.sources import Source, find_layout, kind_of
 from litgpt_whittle.data.token_file import Shuffled, Windows, default_cache, is_written, write_tokens
@@ -32,9 +34,10 @@ class HFText(DataModule):
     ids, shape (B, max_seq_length + 1).
     """
 
-    path: str
+    path: Paths
     """A file, a folder or a pattern such as 'texts/**/*.jsonl': plain text, JSON (lines), CSV, TSV, parquet or arrow,
-    also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub"""
+    also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub. Or a blend of
+    several with their weights, such as '{wiki.jsonl: 0.7, code/: 0.3}', which are shares of tokens"""
     name: str | None = None
     """The configuration of a dataset, such as 'wikitext-103-raw-v1'"""
     text_column: str = "text"
@@ -45,16 +48,16 @@ class HFText(DataModule):
     val_split: str | None = None
     """The split to validate on. By default the split 'validation' of a local folder if all of its files belong to
     splits, else a fraction of the training split"""
-    val_path: str | None = None
-    """A file, folder, pattern or dataset to validate on"""
+    val_path: Paths | None = None
+    """A file, folder, pattern, dataset or blend to validate on; by default, a blend is validated on its own blend"""
     val_fraction: float = 0.02
     """The fraction of documents to hold out for validation, by a hash of their text, if there is no split or path"""
     streaming: bool = False
     """Read a dataset from the hub as it is tokenised instead of downloading it first"""
     max_documents: int | None = None
-    """Maximum number of documents to read, including those for validation"""
+    """Maximum number of documents to read of each path, including those for validation"""
     max_tokens: int | None = None
-    """Maximum number of tokens to read"""
+    """Maximum number of tokens to read of each path"""
     bos: bool | None = None
     """Begin every block with the BOS token, without which some models predict badly. By default if the tokenizer begins
     every text with it, as those of Gemma and Llama do"""
@@ -72,8 +75,8 @@ class HFText(DataModule):
     """Number of embeddings of the model, if known"""
     parts: tuple[str, ...] = field(default=PARTS, init=False, repr=False)
     """Parts to prepare; a search that reads only validation data need not tokenise the training data"""
-    train_dataset: Windows | None = field(default=None, init=False, repr=False)
-    val_dataset: Windows | None = field(default=None, init=False, repr=False)
+    train_dataset: Windows | ConcatDataset | None = field(default=None, init=False, repr=False)
+    val_dataset: Windows | Subset | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -82,8 +85,11 @@ class HFText(DataModule):
         for option in ("max_documents", "max_tokens"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise UserError(f"data.{option} must be at least 1, got {value}; leave it out for all")
-        if self.val_path is not None and self.val_split is None and _same(self.val_path, self.path):
-            raise UserError(f"data.val_path must not be the training data {self.path!r}; leave it out to split that")
+        trains, validates = weighted(self.path, "data.path"), self._validation_paths()
+        if validates and self.val_split is None:
+            for path in validates:
+                if any(_same(path, other) for other in trains):
+                    raise UserError(f"data.val_path must not be the training data {path!r}; leave it out to split that")
         if self.val_split == self.train_split and self.val_path is None:
             raise UserError(f"data.val_split must not be data.train_split, got {self.val_split!r} for both; change one")
 
@@ -105,7 +111,7 @@ class HFText(DataModule):
         Raises:
             UserError: If a file, folder, split or column is missing, or the first document cannot be read.
         """
-        sources = [self._source(part) for part in PARTS]
+        sources = [source for part in PARTS for source in self._sources(part)]
         for source in {(source.layout.path, source.split): source for source in sources}.values():
             if source.layout.kind == "hub" and not reads:
                 continue
@@ -120,8 +126,9 @@ class HFText(DataModule):
             UserError: If there is no usable tokenizer, or the data cannot be read or is empty.
         """
         for part in self.parts:
-            if not is_written(folder := self._folder(part)):
-                self._tokenise(part, folder)
+            for source in self._sources(part):
+                if not is_written(folder := self._folder(part, source)):
+                    self._tokenise(part, source, folder)
 
     def setup(self, stage: str = "") -> None:
         """Open the tokenised parts.
@@ -129,16 +136,27 @@ class HFText(DataModule):
         Raises:
             UserError: If a part does not fill one block, or has a token without an embedding.
         """
-        bos_id = self._bos_id()
-        datasets = {part: Windows(self._folder(part), self.max_seq_length, bos_id) for part in self.parts}
-        self.train_dataset, self.val_dataset = (datasets.get(part) for part in PARTS)
-        for part, dataset in datasets.items():
-            self._check_id(max(dataset.about.get("largest_id", 0), bos_id or 0), part)
-            if len(dataset) == 0:
+        if "train" in self.parts:
+            windows = self._windows("train")
+            self.train_dataset = windows[0] if len(windows) == 1 else ConcatDataset(windows)
+        if "validation" in self.parts:
+            windows = self._windows("validation")
+            order = blended_once([len(each) for each in windows], self._shares("validation"))
+            self.val_dataset = windows[0] if len(windows) == 1 else Subset(ConcatDataset(windows), order)
+
+    def _windows(self, part: str) -> list[Windows]:
+        """Open the windows of each source of a part."""
+        bos_id, opened = self._bos_id(), []
+        for source in self._sources(part):
+            windows = Windows(self._folder(part, source), self.max_seq_length, bos_id)
+            self._check_id(max(windows.about.get("largest_id", 0), bos_id or 0), part)
+            if len(windows) == 0:
                 raise UserError(
                     f"the {part} data must fill a block of {self.max_seq_length} tokens, got "
-                    f"{dataset.about['n_tokens']}; add text, or lower train.max_seq_length"
+                    f"{windows.about['n_tokens']} in {source.layout.path!r}; add text, or lower train.max_seq_length"
                 )
+            opened.append(windows)
+        return opened
 
     def _bos_id(self) -> int | None:
         """Return the token that blocks begin with, if any."""
@@ -163,55 +181,74 @@ class HFText(DataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a dataloader of shuffled blocks; the order depends only on seed and epoch."""
-        sampler = Shuffled(len(self.train_dataset), self.seed)
+        if isinstance(self.train_dataset, Windows):
+            sampler = Shuffled(len(self.train_dataset), self.seed)
+        else:
+            sizes = [len(windows) for windows in self.train_dataset.datasets]
+            sampler = Blended(sizes, self._shares("train"), self.seed)
         return self._loader(self.train_dataset, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         """Return a dataloader of blocks in text order."""
         return self._loader(self.val_dataset, shuffle=False)
 
-    def _loader(self, dataset: Windows, **options: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(dataset, batch_size=self.batch_size, **workers, **options)
 
-    def _source(self, part: str) -> Source:
-        """Return the source of a part.
+    def _validation_paths(self) -> dict[str, Fraction]:
+        """Return the paths of `val_path` and their shares; empty without it."""
+        return {} if self.val_path is None else weighted(self.val_path, "data.val_path")
+
+    def _shares(self, part: str) -> list[Fraction]:
+        """Return the share of each source of a part."""
+        validates = self._validation_paths() if part == "validation" else {}
+        return list((validates or weighted(self.path, "data.path")).values())
+
+    def _sources(self, part: str) -> list[Source]:
+        """Return the sources of a part.
 
         Raises:
-            UserError: If the path is not found, or has no such split.
+            UserError: If a path is not found, or has no such split.
         """
-        if part == "validation" and self.val_path is not None:
-            layout = find_layout(str(self.val_path), self.name, "data.val_path")
-            default = self.train_split if layout.kind == "hub" else "validation" if layout.has("validation") else None
-            return Source(layout, self.val_split or default, "data.val_split", "data.val_path")
-        layout = find_layout(str(self.path), self.name)
+        if part == "validation" and (validates := self._validation_paths()):
+            return [self._validation_source(path) for path in validates]
+        return [self._source(part, path) for path in weighted(self.path, "data.path")]
+
+    def _validation_source(self, path: str) -> Source:
+        """Return the source of a path of `val_path`."""
+        layout = find_layout(path, self.name, "data.val_path")
+        default = self.train_split if layout.kind == "hub" else "validation" if layout.has("validation") else None
+        return Source(layout, self.val_split or default, "data.val_split", "data.val_path")
+
+    def _source(self, part: str, path: str) -> Source:
+        """Return the source of a part of one of the paths."""
+        layout = find_layout(path, self.name)
         if self.name is not None and layout.kind in ("files", "saved"):
-            raise UserError(
-                f"data.name {self.name!r} is not in {self.path!r}, which has no configurations; leave it out"
-            )
-        own_val_split = self.val_split if self.val_path is None or _same(self.val_path, self.path) else None
+            raise UserError(f"data.name {self.name!r} is not in {path!r}, which has no configurations; leave it out")
+        validates = self._validation_paths()
+        own_val_split = self.val_split if not validates or any(_same(each, path) for each in validates) else None
         val_split = own_val_split
-        if self.val_path is None and layout.is_certain and layout.has("validation"):
+        if not validates and layout.is_certain and layout.has("validation"):
             val_split = val_split or (None if self.train_split == "validation" else "validation")
         validation = Source(layout, val_split, "data.val_split") if val_split is not None else None
         if part == "validation" and validation is not None:
             return validation
         # otherwise a name such as test_io.py would be read as a split
         has_splits = layout.kind == "hub" or layout.is_certain or self.train_split != "train" or own_val_split
-        is_shared = self.val_path is None and validation is None
+        is_shared = not validates and validation is None
         return Source(layout, self.train_split if has_splits else None, is_shared=is_shared)
 
     def _read(self, source: Source, streaming: bool) -> tuple[Iterator[str], int | None]:
         where = source.layout, source.files, self.name, source.split
         return documents(*where, self.text_column, streaming, source.option)
 
-    def _folder(self, part: str) -> Path:
-        root = self._source(part).layout.root
-        return Path(self.cache_dir or default_cache(root)).expanduser() / f"{part}-{self._fingerprint(part)}"
+    def _folder(self, part: str, source: Source) -> Path:
+        cache = Path(self.cache_dir or default_cache(source.layout.root)).expanduser()
+        return cache / f"{part}-{self._fingerprint(part, source)}"
 
-    def _fingerprint(self, part: str) -> str:
+    def _fingerprint(self, part: str, source: Source) -> str:
         """Return a fingerprint of all settings and files that determine the tokens."""
-        source = self._source(part)
         files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
         facts = {
             "source": [source.layout.path, self.name, source.split, self.text_column, files],
@@ -240,11 +277,10 @@ class HFText(DataModule):
             )
         return self.tokenizer
 
-    def _tokenise(self, part: str, folder: Path) -> None:
+    def _tokenise(self, part: str, source: Source, folder: Path) -> None:
         from tqdm import tqdm
 
         tokenizer = self._checked_tokenizer()
-        source = self._source(part)
         path = source.layout.path
         read = partial(self._read, source, self.streaming)
         texts, total = read()
