@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--validation_tokens", type=int, default=8192, help="of each text, to score students on")
     parser.add_argument("--passes", type=float, default=1.0, help="of the refinement")
     parser.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
+    parser.add_argument("--bos", choices=["true", "false"], help="HFText's data.bos; its default follows the tokenizer")
     parser.add_argument("--nll_only", action="store_true", help="do not measure the KL divergence, in half of the time")
     parser.add_argument("--out", type=Path, default=Path("out/real"))
     args = parser.parse_args()
@@ -108,6 +109,7 @@ class Bench:
     def flags(self, text: str) -> list[str]:
         train, validation = self.texts[text]
         flags = ["--data=HFText", f"--data.path={train}", f"--data.val_path={validation}"]
+        flags += [f"--data.bos={self.args.bos}"] if self.args.bos else []
         return [*flags, "--train.micro_batch_size=1", f"--train.max_seq_length={LENGTH}"]
 
     def cut(self, student: str) -> None:
@@ -128,7 +130,8 @@ class Bench:
     def validation(self, text: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the first validation tokens and the next ones, shape (1, LENGTH) each."""
         train, validation = self.texts[text]
-        data = HFText(path=train, val_path=validation)
+        bos = {None: None, "true": True, "false": False}[self.args.bos]
+        data = HFText(path=train, val_path=validation, bos=bos)
         connect(data, self.teacher, 1, LENGTH)
         batches = validation_batches(data, LENGTH, self.args.validation_tokens // LENGTH)
         return [(batch.input_ids, batch.targets) for batch in batches]
