@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from litgpt.model import GPT
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
+
+NextToken = Callable[[GPT, torch.Tensor, int], torch.Tensor]
 
 
 class Latency(NamedTuple):
@@ -38,7 +41,9 @@ def latency(
     """Measure generation with the KV cache, as in `litgpt generate`, for a student with random weights.
 
     Prompts longer than the smallest sliding window are processed in chunks of its size, as litgpt's cache requires.
-    Decoding is greedy, and each token is fetched from the device before the next is computed.
+    Decoding is greedy, and each token is fetched from the device before the next is computed. On CUDA, a decoding step
+    is replayed as a graph, as inference engines do; launching its kernels one by one would take longer than running
+    them. Models with sliding windows or experts, whose steps wait for the device, run without a graph.
 
     Args:
         subnet: The student's sub-network.
@@ -68,7 +73,8 @@ def latency(
     prompt = torch.randint(subnet.config.vocab_size, (batch_size, prompt_length), generator=_generator("cpu")).to(
         device
     )
-    runs = [_answer(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    decode = _next_token if not _can_capture(subnet, prompt.device) else _DecodingGraph(model, batch_size, length - 1)
+    runs = [_answer(model, prompt, new_tokens, decode) for _ in range(repeats + 1)][1:]
     return Latency(*(median(seconds) for seconds in zip(*runs)))
 
 
@@ -89,13 +95,13 @@ def _generator(device: torch.device | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 
 
-def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int, decode: NextToken) -> tuple[float, float]:
     """Return the seconds to process the prompts, shape (B, T), and per further token."""
     started = perf_counter()
     token = _next_token(model, prompt, 0)
     prefilled = perf_counter()
     for position in range(prompt.size(1), prompt.size(1) + new_tokens):
-        token = _next_token(model, token, position)
+        token = decode(model, token, position)
     return prefilled - started, (perf_counter() - prefilled) / new_tokens
 
 
@@ -109,6 +115,45 @@ def _next_token(model: GPT, idx: torch.Tensor, position: int) -> torch.Tensor:
     token = logits[:, -1:].argmax(-1)
     token.tolist()  # synchronises with the device
     return token
+
+
+def _can_capture(subnet: SubNet, device: torch.device) -> bool:
+    """Return whether a decoding step can be captured as a CUDA graph."""
+    return device.type == "cuda" and not subnet.config.n_expert and subnet.config.sliding_window_size is None
+
+
+class _DecodingGraph:
+    """A decoding step, captured as a CUDA graph, which attends to the whole KV cache.
+
+    Args:
+        model: The model, with a KV cache.
+        batch_size: Sequences per batch.
+        position: Position of the step that is captured, which overwrites the cache there.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, position: int) -> None:
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.cos.device)
+        self.position = torch.full((1,), position, device=model.cos.device)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # libraries allocate their workspaces before the capture
+            for _ in range(3):
+                self._step(model)
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.next = self._step(model)
+
+    def _step(self, model: GPT) -> torch.Tensor:
+        return model(self.token, self.position)[:, -1:].argmax(-1)
+
+    def __call__(self, model: GPT, token: torch.Tensor, position: int) -> torch.Tensor:
+        """Return the most likely token after `token` at `position`, as `_next_token` does; shape (B, 1)."""
+        self.token.copy_(token)
+        self.position.fill_(position)
+        self.graph.replay()
+        self.next.tolist()
+        return self.next
 
 
 def _window(model: GPT) -> int:

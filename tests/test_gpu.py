@@ -15,6 +15,7 @@ import values
 from bench import STUDENT, TEACHER, Bench
 from goals import TOLERANCES
 
+from litgpt_whittle import SubNet, latency
 from litgpt_whittle.least_squares import exact_products
 from litgpt_whittle.scratch import Stream
 
@@ -54,6 +55,21 @@ def test_a_stream_in_a_file_returns_what_the_gpu_wrote(tmp_path):
     assert torch.equal(stream.tokens(rows), states.flatten(0, 1)[rows.to(DEVICE)])
     stream.flush()
     assert torch.equal(Stream(tmp_path / "s.f32", (8, 64, 512), DEVICE)[0:8], states)
+
+
+def test_a_captured_decoding_step_gives_the_tokens_of_an_uncaptured_one():
+    subnet, generator = SubNet.full(Config.from_name("pythia-14m", block_size=64)), torch.Generator().manual_seed(1)
+    model = latency._random_student(subnet, DEVICE, torch.float32, 40)
+    model.set_kv_cache(2, device=DEVICE, dtype=torch.float32)
+    prompt = torch.randint(1000, (2, 32), generator=generator).to(DEVICE)
+    with torch.inference_mode():
+        graph, answers = latency._DecodingGraph(model, 2, 39), []
+        for decode in (latency._next_token, graph):
+            tokens = [latency._next_token(model, prompt, 0)]
+            for position in range(32, 40):
+                tokens.append(decode(model, tokens[-1], position).clone())
+            answers.append(torch.cat(tokens, dim=1))
+    assert torch.equal(*answers)
 
 
 def test_losses_in_bf16_are_near_those_in_fp32_on_the_cpu(cases):

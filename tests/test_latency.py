@@ -71,3 +71,18 @@ def test_bad_settings_are_refused_in_one_line(setting, message):
     with pytest.raises(UserError, match=message) as error:
         latency(SubNet.full(LLAMA), **setting)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "stablelm-base-alpha-3b"])
+def test_a_step_that_attends_to_the_whole_cache_gives_the_same_token(name):
+    """A CUDA graph has fixed shapes, so that the captured step masks what lies after its position."""
+    model = module._random_student(SubNet.full(ARCHITECTURES[name]), "cpu", torch.float32, 12)
+    model.set_kv_cache(2, device="cpu", dtype=torch.float32)
+    graph = object.__new__(module._DecodingGraph)  # __init__ needs a GPU
+    with torch.inference_mode():
+        token = module._next_token(model, torch.randint(50, (2, 7), generator=module._generator("cpu")), 0)
+        for position in range(7, 12):
+            graph.token, graph.position = token, torch.tensor([position])
+            captured = graph._step(model)
+            token = module._next_token(model, token, position)
+            assert torch.equal(captured, token)
