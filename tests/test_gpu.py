@@ -16,6 +16,8 @@ from bench import STUDENT, TEACHER, Bench
 from goals import TOLERANCES
 
 from litgpt_whittle import SubNet, latency
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.least_squares import exact_products
 from litgpt_whittle.scratch import Stream
 
@@ -70,6 +72,27 @@ def test_a_captured_decoding_step_gives_the_tokens_of_an_uncaptured_one():
                 tokens.append(decode(model, tokens[-1], position).clone())
             answers.append(torch.cat(tokens, dim=1))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_compiled_scores_of_the_head_are_the_uncompiled_ones(softcap):
+    torch.manual_seed(0)
+    student, teacher = (
+        HeadInput(torch.randn(1, 300, width, device=DEVICE), torch.randn(5000, width, device=DEVICE) / 8, None)
+        for width in (64, 96)
+    )
+    for tensor in student[:2]:
+        tensor.requires_grad_()
+    targets = torch.randint(5000, (1, 300), device=DEVICE)
+    targets[0, ::7] = -100
+    found = []
+    for compiles in (False, True):
+        losses = head_loss(
+            student, targets, Objective(0.2, 0.8, 0.9), TeacherLogits(teacher, softcap), softcap, 128, compiles
+        )
+        found.append((*losses[:3], *torch.autograd.grad(losses.loss, student[:2])))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_losses_in_bf16_are_near_those_in_fp32_on_the_cpu(cases):

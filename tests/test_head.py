@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from litgpt import GPT, Config
 
-from litgpt_whittle.distillation import head, losses
+from litgpt_whittle.distillation import chunk_scores, head, losses
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
@@ -76,6 +76,46 @@ def test_a_chunk_may_be_scored_in_parts(monkeypatch, n_rows, cap):
     got = head_loss(student, targets, objective, TeacherLogits(teacher, cap), cap, 8)
     for a, b in zip((*got[:3], *torch.autograd.grad(got.loss, student)), (*expected, *expected_grads)):
         assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("ignored", [[], [0, 1, 2, 3, 9], range(N)])
+def test_compiled_scores_are_those_of_the_plain_formula(monkeypatch, cap, ignored):
+    """One graph for all chunks and all values of a schedule; the backend that only traces keeps the test short."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    traced = torch.compile(chunk_scores._dense_scores, backend=backend, fullgraph=True)
+    monkeypatch.setattr(chunk_scores, "_compiled", lambda: traced)
+    for beta, temperature in ((0.8, 0.9), (0.7, 1.0), (0.1, 2.0)):
+        student, teacher, targets = tensors()
+        targets[0, list(ignored)] = -100
+        objective = Objective(0.2, beta, temperature)
+        got = head_loss(student, targets, objective, TeacherLogits(teacher, cap), cap, 8, compiles_scores=True)
+        grads = torch.autograd.grad(got.loss, student)
+        assert graphs
+        if len(ignored) == N:
+            assert not any(value.any() for value in (*got[:3], *grads))
+            continue
+        expected = plain(student, teacher, targets, objective, cap)
+        for a, b in zip((*got[:3], *grads), (*expected, *torch.autograd.grad(expected[0], student))):
+            assert torch.allclose(a, b, atol=1e-10, rtol=1e-10)
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("losses", [[forward_kl, losses.reverse_kl], [losses.reverse_kl]])
+def test_what_cannot_be_compiled_is_scored_without(monkeypatch, losses):
+    monkeypatch.setattr(chunk_scores, "_compiled", None)
+    student, teacher, targets = tensors()
+    objective = Objective(0.2, 0.8, 0.9, tuple(Term(loss, 0.5) for loss in losses))
+    one, other = (
+        head_loss(student, targets, objective, TeacherLogits(teacher), compiles_scores=compiles)
+        for compiles in (True, False)
+    )
+    assert torch.equal(one.loss, other.loss)
 
 
 @pytest.mark.parametrize("tile", [(1, 1), (4, 5), (5, 36), (64, 64)])

@@ -40,9 +40,9 @@ def head(bench: Bench) -> Iterator[dict]:
             found |= {f"{case}_{name}_{figure}": value for figure, value in figures.items()}
         yield found
         yield {
-            f"{case}_{task}_over_liger": found[f"{case}_ours_{task}_ms"] / found[f"{case}_liger_{task}_ms"]
-            for task in OBJECTIVES
-            if {f"{case}_ours_{task}_ms", f"{case}_liger_{task}_ms"} <= found.keys()
+            f"{case}_{task}_over_liger": found[f"{case}_{own}_{task}_ms"] / found[f"{case}_liger_{task}_ms"]
+            for task, own in {"ce": "ours", "kl": "compiled", "ce_kl": "compiled"}.items()  # as in `litgpt distill`
+            if {f"{case}_{own}_{task}_ms", f"{case}_liger_{task}_ms"} <= found.keys()
         }
         del inputs  # before the next ones are made
 
@@ -65,22 +65,26 @@ def make_inputs(bench: Bench, n_vocab: int, n_embd: int, n_embd_teacher: int, n:
 def ways(inputs: Inputs, bench: Bench) -> dict[str, Way]:
     """Return all ways to compute the losses, by name."""
     found: dict[str, Way] = {}
+    is_cuda = bench.device.type == "cuda"
     for task, objective in OBJECTIVES.items():
         found[f"ours_{task}"] = ours(inputs, objective)
         found[f"plain_{task}"] = lambda objective=objective: plain(inputs, objective)
-        if bench.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        if is_cuda and objective.beta:
+            found[f"compiled_{task}"] = ours(inputs, objective, compiles_scores=True)
+        if is_cuda and importlib.util.find_spec("liger_kernel"):
             found[f"liger_{task}"] = liger(inputs, task, objective)
     for chunk in bench.size((512, 1024, 2048, 4096), (32, 64)):
-        found[f"ours_ce_kl_in_{chunk}"] = ours(inputs, OBJECTIVES["ce_kl"], chunk)
+        found[f"ours_ce_kl_in_{chunk}"] = ours(inputs, OBJECTIVES["ce_kl"], chunk, is_cuda)
     return found
 
 
-def ours(inputs: Inputs, objective: Objective, chunk_size: int | None = None) -> Way:
+def ours(inputs: Inputs, objective: Objective, chunk_size: int | None = None, compiles_scores: bool = False) -> Way:
     """Return the loss in chunks of tokens, whose size the project chooses by default."""
 
     def way() -> torch.Tensor:
         teacher = TeacherLogits(inputs.teacher) if objective.beta else None
-        return head_loss(inputs.student, inputs.targets, objective, teacher, chunk_size=chunk_size).loss
+        options = {"chunk_size": chunk_size, "compiles_scores": compiles_scores}
+        return head_loss(inputs.student, inputs.targets, objective, teacher, **options).loss
 
     return way
 

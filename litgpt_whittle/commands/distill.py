@@ -334,6 +334,7 @@ def main(
     fabric.print(f"Student: {num_parameters(model):,} parameters")
     hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
+    losses_of.compiles_scores = compile and fabric.device.type == "cuda"  # a CPU gains little, and waits 25 s for it
     root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
     optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
     train_loader, validation = load_data(

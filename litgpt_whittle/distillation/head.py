@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from litgpt_whittle.distillation.losses import IGNORE_INDEX, forward_kl, wide
-from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
-from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets, with_empty_entry
+from litgpt_whittle.distillation.chunk_scores import Scores, dense_scores, is_dense
+from litgpt_whittle.distillation.losses import IGNORE_INDEX, wide
+from litgpt_whittle.distillation.objective import Objective, SparseTargets
+from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time."""
@@ -139,6 +140,9 @@ class LossModel(nn.Module):
     objective = Objective()
     """The current objective. An attribute, because Fabric unpacks arguments, and not part of the compiled graph."""
 
+    compiles_scores = False
+    """If true, the losses of a chunk's logits are compiled where `dense_scores` has them"""
+
     def __init__(self, model: nn.Module, hidden: nn.Module | None = None) -> None:
         super().__init__()
         tap_head(model)
@@ -156,7 +160,14 @@ class LossModel(nn.Module):
         is_matched = self.hidden is not None and teacher is not None
         if is_matched:
             self.hidden.watch.is_on = True
-        losses = head_loss(hidden_states(self.model, input_ids), targets, self.objective, teacher, softcap)
+        losses = head_loss(
+            hidden_states(self.model, input_ids),
+            targets,
+            self.objective,
+            teacher,
+            softcap,
+            compiles_scores=self.compiles_scores,
+        )
         if not is_matched:
             return losses
         self.hidden.watch.is_on = False
@@ -172,6 +183,7 @@ def head_loss(
     teacher: SoftTargets | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    compiles_scores: bool = False,
 ) -> HeadLosses:
     """Apply the LM head and return the losses, means over the tokens that are not `IGNORE_INDEX`.
 
@@ -185,13 +197,14 @@ def head_loss(
         teacher: The teacher's targets; if None, the loss has no distillation term.
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; by default set by the vocabulary's size.
+        compiles_scores: If true, compile the losses of a chunk's logits where `dense_scores` has them.
     """
     hidden, weight, bias = head_input
     hidden = hidden.reshape(-1, hidden.size(-1))
     targets = None if targets is None else targets.reshape(-1)
     chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.size(0))
     teacher = shared_targets(teacher if objective.beta else None, weight.size(0))
-    task = _Task(objective, teacher, softcap, chunk_size)
+    task = _Task(objective, teacher, softcap, chunk_size, compiles_scores)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return HeadLosses(*_HeadLoss.apply(hidden, weight, bias, targets, task))
     with torch.no_grad():
@@ -223,6 +236,7 @@ class _Task:
     teacher: SoftTargets | None
     softcap: float | None
     chunk_size: int
+    compiles_scores: bool
 
     def run(self, hidden, weight, bias, targets, needs: tuple[bool, bool, bool]):
         """Return the three losses, and the needed gradients of the first for hidden, weight and bias."""
@@ -253,18 +267,22 @@ class _Task:
             if targets is not None:
                 labels = targets[rows].split(n_rows)
             for part in zip(parts, share[rows].split(n_rows), taught, labels):
-                scores = self._score(*part, any(needs))
-                ce, distill = ce + scores.ce, distill + scores.distill
+                part_ce, part_distill = self._score(*part, any(needs))
+                ce, distill = ce + part_ce, distill + part_distill
             if any(needs):
                 grads.add(rows, logits)
         scale = self.objective.beta * self.objective.temperature**2
         total = self.objective.alpha * ce + scale * distill
         return (total, ce, distill), grads
 
-    def _score(self, logits, share, taught, targets, with_grad: bool) -> _Scores:
+    def _score(self, logits, share, taught, targets, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses of some tokens, and overwrite their logits, by their gradients if `with_grad`."""
+        targets = None if targets is None else targets.clamp(min=0)
+        if self.compiles_scores and with_grad and targets is not None:
+            if not isinstance(self.teacher, SharedTargets) and is_dense(self.objective, taught, logits.size(1)):
+                return dense_scores(logits, taught, targets, share, self.objective, self.softcap)
         cap_slope = self._cap_slope(logits) if with_grad else None
-        scores = _Scores(logits, share.unsqueeze(1), with_grad)
+        scores = Scores(logits, share.unsqueeze(1), with_grad)
         if taught is not None:
             # first, because cross-entropy overwrites the logits
             if isinstance(self.teacher, SharedTargets):
@@ -272,10 +290,10 @@ class _Task:
             else:
                 scores.add_distill(self.objective, taught)
         if targets is not None:
-            scores.add_cross_entropy(targets.clamp(min=0), self.objective.alpha)
+            scores.add_cross_entropy(targets, self.objective.alpha)
         if with_grad:
             logits.copy_(scores.grad if cap_slope is None else scores.grad.mul_(cap_slope))
-        return scores
+        return scores.ce, scores.distill
 
     def _cap_slope(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Return d softcap(x) / dx = 1 - tanh², or None without a softcap."""
@@ -305,115 +323,6 @@ class _Gradients:
     def finish(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         grads = (self.hidden, self.weight, self.bias)
         return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs))
-
-
-class _Scores:
-    """One chunk's losses, and their gradient with respect to its logits.
-
-    Args:
-        logits: (n, V), overwritten.
-        share: Each token's weight in the mean, 0 if it does not count, (n, 1).
-        with_grad: If true, compute `grad`, (n, V).
-    """
-
-    def __init__(self, logits, share, with_grad: bool) -> None:
-        self.logits, self.share, self.with_grad = logits, share, with_grad
-        self.grad: torch.Tensor | None = None
-        self.ce = self.distill = logits.new_zeros(())
-
-    def add_cross_entropy(self, targets: torch.Tensor, alpha: float) -> None:
-        """Add the cross-entropy with targets (n,), which must be valid token ids even for tokens that do not count."""
-        targets = targets.unsqueeze(1)
-        log_p = F.log_softmax(self.logits, dim=-1)
-        self.ce = self._mean(-log_p.gather(1, targets))
-        if not self.with_grad or not alpha:
-            return
-        weight = alpha * self.share
-        grad = torch.exp(log_p, out=self.logits).mul_(weight)  # softmax - one-hot
-        grad.scatter_add_(1, targets, -weight)
-        self._add_grad(grad)
-
-    def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
-        """Add the distance over the first n entries, shared with the teacher; the others get no gradient from it."""
-        logits = self.logits[:, :n]
-        if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
-            logits = with_empty_entry(logits, objective.temperature)
-        part = _Scores(logits, self.share, self.with_grad)
-        part.add_distill(objective, teacher)
-        self.distill = part.distill
-        if part.grad is not None:
-            self._add_grad(F.pad(part.grad[:, :n], (0, self.logits.size(1) - n)))
-
-    def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
-        if isinstance(teacher, SparseTargets):
-            teacher = teacher.to(self.logits.dtype)
-        by_autograd = [term for term in objective.terms if term.loss is not forward_kl]
-        if by_autograd:
-            self._add_by_autograd(objective, by_autograd, teacher)
-        for term in objective.terms:
-            # last, because a closed form overwrites the teacher's logits
-            if term.loss is forward_kl:
-                add = self._add_forward_kl if isinstance(teacher, torch.Tensor) else self._add_sparse_forward_kl
-                add(teacher, objective.temperature, term.weight, objective.beta * objective.temperature * term.weight)
-
-    def _add_forward_kl(self, teacher: torch.Tensor, t: float, weight: float, slope: float) -> None:
-        log_t = F.log_softmax(teacher.div_(t), dim=-1)
-        log_s = F.log_softmax(self.logits / t, dim=-1)
-        p_t = torch.exp(log_t, out=teacher)
-        # 0, or NaN for a row with NaN logits, which nan_to_num would hide
-        broken = 0 * (log_s.amax(-1, keepdim=True) + p_t.amax(-1, keepdim=True))
-        # 0 · inf of tokens with probability 0 counts as 0; in place, because a mask would need extra memory
-        kl = log_t.sub_(log_s).mul_(p_t).nan_to_num_(0.0, torch.inf, -torch.inf).sum(-1, keepdim=True) + broken
-        self.distill = self.distill + weight * self._mean(kl)
-        if self.with_grad:
-            # softmax - softmax, divided by T, times T²
-            self._add_grad(log_s.exp_().sub_(p_t).mul_(slope * self.share))
-
-    def _add_sparse_forward_kl(self, teacher: SparseTargets, t: float, weight: float, slope: float) -> None:
-        """Add the forward KL to sparse targets; the tail is one event with the summed probability of its tokens."""
-        log_s = F.log_softmax(self.logits / t, dim=-1)
-        known, p = log_s.gather(1, teacher.ids), teacher.log_p.exp()
-        kl = torch.where(p > 0, p * (teacher.log_p - known), 0.0).sum(-1, keepdim=True)
-        q, scale = log_s.exp_(), slope * self.share
-        if teacher.log_tail is not None and teacher.ids.size(1) < q.size(1):
-            # the known tokens' entries of q are no longer needed; with them zeroed, q sums to the tail
-            tail = q.scatter_(1, teacher.ids, 0.0).sum(-1, keepdim=True)
-            behind = teacher.log_tail - tail.clamp(min=torch.finfo(tail.dtype).tiny).log()
-            kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * behind, 0.0)
-            if self.with_grad:
-                # tail tokens' probabilities are rescaled to the teacher's tail; if q_tail underflows, so do its tokens'
-                q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
-        elif self.with_grad:
-            q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
-        self.distill = self.distill + weight * self._mean(kl)
-        if self.with_grad:
-            self._add_grad(q)
-
-    def _add_by_autograd(self, objective: Objective, terms: list[Term], teacher: torch.Tensor | SparseTargets) -> None:
-        t = objective.temperature
-        with torch.enable_grad():
-            student = self.logits.detach().requires_grad_(self.with_grad)
-            values = student.new_zeros(len(student))
-            logs = None
-            for term in terms:
-                if getattr(term.loss, "on_logits", False):
-                    values = values + term.weight * term.loss(student / t, wide(teacher) / t)
-                else:
-                    logs = log_probabilities(student, teacher, t) if logs is None else logs
-                    values = values + term.weight * term.loss(*logs)
-            value = self._mean(values.unsqueeze(1))
-        self.distill = self.distill + value.detach()
-        if self.with_grad:
-            grad = torch.autograd.grad(value, student)[0].masked_fill_(self.share == 0, 0.0)
-            self._add_grad(grad.mul_(objective.beta * t**2))
-
-    def _mean(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return this chunk's part of the mean of losses (n, 1); those that do not count may be infinite."""
-        return (losses.masked_fill(self.share == 0, 0.0) * self.share).sum()
-
-    def _add_grad(self, grad: torch.Tensor) -> None:
-        # into the newer tensor: the cross-entropy's gradient reuses the logits' memory, the final destination
-        self.grad = grad if self.grad is None else grad.add_(self.grad)
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
