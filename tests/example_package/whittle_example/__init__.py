@@ -1,1 +1,1 @@
-"""Parts for litgpt_whittle that live in a package of their own; `tutorials/extending.md` explains them."""
+"""Example plugins for litgpt_whittle in a separate package; see `tutorials/extending.md`."""

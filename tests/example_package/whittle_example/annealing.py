@@ -12,18 +12,18 @@ from litgpt_whittle.strategies import Generations, Scored
 
 
 class SimulatedAnnealing(Generations):
-    """Walks from one sub-network to a mutated one, uphill too, but ever more rarely.
+    """Random walk over mutations that accepts worse sub-networks with a probability that falls during the search.
 
-    A step to a score that is worse by the share d is made with the probability exp(-d / temperature), Metropolis' rule.
+    A score that is worse by the fraction d is accepted with probability exp(-d / temperature) (Metropolis).
 
     Args:
-        temperature: At the beginning. With 0.1, every e-th step to a score 10 % worse is made.
-        cooling: What the temperature is multiplied by after every candidate.
-        mutation_probability: How likely each choice (a size, a set of units, the layers) changes; at least one does.
+        temperature: Initial temperature. With 0.1, one in e steps to a score 10 % worse is accepted.
+        cooling: Factor of the temperature after each candidate.
+        mutation_probability: Probability that a choice (a size, a set of units, the layers) changes; at least one does.
     """
 
-    generation_size = 1  # each candidate needs the score of the one before
-    n_kept = None  # it goes on from candidates that are not the best, and so needs every score exactly
+    generation_size = 1  # each candidate depends on the previous score
+    n_kept = None  # continues from candidates that are not the best, so it needs exact scores of all
 
     def __init__(self, temperature: float = 0.1, cooling: float = 0.98, mutation_probability: float = 0.1) -> None:
         if not temperature > 0:
@@ -33,23 +33,23 @@ class SimulatedAnnealing(Generations):
         self.temperature, self.cooling, self.mutation_probability = temperature, cooling, mutation_probability
 
     def start(self, space: Space, seed: int) -> None:
-        """Begins a search, forgetting any earlier one."""
+        """Start a new search and discard any earlier state."""
         self.at: Scored | None = None
         super().start(space, seed)
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """A neighbour of where the walk is, a random sub-network at its start."""
+        """Propose a mutation of the current sub-network; at the start, a random one."""
         if self.at is None:
             return self.space.sample(rng)
         return self.space.mutate(rng, self.at.subnet, self.mutation_probability)
 
     def select(self, generation: list[Scored]) -> None:
-        """Makes the step, or stays."""
+        """Accept or reject the candidate."""
         (found,) = generation
         if math.isfinite(found.score) and (self.at is None or self._accepts(found.score, self.at.score)):
             self.at = found
 
     def _accepts(self, score: float, here: float) -> bool:
         heat = self.temperature * self.cooling ** len(self.told) * abs(here)
-        rng = np.random.default_rng((self.seed, len(self.told), 1))  # not the one of the next proposal
+        rng = np.random.default_rng((self.seed, len(self.told), 1))  # independent of the next proposal's generator
         return score <= here or (heat > 0 and rng.random() < math.exp((here - score) / heat))

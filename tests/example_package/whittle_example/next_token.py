@@ -1,4 +1,4 @@
-"""A fitness: how often the most likely next token is a wrong one."""
+"""A fitness: error rate of the most likely next token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from litgpt_whittle.fitness import WindowLosses
 
 
 class NextTokenError:
-    """The share of tokens that a sub-network does not hold to be the most likely ones, between 0 and 1.
+    """Fraction of tokens that are not the sub-network's most likely prediction, between 0 and 1.
 
     Args:
         model: The teacher, which can run as any of its sub-networks.
-        batches: What to predict, the same for all candidates.
-        autocast: Gives the context to compute in.
+        batches: Batches to predict, the same for all candidates.
+        autocast: Returns the autocast context for the forward pass.
     """
 
     name = "next_token_error"
@@ -32,16 +32,16 @@ class NextTokenError:
         self.n_tokens = sum(batch.n_tokens for batch in batches)
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Scores a sub-network; the score called `name` counts, any others are journalled beside it."""
+        """Return a sub-network's scores; the search minimises the one called `name` and records all of them."""
         return self.scores(self.losses(subnet).mean)
 
     def scores(self, loss: float) -> dict[str, float]:
-        """The scores that a mean loss stands for."""
+        """Return the scores for a mean loss."""
         return {self.name: loss}
 
     @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
-        """The wrong tokens in every window of some of the batches, which is all that a race needs."""
+        """Return the number of wrong tokens per window of some of the batches, for racing."""
         wrong, counted = [], []
         with self.model.running(subnet, materialize=True), self.autocast():
             for input_ids, targets in self.batches[which]:
