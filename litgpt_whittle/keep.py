@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
 
 from litgpt_whittle.errors import UserError
+
+_SINGLE = re.compile(r"(?<![-\d])(\d+)(?![-\d])")
+"""An index in the output of `Keep.to_yaml` that is not an end of a run"""
 
 
 class Keep:
@@ -163,11 +167,8 @@ def ranges(value: int | str | Keep) -> np.ndarray:
         return value.ranges
     if isinstance(value, int):
         return np.array([[0, value]])
-    # ends of runs become negative numbers, the end of "0-0" becomes -0.0
-    numbers = np.fromstring(value.replace("-", ",-"), sep=",")
-    is_end = np.signbit(numbers)
-    ends = np.where(np.append(is_end[1:], False), np.append(-numbers[1:], 0), numbers)
-    return np.stack((numbers, ends + 1), axis=1)[~is_end].astype(np.int64)
+    pairs = _SINGLE.sub(r"\1-\1", value).replace("-", ",")  # parsed by NumPy, since there may be thousands
+    return np.fromstring(pairs, dtype=np.int64, sep=",").reshape(-1, 2) + [0, 1]
 
 
 def n_units(value: int | str) -> int:

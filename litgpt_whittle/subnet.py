@@ -325,7 +325,11 @@ class SubNet:
         return len(self.n_layer)
 
     def __eq__(self, other: object) -> bool:
-        return self._key == other._key if isinstance(other, SubNet) else NotImplemented
+        if not isinstance(other, SubNet):
+            return NotImplemented
+        return self._key == other._key and (
+            self.teacher is other.teacher or fingerprint(self.teacher) == fingerprint(other.teacher)
+        )
 
     def __hash__(self) -> int:
         return hash(self._key)

@@ -90,8 +90,8 @@ class Search:
         self.strategy.tell(candidate, evaluation.score(self.score), evaluation.measures)
         self.n_told += 1
 
-    def is_better(self, evaluation: Evaluation) -> bool:
-        """Return whether an evaluation is the best so far; if so, later ones are compared with it."""
+    def update_best(self, evaluation: Evaluation) -> bool:
+        """Make an evaluation the best one if its score is lower than the best so far; return whether it is."""
         score = evaluation.score(self.score)
         better = not evaluation.dropped and score < (math.inf if self.best is None else self.best.score(self.score))
         if better:
@@ -196,7 +196,7 @@ class Loop:
 
     def _finish(self, search: Search, candidate: SubNet, evaluation: Evaluation) -> None:
         search.tell(candidate, evaluation)
-        if search.is_better(evaluation):
+        if search.update_best(evaluation):
             self.save_best(search, evaluation)
         self.bar.update()
         self.bar.set_postfix_str(", ".join(search.standing for search in self.searches), refresh=False)
