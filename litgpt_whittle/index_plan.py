@@ -22,6 +22,7 @@ from litgpt.model import Block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint, layer_sizes
+from litgpt_whittle.tensors import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,8 @@ def on_device(parts: Sequence[Plan], device: torch.device) -> list[Plan]:
     distinct = {content: indices[at] for at, content in contents.items()}
     if not distinct:
         return list(parts)
-    sent = torch.cat(list(distinct.values())).to(device).split([len(index) for index in distinct.values()])
+    joined = to_device(torch.cat(list(distinct.values())), torch.device(device))
+    sent = joined.split([len(index) for index in distinct.values()])
     by_content = dict(zip(distinct, sent))
     moved = {at: by_content[content] for at, content in contents.items()}
     done: dict[int, Plan] = {}

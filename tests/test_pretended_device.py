@@ -423,13 +423,7 @@ def watched(teachers, tmp_path_factory):
     return watch
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "distill",
-        pytest.param("supernet", marks=pytest.mark.xfail(strict=False, reason="networks send the indices of units")),
-    ],
-)
+@pytest.mark.parametrize("command", ["distill", "supernet"])
 def test_an_optimizer_step_waits_for_its_loss_and_the_log_only(command, watched):
     waits, seen = watched(command)
     assert len(waits) == 2 and max(waits) <= 2, seen.table()
