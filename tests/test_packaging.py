@@ -49,7 +49,8 @@ def test_the_wheel_has_recipes_and_types(built):
 def test_the_source_distribution_has_all_that_the_tests_and_the_readme_need(built):
     names = {name.partition("/")[2] for name in tarfile.open(built["sdist"]).getnames()}
     needed = {"Makefile", "setup.py", "constraints.txt", "constraints-lowest.txt", "tests/checkpoints.py", "LICENSE"}
-    for folder in ("tests", "tutorials", "benchmarks", "config_hub", "litgpt_whittle"):
+    needed |= {"CONTRIBUTING.md"}
+    for folder in ("tests", "tutorials", "docs", "benchmarks", "config_hub", "litgpt_whittle"):
         files = (path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".md", ".yaml", ".png"))
         needed |= {path.relative_to(ROOT).as_posix() for path in files if "build" not in path.parts}
     assert needed - names == set()

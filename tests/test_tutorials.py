@@ -16,6 +16,8 @@ from litgpt_whittle import registry
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))
 PAGES = [ROOT / "README.md", *TUTORIALS]
+FOR_DEVELOPERS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, *FOR_DEVELOPERS, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 OURS = "litgpt.commands"
 
 
@@ -83,7 +85,15 @@ def test_every_command_has_a_page_that_shows_it(command):
     assert f"tutorials/{command}.md" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_project_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", FOR_DEVELOPERS, ids=lambda page: page.name)
+def test_every_source_file_that_is_named_exists(page):
+    named = set(re.findall(r"`([\w./-]+(?:\.py|/))`", page.read_text()))
+    roots = (ROOT, ROOT / "litgpt_whittle")
+    missing = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert [name for name in missing if "NAME" not in name] == []
