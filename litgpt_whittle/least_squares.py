@@ -74,13 +74,13 @@ class Moments:
         self.product_dtype = torch.float32 if rough or torch.device(device).type != "cpu" else dtype
         self.n = 0
         """Number of tokens"""
-        self.mass = 0.0
-        """Sum of the tokens' weights"""
+        self.mass: torch.Tensor | float = 0.0
+        """Sum of the tokens' weights; a tensor, like `yy`, so that no sum waits for the device"""
         self.zz = torch.zeros(n_in, n_in, dtype=dtype, device=device)
         self.yz = torch.zeros(n_out, n_in, dtype=dtype, device=device)
         self.z = torch.zeros(n_in, dtype=dtype, device=device)
         self.y = torch.zeros(n_out, dtype=dtype, device=device)
-        self.yy = 0.0
+        self.yy: torch.Tensor | float = 0.0
         """Σ ‖y‖²"""
 
     def add(self, z: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -96,7 +96,7 @@ class Moments:
         root = z.new_ones(len(z)) if weights is None else weights.flatten().to(z.dtype).sqrt()
         if weights is not None:
             z, y = z * root[:, None], y * root[:, None]
-        self.mass += float(in_sums_dtype(root).square().sum()) if weights is not None else len(z)
+        self.mass = self.mass + (len(z) if weights is None else in_sums_dtype(root).square().sum())
         size = z.shape[1]
         step = max(size // 4, 64)
         for i in range(0, size, step):  # z zᵀ is symmetric: blocks below the diagonal are mirrored
@@ -107,7 +107,7 @@ class Moments:
         self.yz += y.T @ z
         self.z += root @ z
         self.y += root @ y
-        self.yy += float(y.square().sum())
+        self.yy = self.yy + in_sums_dtype(y.square().sum())
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(len(self.z), len(self.y), self.zz.device)
@@ -118,7 +118,7 @@ class Moments:
 
     def over_processes(self) -> Moments:
         """Sum over all processes, in place; return self."""
-        scalars = torch.tensor([self.n, self.yy, self.mass], dtype=self.zz.dtype, device=self.zz.device)
+        scalars = torch.tensor([self.n, float(self.yy), float(self.mass)], dtype=self.zz.dtype, device=self.zz.device)
         for tensor in (self.zz, self.yz, self.z, self.y, scalars):
             add_up(tensor)
         self.n, self.yy, self.mass = int(scalars[0]), float(scalars[1]), float(scalars[2])
@@ -184,10 +184,10 @@ class Moments:
         # Σ (Wz + b − y)(Wz + b − y)ᵀ without the term Σ y yᵀ, of which only the trace is known
         if metric is None:
             total = ((w @ self.zz) * w).sum() - 2 * (w * self.yz).sum() + self.mass * b @ b + 2 * b @ (wz - self.y)
-            return float(total + self.yy) / self.mass
+            return float((total + self.yy) / self.mass)
         mw, mb = metric @ w, metric @ b
         total = ((mw @ self.zz) * w).sum() - 2 * (mw * self.yz).sum() + self.mass * b @ mb + 2 * mb @ (wz - self.y)
-        return float(total) / self.mass
+        return float(total / self.mass)
 
 
 def no_outputs(like: torch.Tensor) -> torch.Tensor:

@@ -384,6 +384,18 @@ def test_the_elimination_order_of_more_units_needs_no_more_waits(n_keep):
     assert waits[0] == waits[1] <= 2, seen.table()  # the order, and whether it could be computed
 
 
+def test_sums_over_tokens_do_not_wait():
+    generator = torch.Generator().manual_seed(0)
+    z, y, weights = (torch.rand(*shape, generator=generator) for shape in ((20, 6), (20, 4), (20,)))
+    with pretended_device() as seen:
+        sums = Moments(6, 4, NAME)
+        z, y, weights = (tensor.to(NAME) for tensor in (z, y, weights))
+        before = seen.total(*WAITS)
+        sums.add(z, y, weights)
+        sums.add(z, y)
+        assert seen.total(*WAITS) == before, seen.table()
+
+
 def test_sparsegpt_does_not_wait_for_each_column():
     waits = []
     for n in (16, 32):
