@@ -1,13 +1,10 @@
 """Caching in processes of their own: the files are those of one, whatever is killed and when."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from test_cache_teacher import cache, contents_of
 from test_train import checkpoint
@@ -45,25 +42,21 @@ def start(teacher_dir, out, pause=0.0, **settings):
     script = out.with_suffix(".py")
     names = {"tests": str(Path(__file__).parent), "teacher": str(teacher_dir), "out": str(out)}
     script.write_text(SCRIPT.format(pause=pause, settings=SETTINGS | settings, **names))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.PIPE, text=True)
+    return forked.Program(script, n=settings.get("devices", 1))
 
 
 def finish(process):
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    done = process.finish()
+    assert done.returncode == 0, done.stderr
 
 
 def kill(process, out, moment):
     """Kills all of it, by a signal that cannot be caught, so long after the first shard is there."""
     while not list(out.glob("shard-*")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.finish()
         time.sleep(0.01)
     time.sleep(moment)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
 
 
 def test_killed_caching_is_finished_by_two_processes(teacher_dir, one, tmp_path):

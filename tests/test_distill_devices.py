@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from litgpt.args import EvalArgs
@@ -41,8 +42,7 @@ def two_processes(out: Path, **settings) -> tuple[int, str]:
     script = out.parent / f"{out.name}.py"
     settings = {name: Code(f"Path({str(v)!r})") if isinstance(v, Path) else v for name, v in settings.items()}
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), settings={"devices": 2} | settings))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    done = forked.run(script, n=2)
     return done.returncode, done.stdout + done.stderr
 
 

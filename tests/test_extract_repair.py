@@ -4,11 +4,9 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 import yaml
@@ -167,12 +165,11 @@ def cli(folder, out_dir, *flags, sub_network="half.yaml") -> list[str]:
     arguments += ["--data=HFText", f"--data.path={folder / 'train.jsonl'}"]
     arguments += [f"--data.val_path={folder / 'validation.jsonl'}"]
     arguments += ["--train.micro_batch_size=8", "--train.max_seq_length=32", *flags]
-    return [sys.executable, "-m", "litgpt_whittle", "extract", *map(str, arguments)]
+    return ["-m", "litgpt_whittle", "extract", *map(str, arguments)]
 
 
 def test_two_processes_find_what_one_finds(folder, late, tmp_path):
-    command = cli(folder, tmp_path / "two", "--devices=2", sub_network="late.yaml")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.run(*cli(folder, tmp_path / "two", "--devices=2", sub_network="late.yaml"), n=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved") == 1  # by one of them
     one, two = weights(late), weights(tmp_path / "two")
@@ -183,8 +180,7 @@ def test_two_processes_find_what_one_finds(folder, late, tmp_path):
 
 def test_two_processes_train_all_blocks_as_one_does(folder, tmp_path):
     refining = ["--repair.refine_passes=0.5", "--repair.closed_form_tokens=2000"]
-    command = cli(folder, tmp_path / "two", "--devices=2", *refining, sub_network="late.yaml")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.run(*cli(folder, tmp_path / "two", "--devices=2", *refining, sub_network="late.yaml"), n=2)
     assert done.returncode == 0, done.stderr
     args = RepairArgs(tokens=4000, refine_passes=0.5, closed_form_tokens=2000)
     one = weights(extract(folder, tmp_path / "one", "late.yaml", repair=args))
@@ -194,11 +190,10 @@ def test_two_processes_train_all_blocks_as_one_does(folder, tmp_path):
 
 def test_a_killed_repair_goes_on_to_the_same_student(folder, student, tmp_path):
     out_dir, scratch = tmp_path / "killed", tmp_path / ".killed.repair"
-    child = subprocess.Popen(cli(folder, out_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = forked.Program(*cli(folder, out_dir))
     while not (scratch / "layer-0.pt").is_file() and child.poll() is None:
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
     assert not out_dir.exists() and (scratch / "layer-0.pt").is_file()
     extract(folder, out_dir)
     expected = weights(student)

@@ -1,14 +1,12 @@
 """Training that goes wrong: it says so in one line, keeps what it has, and goes on to the same result."""
 
-import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from test_train import interrupted, rows, run, same, train_args
@@ -133,26 +131,21 @@ class Training:
         script = SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), n_steps=n_steps, devices=devices)
         path = out.with_suffix(".py")
         path.write_text(script)
-        # a session of its own, so that a signal reaches its other processes too
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(path)], env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        self.process = forked.Program(path, n=devices)
 
     def wait_for(self, n_rows: int) -> None:
         deadline = time.monotonic() + 200
         while len(read_metrics(self.out / "metrics.jsonl")) < n_rows:
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.process.finish()
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
     def end(self, sent: int | None = None) -> tuple[int, str]:
         """Sends a signal to all of its processes; exit code and what was printed."""
         if sent is not None:
-            os.killpg(self.process.pid, sent)
-        printed = self.process.communicate(timeout=200)[0]
-        return self.process.returncode, printed
+            self.process.send(sent)
+        code, printed, errors = self.process.finish()
+        return code, printed + errors
 
 
 def figures(out):

@@ -1,14 +1,12 @@
 """`litgpt search` from its flags to what it leaves behind, killed and resumed, and what it refuses."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -290,15 +288,15 @@ test_search.run(Path({checkpoint!r}), Path({out!r}), iterations=15, bin=["8K-10K
 
 def test_a_search_killed_and_resumed_ends_as_an_unbroken_one(checkpoint, tmp_path):
     out = tmp_path / "killed"
-    code = CHILD.format(tests=str(Path(__file__).parent), checkpoint=str(checkpoint), out=str(out))
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = tmp_path / "script.py"
+    script.write_text(CHILD.format(tests=str(Path(__file__).parent), checkpoint=str(checkpoint), out=str(out)))
+    child = forked.Program(script)
     journal = out / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 9):
         assert child.poll() is None and time.monotonic() < deadline, "the search ended before it was killed"
         time.sleep(0.002)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.kill()
     n_done = len(read_journal(journal)[1])
     assert 9 <= n_done < 30
     # a torn line on top, as a kill within a write would leave

@@ -3,11 +3,10 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import test_search
 import yaml
@@ -39,44 +38,30 @@ checkpoint = test_search.checkpoint
 
 
 class Run:
-    """A search in processes of its own."""
+    """A search in processes of its own; with `launches`, it starts all but the first one itself."""
 
-    def __init__(self, checkpoint: Path, out: Path, pause: float = 0.0, **settings) -> None:
+    def __init__(self, checkpoint: Path, out: Path, pause: float = 0.0, launches: bool = False, **settings) -> None:
         self.out = out
         script = out.with_suffix(".py")
         tests = str(Path(__file__).parent)
         script.write_text(
             SCRIPT.format(tests=tests, checkpoint=str(checkpoint), out=str(out), pause=pause, settings=settings)
         )
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(script)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        self.program = forked.Program(script, n=1 if launches else settings.get("devices", 1))
 
-    def finish(self) -> tuple[int, str, str]:
-        """Exit code and what was printed."""
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
+    def finish(self) -> forked.Done:
+        return self.program.finish()
 
     def wait_for(self, n_lines: int, name: str = "journal.jsonl") -> None:
         """Waits until a file has so many lines."""
         deadline = time.monotonic() + 120
         while not (self.out / name).exists() or (self.out / name).read_bytes().count(b"\n") < n_lines:
-            assert self.process.poll() is None, self.finish()
+            assert self.program.poll() is None, self.finish()
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
-    def children(self) -> list[int]:
-        """The other processes of the search."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
-
     def kill(self) -> None:
-        """Kills all of it at once, as a machine that goes down would."""
-        for pid in [self.process.pid, *self.children()]:
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.communicate()
+        self.program.kill()
 
 
 RACING = {"full": False, "racing": RacingArgs(alpha=0.3)}
@@ -118,9 +103,9 @@ def test_a_sharded_teacher_gives_the_same_scores(checkpoint, one, tmp_path, name
 
 
 def test_a_process_that_dies_ends_the_search_with_a_message(checkpoint, one, tmp_path):
-    run = Run(checkpoint, tmp_path / "two", pause=0.1, iterations=14, devices=2)
+    run = Run(checkpoint, tmp_path / "two", pause=0.1, launches=True, iterations=14, devices=2)
     run.wait_for(6)
-    (child,) = run.children()
+    (child,) = run.program.children
     os.kill(child, signal.SIGKILL)
     code, _, err = run.finish()
     assert code == 1 and "process 1 of 2 ended with exit code -9" in err and "--resume true" in err

@@ -1,12 +1,10 @@
 """Super-network training against gradients of extracted models, and one process against two."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -314,8 +312,7 @@ def two_processes(out: Path, settings: str) -> None:
     """Runs `litgpt pretrain_supernet` with two processes; `settings` is source code."""
     script = out.with_suffix(".py")
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), settings=settings))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    done = forked.run(script, n=2)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
