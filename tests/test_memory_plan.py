@@ -2,10 +2,9 @@
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from litgpt import GPT, Config
@@ -174,17 +173,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 SCRIPT = """
-import sys
+import ctypes, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from litgpt import Config
 from litgpt.args import EvalArgs
-from test_train import TokenData, checkpoint, run, train_args
+from test_train import TokenData, run, train_args
 from litgpt_whittle.training.args import DistillArgs
 torch.set_num_threads(1)
-if {devices} == 1 or "LOCAL_RANK" not in __import__("os").environ:
-    checkpoint(Path({folder!r}) / "teacher", n_embd=256, block_size=64, padded_vocab_size=16384)
+if sys.platform == "linux":  # each freed buffer goes back to the system, so that what is resident is in use
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
 student = Config(n_layer=4, n_embd=512, n_head=8, block_size=64, padded_vocab_size=16384, vocab_size=16384)
 run(
     Path({folder!r}) / "out", teacher_checkpoint_dir=Path({folder!r}) / "teacher", distill=DistillArgs(),
@@ -197,11 +196,10 @@ run(
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_processes_take_what_was_planned(tmp_path, devices):
-    # each freed buffer goes back to the system, so that what is resident is what is in use
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    checkpoint(tmp_path / "teacher", n_embd=256, block_size=64, padded_vocab_size=16384)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(tmp_path), devices=devices))
-    done = subprocess.run([sys.executable, str(script)], env=environment, text=True, capture_output=True, timeout=300)
+    done = forked.run(script, n=devices)
     assert done.returncode == 0, done.stdout + done.stderr
     planned, taken = (
         float(number) * {"GB": 1e9, "MB": 1e6}[unit]

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -224,15 +225,17 @@ with open(sys.argv[1], "a") as file:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent is gone")
 def test_a_stage_whose_pipeline_was_killed_stops_and_keeps_others_out_until_then(tmp_path):
     path = tmp_path / ".lock"
-    pipeline = subprocess.Popen([sys.executable, "-c", PIPELINE, path, STAGE], stdout=subprocess.PIPE, text=True)
-    assert pipeline.stdout.readline() == "begun\n"
-    pipeline.kill()
-    pipeline.wait()
+    (tmp_path / "pipeline.py").write_text(PIPELINE)
+    pipeline = forked.Program(tmp_path / "pipeline.py", path, STAGE)
+    while pipeline.printed() != "begun\n":
+        time.sleep(0.01)
+    os.kill(pipeline.pid, signal.SIGKILL)  # but not the stage
+    pipeline.finish()
     with open(path, "a") as file:
         assert not lock(file)  # the stage has it
-        assert pipeline.stdout.read() == "saved\n"  # and then nobody
         for _ in range(100):
-            if lock(file):
+            if lock(file):  # and then nobody
+                assert pipeline.printed() == "begun\nsaved\n"
                 return
             time.sleep(0.1)
     raise AssertionError("the lock was never given back")
