@@ -101,6 +101,10 @@ def _architectures() -> dict[str, Config]:
 ARCHITECTURES = _architectures()
 """From name to tiny config."""
 
+KINDS = ("Llama-3.1-8B", "Gemma-3-1b-it", "phi-2", "Mixtral-8x7B-v0.1", "latent")
+KINDS = {name: ARCHITECTURES[name] for name in KINDS}
+"""One of each kind, where what is tested hardly depends on the architecture"""
+
 
 @st.composite
 def keeps(draw, size: int, least: int = 1) -> Keep:

@@ -4,7 +4,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankings import random_ranking
@@ -16,7 +16,7 @@ from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.strategies.choices import Choices
 from litgpt_whittle.subnet import layer_sizes
 
-EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def draw_space(data, teacher) -> Space:

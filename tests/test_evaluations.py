@@ -3,7 +3,7 @@
 from statistics import mean
 
 import pytest
-from architectures import ARCHITECTURES, keeps, subnets
+from architectures import KINDS, keeps, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +11,7 @@ from litgpt_whittle.keep import n_units
 from litgpt_whittle.searching.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, scored
 from litgpt_whittle.searching.journal import Evaluation
 
-EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M") -> Evaluation:

@@ -4,7 +4,7 @@ from statistics import mean, pstdev
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, subnets
+from architectures import ARCHITECTURES, KINDS, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -16,7 +16,7 @@ from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.surrogates.features import N_PARTS, Features
 
-EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def params(teacher: Config, subnet: SubNet, part: str) -> int:

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES
+from architectures import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -191,7 +191,7 @@ def test_sizes_between_two_levels_have_a_part_of_both():
     assert alternatives.weights(SubNet(DENSE, n_embd=24)) is None
 
 
-@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 def test_costs_of_layers_add_up_for_every_architecture(teacher):
     """The sums over layers equal the measures of the whole combination, exactly."""
     space = Space(teacher, "coarse_layerwise")

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 
 from litgpt_whittle import latency as module
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.latency import latency
 from litgpt_whittle.subnet import SubNet
 
-EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from architectures import ARCHITECTURES, subnets
+from architectures import ARCHITECTURES, KINDS, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.subnet import SubNet
 
 PLOTS = (plot_search, plot_candidates, plot_dimensions, plot_predictions)
-EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 CHOICE = {"n_embd": 8, "n_layer": "0,2-3", "head_size": 4, "n_query_groups": [1, 2, 2], "intermediate_size": 5}
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -28,7 +28,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, is_tied
 
 PRUNERS = (Magnitude, Wanda, SparseGPT)
-EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 def moments_of(x: torch.Tensor) -> Moments:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from hypothesis import given
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -182,7 +182,7 @@ def test_the_fitness_is_the_perplexity_of_the_repaired_student():
     assert fitness(full)["nll"] == pytest.approx(Perplexity(net, batches)(full)["nll"], rel=1e-2)
 
 
-@EACH
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_a_teacher_in_bfloat16_is_repaired_like_one_in_float32(config):
     teacher = super_gpt(model(config, std=0.1)).bfloat16()
     exact = super_gpt(copy.deepcopy(teacher).float())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from litgpt.model import GPT
 from test_repair import half, model, repair, student_of, windows
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.head import HeadRepair
 
-EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 def divergence(student: GPT, teacher: GPT, idx: torch.Tensor) -> float:

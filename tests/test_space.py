@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -315,8 +315,8 @@ def test_mutation_changes_a_little_and_crossover_mixes(name):
     assert len(children) > 10  # of 20; a coarse uniform space has few neighbours
 
 
-@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
-@settings(max_examples=2)
+@pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_trades_stay_in_the_bin(teacher, data):
     name = data.draw(st.sampled_from(SPACES))
@@ -425,7 +425,7 @@ def test_steps_smallest_and_fixed_sizes_are_kept_to():
     assert space.sizes.grids["head_size"] == [8] and ("head_size", EVERY) in space.sizes_of(draws[0]).values
 
 
-@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", SPACES[:2])
 def test_coarse_spaces_keep_the_best_units_of_an_order(teacher, name):
     order, rng = random_ranking(teacher).order, np.random.default_rng(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_search
 import torch
-from architectures import ARCHITECTURES
+from architectures import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -90,8 +90,8 @@ ARGS = (
 )
 
 
-@pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
-@settings(max_examples=4)
+@pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_starts_of_every_architecture_lie_in_their_bin_and_space(teacher, data):
     name, tied = data.draw(st.sampled_from(SPACES)), data.draw(st.booleans())
