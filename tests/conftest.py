@@ -1,8 +1,10 @@
 """Settings for all tests."""
 
+import gc
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -22,3 +24,25 @@ settings.register_profile(
 )
 settings.load_profile("whittle")
 torch.set_num_threads(1)  # threads that share a busy core wait for each other
+
+PICTURES = {
+    "litgpt_whittle.commands.extract": "plot_repair",
+    "litgpt_whittle.commands.prune": "plot_pruning",
+    "litgpt_whittle.commands.rank": "plot_importance",
+    "litgpt_whittle.training.log": "plot_training",
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request, monkeypatch):
+    """Only tests that are marked draw what commands leave beside their results: it takes longer than tiny trainings."""
+    if request.node.get_closest_marker("pictures") is None:
+        for module, function in PICTURES.items():
+            if module in sys.modules:
+                monkeypatch.setattr(sys.modules[module], function, lambda *_: None)
+
+
+def pytest_collection_finish():
+    """Exempt what is imported by now from garbage collection, which every command asks for: it takes half a second."""
+    gc.collect()
+    gc.freeze()

@@ -7,6 +7,7 @@ in memory, such as random numbers, warnings and patched functions, does not reac
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -137,6 +138,7 @@ def _run(command: list[str], environment: dict[str, str], cwd: Path | None, prin
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     torch.set_num_threads(1)
+    gc.freeze()  # as in the tests' own process
     rank_zero_only.rank = int(environment.get("RANK", 0))  # which Lightning sets when it is imported
     try:
         if command[0] == "-m":

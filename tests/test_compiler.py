@@ -20,7 +20,6 @@ from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.searching.selection import SelectionArgs, parse_rungs
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.training import log
 from litgpt_whittle.training.compiler import check_compiler
 
 
@@ -118,7 +117,6 @@ def test_a_distillation_compiles_the_teacher_with_the_student(tmp_path, monkeypa
     compiled, shapes, compile = [], [], LiveTeacher.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(type(model)) or model)
     monkeypatch.setattr(LiveTeacher, "compile", lambda *args: shapes.append(args[1:]) or compile(*args))
-    monkeypatch.setattr(log, "plot_training", lambda *_: None)
     write_random_model(tmp_path / "llama", TEACHERS["llama"], std=0.1, norm_mean=1.0)
     SubNet(TEACHERS["llama"], n_embd=24).save(tmp_path / "llama.yaml")
     for name, compiles in (("plain", False), ("compiled", True)):

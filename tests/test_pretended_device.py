@@ -41,7 +41,6 @@ from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.searching.loop import score
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
-from litgpt_whittle.training import log
 from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
 from litgpt_whittle.training.curves import read_metrics
 from litgpt_whittle.training.supernet import SupernetArgs
@@ -57,6 +56,10 @@ TEACHERS = {
     ),
 }
 FAMILIES = pytest.mark.parametrize("family", TEACHERS)
+ONE_FAMILY = pytest.mark.parametrize(
+    "family", ["gemma3", pytest.param("pythia", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
+)
+"""For commands that run the models as others do, and add nothing that depends on them"""
 WINDOWS = BatchArgs(8, SEQ)
 WAITS = ("sync", "upload", "index")
 
@@ -98,10 +101,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
-    for module, name in ((search, "write_report"), (extract, "plot_repair"), (rank, "plot_importance")):
-        monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(prune, "plot_pruning", lambda *_: None)
-    monkeypatch.setattr(log, "plot_training", lambda *_: None)
+    monkeypatch.setattr(search, "write_report", lambda *_: None)
 
 
 def on_both(command, out: Path, *args, **settings) -> tuple[Path, Path, Seen]:
@@ -231,7 +231,7 @@ def test_a_full_device_raises_pytorchs_error():
 
 
 @FAMILIES
-@pytest.mark.parametrize("fitness", ["perplexity", "repaired_perplexity"])
+@pytest.mark.parametrize("fitness", [pytest.param("perplexity", marks=pytest.mark.slow), "repaired_perplexity"])
 def test_a_search_gives_the_cpus_scores_and_its_memory_back(family, fitness, teachers, tmp_path):
     before = live_bytes()
     one, two, _ = on_both(search.setup, tmp_path, teachers / family, **searched(family, fitness=fitness))
@@ -260,7 +260,7 @@ def test_a_live_distillation_gives_the_cpus_student(family, hidden, teachers, tm
     same_weights(one / "final", two / "final")
 
 
-@FAMILIES
+@ONE_FAMILY
 def test_a_cached_distillation_gives_the_cpus_student(family, teachers, tmp_path):
     caching = dict(codec="full", train=cache_teacher.WindowArgs(8, SEQ), precision="32-true", data=Tokens())
     cache = on_both(cache_teacher.setup, tmp_path / "cache", teachers / family, **caching)[1]
@@ -269,7 +269,7 @@ def test_a_cached_distillation_gives_the_cpus_student(family, teachers, tmp_path
     same_weights(one / "final", two / "final")
 
 
-@FAMILIES
+@ONE_FAMILY
 def test_a_ranking_gives_the_cpus_scores(family, teachers, tmp_path):
     settings = dict(data=Tokens(), tokens=16 * SEQ, layer_tokens=8 * SEQ, train=WINDOWS, precision="32-true")
     folders = on_both(rank.setup, tmp_path, teachers / family, **settings)[:2]
@@ -280,7 +280,7 @@ def test_a_ranking_gives_the_cpus_scores(family, teachers, tmp_path):
         torch.testing.assert_close(two.units[name].n_embd, one.units[name].n_embd, rtol=1e-4, atol=1e-6)
 
 
-@FAMILIES
+@ONE_FAMILY
 @pytest.mark.parametrize("method", ["sparsegpt", pytest.param("wanda", marks=pytest.mark.slow)])
 def test_pruning_gives_the_cpus_predictions(family, method, teachers, tmp_path):
     settings = dict(method=method, data=Tokens(), tokens=16 * SEQ, train=WINDOWS, eval=BudgetArgs(1))
@@ -289,7 +289,7 @@ def test_pruning_gives_the_cpus_predictions(family, method, teachers, tmp_path):
     assert distance(one, two) < 0.02 * distance(teachers / family, one)
 
 
-@FAMILIES
+@ONE_FAMILY
 def test_a_supernet_gives_the_cpus_weights(family, teachers, tmp_path):
     settings = train(initial_checkpoint_dir=teachers / family, supernet=SupernetArgs(n_validated=0))
     one, two, _ = on_both(pretrain_supernet.setup, tmp_path, **settings)

@@ -320,6 +320,7 @@ def prune(folder, out_dir, checkpoint="model", **changes):
     return torch.load(out_dir / "lit_model.pth", weights_only=True)
 
 
+@pytest.mark.pictures
 def test_stock_litgpt_opens_a_pruned_checkpoint(folder, tmp_path, capsys):
     weights = prune(folder, tmp_path / "out", pattern="2:4")
     printed = capsys.readouterr().out

@@ -57,6 +57,7 @@ def run(folder, out_dir, **changes) -> Ranking:
     return Ranking.load(out_dir, TEACHER)
 
 
+@pytest.mark.pictures
 def test_a_ranking_is_left_that_loads_without_running_code(folder, tmp_path, capsys):
     ranking = run(folder, tmp_path / "out", layer_tokens=200)
     content = torch.load(tmp_path / "out/importance.pt", weights_only=True)

@@ -204,6 +204,7 @@ def train(out_dir: Path, **kwargs):
     return load_model(out_dir / "final").state_dict()
 
 
+@pytest.mark.pictures
 def test_it_leaves_a_stock_checkpoint_and_scores_of_sub_networks(tmp_path):
     train(tmp_path / "out", supernet=SupernetArgs(search_space=SEARCH_SPACE, n_validated=2))
     stock = GPT(Config.from_file(tmp_path / "out/final/model_config.yaml"))

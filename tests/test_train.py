@@ -372,6 +372,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_one_batch(tmp_path):
     assert whole.keys() == parts.keys()
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_its_log_its_plot_and_its_arguments(tmp_path):
     run(tmp_path, train=train_args(save_interval=3))
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

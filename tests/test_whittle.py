@@ -103,6 +103,7 @@ def run(teacher, data, out_dir, target, **changes):
     setup(teacher, target, data, out_dir, **(SECTIONS | changes))
 
 
+@pytest.mark.pictures
 def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher, data, tmp_path, calls, monkeypatch):
     settings = {"target": "14K", "cache_teacher": False, "baseline": True}
     in_process = pipeline_module.call
