@@ -363,6 +363,14 @@ def test_damaged_teacher_weights_are_refused(tmp_path):
         run(tmp_path / "out", teacher_checkpoint_dir=teacher, distill=DistillArgs())
 
 
+@pytest.fixture(scope="module")
+def ended(teacher_dir, tmp_path_factory):
+    """A run that has ended."""
+    out_dir = tmp_path_factory.mktemp("ended") / "out"
+    run(out_dir, teacher_checkpoint_dir=teacher_dir, distill=DistillArgs())
+    return out_dir
+
+
 @pytest.mark.parametrize(
     "changed, match",
     [
@@ -375,12 +383,10 @@ def test_damaged_teacher_weights_are_refused(tmp_path):
         ({"optimizer": "SGD", "seed": 1}, "optimizer was None and is SGD, .*seed was 42 and is 1"),
     ],
 )
-def test_resuming_under_other_settings_is_refused_by_name(tmp_path, teacher_dir, changed, match):
-    out_dir = tmp_path / "out"
+def test_resuming_under_other_settings_is_refused_by_name(ended, teacher_dir, changed, match):
     common = {"teacher_checkpoint_dir": teacher_dir, "distill": DistillArgs()}
-    run(out_dir, **common)
     with pytest.raises(UserError, match=match):
-        run(out_dir, resume=True, **(common | changed))
+        run(ended, resume=True, **(common | changed))
 
 
 def test_resuming_with_another_teacher_of_the_same_shape_is_refused(tmp_path):
