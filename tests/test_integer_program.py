@@ -126,14 +126,9 @@ def test_the_program_finds_what_brute_force_finds(name, seed, start, width, is_l
         others.append(choices)
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 2**31), st.floats(0, 1))
-def test_neurons_between_two_measured_numbers_cost_in_proportion(seed, start):
-    """The program finds what brute force finds, with the weights of the test of interpolation below."""
-    space = SPACES["dense"]
-    alternatives = Alternatives(space, SHARES, n_between=1)  # 64, 48, 32, 24 and 16 neurons
-    assert alternatives.offered["intermediate_size"] == [64, 48, 32, 24, 16]
-    assert alternatives.offered["n_query_groups"] == alternatives.levels["n_query_groups"]
+@cache
+def everything_between() -> tuple[list[SubNet], np.ndarray]:
+    """All combinations of the dense teacher's heads and neurons, those between the measured ones too, and sizes."""
     each = [None, *itertools.product((4, 2, 1), (64, 48, 32, 24, 16))]
     subnets = []
     for choices in itertools.product(each, repeat=3):
@@ -142,7 +137,18 @@ def test_neurons_between_two_measured_numbers_cost_in_proportion(seed, start):
             layers = Keep([layer for layer, choice in enumerate(choices) if choice])
             heads, neurons = ([choice[k] for choice in kept] for k in (0, 1))
             subnets.append(SubNet(DENSE, n_layer=layers, n_query_groups=heads, intermediate_size=neurons))
-    counts = np.array([n_params(DENSE, subnet) for subnet in subnets])
+    return subnets, np.array([n_params(DENSE, subnet) for subnet in subnets])
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_neurons_between_two_measured_numbers_cost_in_proportion(seed, start):
+    """The program finds what brute force finds, with the weights of the test of interpolation below."""
+    space = SPACES["dense"]
+    alternatives = Alternatives(space, SHARES, n_between=1)  # 64, 48, 32, 24 and 16 neurons
+    assert alternatives.offered["intermediate_size"] == [64, 48, 32, 24, 16]
+    assert alternatives.offered["n_query_groups"] == alternatives.levels["n_query_groups"]
+    subnets, counts = everything_between()
     costs = np.random.default_rng(seed).normal(size=len(alternatives.all)) + 0.5
     lo = int(np.quantile(counts, 0.8 * start))
     within_bin = (counts >= lo) & (counts <= lo + 500)
