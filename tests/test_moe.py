@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, KINDS
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt import GPT
 from litgpt.utils import save_config
@@ -25,7 +25,7 @@ from litgpt_whittle.training.memory_plan import LiveBytes, plan_memory
 from litgpt_whittle.training.pretraining import count_flops
 from litgpt_whittle.training.supernet import SupernetArgs
 
-DENSE = [config for config in ARCHITECTURES.values() if not config.n_expert]
+DENSE = [config for config in KINDS.values() if not config.n_expert]
 MIXTRAL = ARCHITECTURES["Mixtral-8x7B-v0.1"]
 QWEN3 = ARCHITECTURES["Qwen3-30B-A3B"]
 MIXTURES = [MIXTRAL, QWEN3, ARCHITECTURES["latent"]]
