@@ -2,10 +2,12 @@
 
 import gc
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from docstring_parser.attrdoc import AttributeDocstrings
 from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers such as architectures.py, in every way of starting pytest
@@ -24,6 +26,10 @@ settings.register_profile(
 )
 settings.load_profile("whittle")
 torch.set_num_threads(1)  # threads that share a busy core wait for each other
+
+# jsonargparse spends a third of its time on reading the source of the same classes for their attributes' docstrings
+_docstrings = cache(AttributeDocstrings().get_attr_docs)
+AttributeDocstrings.get_attr_docs = lambda _, component: dict(_docstrings(component))
 
 PICTURES = {
     "litgpt_whittle.commands.extract": "plot_repair",
