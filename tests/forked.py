@@ -128,6 +128,7 @@ def _run(command: list[str], environment: dict[str, str], cwd: Path | None, prin
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for number, name in ((1, ".out"), (2, ".err")):
         file = os.open(printed + name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, subnets
+from architectures import ARCHITECTURES, KINDS, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +17,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
+EACH_KIND = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
 
@@ -40,7 +41,7 @@ def test_flops_are_those_that_pytorch_counts(teacher, data):
     assert flops(teacher, subnet, seq_length) == counted_flops(subnet, batch_size, seq_length)
 
 
-@EACH
+@EACH_KIND
 @settings(max_examples=10)
 @given(data=st.data())
 def test_kv_cache_is_as_large_as_litgpts(teacher, data):
@@ -54,7 +55,7 @@ def test_kv_cache_is_as_large_as_litgpts(teacher, data):
     assert kv_cache_bytes(teacher, subnet, batch_size, seq_length, dtype) == expected
 
 
-@EACH
+@EACH_KIND
 @settings(max_examples=6)
 @given(data=st.data())
 def test_weights_are_as_large_as_the_students(teacher, data):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 BIN = Path(sys.executable).parent
@@ -58,15 +59,19 @@ def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strang
     assert "skipping the command 'pretrain'" in done.stderr and "there is one already" in done.stderr
 
 
-@pytest.mark.parametrize("start", [["litgpt"], ["python", "-m", "litgpt"], ["litgpt-whittle"]])
+@pytest.mark.parametrize("start", ["litgpt", "litgpt-whittle", ["-m", "litgpt"], ["-m", "litgpt_whittle"]], ids=str)
 def test_a_strangers_command_runs(strangers, start):
-    done = run(str(BIN / start[0]), *start[1:], "greet", "--name", "Ada", path=strangers)
+    flags = "greet", "--name", "Ada"
+    if isinstance(start, str):
+        done = run(str(BIN / start), *flags, path=strangers)
+    else:
+        done = forked.run(*start, *flags, environment={"PYTHONPATH": str(strangers)})
     assert done.returncode == 0, done.stderr
     assert "hello Ada" in done.stdout
 
 
 def test_a_command_that_cannot_be_imported_is_named_when_asked_for(strangers):
-    done = run(str(BIN / "litgpt"), "hurt", path=strangers)
+    done = forked.run("-m", "litgpt", "hurt", environment={"PYTHONPATH": str(strangers)})
     assert done.returncode == 2
     assert "skipping the command 'hurt'" in done.stderr and "no_such_module" in done.stderr
     assert "Traceback" not in done.stderr
@@ -82,7 +87,7 @@ def test_extension_can_be_switched_off(tmp_path):
 
 
 def test_our_own_script_explains_a_mistake_in_one_line():
-    done = run(sys.executable, "-m", "litgpt_whittle", "extract", "x", "y", "--dtype", "int")
+    done = forked.run("-m", "litgpt_whittle", "extract", "x", "y", "--dtype", "int")
     expected = "dtype must be one of float32, float16, bfloat16, got 'int'"
     assert done.returncode == 2 and done.stderr.count(expected) == 1 and "Union of no types" not in done.stderr
 
