@@ -40,8 +40,8 @@ def strangers(tmp_path) -> Path:
     )
 
 
-def test_litgpts_own_script_lists_ours_and_strangers_and_names_the_broken(strangers):
-    done = run(str(BIN / "litgpt"), "--help", path=strangers)
+def test_litgpts_help_lists_ours_and_strangers_and_names_the_broken(strangers):
+    done = forked.run("-m", "litgpt", "--help", environment={"PYTHONPATH": str(strangers)})
     assert done.returncode == 0, done.stderr
     for line in (
         "search",
@@ -78,9 +78,12 @@ def test_a_command_that_cannot_be_imported_is_named_when_asked_for(strangers):
 
 
 def test_extension_can_be_switched_off(tmp_path):
-    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert "extract" not in run(str(BIN / "litgpt"), "--help", **off).stdout
-    done = run(sys.executable, "-m", "litgpt_whittle", "extract", str(tmp_path / "none"), "s.yaml", **off)
+    program = (
+        "import litgpt.__main__ as stock; assert 'extract' not in {*stock.PARSER_DATA, *stock.parser_commands()};"
+        "from litgpt_whittle.__main__ import main; main()"
+    )
+    command = [sys.executable, "-c", program, "extract", str(tmp_path / "none"), "s.yaml"]
+    done = run(*command, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: there is no checkpoint directory")
     assert "Traceback" not in done.stderr
