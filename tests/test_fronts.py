@@ -5,7 +5,6 @@ import yaml
 from test_evaluations import is_beaten
 from test_search import TEACHER, make_checkpoint, run
 
-from litgpt_whittle.commands import search as command
 from litgpt_whittle.commands.report import setup as report
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
@@ -28,8 +27,7 @@ def objectives(subnet: SubNet, perplexity: float) -> tuple[float, ...]:
     return perplexity, *(MEASURES[name](TEACHER, subnet, MeasureArgs(12)) for name in OBJECTIVES[1:])
 
 
-def test_each_member_of_the_front_is_a_file(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "write_report", lambda out_dir: "the report")
+def test_each_member_of_the_front_is_a_file(checkpoint, tmp_path, capsys):
     out, bins = tmp_path / "out", ["8K-10K", "13.3K-14.7K"]
     search = {"bin": bins, "strategy": NSGA2(OBJECTIVES, population_size=5)}
     run(checkpoint, out, iterations=9, **search)
