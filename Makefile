@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 # the modules that touch the dependencies, about a third of the tests
-LOWEST := api args checkpoint codecs data_stream each_strategy ecosystem export extensions extract features flags \
-	hf_text journal least_squares packaging plots plugin quantize recipes report strategies surrogate transformers tutorials
+LOWEST := api args blend checkpoint codecs data_stream each_strategy ecosystem export extensions extract features flags \
+	hf_text journal least_squares packaging plots plugin quantize recipes report transformers tutorials
 
 .PHONY: setup demo test slow lowest lint clean
 
