@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
-NextToken = Callable[[GPT, torch.Tensor, int], torch.Tensor]
+NextToken = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Latency(NamedTuple):
@@ -73,7 +74,8 @@ def latency(
     prompt = torch.randint(subnet.config.vocab_size, (batch_size, prompt_length), generator=_generator("cpu")).to(
         device
     )
-    decode = _next_token if not _can_capture(subnet, prompt.device) else _DecodingGraph(model, batch_size, length - 1)
+    can_capture = _can_capture(subnet, prompt.device)
+    decode = _DecodingGraph(model, batch_size, length - 1) if can_capture else partial(_next_token, model)
     runs = [_answer(model, prompt, new_tokens, decode) for _ in range(repeats + 1)][1:]
     return Latency(*(median(seconds) for seconds in zip(*runs)))
 
@@ -101,7 +103,7 @@ def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int, decode: NextToken
     token = _next_token(model, prompt, 0)
     prefilled = perf_counter()
     for position in range(prompt.size(1), prompt.size(1) + new_tokens):
-        token = decode(model, token, position)
+        token = decode(token, position)
     return prefilled - started, (perf_counter() - prefilled) / new_tokens
 
 
@@ -147,7 +149,7 @@ class _DecodingGraph:
     def _step(self, model: GPT) -> torch.Tensor:
         return model(self.token, self.position)[:, -1:].argmax(-1)
 
-    def __call__(self, model: GPT, token: torch.Tensor, position: int) -> torch.Tensor:
+    def __call__(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Return the most likely token after `token` at `position`, as `_next_token` does; shape (B, 1)."""
         self.token.copy_(token)
         self.position.fill_(position)

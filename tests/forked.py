@@ -28,7 +28,7 @@ _context.set_forkserver_preload(list(IMPORTED))
 
 
 class Done(NamedTuple):
-    """How a program ended: the exit code of the first process that failed, and what all of them printed."""
+    """Result of a program: the exit code of the first process that failed, and the output of all processes."""
 
     returncode: int
     stdout: str
@@ -36,7 +36,7 @@ class Done(NamedTuple):
 
 
 class Program:
-    """What `python COMMAND` would run, in one process or several that are connected as torchrun connects them.
+    """A Python program in one process, or in several that are connected as by torchrun.
 
     Args:
         command: A script or `-m` and a module, and their arguments.

@@ -28,7 +28,7 @@ LEAN_SPACE = Space(LEAN, "coarse_layerwise", Bin.parse("30K±10%"))
 
 @cache
 def how_near(name: str) -> float:
-    """How near a strategy comes to the sizes of sub-networks that it does not know: several, as luck may find one."""
+    """Return the mean distance of a strategy's best sub-networks to several hidden ones; one could be found by luck."""
     choices, best = Choices(LEAN_SPACE), []
     for seed in range(15, 19):
         goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(seed)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,10 @@ def test_a_captured_decoding_step_gives_the_tokens_of_an_uncaptured_one():
     prompt = torch.randint(1000, (2, 32), generator=generator).to(DEVICE)
     with torch.inference_mode():
         graph, answers = latency._DecodingGraph(model, 2, 39), []
-        for decode in (latency._next_token, graph):
+        for decode in (partial(latency._next_token, model), graph):
             tokens = [latency._next_token(model, prompt, 0)]
             for position in range(32, 40):
-                tokens.append(decode(model, tokens[-1], position).clone())
+                tokens.append(decode(tokens[-1], position).clone())
             answers.append(torch.cat(tokens, dim=1))
     assert torch.equal(*answers)
 

@@ -141,8 +141,11 @@ class HFText(DataModule):
             self.train_dataset = windows[0] if len(windows) == 1 else ConcatDataset(windows)
         if "validation" in self.parts:
             windows = self._windows("validation")
-            order = blended_once([len(each) for each in windows], self._shares("validation"))
-            self.val_dataset = windows[0] if len(windows) == 1 else Subset(ConcatDataset(windows), order)
+            if len(windows) == 1:
+                self.val_dataset = windows[0]
+            else:
+                order = blended_once([len(each) for each in windows], self._shares("validation"))
+                self.val_dataset = Subset(ConcatDataset(windows), order)
 
     def _windows(self, part: str) -> list[Windows]:
         """Open the windows of each source of a part."""

@@ -51,5 +51,5 @@ class SimulatedAnnealing(Generations):
 
     def _accepts(self, score: float, here: float) -> bool:
         heat = self.temperature * self.cooling ** len(self.told) * abs(here)
-        rng = np.random.default_rng((self.seed, len(self.told), 1))  # independent of the next proposal's generator
+        rng = np.random.default_rng((self.seed, len(self.told), 1))  # not the draws of the next proposal
         return score <= here or (heat > 0 and rng.random() < math.exp((here - score) / heat))
