@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 # the modules that touch the dependencies, about a quarter of the tests
-LOWEST := api args blend checkpoint codecs data_stream each_strategy ecosystem export extensions extract features flags \
-	hf_text journal least_squares packaging plots plugin quantize recipes report transformers tutorials
+LOWEST := api args blend checkpoint codecs data_stream describe each_strategy ecosystem export extensions extract features \
+	flags head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
+	strategies surrogate transformers tutorials
 
 .PHONY: setup demo test slow lowest lint clean
 
