@@ -1,5 +1,5 @@
 # From a fresh clone with only Python and make: `make demo` shows the product at work, `make test` runs the tests,
-# `make lowest` a quarter of them with the lowest version of each dependency.
+# `make lowest` a third of them with the lowest version of each dependency.
 PYTHON ?= python3
 # A package index with torch builds for your machine, if the default one does not suit it, for instance
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # the tests run side by side, one thread each: two threads that share a busy core wait for each other
 WORKERS ?= 2
 
-# the modules that touch the dependencies, about a quarter of the tests
+# the modules that touch the dependencies, about a third of the tests
 LOWEST := api args blend checkpoint codecs data_stream describe each_strategy ecosystem export extensions extract features \
 	flags head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
 	strategies surrogate transformers tutorials
