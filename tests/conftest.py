@@ -52,3 +52,8 @@ def pytest_collection_finish():
     """Exempt what is imported by now from garbage collection, which every command asks for: it takes half a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_make_parametrize_id(val):
+    """Name long parameters by their type: compressed bytes differ between processes, and nobody reads them in a log."""
+    return type(val).__name__ if isinstance(val, bytes | str) and len(val) > 60 else None
