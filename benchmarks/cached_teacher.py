@@ -31,8 +31,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from litgpt_whittle.commands import cache_teacher, distill
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import Index, shard_path
-from litgpt_whittle.training.args import DistillArgs, TrainArgs
+from litgpt_whittle.training.args import TrainArgs
 
 OUT = Path("out/cached_teacher")
 CODECS = {"sampled 12": {"sampled": {"draws": 12}}, "top-k 64": {"top_k": {"k": 64}}}

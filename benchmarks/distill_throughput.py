@@ -31,8 +31,8 @@ from search_memory import resident
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.processes import peak_resident
-from litgpt_whittle.training.args import DistillArgs
 
 OURS = ("litgpt pretrain", "distill, beta 0", "distill", "teacher alone")
 

@@ -48,7 +48,11 @@ from students import Data, cached, litgpt, search, train_settings, validate
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import connect, validation_batches
 from litgpt_whittle.commands.search import setup as search_command
-from litgpt_whittle.reports.style import COLORS, new_figure, save_figure
+from litgpt_whittle.figures.style import (
+    COLORS,
+    new_figure,
+    save_figure,
+)
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
 Curve = list[tuple[int, float]]

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from litgpt_whittle import SubNet, load_model
 from litgpt_whittle.batches import Batch, connect, validation_batches
 from litgpt_whittle.distillation.head import TeacherLogits, head_loss, hidden_states
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
+from litgpt_whittle.tensors import IGNORE_INDEX
 
 OUT = Path("out/fitness_tokens")
 MEASURES = ("perplexity", "KL")

@@ -13,7 +13,7 @@ from typing import get_args
 
 from students import Data, litgpt, search
 
-from litgpt_whittle.searching.evaluations import best_of
+from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.spaces.space import SpaceName
 
 OUT = Path("out/orders")

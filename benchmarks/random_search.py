@@ -14,8 +14,8 @@ from pathlib import Path
 
 from students import Data, search
 
-from litgpt_whittle.searching.evaluations import best_of
-from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.journal import Evaluation
 
 OUT = Path("out/random_search")
 GOAL = 0.1

@@ -23,8 +23,12 @@ from students import Data, litgpt, train_settings
 
 from litgpt_whittle import SubNet, load_model, n_params
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
+from litgpt_whittle.figures.style import (
+    COLORS,
+    new_figure,
+    save_figure,
+)
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
-from litgpt_whittle.reports.style import COLORS, new_figure, save_figure
 from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.space import Space

@@ -20,9 +20,9 @@ from students import Data
 from litgpt_whittle import SubNet, load_model, n_params, registry
 from litgpt_whittle.batches import calibration_windows, connect, fingerprint, validation_batches
 from litgpt_whittle.checkpoint import weights_fingerprint
+from litgpt_whittle.figures.style import COLORS
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.reports.style import COLORS
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import Scored, Strategy

@@ -15,8 +15,12 @@ from litgpt.model import GPT
 from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.data import HFText
 from litgpt_whittle.distillation.cache import Index
+from litgpt_whittle.journal import (
+    JOURNAL,
+    Evaluation,
+    read_journal,
+)
 from litgpt_whittle.results import TrainingResult
-from litgpt_whittle.searching.journal import JOURNAL, Evaluation, read_journal
 
 
 class Data:

@@ -28,13 +28,19 @@ from students import Data, litgpt, search, train_settings, val_losses
 
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.samplers import Sandwich
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
-from litgpt_whittle.searching.evaluations import best_of
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, student_model
-from litgpt_whittle.training.supernet import SuperLossModel, SupernetStep
+from litgpt_whittle.supernet import (
+    SuperLossModel,
+    SupernetStep,
+)
 
 OUT = Path("out/supernet")
 LIMIT = 1.1

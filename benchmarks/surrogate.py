@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from students import Data, search
 
-from litgpt_whittle.searching.evaluations import prediction_tau
-from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.evaluations import prediction_tau
+from litgpt_whittle.journal import Evaluation
 
 OUT = Path("out/surrogate")
 NAMES = {

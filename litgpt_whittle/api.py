@@ -30,7 +30,7 @@ from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.results import Checkpoint, SearchResult, TrainingResult
-from litgpt_whittle.training.resume import describe
+from litgpt_whittle.settings import describe
 
 Data = DataModule | str | Path | Mapping[str, float] | None
 

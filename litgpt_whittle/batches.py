@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,37 @@ import torch
 from litgpt.config import Config
 from litgpt.data import DataModule
 
-from litgpt_whittle.data.loading import connect, train_loader, val_loader
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.data.loading import connect, split_batch, train_loader, val_loader
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.overlap import Sample, common_share, samples_of
 from litgpt_whittle.processes import gather, rank
-from litgpt_whittle.training.loop import split_batch
+from litgpt_whittle.setting_checks import check_positive
+from litgpt_whittle.tensors import IGNORE_INDEX
 from litgpt_whittle.training.validation import fixed_randomness
+
+
+@dataclass
+class BatchArgs:
+    """Validation batches that score candidates"""
+
+    micro_batch_size: int = 4
+    """Number of samples per forward pass"""
+    max_seq_length: int | None = None
+    """Length of samples; by default the teacher's block size, up to 2048"""
+
+    def __post_init__(self) -> None:
+        check_positive("train", micro_batch_size=self.micro_batch_size, max_seq_length=self.max_seq_length)
+
+
+@dataclass
+class BudgetArgs:
+    """Amount of validation data per candidate"""
+
+    max_iters: int = 32
+    """Validation batches per candidate"""
+
+    def __post_init__(self) -> None:
+        check_positive("eval", max_iters=self.max_iters)
 
 
 class Batch(NamedTuple):

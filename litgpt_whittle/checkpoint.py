@@ -19,14 +19,19 @@ from litgpt.utils import extend_checkpoint_dir, save_config
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights, file_fingerprint, from_yaml, new_folder, to_yaml, write_text
-from litgpt_whittle.hf.config import student_hf_config
-from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
+from litgpt_whittle.huggingface_config import student_hf_config
 from litgpt_whittle.model_config import MODEL_CONFIG, read_model_config
 from litgpt_whittle.registry import lookup
+from litgpt_whittle.sharded_checkpoint import (
+    Rows,
+    has_parts,
+    part_paths,
+    read_parts,
+)
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, is_tied, pad, shape_of
 from litgpt_whittle.tensors import save_tensors
-from litgpt_whittle.training.parts import Rows, has_parts, part_paths, read_parts
+from litgpt_whittle.tokenizer_files import copy_tokenizer
 from litgpt_whittle.windows import vectorize_windows
 
 WEIGHTS = "lit_model.pth"

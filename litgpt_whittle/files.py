@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.hf.tokenizer_files import TEMPLATES
+from litgpt_whittle.tokenizer_files import TEMPLATES
 
 LOCK = ".lock"
 """Name of the file that locks a folder against other processes"""

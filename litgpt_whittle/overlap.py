@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.tensors import IGNORE_INDEX
 
 RUN = 32
 """Tokens per compared run; shorter runs may match by chance"""

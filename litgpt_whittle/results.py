@@ -14,14 +14,14 @@ from litgpt.model import GPT
 
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_model_class, read_weights
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.reports.page import table
 from litgpt_whittle.reports.report import Findings, as_text
-from litgpt_whittle.searching.evaluations import best_of
-from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import is_tied
-from litgpt_whittle.training.curves import read_metrics
 
 if TYPE_CHECKING:
     from litgpt import LLM

@@ -20,8 +20,11 @@ import yaml
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.families import (
+    filled_heads,
+    shares_channels,
+)
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
-from litgpt_whittle.hf.families import filled_heads, shares_channels
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import HeadCut, cut_head
 

@@ -74,3 +74,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = tensor.pin_memory()  # a copy from other memory waits
     # on MPS, the tensor's memory may be reused before it is copied
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
+
+
+IGNORE_INDEX = -100
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Cast to fp32; float64 is unchanged."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -9,7 +9,7 @@ from test_whittle import BATCH, SECTIONS, data, teacher  # noqa: F401  (fixtures
 from litgpt_whittle import distill, extract, search
 from litgpt_whittle.commands import search as search_command
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.training.args import TrainArgs
 
 

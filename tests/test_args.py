@@ -6,9 +6,12 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    RampArgs,
+)
 from litgpt_whittle.distillation.objective import Objective, Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.args import DistillArgs, RampArgs
 
 
 def test_the_defaults_are_the_papers_best():

@@ -16,8 +16,8 @@ from texts import documents, write_jsonl, write_tokenizer
 from litgpt_whittle.data import HFText
 from litgpt_whittle.data.blend import Blended, blended_once, epoch_counts, interleaved, weighted
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.settings import describe
 from litgpt_whittle.training.data_stream import DataStream
-from litgpt_whittle.training.resume import describe
 
 LENGTH = 16
 BLENDS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4)

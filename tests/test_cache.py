@@ -25,8 +25,8 @@ from litgpt_whittle.distillation.cache import (
 )
 from litgpt_whittle.distillation.codecs import with_settings
 from litgpt_whittle.distillation.objective import SparseTargets
-from litgpt_whittle.distillation.teacher import CachedTeacher
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.training.teacher import CachedTeacher
 
 V, T = 300, 6
 

@@ -17,7 +17,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_cache_teacher
-from litgpt_whittle.distillation.teacher import LiveTeacher
+from litgpt_whittle.training.teacher import LiveTeacher
 said = LiveTeacher.__call__
 LiveTeacher.__call__ = lambda self, ids: time.sleep({pause}) or said(self, ids)
 test_cache_teacher.cache(Path({teacher!r}), Path({out!r}), **{settings})

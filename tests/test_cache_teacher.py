@@ -23,17 +23,26 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model
 from litgpt_whittle.commands import cache_teacher as command
 from litgpt_whittle.commands.cache_teacher import WindowArgs, setup
 from litgpt_whittle.data import HFText
-from litgpt_whittle.distillation import caching
+from litgpt_whittle.data.loading import split_batch
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    RampArgs,
+)
 from litgpt_whittle.distillation.cache import Cache, Index, shard_path
-from litgpt_whittle.distillation.caching import unique_windows, whole_pass
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.objective import Objective
-from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.args import DistillArgs, RampArgs
-from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.metrics_log import read_metrics
+from litgpt_whittle.training import caching
+from litgpt_whittle.training.caching import (
+    unique_windows,
+    whole_pass,
+)
 from litgpt_whittle.training.data_stream import DataStream
-from litgpt_whittle.training.loop import split_batch
+from litgpt_whittle.training.teacher import (
+    CachedTeacher,
+    LiveTeacher,
+)
 
 CPU = torch.device("cpu")
 SAMPLED, TOP_K = {"sampled": {"draws": 12}}, {"top_k": {"k": 8}}

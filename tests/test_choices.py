@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rankings import random_ranking
 
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.sizes import SizeSpace
 from litgpt_whittle.spaces.space import Space, SpaceName

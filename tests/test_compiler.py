@@ -16,11 +16,11 @@ from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import Place
-from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.searching.selection import SelectionArgs, parse_rungs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.compiler import check_compiler
+from litgpt_whittle.training.teacher import LiveTeacher
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from litgpt_whittle.commands.cache_teacher import WindowArgs
 from litgpt_whittle.commands.cache_teacher import setup as cache_teacher
 from litgpt_whittle.commands.distill import setup as distill
 from litgpt_whittle.data import HFText
-from litgpt_whittle.training.resume import describe
+from litgpt_whittle.settings import describe
 
 MODULES = [name for name in litgpt.data.__all__ if name not in ("DataModule", "SFTDataset", "get_sft_collate_fn")]
 MODULES.remove("LIMA")  # cannot be made without an access token, which is not written

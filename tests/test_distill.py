@@ -19,10 +19,10 @@ from test_train import SEQ, VOCAB, TokenData, checkpoint, config, read_metrics, 
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, save_checkpoint
 from litgpt_whittle.commands import distill as distill_command
 from litgpt_whittle.commands.distill import setup
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights
-from litgpt_whittle.training.args import DistillArgs
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from litgpt.args import EvalArgs
 from test_train import TokenData, checkpoint, predict, rows, run, train_args
 
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.distillation.args import DistillArgs
 
 SCRIPT = """
 import sys

@@ -39,7 +39,7 @@ from litgpt_whittle.commands.extract import setup as extract
 from litgpt_whittle.commands.pretrain_supernet import _super_network
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs

@@ -7,9 +7,16 @@ from architectures import KINDS, keeps, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from litgpt_whittle.evaluations import (
+    best_of,
+    bins_of,
+    fronts_of,
+    mean_sizes,
+    pareto_front,
+    scored,
+)
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.keep import n_units
-from litgpt_whittle.searching.evaluations import best_of, bins_of, fronts_of, mean_sizes, pareto_front, scored
-from litgpt_whittle.searching.journal import Evaluation
 
 EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 

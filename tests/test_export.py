@@ -17,8 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.commands.export import setup
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.families import (
+    FAMILIES,
+    check_expressible,
+    family_name,
+)
 from litgpt_whittle.hf import export
-from litgpt_whittle.hf.families import FAMILIES, check_expressible, family_name
 from litgpt_whittle.rope import legal_head_sizes
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import extract_weights

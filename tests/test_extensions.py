@@ -23,14 +23,14 @@ from litgpt_whittle import registry
 from litgpt_whittle.batches import fixed_batches
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import search
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.searching.args import RacingArgs
-from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights
-from litgpt_whittle.training.args import DistillArgs
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "example_package"

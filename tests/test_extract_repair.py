@@ -16,7 +16,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from texts import documents, write_jsonl, write_tokenizer
 
-from litgpt_whittle.batches import held_out_windows
+from litgpt_whittle.batches import BatchArgs, held_out_windows
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
 from litgpt_whittle.commands.extract import setup
@@ -24,7 +24,6 @@ from litgpt_whittle.data import HFText
 from litgpt_whittle.data.loading import connect
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs
 

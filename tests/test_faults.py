@@ -14,8 +14,8 @@ from test_train import interrupted, rows, run, same, train_args
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.training.args import TrainArgs
-from litgpt_whittle.training.curves import read_metrics
 from litgpt_whittle.training.resume import find_resume
 from litgpt_whittle.training.run import Schedule
 

@@ -7,9 +7,9 @@ from test_search import TEACHER, make_checkpoint, run
 
 from litgpt_whittle.commands.report import setup as report
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.searching.args import LimitArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.spaces.args import LimitArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import NSGA2
 from litgpt_whittle.subnet import SubNet

@@ -7,13 +7,16 @@ from litgpt import GPT
 from test_train import SEQ, VOCAB, checkpoint, config, interrupted, rows, run, same, train_args
 
 from litgpt_whittle.commands.extract import setup as extract_student
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    HiddenArgs,
+)
 from litgpt_whittle.distillation.head import LossModel, TeacherLogits, hidden_states
 from litgpt_whittle.distillation.hidden import HiddenLoss, Place, Watch
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, student_model
-from litgpt_whittle.training.args import DistillArgs, HiddenArgs
 
 TEACHER = config(n_layer=4, n_embd=48)
 SUBNET = SubNet(TEACHER, n_layer="0,2,3", n_embd="1-20,30-41", intermediate_size=96, n_query_groups="0,2")

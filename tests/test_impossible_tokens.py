@@ -13,7 +13,6 @@ from litgpt_whittle import registry
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.distillation import head, losses
-from litgpt_whittle.distillation.caching import encode
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective, Term
@@ -21,6 +20,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
+from litgpt_whittle.training.caching import encode
 
 N, V, E = 13, 24, 6
 IMPOSSIBLE = [0, 3, *range(8, 16), 23]

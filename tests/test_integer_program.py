@@ -16,8 +16,11 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs, SurrogateArgs
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import EVERY
@@ -27,6 +30,7 @@ from litgpt_whittle.strategies.integer_program import WHOLE, _Posterior
 from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.surrogates.args import SurrogateArgs
 
 SHARES = (0.5, 0.25)
 SMALL = dict(block_size=16, padded_vocab_size=64, vocab_size=61)

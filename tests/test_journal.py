@@ -9,7 +9,12 @@ import pytest
 from litgpt_whittle import files
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import file_fingerprint
-from litgpt_whittle.searching.journal import Evaluation, Journal, open_record, read_journal
+from litgpt_whittle.journal import (
+    Evaluation,
+    Journal,
+    open_record,
+    read_journal,
+)
 
 HEADER = {"teacher": {"name": "t", "weights": "ab"}, "settings": {"seed": 1, "bin": ["1M-2M"], "space": "fine_uniform"}}
 

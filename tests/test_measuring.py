@@ -15,13 +15,14 @@ from litgpt.config import Config
 from test_search import TEACHER, lines, run
 from test_search_devices import Run
 
+from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.reports import report
 from litgpt_whittle.reports.costs import plot_costs, read_costs
-from litgpt_whittle.searching.args import BudgetArgs, RacingArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.measuring import MEASUREMENTS
 from litgpt_whittle.spaces.alternatives import Alternative
 from litgpt_whittle.spaces.bins import Bin

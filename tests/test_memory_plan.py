@@ -10,10 +10,10 @@ import torch
 from litgpt import GPT, Config
 from test_train import checkpoint, run, train_args
 
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.head import CHUNK_ELEMENTS
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
 
 CONFIG = Config(n_layer=2, n_embd=64, n_head=4, block_size=64, padded_vocab_size=512, vocab_size=512)

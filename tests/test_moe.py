@@ -14,16 +14,19 @@ from test_train import VOCAB, rows, run, same, train_args
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT
+from litgpt_whittle.supernet import SupernetArgs
 from litgpt_whittle.training import memory_plan
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.memory_plan import LiveBytes, plan_memory
 from litgpt_whittle.training.pretraining import count_flops
-from litgpt_whittle.training.supernet import SupernetArgs
 
 DENSE = [config for config in KINDS.values() if not config.n_expert]
 MIXTRAL = ARCHITECTURES["Mixtral-8x7B-v0.1"]

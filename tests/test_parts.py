@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.parts import Rows, has_parts, map_tensors, read_parts, save_parts
+from litgpt_whittle.sharded_checkpoint import (
+    Rows,
+    has_parts,
+    map_tensors,
+    read_parts,
+    save_parts,
+)
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.reports.blueprint import plot_architecture, rows
 from litgpt_whittle.reports.plots import plot_candidates, plot_dimensions, plot_front, plot_predictions, plot_search
-from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.subnet import SubNet
 
 PLOTS = (plot_search, plot_candidates, plot_dimensions, plot_predictions)

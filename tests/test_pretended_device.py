@@ -19,14 +19,24 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from litgpt_whittle import calibration, tensors
-from litgpt_whittle.batches import Batch
+from litgpt_whittle.batches import (
+    Batch,
+    BatchArgs,
+    BudgetArgs,
+)
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import load_model, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, pretrain_supernet, prune, rank, search
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    HiddenArgs,
+)
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.least_squares import Moments
+from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.processes import release_memory
 from litgpt_whittle.pruners import SparseGPT, Sparsity
 from litgpt_whittle.ranking.ranking import Ranking
@@ -36,14 +46,12 @@ from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.repair.importance import elimination_order
 from litgpt_whittle.repair.walk import Repair
 from litgpt_whittle.scratch import Scratch
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SelectionArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.loop import score
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
-from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
-from litgpt_whittle.training.curves import read_metrics
-from litgpt_whittle.training.supernet import SupernetArgs
+from litgpt_whittle.supernet import SupernetArgs
+from litgpt_whittle.training.args import TrainArgs
 
 pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="this PyTorch lets no Python code register a device")
 SEQ, VOCAB = 16, 61

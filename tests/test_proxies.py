@@ -17,8 +17,8 @@ from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import proxies
 from litgpt_whittle.fitness.proxies import BlockInfluence, ImportanceMass, WeightMagnitude
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 

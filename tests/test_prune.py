@@ -15,6 +15,10 @@ from litgpt.utils import save_config
 from test_repair import model, windows
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle.batches import (
+    BatchArgs,
+    BudgetArgs,
+)
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.commands.prune import setup
 from litgpt_whittle.data import HFText
@@ -23,7 +27,6 @@ from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.pruners import Magnitude, SparseGPT, Sparsity, Wanda
 from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune, refit, relative_error
 from litgpt_whittle.scratch import Scratch
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, is_tied
 

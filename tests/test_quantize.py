@@ -5,9 +5,9 @@ import torch
 from litgpt import GPT, Config
 from test_train import checkpoint, rows, run
 
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.quantize import BITS, check_quantize, quantize, saved_bytes
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.args import DistillArgs
 
 bnb = pytest.importorskip("bitsandbytes")
 

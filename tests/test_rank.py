@@ -13,6 +13,7 @@ from litgpt.config import Config
 from litgpt.utils import CLI, save_config
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.commands import rank
 from litgpt_whittle.commands.rank import setup
 from litgpt_whittle.data import HFText
@@ -20,7 +21,6 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, measure
 from litgpt_whittle.reports.heat_map import plot_importance
-from litgpt_whittle.searching.args import BatchArgs
 from litgpt_whittle.supergpt import SuperGPT
 
 TEACHER = Config.from_name(

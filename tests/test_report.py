@@ -16,10 +16,14 @@ from test_search import TEACHER, make_checkpoint, run
 
 from litgpt_whittle.commands.report import setup
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import (
+    Evaluation,
+    Journal,
+    read_journal,
+)
 from litgpt_whittle.reports.report import write_report
-from litgpt_whittle.searching.evaluations import best_of
-from litgpt_whittle.searching.journal import Evaluation, Journal, read_journal
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet

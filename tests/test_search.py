@@ -17,22 +17,30 @@ from litgpt.utils import CLI
 from rankings import random_ranking
 
 from litgpt_whittle import batches, processes
-from litgpt_whittle.batches import fixed_batches
+from litgpt_whittle.batches import (
+    BatchArgs,
+    BudgetArgs,
+    fixed_batches,
+)
 from litgpt_whittle.checkpoint import load_model, read_weights, weights_fingerprint
 from litgpt_whittle.commands import search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.ranking.order import reorder
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.repair import costs
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, RacingArgs, SizeArgs, SpaceArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.searching.args import RacingArgs
+from litgpt_whittle.sharded_checkpoint import save_parts
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.training.parts import save_parts
 
 TEACHER = Config.from_name(
     "pythia-14m",

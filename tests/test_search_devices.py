@@ -12,9 +12,10 @@ import test_search
 import yaml
 from test_search import lines
 
+from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.commands import search
-from litgpt_whittle.searching.args import BudgetArgs, RacingArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.journal import read_journal
+from litgpt_whittle.searching.args import RacingArgs
 
 SCRIPT = """
 import sys, time

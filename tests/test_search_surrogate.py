@@ -11,11 +11,11 @@ from test_text_surrogate import make_model
 
 from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.reports.report import write_report
-from litgpt_whittle.searching.args import SurrogateArgs
-from litgpt_whittle.searching.journal import read_journal
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.surrogates import trees
+from litgpt_whittle.surrogates.args import SurrogateArgs
 
 
 @pytest.fixture(scope="module")

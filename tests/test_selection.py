@@ -13,12 +13,19 @@ from litgpt.utils import CLI, save_config
 from scipy.stats import kendalltau
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle.batches import (
+    BatchArgs,
+    BudgetArgs,
+)
 from litgpt_whittle.commands import distill, extract, search
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs, SelectionArgs
-from litgpt_whittle.searching.journal import Evaluation, read_journal
+from litgpt_whittle.journal import (
+    Evaluation,
+    read_journal,
+)
+from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.selection import Result, Rung, Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.strategies import IntegerProgram, RandomSearch
 from litgpt_whittle.subnet import SubNet

@@ -15,10 +15,16 @@ from litgpt.utils import num_parameters
 from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.families import (
+    FAMILIES,
+    family_name,
+)
 from litgpt_whittle.hf.export import fit_heads
-from litgpt_whittle.hf.families import FAMILIES, family_name
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import Bin, parse_bins, short
 from litgpt_whittle.spaces.draw import check_reachable, draw_sizes, nearest
 from litgpt_whittle.spaces.sizes import EVERY, SizeSpace, decided

@@ -22,16 +22,21 @@ from test_strategies import GROUP, SMALL
 
 from litgpt_whittle import registry
 from litgpt_whittle.amounts import Range
+from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import read_journal
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import BudgetArgs, RacingArgs, SizeArgs, SpaceArgs
-from litgpt_whittle.searching.journal import read_journal
+from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.loop import Loop, Search
 from litgpt_whittle.searching.racing_loop import RaceNotes, RacingLoop
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.space import Space, SpaceName

@@ -13,7 +13,7 @@ from litgpt.utils import CLI
 from litgpt_whittle import registry
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.metrics import kv_cache_bytes
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import Evolution, RandomSearch, Scored, Strategy

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_whittle import SubNet, load_model
 from litgpt_whittle.commands.pretrain_supernet import setup
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
@@ -30,12 +31,18 @@ from litgpt_whittle.samplers import (
     Standard,
     Uniform,
 )
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
-from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.supernet import (
+    SuperLossModel,
+    SupernetArgs,
+    SupernetStep,
+)
 from litgpt_whittle.training.memory_plan import LiveBytes
-from litgpt_whittle.training.supernet import SuperLossModel, SupernetArgs, SupernetStep
 
 SEARCH_SPACE = SpaceArgs(smallest=SizeArgs(n_embd=16, n_query_groups=1, intermediate_size=32))
 TINY = {"n_layer": 3, "n_embd": 32, "n_head": 4, "block_size": 8, "padded_vocab_size": 50, "vocab_size": 50}

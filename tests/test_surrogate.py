@@ -16,14 +16,17 @@ from scipy.stats import kendalltau
 
 from litgpt_whittle import registry
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import prediction_tau
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import (
+    Evaluation,
+    Journal,
+)
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.searching.args import SurrogateArgs
-from litgpt_whittle.searching.evaluations import prediction_tau
-from litgpt_whittle.searching.journal import Evaluation, Journal
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.features import Features
 from litgpt_whittle.surrogates.surrogate import LEAST, Examples, Scale, Surrogate, held_out_tau
 from litgpt_whittle.surrogates.trees import Trees

@@ -7,9 +7,9 @@ import test_strategies as contract
 
 from litgpt_whittle import registry
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.strategies.surrogate_search import Filter, OnPredictions, SurrogateSearch
 from litgpt_whittle.surrogates import trees
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.surrogate import Surrogate
 from litgpt_whittle.surrogates.trees import Trees
 

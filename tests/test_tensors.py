@@ -10,9 +10,12 @@ from litgpt.model import GPT
 
 from litgpt_whittle.checkpoint import save_checkpoint
 from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.sharded_checkpoint import (
+    part_paths,
+    save_parts,
+)
 from litgpt_whittle.supergpt import tie
 from litgpt_whittle.tensors import save_tensors
-from litgpt_whittle.training.parts import part_paths, save_parts
 
 
 class OnDevice(torch.Tensor):

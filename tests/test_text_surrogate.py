@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.searching.args import SurrogateArgs
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 from litgpt_whittle.surrogates.text import Text, describe
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from litgpt_whittle import SubNet
 from litgpt_whittle.checkpoint import load_model, read_weights, save_checkpoint
 from litgpt_whittle.commands import distill, extract, pretrain_supernet
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.results import Checkpoint
 from litgpt_whittle.supergpt import is_tied, student_model, tie
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.memory_plan import plan_memory
 from litgpt_whittle.training.student import Student
 

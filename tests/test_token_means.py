@@ -14,11 +14,14 @@ from test_train import VOCAB, TokenData, checkpoint, config, rows, run, same, tr
 from torch.utils.data import DataLoader
 
 from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    HiddenArgs,
+)
 from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
-from litgpt_whittle.training.args import DistillArgs, HiddenArgs
-from litgpt_whittle.training.supernet import SupernetArgs
+from litgpt_whittle.supernet import SupernetArgs
 
 
 @dataclass

@@ -14,8 +14,8 @@ from texts import documents, write_jsonl, write_tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
 from litgpt_whittle import load_model
-from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tokenizer_files import copy_tokenizer
 
 SIZES = {
     "n_embd": 32, "vocab_size": 304, "padded_vocab_size": 304, "block_size": 32, "intermediate_size": 48, "bias": False,
@@ -34,7 +34,7 @@ from litgpt_whittle.commands import cache_teacher, distill, export, extract, pre
 from litgpt_whittle.data import HFText
 from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
 from litgpt_whittle.training.args import TrainArgs
-from litgpt_whittle.training.supernet import SupernetArgs
+from litgpt_whittle.supernet import SupernetArgs
 
 given, out = map(Path, sys.argv[1:])
 teacher, text = given / "teacher", str(given / "corpus.jsonl")

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from litgpt_whittle import files
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup
+from litgpt_whittle.data.loading import split_batch
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.supergpt import tie
-from litgpt_whittle.training.args import DistillArgs, TrainArgs
-from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import DataStream
-from litgpt_whittle.training.loop import split_batch
 from litgpt_whittle.training.resume import rng_state, set_rng_state
 from litgpt_whittle.training.run import Schedule
 

@@ -10,9 +10,9 @@ from test_train import SEQ, TokenData, checkpoint, rows, run, same, train_args
 from torch.utils.data import DataLoader
 
 from litgpt_whittle.batches import validation_batches
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training import validation
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.resume import rng_state
 from litgpt_whittle.training.validation import ValidationBatches
 
@@ -77,8 +77,11 @@ def test_a_resumed_run_validates_on_the_text_of_the_unbroken_one(tmp_path, kind)
 
 def test_sub_networks_are_validated_on_the_same_text_as_the_full_network(tmp_path):
     """All of them are the full one where there is nothing to search."""
-    from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
-    from litgpt_whittle.training.supernet import SupernetArgs
+    from litgpt_whittle.spaces.args import (
+        SizeArgs,
+        SpaceArgs,
+    )
+    from litgpt_whittle.supernet import SupernetArgs
 
     sizes = SizeArgs(n_layer=2, n_embd=32, n_query_groups=4, intermediate_size=128)
     supernet = SupernetArgs(search_space=SpaceArgs(smallest=sizes), sampler="standard", n_validated=0)

@@ -13,12 +13,12 @@ from litgpt_whittle import load_model
 from litgpt_whittle.commands import cache_teacher
 from litgpt_whittle.commands.cache_teacher import WindowArgs
 from litgpt_whittle.distillation import losses
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective, Term
-from litgpt_whittle.distillation.teacher import CachedTargets
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.training.teacher import CachedTargets
 
 N, E = 11, 6
 SIZES = [(21, 29), (29, 21)]

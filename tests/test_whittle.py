@@ -23,14 +23,18 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, files, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle.commands import distill, search, whittle
-from litgpt_whittle.commands.whittle import setup
+from litgpt_whittle.commands import (
+    distill,
+    search,
+)
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock
 from litgpt_whittle.fitness import RepairedPerplexity
+from litgpt_whittle.pipeline import command as whittle
 from litgpt_whittle.pipeline import estimates
 from litgpt_whittle.pipeline import run as pipeline_module
+from litgpt_whittle.pipeline.command import setup
 from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
 from litgpt_whittle.pipeline.run import folder_of
 from litgpt_whittle.pipeline.sections import Section, merge
@@ -38,11 +42,11 @@ from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.repair import costs as repair_costs
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
+from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.alternatives import Alternatives
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import IntegerProgram
 from litgpt_whittle.supergpt import student_model, tie
-from litgpt_whittle.training.resume import describe
 
 TEACHER = Config(
     name="teacher", block_size=32, vocab_size=300, padded_vocab_size=300, n_layer=3, n_embd=32, n_head=4, bias=True

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from litgpt_whittle import SubNet, n_params
 from litgpt_whittle.processes import peak_memory
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space

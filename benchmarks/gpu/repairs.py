@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from bench import STUDENT, TEACHER, Bench
 
 from litgpt_whittle import extract
+from litgpt_whittle.batches import (
+    BatchArgs,
+    BudgetArgs,
+)
 from litgpt_whittle.commands import prune as prune_command
 from litgpt_whittle.commands import rank as rank_command
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
 
 
 def repair_250k(bench: Bench) -> Iterator[dict]:

@@ -64,7 +64,7 @@ STEPS = {
 """In order of importance"""
 
 PRELOADED = ["litgpt.pretrain", "torch.profiler", "litgpt_whittle.api", "litgpt_whittle.commands.cache_teacher"]
-PRELOADED += ["litgpt_whittle.commands.rank", "litgpt_whittle.commands.prune", "litgpt_whittle.training.supernet"]
+PRELOADED += ["litgpt_whittle.commands.rank", "litgpt_whittle.commands.prune", "litgpt_whittle.supernet"]
 """Imported once, in the process that all steps are forked from"""
 
 

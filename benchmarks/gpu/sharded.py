@@ -15,10 +15,10 @@ from training import train_settings
 from litgpt_whittle import load_model
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.objective import Objective
-from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.memory_plan import Step, plan_memory
 from litgpt_whittle.training.sharding import gathered, shard_student
+from litgpt_whittle.training.teacher import LiveTeacher
 
 OBJECTIVE = Objective(0.2, 0.8, 0.9)
 WAYS = (("plain", False, False), ("sharded", True, False), ("compiled", True, True))

@@ -21,10 +21,10 @@ from litgpt_whittle import SubNet, extract_weights, load_model, student_model
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.distillation.args import HiddenArgs
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.distillation.objective import Objective
-from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.least_squares import exact_products
@@ -36,8 +36,8 @@ from litgpt_whittle.repair.walk import Repair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT
-from litgpt_whittle.training.args import HiddenArgs
-from litgpt_whittle.training.supernet import SuperLossModel
+from litgpt_whittle.supernet import SuperLossModel
+from litgpt_whittle.training.teacher import LiveTeacher
 
 FAMILIES = (
     "pythia-14m",

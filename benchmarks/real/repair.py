@@ -26,8 +26,13 @@ from litgpt_whittle.data import HFText
 from litgpt_whittle.data.loading import connect
 from litgpt_whittle.distillation.head import TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.figures.style import (
+    COLORS,
+    GRAY,
+    new_figure,
+    save_figure,
+)
 from litgpt_whittle.ranking.quick import quick_order
-from litgpt_whittle.reports.style import COLORS, GRAY, new_figure, save_figure
 
 LENGTH = 512
 STUDENTS = ("depth", "neurons")

@@ -17,21 +17,30 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.amounts import parse_amount
-from litgpt_whittle.batches import check_seed
+from litgpt_whittle.batches import BatchArgs, check_seed
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.data.loading import check_data, connect, train_loader
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
-from litgpt_whittle.distillation.caching import Pass, whole_pass, write_cache
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
-from litgpt_whittle.distillation.teacher import LiveTeacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
-from litgpt_whittle.hf.tokenizer_files import copy_contents, copy_tokenizer
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
-from litgpt_whittle.searching.args import BatchArgs
-from litgpt_whittle.training.args import DistillArgs
-from litgpt_whittle.training.resume import describe, flatten
+from litgpt_whittle.settings import (
+    describe,
+    flatten,
+)
+from litgpt_whittle.tokenizer_files import (
+    copy_contents,
+    copy_tokenizer,
+)
+from litgpt_whittle.training.caching import (
+    Pass,
+    whole_pass,
+    write_cache,
+)
+from litgpt_whittle.training.teacher import LiveTeacher
 
 
 @dataclass

@@ -22,25 +22,25 @@ from litgpt.utils import (
 )
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import check_seed
+from litgpt_whittle.batches import BatchArgs, check_seed
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.commands import extract
 from litgpt_whittle.data.loading import check_data
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import Cache
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
-from litgpt_whittle.distillation.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device, release_memory
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.settings import describe
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied, tie
-from litgpt_whittle.training.args import DistillArgs, TrainArgs
+from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
     check_cache,
@@ -69,12 +69,16 @@ from litgpt_whittle.training.pretraining import (
     launch_training,
 )
 from litgpt_whittle.training.resume import (
-    describe,
     find_resume,
     state_to_resume,
 )
 from litgpt_whittle.training.run import Job, Schedule, n_iters
 from litgpt_whittle.training.student import Student
+from litgpt_whittle.training.teacher import (
+    CachedTeacher,
+    LiveTeacher,
+    Teacher,
+)
 from litgpt_whittle.windows import vectorize_windows
 
 

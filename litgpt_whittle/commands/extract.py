@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import check_seed, held_out_windows, read_calibration, sequence_length
+from litgpt_whittle.batches import BatchArgs, check_seed, held_out_windows, read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration, check_n_windows, n_held_out
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
@@ -27,9 +27,10 @@ from litgpt_whittle.checkpoint import (
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.families import check_expressible
+from litgpt_whittle.figures.curves import plot_repair
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
-from litgpt_whittle.hf.families import check_expressible
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import launch, leave, n_devices, rank, release_memory
@@ -38,13 +39,11 @@ from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
 from litgpt_whittle.repair.repaired import Repaired
 from litgpt_whittle.repair.walk import Repair
-from litgpt_whittle.reports.curves import plot_repair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
-from litgpt_whittle.searching.args import BatchArgs
+from litgpt_whittle.settings import describe
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
-from litgpt_whittle.training.resume import describe
 from litgpt_whittle.training.student import BASIS
 
 NARROW = 1.5

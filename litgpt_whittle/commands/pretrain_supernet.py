@@ -27,7 +27,14 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device
 from litgpt_whittle.samplers import Sampler
+from litgpt_whittle.settings import describe
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT
+from litgpt_whittle.supernet import (
+    SuperLossModel,
+    SupernetArgs,
+    SupernetStep,
+    score_of,
+)
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
     check_arguments,
@@ -50,10 +57,12 @@ from litgpt_whittle.training.pretraining import (
     count_flops,
     launch_training,
 )
-from litgpt_whittle.training.resume import describe, find_resume, state_to_resume
+from litgpt_whittle.training.resume import (
+    find_resume,
+    state_to_resume,
+)
 from litgpt_whittle.training.run import Job, Schedule
 from litgpt_whittle.training.student import Student
-from litgpt_whittle.training.supernet import SuperLossModel, SupernetArgs, SupernetStep, score_of
 
 
 def setup(

@@ -12,7 +12,15 @@ import torch
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import Batch, check_seed, read_calibration, sequence_length, validation_batches
+from litgpt_whittle.batches import (
+    Batch,
+    BatchArgs,
+    BudgetArgs,
+    check_seed,
+    read_calibration,
+    sequence_length,
+    validation_batches,
+)
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
     check_checkpoint,
@@ -23,6 +31,7 @@ from litgpt_whittle.checkpoint import (
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.figures.curves import plot_pruning
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
@@ -30,9 +39,7 @@ from litgpt_whittle.processes import release_memory
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
-from litgpt_whittle.reports.curves import plot_pruning
 from litgpt_whittle.scratch import scratch_beside
-from litgpt_whittle.searching.args import BatchArgs, BudgetArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
 from litgpt_whittle.training.student import BASIS, Student

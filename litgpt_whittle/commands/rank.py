@@ -13,7 +13,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
-from litgpt_whittle.batches import check_seed, fingerprint, read_calibration, sequence_length
+from litgpt_whittle.batches import BatchArgs, check_seed, fingerprint, read_calibration, sequence_length
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
@@ -24,7 +24,6 @@ from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
-from litgpt_whittle.searching.args import BatchArgs
 
 
 def setup(

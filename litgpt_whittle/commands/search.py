@@ -20,6 +20,8 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 from litgpt_whittle import registry
 from litgpt_whittle.batches import (
     Batch,
+    BatchArgs,
+    BudgetArgs,
     calibration_windows,
     check_seed,
     check_shared,
@@ -31,11 +33,21 @@ from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data, connect
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.families import (
+    FAMILIES,
+    family_name,
+)
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness.perplexity import Fitness
-from litgpt_whittle.hf.families import FAMILIES, family_name
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.journal import (
+    JOURNAL,
+    Evaluation,
+    check_resumable,
+    open_record,
+)
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import (
@@ -54,16 +66,9 @@ from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.reports.fronts import save_fronts
 from litgpt_whittle.reports.report import as_text, write_report
 from litgpt_whittle.searching.args import (
-    BatchArgs,
-    BudgetArgs,
-    LimitArgs,
     RacingArgs,
     SelectionArgs,
-    SpaceArgs,
-    SurrogateArgs,
 )
-from litgpt_whittle.searching.evaluations import best_of
-from litgpt_whittle.searching.journal import JOURNAL, Evaluation, check_resumable, open_record
 from litgpt_whittle.searching.loop import Loop, Record, Search
 from litgpt_whittle.searching.measuring import MEASUREMENTS, measurement_names, take_measurements
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
@@ -71,6 +76,10 @@ from litgpt_whittle.searching.outcome import best_name, report_surrogates, save_
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, order_of_units, text_to_measure
+from litgpt_whittle.spaces.args import (
+    LimitArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
@@ -80,6 +89,7 @@ from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.training.sharding import load_sharded
 
 registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by name

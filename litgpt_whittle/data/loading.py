@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from litgpt.data import JSON, DataModule, LitData, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.tokenizer import Tokenizer
 
@@ -188,3 +189,12 @@ def _needs_package(data: DataModule, package: str | None) -> UserError:
     return UserError(
         f"{type(data).__name__} needs the package {package}; install it, or choose other data such as HFText"
     )
+
+
+def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and next tokens, each (B, T), of a batch of token ids (B, T + 1) or of one with `labels`."""
+    ids, labels = (batch["input_ids"], batch["labels"]) if isinstance(batch, Mapping) else (batch, batch)
+    length = min(seq_length, ids.size(1) - 1)
+    if length < 1:
+        raise UserError(f"samples must have at least 2 tokens, got {ids.size(1)}; check the data module")
+    return ids[:, :length].contiguous().long(), labels[:, 1 : length + 1].contiguous().long()

@@ -8,9 +8,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from litgpt_whittle.distillation.losses import forward_kl, wide
+from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
 from litgpt_whittle.distillation.vocabulary import with_empty_entry
+from litgpt_whittle.tensors import wide
 
 
 class Scores:

@@ -16,9 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from litgpt_whittle.distillation.chunk_scores import Scores, dense_scores, is_dense
-from litgpt_whittle.distillation.losses import IGNORE_INDEX, wide
 from litgpt_whittle.distillation.objective import Objective, SparseTargets
 from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets
+from litgpt_whittle.tensors import (
+    IGNORE_INDEX,
+    wide,
+)
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time."""

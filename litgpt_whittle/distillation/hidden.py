@@ -14,9 +14,9 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from torch import nn
 
-from litgpt_whittle.distillation.losses import wide
+from litgpt_whittle.distillation.args import HiddenArgs
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.training.args import HiddenArgs
+from litgpt_whittle.tensors import wide
 
 
 class Place(NamedTuple):

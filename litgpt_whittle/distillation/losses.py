@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 from litgpt_whittle.errors import UserError
 
-IGNORE_INDEX = -100
-
 Loss = Callable[..., torch.Tensor]
 """(student (N, V), teacher (N, V)) -> (N,), with settings as keyword arguments. Two attributes may be set on it:
 
@@ -111,8 +109,3 @@ def _mean_difference(
     is_impossible = teacher == -math.inf
     sizes = size((student - teacher).masked_fill(is_impossible, 0.0))
     return sizes.sum(-1) / (~is_impossible).sum(-1)
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Cast to fp32; float64 is unchanged."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from litgpt_whittle.distillation.losses import Loss, forward_kl, wide
+from litgpt_whittle.distillation.losses import (
+    Loss,
+    forward_kl,
+)
+from litgpt_whittle.tensors import wide
 
 
 class Term(NamedTuple):

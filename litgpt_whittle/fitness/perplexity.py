@@ -13,14 +13,13 @@ from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_head
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.fitness.prefix import Prefix, starting_at
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
 from litgpt_whittle.repair.costs import check_memory
 from litgpt_whittle.repair.from_moments import QuickRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
-from litgpt_whittle.tensors import in_sums_dtype
+from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}

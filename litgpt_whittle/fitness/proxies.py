@@ -10,18 +10,20 @@ import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.distillation.losses import wide
 from litgpt_whittle.index_plan import Take, axes_of, plan
 from litgpt_whittle.keep import Keep
-from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.tensors import wide
+
+if TYPE_CHECKING:
+    from litgpt_whittle.ranking.ranking import Ranking
 
 CHUNK_ELEMENTS = 2**22
 """Number of weights per chunk, which limits the memory of their float32 copies"""

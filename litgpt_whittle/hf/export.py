@@ -18,13 +18,21 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_hf_config, read_weights
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.families import (
+    Family,
+    check_expressible,
+    filled_heads,
+)
 from litgpt_whittle.files import check_space, new_folder, write_text
-from litgpt_whittle.hf.config import expert_width, student_hf_config, text_part
-from litgpt_whittle.hf.families import Family, check_expressible, filled_heads
-from litgpt_whittle.hf.tokenizer_files import copy_tokenizer
+from litgpt_whittle.huggingface_config import (
+    expert_width,
+    student_hf_config,
+    text_part,
+)
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
+from litgpt_whittle.tokenizer_files import copy_tokenizer
 
 _STALE = (
     "rope_parameters",

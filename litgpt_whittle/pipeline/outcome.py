@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from litgpt_whittle.figures.style import (
+    BLACK,
+    COLORS,
+    GRAY,
+    new_figure,
+    save_figure,
+)
 from litgpt_whittle.files import write_text
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import score_axis
-from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
 from litgpt_whittle.results import Checkpoint, TrainingResult, searched_perplexity, tokens_to_reach
 
 _ABOUT = """

@@ -16,9 +16,10 @@ from typing import IO, Any
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import claimed, to_yaml, write_text
+from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.processes import stop_with_parent
-from litgpt_whittle.searching.journal import JOURNAL
-from litgpt_whittle.training.resume import flatten, has_training_state
+from litgpt_whittle.settings import flatten
+from litgpt_whittle.training.resume import has_training_state
 
 RECORD = "stages.json"
 """Name of the file that records the settings of the stages that have begun, and which of them are finished"""

@@ -18,6 +18,7 @@ from litgpt.data import DataModule
 from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
 from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.pipeline.run import Stage
@@ -26,16 +27,15 @@ from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.searching.measuring import measurement_names
+from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.checks import check_cache
 from litgpt_whittle.training.memory_plan import NoPlan
-from litgpt_whittle.training.resume import describe
 
 COMMANDS = {
     "rank": rank,

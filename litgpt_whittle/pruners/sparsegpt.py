@@ -7,7 +7,10 @@ import torch
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.pruners.base import Pruner, Sparsity, lowest
-from litgpt_whittle.searching.args import check_positive, is_number
+from litgpt_whittle.setting_checks import (
+    check_positive,
+    is_number,
+)
 
 
 class SparseGPT(Pruner):

@@ -18,12 +18,11 @@ from litgpt.model import GPT
 from torch import nn
 
 from litgpt_whittle.distillation.head import hidden_states
-from litgpt_whittle.distillation.losses import wide
 from litgpt_whittle.index_plan import axes_of, units_of
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.scores import Autocast
 from litgpt_whittle.subnet import layer_sizes
-from litgpt_whittle.tensors import in_sums_dtype
+from litgpt_whittle.tensors import in_sums_dtype, wide
 
 N_TOKENS = 4096
 """Number of tokens to read"""

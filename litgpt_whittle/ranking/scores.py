@@ -40,12 +40,15 @@ from tqdm import tqdm
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.blocks import routing
 from litgpt_whittle.distillation.head import head_loss, hidden_states
-from litgpt_whittle.distillation.losses import IGNORE_INDEX, wide
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import axes_of, units_of
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.tensors import (
+    IGNORE_INDEX,
+    wide,
+)
 
 METRICS = ("activation", "magnitude", "taylor")
 LAYER_METRICS = ("block_influence", "perplexity")

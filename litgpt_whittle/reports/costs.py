@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from litgpt.config import Config
 
+from litgpt_whittle.journal import (
+    Evaluation,
+    read_journal,
+)
 from litgpt_whittle.reports.heat_map import MANY_LAYERS, unit_titles
-from litgpt_whittle.searching.journal import Evaluation, read_journal
 from litgpt_whittle.searching.measuring import MEASUREMENTS, as_scored
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative
 from litgpt_whittle.spaces.sizes import EVERY

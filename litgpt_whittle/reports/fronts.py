@@ -7,10 +7,13 @@ from pathlib import Path
 
 from litgpt.config import Config
 
+from litgpt_whittle.evaluations import (
+    bins_of,
+    fronts_of,
+)
 from litgpt_whittle.files import new_folder
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.reports.plots import number
-from litgpt_whittle.searching.evaluations import bins_of, fronts_of
-from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.subnet import SubNet
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_whittle.amounts import format_amount
-from litgpt_whittle.metrics import MEASURES
-from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
-from litgpt_whittle.searching.evaluations import (
+from litgpt_whittle.evaluations import (
     best_of,
     bins_of,
     fronts_of,
@@ -20,7 +18,15 @@ from litgpt_whittle.searching.evaluations import (
     prediction_tau,
     scored,
 )
-from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.figures.style import (
+    BLACK,
+    COLORS,
+    GRAY,
+    new_figure,
+    save_figure,
+)
+from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.spaces.bins import short
 
 Points = list[tuple[float, float]]

@@ -12,7 +12,18 @@ from typing import Any
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import (
+    best_of,
+    bins_of,
+    fronts_of,
+    scored,
+)
 from litgpt_whittle.files import check_writable, to_yaml, write_text
+from litgpt_whittle.journal import (
+    JOURNAL,
+    Evaluation,
+    read_journal,
+)
 from litgpt_whittle.reports.blueprint import plot_architecture, rows
 from litgpt_whittle.reports.costs import plot_costs, read_costs
 from litgpt_whittle.reports.fronts import folder_name, front_table
@@ -25,8 +36,6 @@ from litgpt_whittle.reports.plots import (
     plot_predictions,
     plot_search,
 )
-from litgpt_whittle.searching.evaluations import best_of, bins_of, fronts_of, scored
-from litgpt_whittle.searching.journal import JOURNAL, Evaluation, read_journal
 from litgpt_whittle.searching.selection import read_results, rung_table
 from litgpt_whittle.subnet import SubNet
 

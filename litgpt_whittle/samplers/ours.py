@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from litgpt_whittle.samplers.base import Networks, Sampler
-from litgpt_whittle.searching.args import check_positive, check_shares
+from litgpt_whittle.setting_checks import (
+    check_positive,
+    check_shares,
+)
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 

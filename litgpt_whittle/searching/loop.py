@@ -19,6 +19,7 @@ from tqdm import tqdm
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import (
     free_memory,
     is_out_of_memory,
@@ -28,7 +29,6 @@ from litgpt_whittle.processes import (
     release_memory,
     spread,
 )
-from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.searching.objectives import Measures
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start

@@ -13,9 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.journal import (
+    Evaluation,
+    open_record,
+)
 from litgpt_whittle.processes import first_does, rank, spread
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.searching.journal import Evaluation, open_record
 from litgpt_whittle.searching.loop import Search, score
 from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.subnet import SubNet

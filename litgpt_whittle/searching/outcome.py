@@ -7,8 +7,8 @@ from typing import Any
 
 from litgpt.config import Config
 
-from litgpt_whittle.searching.evaluations import prediction_tau
-from litgpt_whittle.searching.journal import Evaluation
+from litgpt_whittle.evaluations import prediction_tau
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.strategies.surrogate_search import SurrogateSearch
 from litgpt_whittle.subnet import SubNet

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
-from litgpt_whittle.searching.journal import Evaluation
 from litgpt_whittle.searching.loop import Loop, Outcome, Search, check_replayed, finite, within_memory
 from litgpt_whittle.searching.racing import estimate, losers, stages
 from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tensors import IGNORE_INDEX
 
 NOTES = "race.jsonl"
 """File name of the current race's intermediate results in a search's folder"""

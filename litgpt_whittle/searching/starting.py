@@ -14,11 +14,11 @@ from litgpt.data import DataModule
 from litgpt_whittle.batches import Batch, batches_after
 from litgpt_whittle.files import write_text
 from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.journal import read_header
 from litgpt_whittle.processes import first_does
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.quick import N_TOKENS, quick_order
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.journal import read_header
 from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start, simple_starts

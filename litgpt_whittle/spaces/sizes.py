@@ -16,11 +16,18 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.hf.families import FAMILIES, family_name, shares_channels
+from litgpt_whittle.families import (
+    FAMILIES,
+    family_name,
+    shares_channels,
+)
 from litgpt_whittle.index_plan import layer_params, root_params
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import legal_head_sizes
-from litgpt_whittle.searching.args import SizeArgs, SpaceArgs
+from litgpt_whittle.spaces.args import (
+    SizeArgs,
+    SpaceArgs,
+)
 from litgpt_whittle.subnet import experts_of, layer_sizes
 
 GLOBAL = ("n_embd", "head_size", "n_expert")

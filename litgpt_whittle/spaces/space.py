@@ -16,7 +16,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.keep import Keep
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.spaces.limits import Limits

@@ -9,7 +9,10 @@ import numpy as np
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.searching.args import check_positive, is_number
+from litgpt_whittle.setting_checks import (
+    check_positive,
+    is_number,
+)
 from litgpt_whittle.spaces.alternatives import Alternative, Alternatives, LayerChoice
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored

@@ -6,7 +6,10 @@ import math
 
 import numpy as np
 
-from litgpt_whittle.searching.args import check_positive, check_shares
+from litgpt_whittle.setting_checks import (
+    check_positive,
+    check_shares,
+)
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.strategies.generations import Generations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from litgpt_whittle.searching.args import check_positive
+from litgpt_whittle.setting_checks import check_positive
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet

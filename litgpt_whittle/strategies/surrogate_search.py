@@ -21,11 +21,12 @@ from litgpt.config import Config
 from litgpt_whittle import registry
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import SurrogateArgs, check_positive
+from litgpt_whittle.setting_checks import check_positive
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored, Strategy
 from litgpt_whittle.strategies.generations import Generations
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 
 _LEAST_GROWTH = 10

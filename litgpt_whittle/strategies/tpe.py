@@ -8,7 +8,10 @@ import warnings
 import numpy as np
 
 from litgpt_whittle.extras import require
-from litgpt_whittle.searching.args import check_positive, check_shares
+from litgpt_whittle.setting_checks import (
+    check_positive,
+    check_shares,
+)
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.strategies.choices import Choices

@@ -11,7 +11,7 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import SurrogateArgs
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.features import Choice
 
 

@@ -18,7 +18,7 @@ from litgpt.config import Config
 from litgpt_whittle.index_plan import layer_takes
 from litgpt_whittle.keep import Keep, ranges
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.sizes import SizeSpace, multi_affine
 from litgpt_whittle.subnet import FIELDS, PER_LAYER, SubNet, experts_of, layer_sizes
 

@@ -21,9 +21,15 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import (
+    bins_of,
+    scored,
+)
+from litgpt_whittle.journal import (
+    JOURNAL,
+    read_journal,
+)
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.evaluations import bins_of, scored
-from litgpt_whittle.searching.journal import JOURNAL, read_journal
 from litgpt_whittle.subnet import fingerprint
 from litgpt_whittle.surrogates.base import Regressor
 from litgpt_whittle.surrogates.features import Choice

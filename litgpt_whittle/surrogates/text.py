@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.ranking.ranking import Ranking
-from litgpt_whittle.searching.args import SurrogateArgs
+from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.base import Regressor
 from litgpt_whittle.surrogates.features import Choice, Features
 

@@ -21,14 +21,18 @@ from litgpt.data import DataModule, TinyLlama
 from litgpt.utils import choose_logger, instantiate_torch_optimizer
 
 from litgpt_whittle.checkpoint import weights_fingerprint
+from litgpt_whittle.distillation.args import (
+    DistillArgs,
+    HiddenArgs,
+)
 from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import file_fingerprint, from_yaml
 from litgpt_whittle.processes import n_devices
+from litgpt_whittle.settings import flatten
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.training.args import DistillArgs, HiddenArgs, TrainArgs
-from litgpt_whittle.training.resume import flatten
+from litgpt_whittle.training.args import TrainArgs
 
 
 def check_arguments(

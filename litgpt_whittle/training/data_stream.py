@@ -12,8 +12,16 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from litgpt_whittle.data.loader_state import (
+    generator_states,
+    set_epoch,
+    set_generator_states,
+)
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.resume import generator_states, rng_state, set_epoch, set_generator_states, set_rng_state
+from litgpt_whittle.training.resume import (
+    rng_state,
+    set_rng_state,
+)
 
 
 class DataStream:

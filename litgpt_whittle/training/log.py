@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import ThroughputMonitor
 
+from litgpt_whittle.figures.curves import plot_training
 from litgpt_whittle.files import readable_size
+from litgpt_whittle.metrics_log import MetricsLog
 from litgpt_whittle.processes import peak_memory
-from litgpt_whittle.reports.curves import plot_training
-from litgpt_whittle.training.curves import MetricsLog
 from litgpt_whittle.training.run import Run
 
 

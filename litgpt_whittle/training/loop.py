@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from torch.distributed.tensor import DTensor
 
-from litgpt_whittle.data.loading import connect, train_loader, val_loader
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
+from litgpt_whittle.data.loading import connect, split_batch, train_loader, val_loader
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import Termination, barrier, release_memory
-from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
+from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype, sums_dtype
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import skipping
 from litgpt_whittle.training.log import TrainLog
@@ -56,15 +54,6 @@ def load_data(
         return skipping(loaders[0]), None
     shares = fabric.global_rank, fabric.world_size
     return skipping(loaders[0]), ValidationBatches(loaders[1], lambda: val_loader(data), n_val, *shares)
-
-
-def split_batch(batch: Any, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and next tokens, each (B, T), of a batch of token ids (B, T + 1) or of one with `labels`."""
-    ids, labels = (batch["input_ids"], batch["labels"]) if isinstance(batch, Mapping) else (batch, batch)
-    length = min(seq_length, ids.size(1) - 1)
-    if length < 1:
-        raise UserError(f"samples must have at least 2 tokens, got {ids.size(1)}; check the data module")
-    return ids[:, :length].contiguous().long(), labels[:, 1 : length + 1].contiguous().long()
 
 
 def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:

@@ -295,7 +295,7 @@ def _student(step: Step, mesh: Any) -> LossModel:
 
 
 class _Teacher:
-    """A teacher without data that runs like `litgpt_whittle.distillation.teacher.LiveTeacher`."""
+    """A teacher without data that runs like `litgpt_whittle.training.teacher.LiveTeacher`."""
 
     def __init__(self, step: Step, root: LossModel, mesh: Any) -> None:
         with _default_dtype(teacher_dtype(step.precision)):

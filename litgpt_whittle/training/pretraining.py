@@ -24,10 +24,10 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
 from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.processes import launch
+from litgpt_whittle.sharded_checkpoint import save_parts
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.data_stream import DataStream
-from litgpt_whittle.training.parts import save_parts
 from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student

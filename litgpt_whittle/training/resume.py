@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import os
 import random
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from litgpt.data import DataModule
 
 from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.parts import has_parts, read_parts
+from litgpt_whittle.sharded_checkpoint import (
+    has_parts,
+    read_parts,
+)
 
 TRAINING_STATE = "training_state.pth"
 
@@ -40,38 +38,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _parts(loader: Any) -> list[Any]:
-    """Return a dataloader and its samplers."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    parts.append(getattr(batch_sampler, "batch_sampler", None))  # wrapped by `SkippingBatches`
-    return list({id(part): part for part in parts}.values())
-
-
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the random generators that belong to a dataloader."""
-    found = [getattr(part, "generator", None) for part in _parts(loader)]
-    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
-
-
-def generator_states(loader: Any) -> list[torch.Tensor]:
-    """Return the states of the generators that belong to a dataloader."""
-    return [generator.get_state() for generator in generators_of(loader)]
-
-
-def set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
-    """Restore the states returned by `generator_states`."""
-    for generator, state in zip(generators_of(loader), states):
-        generator.set_state(state)
-
-
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` on the samplers whose order depends on the epoch."""
-    for part in _parts(loader):
-        if callable(getattr(part, "set_epoch", None)):
-            part.set_epoch(epoch)
 
 
 def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
@@ -164,62 +130,3 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
             f"a resumed run must keep its settings: {changes}; change back, or start a new run from its weights with "
             "--initial_checkpoint_dir"
         )
-
-
-def describe(value: Any) -> Any:
-    """Return a command's argument as a value that YAML can store and jsonargparse can parse.
-
-    Objects are described by their class and its arguments, functions by their import path. Dataclass fields with
-    `repr=False`, such as access tokens, are left out.
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, os.PathLike | torch.dtype | torch.device):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(map(describe, value), key=repr)
-    if hasattr(value, "__qualname__"):
-        return import_path(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, DataModule):
-        return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {"class_path": import_path(type(value)), "init_args": _init_args(value)}
-
-
-def import_path(value: Any) -> str:
-    """Return the import path of a class or function."""
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _init_args(value: Any) -> dict[str, Any]:
-    """Return the constructor arguments of an object, read from the attributes of the same names."""
-    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-    hidden = {field.name for field in fields if not field.repr}
-    try:
-        parameters = inspect.signature(type(value)).parameters.values()
-    except (TypeError, ValueError):  # a class written in C may have no signature
-        parameters = []
-    is_list = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    args = {
-        p.name: describe(getattr(value, p.name))
-        for p in parameters
-        if p.kind not in is_list and p.name not in hidden and hasattr(value, p.name)
-    }
-    # FLAN takes a comma-separated string and stores a list
-    texts = [p.name for p in parameters if p.annotation in ("str", "str | None", str, str | None)]
-    return args | {name: ",".join(args[name]) for name in texts if isinstance(args.get(name), list)}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts: `{"train": {"seed": 1}}` becomes `{"train.seed": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

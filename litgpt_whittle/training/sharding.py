@@ -18,9 +18,9 @@ from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.distillation.head import LossModel, tap_head
 from litgpt_whittle.processes import rank
 from litgpt_whittle.registry import lookup
+from litgpt_whittle.sharded_checkpoint import Rows
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.tensors import map_tensors
-from litgpt_whittle.training.parts import Rows
 
 
 def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossModel:

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from litgpt_whittle.training.data_stream import shared_batches
-from litgpt_whittle.training.resume import (
+from litgpt_whittle.data.loader_state import (
     generator_states,
     generators_of,
-    rng_state,
     set_generator_states,
+)
+from litgpt_whittle.training.data_stream import shared_batches
+from litgpt_whittle.training.resume import (
+    rng_state,
     set_rng_state,
 )
 

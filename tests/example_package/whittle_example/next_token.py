@@ -10,8 +10,8 @@ import torch
 
 from litgpt_whittle import SubNet, SuperGPT
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.distillation.losses import IGNORE_INDEX
 from litgpt_whittle.fitness import WindowLosses
+from litgpt_whittle.tensors import IGNORE_INDEX
 
 
 class NextTokenError:

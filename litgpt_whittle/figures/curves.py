@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_whittle.reports.style import BLACK, COLORS, GRAY, new_figure, save_figure
-from litgpt_whittle.training.curves import read_metrics
+from litgpt_whittle.figures.style import (
+    BLACK,
+    COLORS,
+    GRAY,
+    new_figure,
+    save_figure,
+)
+from litgpt_whittle.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from litgpt_whittle.pruners.pruning import MapReport

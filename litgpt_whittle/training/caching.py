@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from tqdm import tqdm
 
+from litgpt_whittle.data.loader_state import set_epoch
+from litgpt_whittle.data.loading import split_batch
 from litgpt_whittle.distillation.cache import (
     Index,
     Layout,
@@ -29,8 +31,6 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space
 from litgpt_whittle.processes import barrier, first_does, gather, rank, spread, world_size
 from litgpt_whittle.tensors import sums_dtype
-from litgpt_whittle.training.loop import split_batch
-from litgpt_whittle.training.resume import set_epoch
 
 Item = TypeVar("Item")
 

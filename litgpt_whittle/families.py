@@ -16,7 +16,7 @@ from litgpt.config import Config
 from litgpt.scripts import convert_lit_checkpoint as converter
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.hf.config import expert_width
+from litgpt_whittle.huggingface_config import expert_width
 
 
 @dataclass(frozen=True)

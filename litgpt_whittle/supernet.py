@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from litgpt.config import Config
 
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.head import HeadInput, HeadLosses, LossModel, TeacherLogits, head_loss, hidden_states
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import rank
 from litgpt_whittle.registry import lookup, with_settings
 from litgpt_whittle.samplers import Sampler
-from litgpt_whittle.searching.args import SpaceArgs
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
-from litgpt_whittle.training.args import DistillArgs
 from litgpt_whittle.training.run import Backward, Score
 
 GROUP = "litgpt_whittle.samplers"

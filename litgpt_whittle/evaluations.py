@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.keep import n_units
-from litgpt_whittle.searching.journal import Evaluation
 
 Bests = dict[str, Evaluation]
 

@@ -19,8 +19,8 @@ from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint
+from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.bins import Bin, parse_bins
-from litgpt_whittle.training.resume import describe
 
 Section = dict
 

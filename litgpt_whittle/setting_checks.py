@@ -1,0 +1,30 @@
+"""Checks of numbers in settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from litgpt_whittle.errors import UserError
+
+
+def check_positive(section: str, **values: int | None) -> None:
+    """Raise UserError unless all settings are whole numbers of at least 1; None is allowed."""
+    for name, value in values.items():
+        if value is not None and not (is_number(value) and value >= 1 and value == int(value)):
+            is_small = is_number(value) and value < 1
+            raise UserError(
+                f"{section}.{name} must be {'' if is_small else 'a whole number, '}at least 1, got {value!r}"
+            )
+
+
+def check_shares(section: str, **values: float) -> None:
+    """Raise UserError unless all settings are numbers between 0 and 1."""
+    for name, value in values.items():
+        if not (is_number(value) and 0 <= value <= 1):
+            raise UserError(f"{section}.{name} must be between 0 and 1, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a setting is a finite number; settings of plugins are not type-checked by the parser."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,100 @@
+"""Argument groups of search spaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from litgpt_whittle.amounts import Range
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.metrics import MEASURES
+
+
+@dataclass
+class SizeArgs:
+    """One number for every dimension of the search space"""
+
+    n_embd: int = 1
+    """Channels of the residual stream"""
+    n_layer: int = 1
+    """Layers"""
+    head_size: int = 1
+    """Dimensions of each head"""
+    n_query_groups: int = 1
+    """Query groups of a layer (heads, if each has its own keys and values)"""
+    heads_per_group: int = 1
+    """Query heads within each group"""
+    intermediate_size: int = 1
+    """Neurons of an MLP"""
+    moe_intermediate_size: int = 1
+    """Neurons of an expert, for teachers that set it"""
+    n_expert: int = 1
+    """Experts of a layer"""
+
+
+@dataclass
+class StepArgs(SizeArgs):
+    """Steps of the dimensions. By default one unit, and 32 to 128 for the widths of teachers with at least 512
+    channels, since GPUs multiply matrices of odd widths slowly and quantisers refuse them"""
+
+    n_embd: int | None = None
+    """Channels of the residual stream; by default 128 for more than 2,048, else 64 or 32, if it divides the teacher's
+    and leaves 16 sizes"""
+    intermediate_size: int | None = None
+    """Neurons of an MLP; by default as for channels"""
+    moe_intermediate_size: int | None = None
+    """Neurons of an expert; by default as for channels"""
+
+
+@dataclass
+class SpaceArgs:
+    """Dimensions that may shrink, with their smallest sizes and steps"""
+
+    step: StepArgs = field(default_factory=StepArgs)
+    """Step of each dimension: sizes are its multiples; the teacher's own size is always allowed"""
+    smallest: SizeArgs = field(default_factory=SizeArgs)
+    """Smallest size of each dimension"""
+    fixed: list[str] = field(default_factory=lambda: ["head_size"])
+    """Dimensions that stay at the teacher's size, by their names in `step`"""
+    layers: Literal["any", "first", "best"] = "any"
+    """Layers to keep: any, in their order; only the first ones; or only the most important ones (best)"""
+    convertible: bool | None = None
+    """If true, the heads fit within the channels and can be padded to fill them, as transformers' classes for Pythia
+    (GPT-NeoX), StableLM and Falcon require: `n_embd` stays a multiple of the teacher's `head_size`. By default true for
+    a search with such a teacher, else false"""
+
+
+@dataclass
+class LimitArgs:
+    """Limits on the costs of sub-networks: a maximum (800M) or a range (600M-800M)"""
+
+    n_params: str | int | float | None = None
+    """Parameters. Without ``--bin``, candidates are built to this range as to a bin"""
+    flops: str | int | float | None = None
+    """FLOPs per token of a forward pass, as in 1.5G"""
+    kv_cache_bytes: str | int | float | None = None
+    """Bytes of the KV cache of one sequence in bfloat16, as in 64MiB"""
+    weight_bytes: str | int | float | None = None
+    """Bytes of the weights in bfloat16, as in 2GB"""
+    latency_prefill: str | int | float | None = None
+    """Seconds from a prompt to the first new token on this machine, as in 50ms. Candidates are timed before scoring,
+    which takes some seconds for a large one; one that is too slow is not scored, but counts as an evaluation"""
+    latency_decode: str | int | float | None = None
+    """Seconds for each further token on this machine, as in 5ms; measured together with the other latency"""
+
+    def __post_init__(self) -> None:
+        self.ranges()
+
+    def ranges(self) -> dict[str, Range]:
+        """Return the limits that are set, by name.
+
+        Raises:
+            UserError: If a limit cannot be parsed.
+        """
+        found = {}
+        for name, text in vars(self).items():
+            try:
+                found |= {} if text is None else {name: MEASURES[name].parse(text)}
+            except UserError as error:
+                raise UserError(f"limit.{name}: {error}") from None
+        return found
