@@ -45,9 +45,13 @@ slow: setup
 lowest: $(VENV)-lowest/installed
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) $(LOWEST:%=tests/test_%.py) $(ARGS)
 
-lint: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)-lint/installed
+	$(VENV)-lint/bin/ruff check . && $(VENV)-lint/bin/ruff format --check . && $(VENV)-lint/bin/lint-imports
+
+$(VENV)-lint/installed: Makefile
+	test -x $(VENV)-lint/bin/python || $(PYTHON) -m venv $(VENV)-lint
+	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 import-linter==2.17
+	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest out build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lint out build *.egg-info

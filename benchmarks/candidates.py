@@ -52,7 +52,7 @@ def main() -> None:
     all_sizes: list = []
     parents: list = []
     for kind, make in {
-        "sampled": lambda rng: space.sample(rng),
+        "sampled": space.sample,
         "mutated": lambda rng: space.mutate(rng, parents[rng.integers(len(parents))], 0.1),
         "crossed": lambda rng: space.crossover(rng, *(parents[i] for i in rng.integers(len(parents), size=2))),
     }.items():

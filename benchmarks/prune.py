@@ -70,7 +70,7 @@ def main() -> None:
     sparsities = [parse(sparsity) for sparsity in args.sparsities]
     n_scored = sum(batch.n_tokens for batch in bench.validation)
     print(f"{bench.windows.numel():,} calibration tokens, {n_scored:,} of validation, CPU seconds in brackets")
-    print(f"{'':<24}" + "".join(f"{str(sparsity):>18}" for sparsity in sparsities))
+    print(f"{'':<24}" + "".join(f"{sparsity!s:>18}" for sparsity in sparsities))
     print(f"{'teacher':<24}{bench.perplexity():>10.3f}", flush=True)
     for refit in (False, True)[: 1 + args.refit]:
         for name in args.methods:

@@ -113,7 +113,7 @@ class SubNet:
             setattr(self, name, self._per_layer(name, value))
         self._key = tuple(getattr(self, name) for name in FIELDS)
         self._check_experts()
-        self.head_cut  # raises if the head size is invalid
+        _ = self.head_cut  # raises if the head size is invalid
 
     def _per_layer(self, name: str, value: Any) -> Keep | tuple[Keep | None, ...] | None:
         """Return one `Keep` if all layers agree, else one per kept layer; None if no kept layer has such units."""
@@ -281,7 +281,7 @@ class SubNet:
             UserError: If a key is unknown or the sub-network is invalid for this teacher.
         """
         if unknown := set(choice) - set(FIELDS):
-            raise UserError(f"a sub-network has no {sorted(unknown)[0]!r}; its fields are {', '.join(FIELDS)}")
+            raise UserError(f"a sub-network has no {min(unknown)!r}; its fields are {', '.join(FIELDS)}")
         return cls(teacher, **choice)
 
     def save(self, path: Path, **provenance: Any) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers such as architectures.py, in every way of starting pytest
 
-import pretended_device  # noqa: E402
+import pretended_device
 
 pretended_device.register()  # before any test runs a backward pass; there seems to be no device outside its own tests
 

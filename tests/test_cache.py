@@ -286,7 +286,7 @@ def test_caches_from_strangers_cannot_run_code(folder, tmp_path):
 
     (folder / "model_config.yaml").write_text(f"!!python/object/apply:os.system ['touch {tmp_path / 'owned'}']")
     with pytest.raises(UserError, match="model_config.yaml' is not YAML"):
-        Cache(folder).teacher_config  # noqa: B018
+        Cache(folder).teacher_config
     shard_path(folder, 0).write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(UserError, match="shard-00000.bin' is damaged"):
         Cache(folder)

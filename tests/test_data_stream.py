@@ -109,7 +109,7 @@ def test_a_resumed_stream_reads_nothing_again():
     loader = skipping(DataLoader(range(20), batch_size=2))
     one = DataStream(loader)
     take(one, 7)
-    other = DataStream(skipping(DataLoader(range(20), batch_size=2, collate_fn=lambda samples: torch.tensor(samples))))
+    other = DataStream(skipping(DataLoader(range(20), batch_size=2, collate_fn=torch.tensor)))
     other.load_state_dict(one.state_dict())
     assert next(other).tolist() == [14, 15]
 

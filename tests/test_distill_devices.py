@@ -21,7 +21,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from test_train import TokenData, checkpoint, predict, rows, run, train_args
 from litgpt.args import EvalArgs
-from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 torch.set_num_threads(1)
 try:

@@ -153,7 +153,7 @@ def test_stratified_random_passes_over_empty_strata():
     found = Counter(
         sum(gap.n_params(scored.subnet) > part.hi for part in parts) for scored in run(strategy, 5 * len(parts))
     )
-    assert found == {i: 5 for i in range(len(parts))}
+    assert found == dict.fromkeys(range(len(parts)), 5)
 
 
 def test_stratified_random_works_where_no_stratum_seems_reachable(monkeypatch):

@@ -17,7 +17,7 @@ N, V, E, E_TEACHER = 23, 37, 8, 12
 
 def tensors(dtype=torch.float64, with_bias=True):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
     student = HeadInput(draw(1, N, E), draw(V, E), draw(V) if with_bias else None)
     teacher = HeadInput(draw(1, N, E_TEACHER), draw(V, E_TEACHER), draw(V) if with_bias else None)
     targets = torch.randint(V, (1, N), generator=generator)

@@ -32,7 +32,7 @@ T = 0.9
 
 def tensors(student_too):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     student, teacher = (HeadInput(draw(1, N, E), draw(V, E), draw(V)) for _ in range(2))
     teacher.bias[IMPOSSIBLE] = -torch.inf
     if student_too:

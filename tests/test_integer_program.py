@@ -206,7 +206,7 @@ def test_costs_of_layers_add_up_for_every_architecture(teacher):
     """The sums over layers equal the measures of the whole combination, exactly."""
     space = Space(teacher, "coarse_layerwise")
     names = ["n_params", "flops", "kv_cache_bytes", "weight_bytes"]
-    space.limits = Limits({name: (0.0, math.inf) for name in names}, teacher, MeasureArgs(8))
+    space.limits = Limits(dict.fromkeys(names, (0.0, math.inf)), teacher, MeasureArgs(8))
     program = Program(Alternatives(space, (0.75, 0.5)))
     outside, added = program._quantities(names)
     rng = np.random.default_rng(0)

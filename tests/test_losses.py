@@ -28,7 +28,7 @@ def mixture_of(p, q, beta=0.5):
 
 
 DEFINITIONS = {
-    "forward_kl": lambda p, q: kl_divergence(p, q),
+    "forward_kl": kl_divergence,
     "reverse_kl": lambda p, q: kl_divergence(q, p),
     "symmetric_kl": lambda p, q: (kl_divergence(p, q) + kl_divergence(q, p)) / 2,
     "jensen_shannon": lambda p, q: (kl_divergence(p, mixture_of(p, q)) + kl_divergence(q, mixture_of(p, q))) / 2,

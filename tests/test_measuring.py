@@ -80,7 +80,7 @@ def test_each_cut_is_measured_once_for_all_bins_by_the_searchs_own_fitness(check
 
 
 def test_measurements_are_never_a_result(whole):
-    header, evaluations = read_journal(whole / "journal.jsonl")
+    _header, evaluations = read_journal(whole / "journal.jsonl")
     assert len(evaluations) == 12
     for bin in BINS.split(","):
         own = [e for e in evaluations if e.bin == bin]

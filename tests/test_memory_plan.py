@@ -23,7 +23,7 @@ TEACHER = replace(CONFIG, n_embd=128)
 def a_step(**settings) -> Step:
     usual = {
         "build_student": lambda: GPT(CONFIG),
-        "build_optimizer": lambda weights: torch.optim.AdamW(weights),
+        "build_optimizer": torch.optim.AdamW,
         "precision": "32-true",
         "device": torch.device("cpu"),
         "n_devices": 1,
@@ -77,7 +77,7 @@ def test_what_is_held_is_the_closed_form(n):
 
 def test_other_precisions_devices_and_optimizers():
     plan = plan_memory(a_step())
-    sgd = plan_memory(a_step(build_optimizer=lambda weights: torch.optim.SGD(weights)))
+    sgd = plan_memory(a_step(build_optimizer=torch.optim.SGD))
     assert sgd.optimizer == 0 and sgd.weights == plan.weights
     true = plan_memory(a_step(precision="bf16-true"))
     assert true.weights == pytest.approx(plan.weights / 2, rel=0.02)
@@ -181,7 +181,7 @@ import torch
 from litgpt import Config
 from litgpt.args import EvalArgs
 from test_train import TokenData, run, train_args
-from litgpt_whittle.training.args import DistillArgs
+from litgpt_whittle.distillation.args import DistillArgs
 torch.set_num_threads(1)
 if sys.platform == "linux":  # each freed buffer goes back to the system, so that what is resident is in use
     ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD

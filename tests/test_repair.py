@@ -133,11 +133,11 @@ def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
     per_group = config.n_head // groups
     weights = {}
     for name, tensor in small.state_dict().items():
-        if name.endswith("attn.qkv.weight") or name.endswith("attn.qkv.bias"):
+        if name.endswith(("attn.qkv.weight", "attn.qkv.bias")):
             # queries, keys and values are doubled each for itself
             parts = tensor.split([config.n_head * size, groups * size, groups * size])
             tensor = torch.cat([torch.cat([part, part]) for part in parts])
-        elif ".fc" in name or name.endswith(("proj.weight", "proj.bias", "wte.weight")) and "wte" not in name:
+        elif ".fc" in name or (name.endswith(("proj.weight", "proj.bias", "wte.weight")) and "wte" not in name):
             tensor = torch.cat([tensor, tensor])
         elif "norm" in name or "ln_f" in name:
             tensor = torch.cat([tensor, tensor])

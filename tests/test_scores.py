@@ -182,7 +182,7 @@ def test_taylor_scores_are_how_the_loss_changes_when_a_unit_fades(config, exact)
                 heads = range(unit, config.n_head, per_group)
                 parts = [block.attn.proj.weight[:, head * size : (head + 1) * size] for head in heads]
             elif kind == "n_expert":
-                parts = [tensor for tensor in projections[unit].parameters()]
+                parts = list(projections[unit].parameters())
             else:
                 parts = [proj.weight[:, unit] for proj in projections]
                 parts += [shared.weight[:, unit :: len(scores)]] if shared is not None else []

@@ -25,7 +25,8 @@ import test_search
 from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
-from litgpt_whittle.searching.args import BudgetArgs, RacingArgs
+from litgpt_whittle.batches import BudgetArgs
+from litgpt_whittle.searching.args import RacingArgs
 search.write_report = lambda out_dir: "the report"
 losses = Perplexity.losses
 Perplexity.losses = lambda self, *args: time.sleep({pause}) or losses(self, *args)

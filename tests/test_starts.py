@@ -280,7 +280,7 @@ def test_no_search_ends_worse_than_the_best_of_its_starts(name, fitness):
 
 
 def test_a_plain_idea_that_is_best_is_found_at_once():
-    evaluations, search = searched(Evolution(), Plain(2), 40)
+    _evaluations, search = searched(Evolution(), Plain(2), 40)
     assert search.best.origin == "neurons" and search.best.index == 0
     alone, _ = searched(Evolution(), Plain(2), 40, starts=[])
     assert search.best.score("nll") < min(e.score("nll") for e in alone)

@@ -130,7 +130,7 @@ def _assert_padding_has_no_gradient(stock: GPT, student: LayerwiseGPT) -> None:
         if len(student.shape.layer(i).heads_per_group) < stock.config.n_head // stock.config.n_query_groups:
             del takes[f"transformer.h.{i}.attn.proj.weight"]
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
-    for name, take in takes.items():
+    for take in takes.values():
         # a padded head in a group that the student keeps averages that group's values, which its projection sees
         shares_values = take.name.endswith("attn.proj.weight") and isinstance(student.shape.heads_per_group, tuple)
         if take.name in gradients and "norm_" not in take.name and not shares_values:

@@ -169,7 +169,7 @@ def teacher(request, tmp_path_factory):
 
 
 def test_litgpt_computes_what_transformers_computes(teacher):
-    family, folder, expected = teacher
+    _family, folder, expected = teacher
     torch.testing.assert_close(load_model(folder)(IDX), expected, rtol=1e-4, atol=1e-4)
 
 

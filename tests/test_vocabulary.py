@@ -33,7 +33,7 @@ PROBABILITIES = LINEAR + [
 
 def tensors(n_student, n_teacher):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     student = HeadInput(draw(1, N, E), draw(n_student, E), draw(n_student))
     teacher = HeadInput(draw(1, N, E), draw(n_teacher, E), draw(n_teacher))
     targets = torch.randint(20, (1, N), generator=generator)

@@ -212,7 +212,7 @@ def _students_table(students: Mapping[Path, Path]) -> str:
         origin = read_choice(folder / "sub_network.yaml")["provenance"]
         searched = searched_perplexity(origin)
         measured = "not measured" if searched is None else f"{searched:.2f}"
-        lines.append(f"{str(folder):<40}{origin['n_params']:>14,}{measured:>25}")
+        lines.append(f"{folder!s:<40}{origin['n_params']:>14,}{measured:>25}")
     return "\n".join(lines)
 
 
@@ -285,7 +285,7 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
     ]
     steps = {"the head was fitted to them": repaired.head, "all blocks were trained together": repaired.refined}
     if tried := {name: errors for name, errors in steps.items() if errors is not None}:
-        before, after = list(tried.values())[0].before, list(tried.values())[-1].after
+        before, after = next(iter(tried.values())).before, list(tried.values())[-1].after
         steps = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
         n = len(calibration.held_out_windows) * calibration.shape[1]
         source = "validation" if calibration.is_validated else "held-out calibration"
@@ -327,7 +327,7 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
         heads = "Its heads do not fill its channels, as transformers asks for."
         lines += [
             f"{heads if subnet.layers_are_alike else 'Its layers differ in width.'} Stock litgpt",
-            f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,} "
+            f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,}",
             f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
     weights = out_dir / WEIGHTS

@@ -83,9 +83,10 @@ class QuickRepair:
             means = self.before[layer] = TokenMeans(tokens, self.config.n_embd)
             block = teacher.transformer.h[layer]
             watching.append(block.register_forward_pre_hook(lambda _, x, means=means: means.add(self._ids, x[0])))
-        for self._ids in windows.to(self.device).split(micro_batch_size):
+        for ids in windows.to(self.device).split(micro_batch_size):
+            self._ids = ids  # for the hooks
             with stopping_at(teacher.transformer.ln_f):  # saves the memory of the logits
-                teacher(self._ids)
+                teacher(ids)
         for handle in watching:
             handle.remove()
         self.ridge = self._checked_ridge()
@@ -309,7 +310,7 @@ class _LayerMoments:
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
-            fit_readers(block, takes, theirs, part, lambda b, _: solve(moments, anchor, ridge, b))
+            fit_readers(block, takes, theirs, part, lambda b, _, m=moments, a=anchor: solve(m, a, ridge, b))
         for names in self.moments:
             self._write(names, block, theirs, takes, basis, ridge, gap if names == self.last_writers else None)
 

@@ -67,7 +67,7 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
     if found:
         # later candidates are darker, to show the progress of the search
         order = [e.index + 1 for e in found]
-        last = max(max(order), 2)
+        last = max(*order, 2)
         dots = axes.scatter(*_columns(points), c=order, cmap="Blues", vmin=-0.4 * last, vmax=last, s=16, linewidths=0)
         bar = figure.colorbar(dots, ax=axes, label="evaluation", pad=0.015)
         bar.ax.set_ylim(1, last)

@@ -38,7 +38,9 @@ def measurement_names(searches: Sequence[Search]) -> list[str]:
     """
     if not searches[0].strategy.needs_measurements:
         return []
-    return [list(search.strategy.measurements()) for search in searches][0]
+    # every strategy prepares its own, and all of one space need the same
+    measurements = [list(search.strategy.measurements()) for search in searches]
+    return measurements[0]
 
 
 def take_measurements(

@@ -38,7 +38,7 @@ class Leg(NamedTuple):
     """Loss of each window, summed over its tokens"""
     seconds: float
     error: str | None = None
-    costs: dict[str, float] = {}
+    costs: dict[str, float] = {}  # noqa: RUF012
     """Additional measures and the strategy's predictions, from the first stage"""
 
 

@@ -33,7 +33,7 @@ class Limits:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     teacher: Config | None = None
     """The teacher's config; required if there is a range"""
-    args: MeasureArgs = MeasureArgs()
+    args: MeasureArgs = field(default_factory=MeasureArgs)
     """Intended use of the sub-networks, which the measures depend on"""
 
     @property

@@ -201,8 +201,8 @@ class SizeSpace:
         return int(lows.min()), int(highs.max())
 
     def reaches(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        low = [_contract(kind.low, lo[:2] + [lo[2] if kind.has_experts else 0]) for kind in self.kinds]
-        high = [self._highest(kind, hi[:2] + [hi[2] if kind.has_experts else 0]) for kind in self.kinds]
+        low = [_contract(kind.low, [*lo[:2], lo[2] if kind.has_experts else 0]) for kind in self.kinds]
+        high = [self._highest(kind, [*hi[:2], hi[2] if kind.has_experts else 0]) for kind in self.kinds]
         return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])
 
     def _highest(self, kind: _Kind, shared: list[int]) -> np.ndarray:

@@ -86,7 +86,7 @@ class Strategy(ABC):
         """
         return {}
 
-    def take_measurements(self, measured: Mapping[str, Scored]) -> None:
+    def take_measurements(self, measured: Mapping[str, Scored]) -> None:  # noqa: B027
         """Learn from the scores of all `measurements`, by name."""
 
     @property

@@ -190,7 +190,7 @@ def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _gaps(is_kept: np.ndarray) -> dict[str, np.ndarray]:
     """Return features of dropped layers: before the first kept one, after the last one, and between them."""
-    n, depth = is_kept.shape
+    _n, depth = is_kept.shape
     first, behind = is_kept.argmax(1), is_kept[:, ::-1].argmax(1)
     before = np.maximum.accumulate(np.where(is_kept, np.arange(depth), -1), axis=1)[:, :-1]
     gaps = np.arange(1, depth) - before - 1  # number of layers dropped right before each kept layer
