@@ -20,7 +20,7 @@ from litgpt_whittle.batches import calibration_windows, connect, validation_batc
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.supergpt import extract_weights, student_model
 
@@ -98,7 +98,9 @@ class Bench:
         """The repaired student's NLL, and the seconds that the repair took."""
         started = time.perf_counter()
         scratch = Scratch(OUT / "scratch", repr((args, windows.shape, time.time())))
-        repaired = Repair(self.weights, self.subnet, Calibration(windows), RepairArgs(**args), scratch).run(False)
+        repaired = SequentialRepair(self.weights, self.subnet, Calibration(windows), RepairArgs(**args), scratch).run(
+            False
+        )
         seconds = time.perf_counter() - started
         scratch.remove()
         student = student_model(repaired.subnet).eval()

@@ -47,7 +47,7 @@ def read_outside(weights: Mapping[str, torch.Tensor], device: torch.device | str
     }
 
 
-class Outside(nn.Module):
+class NonBlockModules(nn.Module):
     """Modules outside a model's blocks: embedding, final norm, LM head, rotary cache.
 
     Args:

@@ -201,8 +201,8 @@ class Calibration:
             Moments of the fitting tokens and of the tuning tokens.
         """
         # with many tokens per input, rounding noise of the products is far below the noise of the data
-        rough = self.n_fitted >= FLOAT32_TOKENS_PER_INPUT * n_in
-        fitted, tuning = (Moments(n_in, n_out, self.device, rough=rough) for _ in range(2))
+        fp32_products = self.n_fitted >= FLOAT32_TOKENS_PER_INPUT * n_in
+        fitted, tuning = (Moments(n_in, n_out, self.device, fp32_products=fp32_products) for _ in range(2))
         for batch in self.fitted_batches:
             (tuning if self.is_tuning(batch) else fitted).add(*examples(batch))
         return fitted.over_processes(), tuning.over_processes()

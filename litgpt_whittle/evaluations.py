@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from litgpt_whittle.journal import Evaluation
-from litgpt_whittle.keep import n_units
+from litgpt_whittle.unit_index import n_units
 
 Bests = dict[str, Evaluation]
 

@@ -224,7 +224,7 @@ def lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def claimed(out_dir: Path) -> Iterator[IO[Any]]:
+def lock_dir(out_dir: Path) -> Iterator[IO[Any]]:
     """Lock a folder against other processes while the block runs, or a process that inherits the yielded file.
 
     On exit, the lock file is removed, and so are the folders created here if they are empty.

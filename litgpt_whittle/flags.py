@@ -35,9 +35,9 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
         command: Name of the command, such as "search".
         flags: All flags of the command, such as "--out_dir".
     """
-    told = UserError.inside(message)
-    if told is not None:
-        return str(told)
+    sentence = UserError.inside(message)
+    if sentence is not None:
+        return str(sentence)
     if (why := why_not_made(message)) is not None:
         return why
     if unknown := re.fullmatch(r"[Uu]nrecognized arguments: (.+)", message):

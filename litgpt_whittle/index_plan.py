@@ -20,13 +20,13 @@ from litgpt.config import Config
 from litgpt.model import Block
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.keep import Keep
-from litgpt_whittle.subnet import LayerKeep, SubNet, experts_of, fingerprint, layer_sizes
+from litgpt_whittle.subnet import LayerUnits, SubNet, experts_of, fingerprint, layer_sizes
 from litgpt_whittle.tensors import to_device
+from litgpt_whittle.unit_index import UnitIndex
 
 
 @dataclass(frozen=True, eq=False)
-class Take:
+class ParamSlice:
     """Slice of a teacher parameter that forms one student parameter.
 
     Calling it on the teacher's tensor returns the student's: a view if every index is a slice.
@@ -79,11 +79,11 @@ def take_along(tensor: torch.Tensor, dim: int, index: slice | torch.Tensor) -> t
     return tensor.index_select(dim, index.to(tensor.device))
 
 
-Plan = dict[str, Take]
+SlicePlan = dict[str, ParamSlice]
 """Mapping from each student parameter's name to its slice of a teacher parameter."""
 
 
-def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
+def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> SlicePlan:
     """Build the index plan of a sub-network.
 
     Args:
@@ -94,15 +94,15 @@ def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> Plan:
     Raises:
         UserError: If `subnet` was made for another teacher.
     """
-    takes, layers = plans(teacher, subnet, tied)
+    slices, layers = plans(teacher, subnet, tied)
     for i, (layer, own) in enumerate(zip(subnet.layers, layers)):
         prefix = f"transformer.h.{layer}."
         for name, take in own.items():
-            takes[f"transformer.h.{i}.{name}"] = dataclasses.replace(take, name=prefix + take.name)
-    return takes
+            slices[f"transformer.h.{i}.{name}"] = dataclasses.replace(take, name=prefix + take.name)
+    return slices
 
 
-def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[Plan, list[Plan]]:
+def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePlan, list[SlicePlan]]:
     """Build the index plan of a sub-network in parts, which `plan` joins.
 
     Returns:
@@ -124,7 +124,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[Plan, li
     return _root_plan(teacher, subnet.n_embd, tied), layers
 
 
-def on_device(parts: Sequence[Plan], device: torch.device) -> list[Plan]:
+def on_device(parts: Sequence[SlicePlan], device: torch.device) -> list[SlicePlan]:
     """Return plans whose index tensors are on a device: equal ones are sent once, all of them in a single copy."""
     indices = {id(index): index for part in parts for take in part.values() for index in take.index}
     contents = {at: index.numpy().tobytes() for at, index in indices.items() if isinstance(index, torch.Tensor)}
@@ -135,7 +135,7 @@ def on_device(parts: Sequence[Plan], device: torch.device) -> list[Plan]:
     sent = joined.split([len(index) for index in distinct.values()])
     by_content = dict(zip(distinct, sent))
     moved = {at: by_content[content] for at, content in contents.items()}
-    done: dict[int, Plan] = {}
+    done: dict[int, SlicePlan] = {}
     for part in parts:
         if id(part) not in done:
             done[id(part)] = {
@@ -181,7 +181,7 @@ ATTENTION_AXES = {axis for name, axes in RULES.items() if name.startswith("attn.
 """Axes along which attention heads can own indices."""
 
 
-def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerKeep) -> dict[str, np.ndarray]:
+def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerUnits) -> dict[str, np.ndarray]:
     """Return the kept teacher indices along every axis of `RULES` that this layer has, except `n_embd`."""
     per_group = teacher.n_head // teacher.n_query_groups
     groups = keep.n_query_groups.indices
@@ -236,7 +236,7 @@ def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
         elif kind.endswith("intermediate_size"):
             units[kind] = {name: axes[name].reshape(-1, width).T for name in axes if name.endswith("neurons")}
         else:
-            keeps = [dataclasses.replace(full, **{kind: Keep([u])}) for u in getattr(full, kind).indices]
+            keeps = [dataclasses.replace(full, **{kind: UnitIndex([u])}) for u in getattr(full, kind).indices]
             alone = [kept_indices(teacher, layer, dims, keep) for keep in keeps]
             units[kind] = {name: _own([of[name] for of in alone]) for name in axes if name in ATTENTION_AXES}
         units[kind] = {name: own for name, own in units[kind].items() if own.size}
@@ -253,7 +253,7 @@ def _own(alone: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.setdiff1d(indices, shared) for indices in alone])
 
 
-def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray, keep: LayerKeep) -> Plan:
+def layer_plan(teacher: Config, layer: int, n_embd: UnitIndex, head_dims: np.ndarray, keep: LayerUnits) -> SlicePlan:
     """Return the plan of one layer, with names relative to its block."""
     return _layer_plan(teacher, layer, n_embd, head_dims, keep, _block_tensors(ConfigKey(teacher), layer))
 
@@ -261,14 +261,14 @@ def layer_plan(teacher: Config, layer: int, n_embd: Keep, head_dims: np.ndarray,
 def _layer_plan(
     teacher: Config,
     layer: int,
-    n_embd: Keep,
+    n_embd: UnitIndex,
     head_dims: np.ndarray,
-    keep: LayerKeep,
+    keep: LayerUnits,
     tensors: tuple[tuple[str, bool], ...],
-) -> Plan:
+) -> SlicePlan:
     axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
-    takes = {}
+    slices = {}
     for name, is_buffer in tensors:
         module, _, leaf = name.rpartition(".")
         if module.startswith("mlp.experts."):
@@ -279,21 +279,21 @@ def _layer_plan(
             student_name = f"mlp.experts.{kept[0]}.{part}.{leaf}"
         else:
             student_name = name
-        takes[student_name] = Take(name, _take_index(module, leaf, indices), is_buffer)
-    return takes
+        slices[student_name] = ParamSlice(name, _take_index(module, leaf, indices), is_buffer)
+    return slices
 
 
-def _root_plan(teacher: Config, n_embd: Keep, tied: bool) -> Plan:
+def _root_plan(teacher: Config, n_embd: UnitIndex, tied: bool) -> SlicePlan:
     """Return the plan of the parameters outside the blocks."""
     indices = {"vocab": slice(0, teacher.padded_vocab_size), "n_embd": _index(n_embd.indices)}
     names = ["transformer.wte.weight", "lm_head.weight"]
     names += ["lm_head.bias"] if teacher.lm_head_bias else []
     norm = teacher.norm_class(1)
     names += [f"transformer.ln_f.{leaf}" for leaf, value in norm.named_parameters()]
-    takes = {name: Take(name, _take_index(*name.rsplit(".", 1), indices)) for name in names}
+    slices = {name: ParamSlice(name, _take_index(*name.rsplit(".", 1), indices)) for name in names}
     if tied:
-        takes["lm_head.weight"] = takes["transformer.wte.weight"]
-    return takes
+        slices["lm_head.weight"] = slices["transformer.wte.weight"]
+    return slices
 
 
 def axes_of(module: str) -> tuple[str, ...]:
@@ -358,7 +358,7 @@ def n_params(teacher: Config, subnet: SubNet, tied: bool = False) -> int:
 
 def root_params(teacher: Config, n_embd: int, tied: bool = False) -> int:
     """Count the parameters outside the blocks: embedding, final norm, LM head."""
-    return _count(_root_plan(teacher, Keep(n_embd), tied))
+    return _count(_root_plan(teacher, UnitIndex(n_embd), tied))
 
 
 def layer_params(
@@ -390,13 +390,13 @@ def layer_takes(
     heads_per_group: int,
     intermediate_size: int,
     n_expert: int = 0,
-) -> Plan:
+) -> SlicePlan:
     """Return the plan of one layer that keeps the first units of each kind; used for its shapes."""
-    widths = Keep(n_query_groups), Keep(heads_per_group), Keep(intermediate_size)
-    keep = LayerKeep(*widths, Keep(n_expert) if n_expert else None)
-    return layer_plan(teacher, layer, Keep(n_embd), np.arange(head_size), keep)
+    widths = UnitIndex(n_query_groups), UnitIndex(heads_per_group), UnitIndex(intermediate_size)
+    keep = LayerUnits(*widths, UnitIndex(n_expert) if n_expert else None)
+    return layer_plan(teacher, layer, UnitIndex(n_embd), np.arange(head_size), keep)
 
 
-def _count(takes: Plan) -> int:
+def _count(slices: SlicePlan) -> int:
     """Count the elements of a plan, each teacher parameter once, without buffers."""
-    return sum({take.name: take.numel() for take in takes.values() if not take.is_buffer}.values())
+    return sum({take.name: take.numel() for take in slices.values() if not take.is_buffer}.values())

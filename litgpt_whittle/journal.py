@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import claimed, write_text
-from litgpt_whittle.processes import first_does
+from litgpt_whittle.files import lock_dir, write_text
+from litgpt_whittle.processes import on_rank_zero
 
 JOURNAL = "journal.jsonl"
 """File name in a search's folder"""
@@ -132,11 +132,11 @@ def open_record(
         def open_it() -> list[Evaluation]:
             nonlocal journal
             if not is_claimed:
-                stack.enter_context(claimed(path.parent))
+                stack.enter_context(lock_dir(path.parent))
             journal = stack.enter_context(Journal(path, header, resume))
             return journal.evaluations
 
-        evaluations = first_does(open_it)
+        evaluations = on_rank_zero(open_it)
         yield MirroredJournal(evaluations) if journal is None else journal
 
 

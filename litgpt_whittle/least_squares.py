@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from litgpt_whittle.processes import add_up
+from litgpt_whittle.processes import all_reduce_sum
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
@@ -69,9 +69,11 @@ class Moments:
             since many multiply float64 tens of times slower.
     """
 
-    def __init__(self, n_in: int, n_out: int, device: torch.device | str = "cpu", *, rough: bool = False) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, device: torch.device | str = "cpu", *, fp32_products: bool = False
+    ) -> None:
         dtype = sums_dtype(device)
-        self.product_dtype = torch.float32 if rough or torch.device(device).type != "cpu" else dtype
+        self.product_dtype = torch.float32 if fp32_products or torch.device(device).type != "cpu" else dtype
         self.n = 0
         """Number of tokens"""
         self.mass: torch.Tensor | float = 0.0
@@ -120,7 +122,7 @@ class Moments:
         """Sum over all processes, in place; return self."""
         scalars = torch.tensor([self.n, float(self.yy), float(self.mass)], dtype=self.zz.dtype, device=self.zz.device)
         for tensor in (self.zz, self.yz, self.z, self.y, scalars):
-            add_up(tensor)
+            all_reduce_sum(tensor)
         self.n, self.yy, self.mass = int(scalars[0]), float(scalars[1]), float(scalars[2])
         return self
 

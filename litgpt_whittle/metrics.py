@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from litgpt.config import Config
 
-from litgpt_whittle.amounts import Range, Unit, parse_range
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import ConfigKey, layer_takes, n_params
 from litgpt_whittle.latency import Latency, latency
 from litgpt_whittle.processes import own_device
+from litgpt_whittle.quantities import Range, Unit, parse_range
 from litgpt_whittle.subnet import SubNet
 
 BACKWARD = 2
@@ -181,12 +181,12 @@ def _layers(teacher: Config, subnet: SubNet) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=2**16)
 def _layer(teacher: ConfigKey, layer: int, *sizes: int) -> tuple[int, int]:
-    takes, n_expert = layer_takes(teacher.config, layer, *sizes), sizes[-1]
-    products = {name: take.numel() for name, take in takes.items() if len(take.shape) == 2}
+    slices, n_expert = layer_takes(teacher.config, layer, *sizes), sizes[-1]
+    products = {name: take.numel() for name, take in slices.items() if len(take.shape) == 2}
     experts = sum(n for name, n in products.items() if name.startswith("mlp.experts."))
     # a token passes through every matrix once, except experts that it is not routed to; all experts have one size
     idle = experts // n_expert * (n_expert - teacher.config.n_expert_per_token) if n_expert else 0
-    return sum(products.values()) - idle, sum(take.numel() for take in takes.values() if take.is_buffer)
+    return sum(products.values()) - idle, sum(take.numel() for take in slices.values() if take.is_buffer)
 
 
 def _latency(teacher: Config, subnet: SubNet, args: MeasureArgs) -> Latency:

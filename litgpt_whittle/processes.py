@@ -23,13 +23,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import claimed
+from litgpt_whittle.files import lock_dir
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 _n_spread = 0
-"""Number of calls of `spread` so far"""
+"""Number of calls of `parallel_map` so far"""
 
 NO_LIMIT = timedelta(days=1000)
 """Timeout where processes wait for one of them, which may tokenise, save or score for hours"""
@@ -131,9 +131,9 @@ def is_first_started() -> bool:
     return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
-def claimed_for_all(out_dir: Path) -> AbstractContextManager[Any]:
-    """Return `claimed` on rank 0 and a null context on others, before the processes are started or connected."""
-    return claimed(out_dir) if is_first_started() else nullcontext()
+def lock_dir_for_all(out_dir: Path) -> AbstractContextManager[Any]:
+    """Return `lock_dir` on rank 0 and a null context on others, before the processes are started or connected."""
+    return lock_dir(out_dir) if is_first_started() else nullcontext()
 
 
 def own_device() -> torch.device:
@@ -236,8 +236,8 @@ class Termination:
         """Return whether any rank received SIGTERM; a collective, which all ranks must call."""
         if fabric.world_size == 1:
             return self.is_announced
-        told = torch.tensor(float(self.is_announced), device=fabric.device)
-        return bool(fabric.all_reduce(told, reduce_op="sum") > 0)
+        announced = torch.tensor(float(self.is_announced), device=fabric.device)
+        return bool(fabric.all_reduce(announced, reduce_op="sum") > 0)
 
 
 def rank() -> int:
@@ -280,7 +280,7 @@ def _reported() -> Iterator[None]:
         _lost(error)
 
 
-def leave() -> bool:
+def shutdown() -> bool:
     """Shut down the process group, and return whether this is rank 0, which continues alone.
 
     Processes that exited without it could find their connections closed and abort.
@@ -292,7 +292,7 @@ def leave() -> bool:
     return is_first
 
 
-def add_up(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the processes, in place."""
     if distributed.is_initialized():
         distributed.all_reduce(tensor)
@@ -318,7 +318,7 @@ def _lost(error: Exception) -> None:
     _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
 
 
-def spread(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
+def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
     """Apply a function to items in parallel, each on the next free process; yield all results in order on all of them.
 
     A process takes its next item before it waits for others' results, so that slow items block no one.
@@ -349,7 +349,7 @@ def each(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
     return map(function, items)
 
 
-def first_does(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result on all ranks.
 
     Raises:

@@ -11,7 +11,7 @@ from litgpt.model import Block
 from torch import nn
 from torch.func import functional_call
 
-from litgpt_whittle.index_plan import Take, take_along
+from litgpt_whittle.index_plan import ParamSlice, take_along
 from litgpt_whittle.meta import meta_modules
 from litgpt_whittle.subnet import LAYER_SETTINGS, SubNet
 from litgpt_whittle.windows import WindowMasks, vectorize_windows
@@ -64,11 +64,11 @@ class Running:
     """
 
     def __init__(
-        self, module: nn.Module, takes: Mapping[str, Take], constants: Weights, in_place: bool = False
+        self, module: nn.Module, slices: Mapping[str, ParamSlice], constants: Weights, in_place: bool = False
     ) -> None:
         self.module = module
         self.in_place = in_place
-        self.takes = takes
+        self.slices = slices
         self.constants = constants
         self.weights: Weights | None = None
 
@@ -83,7 +83,7 @@ class Running:
         Returns:
             Bytes of the gathered weights, 0 if the weights are sliced in every forward.
         """
-        indexed = [take for take in self.takes.values() if any(not isinstance(i, slice) for i in take.index)]
+        indexed = [take for take in self.slices.values() if any(not isinstance(i, slice) for i in take.index)]
         n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
         if n_bytes > most:
             return 0
@@ -92,9 +92,9 @@ class Running:
 
     def _take(self, owner: nn.Module) -> Weights:
         # looked up in each forward, since wrappers (FSDP2) replace the parameters
-        return {name: self._part(take, tensor_of(owner, take.name)) for name, take in self.takes.items()}
+        return {name: self._part(take, tensor_of(owner, take.name)) for name, take in self.slices.items()}
 
-    def _part(self, take: Take, tensor: torch.Tensor) -> torch.Tensor:
+    def _part(self, take: ParamSlice, tensor: torch.Tensor) -> torch.Tensor:
         return _TakeInPlace.apply(tensor, take) if self.in_place and tensor.requires_grad else take(tensor)
 
 
@@ -111,7 +111,7 @@ class _TakeInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor, take: Take) -> torch.Tensor:
+    def forward(ctx: Any, leaf: torch.Tensor, take: ParamSlice) -> torch.Tensor:
         ctx.leaf, ctx.take = leaf, take
         return take(leaf)
 

@@ -19,7 +19,7 @@ from litgpt_whittle.registry import version
 from litgpt_whittle.tensors import save_tensors, to_device
 
 
-class Stream:
+class ActivationFile:
     """Memory-mapped file of hidden states, indexed by window: float32, shape (N, T, n_embd).
 
     Args:
@@ -69,8 +69,8 @@ class Stream:
             self._states[windows], self._coming = host.numpy(), None
 
 
-class DeviceStream:
-    """`Stream` in a device's memory, lost by an interruption."""
+class DeviceActivations:
+    """`ActivationFile` in a device's memory, lost by an interruption."""
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         self._states = torch.empty(shape, device=device)
@@ -116,7 +116,7 @@ class Scratch:
             (self.folder / "key").write_text(key)
         barrier()
         self.is_new = is_other
-        self._streams: dict[str, Stream | DeviceStream] = {}
+        self._streams: dict[str, ActivationFile | DeviceActivations] = {}
         self._n_bytes: dict[str, int] = {}
         """Bytes of the streams in the device's memory"""
 
@@ -125,16 +125,16 @@ class Scratch:
         """Disk usage in bytes."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
-    def stream(self, name: str, n: int, length: int, n_embd: int) -> Stream | DeviceStream:
+    def stream(self, name: str, n: int, length: int, n_embd: int) -> ActivationFile | DeviceActivations:
         """Open a stream; create it if it does not exist."""
         if name not in self._streams:
             shape, path = (n, length, n_embd), self.folder / f"{name}.f32"
             n_bytes = 4 * math.prod(shape)
             if n_bytes <= self.budget and not path.exists():
-                self._streams[name], self._n_bytes[name] = DeviceStream(shape, self.device), n_bytes
+                self._streams[name], self._n_bytes[name] = DeviceActivations(shape, self.device), n_bytes
                 self.budget -= n_bytes
             else:
-                self._streams[name] = Stream(path, shape, self.device)
+                self._streams[name] = ActivationFile(path, shape, self.device)
         return self._streams[name]
 
     def has_streams(self, *names: str) -> bool:

@@ -25,8 +25,8 @@ from litgpt_whittle.families import (
     shares_channels,
 )
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import HeadCut, cut_head
+from litgpt_whittle.unit_index import UnitIndex
 
 PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_intermediate_size", "n_expert")
 """The fields of a `SubNet` that may differ from layer to layer."""
@@ -39,16 +39,16 @@ LAYER_SETTINGS = ("sliding_window_indices", "rope_indices")
 
 
 @dataclass(frozen=True)
-class LayerKeep:
+class LayerUnits:
     """Kept units of one layer."""
 
-    n_query_groups: Keep
+    n_query_groups: UnitIndex
     """Query groups (the heads, if each head is a group of its own)"""
-    heads_per_group: Keep
+    heads_per_group: UnitIndex
     """Query heads within each group"""
-    intermediate_size: Keep
+    intermediate_size: UnitIndex
     """Neurons of the MLP, or of each expert"""
-    n_expert: Keep | None
+    n_expert: UnitIndex | None
     """Experts; None in a dense layer"""
 
     @property
@@ -61,7 +61,7 @@ class LayerKeep:
 class SubNet:
     """A sub-network of a teacher, validated against the teacher's config at construction.
 
-    Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `Keep`; None keeps all. The
+    Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `UnitIndex`; None keeps all. The
     per-layer fields also take a list with one entry per *kept* layer (None for layers without such units). A list of
     equal entries is the same sub-network as the single value. Immutable, hashable, compared by value.
 
@@ -80,27 +80,27 @@ class SubNet:
         UserError: If the sub-network is invalid for this teacher.
     """
 
-    n_embd: Keep
-    n_layer: Keep
-    head_size: Keep
-    n_query_groups: Keep | tuple[Keep, ...]
-    heads_per_group: Keep | tuple[Keep, ...]
-    intermediate_size: Keep | tuple[Keep | None, ...] | None
-    moe_intermediate_size: Keep | tuple[Keep | None, ...] | None
-    n_expert: Keep | tuple[Keep | None, ...] | None
+    n_embd: UnitIndex
+    n_layer: UnitIndex
+    head_size: UnitIndex
+    n_query_groups: UnitIndex | tuple[UnitIndex, ...]
+    heads_per_group: UnitIndex | tuple[UnitIndex, ...]
+    intermediate_size: UnitIndex | tuple[UnitIndex | None, ...] | None
+    moe_intermediate_size: UnitIndex | tuple[UnitIndex | None, ...] | None
+    n_expert: UnitIndex | tuple[UnitIndex | None, ...] | None
 
     def __init__(
         self,
         teacher: Config,
         *,
-        n_embd: int | str | Keep | None = None,
-        n_layer: int | str | Keep | None = None,
-        head_size: int | str | Keep | None = None,
-        n_query_groups: int | str | Keep | list | tuple | None = None,
-        heads_per_group: int | str | Keep | list | tuple | None = None,
-        intermediate_size: int | str | Keep | list | tuple | None = None,
-        moe_intermediate_size: int | str | Keep | list | tuple | None = None,
-        n_expert: int | str | Keep | list | tuple | None = None,
+        n_embd: int | str | UnitIndex | None = None,
+        n_layer: int | str | UnitIndex | None = None,
+        head_size: int | str | UnitIndex | None = None,
+        n_query_groups: int | str | UnitIndex | list | tuple | None = None,
+        heads_per_group: int | str | UnitIndex | list | tuple | None = None,
+        intermediate_size: int | str | UnitIndex | list | tuple | None = None,
+        moe_intermediate_size: int | str | UnitIndex | list | tuple | None = None,
+        n_expert: int | str | UnitIndex | list | tuple | None = None,
     ) -> None:
         self.teacher = teacher
         self.n_embd = _keep("n_embd", n_embd, teacher.n_embd)
@@ -115,8 +115,8 @@ class SubNet:
         self._check_experts()
         _ = self.head_cut  # raises if the head size is invalid
 
-    def _per_layer(self, name: str, value: Any) -> Keep | tuple[Keep | None, ...] | None:
-        """Return one `Keep` if all layers agree, else one per kept layer; None if no kept layer has such units."""
+    def _per_layer(self, name: str, value: Any) -> UnitIndex | tuple[UnitIndex | None, ...] | None:
+        """Return one `UnitIndex` if all layers agree, else one per kept layer; None if no kept layer has such units."""
         limits = [layer_sizes(self.teacher, layer).get(name) for layer in self.layers]
         values = list(value) if isinstance(value, list | tuple) else [value] * len(limits)
         if len(values) != len(limits):
@@ -146,13 +146,13 @@ class SubNet:
         """Index of the teacher's layer for each of the student's layers."""
         return tuple(int(i) for i in self.n_layer.indices)
 
-    def layer(self, index: int) -> LayerKeep:
+    def layer(self, index: int) -> LayerUnits:
         """Return the kept units of the student's layer `index`."""
         at = {name: value[index] if isinstance(value := getattr(self, name), tuple) else value for name in PER_LAYER}
         sizes = layer_sizes(self.teacher, self.layers[index])
         width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
         n_expert = at["n_expert"] if "n_expert" in sizes else None
-        return LayerKeep(at["n_query_groups"], at["heads_per_group"], at[width], n_expert)
+        return LayerUnits(at["n_query_groups"], at["heads_per_group"], at[width], n_expert)
 
     @cached_property
     def n_intact(self) -> int:
@@ -361,11 +361,11 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _keep(name: str, value: Any, size: int) -> Keep:
+def _keep(name: str, value: Any, size: int) -> UnitIndex:
     if value is None:
-        return Keep(size)
+        return UnitIndex(size)
     try:
-        keep = Keep.parse(value)
+        keep = UnitIndex.parse(value)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     if keep.largest >= size:
@@ -385,7 +385,7 @@ def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
     return sizes | {"intermediate_size": teacher.intermediate_size, "n_expert": teacher.n_expert}
 
 
-def experts_of(teacher: Config, keep: Keep) -> np.ndarray:
+def experts_of(teacher: Config, keep: UnitIndex) -> np.ndarray:
     """Return the kept experts' indices. In grouped routing, "the first n" are the first n / groups of each group.
 
     Raises:

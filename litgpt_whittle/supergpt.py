@@ -15,7 +15,7 @@ from litgpt.model import GPT, Block
 from torch import nn
 
 from litgpt_whittle.files import MappedWeights
-from litgpt_whittle.index_plan import Take, on_device, plan, plans
+from litgpt_whittle.index_plan import ParamSlice, on_device, plan, plans
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.running import Delegate, EmptyModules, Lookup, Running, Weights, pass_on
 from litgpt_whittle.subnet import SubNet
@@ -133,7 +133,7 @@ class SuperGPT(BlocksGPT):
         constants = dict(zip(("cos", "sin"), self._rope(shell)))
         if isinstance(shell.transformer.wte, Lookup):
             constants["transformer.wte.channels"] = outer[_EMBEDDING].index[1]
-            outer[_EMBEDDING] = Take(_EMBEDDING, ())
+            outer[_EMBEDDING] = ParamSlice(_EMBEDDING, ())
         active: list[tuple[nn.Module, Running]] = [(self, Running(shell, outer, constants, in_place))]
         for i, layer in enumerate(subnet.layers):
             running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place)
@@ -157,7 +157,7 @@ class SuperGPT(BlocksGPT):
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
 
-    def _shell(self, subnet: SubNet, embedding: Take) -> GPT:
+    def _shell(self, subnet: SubNet, embedding: ParamSlice) -> GPT:
         """Return the sub-network's model without weights and blocks; with scattered channels, it has a `Lookup`."""
         is_scattered = isinstance(embedding.index[1], torch.Tensor)
 

@@ -79,6 +79,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 IGNORE_INDEX = -100
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """Cast to fp32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()

@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 from litgpt.config import Config, configs
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import legal_head_sizes
 from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.unit_index import UnitIndex
 
 SIZES = {
     "name", "hf_config", "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "padded_vocab_size",
@@ -107,19 +107,21 @@ KINDS = {name: ARCHITECTURES[name] for name in KINDS}
 
 
 @st.composite
-def keeps(draw, size: int, least: int = 1) -> Keep:
+def keeps(draw, size: int, least: int = 1) -> UnitIndex:
     """At least `least` of `size` units: the first ones or any set."""
     n = draw(st.integers(least, size))
     if draw(st.booleans()):
-        return Keep(n)
-    return Keep(sorted(draw(st.permutations(range(size)))[:n]))
+        return UnitIndex(n)
+    return UnitIndex(sorted(draw(st.permutations(range(size)))[:n]))
 
 
 @st.composite
-def experts(draw, teacher: Config, n: int) -> Keep:
+def experts(draw, teacher: Config, n: int) -> UnitIndex:
     if not teacher.n_expert_groups or draw(st.booleans()):
         return (
-            Keep(sorted(draw(st.permutations(range(teacher.n_expert)))[:n])) if not teacher.n_expert_groups else Keep(n)
+            UnitIndex(sorted(draw(st.permutations(range(teacher.n_expert)))[:n]))
+            if not teacher.n_expert_groups
+            else UnitIndex(n)
         )
     size = teacher.n_expert // teacher.n_expert_groups
     chosen = [
@@ -127,7 +129,7 @@ def experts(draw, teacher: Config, n: int) -> Keep:
         for g in range(teacher.n_expert_groups)
         for i in draw(st.permutations(range(size)))[: n // teacher.n_expert_groups]
     ]
-    return Keep(sorted(chosen))
+    return UnitIndex(sorted(chosen))
 
 
 @st.composite

@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES
 from test_repair import model, windows
 
-from litgpt_whittle.blocks import Outside, input_of, load_block, routing, run_block
+from litgpt_whittle.blocks import NonBlockModules, input_of, load_block, routing, run_block
 
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 MIXTURES = {name: config for name, config in ARCHITECTURES.items() if config.mlp_class_name == "LLaMAMoE"}
@@ -29,7 +29,7 @@ def test_block_after_block_computes_what_the_model_does(config):
     teacher, ids = model(config), windows(config, 3, 16)
     weights = teacher.state_dict()
     outer = {name: tensor for name, tensor in weights.items() if not name.startswith("transformer.h.")}
-    outside = Outside(config, outer, 16, "cpu")
+    outside = NonBlockModules(config, outer, 16, "cpu")
     stream = outside.embed(ids)
     for layer, args in enumerate(outside.block_args):
         prefix = f"transformer.h.{layer}."

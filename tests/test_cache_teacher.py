@@ -165,7 +165,7 @@ class Reversed(TokenData):
         return torch.cat((super().samples(n, seed).flip(0), super().samples(n, seed + 5)))
 
 
-class Stream(IterableDataset):
+class ActivationFile(IterableDataset):
     def __init__(self, samples):
         self.samples = samples
 
@@ -177,7 +177,7 @@ class Streamed(TokenData):
     """Reads like data that is streamed from elsewhere."""
 
     def loader(self, n, seed, shuffle):
-        return DataLoader(Stream(self.samples(n, seed)), batch_size=self.batch_size)
+        return DataLoader(ActivationFile(self.samples(n, seed)), batch_size=self.batch_size)
 
 
 def test_a_stream_is_read_as_it_comes(teacher_dir, tmp_path, monkeypatch, full):

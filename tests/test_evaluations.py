@@ -16,7 +16,7 @@ from litgpt_whittle.evaluations import (
     scored,
 )
 from litgpt_whittle.journal import Evaluation
-from litgpt_whittle.keep import n_units
+from litgpt_whittle.unit_index import n_units
 
 EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 

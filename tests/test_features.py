@@ -11,17 +11,17 @@ from litgpt.config import Config
 from rankings import random_ranking
 
 from litgpt_whittle.index_plan import plan
-from litgpt_whittle.keep import Keep, ranges
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.surrogates.features import N_PARTS, Features
+from litgpt_whittle.unit_index import UnitIndex, ranges
 
 EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def params(teacher: Config, subnet: SubNet, part: str) -> int:
-    takes = plan(teacher, subnet).items()
-    return sum(take.numel() for name, take in takes if name.split(".")[3:4] == [part] and not take.is_buffer)
+    slices = plan(teacher, subnet).items()
+    return sum(take.numel() for name, take in slices if name.split(".")[3:4] == [part] and not take.is_buffer)
 
 
 def shares(subnet: SubNet) -> dict[str, list[float]]:
@@ -147,7 +147,7 @@ def test_only_a_ranking_adds_names():
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_are_runs_of_the_kept_indices(indices):
-    keep = Keep(sorted(indices))
+    keep = UnitIndex(sorted(indices))
     for runs in (keep.ranges, ranges(keep), ranges(keep.to_yaml())):
         assert [i for start, end in runs for i in range(start, end)] == sorted(indices)
         assert all(end < start for (_, end), (start, _) in zip(runs, runs[1:]))

@@ -16,7 +16,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import perplexity as fitness
 from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
-from litgpt_whittle.index_plan import Take, plan
+from litgpt_whittle.index_plan import ParamSlice, plan
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
@@ -102,8 +102,8 @@ def test_weights_are_sliced_once_per_candidate(monkeypatch):
     model = super_network(PYTHIA)
     subnet = SubNet(model.config, n_embd="1-20", n_layer=2, n_query_groups=[2, 3])
     calls = []
-    take = Take.__call__
-    monkeypatch.setattr(Take, "__call__", lambda self, tensor: calls.append(self.name) or take(self, tensor))
+    take = ParamSlice.__call__
+    monkeypatch.setattr(ParamSlice, "__call__", lambda self, tensor: calls.append(self.name) or take(self, tensor))
     Perplexity(model, fixed_batches(loader(), 3, 16))(subnet)
     assert len(calls) == len(plan(model.config, subnet))
 

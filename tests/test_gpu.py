@@ -20,7 +20,7 @@ from litgpt_whittle import SubNet, latency
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.least_squares import exact_products
-from litgpt_whittle.scratch import Stream
+from litgpt_whittle.scratch import ActivationFile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,14 +50,14 @@ def test_results_are_those_of_the_cpu(cases, name):
 
 def test_a_stream_in_a_file_returns_what_the_gpu_wrote(tmp_path):
     """The copies are asynchronous; each is read before and after another one is written."""
-    stream, states = Stream(tmp_path / "s.f32", (8, 64, 512), DEVICE), torch.randn(8, 64, 512, device=DEVICE)
+    stream, states = ActivationFile(tmp_path / "s.f32", (8, 64, 512), DEVICE), torch.randn(8, 64, 512, device=DEVICE)
     for i in range(8):
         stream[i : i + 1] = states[i : i + 1]
         assert torch.equal(stream[slice(max(i - 1, 0), i + 1)], states[max(i - 1, 0) : i + 1])
     rows = torch.randperm(8 * 64)
     assert torch.equal(stream.tokens(rows), states.flatten(0, 1)[rows.to(DEVICE)])
     stream.flush()
-    assert torch.equal(Stream(tmp_path / "s.f32", (8, 64, 512), DEVICE)[0:8], states)
+    assert torch.equal(ActivationFile(tmp_path / "s.f32", (8, 64, 512), DEVICE)[0:8], states)
 
 
 def test_a_captured_decoding_step_gives_the_tokens_of_an_uncaptured_one():

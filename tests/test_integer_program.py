@@ -14,7 +14,6 @@ from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives
 from litgpt_whittle.spaces.args import (
@@ -31,6 +30,7 @@ from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.surrogates.args import SurrogateArgs
+from litgpt_whittle.unit_index import UnitIndex
 
 SHARES = (0.5, 0.25)
 SMALL = dict(block_size=16, padded_vocab_size=64, vocab_size=61)
@@ -76,7 +76,7 @@ def everything(name: str) -> tuple[list[SubNet], np.ndarray, np.ndarray, np.ndar
         if len({choice.get("n_expert") for choice in kept}) > 1 or not is_first:
             continue
         fields = {size: [choice[size] for choice in kept] for size in kept[0]}
-        subnet = SubNet(teacher, n_layer=Keep(np.array(layers)), **fields)
+        subnet = SubNet(teacher, n_layer=UnitIndex(np.array(layers)), **fields)
         used = [Alternative(layer, DROPPED, 0) for layer, choice in enumerate(choices) if not choice]
         for layer in layers:
             used += [Alternative(EVERY if s == "n_expert" else layer, s, n) for s, n in choices[layer].items()]
@@ -138,7 +138,7 @@ def everything_between() -> tuple[list[SubNet], np.ndarray]:
     for choices in itertools.product(each, repeat=3):
         kept = [choice for choice in choices if choice]
         if kept:
-            layers = Keep([layer for layer, choice in enumerate(choices) if choice])
+            layers = UnitIndex([layer for layer, choice in enumerate(choices) if choice])
             heads, neurons = ([choice[k] for choice in kept] for k in (0, 1))
             subnets.append(SubNet(DENSE, n_layer=layers, n_query_groups=heads, intermediate_size=neurons))
     return subnets, np.array([n_params(DENSE, subnet) for subnet in subnets])

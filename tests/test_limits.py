@@ -10,13 +10,13 @@ from test_search import TEACHER, cli, lines, make_checkpoint, run
 from test_strategies import GROUP, make, measures
 
 from litgpt_whittle import metrics, registry
-from litgpt_whittle.amounts import format_amount
 from litgpt_whittle.commands import search
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.latency import Latency
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
+from litgpt_whittle.quantities import format_amount
 from litgpt_whittle.spaces.args import LimitArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.limits import Limits

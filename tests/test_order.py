@@ -13,10 +13,10 @@ from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
-from litgpt_whittle.keep import Keep, Ordered
 from litgpt_whittle.ranking.order import Order, reorder
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import extract_weights, student_model
+from litgpt_whittle.unit_index import Ordered, UnitIndex
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -62,10 +62,10 @@ def test_an_order_moves_every_weight_that_it_can_and_loses_none(teacher):
     )
     gpt, order = model(teacher), Order.by(teacher, np.arange(teacher.n_embd), np.arange(teacher.n_layer), rising)
     before, after = gpt.state_dict(), reorder(gpt, order)
-    takes = plan(teacher, order.reordered)
-    assert set(takes) == set(before)
+    slices = plan(teacher, order.reordered)
+    assert set(slices) == set(before)
     for name, tensor in after.items():
-        assert torch.equal(tensor.flatten().sort().values, before[takes[name].name].flatten().sort().values)
+        assert torch.equal(tensor.flatten().sort().values, before[slices[name].name].flatten().sort().values)
         is_moved = not torch.equal(tensor, before[name])
         # within a head nothing moves: rotary dimensions have their places
         own_place = ("attn.norm_q", "attn.norm_k") if teacher.norm_qk_type == "default" else ()
@@ -103,9 +103,9 @@ def test_the_best_come_first_and_the_first_of_equals():
     assert order.n_embd.tolist() == list(range(teacher.n_embd))[::-1]
     assert order.n_layer.tolist() == [1, 3, 2, 0]
     assert order.layers[1]["intermediate_size"][:5].tolist() == [7, 3, 0, 1, 2]
-    assert order.best("intermediate_size", 1, 3) == Keep([0, 3, 7])
-    assert order.best("intermediate_size", 0, 3) == Keep(3)
-    assert order.best("n_embd", 0, 2) == Keep(np.array([teacher.n_embd - 2, teacher.n_embd - 1]))
+    assert order.best("intermediate_size", 1, 3) == UnitIndex([0, 3, 7])
+    assert order.best("intermediate_size", 0, 3) == UnitIndex(3)
+    assert order.best("n_embd", 0, 2) == UnitIndex(np.array([teacher.n_embd - 2, teacher.n_embd - 1]))
 
 
 def test_experts_stay_in_the_groups_that_the_router_chooses_between():
@@ -116,13 +116,13 @@ def test_experts_stay_in_the_groups_that_the_router_chooses_between():
         assert np.array_equal(np.sort(experts, 1), np.arange(teacher.n_expert).reshape(experts.shape))
     best = order.best("n_expert", 3, 4)
     chosen = order.layers[3]["n_expert"].reshape(2, 4)[:, :2]
-    assert best == Keep(np.sort(chosen.ravel()))
+    assert best == UnitIndex(np.sort(chosen.ravel()))
 
 
 def test_an_order_is_no_choice_that_could_be_written_down():
     ordered = Ordered(np.array([2, 0, 1, 3]))
     assert len(ordered) == 4 and not ordered.is_prefix and ordered.largest == 3
-    assert ordered != Keep(4) and Ordered(np.arange(4)) == Keep(4)
+    assert ordered != UnitIndex(4) and Ordered(np.arange(4)) == UnitIndex(4)
     assert pickle.loads(pickle.dumps(ordered)) == ordered
     with pytest.raises(UserError, match="must be sorted"):
-        Keep.parse(ordered.to_yaml())
+        UnitIndex.parse(ordered.to_yaml())

@@ -42,9 +42,9 @@ from litgpt_whittle.pruners import SparseGPT, Sparsity
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import candidate_bytes, repair_bytes
-from litgpt_whittle.repair.from_moments import QuickRepair
+from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.repair.importance import elimination_order
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.searching.loop import score
@@ -504,10 +504,12 @@ def test_the_memory_of_a_repair_is_estimated_from_above(name, tmp_path, monkeypa
     subnet = SubNet(config, n_embd=config.n_embd * 7 // 8, intermediate_size=config.intermediate_size * 7 // 8)
     with pretended_device(), peak_bytes() as peak:
         calibrated = Calibration(ids, shape[0] // 8, NAME)
-        Repair(weights, subnet, calibrated, RepairArgs(), Scratch(tmp_path / "scratch", "")).run(progress=False)
+        SequentialRepair(weights, subnet, calibrated, RepairArgs(), Scratch(tmp_path / "scratch", "")).run(
+            progress=False
+        )
     assert peak.total <= slack * repair_bytes(subnet, is_tied(weights), device) <= 2 * peak.total
     with pretended_device():
-        repair = QuickRepair(load_model(tmp_path, "SuperGPT", device=NAME), ids, 2)
+        repair = MomentRepair(load_model(tmp_path, "SuperGPT", device=NAME), ids, 2)
         with peak_bytes() as peak:
             repair.student(subnet)
     assert peak.total <= slack * candidate_bytes(config, device) <= 2 * peak.total

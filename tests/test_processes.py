@@ -54,14 +54,14 @@ def wait_for_a_slow_process(rank, port, out):
         time.sleep(0.5)
         return value
 
-    found = [processes.first_does(slow)]
+    found = [processes.on_rank_zero(slow)]
     if rank == 0:
         slow()
     processes.barrier()
     found += processes.gather(slow(rank) if rank == 0 else rank)
-    found += processes.spread(slow, [10, 20, 30])
+    found += processes.parallel_map(slow, [10, 20, 30])
     is_first = rank == 0 and slow() == 0
-    assert processes.leave() is is_first
+    assert processes.shutdown() is is_first
     out.put((rank, found))
 
 

@@ -18,7 +18,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.repair import costs
 from litgpt_whittle.repair.basis import Basis
-from litgpt_whittle.repair.from_moments import QuickRepair, normalised
+from litgpt_whittle.repair.from_moments import MomentRepair, normalised
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
@@ -54,7 +54,7 @@ def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
     teacher = model(config, std=0.1)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     net = super_gpt(teacher)
-    repair = QuickRepair(net, windows(config))
+    repair = MomentRepair(net, windows(config))
     fewer_channels = SubNet(config, n_embd=config.n_embd * 3 // 4)
     for subnet, factor in ((fewer_channels, 0.9), (half(config), math.inf)):
         student = repair.student(subnet)
@@ -67,7 +67,7 @@ def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
 @EACH
 def test_the_whole_teacher_stays_as_it_is(config):
     teacher, idx = model(config), windows(config, 4, seed=1)
-    student = QuickRepair(super_gpt(teacher), windows(config)).student(SubNet.full(config))
+    student = MomentRepair(super_gpt(teacher), windows(config)).student(SubNet.full(config))
     off = student(idx) - teacher(idx)
     assert (off - off.mean(-1, keepdim=True)).norm() < 1e-2 * teacher(idx).norm()
 
@@ -76,7 +76,7 @@ def test_the_whole_teacher_stays_as_it_is(config):
 def test_a_cut_that_loses_nothing_is_repaired_exactly(name):
     _, teacher, cut = doubled(ARCHITECTURES.get(name) or PYTHIA)
     idx = windows(teacher.config, 8, seed=1)
-    student = QuickRepair(super_gpt(teacher), windows(teacher.config, 128)).student(cut)
+    student = MomentRepair(super_gpt(teacher), windows(teacher.config, 128)).student(cut)
     got, expected = (logits - logits.mean(-1, keepdim=True) for logits in (student(idx), teacher(idx)))
     assert (got - expected).norm() < 1e-2 * expected.norm()
 
@@ -87,7 +87,7 @@ def test_the_embedding_stands_in_for_dropped_first_layers(name):
     config = ARCHITECTURES[name]
     teacher, ids = model(config, std=0.1), windows(config)
     subnet = SubNet(config, n_layer="1-2")
-    student = QuickRepair(super_gpt(teacher), ids, micro_batch_size=3).student(subnet)
+    student = MomentRepair(super_gpt(teacher), ids, micro_batch_size=3).student(subnet)
     seen = []
     handle = teacher.transformer.h[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     teacher(ids)
@@ -106,7 +106,7 @@ def test_dropped_layers_are_made_up_for_as_in_a_repair(name, tmp_path):
     """The maps before a gap bring the stream to the teacher's after it: nearer than the cut, if not as a repair."""
     config = ARCHITECTURES[name]
     teacher = model(config, std=0.1)
-    quick = QuickRepair(super_gpt(teacher), windows(config, 128))
+    quick = MomentRepair(super_gpt(teacher), windows(config, 128))
     for layers in ("0-0", "0,2"):
         subnet = SubNet(config, n_layer=layers)
         full = distance(student_of(repair(teacher, subnet, tmp_path, n=128)), teacher)
@@ -117,7 +117,7 @@ def test_dropped_layers_are_made_up_for_as_in_a_repair(name, tmp_path):
 def test_the_moments_of_a_gap_are_those_of_its_tokens():
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, ids = model(config, std=0.1), windows(config)
-    yz, y = QuickRepair(super_gpt(teacher), ids, micro_batch_size=3)._gap(0, 2)
+    yz, y = MomentRepair(super_gpt(teacher), ids, micro_batch_size=3)._gap(0, 2)
     seen = watched(teacher, ids)
     z, middle = seen["transformer.h.0.mlp.proj"][0], seen["transformer.h.0.norm_2"][0]
     after, wanted = seen["transformer.h.1"][0], seen["transformer.h.2"][0]
@@ -129,7 +129,7 @@ def test_the_moments_of_a_gap_are_those_of_its_tokens():
 def test_tied_embeddings_stay_tied():
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher = model(config, tied=True)
-    student = QuickRepair(super_gpt(teacher), windows(config)).student(half(config))
+    student = MomentRepair(super_gpt(teacher), windows(config)).student(half(config))
     assert student.lm_head.weight is student.transformer.wte.weight
     assert distance(student, teacher) < distance(cut_of(teacher, half(config)), teacher)
 
@@ -186,8 +186,8 @@ def test_the_fitness_is_the_perplexity_of_the_repaired_student():
 def test_a_teacher_in_bfloat16_is_repaired_like_one_in_float32(config):
     teacher = super_gpt(model(config, std=0.1)).bfloat16()
     exact = super_gpt(copy.deepcopy(teacher).float())
-    student = QuickRepair(teacher, windows(config)).student(half(config))
-    expected = QuickRepair(exact, windows(config)).student(half(config))
+    student = MomentRepair(teacher, windows(config)).student(half(config))
+    expected = MomentRepair(exact, windows(config)).student(half(config))
     assert {weight.dtype for weight in student.parameters()} == {torch.bfloat16}
     assert distance(student.float(), exact) < 1.2 * distance(expected, exact)
 
@@ -196,17 +196,17 @@ def test_activations_that_are_not_finite_name_their_layer():
     teacher = model(PYTHIA)
     teacher.transformer.h[1].mlp.proj.weight[0, 0] = math.inf
     with pytest.raises(UserError, match="layer 1 gives activations that are not finite"):
-        QuickRepair(super_gpt(teacher), windows(PYTHIA))
+        MomentRepair(super_gpt(teacher), windows(PYTHIA))
 
 
 def test_few_tokens_are_warned_of_and_get_a_strong_ridge():
     teacher = model(PYTHIA, std=0.1)
     with pytest.warns(UserWarning, match="48 calibration tokens are fewer than the 56 inputs"):
-        repair = QuickRepair(super_gpt(teacher), windows(PYTHIA, 3))
-    assert repair.ridge > QuickRepair(super_gpt(teacher), windows(PYTHIA, 4)).ridge
+        repair = MomentRepair(super_gpt(teacher), windows(PYTHIA, 3))
+    assert repair.ridge > MomentRepair(super_gpt(teacher), windows(PYTHIA, 4)).ridge
 
 
 def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(costs, "free_memory", lambda *_: 10_000)
     with pytest.raises(UserError, match="a repair from moments keeps those of all layers, .* MB for .* are free"):
-        QuickRepair(super_gpt(model(PYTHIA)), windows(PYTHIA))
+        MomentRepair(super_gpt(model(PYTHIA)), windows(PYTHIA))

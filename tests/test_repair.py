@@ -16,7 +16,7 @@ from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import sums_bytes
 from litgpt_whittle.repair.repaired import Repaired
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, student_model
@@ -44,7 +44,9 @@ def repair(
 ) -> Repaired:
     scratch = Scratch(folder / "scratch", "key")
     calibration = Calibration(windows(teacher.config, n, length), n_closed_form=n_closed_form)
-    found = Repair(dict(teacher.state_dict()), subnet, calibration, RepairArgs(**args), scratch).run(progress=False)
+    found = SequentialRepair(dict(teacher.state_dict()), subnet, calibration, RepairArgs(**args), scratch).run(
+        progress=False
+    )
     scratch.remove()
     return found
 
@@ -274,7 +276,7 @@ def watched(net: GPT, idx: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.
 def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_path, monkeypatch):
     """With next to no ridge, against `torch.linalg.lstsq` in float64 on what the finished student's maps read."""
     config = ARCHITECTURES[name]
-    monkeypatch.setattr("litgpt_whittle.repair.walk.RIDGES", (1e-8,))
+    monkeypatch.setattr("litgpt_whittle.repair.sequential.RIDGES", (1e-8,))
     teacher = model(config, std=0.1)
     channels, neurons = config.n_embd * 3 // 4, config.intermediate_size // 2
     subnet = SubNet(config, n_embd=channels, intermediate_size=neurons)
@@ -332,7 +334,9 @@ def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch)
     def errors_of_others() -> tuple[float, float]:
         """Return the relative error of the stream after the first block, and the error of the logits."""
         scratch = Scratch(tmp_path / "scratch", "key")
-        found = Repair(dict(teacher.state_dict()), subnet, Calibration(calibration), RepairArgs(), scratch).run(False)
+        found = SequentialRepair(
+            dict(teacher.state_dict()), subnet, Calibration(calibration), RepairArgs(), scratch
+        ).run(False)
         scratch.remove()
         ours, theirs = watched(student_of(found), unseen), watched(teacher, unseen)
         wanted = theirs["transformer.h.0"][1]
@@ -343,7 +347,7 @@ def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch)
         return float(stream[others].mean()), float(logits[others].mean())
 
     weighted = errors_of_others()
-    for module in ("block", "walk"):
+    for module in ("block", "sequential"):
         monkeypatch.setattr(f"litgpt_whittle.repair.{module}.token_weights", lambda x, _: torch.ones(x.shape[:-1]))
     for with_weights, without in zip(weighted, errors_of_others()):
         assert with_weights < 0.9 * without
@@ -371,7 +375,9 @@ def test_held_out_tokens_are_never_fitted_to(tmp_path):
         other[n_fitted:] = windows(config, 64 - n_fitted, seed=seed)
         scratch = Scratch(tmp_path / "scratch", "key")
         args = RepairArgs(basis="coordinates", head_passes=0, choose_units=False)
-        found = Repair(dict(teacher.state_dict()), subnet, Calibration(other), args, scratch).run(progress=False)
+        found = SequentialRepair(dict(teacher.state_dict()), subnet, Calibration(other), args, scratch).run(
+            progress=False
+        )
         scratch.remove()
         students.append(found.weights)
     for name, weight in students[0].items():
@@ -396,7 +402,7 @@ def test_an_interrupted_repair_goes_on_to_the_same_result(tmp_path, monkeypatch)
     teacher, subnet = model(config), half(config)
     expected = repair(teacher, subnet, tmp_path / "whole")
     done = []
-    one = Repair._repair_layer
+    one = SequentialRepair._repair_layer
 
     def dying(self, i):
         if len(done) == 2:
@@ -406,10 +412,10 @@ def test_an_interrupted_repair_goes_on_to_the_same_result(tmp_path, monkeypatch)
 
     scratch = tmp_path / "scratch"
     with monkeypatch.context() as patch:
-        patch.setattr(Repair, "_repair_layer", dying)
+        patch.setattr(SequentialRepair, "_repair_layer", dying)
         with pytest.raises(KeyboardInterrupt):
             repair(teacher, subnet, tmp_path)
-    monkeypatch.setattr(Repair, "_repair_layer", lambda self, i: done.append(i) or one(self, i))
+    monkeypatch.setattr(SequentialRepair, "_repair_layer", lambda self, i: done.append(i) or one(self, i))
     found = repair(teacher, subnet, tmp_path)
     assert done == list(range(len(subnet))) and not scratch.exists()
     assert found.subnet == expected.subnet and found.layers == expected.layers
@@ -459,14 +465,14 @@ def test_what_cannot_be_fitted_is_listed(tmp_path):
 
 def test_maps_that_no_ridge_helps_are_listed(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
-    monkeypatch.setattr("litgpt_whittle.repair.walk.RIDGES", (math.inf,))
+    monkeypatch.setattr("litgpt_whittle.repair.sequential.RIDGES", (math.inf,))
     repaired = repair(model(config, std=0.1), half(config), tmp_path)
     assert set(repaired.layers[0].left_as_cut) == {"attn.qkv", "attn.proj", "mlp.fc_1", "mlp.fc_2", "mlp.proj"}
 
 
 def test_maps_too_wide_for_the_memory_are_refused(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
-    monkeypatch.setattr("litgpt_whittle.repair.walk.free_memory", lambda *_: 10_000)
+    monkeypatch.setattr("litgpt_whittle.repair.sequential.free_memory", lambda *_: 10_000)
     with pytest.raises(UserError, match="the repair takes .* for the moments of its widest maps, and .* are free"):
         repair(model(config), half(config), tmp_path)
 

@@ -11,9 +11,9 @@ from test_repair import windows
 
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
-from litgpt_whittle.repair import walk
+from litgpt_whittle.repair import sequential
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 
@@ -39,7 +39,7 @@ def repair(case, folder, device="cpu", **args):
     """Repair; return the student, and whether there were files of streams."""
     weights, subnet = case
     files, calibration = [], Calibration(windows(subnet.teacher, 24, 8), 6, device)
-    job = Repair(weights, subnet, calibration, RepairArgs(**args), Scratch(folder, "key"))
+    job = SequentialRepair(weights, subnet, calibration, RepairArgs(**args), Scratch(folder, "key"))
     finish = job._finish
     job._finish = lambda *args: (finish(*args), files.extend(folder.glob("*.f32")))
     return job.run(progress=False).weights, bool(files)
@@ -60,7 +60,7 @@ def test_streams_in_a_devices_memory_give_the_student_of_those_in_files_with_few
     for where in ("memory", "files"):
         with pretended_device() as seen, monkeypatch.context() as patch:
             if where == "files":
-                patch.setattr(Repair, "_streams_budget", lambda self: 0)
+                patch.setattr(SequentialRepair, "_streams_budget", lambda self: 0)
             found[where], has_files = repair(case, tmp_path / where, NAME, head_passes=0)
         waits[where] = seen.total("sync")
         assert has_files == (where == "files")
@@ -74,7 +74,7 @@ def test_an_interrupted_repair_computes_lost_streams_again(case, budgets, tmp_pa
     """Interrupted after its second layer, and once more while it computes the streams again."""
     expected, has_files = repair(case, tmp_path / "whole", refine_passes=0.2)
     assert has_files  # on a CPU
-    one, embed, n = Repair._repair_layer, walk.Outside.embed, []
+    one, embed, n = SequentialRepair._repair_layer, sequential.NonBlockModules.embed, []
 
     def dying(self, i):
         if i == 1:
@@ -87,13 +87,13 @@ def test_an_interrupted_repair_computes_lost_streams_again(case, budgets, tmp_pa
             raise KeyboardInterrupt
         return embed(self, ids)
 
-    monkeypatch.setattr(Repair, "_streams_budget", lambda self: budgets[0])
+    monkeypatch.setattr(SequentialRepair, "_streams_budget", lambda self: budgets[0])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Repair, "_repair_layer", dying)
+        patch.setattr(SequentialRepair, "_repair_layer", dying)
         repair(case, tmp_path / "out", refine_passes=0.2)
-    monkeypatch.setattr(Repair, "_streams_budget", lambda self: budgets[1])
+    monkeypatch.setattr(SequentialRepair, "_streams_budget", lambda self: budgets[1])
     with monkeypatch.context() as patch:
-        patch.setattr(walk.Outside, "embed", dying_too)
+        patch.setattr(sequential.NonBlockModules, "embed", dying_too)
         try:
             repair(case, tmp_path / "out", refine_passes=0.2)
         except KeyboardInterrupt:

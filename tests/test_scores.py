@@ -11,10 +11,10 @@ from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE
 
 from litgpt_whittle.index_plan import kept_indices, units_of
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.ranking.scores import METRICS, Scores, magnitudes, measure
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT, extract_weights
+from litgpt_whittle.unit_index import UnitIndex
 
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
@@ -223,7 +223,7 @@ def squares(weights: dict) -> float:
 
 
 def without(teacher: Config, kind: str, layer: int, unit: int, size: int) -> SubNet:
-    keep = Keep([other for other in range(size) if other != unit])
+    keep = UnitIndex([other for other in range(size) if other != unit])
     if kind == "n_embd":
         return SubNet(teacher, n_embd=keep)
     sizes = [layer_sizes(teacher, i).get(kind) for i in range(teacher.n_layer)]
@@ -282,7 +282,7 @@ def test_layers_by_how_they_turn_the_stream_and_by_what_is_lost_without_them(nam
         assert float(got.layers["block_influence"][layer]) == pytest.approx(expected, rel=1e-9)
         others = [i for i in range(config.n_layer) if i != layer]
         student = GPT(dataclasses.replace(config, n_layer=config.n_layer - 1)).double().eval()
-        student.load_state_dict(extract_weights(model, SubNet(config, n_layer=Keep(others))))
+        student.load_state_dict(extract_weights(model, SubNet(config, n_layer=UnitIndex(others))))
         expected = math.exp(float(losses(student, ids[:3]).mean()))
         assert float(got.layers["perplexity"][layer]) == pytest.approx(expected, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(float(losses(model, ids[:3]).mean())), rel=1e-6)

@@ -21,13 +21,13 @@ from test_space import CONVERTIBLE, FREE, SHARED, assert_convertible
 from test_strategies import GROUP, SMALL
 
 from litgpt_whittle import registry
-from litgpt_whittle.amounts import Range
 from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
+from litgpt_whittle.quantities import Range
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.searching.args import RacingArgs

@@ -16,10 +16,10 @@ from litgpt.utils import num_parameters
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
 from litgpt_whittle.index_plan import layer_params, n_params, plan, root_params
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import cut_head, legal_head_sizes
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.unit_index import UnitIndex
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -28,15 +28,15 @@ EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTU
 @given(st.data())
 def test_keep_survives_writing_and_reading(data):
     keep = data.draw(keeps(data.draw(st.integers(1, 40))))
-    again = Keep.parse(keep.to_yaml())
+    again = UnitIndex.parse(keep.to_yaml())
     assert again == keep and hash(again) == hash(keep) and len(again) == len(keep.indices)
-    assert Keep(keep.indices) == keep == Keep(keep.indices.tolist())
+    assert UnitIndex(keep.indices) == keep == UnitIndex(keep.indices.tolist())
 
 
 def test_keep_reads_ranges():
-    np.testing.assert_array_equal(Keep.parse("0-3, 6,8-9").indices, [0, 1, 2, 3, 6, 8, 9])
-    assert Keep.parse("0-511") == Keep.parse(512) == Keep.parse("512") == Keep(range(512))
-    assert Keep([3]) != Keep(1) and Keep.parse(str(Keep([3]))) == Keep([3])
+    np.testing.assert_array_equal(UnitIndex.parse("0-3, 6,8-9").indices, [0, 1, 2, 3, 6, 8, 9])
+    assert UnitIndex.parse("0-511") == UnitIndex.parse(512) == UnitIndex.parse("512") == UnitIndex(range(512))
+    assert UnitIndex([3]) != UnitIndex(1) and UnitIndex.parse(str(UnitIndex([3]))) == UnitIndex([3])
 
 
 @EACH
@@ -72,8 +72,8 @@ def test_plan_counts_the_parameters_of_the_model_itself(teacher, data):
     if tied:
         student.lm_head.weight = student.transformer.wte.weight
     assert n_params(teacher, subnet, tied) == num_parameters(student)
-    takes = plan(teacher, subnet, tied)
-    assert {name: take.shape for name, take in takes.items()} == {
+    slices = plan(teacher, subnet, tied)
+    assert {name: take.shape for name, take in slices.items()} == {
         k: tuple(v.shape) for k, v in student.state_dict().items()
     }
 

@@ -86,8 +86,8 @@ def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, 
 def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: bool) -> None:
     """The teacher's gradient is the student's at what the plan takes, and nothing anywhere else."""
     theirs, ours = (dict(m.named_parameters(remove_duplicate=False)) for m in (student, model))
-    takes = {name: take for name, take in plan(subnet.teacher, subnet, tied).items() if name in theirs}
-    for name, take in takes.items():
+    slices = {name: take for name, take in plan(subnet.teacher, subnet, tied).items() if name in theirs}
+    for name, take in slices.items():
         expected, got = theirs[name].grad, ours[take.name].grad
         if expected is None:  # an expert that no token chose
             assert got is None or not got.any()
@@ -97,7 +97,7 @@ def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: 
         index = [torch.arange(i.start, i.stop) if isinstance(i, slice) else i for i in take.index]
         outside[torch.meshgrid(*index, indexing="ij")] = 0
         assert not (got * outside).any(), f"{take.name} has gradient that {name} does not take"
-    taken = {id(ours[take.name]) for take in takes.values()}
+    taken = {id(ours[take.name]) for take in slices.values()}
     assert all(parameter.grad is None for parameter in ours.values() if id(parameter) not in taken)
 
 
@@ -124,13 +124,13 @@ def test_padded_export_gives_the_layerwise_logits(teacher, data):
 
 
 def _assert_padding_has_no_gradient(stock: GPT, student: LayerwiseGPT) -> None:
-    takes = plan(stock.config, student.shape)
+    slices = plan(stock.config, student.shape)
     for i in range(len(student.shape)):
         # a padded head of a kept group attends to that group's values, so what reads it gets a gradient
         if len(student.shape.layer(i).heads_per_group) < stock.config.n_head // stock.config.n_query_groups:
-            del takes[f"transformer.h.{i}.attn.proj.weight"]
+            del slices[f"transformer.h.{i}.attn.proj.weight"]
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
-    for take in takes.values():
+    for take in slices.values():
         # a padded head in a group that the student keeps averages that group's values, which its projection sees
         shares_values = take.name.endswith("attn.proj.weight") and isinstance(student.shape.heads_per_group, tuple)
         if take.name in gradients and "norm_" not in take.name and not shares_values:

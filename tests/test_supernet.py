@@ -20,7 +20,6 @@ from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.samplers import (
     Alternate,
     InPlaceDistillation,
@@ -43,6 +42,7 @@ from litgpt_whittle.supernet import (
     SupernetStep,
 )
 from litgpt_whittle.training.memory_plan import LiveBytes
+from litgpt_whittle.unit_index import UnitIndex
 
 SEARCH_SPACE = SpaceArgs(smallest=SizeArgs(n_embd=16, n_query_groups=1, intermediate_size=32))
 TINY = {"n_layer": 3, "n_embd": 32, "n_head": 4, "block_size": 8, "padded_vocab_size": 50, "vocab_size": 50}
@@ -121,7 +121,7 @@ def test_layers_that_no_network_uses_get_gradients_of_zero():
     ids = torch.zeros(1, 8, dtype=torch.long)
     for layers in ([0], [1], [2], [0, 2]):
         model.zero_grad()
-        subnet = SubNet(model.config, n_layer=Keep(np.array(layers)))
+        subnet = SubNet(model.config, n_layer=UnitIndex(np.array(layers)))
         step_of(model, Given([subnet]))(ids, ids, lambda loss: loss.backward(), 0.0)
         for i, block in enumerate(model.transformer.h):
             grads = [weight.grad for weight in block.parameters()]

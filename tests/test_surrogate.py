@@ -150,7 +150,7 @@ def test_another_teachers_search_teaches_before_the_first_evaluation(tmp_path):
     assert tau(fitted(surrogate, known), unknown) > max(
         ahead - 0.05, tau(fitted(Surrogate(TREES, TEACHER), known), unknown)
     )
-    assert tau(surrogate.anew(), unknown) == ahead
+    assert tau(surrogate.unfitted(), unknown) == ahead
     assert surrogate.examples_tau() > 0.5
 
 

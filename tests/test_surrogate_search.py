@@ -104,7 +104,7 @@ def test_searching_on_predictions_knows_the_score_and_the_size_only():
     for search in (partial(OnPredictions, n_inner=20), Filter):
         strategy = search(nsga2(population_size=8), surrogate, n_initial=12)
         strategy.start(contract.SPACE, 1)
-        while len(strategy.told) < 25:
+        while len(strategy.history) < 25:
             [candidate] = strategy.ask(1)
             size = float(contract.SPACE.n_params(candidate))
             strategy.tell(candidate, contract.loss(candidate), {"n_params": size})

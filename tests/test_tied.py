@@ -23,7 +23,7 @@ from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.results import Checkpoint
 from litgpt_whittle.supergpt import is_tied, student_model, tie
 from litgpt_whittle.training.memory_plan import plan_memory
-from litgpt_whittle.training.student import Student
+from litgpt_whittle.training.model_source import ModelSource
 
 LLAMA = Config(
     name="tiny-Llama-2", block_size=SEQ, vocab_size=VOCAB, padded_vocab_size=VOCAB, n_layer=3, n_embd=32, n_head=4,
@@ -167,7 +167,7 @@ def test_a_trained_head_is_never_dropped(command, tmp_path):
 
 
 def test_random_weights_are_tied_on_request_only():
-    student = Student.choose(None, None, None, None, LLAMA)
+    student = ModelSource.choose(None, None, None, None, LLAMA)
     tied = student.with_tie(True)
     assert (student.with_tie(None).is_tied, tied.is_tied) == (False, True)
     assert student.n_params - tied.n_params == ONE_MATRIX

@@ -264,7 +264,7 @@ def test_another_trainings_folder_is_not_trained_in(tmp_path):
 def test_one_training_at_a_time_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0)
     folder = tmp_path / "new/a"
-    with files.claimed(folder), pytest.raises(UserError, match="another process is at work in out_dir .*a'; wait"):
+    with files.lock_dir(folder), pytest.raises(UserError, match="another process is at work in out_dir .*a'; wait"):
         run(folder, train=train_args(max_steps=1))
     assert not folder.parent.exists()
     run(folder, train=train_args(max_steps=1))
@@ -275,7 +275,7 @@ def test_one_training_at_a_time_in_a_folder(tmp_path, monkeypatch):
 def test_who_waits_for_another_training_goes_on_from_what_it_saves(tmp_path, monkeypatch):
     unbroken = run(tmp_path / "whole", train=train_args(save_interval=1))
     other = contextlib.ExitStack()
-    other.enter_context(files.claimed(tmp_path / "broken"))
+    other.enter_context(files.lock_dir(tmp_path / "broken"))
 
     def wait(seconds):
         shutil.copytree(tmp_path / "whole/step-00000003", tmp_path / "broken/step-00000003")

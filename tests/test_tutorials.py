@@ -39,7 +39,7 @@ def parser(command: str) -> ArgumentParser:
     return capture_parser(lambda: CLI(function, exit_on_error=False))
 
 
-def takes(parser: ArgumentParser, option: str) -> bool:
+def slices(parser: ArgumentParser, option: str) -> bool:
     """Whether a parser knows an option, or one whose value has parts of such names."""
     options = parser._option_string_actions
     parts = option.split(".")
@@ -74,7 +74,7 @@ def test_every_option_exists(page):
     parsers = [parser(command) for command in registry.names(OURS)]
     inline = re.findall(r"`[^`]+`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
     options = {option for code in inline for option in re.findall(r"(?<!\S)`?(--[\w.-]*\w)", code)}
-    unknown = [option for option in sorted(options) if not any(takes(each, option) for each in parsers)]
+    unknown = [option for option in sorted(options) if not any(slices(each, option) for each in parsers)]
     assert not unknown
 
 

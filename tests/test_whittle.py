@@ -40,7 +40,7 @@ from litgpt_whittle.pipeline.run import folder_of
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.repair import costs as repair_costs
-from litgpt_whittle.repair.from_moments import QuickRepair
+from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
 from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.alternatives import Alternatives
@@ -438,7 +438,7 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
     n_in = 32 + 128  # a writing map's inputs, of attention and the parallel MLP
     assert 3 * (0.2 * n_in) ** 3 < solves < 3 * 200 * n_in**3
     model = load_model(teacher, "SuperGPT")
-    repair = QuickRepair(model, torch.arange(300).view(-1, 30))
+    repair = MomentRepair(model, torch.arange(300).view(-1, 30))
     moments = [m for layer in repair.layers for m in (layer.before_attn, *layer.moments.values())]
     held = sum(m.zz.numel() * 8 for m in moments) + sum(means.total.numel() * 4 for means in repair.before.values())
     assert repaired.weights - plain.weights == held + repair_costs.candidate_bytes(TEACHER, torch.device("cpu"))

@@ -12,12 +12,12 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.distillation.head import hidden_states
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, student_model
-from litgpt_whittle.training.student import Student
+from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.windows import WindowAttention, vectorize_windows
 
 WINDOWED = {name: ARCHITECTURES[name] for name in ("Mathstral-7B-v0.1", "Gemma-2-2b", "Gemma-3-1b-it")}
@@ -68,7 +68,7 @@ def test_every_model_of_a_windowed_teacher_computes_what_litgpt_does(config, len
         expected = teacher(ids)
         same(model(ids), expected, config, length)
         same(load_model(tmp_path / "teacher")(ids), expected, config, length)
-        built = Student.choose(tmp_path / "teacher", None, None, None, None).build().eval()
+        built = ModelSource.choose(tmp_path / "teacher", None, None, None, None).build().eval()
         built.load_state_dict(teacher.state_dict())
         same(built(ids), expected, config, length)
         cut = GPT(subnet.config).eval()
@@ -88,7 +88,7 @@ def test_every_model_of_a_windowed_teacher_computes_what_litgpt_does(config, len
 def test_a_block_on_its_own_computes_what_litgpt_does(config, length):
     """The blocks that calibration and repair run."""
     teacher, ids = stock(config), ids_of(length)
-    outside = Outside(config, read_outside(teacher.state_dict(), "cpu"), length, "cpu")
+    outside = NonBlockModules(config, read_outside(teacher.state_dict(), "cpu"), length, "cpu")
     outputs = []
     for block in teacher.transformer.h:
         block.register_forward_hook(lambda _, inputs, output: outputs.append((inputs[0], output)))

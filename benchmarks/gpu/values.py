@@ -32,7 +32,7 @@ from litgpt_whittle.pruners import SparseGPT, Sparsity
 from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune
 from litgpt_whittle.ranking.scores import measure
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT
@@ -153,7 +153,7 @@ def repair_errors(case: Case) -> Any:
     """Return each layer's error after a repair."""
     calibration = Calibration(case.ids, 4, case.device)
     args = RepairArgs(tokens=case.ids.numel())
-    repair = Repair(read_weights(case.folder), case.subnet, calibration, args, case.new_scratch("repair"))
+    repair = SequentialRepair(read_weights(case.folder), case.subnet, calibration, args, case.new_scratch("repair"))
     return [layer.after for layer in repair.run(progress=False).layers]
 
 

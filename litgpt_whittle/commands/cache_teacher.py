@@ -16,7 +16,6 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.batches import BatchArgs, check_seed
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.data.loading import check_data, connect, train_loader
@@ -26,7 +25,8 @@ from litgpt_whittle.distillation.codecs import make_codec, with_settings
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.hints import try_next
-from litgpt_whittle.processes import claimed_for_all, first_does, launch, leave, n_devices, rank, world_size
+from litgpt_whittle.processes import launch, lock_dir_for_all, n_devices, on_rank_zero, rank, shutdown, world_size
+from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.settings import (
     describe,
     flatten,
@@ -95,19 +95,19 @@ def setup(
     contents = check(Namespace(**locals()))
     check_writable(out_dir)
     teacher, precision, length = check_checkpoint(checkpoint_dir), contents.precision, contents.max_seq_length
-    with claimed_for_all(out_dir):
+    with lock_dir_for_all(out_dir):
         index = _begin(out_dir, contents, resume)
         fabric = launch(n_devices(devices))
         L.seed_everything(seed, verbose=False)
         connect(data, checkpoint_dir, train.micro_batch_size, length)
         whole = whole_pass(train_loader(data))
-        first_does(lambda: _check_pass(whole, max_tokens, type(data).__name__))
+        on_rank_zero(lambda: _check_pass(whole, max_tokens, type(data).__name__))
         begin = partial(_write_index, out_dir, index, checkpoint_dir, teacher)
         dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
         is_sharded = teacher_placement == "sharded"
         live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
         index = write_cache(out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
-        if leave():
+        if shutdown():
             print(summary(out_dir, index))
 
 

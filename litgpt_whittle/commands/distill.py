@@ -35,7 +35,7 @@ from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device, release_memory
+from litgpt_whittle.processes import is_first_started, lock_dir_for_all, own_device, release_memory
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.settings import describe
 from litgpt_whittle.subnet import SubNet
@@ -60,6 +60,7 @@ from litgpt_whittle.training.checks import (
 from litgpt_whittle.training.compiler import check_compiler
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
+from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
     Saver,
     begin,
@@ -73,7 +74,6 @@ from litgpt_whittle.training.resume import (
     state_to_resume,
 )
 from litgpt_whittle.training.run import Job, Schedule, n_iters
-from litgpt_whittle.training.student import Student
 from litgpt_whittle.training.teacher import (
     CachedTeacher,
     LiveTeacher,
@@ -195,10 +195,10 @@ def setup(
             "--distill.beta 0 to train without one"
         )
     cache = Cache(teacher_cache) if teacher_cache is not None and distill.uses_teacher else None
-    with nullcontext() if dry_run else claimed_for_all(out_dir):
+    with nullcontext() if dry_run else lock_dir_for_all(out_dir):
         resume_dir = find_resume(resume, out_dir)
         student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
-        student = Student.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
+        student = ModelSource.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
         if random_weights and resume_dir is None:
             student = student.with_random_weights()
         student = student.with_tie(train.tie_embeddings)
@@ -233,7 +233,7 @@ def setup(
                 module = copy.deepcopy(data)  # training connects its own copy
                 extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
                 release_memory()  # the plan looks how much is free
-            student = Student.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
+            student = ModelSource.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
             origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
         is_live = used_dir is not None and cache is None
 
@@ -311,7 +311,7 @@ def main(
     devices: int,
     num_nodes: int,
     seed: int,
-    student: Student,
+    student: ModelSource,
     teacher_dir: Path | None,
     cache: Cache | None,
     data: DataModule,

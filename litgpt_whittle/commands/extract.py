@@ -33,18 +33,18 @@ from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import launch, leave, n_devices, rank, release_memory
+from litgpt_whittle.processes import launch, n_devices, rank, release_memory, shutdown
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
 from litgpt_whittle.repair.repaired import Repaired
-from litgpt_whittle.repair.walk import Repair
+from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.results import searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.settings import describe
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
-from litgpt_whittle.training.student import BASIS
+from litgpt_whittle.training.model_source import BASIS
 
 NARROW = 1.5
 """Ratio of the divergences on validation and on calibration tokens from which a note asks for more or broader text"""
@@ -128,11 +128,11 @@ def setup(
         calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form, held_out)
         scratch = _open_scratch(checkpoint_dir, subnet, calibration.windows, args, out_dir)
         try:
-            repaired = Repair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
+            repaired = SequentialRepair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
         except UserError:  # the same command could not resume from it
             scratch.remove()
             raise
-        if not leave():
+        if not shutdown():
             return  # every process has the whole student; the first one saves it
         subnet, student = repaired.subnet, repaired.weights
         counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}

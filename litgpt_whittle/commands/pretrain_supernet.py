@@ -25,7 +25,7 @@ from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.processes import claimed_for_all, is_first_started, own_device
+from litgpt_whittle.processes import is_first_started, lock_dir_for_all, own_device
 from litgpt_whittle.samplers import Sampler
 from litgpt_whittle.settings import describe
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT
@@ -49,6 +49,7 @@ from litgpt_whittle.training.checks import (
 )
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import Step, show_plan
+from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
     Saver,
     begin,
@@ -62,7 +63,6 @@ from litgpt_whittle.training.resume import (
     state_to_resume,
 )
 from litgpt_whittle.training.run import Job, Schedule
-from litgpt_whittle.training.student import Student
 
 
 def setup(
@@ -142,7 +142,7 @@ def setup(
     check_logger(logger_name)
     supernet.distill.objectives()
     devices = check_devices(devices, num_nodes, train)
-    with nullcontext() if dry_run else claimed_for_all(out_dir):
+    with nullcontext() if dry_run else lock_dir_for_all(out_dir):
         resume_dir = find_resume(resume, out_dir)
         start_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
         model = _super_network(start_dir, model_name, model_config).with_tie(train.tie_embeddings)
@@ -194,7 +194,7 @@ def setup(
         )
 
 
-def _super_network(start_dir: Path | None, model_name: str | None, model_config: Config | None) -> Student:
+def _super_network(start_dir: Path | None, model_name: str | None, model_config: Config | None) -> ModelSource:
     """Return the source of the model, built as a super-network.
 
     Raises:
@@ -205,7 +205,7 @@ def _super_network(start_dir: Path | None, model_name: str | None, model_config:
             "there is no model; set --initial_checkpoint_dir to go on with a pretrained one, or --model_name to start "
             "from random weights"
         )
-    model = Student.choose(start_dir, None, None, model_name, model_config)
+    model = ModelSource.choose(start_dir, None, None, model_name, model_config)
     config = model.config
     with torch.device("meta"):
         built = model.build()
@@ -224,7 +224,7 @@ def main(
     devices: int,
     num_nodes: int,
     seed: int,
-    start: Student,
+    start: ModelSource,
     sampler: Sampler,
     supernet: SupernetArgs,
     data: DataModule,

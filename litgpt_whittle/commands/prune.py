@@ -42,7 +42,7 @@ from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.scratch import scratch_beside
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
-from litgpt_whittle.training.student import BASIS, Student
+from litgpt_whittle.training.model_source import BASIS, ModelSource
 
 GROUP = "litgpt_whittle.pruners"
 NOTES = "pruning.yaml"
@@ -99,7 +99,7 @@ def setup(
         raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
     check_data(data, checkpoint_dir, config.padded_vocab_size)
     check_out_dir(out_dir, overwrite, (checkpoint_dir,), WEIGHTS)
-    model = Student.choose(checkpoint_dir, None, None, None, None)
+    model = ModelSource.choose(checkpoint_dir, None, None, None, None)
     shape, weights = _shape(model), model.weights()
     maps = maps_to_prune(shape, [name.strip() for name in targets.split(",")], pruner.sparsity)
     check_space(out_dir, sum(weight.numel() * weight.element_size() for weight in weights.values()), "the checkpoint")
@@ -145,7 +145,7 @@ def _make_pruner(method: Mapping[str, Mapping[str, Any]], sparsity: Sparsity) ->
     return lookup(GROUP, name)(sparsity, **settings)
 
 
-def _shape(model: Student) -> SubNet:
+def _shape(model: ModelSource) -> SubNet:
     """Return the model's true shape, whose layers may differ."""
     with torch.device("meta"):
         built = model.build()

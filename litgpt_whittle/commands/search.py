@@ -52,15 +52,15 @@ from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import (
     each,
-    first_does,
     is_first_started,
     launch,
-    leave,
     n_devices,
+    on_rank_zero,
     own_device,
+    parallel_map,
     rank,
     release_memory,
-    spread,
+    shutdown,
 )
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.reports.fronts import save_fronts
@@ -231,7 +231,7 @@ def setup(
     header = _header(checkpoint_dir, teacher, batches, wanted.get("calibration"), settings)
     with open_record(out_dir / JOURNAL, header, resume) as record:
         # notes of an earlier search in this folder are about other candidates
-        notes = first_does(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
+        notes = on_rank_zero(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
         save = partial(save_subnet, teacher, checkpoint_dir, settings)
@@ -247,7 +247,7 @@ def setup(
             text = partial(text_to_measure, *seen)
             if simple_starts:
                 give_starts(searches, out_dir / STARTS, resume, fitness, text, ranking, sharded)
-            rest = {"spread": each if sharded else spread}
+            rest = {"parallel_map": each if sharded else parallel_map}
             order = partial(order_of_units, spaces[0], fitness, text, ranking, sharded)
             take_measurements(searches, out_dir / MEASUREMENTS, header, fitness, order, seed, **rest)
             if racing:
@@ -416,7 +416,7 @@ def main(
         stopped = True
     if stopped and rank() > 0:
         raise SystemExit  # with code 0, since a failed rank would end rank 0, which still has to report
-    if not stopped and not leave():
+    if not stopped and not shutdown():
         return
     evaluations = record.evaluations
     found_any = bool(best_of(evaluations, score))

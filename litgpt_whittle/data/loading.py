@@ -16,7 +16,7 @@ from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.data.hf_text import HFText, largest_id
 from litgpt_whittle.data.sources import reason
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import barrier, first_does, rank
+from litgpt_whittle.processes import barrier, on_rank_zero, rank
 
 _TOKENISED = (TinyLlama, LitData)
 """Data modules that read tokens, not text"""
@@ -128,7 +128,7 @@ def connect(
         with explained(data):
             data.prepare_data()
 
-    first_does(prepare)
+    on_rank_zero(prepare)
     if rank() > 0:
         prepare()  # finds everything prepared, except on another machine with disks of its own
     barrier()

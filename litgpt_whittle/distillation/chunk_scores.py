@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
 from litgpt_whittle.distillation.vocabulary import with_empty_entry
-from litgpt_whittle.tensors import wide
+from litgpt_whittle.tensors import upcast
 
 
 class Scores:
@@ -104,7 +104,7 @@ class Scores:
             logs = None
             for term in terms:
                 if getattr(term.loss, "on_logits", False):
-                    values = values + term.weight * term.loss(student / t, wide(teacher) / t)
+                    values = values + term.weight * term.loss(student / t, upcast(teacher) / t)
                 else:
                     logs = log_probabilities(student, teacher, t) if logs is None else logs
                     values = values + term.weight * term.loss(*logs)

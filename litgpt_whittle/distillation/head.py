@@ -20,7 +20,7 @@ from litgpt_whittle.distillation.objective import Objective, SparseTargets
 from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets
 from litgpt_whittle.tensors import (
     IGNORE_INDEX,
-    wide,
+    upcast,
 )
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
@@ -359,5 +359,5 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
 
 def _logits(hidden, weight, bias, softcap: float | None) -> torch.Tensor:
     """Return the logits of litgpt's head for hidden states (n, n_embd), (n, V), at least fp32."""
-    logits = wide(F.linear(hidden, weight, bias))
+    logits = upcast(F.linear(hidden, weight, bias))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

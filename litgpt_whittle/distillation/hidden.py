@@ -16,7 +16,7 @@ from torch import nn
 
 from litgpt_whittle.distillation.args import HiddenArgs
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.tensors import wide
+from litgpt_whittle.tensors import upcast
 
 
 class Place(NamedTuple):
@@ -113,9 +113,9 @@ class HiddenLoss(nn.Module):
         seen = self.watch.take()
         terms = []
         for ours, theirs in self.pairs.items():
-            student, target = wide(seen[ours]), wide(teacher[theirs])
+            student, target = upcast(seen[ours]), upcast(teacher[theirs])
             if self.args.projection:
-                student = wide(self.projections[_name(ours)](seen[ours]))
+                student = upcast(self.projections[_name(ours)](seen[ours]))
             else:
                 target = target @ self.channels.to(target.dtype).T
             n_places = sum(place.kind == ours.kind for place in self.pairs)

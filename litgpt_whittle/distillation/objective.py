@@ -11,7 +11,7 @@ from litgpt_whittle.distillation.losses import (
     Loss,
     forward_kl,
 )
-from litgpt_whittle.tensors import wide
+from litgpt_whittle.tensors import upcast
 
 
 class Term(NamedTuple):
@@ -72,7 +72,7 @@ def log_probabilities(
     """
     student = torch.log_softmax(logits / temperature, dim=-1)
     if isinstance(teacher, torch.Tensor):
-        return student, torch.log_softmax(wide(teacher) / temperature, dim=-1)
+        return student, torch.log_softmax(upcast(teacher) / temperature, dim=-1)
     known = student.gather(1, teacher.ids)
     if teacher.log_tail is None or teacher.ids.size(1) == logits.size(1):
         return known, teacher.log_p

@@ -16,7 +16,7 @@ from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_
 from litgpt_whittle.fitness.prefix import Prefix, starting_at
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
 from litgpt_whittle.repair.costs import check_memory
-from litgpt_whittle.repair.from_moments import QuickRepair
+from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype
@@ -213,7 +213,7 @@ class RepairedPerplexity(Perplexity):
         self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext, *, calibration: torch.Tensor
     ) -> None:
         super().__init__(model, batches, autocast)
-        self.repair = QuickRepair(model, calibration)
+        self.repair = MomentRepair(model, calibration)
 
     @staticmethod
     def check(teacher: Config, device: torch.device, beside: int) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from litgpt_whittle.batches import Batch
-from litgpt_whittle.index_plan import Take, axes_of, plan
-from litgpt_whittle.keep import Keep
+from litgpt_whittle.index_plan import ParamSlice, axes_of, plan
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT
-from litgpt_whittle.tensors import wide
+from litgpt_whittle.tensors import upcast
+from litgpt_whittle.unit_index import UnitIndex
 
 if TYPE_CHECKING:
     from litgpt_whittle.ranking.ranking import Ranking
@@ -70,21 +70,21 @@ class WeightMagnitude(_Proxy):
 
     def _kept(self, subnet: SubNet) -> float:
         """Return Σ |w| of a sub-network."""
-        takes = {take.name: take for take in plan(self.config, subnet, self.model.tied).values() if not take.is_buffer}
-        return sum(self._kept_of(take, subnet.n_embd) for take in takes.values())
+        slices = {take.name: take for take in plan(self.config, subnet, self.model.tied).values() if not take.is_buffer}
+        return sum(self._kept_of(take, subnet.n_embd) for take in slices.values())
 
-    def _kept_of(self, take: Take, n_embd: Keep) -> float:
+    def _kept_of(self, take: ParamSlice, n_embd: UnitIndex) -> float:
         weight = self._weights[take.name]
         sums = self._sums(take.name, n_embd if weight.over_channels else None)
         index = take.index[0 if weight.summed is None else 1 - weight.summed]
         return float(sums[index if isinstance(index, slice) else index.numpy()].sum())
 
     @torch.no_grad()
-    def _sums_over(self, name: str, n_embd: Keep | None) -> np.ndarray:
+    def _sums_over(self, name: str, n_embd: UnitIndex | None) -> np.ndarray:
         """Return Σ |w| along a weight's summed dimension, over the kept channels if that is the channels' dimension."""
         tensor, dim, _ = self._weights[name]
         if dim is None:
-            return wide(tensor).abs().cpu().double().numpy()
+            return upcast(tensor).abs().cpu().double().numpy()
         if n_embd is None or n_embd.is_prefix:
             channels = slice(None if n_embd is None else len(n_embd))
         else:
@@ -92,7 +92,7 @@ class WeightMagnitude(_Proxy):
         parts = []
         for part in tensor.split(max(CHUNK_ELEMENTS // tensor.shape[dim], 1), 1 - dim):
             part = part[channels] if dim == 0 else part[:, channels]
-            parts.append(torch.linalg.vector_norm(wide(part), 1, dim=dim).cpu().double())
+            parts.append(torch.linalg.vector_norm(upcast(part), 1, dim=dim).cpu().double())
         return torch.cat(parts).numpy()
 
 

@@ -15,7 +15,6 @@ from huggingface_hub import save_torch_state_dict
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, load_model, read_hf_config, read_weights
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.families import (
@@ -30,6 +29,7 @@ from litgpt_whittle.huggingface_config import (
     text_part,
 )
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import Weights, fill_up, is_tied
 from litgpt_whittle.tokenizer_files import copy_tokenizer

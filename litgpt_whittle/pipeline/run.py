@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import claimed, to_yaml, write_text
+from litgpt_whittle.files import lock_dir, to_yaml, write_text
 from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.settings import flatten
@@ -57,11 +57,11 @@ class Stage:
         return self.folder.with_suffix(".yaml")
 
     @property
-    def told(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Settings that determine the output, by the names of the command's arguments."""
-        told = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
-        told |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
-        return {name: str(value) for name, value in told.items() if name not in _FREE}
+        options = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
+        options |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
+        return {name: str(value) for name, value in options.items() if name not in _FREE}
 
     def option(self, name: str) -> str:
         """Return the name of a command's argument on the pipeline's command line."""
@@ -69,7 +69,7 @@ class Stage:
 
     def needs(self, other: Stage) -> bool:
         """Return whether this stage reads the output of another one."""
-        return any(Path(value).is_relative_to(other.folder) for value in self.told.values())
+        return any(Path(value).is_relative_to(other.folder) for value in self.options.values())
 
     def arguments(self, begins: bool = False) -> list[str]:
         """Return the command line, which resumes an interrupted run unless `begins` is true."""
@@ -130,11 +130,11 @@ class Pipeline:
         """
         begun = [stage for stage in stages if self._has_begun(stage, stages)]
         for stage in begun:
-            was, told = self.record[stage.name]["told"], self._told(stage)
+            was, options = self.record[stage.name]["options"], self._options_of(stage)
             changes = [
-                f"{stage.option(name)} was {was.get(name)} and is {told.get(name)}"
-                for name in sorted(was | told)
-                if was.get(name) != told.get(name)
+                f"{stage.option(name)} was {was.get(name)} and is {options.get(name)}"
+                for name in sorted(was | options)
+                if was.get(name) != options.get(name)
             ]
             why = f"has begun with other settings: {', '.join(changes)}; change back,"
             if not changes:
@@ -148,10 +148,10 @@ class Pipeline:
             folders = ", ".join(str(stage.folder) for stage in left)
             raise UserError(f"the stage {stage.name} {why} delete {folders}, or choose another out_dir")
 
-    def _told(self, stage: Stage) -> dict[str, str]:
+    def _options_of(self, stage: Stage) -> dict[str, str]:
         # the pipeline's folder may be given by another path
-        told = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.told.items()}
-        return told | {"teacher's weights": str(self.settings.get("teacher"))}
+        options = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.options.items()}
+        return options | {"teacher's weights": str(self.settings.get("teacher"))}
 
     def _has_begun(self, stage: Stage, stages: Sequence[Stage]) -> bool:
         """Return whether a stage is finished or can resume; later stages then depend on its settings."""
@@ -163,13 +163,13 @@ class Pipeline:
         # a user who deletes an output that every later stage has used does not want it again
         users = [other for other in stages if other.needs(stage)]
         have_used = bool(users) and all(self._is_noted_done(other) and other.folder.exists() for other in users)
-        return have_used and self.record[stage.name]["told"] == self._told(stage)
+        return have_used and self.record[stage.name]["options"] == self._options_of(stage)
 
     def _is_noted_done(self, stage: Stage) -> bool:
         return self.record.get(stage.name, {}).get("is_done", False)
 
     def _note(self, stage: Stage, is_done: bool) -> None:
-        self.record[stage.name] = {"told": self._told(stage), "is_done": is_done}
+        self.record[stage.name] = {"options": self._options_of(stage), "is_done": is_done}
         write_text(self.out_dir / RECORD, json.dumps(self.record, indent=1))
 
     def run(self, stages: Sequence[Stage], files: Mapping[Path, str]) -> None:
@@ -182,7 +182,7 @@ class Pipeline:
         Raises:
             UserError: If a stage fails, which prints its own error, or if another process works in this folder.
         """
-        with claimed(self.out_dir) as lock_file:
+        with lock_dir(self.out_dir) as lock_file:
             self.record = _read(self.out_dir / RECORD)  # another process may have finished stages in the meantime
             self._run(stages, files, lock_file)
 
@@ -221,10 +221,10 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
         KeyboardInterrupt: After Ctrl-C, which the terminal sends to the command itself.
         SystemExit: After SIGTERM.
     """
-    told: list[int] = []
+    signals: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        told.append(number)
+        signals.append(number)
         if number == signal.SIGTERM:
             process.terminate()
 
@@ -235,9 +235,9 @@ def call(command: Sequence[str], lock_file: IO[Any]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in told:
+    if signal.SIGINT in signals:
         raise KeyboardInterrupt
-    if told:
+    if signals:
         raise SystemExit(128 + signal.SIGTERM)
     return code
 

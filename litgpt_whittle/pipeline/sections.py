@@ -77,8 +77,8 @@ class Section:
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:
-            told = in_one_line(str(error), self.name, names_of(self.parser, self.name))
-            raise UserError(f"the section {self.name} cannot be read: {told}") from None
+            message = in_one_line(str(error), self.name, names_of(self.parser, self.name))
+            raise UserError(f"the section {self.name} cannot be read: {message}") from None
 
     def run_check(self, check: Callable[[], Any]) -> Any:
         """Return the result of one of the command's checks.

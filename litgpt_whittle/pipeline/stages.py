@@ -262,9 +262,9 @@ class Stages:
     def _check_trained(self) -> None:
         args, section = self.trained, self.distill
         # litgpt's default would be trillions of tokens
-        told = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
-        told = {name.removeprefix("--train.") for name in told}
-        if not any(name in told and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
+        names = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
+        names = {name.removeprefix("--train.") for name in names}
+        if not any(name in names and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
             raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
         if args.train.tie_embeddings not in (None, self.tied):
             asked, needed = (str(value).lower() for value in (args.train.tie_embeddings, self.tied))
@@ -340,9 +340,9 @@ class Stages:
     def _cache_section(self, given: Mapping[str, Any]) -> Section:
         args = self.trained
         seen = {"micro_batch_size": args.train.micro_batch_size, "max_seq_length": args.train.max_seq_length}
-        told = {"devices": self.request.devices, "train": seen}
+        settings = {"devices": self.request.devices, "train": seen}
         if isinstance(args.distill.temperature, int | float):
-            told |= {"temperature": args.distill.temperature}
+            settings |= {"temperature": args.distill.temperature}
         if isinstance(args.data, HFText) and self.n_tokens < NO_LIMIT:
-            told |= {"max_tokens": self.n_tokens}
-        return self._section("cache_teacher", given, **told)
+            settings |= {"max_tokens": self.n_tokens}
+        return self._section("cache_teacher", given, **settings)

@@ -17,7 +17,7 @@ from litgpt.model import Block
 from torch import nn
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments, exact_products, no_outputs, solve
 from litgpt_whittle.pruners.base import Pruner, Sparsity
@@ -204,7 +204,7 @@ class Pruning:
     def _begin_stream(self, n_finished: int) -> None:
         """Open the hidden states before the first unfinished block; write the embeddings if it is block 0."""
         outside = read_outside(self.weights, self.device)
-        outside = Outside(self.shape.config, outside, self.windows.shape[1], self.device)
+        outside = NonBlockModules(self.shape.config, outside, self.windows.shape[1], self.device)
         self.block_args = outside.block_args
         self._open_stream(n_finished)
         for batch in self.batches if n_finished == 0 else ():
@@ -235,7 +235,7 @@ class Pruning:
             for name in self.maps[i]:
                 x = seen[name]
                 if id(x) not in by_tensor:
-                    by_tensor[id(x)] = found.setdefault(name, Moments(x.shape[-1], 0, self.device, rough=True))
+                    by_tensor[id(x)] = found.setdefault(name, Moments(x.shape[-1], 0, self.device, fp32_products=True))
                     by_tensor[id(x)].add(x, no_outputs(x))
                 found[name] = by_tensor[id(x)]
         for name, moments in found.items():

@@ -15,9 +15,9 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_whittle.keep import Keep, Ordered
 from litgpt_whittle.subnet import PER_LAYER, SubNet, experts_of, layer_sizes
 from litgpt_whittle.supergpt import Weights, extract_weights
+from litgpt_whittle.unit_index import Ordered, UnitIndex
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +54,16 @@ class Order:
         own = tuple({name: sort(name, scores) for name, scores in units.items()} for units in layers)
         return cls(teacher, sort("n_embd", n_embd), sort("n_layer", n_layer), own)
 
-    def best(self, name: str, layer: int, n: int) -> Keep:
+    def best(self, name: str, layer: int, n: int) -> UnitIndex:
         """Return the n most important units of a layer; `layer` is ignored for channels, which all layers share."""
         order = self.n_embd if name == "n_embd" else self.layers[layer][name]
-        places = experts_of(self.teacher, Keep(n)) if name == "n_expert" else slice(n)
-        return Keep(np.sort(order[places]))
+        places = experts_of(self.teacher, UnitIndex(n)) if name == "n_expert" else slice(n)
+        return UnitIndex(np.sort(order[places]))
 
     @property
     def reordered(self) -> SubNet:
         """Return the whole teacher with its units in this order, as a sub-network that keeps all units."""
-        fields: dict[str, list[Keep | None]] = {}
+        fields: dict[str, list[UnitIndex | None]] = {}
         for name in PER_LAYER:
             if any(name in units for units in self.layers):
                 fields[name] = [Ordered(units[name]) if name in units else None for units in self.layers]

@@ -22,7 +22,7 @@ from litgpt_whittle.index_plan import axes_of, units_of
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.scores import Autocast
 from litgpt_whittle.subnet import layer_sizes
-from litgpt_whittle.tensors import in_sums_dtype, wide
+from litgpt_whittle.tensors import in_sums_dtype, upcast
 
 N_TOKENS = 4096
 """Number of tokens to read"""
@@ -96,19 +96,19 @@ class _Sums:
             self.layers[layer][kind] += squares
 
     def _add_expert(self, layer: int, expert: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.layers[layer]["n_expert"][expert] += wide(output).square().sum().cpu().double()
+        self.layers[layer]["n_expert"][expert] += upcast(output).square().sum().cpu().double()
 
     def _add_block(self, layer: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(wide(inputs[0]), wide(output), dim=-1)
+        cosine = F.cosine_similarity(upcast(inputs[0]), upcast(output), dim=-1)
         self.influence[layer] += in_sums_dtype(1 - cosine).sum().cpu()
 
 
 def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of a linear map's output, summed over tokens."""
-    return wide(F.linear(x, weight)).square().sum().cpu().double()
+    return upcast(F.linear(x, weight)).square().sum().cpu().double()
 
 
 def _squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the squared norm of each input's contribution to a linear map, summed over tokens, shape (n_in,)."""
     norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.promote_types(weight.dtype, torch.float32)).square()
-    return (wide(x).flatten(0, -2).square().sum(0) * norms).cpu().double()
+    return (upcast(x).flatten(0, -2).square().sum(0) * norms).cpu().double()

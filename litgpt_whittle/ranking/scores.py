@@ -42,13 +42,13 @@ from litgpt_whittle.blocks import routing
 from litgpt_whittle.distillation.head import head_loss, hidden_states
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import axes_of, units_of
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.tensors import (
     IGNORE_INDEX,
-    wide,
+    upcast,
 )
+from litgpt_whittle.unit_index import UnitIndex
 
 METRICS = ("activation", "magnitude", "taylor")
 LAYER_METRICS = ("block_influence", "perplexity")
@@ -123,7 +123,7 @@ def perplexities_without(teacher: Config, score: Perplexity, progress: bool = Tr
     n_layer = teacher.n_layer
     found = torch.full((n_layer,), torch.inf, dtype=torch.float64)
     for layer in tqdm(range(n_layer if n_layer > 1 else 0), "layers", disable=not progress):
-        others = Keep([other for other in range(n_layer) if other != layer])
+        others = UnitIndex([other for other in range(n_layer) if other != layer])
         found[layer] = score(SubNet(teacher, n_layer=others))["perplexity"]
     return found
 
@@ -143,7 +143,7 @@ def magnitudes(model: GPT) -> UnitScores:
             continue
         inside = re.match(r"transformer\.h\.(\d+)\.(.+)", name)
         layer, module = (int(inside[1]), inside[2]) if inside else (config.n_layer, name)
-        module, squares = module.rpartition(".")[0], wide(weight).square()
+        module, squares = module.rpartition(".")[0], upcast(weight).square()
         for dim, axis in enumerate(axes_of(module)):
             sums = squares.sum(1 - dim).cpu().double()
             if axis == "n_embd":
@@ -184,7 +184,7 @@ class _Watch:
             for layer, x in self.moe_inputs.items():
                 size = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
                 given = routing(self.model.transformer.h[layer].mlp, x, times=size)
-                self.activation.add((layer, "n_expert"), self._per_sequence(wide(given)) / self.n_tokens)
+                self.activation.add((layer, "n_expert"), self._per_sequence(upcast(given)) / self.n_tokens)
         self.moe_inputs.clear()
         self.activation.close()
         self.taylor.close()
@@ -229,9 +229,9 @@ class _Watch:
         """Add the activations of units, shape (…, n), with each unit's indices, shape (n_units, size)."""
         seen = x.detach()  # a hook that held x itself would keep it from being freed
         for place, indices in own.items():
-            size = torch.linalg.vector_norm(_by_unit(wide(seen), indices), dim=-1)
+            size = torch.linalg.vector_norm(_by_unit(upcast(seen), indices), dim=-1)
             self.activation.add(place, self._per_sequence(size) / self.n_tokens)
-        x.register_hook(lambda gradient: self._note_gradient(wide(gradient) * wide(seen), own))
+        x.register_hook(lambda gradient: self._note_gradient(upcast(gradient) * upcast(seen), own))
 
     def _note_gradient(self, product: torch.Tensor, own: dict[Place, np.ndarray]) -> None:
         for place, indices in own.items():
@@ -243,13 +243,13 @@ class _Watch:
 
         def note(gradient: torch.Tensor) -> None:
             changes = torch.zeros(1, self.model.config.n_expert, dtype=torch.float64)
-            changes[0, j] = float((wide(gradient) * wide(seen)).sum()) / (self.n_tokens - 1)
+            changes[0, j] = float((upcast(gradient) * upcast(seen)).sum()) / (self.n_tokens - 1)
             self.taylor.add((layer, "n_expert"), changes)
 
         output.register_hook(note)
 
     def _note_block(self, layer: int, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(wide(inputs[0].detach()), wide(output.detach()), dim=-1)  # (B, T)
+        cosine = F.cosine_similarity(upcast(inputs[0].detach()), upcast(output.detach()), dim=-1)  # (B, T)
         self.influence[layer] += float((1 - cosine).sum())
 
     def _per_sequence(self, values: torch.Tensor) -> torch.Tensor:

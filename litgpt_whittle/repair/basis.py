@@ -181,7 +181,7 @@ def readers(block: Block, part: str) -> list[torch.Tensor]:
     return weights
 
 
-class Worth:
+class DirectionImportance:
     """Importance of the normalised stream's directions for the projections that read them.
 
     With C the stream's uncentred covariance and G the weighted sum of WᵀW over the weights W of all input projections,

@@ -12,9 +12,9 @@ from torch import nn
 
 from litgpt_whittle.blocks import input_of, routing, run_block
 from litgpt_whittle.calibration import Batch, Calibration
-from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.index_plan import SlicePlan
 from litgpt_whittle.least_squares import Fit, Moments, fit
-from litgpt_whittle.processes import add_up
+from litgpt_whittle.processes import all_reduce_sum
 from litgpt_whittle.repair.basis import (
     Basis,
     affine_part,
@@ -25,13 +25,13 @@ from litgpt_whittle.repair.basis import (
 )
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.scratch import DeviceStream, Stream
+from litgpt_whittle.scratch import ActivationFile, DeviceActivations
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
 
-AnyStream = Stream | DeviceStream
+Activations = ActivationFile | DeviceActivations
 
 Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Function that returns a linear map's inputs, targets and token weights for a batch"""
@@ -41,13 +41,13 @@ Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 class Streams:
     """Residual streams of both models around a block, on the calibration tokens."""
 
-    teacher: AnyStream
+    teacher: Activations
     """The teacher's stream before the block"""
-    student: AnyStream
+    student: Activations
     """The student's stream before the block"""
-    middle: AnyStream | None
+    middle: Activations | None
     """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
-    ahead: AnyStream
+    ahead: Activations
     """The teacher's stream after the block and the dropped blocks that follow it"""
     sizes: Mapping[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
@@ -79,7 +79,7 @@ class BlockRepair:
     def __init__(
         self,
         block: Block,
-        takes: Plan,
+        slices: SlicePlan,
         teacher: Block,
         args: tuple,
         streams: Streams,
@@ -87,10 +87,10 @@ class BlockRepair:
         calibration: Calibration,
         ridges: tuple[float, ...],
     ) -> None:
-        self.block, self.takes, self.teacher, self.args = block, takes, teacher, args
+        self.block, self.slices, self.teacher, self.args = block, slices, teacher, args
         self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
         self.is_parallel = streams.middle is None
-        self.left_as_cut = linear_names(takes, "inner")
+        self.left_as_cut = linear_names(slices, "inner")
         # cached while they fit into memory, since several maps need them
         self._of_attn, self._of_middle, self._of_mlp = (calibration.cache() for _ in range(3))
         self._is_fitted = False
@@ -135,7 +135,7 @@ class BlockRepair:
             target, weights = self._goal(batch), self._weights(batch)
             off = in_sums_dtype((self.output(batch) - target).square().sum(-1) * weights).sum()
             sums += torch.stack([off, in_sums_dtype(target.square().sum(-1) * weights).sum()])
-        off, total = add_up(sums).tolist()
+        off, total = all_reduce_sum(sums).tolist()
         return off / max(total, 1e-30)
 
     # input projections ------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class BlockRepair:
         def find(intercept: bool, metric: torch.Tensor) -> Fit:
             return fit(*moments, anchor, intercept, metric, self.ridges)
 
-        for name, found in fit_readers(self.block, self.takes, self.teacher, part, find).items():
+        for name, found in fit_readers(self.block, self.slices, self.teacher, part, find).items():
             self._told(found, name)
 
     def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
@@ -242,7 +242,7 @@ class BlockRepair:
         for batch in self.calibration.tuning_batches:
             z, y, weights = examples(batch)
             total += in_sums_dtype((norm(module(z)) - y).square().sum(-1) * weights).sum()
-        return float(add_up(total))
+        return float(all_reduce_sum(total))
 
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
         """Fit the weight of the norm after an output projection, channel by channel.
@@ -257,7 +257,7 @@ class BlockRepair:
             normed = norm(module(z))
             part = sums[int(self.calibration.is_tuning(batch))]
             part += (torch.stack([normed * y, normed.square()]) * weights[..., None]).flatten(1, -2).sum(1)
-        (products, squares), (held_products, held_squares) = add_up(sums)
+        (products, squares), (held_products, held_squares) = all_reduce_sum(sums)
         scale = products / squares.clamp_min(1e-30)
         # ‖scale · normed − y‖² against ‖normed − y‖²
         is_better = scale.square() * held_squares - 2 * scale * held_products < held_squares - 2 * held_products
@@ -278,9 +278,9 @@ class BlockRepair:
         """
         mlp, theirs = self.block.mlp, self.teacher.mlp
         if len(mlp.experts) > self.basis.matrix.shape[0]:  # `routing` needs a unit vector per expert
-            self.left_as_cut += [name for name in linear_names(self.takes, "writing") if name.startswith("mlp")]
+            self.left_as_cut += [name for name in linear_names(self.slices, "writing") if name.startswith("mlp")]
             return
-        of = [self.takes[f"mlp.experts.{j}.proj.weight"].name.split(".")[2] for j in range(len(mlp.experts))]
+        of = [self.slices[f"mlp.experts.{j}.proj.weight"].name.split(".")[2] for j in range(len(mlp.experts))]
         experts = [theirs.experts[int(j)] for j in of]
         project, shared = self.basis.project, getattr(theirs, "shared_experts", None)
         size, width = self.basis.matrix.shape[0], mlp.experts[0].proj.in_features
@@ -358,7 +358,7 @@ class BlockRepair:
         mlp, norm = self.block.mlp, self.block.norm_2
         return self._of_mlp.get(batch, lambda batch: input_of(mlp.proj, mlp, norm(self._middle(batch))))
 
-    def _weights(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
+    def _weights(self, batch: Batch, stream: Activations | None = None) -> torch.Tensor:
         """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""
         stream = self.streams.ahead if stream is None else stream
         return token_weights(stream[batch], self.teacher.config)
@@ -366,6 +366,6 @@ class BlockRepair:
     def _student(self, batch: Batch) -> torch.Tensor:
         return self.streams.student[batch]
 
-    def _goal(self, batch: Batch, stream: AnyStream | None = None) -> torch.Tensor:
+    def _goal(self, batch: Batch, stream: Activations | None = None) -> torch.Tensor:
         """Return a teacher stream in the student's basis, by default the one after the block."""
         return self.basis.project((self.streams.ahead if stream is None else stream)[batch])

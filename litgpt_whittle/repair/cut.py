@@ -11,9 +11,9 @@ from litgpt.model import Block
 
 from litgpt_whittle.blocks import load_block
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.index_plan import Plan, axes_of, layer_plan, on_device
+from litgpt_whittle.index_plan import SlicePlan, axes_of, layer_plan, on_device
 from litgpt_whittle.repair.basis import Basis
-from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import Weights
 
 KINDS = ("reading", "writing", "inner")
@@ -44,27 +44,27 @@ def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Bas
     return cut
 
 
-def cut_block(subnet: SubNet, index: int, keep: LayerKeep, basis: Basis, teacher: Block) -> tuple[Block, Plan]:
+def cut_block(subnet: SubNet, index: int, keep: LayerUnits, basis: Basis, teacher: Block) -> tuple[Block, SlicePlan]:
     """Cut a student's block out of the teacher's; return it with its slices of the teacher's parameters."""
-    takes = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
-    (takes,) = on_device([takes], teacher.attn.proj.weight.device)
+    slices = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
+    (slices,) = on_device([slices], teacher.attn.proj.weight.device)
     tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
-    weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in takes.items()}
+    weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in slices.items()}
     block = load_block(subnet.layer_config(index), index, weights)
     if not basis.is_coordinates:
         for name in ("norm_1", "norm_2", "post_attention_norm", "post_mlp_norm"):
             if getattr(teacher, name, None) is not None:
                 basis.turn_norm(getattr(teacher, name), getattr(block, name))
-        for name in linear_names(takes, "writing"):
-            take, module = takes[f"{name}.weight"], block.get_submodule(name)
+        for name in linear_names(slices, "writing"):
+            take, module = slices[f"{name}.weight"], block.get_submodule(name)
             wide = teacher.get_submodule(take.name.removesuffix(".weight"))
             module.weight.copy_(basis.matrix @ wide.weight[:, on(take.index[1], wide.weight)].float())
             if module.bias is not None:
                 module.bias.copy_(basis.matrix @ wide.bias.float())
-    return block, takes
+    return block, slices
 
 
-def linear_names(takes: Plan, kind: str) -> list[str]:
+def linear_names(slices: SlicePlan, kind: str) -> list[str]:
     """Return the names of a block's linear maps of one kind.
 
     Args:
@@ -72,7 +72,7 @@ def linear_names(takes: Plan, kind: str) -> list[str]:
         kind: One of `KINDS`.
     """
     names = []
-    for name, take in takes.items():
+    for name, take in slices.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and len(take.index) == 2:
             out, inn = axes_of(module)
@@ -81,9 +81,9 @@ def linear_names(takes: Plan, kind: str) -> list[str]:
     return names
 
 
-def teacher_rows(takes: Plan, name: str, teacher: Block) -> tuple[torch.Tensor, torch.Tensor | None]:
+def teacher_rows(slices: SlicePlan, name: str, teacher: Block) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weight and bias of the teacher's counterpart of a student's linear map, at the kept outputs."""
-    take = takes[f"{name}.weight"]
+    take = slices[f"{name}.weight"]
     wide = teacher.get_submodule(take.name.removesuffix(".weight"))
     rows, bias = on(take.index[0], wide.weight), getattr(wide, "bias", None)
     return wide.weight[rows], None if bias is None else bias[rows]

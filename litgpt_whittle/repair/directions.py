@@ -6,21 +6,21 @@ from collections.abc import Callable, Container
 
 from litgpt.model import Block
 
-from litgpt_whittle.blocks import Outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, run_block
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.least_squares import Moments, no_outputs
-from litgpt_whittle.repair.basis import Worth, readers, standardised
+from litgpt_whittle.repair.basis import DirectionImportance, readers, standardised
 from litgpt_whittle.repair.cut import FiniteCheck
-from litgpt_whittle.scratch import DeviceStream, Stream
+from litgpt_whittle.scratch import ActivationFile, DeviceActivations
 
 
 def direction_importance(
-    teacher: Outside,
+    teacher: NonBlockModules,
     block_of: Callable[[int], Block],
     layers: Container[int],
     calibration: Calibration,
-    stream: Stream | DeviceStream,
-) -> Worth:
+    stream: ActivationFile | DeviceActivations,
+) -> DirectionImportance:
     """Return the importance of the teacher's directions for the kept layers' input projections and the LM head.
 
     Args:
@@ -36,7 +36,7 @@ def direction_importance(
     config, device = teacher.model.config, calibration.device
     batches, n_needed = calibration.all_batches, 32 * config.n_embd
     batches = calibration.share(batches[:: max(calibration.n_first * calibration.shape[1] // n_needed, 1)])
-    worth = Worth()
+    worth = DirectionImportance()
     for batch in batches:
         stream[batch] = teacher.embed(calibration.ids(batch))
     for layer in range(config.n_layer):

@@ -14,11 +14,11 @@ import torch
 from litgpt.model import Block
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import Outside
+from litgpt_whittle.blocks import NonBlockModules
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.repair.head import divergence
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
+from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
 
 TOKENS_PER_STEP = 512
 """Tokens per step, but at least one window; small, since calibration tokens are few"""
@@ -43,12 +43,12 @@ class EndToEnd:
 
     def __init__(
         self,
-        ours: Outside,
-        theirs: Outside,
+        ours: NonBlockModules,
+        theirs: NonBlockModules,
         blocks: Sequence[Block],
         args: Sequence[tuple],
-        start: Stream | DeviceStream,
-        teacher: Stream | DeviceStream,
+        start: ActivationFile | DeviceActivations,
+        teacher: ActivationFile | DeviceActivations,
         calibration: Calibration,
         tied: bool,
     ) -> None:

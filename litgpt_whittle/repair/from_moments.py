@@ -1,8 +1,8 @@
 """Repair candidates from the teacher's moments alone: collected once, they fit any candidate by linear solves.
 
-The full repair (`litgpt_whittle.repair.walk`) runs the student to get the actual inputs of its maps. Here each map is
-fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is slightly
-worse than a full repair, but ranks candidates as full repairs do; the plain cut does not. Dropped layers are
+The full repair (`litgpt_whittle.repair.sequential`) runs the student to get the actual inputs of its maps. Here each
+map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is
+slightly worse than a full repair, but ranks candidates as full repairs do; the plain cut does not. Dropped layers are
 compensated as in a full repair: the maps before such a gap are fitted to the teacher's stream after it.
 """
 
@@ -18,12 +18,12 @@ from litgpt.model import GPT, Block
 from torch import nn
 
 from litgpt_whittle.blocks import load_block, read_block, read_outside, run_block, stopping_at
-from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.index_plan import SlicePlan
 from litgpt_whittle.least_squares import Fit, Moments, exact_products, no_outputs, solve
 from litgpt_whittle.meta import meta_modules
 from litgpt_whittle.repair.basis import (
     Basis,
-    Worth,
+    DirectionImportance,
     affine_part,
     is_centring,
     principal_directions,
@@ -37,7 +37,7 @@ from litgpt_whittle.repair.costs import check_memory, sites
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
 from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
-from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
 
 GAPS_KEPT = 64
@@ -47,7 +47,7 @@ RIDGE = 1e-4
 """Relative strength of the ridge, which a full repair tunes for each map"""
 
 
-class QuickRepair:
+class MomentRepair:
     """Creates repaired students of a teacher, in its precision; solves run in float32 or higher.
 
     Args:
@@ -152,8 +152,8 @@ class QuickRepair:
         """Add the stream, normalised without the norm's weights."""
         moments.add(standardised(stream.float(), self.config), no_outputs(stream))
 
-    def _worth(self) -> Worth:
-        worth = Worth()
+    def _worth(self) -> DirectionImportance:
+        worth = DirectionImportance()
         for i, layer in enumerate(self.layers):
             block = self.block(i)
             mlp_norm = block.norm_1 if self.config.shared_attention_norm else block.norm_2
@@ -174,10 +174,10 @@ class QuickRepair:
             if i < subnet.n_intact:
                 blocks.append(theirs)
                 continue
-            block, takes = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
+            block, slices = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
             following = subnet.layers[i + 1] if i + 1 < len(subnet) else self.config.n_layer
             gap = self._gap(layer, following) if following > layer + 1 and moments.last_writers else None
-            moments.fit(block, theirs, takes, basis, self.ridge, gap)
+            moments.fit(block, theirs, slices, basis, self.ridge, gap)
             blocks.append(block)
         weights = read_outside(self.weights, self.device)
         with meta_modules():
@@ -221,7 +221,7 @@ class _LayerMoments:
         block: The teacher's block, watched by hooks while the teacher runs.
     """
 
-    def __init__(self, repair: QuickRepair, layer: int, block: Block) -> None:
+    def __init__(self, repair: MomentRepair, layer: int, block: Block) -> None:
         self.config, self.device = repair.config, repair.device
         parallel = self.config.parallel_residual
         self.before_attn = Moments(self.config.n_embd, 0, self.device)
@@ -268,7 +268,7 @@ class _LayerMoments:
         # the MLP computes last
         self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
-    def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerKeep:
+    def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerUnits:
         """Select as many units as a candidate keeps of this layer, those with the largest OBS saliency."""
         covariances = {}
         for name in maps_to_choose_for(subnet, index):
@@ -282,7 +282,7 @@ class _LayerMoments:
         self,
         block: Block,
         theirs: Block,
-        takes: Plan,
+        slices: SlicePlan,
         basis: Basis,
         ridge: float,
         gap: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -298,7 +298,7 @@ class _LayerMoments:
             takes: The student block's slices of the teacher's parameters.
             basis: Basis of the student's residual stream.
             ridge: Relative strength of the ridge.
-            gap: Moments of the gap of dropped layers after this one, as `QuickRepair._measure_gap` returns them.
+            gap: Moments of the gap of dropped layers after this one, as `MomentRepair._measure_gap` returns them.
         """
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
@@ -310,21 +310,21 @@ class _LayerMoments:
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
-            fit_readers(block, takes, theirs, part, lambda b, _, m=moments, a=anchor: solve(m, a, ridge, b))
+            fit_readers(block, slices, theirs, part, lambda b, _, m=moments, a=anchor: solve(m, a, ridge, b))
         for names in self.moments:
-            self._write(names, block, theirs, takes, basis, ridge, gap if names == self.last_writers else None)
+            self._write(names, block, theirs, slices, basis, ridge, gap if names == self.last_writers else None)
 
     def _write(
         self,
         names: tuple[str, ...],
         block: Block,
         theirs: Block,
-        takes: Plan,
+        slices: SlicePlan,
         basis: Basis,
         ridge: float,
         gap: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in takes.items()}
+        ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in slices.items()}
         if names[0] not in ours:  # an expert that is not kept
             return
         students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
@@ -336,7 +336,7 @@ class _LayerMoments:
             moments = moments.with_outputs(*gap)
         kept = []
         for name, columns in self.columns[names].items():
-            index = on(takes[f"{ours[name]}.weight"].index[1], moments.zz)
+            index = on(slices[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
         if is_linear and basis.is_whole and sum(map(len, kept)) == len(moments.z):
             return

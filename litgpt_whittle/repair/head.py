@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import Outside
+from litgpt_whittle.blocks import NonBlockModules
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.repair.basis import norm_weight
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
+from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
 
 TOKENS_PER_STEP = 256
 NORM_TOKENS = 4_096
@@ -47,10 +47,10 @@ class HeadRepair:
 
     def __init__(
         self,
-        ours: Outside,
-        theirs: Outside,
-        student: Stream | DeviceStream,
-        teacher: Stream | DeviceStream,
+        ours: NonBlockModules,
+        theirs: NonBlockModules,
+        student: ActivationFile | DeviceActivations,
+        teacher: ActivationFile | DeviceActivations,
         calibration: Calibration,
         tied: bool,
     ) -> None:
@@ -98,7 +98,9 @@ class HeadRepair:
         return divergence(self.ours, self.theirs, *streams)
 
 
-def divergence(ours: Outside, theirs: Outside, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def divergence(
+    ours: NonBlockModules, theirs: NonBlockModules, student: torch.Tensor, teacher: torch.Tensor
+) -> torch.Tensor:
     """Return KL(teacher ‖ student) in nats per token.
 
     Args:

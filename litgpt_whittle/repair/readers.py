@@ -13,7 +13,7 @@ import torch
 from litgpt.model import Block
 from torch import nn
 
-from litgpt_whittle.index_plan import Plan
+from litgpt_whittle.index_plan import SlicePlan
 from litgpt_whittle.least_squares import Fit, Moments, products
 from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
@@ -23,10 +23,10 @@ Find = Callable[[bool, torch.Tensor], Fit]
 metric for the errors"""
 
 
-def fit_readers(block: Block, takes: Plan, teacher: Block, part: str, find: Find) -> dict[str, Fit]:
+def fit_readers(block: Block, slices: SlicePlan, teacher: Block, part: str, find: Find) -> dict[str, Fit]:
     """Fit all input projections of `attn` or `mlp`, in place; return the regression used for each."""
-    names = [name for name in linear_names(takes, "reading") if name.startswith(part)]
-    rows = {name: teacher_rows(takes, name, teacher) for name in names}
+    names = [name for name in linear_names(slices, "reading") if name.startswith(part)]
+    rows = {name: teacher_rows(slices, name, teacher) for name in names}
     wide = torch.cat([weight for weight, _ in rows.values()])
     metric = products(wide, wide)
     found: dict[bool, Fit] = {}

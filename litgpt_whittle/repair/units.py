@@ -10,9 +10,9 @@ import torch
 from litgpt.model import Block
 
 from litgpt_whittle.index_plan import kept_indices
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.repair.importance import elimination_order
-from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.subnet import LayerUnits, SubNet
+from litgpt_whittle.unit_index import UnitIndex
 
 Orders = dict[tuple[str, bytes], list[int]]
 """Elimination order of units, by the name of the map that reads them and their columns in it"""
@@ -37,7 +37,7 @@ def choose_units(
     covariances: Mapping[str, torch.Tensor],
     basis: torch.Tensor | None = None,
     orders: Orders | None = None,
-) -> LayerKeep:
+) -> LayerUnits:
     """Select as many units of each kind as a student's layer keeps.
 
     Args:
@@ -51,10 +51,10 @@ def choose_units(
     """
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
 
-    def best(name: str, units: np.ndarray, n: int) -> Keep:
+    def best(name: str, units: np.ndarray, n: int) -> UnitIndex:
         """Select the best n units; each row of `units` holds the columns of one unit in the map."""
         if n == len(units):
-            return Keep(n)
+            return UnitIndex(n)
         key = (name, units.tobytes())
         if orders is not None and key in orders:
             removed = orders[key]
@@ -71,17 +71,17 @@ def choose_units(
             )
             if orders is not None:
                 orders[key] = removed
-        return Keep(np.setdiff1d(np.arange(len(units)), removed[: len(units) - n]))
+        return UnitIndex(np.setdiff1d(np.arange(len(units)), removed[: len(units) - n]))
 
-    def columns_of(groups: Keep, heads: Keep) -> np.ndarray:
+    def columns_of(groups: UnitIndex, heads: UnitIndex) -> np.ndarray:
         of = dataclasses.replace(full, n_query_groups=groups, heads_per_group=heads)
         return kept_indices(subnet.teacher, 0, subnet.head_cut.dims, of)["attention"]
 
     if "attn.proj" in covariances:
-        rows = [columns_of(Keep([group]), full.heads_per_group) for group in full.n_query_groups.indices]
+        rows = [columns_of(UnitIndex([group]), full.heads_per_group) for group in full.n_query_groups.indices]
         groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
         # a head's position within its group is kept or dropped in all groups
-        rows = [columns_of(groups, Keep([head])) for head in full.heads_per_group.indices]
+        rows = [columns_of(groups, UnitIndex([head])) for head in full.heads_per_group.indices]
         heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
         keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)
     if "mlp.proj" in covariances:

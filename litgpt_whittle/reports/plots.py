@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from litgpt_whittle.amounts import format_amount
 from litgpt_whittle.evaluations import (
     best_of,
     bins_of,
@@ -27,6 +26,7 @@ from litgpt_whittle.figures.style import (
 )
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.metrics import MEASURES
+from litgpt_whittle.quantities import format_amount
 from litgpt_whittle.spaces.bins import short
 
 Points = list[tuple[float, float]]

@@ -1,7 +1,7 @@
 """Samplers of sub-networks for super-network training, registered in the group `litgpt_whittle.samplers`."""
 
 from litgpt_whittle.samplers.base import Networks, Sampler
-from litgpt_whittle.samplers.ours import (
+from litgpt_whittle.samplers.schemes import (
     Alternate,
     InPlaceDistillation,
     RandomLinear,

@@ -25,9 +25,9 @@ from litgpt_whittle.processes import (
     is_out_of_memory,
     n_sharing,
     own_device,
+    parallel_map,
     rank,
     release_memory,
-    spread,
 )
 from litgpt_whittle.searching.objectives import Measures
 from litgpt_whittle.spaces.space import Space
@@ -64,7 +64,7 @@ class Search:
     starts: Sequence[Start] = ()
     """Candidates to evaluate before the strategy's first proposal; their scores are reported to it"""
     best: Evaluation | None = None
-    n_told: int = 0
+    n_reported: int = 0
 
     @classmethod
     def begin(cls, space: Space, strategy: Strategy, score: str, seed: int, measures: Measures | None = None) -> Search:
@@ -75,20 +75,20 @@ class Search:
 
     def ask(self, iterations: int) -> list[SubNet]:
         """Return the next candidates, up to `iterations` evaluations in total; empty when the search is finished."""
-        if starts := self.starts[self.n_told : iterations]:
+        if starts := self.starts[self.n_reported : iterations]:
             return [start.subnet for start in starts]
-        n = min(ROUND if self.strategy.ready >= 2**31 else self.strategy.ready, iterations - self.n_told)
+        n = min(ROUND if self.strategy.ready >= 2**31 else self.strategy.ready, iterations - self.n_reported)
         return self.strategy.ask(n) if n > 0 else []
 
     @property
     def origin(self) -> str | None:
         """Return the simple idea of the next candidate to record; None for a proposal of the strategy."""
-        return self.starts[self.n_told].origin if self.n_told < len(self.starts) else None
+        return self.starts[self.n_reported].origin if self.n_reported < len(self.starts) else None
 
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> None:
         """Report an evaluation to the strategy."""
         self.strategy.tell(candidate, evaluation.score(self.score), evaluation.measures)
-        self.n_told += 1
+        self.n_reported += 1
 
     def update_best(self, evaluation: Evaluation) -> bool:
         """Make an evaluation the best one if its score is lower than the best so far; return whether it is."""
@@ -130,10 +130,10 @@ class Loop:
         iterations: int,
         seed: int,
         save_best: SaveBest,
-        spread: Callable = spread,
+        parallel_map: Callable = parallel_map,
     ) -> None:
         self.searches, self.record, self.fitness = searches, record, fitness
-        self.iterations, self.seed, self.save_best, self.spread = iterations, seed, save_best, spread
+        self.iterations, self.seed, self.save_best, self.parallel_map = iterations, seed, save_best, parallel_map
 
     def run(self) -> None:
         """Run until every bin has `iterations` evaluations or is exhausted.
@@ -157,7 +157,7 @@ class Loop:
                     self._round(search, candidates)
         for search in self.searches if rank() == 0 else ():
             if search.strategy.exhausted:
-                print(f"The bin {search.space.bin} has no further sub-networks: {search.n_told} evaluated")
+                print(f"The bin {search.space.bin} has no further sub-networks: {search.n_reported} evaluated")
 
     def _round(self, search: Search, candidates: list[SubNet]) -> None:
         """Evaluate one batch of proposals, replaying those in the journal."""
@@ -173,11 +173,11 @@ class Loop:
 
         Looked up by bin, because bins interleave differently if an earlier run had fewer iterations.
         """
-        return self.known[str(search.space.bin)][search.n_told : search.n_told + n]
+        return self.known[str(search.space.bin)][search.n_reported : search.n_reported + n]
 
     def evaluate(self, search: Search, candidates: list[SubNet]) -> None:
         """Score candidates, each on all validation batches."""
-        outcomes = self.spread(lambda candidate: score(self.fitness, candidate, search), candidates)
+        outcomes = self.parallel_map(lambda candidate: score(self.fitness, candidate, search), candidates)
         for candidate, outcome in zip(candidates, outcomes):
             self._append(search, candidate, outcome)
 

@@ -17,7 +17,7 @@ from litgpt_whittle.journal import (
     Evaluation,
     open_record,
 )
-from litgpt_whittle.processes import first_does, rank, spread
+from litgpt_whittle.processes import on_rank_zero, parallel_map, rank
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.searching.loop import Search, score
 from litgpt_whittle.strategies.base import Scored
@@ -50,7 +50,7 @@ def take_measurements(
     fitness: Fitness,
     order: Callable[[], Order | None],
     seed: int,
-    spread: Callable = spread,
+    parallel_map: Callable = parallel_map,
 ) -> None:
     """Take the measurements that are not in their journal yet, and report all of them to every strategy.
 
@@ -70,7 +70,7 @@ def take_measurements(
     if not names:
         return
     teacher = searches[0].space.teacher
-    is_there = first_does(path.is_file)
+    is_there = on_rank_zero(path.is_file)
     with open_record(path, measurements_header(header), is_there, is_claimed=True) as record:
         known = {evaluation.origin for evaluation in record.evaluations}
         missing = [name for name in names if name not in known]
@@ -80,7 +80,7 @@ def take_measurements(
                 "not count as iterations"
             )
         subnets = searches[0].strategy.measurements(order()) if missing else {}
-        outcomes = spread(lambda name: score(fitness, subnets[name]), missing)
+        outcomes = parallel_map(lambda name: score(fitness, subnets[name]), missing)
         for name, outcome in tqdm(
             zip(missing, outcomes), total=len(missing), desc="measuring", unit="cut", disable=rank() > 0
         ):

@@ -139,10 +139,10 @@ class RacingLoop(Loop):
     def _run_stage(
         self, search: Search, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
     ) -> None:
-        race = f"{search.space.bin} from {search.n_told}"
+        race = f"{search.space.bin} from {search.n_reported}"
         missing = [i for i in left if (race, i, end) not in self.notes.legs]
         run = partial(self._leg, search, which=slice(begin, end))
-        for i, leg in zip(missing, self.spread(lambda i: run(candidates[i]), missing)):
+        for i, leg in zip(missing, self.parallel_map(lambda i: run(candidates[i]), missing)):
             self.notes.add(race, i, end, leg)
         for i in left:
             runners[i].add(self.notes.legs[race, i, end], end)

@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from litgpt_whittle.amounts import parse_amount
 from litgpt_whittle.checkpoint import check_checkpoint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import scored
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import stop_with_parent
+from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.recipes import find_recipe
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.training.compiler import check_compiler
@@ -171,19 +171,19 @@ class Selection:
             folder / f"{name}.yaml" for name in ("sub_network", "extract", f"train-{rung.tokens}")
         )
         how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
-        told = {subnet: to_yaml(evaluation.subnet), repair: to_yaml(how), settings: to_yaml(self._settings(rung))}
+        contents = {subnet: to_yaml(evaluation.subnet), repair: to_yaml(how), settings: to_yaml(self._settings(rung))}
         # outputs made from a different sub-network or settings are not reused
-        differ = [path for path, text in told.items() if path.is_file() and path.read_text() != text]
+        differ = [path for path, text in contents.items() if path.is_file() and path.read_text() != text]
         if differ:
             shutil.rmtree(trained if differ == [settings] else folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         if not (student / "lit_model.pth").is_file():
             for path in (subnet, repair):
-                write_text(path, told[path])
+                write_text(path, contents[path])
             where = [self.checkpoint_dir, subnet, f"--config={repair}", f"--out_dir={student}"]
             self._call("extract", *where, log=folder / "extract.log")
         if not (trained / "final/lit_model.pth").is_file():
-            write_text(settings, told[settings])
+            write_text(settings, contents[settings])
             flags = [f"--initial_checkpoint_dir={student}", f"--out_dir={trained}", f"--devices={self.devices}"]
             self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=settings.with_suffix(".log"))
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]

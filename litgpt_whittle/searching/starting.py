@@ -15,7 +15,7 @@ from litgpt_whittle.batches import Batch, batches_after
 from litgpt_whittle.files import write_text
 from litgpt_whittle.fitness.perplexity import Fitness
 from litgpt_whittle.journal import read_header
-from litgpt_whittle.processes import first_does
+from litgpt_whittle.processes import on_rank_zero
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.quick import N_TOKENS, quick_order
 from litgpt_whittle.ranking.ranking import Ranking
@@ -76,7 +76,7 @@ def give_starts(
         ranking: The teacher's ranking.
         sharded: If true, the teacher is sharded over the processes, which measure it together.
     """
-    found = first_does(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
+    found = on_rank_zero(lambda: json.loads(path.read_text()) if resume and path.is_file() else None)
     if found is None:
         spaces = [search.space for search in searches]
         by_units = _names_units(spaces[0], fitness, ranking)
@@ -92,7 +92,7 @@ def give_starts(
             write_text(path, json.dumps(plain))
             return plain
 
-        found = first_does(build)
+        found = on_rank_zero(build)
     for search in searches:
         own = found[str(search.space.bin)]
         search.starts = [Start(origin, SubNet.from_dict(search.space.teacher, choice)) for origin, choice in own]
@@ -129,7 +129,7 @@ def _order(
     def order() -> Order | None:
         return _measured(fitness, text()) if ranking is None else ranking.order
 
-    return order() if sharded else first_does(order)
+    return order() if sharded else on_rank_zero(order)
 
 
 def _may_drop_any_layer(space: Space) -> bool:

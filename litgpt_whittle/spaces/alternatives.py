@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, nearest_size
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.unit_index import UnitIndex
 
 DROPPED = "n_layer"
 """Name of the alternative that drops a layer"""
@@ -66,7 +66,7 @@ class Alternatives:
     def __init__(self, space: Space, shares: Sequence[float], n_between: int = 0) -> None:
         self.space, self.teacher, self.shares, self.n_between = space, space.teacher, tuple(shares), n_between
         self.sizes = [layer_sizes(self.teacher, layer) for layer in range(self.teacher.n_layer)]
-        self.units: dict[Alternative, Mapping[int, Keep]] = {}
+        self.units: dict[Alternative, Mapping[int, UnitIndex]] = {}
         """Kept units by layer of the measured alternatives; others use the space's order, or the first units"""
 
     @cached_property
@@ -127,11 +127,11 @@ class Alternatives:
         """
         n_layer = self.teacher.n_layer
         if alternative.name == DROPPED:
-            return SubNet(self.teacher, n_layer=Keep(np.delete(np.arange(n_layer), alternative.layer)))
+            return SubNet(self.teacher, n_layer=UnitIndex(np.delete(np.arange(n_layer), alternative.layer)))
         keeps = []
         for layer, sizes in enumerate(self.sizes):
             is_cut = alternative.layer in (layer, EVERY) and alternative.name in sizes
-            units = Keep(alternative.size) if order is None else None
+            units = UnitIndex(alternative.size) if order is None else None
             keeps.append((units or order.best(alternative.name, layer, alternative.size)) if is_cut else None)
         return SubNet(self.teacher, **{alternative.name: keeps})
 
@@ -147,13 +147,13 @@ class Alternatives:
     def combined(self, choices: Sequence[LayerChoice]) -> SubNet:
         """Return the sub-network with the given sizes of the teacher's layers."""
         layers = [layer for layer, choice in enumerate(choices) if choice is not None]
-        fields: dict[str, list[Keep | None]] = {}
+        fields: dict[str, list[UnitIndex | None]] = {}
         for i, layer in enumerate(layers):
             for name, size in choices[layer].items():
                 fields.setdefault(name, [None] * len(layers))[i] = self._keep(name, layer, size)
-        return SubNet(self.teacher, n_layer=Keep(np.array(layers)), **fields)
+        return SubNet(self.teacher, n_layer=UnitIndex(np.array(layers)), **fields)
 
-    def _keep(self, name: str, layer: int, size: int) -> Keep:
+    def _keep(self, name: str, layer: int, size: int) -> UnitIndex:
         at = EVERY if name == "n_expert" else layer
         if (measured := self.units.get(Alternative(at, name, size), {}).get(layer)) is not None:
             return measured
@@ -166,7 +166,7 @@ class Alternatives:
             units |= dict.fromkeys(range(level) if known is None else known.indices)
             if level >= size:
                 break
-        return Keep(sorted(list(units)[:size]))
+        return UnitIndex(sorted(list(units)[:size]))
 
     def weights(self, subnet: SubNet) -> np.ndarray | None:
         """Return the weight of each alternative in a sub-network, shape (n_alternatives,).

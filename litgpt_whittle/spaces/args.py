@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litgpt_whittle.amounts import Range
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MEASURES
+from litgpt_whittle.quantities import Range
 
 
 @dataclass

@@ -239,7 +239,7 @@ class _Descent:
         return [*sorted((key for key in order if key != last), key=self.wishes.__contains__), last]
 
     def _wishes(self) -> dict[Key, float]:
-        """Return the target sizes; with `spread`, shifted together so that the count meets the bin."""
+        """Return the target sizes; with `parallel_map`, shifted together so that the count meets the bin."""
         wish, table, rng = self.draw.wish, self.table, self.draw.rng
         wishes = {key: float(wish.values[key]) for key in table.users if key in wish.values}
         if wish.evenness is not None:

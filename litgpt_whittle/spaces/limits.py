@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from litgpt.config import Config
 
-from litgpt_whittle.amounts import Range, format_amount, format_range
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
+from litgpt_whittle.quantities import Range, format_amount, format_range
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.subnet import SubNet
 
@@ -84,15 +84,15 @@ class Limits:
                 return
             for name, cost in self.costs(subnet).items():
                 seen[name].append(cost)
-        told = []
+        clauses = []
         for name, costs in seen.items():
             unit = MEASURES[name].unit
             if costs:
                 ends = " to ".join(format_amount(cost, unit) for cost in (min(costs), max(costs)))
-                told.append(f"limit.{name} {format_range(self.ranges[name], unit)} (they have {ends})")
-        if told:
+                clauses.append(f"limit.{name} {format_range(self.ranges[name], unit)} (they have {ends})")
+        if clauses:
             raise UserError(
-                f"none of {_DRAWS} random sub-networks of the bin {bin} keeps to {' and '.join(told)}; "
+                f"none of {_DRAWS} random sub-networks of the bin {bin} keeps to {' and '.join(clauses)}; "
                 "change the limits or the bin"
             )
 

@@ -22,13 +22,13 @@ from litgpt_whittle.families import (
     shares_channels,
 )
 from litgpt_whittle.index_plan import layer_params, root_params
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.rope import legal_head_sizes
 from litgpt_whittle.spaces.args import (
     SizeArgs,
     SpaceArgs,
 )
 from litgpt_whittle.subnet import experts_of, layer_sizes
+from litgpt_whittle.unit_index import UnitIndex
 
 GLOBAL = ("n_embd", "head_size", "n_expert")
 """Sizes that all layers share in every space"""
@@ -321,7 +321,7 @@ def _legal(teacher: Config, name: str, limit: int) -> list[int] | range:
 
 def _is_routable(teacher: Config, n_expert: int) -> bool:
     try:
-        experts_of(teacher, Keep(n_expert))
+        experts_of(teacher, UnitIndex(n_expert))
     except UserError:
         return False
     return True

@@ -14,7 +14,6 @@ from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
@@ -22,6 +21,7 @@ from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
+from litgpt_whittle.unit_index import UnitIndex
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
 """Coarse: the first n units of each dimension, or the most important n of each layer; fine: any n. Uniform: the same
@@ -217,7 +217,7 @@ class Space:
 
         def note(name: str, layer: int) -> None:
             n = sizes.get(name, layer)
-            keep = Keep(n) if order is None else order.best(name, layer, n)
+            keep = UnitIndex(n) if order is None else order.best(name, layer, n)
             sets[name, layer] = experts_of(self.teacher, keep) if name == "n_expert" else keep.indices
 
         if self.is_fine:
@@ -297,7 +297,7 @@ class Space:
                 sets[name, layer if has_own else EVERY] = units
         return sets
 
-    def _own(self, subnet: SubNet, index: int) -> dict[str, Keep]:
+    def _own(self, subnet: SubNet, index: int) -> dict[str, UnitIndex]:
         """Return the kept units of the student's layer `index`, by the names of a sub-network's fields."""
         keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
         own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
@@ -314,9 +314,9 @@ class Space:
 
     def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
         """Draw units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
-        chosen: dict[Key, Keep] = {}
+        chosen: dict[Key, UnitIndex] = {}
 
-        def keep(name: str, layer: int) -> Keep:
+        def keep(name: str, layer: int) -> UnitIndex:
             if self.order is not None and not self.is_fine:
                 return self.order.best(name, layer, sizes.get(name, layer))
             at = (name, layer if self.is_layerwise or (name, layer) in sets else EVERY)
@@ -324,7 +324,10 @@ class Space:
                 chosen[at] = self._units(rng, name, sizes.get(name, layer), sets.get(at), swaps.get(at, 0.0))
             return chosen[at]
 
-        fields: dict[str, Any] = {"n_layer": Keep(np.array(sizes.layers)), "head_size": sizes.get("head_size", EVERY)}
+        fields: dict[str, Any] = {
+            "n_layer": UnitIndex(np.array(sizes.layers)),
+            "head_size": sizes.get("head_size", EVERY),
+        }
         fields["n_embd"] = keep("n_embd", EVERY)
         for i, layer in enumerate(sizes.layers):
             kind = self.sizes.kinds[self.sizes.kind_of[layer]]
@@ -332,18 +335,18 @@ class Space:
                 fields.setdefault(name, [None] * len(sizes.layers))[i] = keep(name, layer)
         return SubNet(self.teacher, **fields)
 
-    def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> Keep:
+    def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> UnitIndex:
         """Choose n units: the first ones in a coarse space, else the given ones and random others."""
         limit = self.sizes.limits[name]
         if not self.is_fine or n == limit:
-            return Keep(n)
+            return UnitIndex(n)
         groups = (self.teacher.n_expert_groups or 1) if name == "n_expert" else 1
         each = limit // groups
         parts = []
         for start in range(0, limit, each):  # every group of routed experts keeps the same number
             own = None if units is None else units[(units >= start) & (units < start + each)] - start
             parts.append(start + _choose(rng, n // groups, each, own, swap))
-        return Keep(np.concatenate(parts))
+        return UnitIndex(np.concatenate(parts))
 
 
 def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:

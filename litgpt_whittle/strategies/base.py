@@ -54,7 +54,7 @@ class Strategy(ABC):
     def start(self, space: Space, seed: int) -> None:
         """Start a new search and discard any earlier state."""
         self.space, self.seed = space, seed
-        self.told: list[Scored] = []
+        self.history: list[Scored] = []
         self.exhausted = False
         self._asked: set[SubNet] = set()
 
@@ -108,7 +108,7 @@ class Strategy(ABC):
     @property
     def best(self) -> Scored | None:
         """Return the best sub-network so far, the earliest in a tie; None while all have failed."""
-        best = min(self.told, key=lambda scored: scored.score, default=None)
+        best = min(self.history, key=lambda scored: scored.score, default=None)
         return None if best is None or math.isinf(best.score) else best
 
     def ask(self, n: int = 1) -> list[SubNet]:
@@ -139,7 +139,7 @@ class Strategy(ABC):
             measures: Other measures by name, including all `objectives` other than the score.
         """
         self._asked.add(subnet)
-        self.told.append(Scored(subnet, score if math.isfinite(score) else math.inf, dict(measures or {})))
+        self.history.append(Scored(subnet, score if math.isfinite(score) else math.inf, dict(measures or {})))
 
     def _propose_new(self) -> SubNet | None:
         rng = np.random.default_rng((self.seed, self.n_asked))

@@ -62,7 +62,7 @@ class Evolution(Generations):
     @property
     def generation_size(self) -> int:
         """Return the number of random sub-networks for the first generation, then of offspring."""
-        return self.n_offspring if self.told else self.population_size
+        return self.n_offspring if self.history else self.population_size
 
     def select(self, generation: list[Scored]) -> None:
         """Keep the best of parents and offspring as the next parents."""

@@ -39,7 +39,7 @@ class EvoPress(Generations):
     @property
     def generation_size(self) -> int:
         """Return the number of random sub-networks for the first generation, then of offspring."""
-        return self.n_children if self.told else self.n_initial
+        return self.n_children if self.history else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
         """Select the best of offspring and parent as the next parent, an offspring in a tie."""

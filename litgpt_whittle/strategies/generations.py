@@ -39,6 +39,6 @@ class Generations(Strategy):
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Report the score of a candidate; the last one of a generation starts the next."""
         super().tell(subnet, score, measures)
-        if len(self.told) == self._ends:
-            self.select(self.told[self._begins :])
+        if len(self.history) == self._ends:
+            self.select(self.history[self._begins :])
             self._begins, self._ends = self._ends, self._ends + self.generation_size

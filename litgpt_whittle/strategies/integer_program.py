@@ -145,7 +145,7 @@ class IntegerProgram(Generations):
 
     def _fit(self) -> _Posterior:
         """Fit the costs to the scores of all complete generations."""
-        finite = [each for each in self.told[: self._begins] if math.isfinite(each.score)]
+        finite = [each for each in self.history[: self._begins] if math.isfinite(each.score)]
         for each in finite:
             if each.subnet not in self._weights:
                 self._weights[each.subnet] = self.alternatives.weights(each.subnet)

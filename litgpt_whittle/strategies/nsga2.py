@@ -62,7 +62,7 @@ class NSGA2(Generations):
         """Return the non-dominated sub-networks in the order in which they were reported."""
         from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-        pool = self._successful(self.told)
+        pool = self._successful(self.history)
         if not pool:
             return []
         best = NonDominatedSorting().do(self._values(pool), only_non_dominated_front=True)

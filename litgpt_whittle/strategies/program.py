@@ -15,11 +15,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.unit_index import UnitIndex
 
 N_NODES = 20_000
 """Node limit of branch and bound; a time limit would make the result depend on the machine"""
@@ -173,8 +173,8 @@ class Program:
         teacher = self.alternatives.teacher
 
         def measured(layers: Sequence[int], sizes: dict[str, int]) -> np.ndarray:
-            kept = {name: Keep(size) for name, size in sizes.items()}
-            subnet = SubNet(teacher, n_layer=Keep(np.array(layers)), **kept)
+            kept = {name: UnitIndex(size) for name, size in sizes.items()}
+            subnet = SubNet(teacher, n_layer=UnitIndex(np.array(layers)), **kept)
             costs = self.space.limits.costs(subnet) | {"n_params": self.space.n_params(subnet)}
             return np.array([costs[name] for name in names], dtype=float)
 

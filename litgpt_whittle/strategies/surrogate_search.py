@@ -100,7 +100,7 @@ class SurrogateSearch(Generations):
     def start(self, space: Space, seed: int) -> None:
         """Start a new search and discard any earlier state."""
         # copies, so that the arguments can be reused for another search
-        self.inner, self.predictor = copy.deepcopy(self.strategy), self.surrogate.anew()
+        self.inner, self.predictor = copy.deepcopy(self.strategy), self.surrogate.unfitted()
         self._is_stale = False
         super().start(space, seed)
         self.inner.start(space, seed)
@@ -122,7 +122,7 @@ class SurrogateSearch(Generations):
     def fit(self) -> None:
         """Fit the surrogate to all reported scores, unless it is up to date."""
         if self._is_stale:
-            self.predictor.fit([scored.subnet for scored in self.told], [scored.score for scored in self.told])
+            self.predictor.fit([scored.subnet for scored in self.history], [scored.score for scored in self.history])
             self._is_stale = False
 
     def save(self, folder: Path) -> None:
@@ -169,7 +169,7 @@ class Filter(SurrogateSearch):
     @property
     def generation_size(self) -> int:
         """Return the number of evaluations between two fits, which grows with their total to limit the cost of fits."""
-        return max(math.ceil(self.refit * len(self.told)), _LEAST_GROWTH) if self.told else self.n_initial
+        return max(math.ceil(self.refit * len(self.history)), _LEAST_GROWTH) if self.history else self.n_initial
 
     @property
     def ready(self) -> int:
@@ -232,7 +232,7 @@ class OnPredictions(SurrogateSearch):
     @property
     def generation_size(self) -> int:
         """Return the number of initial evaluations, then of evaluations per search on predictions."""
-        return self.n_evaluated if self.told or self.predictor.is_fitted else self.n_initial
+        return self.n_evaluated if self.history or self.predictor.is_fitted else self.n_initial
 
     @property
     def ready(self) -> int:
@@ -249,13 +249,13 @@ class OnPredictions(SurrogateSearch):
         """Search on predictions and return the best sub-networks that were not proposed before."""
         strategy = copy.deepcopy(self.strategy)
         strategy.start(self.space, seed)
-        while len(strategy.told) < self.n_inner:
-            candidates = strategy.ask(min(self.n_inner - len(strategy.told), _AT_A_TIME))
+        while len(strategy.history) < self.n_inner:
+            candidates = strategy.ask(min(self.n_inner - len(strategy.history), _AT_A_TIME))
             if not candidates:
                 break
             for subnet, score in zip(candidates, self.predictor.predict(candidates, self.optimism).tolist()):
                 strategy.tell(subnet, score, {"n_params": float(self.space.n_params(subnet))})
-        ranked = sorted(strategy.told, key=lambda scored: scored.score)
+        ranked = sorted(strategy.history, key=lambda scored: scored.score)
         return [scored.subnet for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:

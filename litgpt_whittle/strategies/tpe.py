@@ -71,7 +71,7 @@ class TPE(Generations):
     @property
     def generation_size(self) -> int:
         """Return the number of random sub-networks for the first generation, then the batch size."""
-        return self.batch_size if self.told else self.n_initial
+        return self.batch_size if self.history else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
         """Add the sub-networks' sizes and scores to the model."""

@@ -16,11 +16,11 @@ import numpy as np
 from litgpt.config import Config
 
 from litgpt_whittle.index_plan import layer_takes
-from litgpt_whittle.keep import Keep, ranges
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.sizes import SizeSpace, multi_affine
 from litgpt_whittle.subnet import FIELDS, PER_LAYER, SubNet, experts_of, layer_sizes
+from litgpt_whittle.unit_index import UnitIndex, ranges
 
 N_PARTS = 8
 """Number of parts of equal depth that any teacher is divided into, for features by depth"""
@@ -29,7 +29,7 @@ Choice = SubNet | Mapping[str, Any]
 """A sub-network, or the output of `SubNet.to_dict`, which is faster to read than to build"""
 
 Units = int | np.ndarray
-"""Kept units: the first n, or ranges as returned by `litgpt_whittle.keep.ranges`"""
+"""Kept units: the first n, or ranges as returned by `litgpt_whittle.unit_index.ranges`"""
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Features:
     def _in_groups(self, experts: Units) -> Units:
         """Convert the first n experts to the first ones of each group; other choices are returned unchanged."""
         is_prefix = isinstance(experts, int) and experts > 0
-        return _units(Keep(experts_of(self.teacher, Keep(experts)))) if is_prefix else experts
+        return _units(UnitIndex(experts_of(self.teacher, UnitIndex(experts)))) if is_prefix else experts
 
     def _profile(self, name: str, kept: np.ndarray) -> dict[str, np.ndarray]:
         """Return the kept share in each part of the teacher's depth."""
@@ -181,8 +181,8 @@ def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
         bounds.append((space.grids["n_expert"][0], space.grids["n_expert"][-1]) if kind.has_experts else (0, 0))
 
         def cost(*sizes: int, part: str, layer: int = int(layers.argmax())) -> int:
-            takes = layer_takes(teacher, layer, *sizes)
-            return sum(take.numel() for name, take in takes.items() if name.startswith(part) and not take.is_buffer)
+            slices = layer_takes(teacher, layer, *sizes)
+            return sum(take.numel() for name, take in slices.items() if name.startswith(part) and not take.is_buffer)
 
         found.append((np.stack([multi_affine(partial(cost, part=part), bounds) for part in ("attn.", "mlp.")]), layers))
     return found
@@ -263,10 +263,10 @@ def _mass(running: np.ndarray, units: Units) -> float:
     return float((running[units[:, 1]] - running[units[:, 0]]).sum())
 
 
-def _units(value: int | str | Keep | None) -> Units:
+def _units(value: int | str | UnitIndex | None) -> Units:
     if value is None:
         return 0
-    if isinstance(value, Keep) and value.is_prefix:
+    if isinstance(value, UnitIndex) and value.is_prefix:
         return len(value)
     return value if isinstance(value, int) else ranges(value)
 

@@ -152,7 +152,7 @@ class Surrogate:
         scores = [] if self.examples is None else [scores for _, scores in self.examples.bins]
         self._scale = Scale.of(max(scores, key=len)) if scores else None
 
-    def anew(self) -> Surrogate:
+    def unfitted(self) -> Surrogate:
         """Return a copy with the same prior, but not fitted to this search's scores."""
         another = copy.copy(self)
         another._reset()

@@ -29,7 +29,7 @@ from litgpt_whittle.distillation.codecs import Codec
 from litgpt_whittle.distillation.head import CHUNK_ELEMENTS, SoftTargets
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space
-from litgpt_whittle.processes import barrier, first_does, gather, rank, spread, world_size
+from litgpt_whittle.processes import barrier, gather, on_rank_zero, parallel_map, rank, world_size
 from litgpt_whittle.tensors import sums_dtype
 
 Item = TypeVar("Item")
@@ -143,7 +143,7 @@ def write_cache(
     length = len(starting[0].ids)
     layout = Layout(contents.make_codec(), length)
     n_windows = _n_windows(data, length, contents.max_tokens)
-    first_does(lambda: _prepare(folder, layout, n_windows, index))
+    on_rank_zero(lambda: _prepare(folder, layout, n_windows, index))
     if rank() == 0:
         begin()
     barrier()
@@ -157,7 +157,7 @@ def write_cache(
             fill = _Filler(folder, layout, teacher, device, index, lambda n: bar.update(n * len(group)))
             if bar.total is not None and shard_path(folder, group[0][0]).is_file():
                 bar.total -= length * sum(len(chunk) for _, chunk in group)  # done already, by an earlier run
-            for (i, _), shard in zip(group, _fill_in_step(fill, group) if in_step else list(spread(fill, group))):
+            for (i, _), shard in zip(group, _fill_in_step(fill, group) if in_step else list(parallel_map(fill, group))):
                 shards[i : i + 1] = [shard]
             n_chunks += len(group)
             index = replace(index, shards=tuple(shards))

@@ -28,10 +28,10 @@ from litgpt_whittle.sharded_checkpoint import save_parts
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.model_source import BASIS, ModelSource
 from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
-from litgpt_whittle.training.student import BASIS, Student
 from litgpt_whittle.training.validation import ValidationBatches
 
 
@@ -40,7 +40,7 @@ def checkpoint_dir_of(path: Path | None) -> Path | None:
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
-def build_model(fabric: L.Fabric, student: Student, seq_length: int, activation_checkpointing: bool) -> GPT:
+def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activation_checkpointing: bool) -> GPT:
     """Return the model with its weights; random ones equal those of `litgpt pretrain` with the same seed."""
     # weights to be sharded are first whole, in CPU memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
@@ -116,7 +116,7 @@ class Saver:
         self,
         fabric: L.Fabric,
         model: GPT,
-        student: Student,
+        student: ModelSource,
         tokenizer_dir: Path | None,
         arguments: dict[str, Any],
         kind: str = "full",
@@ -144,7 +144,7 @@ def save_student(
     folder: Path,
     model: GPT,
     tokenizer_dir: Path | None,
-    student: Student,
+    student: ModelSource,
     arguments: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
     training_state: dict[str, Any] | None = None,

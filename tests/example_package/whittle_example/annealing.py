@@ -50,6 +50,6 @@ class SimulatedAnnealing(Generations):
             self.at = found
 
     def _accepts(self, score: float, here: float) -> bool:
-        heat = self.temperature * self.cooling ** len(self.told) * abs(here)
-        rng = np.random.default_rng((self.seed, len(self.told), 1))  # not the draws of the next proposal
+        heat = self.temperature * self.cooling ** len(self.history) * abs(here)
+        rng = np.random.default_rng((self.seed, len(self.history), 1))  # not the draws of the next proposal
         return score <= here or (heat > 0 and rng.random() < math.exp((here - score) / heat))

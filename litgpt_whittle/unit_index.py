@@ -10,13 +10,13 @@ import numpy as np
 from litgpt_whittle.errors import UserError
 
 _SINGLE = re.compile(r"(?<![-\d])(\d+)(?![-\d])")
-"""An index in the output of `Keep.to_yaml` that is not an end of a run"""
+"""An index in the output of `UnitIndex.to_yaml` that is not an end of a run"""
 
 
-class Keep:
+class UnitIndex:
     """Kept units of one dimension: the first n, or a sorted set of indices.
 
-    Immutable and hashable; a set of the first n indices compares equal to `Keep(n)`.
+    Immutable and hashable; a set of the first n indices compares equal to `UnitIndex(n)`.
 
     Args:
         units: A number (the first n) or sorted distinct indices.
@@ -42,13 +42,13 @@ class Keep:
         self._hash = hash((self._n, None if self._indices is None else self._indices.tobytes()))
 
     @classmethod
-    def parse(cls, value: int | str | Keep) -> Keep:
+    def parse(cls, value: int | str | UnitIndex) -> UnitIndex:
         """Parse `512` (the first 512) or `0-511,640-767` (inclusive ranges).
 
         Raises:
             UserError: If the text is neither.
         """
-        if isinstance(value, Keep):
+        if isinstance(value, UnitIndex):
             return value
         if isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
             return cls(int(value))
@@ -100,7 +100,7 @@ class Keep:
         return self._n
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Keep):
+        if not isinstance(other, UnitIndex):
             return NotImplemented
         return self._hash == other._hash and self._n == other._n and np.array_equal(self.indices, other.indices)
 
@@ -123,7 +123,7 @@ class Keep:
         return type(self), (self._n if self._indices is None else self._indices,)
 
 
-class Ordered(Keep):
+class Ordered(UnitIndex):
     """Permutation of all units of one dimension.
 
     A `SubNet` with it yields the plan of a reordered teacher (`litgpt_whittle.ranking.order`); it has no YAML form.
@@ -161,9 +161,9 @@ def _check_sorted(indices: np.ndarray) -> None:
         raise UserError(f"kept indices must be sorted, got {indices[at]} before {indices[at + 1]}; sort them")
 
 
-def ranges(value: int | str | Keep) -> np.ndarray:
-    """Parse the output of `Keep.to_yaml` into runs of indices (see `Keep.ranges`), without listing all units."""
-    if isinstance(value, Keep):
+def ranges(value: int | str | UnitIndex) -> np.ndarray:
+    """Parse the output of `UnitIndex.to_yaml` into runs (see `UnitIndex.ranges`) without listing all units."""
+    if isinstance(value, UnitIndex):
         return value.ranges
     if isinstance(value, int):
         return np.array([[0, value]])
@@ -172,7 +172,7 @@ def ranges(value: int | str | Keep) -> np.ndarray:
 
 
 def n_units(value: int | str) -> int:
-    """Return the number of units in the output of `Keep.to_yaml`, without listing them."""
+    """Return the number of units in the output of `UnitIndex.to_yaml`, without listing them."""
     if isinstance(value, int):
         return value
     ranges = (part.partition("-") for part in value.split(","))

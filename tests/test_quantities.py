@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litgpt_whittle.amounts import Unit, format_amount, format_range, parse_amount, parse_range
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.quantities import Unit, format_amount, format_range, parse_amount, parse_range
 
 UNITS = get_args(Unit)
 

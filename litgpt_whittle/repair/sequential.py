@@ -30,13 +30,12 @@ from litgpt.config import Config
 from litgpt.model import Block
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import Outside, load_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
-from litgpt_whittle.keep import Keep
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
-from litgpt_whittle.processes import add_up, barrier, free_memory, n_sharing, world_size
+from litgpt_whittle.processes import all_reduce_sum, barrier, free_memory, n_sharing, world_size
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.basis import Basis, is_centring, principal_directions, token_weights
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
@@ -56,12 +55,13 @@ from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.repaired import LayerReport, Repaired
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
-from litgpt_whittle.scratch import DeviceStream, Scratch, Stream
-from litgpt_whittle.subnet import LayerKeep, SubNet
+from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
+from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
+from litgpt_whittle.unit_index import UnitIndex
 
 
-class Repair:
+class SequentialRepair:
     """Fits a student to its teacher, one block at a time.
 
     With several processes, each computes its share of the tokens, and all get the same student.
@@ -178,7 +178,7 @@ class Repair:
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
         return Repaired(chosen, student, reports, head, refined, fitted, self.basis_name, self.basis.matrix.cpu())
 
-    def _finish(self, i: int, keep: LayerKeep, weights: Weights, report: LayerReport) -> None:
+    def _finish(self, i: int, keep: LayerUnits, weights: Weights, report: LayerReport) -> None:
         """Save a finished layer, after which an interrupted repair resumes."""
         self.teacher_stream.flush()
         self.student_stream.flush()
@@ -187,18 +187,18 @@ class Repair:
         self.scratch.save(f"layer-{i}", {"keep": units, "weights": weights, "report": dataclasses.asdict(report)})
         self.scratch.remove_streams_before(i, keep=self._start if self.args.refine_passes else None)
 
-    def _finished(self) -> Iterator[tuple[LayerKeep, Weights, LayerReport]]:
+    def _finished(self) -> Iterator[tuple[LayerUnits, Weights, LayerReport]]:
         """Yield the layers that an interrupted repair has finished."""
         for i in range(len(self.subnet)):
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
-            units = {name: None if value is None else Keep.parse(value) for name, value in saved["keep"].items()}
-            yield LayerKeep(**units), saved["weights"], LayerReport(**saved["report"])
+            units = {name: None if value is None else UnitIndex.parse(value) for name, value in saved["keep"].items()}
+            yield LayerUnits(**units), saved["weights"], LayerReport(**saved["report"])
 
     # the models -------------------------------------------------------------------------------------------------------
 
-    def _outside(self, config: Config, weights: Weights) -> Outside:
-        return Outside(config, weights, self.calibration.shape[1], self.device)
+    def _outside(self, config: Config, weights: Weights) -> NonBlockModules:
+        return NonBlockModules(config, weights, self.calibration.shape[1], self.device)
 
     def _teacher_block(self, layer: int) -> Block:
         return load_block(self.teacher, layer, read_block(self.weights, layer, self.device))
@@ -221,7 +221,7 @@ class Repair:
 
     # streams ----------------------------------------------------------------------------------------------------------
 
-    def _stream(self, name: str, n_embd: int) -> Stream | DeviceStream:
+    def _stream(self, name: str, n_embd: int) -> ActivationFile | DeviceActivations:
         return self.scratch.stream(name, *self.calibration.shape, n_embd)
 
     def _begin_streams(self, finished: list[Weights]) -> None:
@@ -271,7 +271,7 @@ class Repair:
             for batch in self.calibration.teacher_batches if is_copy else self.calibration.batches:
                 self.student_stream[batch] = block(self.student_stream[batch], *args)
 
-    def _advance(self, stream: Stream | DeviceStream, layer: int) -> None:
+    def _advance(self, stream: ActivationFile | DeviceActivations, layer: int) -> None:
         """Run one of the teacher's blocks on its stream, in place."""
         block, finite = self._teacher_block(layer), FiniteCheck(layer)
         for batch in self.calibration.teacher_batches:
@@ -284,13 +284,13 @@ class Repair:
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.training_batches:
             means.add(self.calibration.ids(batch), self.teacher_stream[batch])
-        add_up(means.total), add_up(means.count)
+        all_reduce_sum(means.total), all_reduce_sum(means.count)
         means.into(weight, self.basis, self.teacher)
         self.scratch.save("embedding", weight)
 
     # one layer --------------------------------------------------------------------------------------------------------
 
-    def _repair_layer(self, i: int) -> tuple[LayerKeep, Weights, LayerReport]:
+    def _repair_layer(self, i: int) -> tuple[LayerUnits, Weights, LayerReport]:
         layer = self.subnet.layers[i]
         teacher = self._teacher_block(layer)
         if i < self.subnet.n_intact:
@@ -299,9 +299,9 @@ class Repair:
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
         streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
         keep = self._walk_teacher(i, teacher, streams)
-        block, takes = cut_block(self.subnet, i, keep, self.basis, teacher)
+        block, slices = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
-        repair = BlockRepair(block, takes, teacher, args, streams, self.basis, self.calibration, self.ridges)
+        repair = BlockRepair(block, slices, teacher, args, streams, self.basis, self.calibration, self.ridges)
         # decisions use the tuning tokens; held-out tokens are only for the report
         tuning, held_out = self.calibration.tuning_batches, self.calibration.held_out_batches
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -309,7 +309,7 @@ class Repair:
         repair.fit()
         if repair.error(tuning) > before_tuning:  # possible if the cut loses little, since norms are not linear
             repair.restore(start)
-            repair.left_as_cut = [name for kind in KINDS for name in linear_names(takes, kind)]
+            repair.left_as_cut = [name for kind in KINDS for name in linear_names(slices, kind)]
         after = repair.error(held_out)
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
@@ -322,7 +322,7 @@ class Repair:
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut)
 
-    def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerKeep, Weights, LayerReport]:
+    def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerUnits, Weights, LayerReport]:
         """Copy a layer of the teacher, which needs no fit."""
         ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
         finite = FiniteCheck(i)
@@ -333,14 +333,15 @@ class Repair:
         weights = {name: tensor.detach().cpu() for name, tensor in teacher.state_dict().items()}
         return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
 
-    def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerKeep:
+    def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerUnits:
         """Run the teacher's block and the dropped blocks after it on its stream; select the student's units."""
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
         post_norms = [POST_NORMS[part] for part in POST_NORMS if post_norm(teacher, part) is not None]
         moments = {
-            name: Moments(teacher.get_submodule(name).in_features, 0, self.device, rough=True) for name in chosen
+            name: Moments(teacher.get_submodule(name).in_features, 0, self.device, fp32_products=True)
+            for name in chosen
         }
         finite = FiniteCheck(layer)
         for batch in self.calibration.batches:
@@ -432,11 +433,11 @@ class Repair:
         """Name of the student's stream before its first layer that is not a copy."""
         return f"student-{self.subnet.n_intact}"
 
-    def _chosen(self, keeps: list[LayerKeep]) -> SubNet:
+    def _chosen(self, keeps: list[LayerUnits]) -> SubNet:
         """Return the sub-network with the selected units."""
         subnet = self.subnet
         width = "moe_intermediate_size" if self.teacher.moe_intermediate_size is not None else "intermediate_size"
-        fields: dict[str, list[Keep | None]] = {}
+        fields: dict[str, list[UnitIndex | None]] = {}
         for i, keep in enumerate(keeps):
             values = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
             values["intermediate_size" if keep.n_expert is None else width] = keep.intermediate_size

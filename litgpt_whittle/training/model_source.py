@@ -25,7 +25,7 @@ BASIS = "basis.pth"
 
 
 @dataclass
-class Student:
+class ModelSource:
     """Source of the student; its weights are not loaded yet."""
 
     config: Config
@@ -55,7 +55,7 @@ class Student:
         teacher_dir: Path | None,
         model_name: str | None,
         model_config: Config | None,
-    ) -> Student:
+    ) -> ModelSource:
         """Return the student given by the arguments; a checkpoint precedes a sub-network, and that a model's name.
 
         Raises:
@@ -79,12 +79,12 @@ class Student:
                 ) from None
         return cls(model_config, lambda: vectorize_windows(GPT(model_config)))
 
-    def with_random_weights(self) -> Student:
+    def with_random_weights(self) -> ModelSource:
         """Return the same architecture with random weights; a tied LM head stays tied."""
         shape = self.sub_network and {name: value for name, value in self.sub_network.items() if name != "provenance"}
         return replace(self, weights=None, sub_network=shape, basis=None)
 
-    def with_tie(self, tie_embeddings: bool | None) -> Student:
+    def with_tie(self, tie_embeddings: bool | None) -> ModelSource:
         """Return the student with its LM head and embedding tied or untied as asked; untying prints both sizes.
 
         Args:
@@ -112,7 +112,7 @@ class Student:
         return changed
 
     @classmethod
-    def _from_checkpoint(cls, checkpoint_dir: Path) -> Student:
+    def _from_checkpoint(cls, checkpoint_dir: Path) -> ModelSource:
         config, named = check_checkpoint(checkpoint_dir), read_model_class(checkpoint_dir)
         path = checkpoint_dir / "sub_network.yaml"
         known = read_choice(path) if path.is_file() else None
@@ -131,7 +131,7 @@ class Student:
         return cls(config, build, opened.state_dict, known, basis, is_tied(opened.state_dict()))
 
     @classmethod
-    def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> Student:
+    def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> ModelSource:
         if teacher_dir is None:
             raise UserError("sub_network needs the teacher that it is cut from; set --teacher_checkpoint_dir")
         subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))
