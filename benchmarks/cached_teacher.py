@@ -1,11 +1,11 @@
-"""What a cached teacher costs: bytes and tokens per second of each codec. (`evidence.py` says what it gives up.)
+"""Measure bytes and tokens per second of each teacher-cache codec, against `litgpt pretrain` and a live teacher.
 
     python benchmarks/cached_teacher.py [--student pythia-14m] [--teacher_name pythia-31m] [--steps 12] [--repeats 5]
 
-The same student trains on random tokens by `litgpt pretrain`, by `litgpt distill` with each cache, and with the
-live teacher, all without compiling and in one process, taking turns. What counts is the CPU time from one optimizer
-step to the next, whatever is done in it; compared are medians. Goal: with a cache at least 0.9 of what `litgpt
-pretrain` does.
+The same student trains on random tokens by `litgpt pretrain`, by `litgpt distill` with each cache, and by `litgpt
+distill` with the live teacher: uncompiled, interleaved, in one process. Reported are medians of the CPU time between
+two optimizer steps, everything included. Goal: a cache reaches at least 0.9 of the speed of `litgpt pretrain`.
+`evidence.py` measures the loss of quality.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def measure_speed(args: argparse.Namespace) -> None:
 
 
 def random_checkpoint(folder: Path, name: str, length: int) -> Path:
-    """A teacher of that shape; how fast it is does not depend on its weights."""
+    """Return a teacher checkpoint with random weights, which do not affect the speed."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     config = Config.from_name(name, block_size=length)
@@ -104,14 +104,14 @@ def random_checkpoint(folder: Path, name: str, length: int) -> Path:
 
 
 def bytes_per_token(folder: Path) -> float:
-    """All of the shards, tokens and keys counted."""
+    """Return the cache's bytes per token, with all shards, tokens and keys."""
     index = Index.read(folder)
     n_bytes = sum(shard_path(folder, i).stat().st_size for i in range(len(index.shards)))
     return n_bytes / sum(shard.n_windows for shard in index.shards) / index.length
 
 
 def step_seconds(run: Callable[[], None]) -> list[float]:
-    """CPU seconds from one optimizer step to the next, without the first two."""
+    """Return the CPU seconds between optimizer steps, without the first two."""
     moments: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: moments.append(time.process_time()))
     with quiet():
@@ -121,7 +121,7 @@ def step_seconds(run: Callable[[], None]) -> list[float]:
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, TrainArgs, EvalArgs]:
-    """What all ways of training share; no validation falls between two steps."""
+    """Return the settings that all training runs share; no validation happens between two steps."""
     n_tokens = args.steps * args.batch * args.length
     train = TrainArgs(
         save_interval=None,
@@ -139,7 +139,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainArgs, EvalArgs]:
 
 
 def pretrain(args: argparse.Namespace, data: RandomTokens, out_dir: Path) -> None:
-    """`litgpt pretrain`, as its `setup` calls it, without a compiler."""
+    """Run `litgpt pretrain` through its `setup`, without a compiler."""
     config, train, evaluation = settings(args)
     compile, save = torch.compile, litgpt.pretrain.save_hyperparameters
     torch.compile, litgpt.pretrain.save_hyperparameters = lambda model: model, lambda *_: None
@@ -165,7 +165,7 @@ def pretrain(args: argparse.Namespace, data: RandomTokens, out_dir: Path) -> Non
 
 
 def student(args: argparse.Namespace, data: RandomTokens, out_dir: Path, **more) -> None:
-    """`litgpt distill`."""
+    """Train the student by `litgpt distill`."""
     config, train, evaluation = settings(args)
     distill.setup(
         model_config=config,
@@ -191,7 +191,7 @@ def quiet():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="pythia-14m", help="a litgpt model")
-    parser.add_argument("--teacher_name", default="pythia-31m", help="likewise")
+    parser.add_argument("--teacher_name", default="pythia-31m", help="the teacher's litgpt model")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)

@@ -1,9 +1,9 @@
-"""How fast candidates are built into a bin, and what they cover: Pythia-6.9B's shape, fine layer-wise, ±1 %.
+"""Measure how fast candidates of a bin are built, and which sizes they cover: Pythia-6.9B, fine layer-wise, ±1 %.
 
     python benchmarks/candidates.py            # 10,000 candidates, a few minutes on one core
     python benchmarks/candidates.py --n 500 --name Llama-3.1-8B --bin 1B±1%
 
-Counting needs no model: building one would end this script.
+No model is built: doing so would end this script with an error.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def forbid_models() -> None:
 
 
 def describe(name: str, values: list[int], lo: int, hi: int) -> None:
-    """Range, quartiles and the share of all possible values that came up."""
+    """Print range, quartiles and the share of possible values that occur."""
     quartiles = ", ".join(f"{q:,.0f}" for q in np.percentile(values, [25, 50, 75]))
     seen = len(set(values)) / (hi - lo + 1)
     span = f"{min(values):>6,} … {max(values):>6,} of {lo:,} … {hi:,}"

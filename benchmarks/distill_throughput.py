@@ -1,13 +1,13 @@
-"""How fast `litgpt distill` trains, and in how much memory: against its parts and against whittle's distillation.
+"""Measure tokens per second and memory of `litgpt distill` against its parts and against whittle.
 
     python benchmarks/distill_throughput.py
     python benchmarks/distill_throughput.py --whittle_python WHITTLE_ENVIRONMENT/bin/python
 
-The same student trains on the same random tokens by `litgpt pretrain`, by `litgpt distill` without a teacher and with
-one, and by whittle's `distill_model`; the teacher alone runs forward on them. Nothing is compiled. Every way runs in a
-process of its own, the processes take turns, and medians of the CPU seconds from one optimizer step to the next are
-compared, which a busy machine disturbs less than a clock's. Memory is the process's largest resident size, less what it
-had before the models.
+The same student trains on the same random tokens by `litgpt pretrain`, by `litgpt distill` without and with a teacher,
+and by whittle's `distill_model`; the teacher's forward pass is also timed alone. Nothing is compiled. Each method runs
+in its own process, and the processes alternate. Reported are medians of the CPU seconds between optimizer steps, which
+other load on the machine disturbs less than wall time. Memory is the process's peak resident size minus its size before
+the models were created.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ print("RESULT", json.dumps({"moments": moments, "peak": peak - before}))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="pythia-14m", help="a litgpt model")
-    parser.add_argument("--teacher_name", default="pythia-31m", help="likewise")
+    parser.add_argument("--student", default="pythia-14m", help="the student's litgpt model")
+    parser.add_argument("--teacher_name", default="pythia-31m", help="the teacher's litgpt model")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--steps", type=int, default=8)
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, way: str, folder: Path) -> dict:
-    """One way, in a process of its own."""
+    """Run one method in its own process."""
     if way == "whittle":
         given = {"teacher": str(folder / "teacher"), "out": str(folder / "rival"), "student": args.student}
         given |= {"batch": args.batch, "length": args.length, "steps": args.steps}
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, way: str, folder: Path) -> dict:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """The CPU seconds at which steps ended, and what the process took."""
+    """Measure the CPU time at the end of each step, and the memory of the process."""
     torch.set_num_threads(1)
     out, data, teacher = args.folder / "run", RandomTokens(), args.folder / "teacher"
     shutil.rmtree(out, ignore_errors=True)
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def report(seconds: dict[str, float], peaks: dict[str, int], n_tokens: int) -> None:
-    """Prints rates, memory and the ratios that are claimed."""
+    """Print speeds, memory and the ratios with their goals."""
     for way, median in seconds.items():
         print(f"{way:16} {n_tokens / median:8,.0f} tokens per CPU second, {peaks[way] / 1e6:6,.0f} MB")
     ours = seconds["distill"]

@@ -1,28 +1,28 @@
-"""The questions of the method, answered on a teacher: each a set of students, several seeds, one table, one plot.
+"""Compare choices of the method on one teacher: a set of students, several seeds, a table and a plot per question.
 
     python benchmarks/evidence.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
 Questions (all by default, or `--questions starts …`):
 
-starts      what a student begins with: random weights, the plain cut, the repaired cut; with and without the teacher
-baseline    after how many tokens distilled students are where random weights are after --baseline_tokens
-repairs     the closed form alone, and the LM head fitted to the teacher's predictions; with and without the teacher
+starts      initial weights: random, plain cut, repaired cut; with and without the teacher
+baseline    tokens until distilled students match random weights trained on --baseline_tokens
+repairs     closed-form repair alone, and with the LM head fitted to the teacher's predictions; with and without the
+            teacher
 strategies  evolution, random search, or importance alone, before and after training
-fitness     scored as cut, or as repaired from moments, an eighth and a third of the size
+fitness     candidates scored as cut, or repaired from moments; an eighth and a third of the teacher's size
 spaces      the four search spaces, a small and a middle student
-evaluations whether a layer-wise space needs more evaluations than a uniform one, up to the default number of them
+evaluations number of evaluations that a layer-wise and a uniform space need, up to the default number
 losses      weights, temperature and kind of the distillation loss
-rates       the learning rate of a repaired student, a third of the size and two thirds
-codecs      the live teacher, or what was cached of it: everything, the top 64, 12 draws a token
-teachers    one teacher to be cut from and another to distill: one of another shape (--other), and one of another
-            domain, which is the teacher after a million tokens of C++, the headers that come with PyTorch
+rates       learning rate of a repaired student, a third and two thirds of the teacher's size
+codecs      live teacher, or cached predictions: all, the top 64, or 12 samples per token
+teachers    cut from one teacher and distil from another: one of another shape (--other), and one of another domain,
+            which is the teacher after a million tokens of C++ (the headers that come with PyTorch)
 
-All students train on equally many tokens, with the teacher's whole predictions from a cache where nothing else is said.
-They are repaired in closed form alone, but where the question is what the rest of the repair is worth.
-With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one, which
-is then the other teacher. What is finished is kept, so that an interrupted run goes on; a student that two questions
-ask for is trained once. Tables, pictures and their figures (CSV) go to `out/evidence/TEACHER`, or to --report; seeds
-that are in a question's CSV are not run again.
+All students train on the same number of tokens, by default with the teacher's full predictions from a cache, and are
+repaired in closed form only, except in the questions about repairs. With --llama, a Llama-shaped teacher is first
+trained on the same text and replaces the given one, which becomes the other teacher. Finished results are kept, so an
+interrupted run resumes; a student that two questions share is trained once. Tables, pictures and their figures (CSV) go
+to `out/evidence/TEACHER`, or to --report; seeds that are already in a question's CSV are not run again.
 """
 
 import argparse
@@ -56,44 +56,44 @@ from litgpt_whittle.figures.style import (
 from litgpt_whittle.results import SearchResult, TrainingResult, tokens_to_reach
 
 Curve = list[tuple[int, float]]
-"""Tokens of training and validation loss, in their order"""
+"""Tokens and validation losses of training, in order"""
 
 REPAIRED = "--fitness=repaired_perplexity"
-"""Scores candidates as repaired; without it they are scored as cut"""
+"""Flag to score candidates after a repair; without it they are scored as cut"""
 DEFAULT_ITERATIONS = inspect.signature(search_command).parameters["iterations"].default
-"""Evaluations of a search that is told nothing"""
+"""Default number of evaluations of a search"""
 CALIBRATION = 16_384
 BATCH = 8
 VALIDATION = 24
-"""Batches of each validation"""
+"""Batches per validation"""
 
 
 @dataclass(frozen=True)
 class Student:
-    """How one student is made and trained."""
+    """Settings to make and train a student."""
 
     found: Path
-    """The sub-network's YAML"""
+    """YAML file of the sub-network"""
     repaired: bool = True
     head_passes: int = 0
-    """Of its repair"""
+    """Passes of the repair that fit the LM head"""
     flags: tuple[str, ...] = ("--distill.alpha=0.2", "--distill.beta=0.8", "--distill.temperature=0.9")
-    """Of its training; the paper's by default"""
+    """Training flags; by default the paper's"""
     codec: str | None = "full"
-    """How its teacher's predictions are cached; None has the teacher run"""
+    """Codec of the cached teacher predictions; None runs the live teacher"""
     teacher: Path | None = None
-    """Who distills, where that is not the bench's teacher"""
+    """Teacher to distil from; by default the bench's teacher"""
     source: Path | None = None
-    """What it is cut from, where that is not the bench's teacher"""
+    """Checkpoint to cut the student from; by default the bench's teacher"""
     tokens: int | None = None
-    """Of its training, where they are not the bench's"""
+    """Training tokens; by default the bench's"""
     n_validations: int = 3
-    """After the one before training"""
+    """Number of validations after the one before training"""
 
 
 @dataclass
 class Bench:
-    """A teacher with its text, and what was made of it."""
+    """A teacher with its text, and everything made from them."""
 
     data: Data
     out_dir: Path
@@ -105,13 +105,13 @@ class Bench:
 
     @cached_property
     def teacher_loss(self) -> float:
-        """The teacher's loss on what its students are validated on."""
+        """Return the teacher's loss on the students' validation batches."""
         module, length = self.data.module(), self.data.config.block_size
         connect(module, self.data.teacher, BATCH, length)
         return validate(load_model(self.data.teacher), validation_batches(module, length, VALIDATION))
 
     def found(self, share: float, seed: int, *flags: str, iterations: int | None = None) -> Path:
-        """A search's best sub-network of a share of the teacher."""
+        """Return a search's best sub-network of a given share of the teacher's size."""
         n = iterations or self.iterations
         name = "-".join(["search", f"{share:g}", str(n), str(seed), *(f.lstrip("-").split(".")[-1] for f in flags)])
         folder = self.out_dir / name.replace("=", "-").replace("/", "_")
@@ -121,14 +121,14 @@ class Bench:
         return SearchResult(folder).best_path
 
     def importance(self) -> Path:
-        """The teacher's ranking."""
+        """Return the file of the teacher's importance scores."""
         folder = self.out_dir / "rank"
         if not (folder / "importance.pt").is_file():
             litgpt("rank", self.data.teacher, *self.data.flags(16), f"--out_dir={folder}", "--overwrite=true")
         return folder
 
     def of_another_domain(self, tokens: int = 1_000_000) -> Path:
-        """The teacher, trained on with other text."""
+        """Return the teacher after further training on other text."""
         folder, text = self.out_dir / "another-domain", self.out_dir / "headers.jsonl"
         if not (folder / "final/lit_model.pth").is_file():
             headers = sorted((Path(torch.__file__).parent / "include").rglob("*.h"))
@@ -136,14 +136,14 @@ class Bench:
             texts = [path.read_text(errors="ignore") for path in headers[:2000]]
             text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             data = copy.copy(self.data)
-            data.train = text  # and validated on the old text still
+            data.train = text  # validation still uses the original text
             path = train_settings(folder.with_suffix(".yaml"), data, tokens, 1e-3, 10_000)
             start = f"--initial_checkpoint_dir={self.data.teacher}"
             litgpt("distill", f"--config={path}", start, f"--out_dir={folder}", f"--eval.max_iters={VALIDATION}")
         return folder / "final"
 
     def cut(self, student: Student, seed: int) -> Path:
-        """The checkpoint that a student starts from; another seed calibrates on other text."""
+        """Return the checkpoint that a student starts from; each seed calibrates on different text."""
         name = student.found.parent.name + (f"-repaired-{seed}" if student.repaired else "-plain")
         name += f"-head-{student.head_passes}" if student.head_passes else ""
         name += "" if student.source is None else "-other"
@@ -157,7 +157,7 @@ class Bench:
         return folder
 
     def train(self, student: Student, seed: int) -> TrainingResult:
-        """Trains a student, if that is not done yet."""
+        """Train a student, unless it is already trained."""
         told = {field.name: getattr(student, field.name) for field in fields(student)}
         told = {name: value for name, value in told.items() if value != getattr(Student, name, None)}
         tokens = student.tokens or self.tokens
@@ -175,7 +175,7 @@ class Bench:
         return TrainingResult(folder)
 
     def taught(self, student: Student, seed: int) -> list[str]:
-        """The flag that names a student's teacher."""
+        """Return the flag that names a student's teacher."""
         if ALONE[0] in student.flags:
             return []
         if student.codec is None:
@@ -222,10 +222,10 @@ def repairs(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def strategies(bench: Bench, seed: int) -> dict[str, Student]:
-    # more evaluations than in the other questions, since evolution is random search as long as it is young
+    # more evaluations than in the other questions, because evolution starts like random search
     n, names = 2 * bench.iterations, ("EvoPress", "Evolution", "RandomSearch")
     found = {name: bench.found(1 / 3, seed, f"--strategy={name}", REPAIRED, iterations=n) for name in names}
-    # Minitron's procedure: the most important units, the same in all layers, and the best of a few sizes
+    # Minitron's procedure: the most important units, the same in all layers, with the best of a few sizes
     ranked = ("--order=importance", f"--importance={bench.importance()}", "--space=coarse_uniform")
     few = bench.found(1 / 3, seed, "--strategy=RandomSearch", *ranked, iterations=5)
     plain = {name: Student(path) for name, path in found.items()} | {"importance alone (Minitron)": Student(few)}
@@ -247,7 +247,7 @@ def spaces(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("small", 1 / 3), ("middle", 2 / 3)):
         for space in ("coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"):
-            # the space of the other questions is not named, so that its search is theirs
+            # the other questions' space is not named, so that its search is shared with them
             flags = (REPAIRED,) if space == "coarse_layerwise" else (REPAIRED, f"--space={space}")
             students[f"{size}, {space}"] = Student(bench.found(share, seed, "--strategy=EvoPress", *flags))
     return students
@@ -258,10 +258,10 @@ def evaluations(bench: Bench, seed: int) -> dict[str, Student]:
 
 
 def searched(bench: Bench, seed: int) -> dict[tuple[str, int], Path]:
-    """What short and long searches find, by their space and number of evaluations."""
+    """Return the results of short and long searches, by space and number of evaluations."""
     found = {}
     for space in ("fine_uniform", "coarse_layerwise"):
-        flags = ("--strategy=Evolution", REPAIRED)  # by default, as is the last number of evaluations
+        flags = ("--strategy=Evolution", REPAIRED)  # the defaults of `search`, as is the larger n
         flags += () if space == "coarse_layerwise" else (f"--space={space}",)
         for n in (2 * bench.iterations, DEFAULT_ITERATIONS):
             found[space, n] = bench.found(1 / 3, seed, *flags, iterations=n)
@@ -295,7 +295,7 @@ def rates(bench: Bench, seed: int) -> dict[str, Student]:
     students = {}
     for size, share in (("a third", 1 / 3), ("two thirds", 2 / 3)):
         found = bench.found(share, seed, "--strategy=EvoPress", REPAIRED)
-        students[f"{size}, 1e-3"] = Student(found)  # and down to a tenth of it, like the others
+        students[f"{size}, 1e-3"] = Student(found)  # decays to a tenth of the rate, like the others
         for rate in (3e-4, 1e-4, 3e-5):
             settings = {"lr": rate, "weight_decay": 0.1, "betas": [0.9, 0.95]}
             optimizer = json.dumps({"class_path": "torch.optim.AdamW", "init_args": settings})
@@ -339,7 +339,7 @@ QUESTIONS: dict[str, Callable[[Bench, int], dict[str, Student]]] = {
 
 
 class Runs:
-    """Validation losses of a question's students, kept as CSV: what is reported, and what need not be run again."""
+    """Validation losses of a question's students, stored as CSV; seeds that are present are not run again."""
 
     def __init__(self, path: Path, tokens: int) -> None:
         self.path, self.curves = path, {}
@@ -357,7 +357,7 @@ class Runs:
         return sorted({seed for by_seed in self.curves.values() for seed in by_seed})
 
     def add(self, seed: int, curves: dict[str, Curve]) -> None:
-        """Adds all students of a seed at once: a seed is there or not."""
+        """Add all students of a seed; a seed is stored either completely or not at all."""
         is_new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -367,13 +367,13 @@ class Runs:
             self.curves.setdefault(label, {})[seed] = curve
 
     def column(self, label: str, point: int) -> list[float]:
-        """A student's losses at one of its validations, by seed."""
+        """Return a student's losses at one of its validations, by seed."""
         return [self.curves[label][seed][point][1] for seed in self.seeds]
 
 
 def table(runs: Runs) -> str:
-    """Perplexities, their means and standard deviations over the seeds, as Markdown."""
-    # a random student's run is the measure of the others' tokens, where there is one
+    """Return a Markdown table of perplexities with means and standard deviations over the seeds."""
+    # the others' tokens are relative to a student of random weights, if there is one
     baseline = runs.curves.get("random weights")
     more = " tokens to the random one's end |" if baseline else ""
     lines = [f"| student | before training | after |{more}", "| --- | --- | --- |" + " --- |" * bool(baseline)]
@@ -393,7 +393,7 @@ def _spread(losses: list[float]) -> str:
 
 
 def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
-    """Validation loss over tokens, the seeds' mean and range; pairs that differ in the teacher share a colour."""
+    """Plot validation loss over tokens, mean and range over seeds; colours pair a student with and without teacher."""
     from matplotlib import colormaps
     from matplotlib.ticker import EngFormatter
 
@@ -422,7 +422,7 @@ def plot(question: str, runs: Runs, taught: float, path: Path) -> None:
 
 
 def plot_searches(bench: Bench, seeds: list[int], path: Path) -> None:
-    """The best score so far over evaluations, the seeds' mean and range, of the longest searches of `evaluations`."""
+    """Plot the best score so far over evaluations, mean and range over seeds, of the longest searches."""
     figure, [[axes]] = new_figure((9, 5))
     curves: dict[str, list[np.ndarray]] = {}
     for seed in seeds:
@@ -444,9 +444,9 @@ def plot_searches(bench: Bench, seeds: list[int], path: Path) -> None:
 
 
 def answer(bench: Bench, question: str, report: Path) -> None:
-    """Trains the students of a question that are not on record, and writes its table and picture."""
+    """Train the students of a question that are not recorded yet, and write its table and picture."""
     tokens = bench.baseline_tokens if question == "baseline" else bench.tokens
-    tokens -= tokens % (BATCH * bench.data.config.block_size)  # whole steps
+    tokens -= tokens % (BATCH * bench.data.config.block_size)  # a whole number of steps
     runs = Runs(report / f"{question}.csv", tokens)
     new = [seed for seed in bench.seeds if seed not in runs.seeds]
     for seed in new:
@@ -472,13 +472,13 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--questions", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--tokens", type=int, default=163_840, help="training tokens of each student")
-    parser.add_argument("--baseline_tokens", type=int, default=3_000_000, help="those of `baseline`'s random weights")
+    parser.add_argument("--baseline_tokens", type=int, default=3_000_000, help="tokens of `baseline`'s random weights")
     parser.add_argument("--iterations", type=int, default=60, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
     parser.add_argument("--llama_tokens", type=int, default=4_000_000)
     parser.add_argument("--other", type=Path, help="another teacher with the same tokenizer")
-    parser.add_argument("--report", type=Path, help="where tables and pictures go")
+    parser.add_argument("--report", type=Path, help="folder for tables and pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = Data(args)

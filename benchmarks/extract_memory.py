@@ -1,7 +1,7 @@
-"""`litgpt extract` needs little more memory than its student, and not much longer than reading what it must.
+"""Measure peak memory and time of `litgpt extract` against the student's size and the bytes that must be read.
 
-Writes a checkpoint of Pythia-6.9B's shape (13.7 GB of made-up bfloat16), cuts a student of Pythia-410M's shape out of
-it in a process of its own, and deletes both.
+Writes a checkpoint of Pythia-6.9B's shape (13.7 GB of made-up bfloat16), extracts a student of Pythia-410M's shape in a
+separate process, and deletes both.
 
     python benchmarks/extract_memory.py              # needs 16 GB of disk
     python benchmarks/extract_memory.py --scale 0.25 # a sixteenth of the weights
@@ -30,7 +30,7 @@ from litgpt_whittle.index_plan import plan
 from litgpt_whittle.subnet import SubNet
 
 LIMIT = 1.5e9
-"""Bytes above the student's that a process may take."""
+"""Maximum memory above the student's size, in bytes"""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -51,8 +51,8 @@ print("RESULT", json.dumps(result))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="of all widths: 0.25, 0.5 or 1")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the weights go meanwhile")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all widths: 0.25, 0.5 or 1")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="folder for the temporary files")
     args = parser.parse_args()
     teacher, subnet = shapes(args.scale)
     n_bytes, student_bytes = size(teacher), size(subnet.config)
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def shapes(scale: float) -> tuple[Config, SubNet]:
-    """Pythia-6.9B, and in it a student of Pythia-410M's sizes."""
+    """Return the config of Pythia-6.9B, and a sub-network of Pythia-410M's sizes."""
 
     def of(width: int) -> int:
         return int(width * scale)
 
     sizes = dict(n_embd=of(4096), n_head=of(32), head_size=128, padded_vocab_size=of(50432), vocab_size=of(50254))
     teacher = Config.from_name("pythia-6.9b", intermediate_size=of(16384), n_query_groups=of(32), **sizes)
-    # every fourth layer goes, so that layers are picked, not just the first ones
+    # drop every fourth layer, so that the kept ones are not just a prefix
     student = dict(n_embd=of(1024), n_layer=",".join(str(i) for i in range(32) if i % 4 != 3), head_size=64)
     return teacher, SubNet(teacher, n_query_groups=of(16), intermediate_size=of(4096), **student)
 
@@ -92,7 +92,7 @@ def measure(folder: Path, teacher: Config, subnet: SubNet, student_bytes: int) -
     needed = bytes_on_needed_pages(subnet)
     forget(path)
     command = [sys.executable, "-c", CHILD, str(path.parent), str(folder / "student.yaml"), str(folder / "student")]
-    # bytecode and shared libraries are warm: this process has just used them
+    # bytecode and shared libraries are warm, because this process has just used them
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(output.partition("RESULT")[0])
     figures = json.loads(output.partition("RESULT")[2])
@@ -111,7 +111,7 @@ def measure(folder: Path, teacher: Config, subnet: SubNet, student_bytes: int) -
 
 
 def write_teacher(config: Config, path: Path) -> None:
-    """Writes made-up weights a tensor at a time; a block of noise is repeated, which disks don't notice."""
+    """Write made-up weights one tensor at a time, repeating a block of noise; disks do not detect the repetition."""
     path.parent.mkdir()
     save_config(config, path.parent)
     noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -121,7 +121,7 @@ def write_teacher(config: Config, path: Path) -> None:
     with incremental_save(path) as saver:
         for i, (name, shape) in enumerate(shapes.items()):
             repeats = -(-shape.numel() // noise.numel())
-            # begun elsewhere for each, lest the head equal the embedding
+            # a different offset for each tensor, or the head would equal the embedding
             weight = noise.roll(i).repeat(repeats)[: shape.numel()].view(shape).clone()
             weights[name] = saver.store_early(weight)
         saver.save(weights)
@@ -130,7 +130,7 @@ def write_teacher(config: Config, path: Path) -> None:
 
 
 def bytes_on_needed_pages(subnet: SubNet) -> int:
-    """Bytes of the pages of the teacher's file that hold what the student takes, rows taken as one run each."""
+    """Return the bytes of the file's pages that hold the student's weights, counting each tensor's rows as one run."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(subnet.teacher).state_dict().items()}
     total = 0
@@ -148,7 +148,7 @@ def bytes_on_needed_pages(subnet: SubNet) -> int:
 
 
 def forget(path: Path) -> None:
-    """Drops a file from the page cache."""
+    """Drop a file from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -173,15 +173,15 @@ def seconds_to_copy(path: Path, to: Path) -> float:
 
 def report(figures: dict[str, float]) -> None:
     rows = [
-        ("teacher's file", f"{figures['teacher'] / 1e9:.2f} GB", f"read plainly in {figures['teacher_seconds']:.1f} s"),
+        ("teacher's file", f"{figures['teacher'] / 1e9:.2f} GB", f"plain read took {figures['teacher_seconds']:.1f} s"),
         (
-            "pages that hold what is kept",
+            "pages with kept weights",
             f"{figures['needed'] / 1e9:.2f} GB",
-            f"as many in {figures['needed_seconds']:.1f} s",
+            f"plain read took {figures['needed_seconds']:.1f} s",
         ),
-        ("student", f"{figures['student'] / 1e9:.2f} GB", f"written plainly in {figures['write_seconds']:.1f} s"),
+        ("student", f"{figures['student'] / 1e9:.2f} GB", f"plain write took {figures['write_seconds']:.1f} s"),
         ("extract read from disk", f"{figures['from_disk'] / 1e9:.2f} GB", f"took {figures['seconds']:.1f} s"),
-        ("imports before that", "", f"took {figures['import_seconds']:.1f} s"),
+        ("imports before it", "", f"took {figures['import_seconds']:.1f} s"),
         ("peak resident memory", f"{figures['peak'] / 1e9:.2f} GB", f"at most {figures['limit'] / 1e9:.2f} GB"),
     ]
     print(

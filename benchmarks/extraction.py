@@ -1,11 +1,11 @@
-"""Is what a tool cuts out what it scored? Ours and whittle, on the same models and the same random sub-networks.
+"""Compare extracted models with the sub-networks that were scored, for this package and whittle on the same models.
 
     python benchmarks/extraction.py --whittle_python WHITTLE_ENVIRONMENT/bin/python
 
-For every sub-network of the four spaces: the logits inside the super-network against those of the extracted model, and
-the parameters that are counted against those that the extracted model has. whittle runs in a process of its own, by its
-own functions: `set_sub_network`, `compute_parameters`, `extract_current_sub_network`. Speed and memory against it are
-measured by search_throughput.py and distill_throughput.py.
+For random sub-networks of all four spaces, the logits inside the super-network are compared with those of the extracted
+model, and the counted parameters with the parameters of the extracted model. whittle runs in its own process with its
+own functions: `set_sub_network`, `compute_parameters`, `extract_current_sub_network`. search_throughput.py and
+distill_throughput.py compare speed and memory.
 """
 
 import argparse
@@ -69,7 +69,7 @@ print("RESULT" + json.dumps(found))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whittle_python", help="the Python of an environment that has whittle")
-    parser.add_argument("--n", type=int, default=20, help="sub-networks of each space")
+    parser.add_argument("--n", type=int, default=20, help="sub-networks per space")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'model':<15}{'space':<18}{'tool':<9}{'extracted as scored':>20}{'counted right':>15}   otherwise")
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def draw(config: Config, space: SpaceName, n: int) -> list[SubNet]:
-    """Random sub-networks of half the size."""
+    """Return random sub-networks of half the size."""
     (bin,) = parse_bins(f"{n_params(config, SubNet.full(config)) // 2}±20%")
     rng = np.random.default_rng(0)
     return [Space(config, space, bin).sample(rng) for _ in range(n)]
@@ -120,7 +120,7 @@ def theirs(
 
 
 def in_whittles_words(subnet: SubNet) -> list[dict]:
-    """The ways of telling whittle of a sub-network: sizes per layer or once, with and without groups."""
+    """Return whittle's arguments for a sub-network: sizes per layer or once, with and without groups."""
     per_layer = whittle_choice(subnet)
     if subnet.n_layer.is_prefix:
         del per_layer["sampled_layer_indices"]
@@ -136,7 +136,7 @@ def in_whittles_words(subnet: SubNet) -> list[dict]:
 
 
 def report(title: str, space: str, tool: str, found: list[dict]) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     n = len(found)
     same = sum(result.get("difference", float("inf")) < TOLERANCE for result in found)
     right = sum("has" in result and result["counted"] == result["has"] for result in found)

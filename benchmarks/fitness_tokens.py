@@ -1,9 +1,9 @@
-"""How many tokens a fitness needs to rank candidates: KL to the teacher against perplexity.
+"""Measure how many tokens a fitness needs to rank candidates: KL to the teacher against perplexity.
 
-Scores random sub-networks of a third of the teacher's size on every window of the validation text by both measures.
-Rankings from few windows, drawn at random many times, are then compared with the rankings from all of them by
-Kendall's τ, and the candidate that they would pick with the best one. Finished scores are kept, so that an interrupted
-run goes on.
+Random sub-networks of a third of the teacher's size are scored on every window of the validation text by both measures.
+Rankings from a few random windows, drawn many times, are then compared with the ranking from all windows: by Kendall's
+τ, and by the perplexity of the top candidate against that of the best. Finished scores are kept, so an interrupted run
+resumes.
 
     python benchmarks/fitness_tokens.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
     parser.add_argument("--n", type=int, default=40, help="sub-networks")
-    parser.add_argument("--draws", type=int, default=200, help="choices of windows for every number of tokens")
-    parser.add_argument("--batches", type=int, default=1000, help="of 16 windows, at most; drawn from the whole text")
+    parser.add_argument("--draws", type=int, default=200, help="random draws of windows per number of tokens")
+    parser.add_argument("--batches", type=int, default=1000, help="maximum batches of 16 windows, from the whole text")
     args = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -47,11 +47,11 @@ def main() -> None:
 
 @torch.inference_mode()
 def score(data: Data, n: int, n_batches: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of both losses, shape (2, n_subnets, n_windows), and the tokens that count, shape (n_windows,)."""
+    """Return sums of both losses, shape (2, n_subnets, n_windows), and the numbers of tokens, shape (n_windows,)."""
     module, length = data.module(), data.config.block_size
     connect(module, data.teacher, 16, length)
     batches = validation_batches(module, length, 10**9)
-    # so that those scored so far are a sample of the whole text
+    # shuffled, so that the windows scored so far are a sample of the whole text
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()[:n_batches]
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = length
@@ -73,7 +73,7 @@ def student_of(model: SuperGPT, subnet: SubNet) -> GPT:
 
 
 class Known(TeacherLogits):
-    """Logits that are there already, since many students of one teacher are compared with them."""
+    """Precomputed logits, because many students are compared with one teacher."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
@@ -83,7 +83,7 @@ class Known(TeacherLogits):
 
 
 def losses_of(model: SuperGPT, students: list[GPT], batch: Batch) -> np.ndarray:
-    """Losses of all students on every window, added up over its tokens, shape (2, n_students, n_windows)."""
+    """Return the losses of all students on every window, summed over its tokens, shape (2, n_students, n_windows)."""
     taught = [Known(row) for row in model(batch.input_ids)]
     sums = np.zeros((2, len(students), len(taught)))
     for s, student in enumerate(students):
@@ -95,11 +95,11 @@ def losses_of(model: SuperGPT, students: list[GPT], batch: Batch) -> np.ndarray:
 
 
 def compare(losses: np.ndarray, n_tokens: np.ndarray, n_draws: int) -> dict[int, dict[tuple[str, str], np.ndarray]]:
-    """For every number of tokens, what each draw of windows gives.
+    """Compare the rankings from random windows with the full ranking, for each number of tokens.
 
     Returns:
-        τ by the measure that ranks and the one that says what is right (both on the same candidates), and, under the
-        name "pick", how much higher than the best one's the perplexity of the first in the ranking is.
+        Kendall's τ by the measure that ranks and the reference measure (both on the same candidates), and, under
+        "pick", the relative excess perplexity of the top-ranked candidate over the best one.
     """
     rng = np.random.default_rng(0)
     means = losses.sum(-1) / n_tokens.sum()  # (2, n_subnets)
@@ -127,7 +127,7 @@ def report(found: dict, losses: np.ndarray, n_tokens: np.ndarray) -> None:
     nll, kl = means
     print(f"{len(nll)} sub-networks, {n_tokens.sum():,} tokens: NLL {nll.min():.3f} … {nll.max():.3f}, ", end="")
     print(f"KL {kl.min():.3f} … {kl.max():.3f}, tau between the two rankings {kendalltau(nll, kl).statistic:.3f}")
-    print("tau with the ranking on all tokens, mean ± standard deviation, and what the pick costs in perplexity (mean)")
+    print("tau with the ranking on all tokens, mean ± standard deviation, and excess perplexity of the pick (mean)")
     columns = [(m, r) for r in MEASURES for m in MEASURES]
     head = "".join(f"{f'{m} → {r}':>26}" for m, r in columns) + "".join(f"{f'{m} pick':>18}" for m in MEASURES)
     print(f"{'tokens':>8}{head}")
@@ -147,7 +147,7 @@ def plot(found: dict) -> None:
             taus = np.array([cell[measure, reference] for cell in found.values()])  # (n_sizes, n_draws)
             ax.plot(list(found), taus.mean(1), "o-", markersize=4, color=color, label=f"ranked by {measure}")
             ax.fill_between(list(found), *np.percentile(taus, [10, 90], axis=1), color=color, alpha=0.2, linewidth=0)
-        ax.set(xscale="log", xlabel="tokens per candidate", title=f"right is {reference} on all tokens")
+        ax.set(xscale="log", xlabel="tokens per candidate", title=f"reference: {reference} on all tokens")
         ax.set_xticks(list(found), [f"{n // 1024}k" for n in found], minor=False)
         ax.minorticks_off()
         ax.grid(alpha=0.3)

@@ -1,12 +1,12 @@
-"""Peak memory and time of the chunked LM head and loss: against the plain formula, and Liger's where it is installed.
+"""Measure peak memory and time of the chunked LM head and loss against the plain formula and, if installed, Liger.
 
     python benchmarks/head_memory.py [--threads 1] [--repeats 5] [--tokens 8192] [--n_embd 512] [--teacher_n_embd 1024]
     python benchmarks/head_memory.py --vocab 151936 --tokens 2048
 
-Memory: the peak resident size of one process per way, less what it had before the loss (inputs and weights). Time:
-CPU seconds in one process, the ways taking turns, medians. Both are one forward and backward of
+Memory is the peak resident size of one process per implementation, minus its size before the loss (inputs and weights).
+Time is CPU seconds in one process, interleaved, as medians. Both cover one forward and backward pass of
 0.2 · CE + 0.8 · 0.81 · KL(teacher ‖ student) at T = 0.9, from hidden states to the gradients of hidden states and head.
-Liger's is its `chunked_loss`, which is plain PyTorch and so runs without a GPU; it is not compiled, as ours is not.
+Liger's is its `chunked_loss`, which is plain PyTorch and runs without a GPU; like ours, it is not compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OBJECTIVE = Objective(alpha=0.2, beta=0.8, temperature=0.9)
 def make_inputs(args: argparse.Namespace) -> tuple[HeadInput, HeadInput, torch.Tensor]:
     torch.manual_seed(0)
     student, teacher = (
-        # in place: what is made and thrown away here would hide what the loss takes
+        # in place: temporary tensors here would raise the peak and hide the loss's own memory
         HeadInput(torch.randn(1, args.tokens, width), torch.randn(args.vocab, width).div_(width**0.5), None)
         for width in (args.n_embd, args.teacher_n_embd)
     )
@@ -41,7 +41,7 @@ def make_inputs(args: argparse.Namespace) -> tuple[HeadInput, HeadInput, torch.T
 
 
 def plain(student: HeadInput, teacher: HeadInput, targets: torch.Tensor) -> torch.Tensor:
-    """The formula as one writes it with PyTorch's own losses."""
+    """Compute the plain formula with PyTorch's own losses."""
     logits = F.linear(student.hidden, student.weight).flatten(0, 1)
     with torch.no_grad():
         teacher_logits = F.linear(teacher.hidden, teacher.weight).flatten(0, 1)
@@ -60,7 +60,7 @@ def liger(student: HeadInput, teacher: HeadInput, targets: torch.Tensor) -> torc
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     t = OBJECTIVE.temperature
-    # beta 0 is its forward KL; it does not multiply by T²
+    # beta 0 is Liger's forward KL; Liger does not multiply by T²
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=OBJECTIVE.alpha,
         weight_soft_loss=OBJECTIVE.beta * t**2,
@@ -98,7 +98,7 @@ def measure_time(args: argparse.Namespace) -> dict[str, float]:
             start = time.process_time()
             loss = way(*inputs)
             loss.backward()
-            if repeat:  # the first round warms up
+            if repeat:  # the first round is a warm-up
                 seconds[name].append(time.process_time() - start)
             print(f"  {name}: loss {loss.item():.6f}, {time.process_time() - start:.2f} s", file=sys.stderr)
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -107,7 +107,7 @@ def measure_time(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--time_tokens", type=int, default=None, help="for the timing; the same by default")
+    parser.add_argument("--time_tokens", type=int, default=None, help="tokens to time; by default the same")
     parser.add_argument("--vocab", type=int, default=50304)
     parser.add_argument("--n_embd", type=int, default=512)
     parser.add_argument("--teacher_n_embd", type=int, default=1024)

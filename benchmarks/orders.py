@@ -1,7 +1,7 @@
-"""What the teacher's importance is worth: the same search over its first units and over its most important ones.
+"""Compare searches that keep the teacher's first units with searches that keep its most important units.
 
-Searches all four spaces with equally many evaluations of the same data, several seeds each, and compares the best
-perplexities. Searches go on where they were interrupted.
+Searches all four spaces with the same number of evaluations on the same data, several seeds each, and compares the best
+perplexities. Interrupted searches resume.
 
     python benchmarks/orders.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -24,7 +24,7 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=100, help="evaluations of each search")
-    parser.add_argument("--batches", type=int, default=4, help="validation batches of 4 samples that score a candidate")
+    parser.add_argument("--batches", type=int, default=4, help="validation batches of 4 samples per candidate")
     parser.add_argument("--strategy", default="Evolution")
     args = parser.parse_args()
     data = Data(args)
@@ -41,7 +41,7 @@ def main() -> None:
                 if order == "importance":
                     flags.append(f"--importance={ranking}")
                 if order == "importance" and space.startswith("fine"):
-                    flags.append("--search_space.layers=best")  # all that an order can say where any units may be kept
+                    flags.append("--search_space.layers=best")  # units are free here, so an order can only rank layers
                 (best,) = best_of(search(data, OUT / f"{space}-{order}-{seed}", args.iterations, *flags)).values()
                 bests.append(best.score("perplexity"))
         first, important = found.values()

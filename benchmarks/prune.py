@@ -1,9 +1,9 @@
-"""What pruning costs a trained teacher: its perplexity by method, pattern and refit, beside whittle's own pruning.
+"""Measure the perplexity of a trained teacher after pruning, by method, pattern and refit, against whittle's pruning.
 
     python benchmarks/prune.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
-With --whittle_python, an environment that has whittle: its pruners get the same calibration windows, and what they
-leave is measured here, on the same text. Only N:M is compared: unstructured, only its SparseGPT can prune.
+With --whittle_python, whittle's pruners get the same calibration windows, and their pruned weights are scored here on
+the same text. Only N:M patterns are compared: for unstructured sparsity, only whittle's SparseGPT works.
 """
 
 import argparse
@@ -59,11 +59,11 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--sparsities", nargs="*", default=["0.5", "2:4"], help="shares and patterns")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--refit", action="store_true", help="also with what stays fitted in closed form")
+    parser.add_argument("--refit", action="store_true", help="also refit the remaining weights in closed form")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--batches", type=int, default=1000, help="validation batches of 16 windows")
     parser.add_argument("--whittle_python", type=Path)
-    parser.add_argument("--whittle_batch", type=int, default=1, help="windows that whittle sees at a time")
+    parser.add_argument("--whittle_batch", type=int, default=1, help="windows per batch in whittle")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(Data(args), args.tokens, args.batches)
@@ -90,13 +90,13 @@ def show(label: str, found: list[tuple[float, float] | None]) -> None:
 
 
 def children_seconds() -> float:
-    """CPU seconds of all processes that this one has started and seen end."""
+    """Return the CPU seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 class Bench:
-    """A teacher, what it is calibrated and what it is measured on."""
+    """A teacher with its calibration and validation data."""
 
     def __init__(self, data: Data, tokens: int, batches: int) -> None:
         self.data, self.weights = data, read_weights(data.teacher)
@@ -106,14 +106,14 @@ class Bench:
         self.validation = validation_batches(module, length, batches)
 
     def perplexity(self, weights: dict[str, torch.Tensor] | None = None) -> float:
-        """The teacher's, or that of other weights, over all of the validation text."""
+        """Return the perplexity of the teacher, or of other weights, on the whole validation text."""
         model = load_model(self.data.teacher, "SuperGPT", dtype=torch.float32)
         if weights is not None:
             model.load_state_dict(weights, assign=True)
         return Perplexity(model, self.validation)(SubNet.full(model.config))["perplexity"]
 
     def ours(self, method: str, sparsity: Sparsity, refit: bool) -> tuple[float, float]:
-        """The perplexity of the pruned teacher, and the CPU seconds that pruning took."""
+        """Return the perplexity of the pruned teacher, and the CPU seconds of pruning."""
         shape = SubNet.full(self.data.config)
         windows = self.windows if METHODS[method].reads_data or refit else None
         maps = maps_to_prune(shape, ["attn", "mlp"], sparsity)
@@ -125,7 +125,7 @@ class Bench:
         return self.perplexity(weights), seconds
 
     def whittle(self, python: Path, batch_size: int, method: str, sparsity: Sparsity) -> tuple[float, float] | None:
-        """The same of whittle's pruner; its process's start counts."""
+        """Return the same for whittle's pruner; its time includes the start of the process."""
         if sparsity.pattern is None:
             return None
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What racing saves: tokens and perplexity of the same search with a race and with full evaluations.
+"""Measure tokens and perplexity of a search with racing against the same search with full evaluations.
 
 python benchmarks/racing.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def run(data: Data, args: argparse.Namespace, strategy: str, seed: int, *flags: str) -> list[Evaluation]:
-    """One search."""
+    """Run one search."""
     folder = OUT / f"{strategy}-{seed}-{args.iterations}-{args.batches}{'-race' if flags else ''}"
     flags = (f"--strategy={strategy}", f"--seed={seed}", f"--eval.max_iters={args.batches}", *flags)
     return search(data, folder, args.iterations, *flags)
@@ -60,7 +60,7 @@ def best(evaluations: list[Evaluation]) -> float:
 
 
 def tokens_to_reach(evaluations: list[Evaluation], perplexity: float) -> int:
-    """Tokens until a candidate is this good; all of them where none is."""
+    """Return the tokens until a candidate has at most this loss, or all tokens if none has."""
     total = 0
     for evaluation in evaluations:
         total += evaluation.tokens
@@ -70,7 +70,7 @@ def tokens_to_reach(evaluations: list[Evaluation], perplexity: float) -> int:
 
 
 def plot(pairs: list[tuple[list[Evaluation], list[Evaluation]]], path: Path, strategy: str) -> None:
-    """Best so far over tokens."""
+    """Plot the best perplexity so far over tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,7 +1,7 @@
-"""How much sooner a search that learns, predicts and races finds what random search finds in 300 evaluations.
+"""Measure how much time a search with racing and a surrogate needs to match 300 evaluations of random search.
 
-Both score candidates of the same bin on the same data; random search sees all of it with each. Compared are the time
-that candidates took until one is as good, and the tokens that they saw. Searches go on where they were interrupted.
+Both score candidates of the same bin on the same data; random search evaluates each on all of it. Reported are the time
+and the tokens of candidates until one is as good. Interrupted searches resume.
 
     python benchmarks/random_search.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
     parser.add_argument("--random", type=int, default=300, help="evaluations of the random search")
-    parser.add_argument("--iterations", type=int, default=150, help="evaluations of the other one, at most")
+    parser.add_argument("--iterations", type=int, default=150, help="maximum evaluations of the other search")
     parser.add_argument("--batches", type=int, default=8, help="validation batches of 4 samples")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--strategy", default="Evolution")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def reaches(evaluations: list[Evaluation], perplexity: float) -> int | None:
-    """How many candidates it took until one that saw everything is this good."""
+    """Return the number of candidates until a fully evaluated one has at most this score."""
     for n, evaluation in enumerate(evaluations, 1):
         if not evaluation.dropped and evaluation.score("perplexity") <= perplexity:
             return n

@@ -1,13 +1,13 @@
-"""What predicts a student's place after training: its perplexity as cut, or after a repair from moments?
+"""Measure how well losses before training predict the ranking of students after training.
 
-Draws sub-networks of one bin, repairs each (`litgpt extract --repair`), trains each on a million tokens, and compares
-by Kendall's τ the rankings before training (as cut, repaired from the teacher's moments, repaired) and on the way
-(training losses: all students see the same batches in the same order) with the one after it. Finished students are
-kept, so that an interrupted run goes on; those whose losses are in the report's CSV are not trained again, only scored.
+Draws sub-networks of one bin, repairs each (`litgpt extract --repair`) and trains each on a million tokens. Kendall's τ
+compares the final ranking with the rankings before training (as cut, repaired from the teacher's moments, repaired) and
+during it (training losses; all students see the same batches in the same order). Finished students are kept, so an
+interrupted run resumes; students whose losses are in the report's CSV are only scored again, not trained.
 
     python benchmarks/rankings.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
-With --llama, a Llama-shaped teacher is first trained on the same text, and takes the place of the given one.
+With --llama, a Llama-shaped teacher is first trained on the same text and replaces the given one.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
     parser.add_argument("--n", type=int, default=40, help="sub-networks")
-    parser.add_argument("--size", type=float, default=1 / 8, help="theirs, as a share of the teacher's")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each")
+    parser.add_argument("--size", type=float, default=1 / 8, help="their size, as a share of the teacher's")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens per student")
     parser.add_argument("--share", default="1/1", help="2/3: every third student, from the second one on")
     parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
     parser.add_argument("--llama_tokens", type=int, default=4_000_000)
-    parser.add_argument("--report", type=Path, default=Path("out"), help="where figures (CSV) and the picture go")
+    parser.add_argument("--report", type=Path, default=Path("out"), help="folder for figures (CSV) and the picture")
     parser.add_argument("--only", choices=("train", "score"), help="do only this part")
     args = parser.parse_args()
     data = Data(args)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def draw(data: Data, n: int, share: float) -> list[SubNet]:
-    """Random sub-networks of one size, of the default space."""
+    """Return random sub-networks of one size from the default space."""
     teacher = data.config
     (bin,) = parse_bins(f"{int(share * n_params(teacher, SubNet.full(teacher)))}±5%")
     space, rng = Space(teacher, "coarse_layerwise", bin), np.random.default_rng(0)
@@ -71,7 +71,7 @@ def draw(data: Data, n: int, share: float) -> list[SubNet]:
 
 
 def train(data: Data, subnet: SubNet, folder: Path, tokens: int) -> None:
-    """Repairs and trains one student, if that is not done yet."""
+    """Repair and train one student, unless it is already trained."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "student/lit_model.pth").is_file():
         subnet.save(folder / "sub_network.yaml")
@@ -80,12 +80,12 @@ def train(data: Data, subnet: SubNet, folder: Path, tokens: int) -> None:
     if not (folder / "trained/final/lit_model.pth").is_file():
         settings = train_settings(folder / "train.yaml", data, tokens, lr=1e-3, every=10_000)
         flags = [f"--initial_checkpoint_dir={folder / 'student'}", f"--out_dir={folder / 'trained'}"]
-        # four losses on the way, however many tokens
+        # four losses during training, whatever the number of tokens
         litgpt("distill", f"--config={settings}", *flags, f"--train.log_interval={max(1, tokens // 20_000)}")
 
 
 def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None:
-    """Adds what is trained to the figures, and compares the rankings before training with the one after it."""
+    """Add trained students to the figures, and compare the rankings before training with the final one."""
     torch.set_num_threads(1)
     module = data.module()
     connect(module, data.teacher, 16, data.config.block_size)
@@ -123,7 +123,7 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
 
 
 def read(path: Path) -> dict[int, dict[str, float]]:
-    """The losses on record, by the sub-network's number."""
+    """Return the recorded losses by the sub-network's number."""
     if not path.is_file():
         return {}
     with path.open() as file:
@@ -132,7 +132,7 @@ def read(path: Path) -> dict[int, dict[str, float]]:
 
 
 def plot(columns: dict[str, list[float]], path: Path) -> None:
-    """Losses before training against those after it, and how the rankings come to agree on the way."""
+    """Plot losses before training against those after it, and the agreement of the rankings during training."""
     from matplotlib.ticker import EngFormatter
 
     figure, [axes] = new_figure((11, 4.3), n_columns=3, sharey=False)
@@ -158,7 +158,7 @@ def tau(columns: dict[str, list[float]], name: str) -> float:
 
 
 def interval(losses: list[float], trained: list[float]) -> tuple[float, float]:
-    """Between what τ would be of 95 % of such draws of sub-networks, by the bootstrap."""
+    """Return the 95 % confidence interval of τ by bootstrapping the sub-networks."""
     pairs = (losses, trained)
     found = bootstrap(pairs, lambda *pair: kendalltau(*pair).statistic, paired=True, vectorized=False, random_state=0)
     return found.confidence_interval

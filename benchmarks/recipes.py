@@ -1,10 +1,10 @@
-"""What the recipes in config_hub take: prints the figures of their headers, or puts them there.
+"""Print the costs of the recipes in config_hub, or write them into their headers.
 
     python benchmarks/recipes.py [--write] [--no_plan] [config_hub/distill/pythia-6.9b/410m.yaml …]
 
-Memory is the plan of `litgpt distill --dry_run` (`litgpt_whittle.training.memory_plan`), made on the CPU for GPUs that
-are not here, of a student in the recipe's bin whose sizes are as near as can be to those of a known model. Nothing is
-compiled in the plan; a compiled student takes less. FLOPs are in closed form, GPU-hours assume a share of the peak
+Memory is the plan of `litgpt distill --dry_run` (`litgpt_whittle.training.memory_plan`), made on the CPU for the target
+GPUs. Its student lies in the recipe's bin, with sizes as close as possible to those of a known model. The plan assumes
+no compilation; a compiled student needs less. FLOPs are in closed form, and GPU-hours assume a share of the peak
 (`costs.py`).
 """
 
@@ -41,10 +41,10 @@ from litgpt_whittle.training.memory_plan import MemoryPlan, Step, plan_memory, t
 HUB = Path(__file__).parents[1] / "config_hub"
 GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "prune", "whittle")}
 GIVEN["extract"] = ["TEACHER", "best.yaml"]
-"""What a command is given before its options"""
+"""Positional arguments of each command"""
 
 COMMANDS = ("search", "rank", "extract", "distill", "pretrain_supernet", "whittle")
-"""Whose recipes say what they take"""
+"""Commands whose recipes state their costs"""
 
 LIKE = {
     "llama-3.1-8b/1b": Config.from_name("Llama-3.2-1B"),
@@ -58,11 +58,11 @@ LIKE = {
     for teacher in ("pythia-6.9b", "pythia-12b")
     for size in ("410m", "1b", "2.8b")
 }
-"""The model whose size a recipe aims at"""
+"""Known model whose size a recipe targets"""
 
 
 class Recipe:
-    """A file of config_hub, parsed with the command that it is for.
+    """A file of config_hub, parsed with its command.
 
     Args:
         path: The file.
@@ -78,28 +78,28 @@ class Recipe:
 
     @property
     def header(self) -> str:
-        """The comment that the file begins with."""
+        """Return the comment at the start of the file."""
         lines = self.path.read_text().splitlines()
         n = next(i for i, line in enumerate(lines) if not line.startswith("#"))
         return "\n".join(lines[:n])
 
     def twin(self, command: str) -> Recipe:
-        """The recipe of the same name for another command."""
+        """Return the recipe of the same name for another command."""
         return open_recipe(HUB / command / f"{self.name}.yaml")
 
     @cached_property
     def teacher(self) -> Config:
-        """The model that the recipe begins with."""
+        """Return the config of the recipe's teacher."""
         if self.command == "distill":
             return Config.from_name(self.args.teacher_checkpoint_dir.name)
         if self.command == "pretrain_supernet":
             return Config.from_name(self.args.initial_checkpoint_dir.name)
-        # the others are given a checkpoint on the command line
+        # other commands get a checkpoint on the command line
         return Config.from_name(re.search(rf"litgpt {self.command} \S+/(\S+)", self.header)[1])
 
     @cached_property
     def space(self) -> Space:
-        """The search space of a recipe for `search` or `distill`."""
+        """Return the search space of a recipe for `search` or `distill`."""
         if self.command == "distill":
             return self.twin("search").space
         args, (bin,) = self.args, parse_bins(self.args.bin)
@@ -108,7 +108,7 @@ class Recipe:
 
     @cached_property
     def student(self) -> SubNet:
-        """A student of the recipe's size, as like the known model of that size as its space and bin allow."""
+        """Return a student of the recipe's size, as close to the known model as its space and bin allow."""
         if self.command == "distill":
             return self.twin("search").student
         space, like = self.space, LIKE[self.name]
@@ -119,7 +119,7 @@ class Recipe:
         return space.near(np.random.default_rng(0), Sizes(layers, values))
 
     def supernet_space(self) -> Space:
-        """The sub-networks that a recipe for `pretrain_supernet` trains."""
+        """Return the sub-networks that a recipe for `pretrain_supernet` trains."""
         return self.args.supernet.make_sampler(self.teacher, bool(self.args.train.tie_embeddings)).space
 
     @property
@@ -127,7 +127,7 @@ class Recipe:
         return self.args.devices * self.args.num_nodes
 
     def step(self) -> Step:
-        """A training step on the GPUs that the recipe is for."""
+        """Return a training step on the recipe's GPUs."""
         args, rest = self.args, {}
         if self.command == "distill":
             student, teacher = self.student, self.teacher
@@ -158,12 +158,12 @@ class Recipe:
         )
 
     def flops(self) -> float:
-        """Floating-point operations of the whole run."""
+        """Return the floating-point operations of the whole run."""
         args = self.args
         if self.command == "search":
             per_token = forward_flops(self.student, args.train.max_seq_length)
             return args.iterations * self.tokens * per_token
-        if self.command == "rank":  # a pass with gradients, and one for each layer, without it
+        if self.command == "rank":  # a pass with gradients, and one pass without each layer
             n_forward = (1 + BACKWARD) * args.tokens + self.teacher.n_layer * args.layer_tokens
             return n_forward * forward_flops(self.teacher, args.train.max_seq_length)
         if self.command == "extract":
@@ -172,39 +172,39 @@ class Recipe:
                 * args.repair.n_tokens(self.teacher)
                 * forward_flops(self.teacher, args.train.max_seq_length)
             )
-        if self.command == "whittle":  # the rest is not a thousandth of it
+        if self.command == "whittle":  # the other stages are below a thousandth
             return self.twin("search").flops() + self.twin("distill").flops()
         length, again = args.train.max_seq_length, args.activation_checkpointing
         if self.command == "distill":
             return self.tokens * training_flops(self.student, length, self.teacher, again)
-        # at most: the networks of a step as if all were as large as the full one
+        # an upper bound: counts all networks of a step as the full one
         return self.tokens * N_NETWORKS * training_flops(self.teacher, length, None, again)
 
     @property
     def tokens(self) -> int:
-        """Tokens to train on, or of a search, to score each candidate on."""
+        """Return the training tokens, or the tokens per candidate of a search."""
         args = self.args
         if self.command == "search":
             return args.eval.max_iters * args.train.micro_batch_size * args.train.max_seq_length
         return args.train.max_tokens
 
     def cost(self) -> str:
-        """The header's line of costs."""
+        """Return the header's line of costs."""
         n = self.flops()
-        # a repair computes in fp32, and solves besides
+        # a repair computes in fp32, and its solves are not counted
         peak, kind = (H100.fp32_peak, " in fp32") if self.command == "extract" else (H100.peak, "")
         hours = gpu_hours(n, peak)
         shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.{1 if hours >= 0.1 else 3}f}"
         limit = "at least " if self.command == "extract" else ""
-        # a race drops candidates, and most networks of a super-network are smaller than the full one
+        # racing drops candidates, and most networks of a super-network are smaller than the full one
         if self.command == "pretrain_supernet" or self.args.get("racing"):
             limit = "at most "
         share = f"{100 * UTILISATION:.0f} % of an {H100.name}'s {peak / 1e12:.0f} TFLOP/s"
         return f"# Cost: {limit}{shown} GPU-hours ({n:.1e} FLOPs{kind} at an assumed {share})."
 
     def memory(self, plan: Callable[[Step], MemoryPlan] = plan_memory) -> str:
-        """The header's sentence on memory."""
-        if self.command == "whittle":  # its other stages take less
+        """Return the header's sentence on memory."""
+        if self.command == "whittle":  # the other stages need less
             return self.twin("distill").memory(plan)
         if self.command in ("distill", "pretrain_supernet"):
             return f"Memory: {plan(self.step()).total / 1e9:.1f} GB per GPU."
@@ -217,7 +217,7 @@ class Recipe:
         return f"Memory: {n / 1e9:.1f} GB and activations."
 
     def write(self, memory: str | None) -> None:
-        """Puts the costs into the header, and the memory where it is known."""
+        """Write the costs into the header, and the memory if it is known."""
         lines = self.path.read_text().splitlines(keepends=True)
         for i, line in enumerate(lines):
             if line.startswith("# Hardware:") and memory is not None:
@@ -229,18 +229,18 @@ class Recipe:
 
 
 N_NETWORKS = 4
-"""That a step of the sandwich trains: the full one, the smallest, two random ones"""
+"""Networks per step of the sandwich: the full one, the smallest, two random ones"""
 
 
 @lru_cache
 def open_recipe(path: Path) -> Recipe:
-    """The recipe in a file; each is parsed once."""
+    """Return the recipe in a file; each is parsed once."""
     return Recipe(path)
 
 
 @lru_cache
 def _parser(command: str) -> ArgumentParser:
-    """What litgpt's command line parses a command with."""
+    """Return litgpt's command-line parser for a command."""
     points = {point.name: point for point in entry_points(group="litgpt.commands")}
     setup: Any = litgpt.pretrain.setup if command == "pretrain" else points[command].load()
     return capture_parser(lambda: CLI(setup, args=[]))
@@ -252,7 +252,7 @@ def _meta(config: Config) -> GPT:
 
 
 def recipes(*commands: str) -> list[Path]:
-    """The files for some commands, or for all, but the demo's."""
+    """Return the recipe files of some or all commands, without the demo's."""
     found = sorted(path for path in HUB.rglob("*.yaml") if path.stem != "demo")
     return [path for path in found if not commands or path.relative_to(HUB).parts[0] in commands]
 
@@ -260,8 +260,8 @@ def recipes(*commands: str) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="*", help=f"by default all for {', '.join(COMMANDS)}")
-    parser.add_argument("--write", action="store_true", help="put the figures into the headers")
-    parser.add_argument("--no_plan", action="store_true", help="leave the memory out, which takes most of the time")
+    parser.add_argument("--write", action="store_true", help="write the figures into the headers")
+    parser.add_argument("--no_plan", action="store_true", help="skip the memory plan, which takes most of the time")
     args = parser.parse_args()
     for path in args.paths or recipes(*COMMANDS):
         recipe = open_recipe(path.resolve())

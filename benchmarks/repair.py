@@ -1,9 +1,9 @@
-"""What a repair gives before any training: the gap to the teacher, its time, and how many tokens it needs.
+"""Measure a repair without further training: share of the gap to the teacher, time, and calibration tokens needed.
 
     python benchmarks/repair.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
 With --llama, a Llama-shaped teacher (RMSNorm, gated MLP, grouped queries, no biases) is first trained on the same text
-with the same tokenizer, and takes the place of the given one.
+with the same tokenizer, and replaces the given one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--llama", action="store_true", help="train a Llama-shaped teacher and use that")
     parser.add_argument("--llama_tokens", type=int, default=4_000_000)
-    parser.add_argument("--n_embd", type=int, help="the student's channels; heads and neurons likewise")
+    parser.add_argument("--n_embd", type=int, help="the student's channels; heads and neurons scale with them")
     parser.add_argument("--n_query_groups", type=int)
     parser.add_argument("--intermediate_size", type=int)
     parser.add_argument("--refine_passes", type=float, default=1.0)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def train_llama(data: Data, tokens: int) -> Data:
-    """The given teacher's text and tokenizer, and a new teacher, trained unless it is there."""
+    """Return the data with a Llama-shaped teacher on the same text and tokenizer, trained unless it exists."""
     folder = OUT / "llama"
     config = Config.from_name(**LLAMA, vocab_size=data.config.vocab_size, padded_vocab_size=data.config.vocab_size)
     if not (folder / "final/lit_model.pth").is_file():
@@ -95,7 +95,7 @@ class Bench:
         return calibration_windows(module, self.length, n_tokens)
 
     def repair(self, windows: torch.Tensor, **args) -> tuple[float, float]:
-        """The repaired student's NLL, and the seconds that the repair took."""
+        """Return the NLL of the repaired student, and the seconds of the repair."""
         started = time.perf_counter()
         scratch = Scratch(OUT / "scratch", repr((args, windows.shape, time.time())))
         repaired = SequentialRepair(self.weights, self.subnet, Calibration(windows), RepairArgs(**args), scratch).run(
@@ -108,7 +108,7 @@ class Bench:
         return validate(student, self.validation), seconds
 
     def gap(self, refine_passes: float, refine_lr: float) -> None:
-        """The table of starts."""
+        """Print the table of students before training."""
         cut = student_model(self.subnet).eval()
         cut.load_state_dict(extract_weights(self.weights, self.subnet))
         windows = self.windows(65_536)
@@ -133,7 +133,7 @@ class Bench:
             print(f"{name:40}{nll:>8.3f}{share:>8.3f} of the gap", flush=True)
 
     def seconds(self) -> None:
-        """The repair against a pass of the teacher over the same tokens, interleaved."""
+        """Time the repair against a teacher's pass over the same tokens, interleaved."""
         windows, model = self.windows(65_536), load_model(self.data.teacher)
         model.max_seq_length = self.length
         passes, repairs = [], []
@@ -148,7 +148,7 @@ class Bench:
         print(f"a pass of the teacher {one:.1f} s, the repair {other:.1f} s: {other / one:.2f} x (limit 3)")
 
     def calibration_tokens(self, counts: list[int], path: Path) -> None:
-        """How the NLL falls with calibration tokens."""
+        """Measure the NLL against the number of calibration tokens."""
         from matplotlib.figure import Figure
 
         nlls = [self.repair(self.windows(n))[0] for n in counts]

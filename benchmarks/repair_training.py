@@ -1,12 +1,12 @@
-"""How long the repair's head start lasts: students of the same sizes from random weights, cut, and repaired.
+"""Measure how long the advantage of a repair lasts: training from random weights, from a cut, and from a repaired cut.
 
-All train plainly on the same text (AdamW, batches of 4,096 tokens). Compared are the tokens, those to calibrate
-counted, that the repaired student needs to come to where the others end. A second part compares what the same few
-tokens give: to the repair, to its refinement, and to a distillation of the whole student, from the cut.
+All students have the same sizes and train on the same text without a teacher (AdamW, batches of 4,096 tokens). Reported
+are the tokens, calibration included, that the repaired student needs to match the final losses of the others. A second
+part spends the calibration tokens on the repair, on its refinement, or on distilling the whole cut student.
 
     python benchmarks/repair_training.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 
-Runs go on where they were interrupted. On one core of a few years ago the first part takes three hours a seed.
+Interrupted runs resume. On one core of an older CPU, the first part takes three hours per seed.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from litgpt_whittle import SubNet
 OUT = Path("out/repair_training")
 CALIBRATION = 65_536
 Curve = list[tuple[int, float]]
-"""Tokens, those to calibrate counted, and the validation loss after them"""
+"""Tokens, calibration included, and the validation loss at that point"""
 
 
 class Start(NamedTuple):
-    """Where a student's weights come from, and how it is trained then."""
+    """A student's initial weights, and the settings of its training."""
 
     tokens: int
     every: int
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def student(data: Data, name: str, start: Start, seed: int) -> Path:
-    """The student before its training."""
+    """Return the student before training."""
     folder = OUT / f"{name.replace(' ', '-')}-{seed}" / "start"
     if not (folder / "lit_model.pth").is_file():
         flags = [*start.extract, *data.flags(batch=16, seed=seed)] if start.extract else []
@@ -80,7 +80,7 @@ def student(data: Data, name: str, start: Start, seed: int) -> Path:
 
 
 def train(data: Data, subnet: SubNet, name: str, seed: int) -> Curve:
-    """One student's training."""
+    """Train one student."""
     start, folder = STARTS[name], OUT / f"{name.replace(' ', '-')}-{seed}"
     folder.mkdir(exist_ok=True)
     if not (folder / "trained/final/lit_model.pth").is_file():
@@ -96,7 +96,7 @@ def train(data: Data, subnet: SubNet, name: str, seed: int) -> Curve:
 
 
 def report(curves: dict[str, list[Curve]]) -> None:
-    """How many times fewer tokens the repaired students need."""
+    """Print how many times fewer tokens the repaired students need."""
     for name in ("repaired", "repaired and refined"):
         for rival, goal in (("random weights", 20), ("as cut", 5)):
             ratios = []
@@ -105,13 +105,13 @@ def report(curves: dict[str, list[Curve]]) -> None:
                 ratios.append(end / next((tokens for tokens, loss in ours if loss <= target), math.inf))
             each = ", ".join(f"{ratio:.1f}" for ratio in ratios)
             print(
-                f"{name}: {statistics.median(ratios):.1f} × fewer tokens (by seed: {each}) than {rival} to where that "
-                f"ends (goal {goal})"
+                f"{name}: {statistics.median(ratios):.1f} × fewer tokens (by seed: {each}) than {rival} to its "
+                f"final loss (goal {goal})"
             )
 
 
 def same_tokens(data: Data) -> None:
-    """What as many tokens give that the calibration takes."""
+    """Compare uses of the calibration tokens."""
     cut, calibration = student(data, "as cut", STARTS["as cut"], 1), f"{CALIBRATION:,} tokens"
     for name in ("as cut", "repaired", "repaired and refined"):
         ((_, loss), *_) = val_losses(OUT / f"{name.replace(' ', '-')}-1/trained")
@@ -130,14 +130,14 @@ def same_tokens(data: Data) -> None:
 
 
 def plot(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Validation loss over tokens."""
+    """Plot validation loss over tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, (name, runs) in enumerate(reversed(curves.items())):
         for j, run in enumerate(runs):
-            # the cut and random weights begin at no tokens, which a logarithm does not show
+            # the cut and random weights begin at 0 tokens, which a log scale cannot show
             tokens, losses = zip(*((tokens, loss) for tokens, loss in run if tokens))
             axes.plot(tokens, losses, ".-", color=f"C{i}", linewidth=1, label=None if j else name)
     axes.set(xscale="log", xlabel="tokens, those to calibrate counted", ylabel="validation NLL")

@@ -1,9 +1,9 @@
-"""What runs on many GPUs take: formulas and plan against published runs, then teachers of 12B and 70B on 100B tokens.
+"""Estimate costs on many GPUs: formulas against published runs, then 12B and 70B teachers on 100B tokens.
 
     python benchmarks/scale.py [--plan]
 
-FLOPs and traffic are in closed form (`costs.py`); with --plan, memory is planned as `litgpt distill --dry_run` does it,
-which takes minutes. Nothing here is measured: what was published is marked with where.
+FLOPs and traffic are in closed form (`costs.py`); with --plan, memory is planned as in `litgpt distill --dry_run`,
+which takes minutes. Nothing here is measured; published figures name their source.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.memory_plan import Step, plan_memory
 
 PILE = 299_892_736_000
-"""Tokens that every Pythia saw"""
+"""Training tokens of every Pythia model"""
 
-PUBLISHED = [  # model, sequence length, tokens, A100 hours, where
+PUBLISHED = [  # model, sequence length, tokens, A100 hours, source
     ("pythia-410m", 2048, PILE, 2_540, "arXiv 2304.01373"),
     ("pythia-1b", 2048, PILE, 4_830, "arXiv 2304.01373"),
     ("pythia-2.8b", 2048, PILE, 14_240, "arXiv 2304.01373"),
@@ -32,20 +32,20 @@ PUBLISHED = [  # model, sequence length, tokens, A100 hours, where
     ("tiny-llama-1.1b", 2048, 300_000_000_000, 3_456, "github.com/jzhang38/TinyLlama"),
 ]
 
-MEMORY = [  # model, precision, GPUs, samples per step and per GPU, length, checkpointing, what was published, where
+MEMORY = [  # model, precision, GPUs, samples per step and per GPU, length, checkpointing, published memory, source
     ("tiny-llama-1.1b", "bf16-true", 1, 32, 4, 512, False, "14.10", "litgpt, tiny-llama/full.yaml"),
     ("gemma-2b", "bf16-true", 4, 16, 1, 512, True, "17.43", "litgpt, gemma-2b/full.yaml"),
     ("stablelm-base-alpha-3b", "bf16-true", 2, 8, 1, 512, True, "21.23", "litgpt, stablelm-base-alpha-3b/full.yaml"),
     ("tiny-llama-1.1b", "bf16-mixed", 16, 1024, 8, 2048, False, "at most 40", "TinyLlama, with fused kernels"),
 ]
-"""Full training without a teacher; litgpt's finetuning shards by FSDP where there are several GPUs"""
+"""Full training without a teacher; litgpt's finetuning shards by FSDP on several GPUs"""
 
 TOKENS = 100_000_000_000
 BATCH = 2**22
-"""Tokens per step, so that 64 GPUs have enough to do"""
+"""Tokens per step, large enough to keep 64 GPUs busy"""
 
 NETWORKS = {"8 × 400 Gbit/s": 400e9, "100 Gbit/s": 12.5e9}
-"""Bytes per second into a machine, whose 8 GPUs pass on to each other what any of them received"""
+"""Bytes per second into a machine; its 8 GPUs forward what any of them receives"""
 
 
 @dataclass
@@ -58,18 +58,18 @@ class Run:
     seq_length: int
     micro_batch_size: int
     is_sharded: bool
-    """Whether the teacher is"""
+    """True if the teacher is sharded"""
     activation_checkpointing: bool = False
 
     def n_accumulated(self, n: int) -> int:
         return BATCH // self.seq_length // (n * self.micro_batch_size)
 
     def flops(self) -> float:
-        """Per token."""
+        """Return FLOPs per token."""
         return training_flops(self.student, self.seq_length, self.teacher, self.activation_checkpointing)
 
     def seconds(self) -> float:
-        """Computing a micro-batch on one GPU."""
+        """Return the seconds to compute a micro-batch on one GPU."""
         return self.flops() * self.micro_batch_size * self.seq_length / (H100.peak * UTILISATION)
 
     def traffic(self, n: int) -> float:
@@ -77,7 +77,7 @@ class Run:
         return traffic(self.student, n, "fsdp", self.n_accumulated(n), teacher)
 
     def memory(self, n: int) -> float:
-        """GB per GPU."""
+        """Return the memory in GB per GPU."""
         samples = BATCH // self.seq_length
         return planned(
             self.student,
@@ -100,7 +100,7 @@ def planned(
     precision: str = "bf16-mixed",
     **more: Any,
 ) -> float:
-    """The memory of training on n GPUs, GB per GPU."""
+    """Return the planned memory of training on n GPUs, in GB per GPU."""
     strategy = "fsdp" if n > 1 else "auto"
     step = Step.of(
         train,
@@ -165,7 +165,7 @@ def main() -> None:
         for n in (8, 16, 32, 64):
             memory = f"{run.memory(n):.1f}" if args.plan and n in (8, 64) else ""
             n_bytes = run.traffic(n)
-            # inside a machine it is NVLink
+            # inside a machine, traffic uses NVLink
             times = [f"{n_bytes / speed:.2f}" if n > 8 else "" for speed in NETWORKS.values()]
             cells = (f"{hours:,.0f}", f"{hours / n / 24:.1f}", memory, f"{n_bytes / 1e9:.1f}", f"{run.seconds():.2f}")
             rows.append((run.title, n, *cells, *times))

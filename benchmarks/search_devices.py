@@ -1,7 +1,7 @@
-"""How much sooner two processes finish a search than one, a thread each.
+"""Measure the speed-up of a search by two processes over one, with one thread each.
 
-Runs a short and a long search with one process and with two, in turns, and compares what the further candidates took,
-so that the start of the programs is left out. The journals of both must hold the same candidates and scores.
+Runs a short and a long search with one and with two processes, interleaved, and compares the time of the additional
+candidates, which excludes start-up. Both journals must hold the same candidates and scores.
 
     python benchmarks/search_devices.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -22,8 +22,8 @@ OUT = Path("out/search_devices")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Data.add_arguments(parser)
-    parser.add_argument("--iterations", type=int, nargs=2, default=[10, 60], help="of the short and the long search")
-    parser.add_argument("--batches", type=int, default=8, help="validation batches of 4 samples that score a candidate")
+    parser.add_argument("--iterations", type=int, nargs=2, default=[10, 60], help="evaluations: short, long search")
+    parser.add_argument("--batches", type=int, default=8, help="validation batches of 4 samples per candidate")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     data = Data(args)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def run(data: Data, batches: int, iterations: int, devices: int) -> tuple[float, list[tuple]]:
-    """Seconds of a search from its start, and its candidates with their scores."""
+    """Return a search's seconds, start included, and its candidates with their scores."""
     folder = OUT / f"{devices}-{iterations}"
     shutil.rmtree(folder, ignore_errors=True)
     flags = [f"--devices={devices}", f"--eval.max_iters={batches}", "--strategy=RandomSearch"]

@@ -1,8 +1,8 @@
-"""Peak memory of scoring candidates above the teacher's weights: a vocabulary of 50k, batches of 4 × 2,048 tokens.
+"""Measure peak memory of scoring candidates above the teacher's weights: 50k vocabulary, batches of 4 × 2,048 tokens.
 
-Random weights of Pythia-410M's shape in fp32. Each way of scoring runs in a process of its own, which loads the
-teacher and then scores candidates of a third of its size on one batch each. The peak is the largest resident size, less
-what the process had when the teacher was loaded.
+The teacher has random fp32 weights of Pythia-410M's shape. Each method runs in its own process, which loads the teacher
+and then scores candidates of a third of its size on one batch each. The peak is the largest resident size minus the
+size after the teacher was loaded.
 
     python benchmarks/search_memory.py
     python benchmarks/search_memory.py --name pythia-160m --candidates 4
@@ -33,16 +33,16 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 
 LIMIT = 600e6
-"""Bytes above the teacher's weights that a search may take."""
+"""Maximum memory of a search above the teacher's weights, in bytes"""
 
 WAYS = [(fitness, space) for fitness in ("perplexity", "kl") for space in ("coarse_layerwise", "fine_layerwise")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="pythia-410m", help="whose shape the teacher has")
-    parser.add_argument("--tokens", type=int, default=2048, help="per sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--name", default="pythia-410m", help="litgpt model of the teacher's shape")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per batch")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Bytes: of what is there before the teacher, of its weights, of a candidate's, and what scoring adds at most."""
+    """Return bytes: before the teacher, of its weights, of a candidate's weights, and the peak that scoring adds."""
     torch.set_num_threads(1)
     fitness, space = args.way.split(",")
     config = Config.from_name(args.name)
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def random_teacher(config: Config) -> SuperGPT:
-    """Made-up weights, of which never more than one exists twice."""
+    """Return a teacher with made-up weights, never holding two copies of one."""
     with torch.device("meta"):
         model = SuperGPT(config)
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
@@ -105,7 +105,7 @@ def random_teacher(config: Config) -> SuperGPT:
 
 
 def resident() -> int:
-    """The resident size of this process, in bytes."""
+    """Return the resident size of this process in bytes."""
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines["VmRSS"].split()[0]) * 1024
 

@@ -1,15 +1,15 @@
-"""Tokens per second of scoring a sub-network inside its teacher, against the same model extracted, and against whittle.
+"""Measure tokens per second of scoring a sub-network inside its teacher, against the extracted model and whittle.
 
-Random weights of Pythia-160M's shape; one candidate of a third of its size from the coarse and one from the fine
-layer-wise space. The ways of scoring take turns on the same batches, and medians of CPU seconds are compared, which a
-busy machine disturbs less than a clock's. Ours includes cutting the weights out, which the extracted model has behind
-it. whittle runs in a process of its own, which answers over a pipe.
+The teacher has random weights of Pythia-160M's shape; one candidate of a third of its size comes from the coarse and
+one from the fine layer-wise space. The methods alternate on the same batches. Reported are medians of CPU seconds,
+which other load on the machine disturbs less than wall time. Our time includes slicing the weights, which the extracted
+model no longer needs. whittle runs in its own process, which answers over a pipe.
 
     python benchmarks/search_throughput.py
     python benchmarks/search_throughput.py --whittle_python WHITTLE_ENVIRONMENT/bin/python
 
-whittle's commands do not reach layer-wise sub-networks, but its `GPT.set_sub_network` takes indices for each layer,
-also those of a fine space. Its loss of each candidate must be ours, or the comparison is not made.
+whittle's commands do not support layer-wise sub-networks, but its `GPT.set_sub_network` takes indices for each layer,
+also for a fine space. The comparison is made only if its loss of each candidate equals ours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GOALS = {("coarse_layerwise", "extracted"): 0.95, ("fine_layerwise", "extracted"
 GOALS |= {("coarse_layerwise", "whittle"): 1.3, ("fine_layerwise", "whittle"): 2.0}
 
 Way = Callable[[str], tuple[float, float]]
-"""From a space's name to the loss of its candidate, and the CPU seconds that it took"""
+"""By space: the candidate's loss, and the CPU seconds of scoring it"""
 
 RIVAL = """
 import json, sys, time
@@ -68,9 +68,9 @@ for line in sys.stdin:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="pythia-160m", help="whose shape the teacher has")
-    parser.add_argument("--tokens", type=int, default=512, help="per sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--name", default="pythia-160m", help="litgpt model of the teacher's shape")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per batch")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--whittle_python", help="the Python of an environment that has whittle")
@@ -119,7 +119,7 @@ def draw(config: Config, space: str) -> SubNet:
 
 @torch.inference_mode()
 def plain(model: torch.nn.Module, batches: list[Batch]) -> float:
-    """The mean loss as one writes it for a model of one's own."""
+    """Return the mean loss of a standalone model by plain PyTorch."""
     losses = [F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()) for ids, targets in batches]
     return float(torch.stack(losses).mean())
 
@@ -133,10 +133,10 @@ def timed(run: Callable[[str], float]) -> Way:
 
 
 def race(ways: dict[str, Way], space: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, taking turns; the first round warms up and compares the losses."""
+    """Return the seconds of each method, interleaved; the first round warms up and compares the losses."""
     losses = {name: way(space)[0] for name, way in ways.items()}
     if max(losses.values()) - min(losses.values()) > 1e-3:
-        sys.exit(f"error: the ways do not score the same model: {losses}")
+        sys.exit(f"error: the methods score different models: {losses}")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
@@ -145,7 +145,7 @@ def race(ways: dict[str, Way], space: str, repeats: int) -> dict[str, list[float
 
 
 def rival(python: str, name: str, model: torch.nn.Module, subnets: dict[str, SubNet], batches: list[Batch]) -> Way:
-    """Starts whittle with the same weights, batches and sub-networks; what comes back asks it for a score."""
+    """Start whittle with the same weights, batches and sub-networks; return a function that requests a score."""
     choices = {space: whittle_choice(subnet) for space, subnet in subnets.items()}
     given = {"name": name, "weights": model.state_dict(), "subnets": choices}
     given["batches"] = [(batch.input_ids, batch.targets) for batch in batches]
@@ -161,12 +161,12 @@ def rival(python: str, name: str, model: torch.nn.Module, subnets: dict[str, Sub
             process.stdin.flush()
             return tuple(json.loads(process.stdout.readline()))
 
-        ask(next(iter(choices)))  # by now it has read the file
+        ask(next(iter(choices)))  # the process has read the file by now
     return ask
 
 
 def whittle_choice(subnet: SubNet) -> dict:
-    """A sub-network in whittle's words, with indices where the units are no prefix."""
+    """Return whittle's arguments for a sub-network, with indices where the units are no prefix."""
     layers = [subnet.layer(i) for i in range(len(subnet))]
     choice = {
         "sub_network_n_embd": len(subnet.n_embd),

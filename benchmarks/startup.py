@@ -1,8 +1,8 @@
-"""What the extension costs those who don't use it: `import torch` and `litgpt --help`, with and without it.
+"""Measure the overhead of the installed extension for `import torch` and `litgpt --help`.
 
     python benchmarks/startup.py
 
-`TORCH_DEVICE_BACKEND_AUTOLOAD=0` is "without": PyTorch then calls no extension. Runs are interleaved.
+With `TORCH_DEVICE_BACKEND_AUTOLOAD=0`, PyTorch calls no extension, which is the baseline. Runs are interleaved.
 """
 
 import os
@@ -21,7 +21,7 @@ def seconds(command: list[str], autoload: str) -> float:
 
 
 def compare(name: str, command: list[str], runs: int) -> None:
-    seconds(command, "1"), seconds(command, "0")  # fill the file cache
+    seconds(command, "1"), seconds(command, "0")  # warm up the file cache
     with_it, without = zip(*[(seconds(command, "1"), seconds(command, "0")) for _ in range(runs)])
     ours, theirs = statistics.median(with_it), statistics.median(without)
     paired = statistics.median(a - b for a, b in zip(with_it, without))
@@ -40,7 +40,7 @@ print(time.perf_counter() - start)
 
 
 def load_seconds(which: str) -> float:
-    """What `import torch` spends on finding and loading extensions, with ours or without."""
+    """Return the seconds in which `import torch` finds and loads extensions, with ours or without."""
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     command = [sys.executable, "-c", LOAD, which]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
@@ -49,8 +49,6 @@ def load_seconds(which: str) -> float:
 if __name__ == "__main__":
     pairs = [(load_seconds("with"), load_seconds("without")) for _ in range(10)]
     ours, theirs = (statistics.median(seconds) * 1000 for seconds in zip(*pairs))
-    print(
-        f"our part of import torch: {ours - theirs:.2f} ms (limit 5), besides {theirs:.2f} ms for torch's own look-up"
-    )
+    print(f"our share of import torch: {ours - theirs:.2f} ms (limit 5), plus {theirs:.2f} ms for torch's own lookup")
     compare("import torch", [sys.executable, "-c", "import torch"], runs=10)
     compare("litgpt --help", [str(Path(sys.executable).with_name("litgpt")), "--help"], runs=5)

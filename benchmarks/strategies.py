@@ -1,8 +1,8 @@
-"""Which strategy finds the best sub-networks, and how soon? All of them, in the same bin.
+"""Compare all search strategies in the same bin: best score, and evaluations until it is reached.
 
-Every strategy searches with the same seeds, scored on the same tokens; the table compares with a random search, which
-may evaluate more. Measurements that a strategy makes before its search count as evaluations. Scores are kept: an
-interrupted run resumes, and a run with more evaluations or seeds reuses the existing scores.
+Every strategy searches with the same seeds and is scored on the same tokens; the table compares with a random search,
+which may use more evaluations. Measurements that a strategy makes before its search count as evaluations. Scores are
+kept: an interrupted run resumes, and a run with more evaluations or seeds reuses them.
 
     python benchmarks/strategies.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100, help="evaluations of each search")
     parser.add_argument("--random_n", type=int, default=300, help="evaluations of the random search to compare with")
     parser.add_argument("--seeds", type=int, default=3, help="searches by each strategy")
-    parser.add_argument("--strategies", default=",".join(registry.names(GROUP)), help="which, separated by commas")
+    parser.add_argument("--strategies", default=",".join(registry.names(GROUP)), help="names, separated by commas")
     parser.add_argument("--space", default="coarse_layerwise")
     parser.add_argument("--bin", help="by default a third of the teacher's parameters ±5%%")
     parser.add_argument("--batches", type=int, default=2, help="validation batches of 16 sequences per candidate")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def load_fitness(data: Data, name: str, n_batches: int) -> Fitness:
-    """What candidates are scored by, with the teacher and the data."""
+    """Return the fitness of the candidates, with the teacher and the data loaded."""
     measure, module, length = registry.lookup("litgpt_whittle.fitness", name), data.module(), data.config.block_size
     connect(module, data.teacher, 16, length)
     model = load_model(data.teacher, "SuperGPT")
@@ -73,11 +73,11 @@ def load_fitness(data: Data, name: str, n_batches: int) -> Fitness:
 
 
 def search(name: str, seed: int, n: int, space: Space, fitness: Fitness, path: Path) -> list[float]:
-    """The scores of n candidates, those that are known already from a file."""
+    """Return the scores of n candidates; known scores come from a file."""
     known = json.loads(path.read_text()) if path.is_file() else []
     strategy = registry.lookup(GROUP, name)()
     strategy.start(space, seed)
-    # no candidates, so that they are never the best
+    # measurements count as evaluations but can never be the best
     scores = [math.inf] * measure(strategy, fitness, path.with_name(f"{name}-measured.json"))
     while len(scores) < n and (candidates := strategy.ask(1)):
         (candidate,) = candidates
@@ -109,7 +109,7 @@ def measure(strategy: Strategy, fitness: Fitness, path: Path) -> int:
 
 
 def report(scores: dict[str, list[list[float]]], measure: str) -> None:
-    """A table of what each strategy finds, against the random search with the same seed."""
+    """Print each strategy's results against the random search with the same seed."""
     goals = [min(one) for one in scores[RIVAL]]
     head = f"best {measure}"
     print(f"\n{'strategy':22}{head:>22}{'worst seed':>12}{'against random':>16}{'evaluations to beat it':>26}")
@@ -123,7 +123,7 @@ def report(scores: dict[str, list[list[float]]], measure: str) -> None:
 
 
 def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None:
-    """Draws the best so far: the mean over the seeds, and the range of all."""
+    """Plot the best score so far: mean and range over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -136,7 +136,7 @@ def plot(scores: dict[str, list[list[float]]], measure: str, path: Path) -> None
         axes.step(steps, bests.mean(0), where="post", color=color, label=f"{name}: {bests[:, -1].mean():.1f}")
         axes.fill_between(steps, bests.min(0), bests.max(0), step="post", color=color, alpha=0.1, linewidth=0)
     axes.set(xlabel="evaluations", ylabel=f"best {measure} so far", yscale="log")
-    # the first few random candidates would take up most of the picture
+    # the first random candidates would fill most of the picture
     first = [min(one[:10]) for runs in scores.values() for one in runs]
     axes.set_ylim(top=1.1 * max(filter(math.isfinite, first)))
     for kind in ("major", "minor"):

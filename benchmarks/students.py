@@ -1,4 +1,4 @@
-"""What the benchmarks that train students share: the teacher with its text, litgpt's commands, settings, losses."""
+"""Shared parts of the benchmarks that train students: teacher, text, litgpt commands, settings and losses."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ from litgpt_whittle.results import TrainingResult
 
 
 class Data:
-    """A teacher, the text that it was trained on, and text that it was not."""
+    """A teacher, the text that it was trained on, and held-out text."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.teacher, self.train, self.validation = args.teacher, args.train, args.validation
@@ -33,20 +33,20 @@ class Data:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--teacher", type=Path, required=True, help="a litgpt checkpoint")
-        parser.add_argument("--train", type=Path, required=True, help="what it was trained on")
-        parser.add_argument("--validation", type=Path, required=True, help="what it was not")
+        parser.add_argument("--train", type=Path, required=True, help="text that the teacher was trained on")
+        parser.add_argument("--validation", type=Path, required=True, help="text that the teacher was not trained on")
 
     def module(self, seed: int = 42) -> HFText:
         return HFText(path=str(self.train), val_path=str(self.validation), seed=seed)
 
     def flags(self, batch: int, seed: int = 42) -> list[str]:
-        """The same for a command line."""
+        """Return the data flags of a litgpt command line."""
         flags = ["--data=HFText", f"--data.path={self.train}", f"--data.val_path={self.validation}"]
         return [*flags, f"--data.seed={seed}", f"--train.micro_batch_size={batch}"]
 
 
 def litgpt(*arguments: str | Path) -> str:
-    """Runs a litgpt command and gives what it printed; stops where it fails."""
+    """Run a litgpt command and return its output; exit if it fails."""
     environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore"} | os.environ
     command = [str(Path(sys.executable).with_name("litgpt")), *map(str, arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -56,15 +56,15 @@ def litgpt(*arguments: str | Path) -> str:
 
 
 def search(data: Data, out_dir: Path, iterations: int, *flags: str, size: int | None = None) -> list[Evaluation]:
-    """The evaluations of `litgpt search` around a size, a third of the teacher; goes on where it was interrupted.
+    """Return the evaluations of `litgpt search` around a size, by default a third of the teacher's.
 
-    Candidates are scored as cut unless the flags say otherwise.
+    Candidates are scored as cut unless the flags set another fitness. An interrupted search resumes.
     """
     path = out_dir / JOURNAL
     n_done = len(read_journal(path)[1]) if path.is_file() else 0
     if n_done < iterations:
         size = size or n_params(data.config, SubNet.full(data.config)) // 3
-        # all sizes, and the space that the figures so far are of
+        # all sizes, and the space of the existing figures
         figures = ("--search_space.convertible=false", "--space=coarse_layerwise")
         flags = (*figures, *data.flags(batch=4), f"--iterations={iterations}", *flags)
         flags = ("--fitness=perplexity", *flags, f"--out_dir={out_dir}")
@@ -75,7 +75,7 @@ def search(data: Data, out_dir: Path, iterations: int, *flags: str, size: int | 
 def train_settings(
     path: Path, data: Data, tokens: int, lr: float, every: int, seed: int = 42, config: Config | None = None
 ) -> Path:
-    """Writes the YAML of a plain training run (`distill.beta` 0), of random weights where there is a `config`."""
+    """Write the YAML of training without a teacher (`distill.beta` 0), from random weights if `config` is given."""
     settings = {
         "precision": "32-true",
         "logger_name": "csv",
@@ -115,7 +115,7 @@ CODECS = {"full": "full", "top_k": "{top_k: {k: 64}}", "sampled": "{sampled: {dr
 
 
 def cached(data: Data, folder: Path, codec: str, tokens: int, batch: int, seed: int) -> Path:
-    """A teacher's cache of the tokens that are trained on; which those are follows from the seed."""
+    """Return a teacher's cache of the training tokens, which follow from the seed."""
     is_begun = (folder / "index.json").is_file()
     if not is_begun or not Index.read(folder).complete:
         flags = [f"--codec={CODECS[codec]}", f"--max_tokens={tokens}", f"--resume={str(is_begun).lower()}"]
@@ -126,7 +126,7 @@ def cached(data: Data, folder: Path, codec: str, tokens: int, batch: int, seed: 
 
 @torch.inference_mode()
 def validate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """A model's mean loss over batches, in nats per token, by PyTorch's own cross-entropy."""
+    """Return a model's mean loss over batches, in nats per token, by PyTorch's own cross-entropy."""
     total = n = 0
     for ids, targets in batches:
         model.max_seq_length = ids.size(1)
@@ -136,5 +136,5 @@ def validate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -
 
 
 def val_losses(out_dir: Path) -> list[tuple[int, float]]:
-    """Tokens and validation loss of a run, in their order."""
+    """Return tokens and validation losses of a run, in order."""
     return TrainingResult(out_dir).curve

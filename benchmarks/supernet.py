@@ -1,15 +1,15 @@
-"""What training a super-network costs and gives.
+"""Measure cost and quality of super-network training against extracted networks and plain training.
 
     python benchmarks/supernet.py
     python benchmarks/supernet.py --parts quality --teacher CHECKPOINT_DIR --train train.parquet \
         --validation validation.parquet
 
 Cost: one step of a sandwich (the full network, the smallest, two random ones) on a super-network, against the same four
-networks extracted and run as models of their own, forward and backward, in turns; medians of CPU seconds.
+networks as standalone models; forward and backward, interleaved, medians of CPU seconds.
 
-Quality: a teacher is trained on with equally many tokens, by sandwiches and plainly, several seeds each. Compared are
-the full networks, and the best sub-networks of a third of the size that the same search finds in both. Runs go on where
-they were interrupted.
+Quality: a teacher is trained further on the same number of tokens, by sandwiches and plainly, several seeds each.
+Reported are the losses of the full networks, and of the best sub-networks of a third of the size that the same search
+finds in both. Interrupted runs resume.
 """
 
 import argparse
@@ -47,7 +47,7 @@ LIMIT = 1.1
 
 
 def measure_cost(args: argparse.Namespace) -> None:
-    """The ratio, in a coarse and in a fine space."""
+    """Measure the cost ratio in a coarse and in a fine space."""
     print(f"{platform.machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}, one thread")
     config = Config.from_name(args.name)
     model = random_teacher(config).train().requires_grad_(True)
@@ -75,14 +75,14 @@ def measure_cost(args: argparse.Namespace) -> None:
             for trained_model in (model, *parts):
                 trained_model.zero_grad()
         assert math.isclose(loss, sum(losses) / len(losses), rel_tol=1e-4), "not the same networks"
-        ours, theirs = (statistics.median(times[1:]) for times in seconds.values())  # the first round warms up
+        ours, theirs = (statistics.median(times[1:]) for times in seconds.values())  # the first round is a warm-up
         print(
             f"{name}: {ours:.2f} s a step, {theirs:.2f} s its parts: {ours / theirs:.2f} × (limit {LIMIT})", flush=True
         )
 
 
 def extracted(model: torch.nn.Module, network: SubNet | None) -> LossModel:
-    """A network as a model of its own."""
+    """Return a network as a standalone model."""
     subnet = network or SubNet.full(model.config)
     student = student_model(subnet)
     student.load_state_dict(extract_weights(model, subnet))
@@ -90,7 +90,7 @@ def extracted(model: torch.nn.Module, network: SubNet | None) -> LossModel:
 
 
 def measure_quality(args: argparse.Namespace) -> None:
-    """Losses of full networks and of the best sub-networks."""
+    """Measure the losses of full networks and of the best sub-networks."""
     data = Data(args)
     OUT.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[tuple[float, float]]] = {"standard": [], "sandwich": []}
@@ -110,7 +110,7 @@ def measure_quality(args: argparse.Namespace) -> None:
 
 
 def trained(data: Data, args: argparse.Namespace, sampler: str, seed: int) -> Path:
-    """The teacher, trained on."""
+    """Return the teacher after further training."""
     folder = OUT / f"{sampler}-{seed}"
     if not (folder / "final/lit_model.pth").is_file():
         path = train_settings(folder.with_suffix(".yaml"), data, args.training_tokens, args.lr, every=10_000, seed=seed)
@@ -133,13 +133,13 @@ def trained(data: Data, args: argparse.Namespace, sampler: str, seed: int) -> Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=["cost", "quality"], default=["cost"])
-    parser.add_argument("--name", default="pythia-70m", help="whose shape the model has, for the cost")
-    parser.add_argument("--tokens", type=int, default=256, help="per sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--name", default="pythia-70m", help="litgpt model of the network's shape, for the cost")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per batch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", type=Path, help="a litgpt checkpoint, for the quality")
-    parser.add_argument("--train", type=Path, help="what it was trained on")
-    parser.add_argument("--validation", type=Path, help="what it was not")
+    parser.add_argument("--train", type=Path, help="text that the teacher was trained on")
+    parser.add_argument("--validation", type=Path, help="text that the teacher was not trained on")
     parser.add_argument("--training_tokens", type=int, default=500_000)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--iterations", type=int, default=60, help="evaluations of each search")

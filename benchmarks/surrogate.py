@@ -1,8 +1,8 @@
-"""How many evaluations does a surrogate save? The same search without one, with a filter, and on predictions.
+"""Measure how many evaluations a surrogate saves: the same search without one, with a filter, and on predictions.
 
-Searches sub-networks of a third of the teacher's size by evolution, several seeds each, and compares how many
-evaluations it takes to the best perplexity that the search without a surrogate finds. A filter can also learn
-beforehand from the search of another seed. Searches go on where they were interrupted.
+Searches sub-networks of a third of the teacher's size by evolution, several seeds each, and counts the evaluations to
+reach the best perplexity of the search without a surrogate. A filter can also be fitted beforehand to the search of
+another seed. Interrupted searches resume.
 
     python benchmarks/surrogate.py --teacher CHECKPOINT_DIR --train train.parquet --validation validation.parquet \\
         --modes none filter transfer objective
@@ -31,13 +31,13 @@ def main() -> None:
     Data.add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=150, help="evaluations of each search")
-    parser.add_argument("--batches", type=int, default=2, help="validation batches of 4 samples that score a candidate")
+    parser.add_argument("--batches", type=int, default=2, help="validation batches of 4 samples per candidate")
     parser.add_argument("--space", default="coarse_layerwise")
     parser.add_argument("--strategy", default="Evolution")
     parser.add_argument("--modes", nargs="+", default=["none", "filter"], choices=NAMES)
     args = parser.parse_args()
     data = Data(args)
-    # in their order: what a filter learns from comes first
+    # in this order, because a filter may be fitted to an earlier search
     modes = [mode for mode in NAMES if mode in args.modes or mode == "none"]
     found = {mode: [run(data, args, mode, seed) for seed in range(1, args.seeds + 1)] for mode in modes}
     show(found)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def run(data: Data, args: argparse.Namespace, mode: str, seed: int) -> list[Evaluation]:
-    """One search."""
+    """Run one search."""
     flags = [
         f"--space={args.space}",
         f"--strategy={args.strategy}",
@@ -60,18 +60,18 @@ def run(data: Data, args: argparse.Namespace, mode: str, seed: int) -> list[Eval
 
 
 def best_so_far(evaluations: list[Evaluation]) -> np.ndarray:
-    """The best perplexity after each evaluation."""
+    """Return the best perplexity after each evaluation."""
     return np.minimum.accumulate([e.score("perplexity") for e in evaluations])
 
 
 def reaches(curve: np.ndarray, target: float) -> float:
-    """Evaluations until a curve is at or below a target; infinite where it never is."""
+    """Return the evaluations until a curve is at or below a target; infinite if it never is."""
     there = np.flatnonzero(curve <= target)
     return float(there[0]) + 1 if len(there) else np.inf
 
 
 def show(found: dict[str, list[list[Evaluation]]]) -> None:
-    """Evaluations to the best of the search without a surrogate of the same seed."""
+    """Print the evaluations to reach the best of the search without a surrogate and with the same seed."""
     plain = [best_so_far(evaluations) for evaluations in found["none"]]
     print(f"{'':34}{'best perplexity':>24}{'evaluations to the best without one':>40}{'tau':>20}")
     for mode, searches in found.items():

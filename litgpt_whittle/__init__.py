@@ -21,14 +21,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Checkpoint": "results",
-    "Keep": "keep",
     "LayerwiseGPT": "supergpt",
+    "ParamSlice": "index_plan",
     "Ranking": "ranking.ranking",
     "SearchResult": "results",
     "SubNet": "subnet",
     "SuperGPT": "supergpt",
-    "Take": "index_plan",
     "TrainingResult": "results",
+    "UnitIndex": "unit_index",
     "UserError": "errors",
     "distill": "api",
     "extract": "api",

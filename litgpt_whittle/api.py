@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
@@ -32,7 +32,7 @@ from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.results import Checkpoint, SearchResult, TrainingResult
 from litgpt_whittle.settings import describe
 
-Data = DataModule | str | Path | Mapping[str, float] | None
+Data: TypeAlias = DataModule | str | Path | Mapping[str, float] | None
 
 
 def search(

@@ -41,7 +41,8 @@ class BatchCache:
     """
 
     def __init__(self, budget: int) -> None:
-        self.budget, self._kept = budget, {}
+        self.budget = budget
+        self._kept: dict[int, torch.Tensor] = {}
 
     def get(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
         """Return a batch's tensor, computed unless it is there already."""
@@ -169,7 +170,7 @@ class Calibration:
     @property
     def shape(self) -> tuple[int, int]:
         """Number of windows and tokens per window."""
-        return tuple(self.windows.shape)
+        return self.windows.size(0), self.windows.size(1)
 
     @property
     def n_fitted(self) -> int:

@@ -16,7 +16,7 @@ class UserError(ValueError):
         UserError.last = self
 
     @classmethod
-    def inside(cls, error: BaseException) -> UserError | None:
+    def inside(cls, error: BaseException | str) -> UserError | None:
         """Return the last UserError if the message of another error contains it, else None.
 
         For an argument of several types, jsonargparse lists the errors of all types in one message.

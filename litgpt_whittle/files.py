@@ -224,39 +224,43 @@ def lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def lock_dir(out_dir: Path) -> Iterator[IO[Any]]:
+def lock_dir(folder: Path, out_dir: Path | None = None) -> Iterator[IO[Any]]:
     """Lock a folder against other processes while the block runs, or a process that inherits the yielded file.
 
     On exit, the lock file is removed, and so are the folders created here if they are empty.
 
+    Args:
+        folder: The folder.
+        out_dir: The folder that the error names, if it is another one.
+
     Raises:
         UserError: If another process still holds the lock after `PATIENCE`.
     """
-    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    file = _claim(out_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = _claim(folder, out_dir or folder)
     try:
         yield file
     finally:
         with suppress(OSError):  # on Windows, or if the folders are not empty
-            (out_dir / LOCK).unlink()
-            for folder in made:
-                folder.rmdir()
+            (folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
         file.close()
 
 
-def _claim(out_dir: Path) -> IO[Any]:
-    deadline, is_told = time.monotonic() + PATIENCE, False
+def _claim(folder: Path, out_dir: Path) -> IO[Any]:
+    deadline, is_announced = time.monotonic() + PATIENCE, False
     while True:
         with suppress(FileNotFoundError):  # the previous owner may have removed the folder
-            out_dir.mkdir(parents=True, exist_ok=True)
-            file = open(out_dir / LOCK, "a")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / LOCK, "a")
             # a lock on a file that was removed in between is worthless
             if lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 return file
             file.close()
         if time.monotonic() >= deadline:
             raise UserError(f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another")
-        if not is_told:
+        if not is_announced:
             print("Another process is at work in out_dir, maybe one that still saves; waiting", flush=True)
-            is_told = True
+            is_announced = True
         time.sleep(1)

@@ -22,7 +22,7 @@ def install(commands: set[str]) -> None:
         print(f"error: {in_one_line(message, sys.argv[1], names_of(parser, sys.argv[1]))}", file=sys.stderr)
         sys.exit(2)
 
-    ArgumentParser.error = error
+    ArgumentParser.error = error  # type: ignore[assignment, method-assign]
     _name_choices()
     _replace_whole()
 
@@ -79,7 +79,7 @@ def names_of(parser: Any, command: str) -> list[str]:
 def _unknown(arguments: list[str], command: str, flags: list[str]) -> str:
     first = next((a for a in arguments if a.startswith("-")), arguments[0]).partition("=")[0]
     near = difflib.get_close_matches(first, flags, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"'litgpt {command} --help' lists what there is"
+    remedy = f"did you mean {near[0]}?" if near else f"'litgpt {command} --help' lists all options"
     return f"{command} has no {'flag' if first.startswith('-') else 'argument'} {first}; {remedy}"
 
 
@@ -162,13 +162,13 @@ def _name_choices() -> None:
         return
 
     def adapt_or_tell(value: Any, typehint: Any, *args: Any, **kwargs: Any) -> Any:
-        choices = get_args(typehint) if get_origin(typehint) is Literal else ()
-        choices = [choice for choice in choices if choice is not None]
+        allowed = get_args(typehint) if get_origin(typehint) is Literal else ()
+        choices = [choice for choice in allowed if choice is not None]
         if choices and isinstance(value, str) and value not in choices and all(isinstance(c, str) for c in choices):
             raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
         return adapt(value, typehint, *args, **kwargs)
 
-    _typehints.adapt_typehints = adapt_or_tell
+    _typehints.adapt_typehints = adapt_or_tell  # type: ignore[assignment]
 
 
 def _replace_whole() -> None:

@@ -126,8 +126,9 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
 
 def on_device(parts: Sequence[SlicePlan], device: torch.device) -> list[SlicePlan]:
     """Return plans whose index tensors are on a device: equal ones are sent once, all of them in a single copy."""
-    indices = {id(index): index for part in parts for take in part.values() for index in take.index}
-    contents = {at: index.numpy().tobytes() for at, index in indices.items() if isinstance(index, torch.Tensor)}
+    every = (index for part in parts for take in part.values() for index in take.index)
+    indices = {id(index): index for index in every if isinstance(index, torch.Tensor)}
+    contents = {at: index.numpy().tobytes() for at, index in indices.items()}
     distinct = {content: indices[at] for at, content in contents.items()}
     if not distinct:
         return list(parts)
@@ -249,7 +250,7 @@ def _own(alone: list[np.ndarray]) -> np.ndarray:
     Args:
         alone: Indices of each unit when it is kept alone.
     """
-    shared = reduce(np.intersect1d, alone) if len(alone) > 1 else []
+    shared: np.ndarray | list[int] = reduce(np.intersect1d, alone) if len(alone) > 1 else []
     return np.stack([np.setdiff1d(indices, shared) for indices in alone])
 
 
@@ -290,7 +291,10 @@ def _root_plan(teacher: Config, n_embd: UnitIndex, tied: bool) -> SlicePlan:
     names += ["lm_head.bias"] if teacher.lm_head_bias else []
     norm = teacher.norm_class(1)
     names += [f"transformer.ln_f.{leaf}" for leaf, value in norm.named_parameters()]
-    slices = {name: ParamSlice(name, _take_index(*name.rsplit(".", 1), indices)) for name in names}
+    slices = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        slices[name] = ParamSlice(name, _take_index(module, leaf, indices))
     if tied:
         slices["lm_head.weight"] = slices["transformer.wte.weight"]
     return slices

@@ -189,7 +189,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
         raise UserError(f"cannot read the journal {str(path)!r}: {error.strerror}") from None
     lines = content.split(b"\n")
     whole, torn = lines[:-1], lines[-1]
-    records = []
+    records: list[Any] = []
     for number, line in enumerate(whole, 1):
         try:
             records.append(json.loads(line) if number == 1 else Evaluation(**json.loads(line)))

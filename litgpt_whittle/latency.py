@@ -136,7 +136,7 @@ class _DecodingGraph:
     def __init__(self, model: GPT, batch_size: int, position: int) -> None:
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.cos.device)
         self.position = torch.full((1,), position, device=model.cos.device)
-        beside = torch.cuda.ActivationFile()
+        beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):  # libraries allocate their workspaces before the capture
             for _ in range(3):

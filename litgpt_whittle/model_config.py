@@ -47,7 +47,7 @@ def read_model_config(path: Path) -> Config:
         return Config(**content)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise _unusable(path, f"holds what litgpt refuses ({reason})") from None
+        raise _unusable(path, f"is refused by litgpt ({reason})") from None
 
 
 def _unusable(path: Path, problem: str) -> UserError:

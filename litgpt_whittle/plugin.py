@@ -36,7 +36,7 @@ class _Finder:
 
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
 
@@ -69,7 +69,7 @@ def add_commands(module: ModuleType) -> None:
     added = commands(taken=set(module.PARSER_DATA))
     module.PARSER_DATA.update(added)
     names = list(module.parser_commands())
-    module.parser_commands = lambda: names + list(added)
+    module.parser_commands = lambda: names + list(added)  # type: ignore[attr-defined]
     show_user_errors_in_one_line(set(added))
 
 
@@ -143,7 +143,7 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         from litgpt_whittle.errors import UserError
 
-        message = error if isinstance(error, UserError) else None
+        message: UserError | str | None = error if isinstance(error, UserError) else None
         if isinstance(error, ValueError):
             message = message or UserError.inside(error) or flags.why_not_made(str(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

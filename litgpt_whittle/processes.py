@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import inspect
 import os
 import pickle
 import signal
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import psutil
@@ -23,7 +25,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import lock_dir
+from litgpt_whittle.files import check_writable, lock_dir
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -69,7 +71,7 @@ def n_devices(asked: int | str) -> int:
 
 
 def launch(
-    n: int, precision: str = "32-true", num_nodes: int = 1, strategy: Any = "ddp", loggers: Sequence[Any] = ()
+    n: int, precision: Any = "32-true", num_nodes: int = 1, strategy: Any = "ddp", loggers: Sequence[Any] = ()
 ) -> L.Fabric:
     """Start the other processes, each of which runs this command from its beginning, and connect all of them.
 
@@ -99,7 +101,7 @@ def _watch(processes: Sequence[Any]) -> None:
         return
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a message
-            thread._run = lambda: True
+            thread._run = lambda: True  # type: ignore[attr-defined]
 
     def watch() -> None:
         while any(code is None for code in [process.poll() for process in processes]):
@@ -117,8 +119,8 @@ def _check(processes: Sequence[Any]) -> None:
 
 
 def _end(what: str, processes: Sequence[Any] = ()) -> None:
-    go_on = "run the same command again to go on, with --resume true where it knows that"
-    print(f"Error: {what}; what is finished is kept, {go_on}", file=sys.stderr, flush=True)
+    resume = "run the same command again to resume (add --resume true where the command has it)"
+    print(f"Error: {what}; finished work is kept, {resume}", file=sys.stderr, flush=True)
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)  # it may hang in a collective
@@ -128,12 +130,32 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
 def is_first_started() -> bool:
     """Return whether this process is rank 0, before `launch` starts or connects the others."""
     # Lightning reads RANK, LOCAL_RANK and SLURM's variables; a start on several machines without them sets NODE_RANK
-    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
 
 
-def lock_dir_for_all(out_dir: Path) -> AbstractContextManager[Any]:
+def lock_dir_for_all(folder: Path, out_dir: Path | None = None) -> AbstractContextManager[Any]:
     """Return `lock_dir` on rank 0 and a null context on others, before the processes are started or connected."""
-    return lock_dir(out_dir) if is_first_started() else nullcontext()
+    return lock_dir(folder, out_dir) if is_first_started() else nullcontext()
+
+
+def locks_output(setup: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command whose `out_dir` is replaced as a whole, so that another process cannot write it meanwhile.
+
+    The lock is in a hidden folder beside `out_dir`, which itself stays empty until the command has finished.
+    """
+    signature = inspect.signature(setup)
+
+    @functools.wraps(setup)
+    def locked(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        out_dir = Path(given.arguments["out_dir"])
+        path = out_dir.resolve()
+        check_writable(path.parent)
+        with lock_dir_for_all(path.with_name(f".{path.name}.lock"), out_dir):
+            setup(*args, **kwargs)
+
+    return locked
 
 
 def own_device() -> torch.device:
@@ -141,9 +163,10 @@ def own_device() -> torch.device:
 
     Before `launch`, the current device of every process is the first one, on which each would take memory.
     """
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
         return torch.device("cpu")
-    kind, local_rank = torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0))
+    kind, local_rank = accelerator.type, int(os.environ.get("LOCAL_RANK", 0))
     return torch.device(kind, local_rank) if local_rank and not distributed.is_initialized() else torch.device(kind)
 
 
@@ -237,7 +260,7 @@ class Termination:
         if fabric.world_size == 1:
             return self.is_announced
         announced = torch.tensor(float(self.is_announced), device=fabric.device)
-        return bool(fabric.all_reduce(announced, reduce_op="sum") > 0)
+        return bool(cast(torch.Tensor, fabric.all_reduce(announced, reduce_op="sum")) > 0)
 
 
 def rank() -> int:
@@ -333,7 +356,7 @@ def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterat
     n_given = 0
     try:
         while (own := store.add("next", 1) - 1) < len(items):
-            store.set(str(own), pickle.dumps(function(items[own])))
+            store.set(str(own), pickle.dumps(function(items[own])))  # type: ignore[arg-type]
             while n_given < len(items) and store.check([str(n_given)]):
                 yield pickle.loads(store.get(str(n_given)))
                 n_given += 1
@@ -355,7 +378,8 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     Raises:
         UserError: On rank 0, if the function raises it; the other ranks exit with code 0.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: UserError | None = None
     if rank() == 0:
         try:
             result = function()

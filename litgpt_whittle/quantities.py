@@ -43,7 +43,7 @@ def parse_amount(text: str | float, unit: Unit) -> float:
     """
     match = _AMOUNT.fullmatch(str(text).strip())
     size = _SUFFIXES[unit].get(match[2].lower()) if match else None
-    amount = float(match[1].replace("_", "")) * size if size else 0.0
+    amount = float(match[1].replace("_", "")) * size if match and size else 0.0
     if not 0 < amount < math.inf:
         raise UserError(f"an amount in {unit} looks like {_EXAMPLES[unit]}, got {text!r}")
     return amount

@@ -33,4 +33,4 @@ def install() -> None:
         is_path = isinstance(value, str) and "\n" not in value and value.startswith(HUB)
         apply(parser, cfg, dest, str(find_recipe(value)) if is_path else value)
 
-    ActionConfigFile.apply_config = staticmethod(apply_found)
+    ActionConfigFile.apply_config = staticmethod(apply_found)  # type: ignore[method-assign]

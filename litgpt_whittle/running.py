@@ -31,7 +31,7 @@ class EmptyModules:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, nn.Module] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._masks = WindowMasks()
 
     def get(self, key: Hashable, build: Callable[[], M]) -> M:
@@ -58,7 +58,7 @@ class Running:
 
     Args:
         module: The sub-network's module, on the meta device.
-        takes: Slices of the teacher module's parameters.
+        slices: Slices of the teacher module's parameters.
         constants: Tensors that are not sliced from the teacher.
         in_place: If true, gradients are accumulated in place in those of the teacher's parameters.
     """

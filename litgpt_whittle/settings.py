@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
@@ -50,7 +51,7 @@ def _init_args(value: Any) -> dict[str, Any]:
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     hidden = {field.name for field in fields if not field.repr}
     try:
-        parameters = inspect.signature(type(value)).parameters.values()
+        parameters: Collection[inspect.Parameter] = inspect.signature(type(value)).parameters.values()
     except (TypeError, ValueError):  # a class written in C may have no signature
         parameters = []
     is_list = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -57,8 +57,8 @@ def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None])
         OSError: On all processes, if one cannot write.
     """
     is_spread = any(gather(_is_spread(tree)))
-    with new_folder(folder) if rank() == 0 else nullcontext() as inside:
-        inside = gather(inside)[0]
+    with new_folder(folder) if rank() == 0 else nullcontext() as made:
+        inside = cast(Path, gather(made)[0])
         _together(lambda: fill(inside) if rank() == 0 else None)
         _together(lambda: _save_part(inside, tree, is_spread))
 
@@ -102,7 +102,7 @@ def read_parts(folder: Path, key: str) -> Any:
         UserError: If a part is missing or damaged.
     """
     paths = part_paths(folder)
-    n = int(re.search(r"of-(\d+)", paths[0].name)[1])
+    n = int(re.findall(r"of-(\d+)", paths[0].name)[0])
     trees = []
     for i in range(n):
         path = Path(folder) / f"part-{i:05d}-of-{n:05d}.pth"

@@ -132,7 +132,7 @@ class SubNet:
         return tuple(keeps) if len(distinct) > 1 else next(iter(distinct), None)
 
     def _check_experts(self) -> None:
-        keeps = {self.layer(i).n_expert for i in range(len(self))} - {None}
+        keeps = {keep for i in range(len(self)) if (keep := self.layer(i).n_expert) is not None}
         if len({len(keep) for keep in keeps}) > 1:
             sizes = sorted({len(keep) for keep in keeps})
             raise UserError(
@@ -225,7 +225,7 @@ class SubNet:
             heads_per_group=len(keep.heads_per_group),
             dense=width if is_dense else None,
             experts=None if is_dense else width,
-            n_expert=None if is_dense else len(keep.n_expert),
+            n_expert=None if keep.n_expert is None else len(keep.n_expert),
         )
 
     def _config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ class SuperBlock(Block):
     The weights are sliced inside `forward`, where a sharded block's parameters are gathered.
     """
 
-    _running: Running | None = None
+    _running: Callable[..., torch.Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._running is None:
@@ -131,10 +131,11 @@ class SuperGPT(BlocksGPT):
         shell = self._shell(subnet, outer[_EMBEDDING])
         shell.transformer["h"] = nn.ModuleList(self._delegates(subnet.layers, calls_all))
         constants = dict(zip(("cos", "sin"), self._rope(shell)))
-        if isinstance(shell.transformer.wte, Lookup):
-            constants["transformer.wte.channels"] = outer[_EMBEDDING].index[1]
+        channels = outer[_EMBEDDING].index[1]
+        if isinstance(channels, torch.Tensor):  # for the shell's `Lookup`
+            constants["transformer.wte.channels"] = channels
             outer[_EMBEDDING] = ParamSlice(_EMBEDDING, ())
-        active: list[tuple[nn.Module, Running]] = [(self, Running(shell, outer, constants, in_place))]
+        active: list[tuple[Any, Callable[..., torch.Tensor]]] = [(self, Running(shell, outer, constants, in_place))]
         for i, layer in enumerate(subnet.layers):
             running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place)
             active.append((self.transformer.h[layer], running))
@@ -143,10 +144,10 @@ class SuperGPT(BlocksGPT):
             active += [(self.transformer.h[layer], pass_on) for layer in sorted(left_out)]
         left = kept_bytes(device) if materialize else 0
         try:
-            for module, running in active:
-                if materialize:
-                    left -= running.materialize(module, left)
-                module._running = running
+            for module, forward in active:
+                if materialize and isinstance(forward, Running):
+                    left -= forward.materialize(module, left)
+                module._running = forward
             yield self
         finally:
             for module, _ in active:
@@ -253,7 +254,7 @@ def shape_of(subnet: SubNet) -> SubNet:
     layers = [subnet.layer(i) for i in range(len(subnet))]
     config = subnet.config
     width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
-    sizes: dict[str, list] = {"intermediate_size": [None] * len(layers)}
+    sizes: dict[str, Any] = {"intermediate_size": [None] * len(layers)}
     sizes["n_query_groups"] = [len(keep.n_query_groups) for keep in layers]
     sizes["heads_per_group"] = [len(keep.heads_per_group) for keep in layers]
     for i, keep in enumerate(layers):
@@ -296,7 +297,7 @@ def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
     for name, take in plan(shape.teacher, shape).items():
         part = weights[name]
         filled[name] = torch.zeros(stock[take.name].shape, dtype=part.dtype, device=part.device)
-        index = [i if isinstance(i, slice) else i.to(part.device) for i in take.index]
+        index: Sequence[slice | torch.Tensor] = [i if isinstance(i, slice) else i.to(part.device) for i in take.index]
         if sum(not isinstance(i, slice) for i in index) > 1:
             index = torch.meshgrid(*(_as_tensor(i, part.device) for i in index), indexing="ij")
         filled[name][tuple(index)] = part

@@ -82,6 +82,8 @@ class SuperLossModel(LossModel):
         model: The super-network.
     """
 
+    model: SuperGPT
+
     def __init__(self, model: SuperGPT) -> None:
         super().__init__(model)
         self.keeps = False
@@ -89,7 +91,7 @@ class SuperLossModel(LossModel):
         self.kept: torch.Tensor | None = None
         """The head's input, detached, (B, T, n_embd)"""
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:
+    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:  # type: ignore[override]
         """Return the losses of one batch of shape (B, T); kept hidden states serve as the teacher if beta is not 0."""
         softcap, teacher = self.model.config.final_logit_softcapping, None
         head_input = hidden_states(self.model, input_ids)

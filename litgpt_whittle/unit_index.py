@@ -117,7 +117,7 @@ class UnitIndex:
         return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges)
 
     def __repr__(self) -> str:
-        return f"Keep({str(self)!r})" if self._indices is not None else f"Keep({self._n})"
+        return f"UnitIndex({str(self)!r})" if self._indices is not None else f"UnitIndex({self._n})"
 
     def __reduce__(self) -> tuple:
         return type(self), (self._n if self._indices is None else self._indices,)

@@ -7,7 +7,7 @@ is possible.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from litgpt.model import CausalSelfAttention
@@ -27,8 +27,9 @@ def vectorize_windows(model: Model, masks: WindowMasks | None = None) -> Model:
     for module in model.modules():
         if type(module) is CausalSelfAttention and module.apply_sliding_window_attention:
             module.__class__ = WindowAttention
-            module.apply_sliding_window_attention = False
-            module.masks = masks
+            attention = cast(WindowAttention, module)
+            attention.apply_sliding_window_attention = False
+            attention.masks = masks
     return model
 
 
@@ -65,7 +66,7 @@ class WindowMasks:
         if torch.compiler.is_compiling():
             return _mask(q, window)
         key = q.size(2), window, q.dtype, q.device
-        if key != self._key:
+        if self._mask is None or key != self._key:
             with torch.inference_mode(False):  # backward cannot use an inference tensor
                 self._key, self._mask = key, _mask(q, window)
         return self._mask

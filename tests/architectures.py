@@ -1,4 +1,4 @@
-"""Every distinct architecture in litgpt's own table, shrunk to tiny sizes; a new litgpt adds cases by itself."""
+"""Tiny configs of every distinct architecture in litgpt's own table; a new litgpt adds cases automatically."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ SIZES = {
     "n_head", "head_size", "n_query_groups", "intermediate_size", "moe_intermediate_size", "norm_eps", "rope_base",
     "attention_scores_scalar", "n_expert", "n_expert_per_token", "rope_local_base_freq", "rope_condense_ratio",
 }  # fmt: skip
-"""Fields that only say how large, not how built."""
+"""Fields that set only sizes, not the kind of architecture"""
 
 
 def _kind(config: Config) -> tuple:
-    """What tells two architectures apart."""
+    """Return the settings that distinguish two architectures."""
     kind = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -33,7 +33,7 @@ def _kind(config: Config) -> tuple:
             value = value and tuple(sorted(value))
         kind.append((field.name, value))
     groups = min(config.n_query_groups, 2), config.n_query_groups == config.n_head
-    # litgpt builds norms by name
+    # litgpt chooses norms by the model's name
     return (*kind, groups, config.n_expert > 0, "Gemma" in config.name, "OLMo" in config.name)
 
 
@@ -74,7 +74,7 @@ LATENT = dict(
     norm_topk_prob=True, rope_interleave=True,
     latent_attention=dict(q_lora_rank=16, kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8),
 )  # fmt: skip
-"""Latent attention and grouped experts, which litgpt can build though no config in its table does (yet)."""
+"""Latent attention and grouped experts, which litgpt can build but no config in its table uses yet"""
 
 INTERLEAVED = dict(
     name="interleaved", block_size=24, n_layer=4, n_embd=32, vocab_size=61, padded_vocab_size=64, n_head=4,
@@ -99,16 +99,16 @@ def _architectures() -> dict[str, Config]:
 
 
 ARCHITECTURES = _architectures()
-"""From name to tiny config."""
+"""Tiny configs by name"""
 
 KINDS = ("Llama-3.1-8B", "Gemma-3-1b-it", "phi-2", "Mixtral-8x7B-v0.1", "latent")
 KINDS = {name: ARCHITECTURES[name] for name in KINDS}
-"""One of each kind, where what is tested hardly depends on the architecture"""
+"""One config of each kind, for tests that hardly depend on the architecture"""
 
 
 @st.composite
 def keeps(draw, size: int, least: int = 1) -> UnitIndex:
-    """At least `least` of `size` units: the first ones or any set."""
+    """Draw at least `least` of `size` units: the first ones or any set."""
     n = draw(st.integers(least, size))
     if draw(st.booleans()):
         return UnitIndex(n)
@@ -134,7 +134,7 @@ def experts(draw, teacher: Config, n: int) -> UnitIndex:
 
 @st.composite
 def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
-    """Any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers (or maybe not)."""
+    """Draw any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers, or possibly not."""
     n_layer = draw(keeps(teacher.n_layer))
     layers = n_layer.indices.tolist()
     uniform = draw(st.booleans()) if uniform is None else uniform
@@ -155,5 +155,5 @@ def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
             choice[field] = [None if size is None else draw(keeps(size)) for size in sizes]
     try:
         return SubNet(teacher, **choice)
-    except UserError as error:  # the strategy itself must only draw legal ones
+    except UserError as error:  # the strategy itself must draw only legal ones
         raise AssertionError(f"drew an illegal sub-network: {error}") from error

@@ -10,24 +10,24 @@ import torch
 from docstring_parser.attrdoc import AttributeDocstrings
 from hypothesis import HealthCheck, Phase, settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # for helpers such as architectures.py, in every way of starting pytest
+sys.path.insert(0, str(Path(__file__).parent))  # helpers such as architectures.py, however pytest is started
 
 import pretended_device
 
-pretended_device.register()  # before any test runs a backward pass; there seems to be no device outside its own tests
+pretended_device.register()  # before the first backward pass; no device is visible outside its own tests
 
-# no test asserts a time; examples are the same in every run, so that a failure can be looked at again
+# no test asserts a time; examples are the same in every run, so that failures are reproducible
 settings.register_profile(
     "whittle",
     deadline=None,
     derandomize=True,
-    phases=[Phase.explicit, Phase.generate],  # the models are tiny already: shrinking a failure takes minutes
+    phases=[Phase.explicit, Phase.generate],  # the models are already tiny, and shrinking a failure takes minutes
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("whittle")
 torch.set_num_threads(1)  # threads that share a busy core wait for each other
 
-# jsonargparse spends a third of its time on reading the source of the same classes for their attributes' docstrings
+# jsonargparse spends a third of its time on reading attribute docstrings from the same classes' source
 _docstrings = cache(AttributeDocstrings().get_attr_docs)
 AttributeDocstrings.get_attr_docs = lambda _, component: dict(_docstrings(component))
 
@@ -41,7 +41,7 @@ PICTURES = {
 
 @pytest.fixture(autouse=True)
 def _few_pictures(request, monkeypatch):
-    """Only tests that are marked draw what commands leave beside their results: it takes longer than tiny trainings."""
+    """Skip drawing pictures except in marked tests, because drawing takes longer than tiny trainings."""
     if request.node.get_closest_marker("pictures") is None:
         for module, function in PICTURES.items():
             if module in sys.modules:
@@ -49,11 +49,11 @@ def _few_pictures(request, monkeypatch):
 
 
 def pytest_collection_finish():
-    """Exempt what is imported by now from garbage collection, which every command asks for: it takes half a second."""
+    """Exclude imported objects from garbage collection, which every command triggers and which takes half a second."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_make_parametrize_id(val):
-    """Name long parameters by their type: compressed bytes differ between processes, and nobody reads them in a log."""
+    """Name long parameters by their type: compressed bytes differ between processes and are unreadable in a log."""
     return type(val).__name__ if isinstance(val, bytes | str) and len(val) > 60 else None

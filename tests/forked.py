@@ -1,8 +1,8 @@
-"""Programs in processes of their own that are forked from one in which everything is imported already.
+"""Run programs in processes that are forked from one with everything imported.
 
-A start costs milliseconds instead of the many seconds that importing PyTorch, litgpt and the libraries behind it takes.
-The process that they are forked from, Python's fork server, has run nothing but these imports: what a test process has
-in memory, such as random numbers, warnings and patched functions, does not reach them.
+A start takes milliseconds instead of the many seconds of importing PyTorch, litgpt and their dependencies. The parent
+is Python's fork server, which has run nothing but these imports: state of the test process, such as random numbers,
+warnings and patched functions, does not reach the programs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Program:
     Args:
         command: A script or `-m` and a module, and their arguments.
         n: Number of processes.
-        environment: Variables beside this process's own.
+        environment: Variables in addition to this process's own.
         cwd: Working directory.
     """
 
@@ -66,7 +66,7 @@ class Program:
 
     @property
     def children(self) -> list[int]:
-        """The processes that the first one has started itself."""
+        """Return the processes that the first one has started."""
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def poll(self) -> int | None:
@@ -80,25 +80,25 @@ class Program:
         return "".join(path.read_text() for path in paths if path.exists())
 
     def send(self, sent: int) -> None:
-        """Send a signal to all processes, also to those that they have started themselves."""
+        """Send a signal to all processes, including those that they have started."""
         for process in self._processes:
             while process.is_alive():
                 try:
                     os.killpg(process.pid, sent)
                     break
-                except ProcessLookupError:  # it has not yet a group of its own
+                except ProcessLookupError:  # its process group does not exist yet
                     time.sleep(0.001)
 
     def kill(self) -> None:
-        """Kill all of it at once, as a machine that goes down would."""
+        """Kill all processes at once, as when a machine fails."""
         self.send(signal.SIGKILL)
         self.finish()
 
     def finish(self, timeout: float = 250) -> Done:
-        """Wait for the end; kill everything when it does not come.
+        """Wait for the end; kill all processes on a timeout.
 
         Raises:
-            TimeoutError: If it did not come.
+            TimeoutError: If the program did not end in time.
         """
         deadline = time.monotonic() + timeout
         for process in self._processes:
@@ -139,8 +139,8 @@ def _run(command: list[str], environment: dict[str, str], cwd: Path | None, prin
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     torch.set_num_threads(1)
-    gc.freeze()  # as in the tests' own process
-    rank_zero_only.rank = int(environment.get("RANK", 0))  # which Lightning sets when it is imported
+    gc.freeze()  # as in the test process itself
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # Lightning sets this when it is imported
     try:
         if command[0] == "-m":
             sys.argv[:] = command[1:]

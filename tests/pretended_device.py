@@ -1,4 +1,4 @@
-"""A pretended accelerator: its tensors compute on the CPU, but mix with the CPU's only as those of a GPU do.
+"""A simulated accelerator: its tensors compute on the CPU, but cannot be mixed with CPU tensors, as on a GPU.
 
 with pretended_device() as seen:  # Fabric, and thereby every command, chooses the device
     torch.zeros(3, device=DEVICE) + torch.ones(3)  # raises MixedDevices
@@ -6,11 +6,11 @@ seen.total("sync"), live_bytes()
 
 with peak_bytes() as peak:
     ...
-peak.total  # of live bytes above those before
+peak.total  # peak of live bytes above those at the start
 
-It is PyTorch's PrivateUse1 backend written in Python: `DeviceTensor` keeps its values in a CPU tensor and sees every
-operator. What a GPU would refuse is refused, and what would make the host wait is counted by the lines that caused it.
-Kernels, streams, bf16 autocast and several devices are not pretended.
+It is a PyTorch PrivateUse1 backend written in Python: `DeviceTensor` keeps its values in a CPU tensor and intercepts
+every operator. Operations that a GPU would refuse raise an error, and host waits are counted by the lines that cause
+them. Kernels, streams, bf16 autocast and several devices are not simulated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CAN_PRETEND = hasattr(backend_registration, "_setup_privateuseone_for_python_bac
 
 COPIES = {"copy_", "_to_copy", "lift_fresh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-# element-wise operators take 0-dim CPU tensors beside a GPU's; these do not
+# element-wise operators accept 0-dim CPU tensors together with GPU tensors; these do not
 REFUSE_CPU_SCALARS = set(
     """cat stack mm addmm bmm baddbmm mv addmv dot linear convolution embedding index_select gather scatter scatter_
     scatter_add scatter_add_ index_add index_add_ index_copy index_copy_ searchsorted bucketize topk sort""".split()
@@ -52,14 +52,14 @@ FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
 
 
 class MixedDevices(RuntimeError):
-    """Tensors of two devices in one operator, which a GPU would refuse."""
+    """Error for tensors of two devices in one operator, which a GPU would refuse."""
 
 
 class Seen:
-    """Counts what the device has seen: kind of event -> lines of code that caused it -> number.
+    """Counts of device events: kind of event -> lines of code that caused it -> number.
 
-    Kinds: `sync`, the host waits for a result; `upload`, it waits for a copy from pageable memory; `index`, an index on
-    the CPU is copied for one operator, with a wait as well; `saved`, a tensor is pickled as the device's; `emptied`,
+    Kinds: `sync`, the host waits for a result; `upload`, it waits for a copy from pageable memory; `index`, it waits
+    for the copy of a CPU index for one operator; `saved`, a tensor is pickled with the device's class; `emptied`,
     freed memory is returned to the device.
     """
 
@@ -81,7 +81,7 @@ class Seen:
 
 _seen = Seen()
 _is_chosen = False
-"""True while commands run on the device; outside of `pretended_device` there seems to be none"""
+"""True while commands run on the device; outside of `pretended_device`, no device is visible"""
 _sizes: dict[int, int] = {}
 """Bytes of each storage on the device"""
 _live = _peak = 0
@@ -98,19 +98,19 @@ def live_bytes() -> int:
 
 @dataclass
 class Peak:
-    """Peak of live bytes above those before."""
+    """Peak of live bytes above those at the start."""
 
     total: int = 0
 
 
 @contextmanager
 def peak_bytes() -> Iterator[Peak]:
-    """Yield an object that holds the peak of live bytes above those before, once the context ends.
+    """Yield an object that holds the peak of live bytes above those at the start, once the context ends.
 
     Temporary memory within a kernel is not counted.
     """
     global _peak
-    gc.collect()  # garbage that is freed meanwhile would be counted as less memory
+    gc.collect()  # garbage that is freed during the measurement would lower the peak
     before, found = _live, Peak()
     _peak = _live
     try:
@@ -187,7 +187,7 @@ class DeviceTensor(torch.Tensor):
 
     __array__ = numpy
 
-    def __matmul__(self, other):  # for a vector, PyTorch's changes a shape in place
+    def __matmul__(self, other):  # for a vector, PyTorch's version changes a shape in place
         return (self[None] @ other)[0] if self.dim() == 1 and other.dim() == 2 else torch.matmul(self, other)
 
     def __deepcopy__(self, memo):
@@ -195,13 +195,13 @@ class DeviceTensor(torch.Tensor):
         memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if hasattr(self, "_is_param") else copied
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol):  # without the device, so that the tests can read what the device wrote
+    def __reduce_ex__(self, protocol):  # stored without the device, so that the tests can read the device's files
         _seen.add("saved", "pickled")
         return self.on_cpu.detach().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if torch.is_inference_mode_enabled() and _facts(func).can_decompose:  # inference mode does not do it
+        if torch.is_inference_mode_enabled() and _facts(func).can_decompose:  # inference mode does not do this
             with torch.utils._python_dispatch._disable_current_modes():
                 out = func.decompose(*args, **kwargs or {})
             if out is not NotImplemented:
@@ -210,11 +210,11 @@ class DeviceTensor(torch.Tensor):
 
 
 class Facts(NamedTuple):
-    """Facts about an operator."""
+    """Properties of an operator."""
 
     name: str
     written: dict[int, str]
-    """Arguments that it writes to, by position"""
+    """Positions of the arguments that it writes to"""
     is_view: bool
     returns: bool
     can_decompose: bool
@@ -279,7 +279,7 @@ def _run(func, args, kwargs):
         return _written(facts, args, kwargs)
     if not stays:
         return out
-    # in inference mode, a view of a tensor from outside is one from outside
+    # in inference mode, a view of a tensor made outside counts as made outside
     is_outside = facts.is_view and isinstance(first, DeviceTensor) and not first.is_inference()
     with torch.inference_mode(False) if is_outside else nullcontext():
         return _map(_on_device, torch.Tensor, out)
@@ -304,7 +304,7 @@ def _note_copy(source: Any, is_there: bool, non_blocking: Any) -> None:
 
 
 def _check(func, name: str, args, kwargs) -> None:
-    """Raise MixedDevices where a GPU would, and count what the host waits for."""
+    """Raise MixedDevices where a GPU would, and count host waits."""
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     ours = [x for x in tensors if isinstance(x, DeviceTensor)]
     others = [x for x in tensors if not isinstance(x, DeviceTensor)]
@@ -338,7 +338,7 @@ def _check_index(func, indexed: torch.Tensor, indices: list[torch.Tensor], value
 
 
 class _Module:
-    """Stands for `torch.cuda`, as `torch.pretended`."""
+    """Stand-in for `torch.cuda`, as `torch.pretended`."""
 
     is_available = staticmethod(lambda: _is_chosen)
     device_count = staticmethod(lambda: int(_is_chosen))
@@ -355,12 +355,12 @@ class _Module:
         if name == "mem_get_info" and _capacity is not None:
             return lambda device=None: (_capacity - _live, _capacity)
         if name in ("memory_reserved", "memory_allocated") and _capacity is not None:
-            return lambda device=None: _live  # nothing is kept for later
+            return lambda device=None: _live  # the allocator caches nothing
         raise AttributeError(name)
 
 
 class _Accelerator(Accelerator):
-    """The device as Fabric knows it."""
+    """Accelerator for Fabric."""
 
     setup_device = teardown = lambda self, *args: None
     parse_devices = staticmethod(lambda devices: 1)
@@ -374,7 +374,7 @@ _libraries: list[torch.library.Library] = []
 
 
 def register() -> None:
-    """Register the device, once; the first backward pass of a process must come later, because it counts devices."""
+    """Register the device, once; must precede the first backward pass of a process, which counts devices."""
     if _libraries or not CAN_PRETEND:
         return
     backend_registration._setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module())
@@ -390,7 +390,7 @@ def register() -> None:
 
 
 def _by_way_of_the_cpu(function: Callable) -> Callable:
-    """Wrap `torch.tensor`, which sends what it made without asking the dispatcher."""
+    """Wrap `torch.tensor`, which moves its result without the dispatcher."""
 
     def made(*args, device=None, **kwargs):
         device = torch.get_default_device() if device is None else device
@@ -403,7 +403,7 @@ def _by_way_of_the_cpu(function: Callable) -> Callable:
 
 @contextmanager
 def pretended_device(capacity: int | None = None, has_float64: bool = True) -> Iterator[Seen]:
-    """Run commands on the device, and yield what it sees.
+    """Run commands on the device, and yield the counts of its events.
 
     Args:
         capacity: Bytes that fit on the device, in addition to what lies there already; by default without a limit.

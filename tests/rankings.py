@@ -1,4 +1,4 @@
-"""Made-up importance of a teacher's units."""
+"""Made-up importance scores of a teacher's units."""
 
 import torch
 from litgpt.config import Config

@@ -1,4 +1,4 @@
-"""Search, extract and distill from Python, against what the commands leave in their folders."""
+"""Test the Python API: search, extract and distil produce the files of the commands."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_from_a_search_to_a_trained_student(found, data, tmp_path):  # noqa: F81
     settings = SECTIONS["distill"] | {"train": TrainArgs(**SECTIONS["distill"]["train"])}
     trained = distill(student, data=data, out_dir=tmp_path / "distilled", **settings)
     assert trained.is_finished and trained.perplexity == math.exp(trained.curve[-1][1])
-    assert trained.teacher_val_loss is not None  # the teacher was known to the student
+    assert trained.teacher_val_loss is not None  # the student's config names its teacher
     assert trained.checkpoint.llm().generate("the quick", max_new_tokens=2)
     told = yaml.safe_load((tmp_path / "distilled/final/hyperparameters.yaml").read_text())
     assert told["train"]["max_seq_length"] == BATCH["max_seq_length"]

@@ -1,4 +1,4 @@
-"""What a student learns from, as it is asked for on the command line."""
+"""Test the distillation arguments on the command line."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The benchmarks import names that exist; the GPU's run whole with toy sizes, the others take too long."""
+"""Test the benchmarks: their imports exist, and the GPU benchmark runs in full at toy sizes."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ STEPS = {
     "distill_eager": {"step_s", "tokens_per_s", "peak_gb", "planned_gb", "busy"},
     "head": {"v50k_ours_ce_kl_ms", "v50k_plain_ce_kl_ms"},
 }
-"""Some steps of the GPU's benchmark, and some of their figures"""
+"""Some steps of the GPU benchmark, and some of their figures"""
 
 
 @pytest.mark.slow
@@ -53,4 +53,4 @@ def test_each_step_of_the_gpu_benchmark_leaves_its_figures(tmp_path):
     for row in rows:
         assert "error" not in row and row["figures"].keys() >= STEPS[row["step"]], row
         assert row["step"] in done.stdout.partition("figure")[2]  # the table
-    assert "missed" not in done.stdout  # the values are the CPU's own
+    assert "missed" not in done.stdout  # the values are computed by the CPU itself

@@ -1,4 +1,4 @@
-"""Blends of texts: shares, order, resuming, and errors."""
+"""Test blends of texts: shares, order, resuming, and errors."""
 
 import copy
 from collections import Counter
@@ -38,7 +38,7 @@ def test_an_epoch_passes_every_text_in_its_share(blend, epoch):
     seen, first = Counter(order), 0
     for size, share in zip(sizes, shares):
         times = [seen[first + i] for i in range(size)]
-        assert min(times) >= 1 and max(times) - min(times) <= 1  # shuffled passes, the last one in part
+        assert min(times) >= 1 and max(times) - min(times) <= 1  # shuffled passes, the last one partial
         assert abs(sum(times) - share * len(order)) <= len(sizes)
         first += size
     assert max(seen) < first
@@ -85,7 +85,7 @@ def tokenizer(tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two files whose documents begin with a word of their own."""
+    """Write two files whose documents begin with distinct words."""
     paths = []
     for seed, word in enumerate(("alpha", "omega")):
         lines = [f"{word} {text}" for text in documents(60, seed=seed)]

@@ -1,4 +1,4 @@
-"""Watching litgpt's models run: what is seen is what they compute."""
+"""Test hooks on running litgpt models: recorded activations equal the computed ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The store of a teacher's predictions: windows find their own targets, and damage is found before it is learned."""
+"""Test the store of teacher predictions: lookup of targets by window, and detection of damage."""
 
 import json
 import pickle
@@ -42,13 +42,13 @@ def windows(n, seed=0):
 
 
 def logits_of(ids):
-    """A made-up teacher, of which every window says something else."""
+    """Return made-up logits that differ for every window."""
     generator = torch.Generator().manual_seed(int.from_bytes(window_key(ids.numpy())[:4], "big"))
     return torch.randn(T, V, generator=generator)
 
 
 def write(folder, ids, per_shard=3, **changes):
-    """A finished cache of different windows (n, T)."""
+    """Write a finished cache of different windows (n, T)."""
     folder.mkdir()
     about = contents(**changes)
     codec = about.make_codec()
@@ -73,7 +73,7 @@ def folder(tmp_path):
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
 @settings(max_examples=20)
 def test_every_window_finds_its_own_targets_in_any_batch(tmp_path_factory, seed, batch_size, per_shard):
-    """Whatever the order, the batch size and the epoch; a window may come twice in a batch."""
+    """Any order, batch size and epoch; a window may occur twice in a batch."""
     rng = random.Random(seed)
     ids = windows(9, seed)
     teacher = CachedTeacher(Cache(write(tmp_path_factory.mktemp("c") / "cache", ids, per_shard)), torch.device("cpu"))
@@ -132,7 +132,7 @@ def test_sparse_codecs_come_back_as_they_were_encoded(tmp_path, codec):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**64 - 1)), unique=True), st.integers(0, 2**64 - 1))
 def test_the_table_is_a_dictionary(pairs, other):
-    """Also where keys agree in one half."""
+    """Including keys that agree in one half."""
     keys = [high.to_bytes(8, "big") + low.to_bytes(8, "big") for high, low in pairs]
     table = _Table(np.frombuffer(b"".join(keys), "u1").reshape(-1, 16))
     rows = {key: row for row, key in enumerate(keys)}
@@ -196,7 +196,7 @@ def test_swapped_shards_are_named(folder):
 
 
 def test_tokens_that_are_not_those_of_their_key_are_noticed(folder):
-    """Although the checksum is right: targets of another window are never learned."""
+    """Even if the checksum is right: targets of another window are never used."""
     flip(shard_path(folder, 0), 3 * 16)
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0][1] = module.checksum_of(shard_path(folder, 0))
@@ -278,7 +278,7 @@ def test_a_folder_without_an_index_is_no_cache(tmp_path):
 
 
 def test_caches_from_strangers_cannot_run_code(folder, tmp_path):
-    """A pickle that would write a file when it is loaded, in the place of the index, of a shard and of the config."""
+    """A malicious pickle would write a file on loading; it replaces the index, a shard and the config."""
 
     class Malicious:
         def __reduce__(self):

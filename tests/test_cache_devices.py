@@ -1,4 +1,4 @@
-"""Caching in processes of their own: the files are those of one, whatever is killed and when."""
+"""Test caching by several processes: the files equal those of one process, also after kills."""
 
 import random
 import time
@@ -34,7 +34,7 @@ def teacher_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(teacher_dir, tmp_path_factory):
-    """The files that one process writes, without an interruption."""
+    """Return the files that one process writes without interruption."""
     return contents_of(cache(teacher_dir, tmp_path_factory.mktemp("one") / "cache", **SETTINGS))
 
 
@@ -51,7 +51,7 @@ def finish(process):
 
 
 def kill(process, out, moment):
-    """Kills all of it, by a signal that cannot be caught, so long after the first shard is there."""
+    """Kill all processes with an uncatchable signal, some time after the first shard exists."""
     while not list(out.glob("shard-*")):
         assert process.poll() is None, process.finish()
         time.sleep(0.01)
@@ -60,7 +60,7 @@ def kill(process, out, moment):
 
 
 def test_killed_caching_is_finished_by_two_processes(teacher_dir, one, tmp_path):
-    """The first of three shards is there, the second one is begun, when the only process dies."""
+    """The only process dies after the first of three shards, with the second one begun."""
     out = tmp_path / "cache"
     kill(start(teacher_dir, out, pause=0.5), out, random.Random(0).uniform(0.6, 0.9))
     assert not Index.read(out).complete
@@ -88,6 +88,6 @@ def test_two_processes_write_the_files_of_one(teacher_dir, one, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_half_a_teacher_each_write_the_files_of_one(teacher_dir, one, tmp_path):
-    """Three shards for two processes: in the second round one of them has nothing to write."""
+    """Three shards for two processes: in the second round one process has nothing to write."""
     finish(start(teacher_dir, tmp_path / "cache", devices=2, teacher_placement="sharded"))
     assert contents_of(tmp_path / "cache") == one

@@ -1,4 +1,4 @@
-"""`litgpt cache_teacher`, and what `litgpt distill --teacher_cache` makes of it."""
+"""Test `litgpt cache_teacher`, and `litgpt distill --teacher_cache` with its output."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def teacher_dir(tmp_path_factory):
 
 
 def cache(teacher_dir, out_dir, **kwargs):
-    """`litgpt cache_teacher` in this process: 20 windows, two batches of 4 in a shard."""
+    """Run `litgpt cache_teacher` in this process: 20 windows, two batches of 4 per shard."""
     defaults = {"data": TokenData(n_train=20), "out_dir": out_dir, "codec": "full", "precision": "32-true"}
     n_bytes = 2 * 4 * (16 + SEQ + 4 * SEQ * VOCAB)
     setup(teacher_dir, **(defaults | {"train": WindowArgs(4), "shard_size": str(n_bytes)} | kwargs))
@@ -68,7 +68,7 @@ def full(teacher_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A teacher with a tokenizer, and text for it."""
+    """Make a teacher with a tokenizer, and text for it."""
     folder = tmp_path_factory.mktemp("corpus")
     teacher = checkpoint(folder / "teacher", seed=2, padded_vocab_size=300, vocab_size=300)
     write_tokenizer(teacher)
@@ -88,11 +88,11 @@ def opened(corpus, batch_size, **options):
     return data
 
 
-# -- what is cached
+# -- cached predictions
 
 
 def test_all_windows_are_cached_with_what_litgpts_model_says_of_them(corpus, tmp_path):
-    """Though the loader shuffles and drops the last batch. The oracle is stock litgpt, window by window."""
+    """Although the loader shuffles and drops the last batch. The oracle is stock litgpt, window by window."""
     teacher, path = corpus
     dataset = opened(corpus, 1).train_dataset
     assert len(dataset) % 4, "there is a last batch to drop"
@@ -108,7 +108,7 @@ def test_all_windows_are_cached_with_what_litgpts_model_says_of_them(corpus, tmp
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_any_batch_of_any_epoch_gets_its_own_targets(corpus, tmp_path, batch_size):
-    """In orders that HFText and PyTorch shuffle, against the teacher that is run on the same batches."""
+    """In shuffled orders of HFText and PyTorch; the oracle runs the teacher on the same batches."""
     teacher, path = corpus
     store = Cache(cache(teacher, tmp_path / "cache", data=HFText(str(path), seed=5)))
     live, cached = LiveTeacher(teacher, SEQ, torch.float32, CPU), CachedTeacher(store, CPU)
@@ -141,7 +141,7 @@ def test_the_bytes_per_token_are_told(teacher_dir, tmp_path, capsys):
 
 
 def test_samples_depend_on_the_seed_and_the_window_alone(teacher_dir, tmp_path):
-    """Not on the batch size, nor on what else is in the data."""
+    """The samples do not depend on the batch size, nor on the other data."""
     batch = TokenData()
     batch.connect(max_seq_length=SEQ)
     ids = batch.samples(8, 0)[:, :-1]
@@ -174,7 +174,7 @@ class ActivationFile(IterableDataset):
 
 
 class Streamed(TokenData):
-    """Reads like data that is streamed from elsewhere."""
+    """A data module that reads as if streamed from elsewhere."""
 
     def loader(self, n, seed, shuffle):
         return DataLoader(ActivationFile(self.samples(n, seed)), batch_size=self.batch_size)
@@ -214,7 +214,7 @@ def test_windows_must_be_equally_long():
         list(unique_windows(batches, 8))
 
 
-# -- what a student learns
+# -- training from a cache
 
 
 def gradients(teacher, ids, objective):
@@ -229,13 +229,13 @@ def gradients(teacher, ids, objective):
 @pytest.mark.parametrize("codec", ["full", {"top_k": {"k": VOCAB}}])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_cached_teacher_gives_the_gradients_of_the_live_one(teacher_dir, tmp_path, codec, precision):
-    """All logits do, and so do the most likely tokens where they are all tokens."""
+    """With all logits stored, and with the most likely tokens if these are all tokens."""
     store = Cache(cache(teacher_dir, tmp_path / "cache", codec=codec, precision=precision))
     dtype = torch.float32 if precision == "32-true" else torch.bfloat16
     live, cached = LiveTeacher(teacher_dir, SEQ, dtype, CPU), CachedTeacher(store, CPU)
     data = TokenData()
     data.connect(max_seq_length=SEQ)
-    ids = data.samples(20, 0)[:4]  # as a batch of the cache's, so that bf16 rounds the same
+    ids = data.samples(20, 0)[:4]  # a batch as large as the cache's, so that bf16 rounds the same
     objective = Objective(0.2, 0.8, 0.9)
     (expected, expected_grads), (got, grads) = (gradients(teacher, ids, objective) for teacher in (live, cached))
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if codec == "full" else {"atol": 1e-5, "rtol": 1e-2}
@@ -245,7 +245,7 @@ def test_a_cached_teacher_gives_the_gradients_of_the_live_one(teacher_dir, tmp_p
 
 
 def test_a_student_of_the_cache_is_a_student_of_the_teacher(teacher_dir, full, tmp_path, monkeypatch):
-    """Over epochs of other batches than those that were cached, and without a teacher in memory."""
+    """Over epochs of other batches than the cached ones, and without a teacher in memory."""
     train = {"train": train_args(global_batch_size=6, micro_batch_size=3, max_tokens=30 * 6 * SEQ)}
     common = {"data": TokenData(n_train=20), "distill": DistillArgs(temperature=2.0), **train}
     run(tmp_path / "live", teacher_checkpoint_dir=teacher_dir, **common)
@@ -260,14 +260,14 @@ def test_a_student_of_the_cache_is_a_student_of_the_teacher(teacher_dir, full, t
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A teacher that has learned something."""
+    """Train a teacher."""
     folder, train = tmp_path_factory.mktemp("trained"), train_args(max_tokens=60 * 8 * SEQ, global_batch_size=4)
     run(folder, model_config=config(n_embd=48, n_layer=3), train=train)
     return folder / "final"
 
 
 def test_a_student_learns_from_little(trained, tmp_path):
-    """Of 12 draws or 8 tokens, in one epoch, nearly as much as of all that the teacher says."""
+    """12 samples or 8 tokens, in one epoch, teach nearly as well as the full predictions."""
     data = TokenData(n_train=480)
     kwargs = {"data": data, "distill": DistillArgs(alpha=0, beta=1), "train": train_args(max_tokens=480 * SEQ)}
     run(tmp_path / "live", teacher_checkpoint_dir=trained, **kwargs)
@@ -355,7 +355,7 @@ def test_a_cache_alone_brings_the_tokenizer(corpus, tmp_path):
     assert (tmp_path / "out/final/tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
 
 
-# -- what is refused
+# -- rejected input
 
 
 def refuse(folder, match, **kwargs):
@@ -401,7 +401,7 @@ def test_a_cache_that_ends_before_the_training_is_refused(corpus, tmp_path):
         teacher_cache=store, train=train_args(max_steps=3), **student,
     )  # fmt: skip
     run(tmp_path / "a", teacher_cache=store, distill=DistillArgs(), train=train_args(max_steps=2), **student)
-    # one of all the data lasts for many epochs, whatever it was told
+    # a cache of all the data serves any number of epochs, whatever `max_tokens` was
     whole = cache(teacher, tmp_path / "whole", max_tokens=10**6, **told)
     n = Cache(whole).n_windows * SEQ // batch
     run(tmp_path / "b", teacher_cache=whole, distill=DistillArgs(), train=train_args(max_steps=n + 2), **student)
@@ -488,7 +488,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
         cache(teacher, tmp_path / "cache")
 
 
-# -- going on
+# -- resuming
 
 
 def test_a_removed_shard_is_written_anew(teacher_dir, full, tmp_path):
@@ -496,7 +496,7 @@ def test_a_removed_shard_is_written_anew(teacher_dir, full, tmp_path):
     store = shutil.copytree(full, tmp_path / "cache")
     shard_path(store, 1).unlink()
     assert contents_of(cache(teacher_dir, store, resume=True)) == expected
-    assert contents_of(cache(teacher_dir, store, resume=True)) == expected  # there is nothing to do
+    assert contents_of(cache(teacher_dir, store, resume=True)) == expected  # nothing is left to do
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_resuming_with_other_settings_is_refused(teacher_dir, full, changed, mat
 
 
 def test_resuming_with_data_that_changed_is_refused(teacher_dir, full, tmp_path, monkeypatch):
-    """Though the settings are the same."""
+    """Even with the same settings."""
     store, samples = shutil.copytree(full, tmp_path / "cache"), TokenData.samples
     monkeypatch.setattr(TokenData, "samples", lambda self, n, seed: samples(self, n, seed + 1))
     with pytest.raises(UserError, match="shard-00000.bin' is not what the training data gives: the data changed"):
@@ -541,7 +541,7 @@ def test_the_command_line(teacher_dir, tmp_path):
 
 
 def test_chunks_of_logits_do_not_change_what_is_stored(teacher_dir, tmp_path, monkeypatch):
-    """The teacher's logits exist for some tokens at a time; how many has no effect."""
+    """The teacher's logits are computed for some tokens at a time; the chunk size has no effect."""
     whole = cache(teacher_dir, tmp_path / "a", codec=SAMPLED)
     monkeypatch.setattr(caching, "CHUNK_ELEMENTS", {"cpu": 33 * VOCAB})
     assert contents_of(cache(teacher_dir, tmp_path / "b", codec=SAMPLED)) == contents_of(whole)

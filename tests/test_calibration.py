@@ -1,4 +1,4 @@
-"""What repairs and rankings are calibrated on: all that counts of the training data, and nothing of the validation."""
+"""Test calibration data: all unmasked tokens of the training data, and none of the validation data."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from litgpt_whittle.errors import UserError
 
 
 class Given(DataModule):
-    """Serves these batches."""
+    """A data module that serves the given batches."""
 
     def __init__(self, train: list, validation: list = ()) -> None:
         self.train, self.validation = train, list(validation)
@@ -31,7 +31,7 @@ def text(n: int, seed: int) -> torch.Tensor:
 
 
 def padded(*samples: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch as litgpt's instruction data have it: padded, with labels that ignore the padding and the prompts."""
+    """Return a batch as in litgpt's instruction data: padded, with labels that ignore the padding and the prompts."""
     length = max(map(len, samples))
     ids = torch.stack([torch.nn.functional.pad(sample, (0, length - len(sample))) for sample in samples])
     labels = torch.stack([torch.nn.functional.pad(sample, (0, length - len(sample)), value=-100) for sample in samples])
@@ -48,7 +48,7 @@ def test_windows_of_one_length_are_taken_as_they_are():
 def test_samples_of_different_lengths_follow_each_other_without_padding():
     samples = [text(n, seed) for seed, n in enumerate((40, 12, 7, 65, 30, 51))]
     windows = calibration_windows(Given([padded(*samples[:3]), padded(*samples[3:])]), 32, 10**6)
-    # a sample's last token is only predicted, and what is longer than a window is left out
+    # a sample's last token is only a target, and tokens beyond the window are dropped
     expected = torch.cat([sample[:-1][:32] for sample in samples])
     assert windows.shape == (len(expected) // 32, 32)
     assert torch.equal(windows.flatten(), expected[: windows.numel()])
@@ -81,7 +81,7 @@ def test_short_windows_of_few_tokens_are_not_taken_for_the_same_text():
 
 
 def instructions(seeds, template: torch.Tensor, masked: bool, answer: int) -> dict[str, torch.Tensor]:
-    """Instruction data as litgpt has it: a template that all share, a question and an answer of each sample's own."""
+    """Return instruction data as in litgpt: a shared template, with a question and an answer per sample."""
     samples = [torch.cat([template, text(12, 2 * seed), text(answer, 2 * seed + 1)]) for seed in seeds]
     batch = padded(*samples)
     batch["labels"][:, : (len(template) + 12) * masked] = -100
@@ -107,7 +107,7 @@ def test_a_template_that_samples_share_is_no_overlap(n_template, masked, answer,
 @settings(max_examples=25, deadline=None)
 @given(**SETTINGS, n=st.integers(3, 20), share=st.sampled_from([0.2, 1.0]))
 def test_samples_that_both_sides_have_are_found_whatever_the_template(n_template, masked, answer, seed, n, share):
-    """A fifth of the validation samples, or all of them, among many more of training."""
+    """A fifth of the validation samples, or all of them, among many more training samples."""
     template, shared = text(n_template, 10**9), max(1, round(share * n))
     train = instructions(range(seed, seed + 3 * n), template, masked, answer)
     validation = instructions(range(seed + 3 * n - shared, seed + 4 * n - shared), template, masked, answer)
@@ -116,20 +116,20 @@ def test_samples_that_both_sides_have_are_found_whatever_the_template(n_template
 
 
 def packed(seeds, template: torch.Tensor, length: int) -> torch.Tensor:
-    """Windows of documents that begin with a template, as a chat's do when it is plain text."""
+    """Return windows of documents that begin with a template, like a chat as plain text."""
     stream = torch.cat([torch.cat([template, text(100, seed), torch.tensor([0])]) for seed in seeds])
     return stream[: len(stream) // length * length].view(-1, length)
 
 
 @pytest.mark.parametrize("n_template", [60, 100, 400])
 def test_templates_in_packed_text_are_no_overlap_and_documents_are(n_template):
-    """Windows are cut at other places on both sides."""
+    """The two sides cut their windows at different places."""
     several = [text(n_template, 10**9 + i) for i in range(2)]
     train, validation = packed(range(80), several[0], 65), packed(range(200, 230), several[0], 65)
     assert len(calibration_windows(Given([train], [validation]), 64, 10**6)) == len(train)
     with pytest.raises(UserError, match="must not be validation data"):
         calibration_windows(Given([train], [packed(range(70, 90), several[0], 65)]), 64, 10**6)
-    # another template does not hide them
+    # a different template does not hide them
     with pytest.raises(UserError, match="must not be validation data"):
         calibration_windows(Given([train], [packed(range(70, 80), several[1], 65)]), 64, 10**6)
 
@@ -141,7 +141,7 @@ def test_text_that_repeats_itself_is_found_too():
 
 
 def test_answers_of_few_kinds_are_no_overlap():
-    """A classification: the same answers again and again to questions of their own."""
+    """A classification task: the same few answers to different questions."""
 
     def classified(seeds):
         rows = [torch.cat([text(40, seed), text(60, 10**6 + seed % 3)]) for seed in seeds]
@@ -153,7 +153,7 @@ def test_answers_of_few_kinds_are_no_overlap():
 
 
 def test_a_repair_is_judged_by_the_validation_text():
-    """Windows of another part of the calibration text may continue documents that were fitted to."""
+    """Other windows of the calibration text may continue documents that were fitted to."""
     train, validation = [padded(text(33, i)) for i in range(40)], [padded(text(33, i)) for i in range(50, 60)]
     windows = calibration_windows(Given(train, validation), 32, 32 * 32)
     held_out = held_out_windows(Given(train, validation), 32, windows.shape[1], 3)

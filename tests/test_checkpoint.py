@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is wrong with one is told before anything is loaded; writing is all or nothing."""
+"""Test checkpoint directories: faults are reported before anything is loaded; writes are all or nothing."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A tiny checkpoint as litgpt itself writes it."""
+    """Write a tiny checkpoint as litgpt itself does."""
     torch.manual_seed(0)
     folder = tmp_path / "teacher"
     folder.mkdir()
@@ -44,7 +44,7 @@ def test_load_model_opens_what_litgpt_wrote(checkpoint):
 
 @pytest.mark.parametrize("model_class", [None, "SuperGPT"])
 def test_positions_of_a_bf16_model_are_exact_at_every_length(tmp_path, model_class):
-    """The oracle is a model for longer sequences, whose rotary cache litgpt computes again for a shorter one."""
+    """The oracle is a model for longer sequences, whose rotary cache litgpt recomputes for a shorter one."""
     short = dataclasses.replace(LLAMA, block_size=64)
     weights = GPT(short).state_dict()
     found = []
@@ -60,7 +60,7 @@ def test_positions_of_a_bf16_model_are_exact_at_every_length(tmp_path, model_cla
 
 def test_tied_weights_stay_tied(checkpoint):
     weights = torch.load(checkpoint / "lit_model.pth", weights_only=True)
-    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()  # as litgpt's converter stores them
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()  # in the form of litgpt's converter
     torch.save(weights, checkpoint / "lit_model.pth")
     model = load_model(checkpoint, "SuperGPT")
     assert model.tied and model.lm_head.weight is model.transformer.wte.weight
@@ -178,11 +178,11 @@ def test_copied_hugging_face_config_has_the_students_sizes(checkpoint):
 
 
 EDITED = {"norm_eps": "1e-5", "rope_base": "1e4", "n_embd": '"32"', "bias": '"false"', "padded_vocab_size": "64.0"}
-"""Values as people write them into a `model_config.yaml`, all of them those of `LLAMA` in other words"""
+"""Values as users write them into a `model_config.yaml`, all equivalent to those of `LLAMA`"""
 
 
 def edited(folder, **changes):
-    """Changes lines of a checkpoint's model_config.yaml."""
+    """Change lines of a checkpoint's model_config.yaml."""
     path = folder / "model_config.yaml"
     others = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in changes}
     path.write_text(yaml.safe_dump(others) + "".join(f"{name}: {text}\n" for name, text in changes.items()))
@@ -207,7 +207,7 @@ def test_numbers_within_rope_settings_are_numbers(checkpoint):
 
 
 def test_a_fraction_of_a_rope_base_stays(checkpoint):
-    """A student's shorter heads have one."""
+    """A student's shorter heads have such a base."""
     save_config(dataclasses.replace(LLAMA, rope_base=1234.5), checkpoint)
     assert check_checkpoint(checkpoint).rope_base == 1234.5
 

@@ -1,4 +1,4 @@
-"""The numbers of a sub-network stand for it: what is built from them is the same one again."""
+"""Test the numeric encoding of sub-networks: decoding returns the same sub-network."""
 
 from typing import get_args
 
@@ -23,7 +23,7 @@ EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def draw_space(data, teacher) -> Space:
-    """Any space of a teacher, over a bin anywhere in its reach."""
+    """Draw any space of a teacher, over a bin anywhere in its range."""
     name = data.draw(st.sampled_from(get_args(SpaceName)))
     args = SpaceArgs(fixed=[], layers=data.draw(st.sampled_from(["any", "first", "best"])))
     sizes = SizeSpace(teacher, name.endswith("layerwise"), False, args, range(teacher.n_layer))

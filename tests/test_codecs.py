@@ -1,4 +1,4 @@
-"""Codecs: what comes back is what went in, up to what is promised, and samples are right on average."""
+"""Test codecs: round trips are exact up to the stated error, and samples are unbiased."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_full_gives_the_same_logits_to_overwrite():
 
 
 def reference_top_k(logits, k, temperature):
-    """The k most likely tokens of each row, and the rest, in float64."""
+    """Return the k most likely tokens of each row, and the rest, in float64."""
     p = torch.softmax(logits / temperature, -1)
     probs, ids = p.topk(k)
     return ids, probs, 1 - probs.sum(-1, keepdim=True)
@@ -103,7 +103,7 @@ def reference_top_k(logits, k, temperature):
 @pytest.mark.parametrize("scale", [0.01, 3.0, 10.0])
 @pytest.mark.parametrize("k", [1, 8, 37])
 def test_top_k_is_the_distribution_up_to_its_storage(vocab_size, scale, k):
-    """Also where the tail has nearly all of the mass, and where it has next to none."""
+    """Also with nearly all of the mass in the tail, and with almost none."""
     logits = random_logits(7, vocab_size, scale=scale)
     codec = TopK(vocab_size, 0.9, k)
     stored = codec.encode(logits.clone(), NONE[:7])
@@ -111,9 +111,9 @@ def test_top_k_is_the_distribution_up_to_its_storage(vocab_size, scale, k):
     got = codec.decode(stored)
     ids, p, tail = reference_top_k(logits, k, 0.9)
     assert torch.equal(got.ids, ids)
-    # half a step each way for the token and for what all are divided by
+    # half a rounding step each way, for the token and for the normaliser
     step = 64 / (2 ** min(16, 32 - (vocab_size - 1).bit_length()) - 1)
-    is_near = p >= p[:, :1] * math.exp(-64)  # what is still less likely counts as that
+    is_near = p >= p[:, :1] * math.exp(-64)  # less likely tokens are rounded up to this
     assert ((got.log_p - p.log()).abs()[is_near] <= step + 1e-5).all()
     assert (got.log_p[~is_near] < -63.9).all()
     is_seen = tail > 1e-12
@@ -130,7 +130,7 @@ def test_tokens_without_any_probability_stay_without():
 
 
 def head_gradient(teacher, loss, student=None, temperature=0.9):
-    """The loss's gradient with respect to a student's logits, by the chunked head, in float64."""
+    """Return the loss's gradient with respect to a student's logits, by the chunked head, in float64."""
     student = random_logits(seed=1) if student is None else student
     weight = torch.eye(V, dtype=torch.float64)
     hidden = student.unsqueeze(0).clone().requires_grad_()
@@ -186,11 +186,11 @@ def test_a_token_without_probability_is_never_drawn():
 @pytest.mark.parametrize("name", ["forward_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("draws", [1, 12])
 def test_the_mean_gradient_of_samples_converges_to_the_full_one(name, draws):
-    """Bernstein's inequality for each of the 851 entries, which all hold at once with a probability of 0.9999."""
+    """Bernstein's inequality for each of the 851 entries; all hold at once with a probability of 0.9999."""
     loss, logits, n = getattr(losses, name), random_logits(scale=1.5), 400
     full = head_gradient(logits, loss)
     grads = torch.stack([head_gradient(draw(logits, draws, seed), loss) for seed in range(n)])
-    # an entry is T² / T = 0.9 times the student's probability less the share of draws that are this token
+    # an entry is T² / T = 0.9 times the student's probability minus the share of samples that are this token
     p, level = torch.softmax(logits / 0.9, -1), math.log(2 * N * V / 1e-4) / (draws * n)
     bound = 0.9 * (level / 3 + (level**2 / 9 + 2 * level * p * (1 - p)).sqrt())
     error = (grads.mean(0) - full).abs()
@@ -199,7 +199,7 @@ def test_the_mean_gradient_of_samples_converges_to_the_full_one(name, draws):
 
 
 def test_the_mean_gradient_of_top_k_does_not():
-    """What samples are for: the part of the tail's tokens is lost, whatever one averages over."""
+    """The tail's share of the gradient is lost, however many batches are averaged; samples do not have this bias."""
     logits = random_logits(scale=1.5)
     codec = TopK(V, 0.9, 12)
     biased = head_gradient(codec.decode(codec.encode(logits.clone(), NONE)), losses.forward_kl)
@@ -207,7 +207,7 @@ def test_the_mean_gradient_of_top_k_does_not():
 
 
 def test_no_function_of_the_samples_varies_more_than_with_independent_draws():
-    """Stratified draws: the variance of any mean is at most that of as many independent ones."""
+    """Stratified sampling: the variance of any mean is at most that of as many independent samples."""
     logits, draws, n = random_logits(5, scale=1.5), 12, 3000
     p = torch.softmax(logits / 0.9, -1)
     seen = torch.stack([probabilities(draw(logits, draws, seed)) for seed in range(n)])  # (n, 5, V)
@@ -215,6 +215,6 @@ def test_no_function_of_the_samples_varies_more_than_with_independent_draws():
     variances = torch.einsum("nrv,fv->nrf", seen, functions).var(0)
     means = p @ functions.T
     independent = ((p @ (functions**2).T) - means**2) / draws
-    # a variance from n samples is off by sqrt(2 / n) of itself for normal ones, and more for rare events
+    # a variance from n samples has a relative error of sqrt(2 / n) for normal variables, and more for rare events
     assert (variances <= independent * (1 + 6 * math.sqrt(2 / n)) + 5 / draws**2 / n).all()
     assert variances.sum() < 0.7 * independent.sum()

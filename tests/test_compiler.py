@@ -1,4 +1,4 @@
-"""What compiling needs and is missing is reported before anything else happens."""
+"""Test that missing requirements of compilation are reported first."""
 
 import shutil
 import sysconfig
@@ -25,7 +25,7 @@ from litgpt_whittle.training.teacher import LiveTeacher
 
 @pytest.fixture
 def no_compiler():
-    """The state of PyTorch on a machine without g++ and with CXX unset, or set to nothing that runs."""
+    """Simulate a machine without g++, with CXX unset or set to a program that does not run."""
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
@@ -82,7 +82,7 @@ LLAMA = Config.from_name(
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that were compiled, by a backend that runs them as they are."""
+    """Record the compiled graphs, with a backend that runs them unchanged."""
     torch.compiler.reset()
     found, compile = [], torch.compile
     backend = lambda graph, _: found.append(graph) or graph.forward

@@ -1,4 +1,4 @@
-"""However many processes share the batches, each step sees what one process would have seen."""
+"""Test the data stream: with any number of processes, each step gets the same batches as with one."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Counted(IterableDataset):
 
 
 def stream(n, kind, rank=0, world_size=1):
-    """Samples 0 … n - 1 in batches of two."""
+    """Return samples 0 … n - 1 in batches of two."""
     if kind == "iterable":
         loader = DataLoader(Counted(n), batch_size=2, drop_last=True)
     else:
@@ -30,7 +30,7 @@ def stream(n, kind, rank=0, world_size=1):
 
 
 def take(one, n):
-    """The next n batches; whatever is drawn in between is the same on all processes."""
+    """Return the next n batches; random numbers drawn in between are the same on all processes."""
     batches = []
     for i in range(n):
         batches.append(next(one).tolist())
@@ -39,7 +39,7 @@ def take(one, n):
 
 
 def streams(n, kind, world_size, n_steps):
-    """What each process takes, as processes of their own have random generators of their own."""
+    """Return the batches of each process, with separate random generators as in real processes."""
     parts = []
     for rank in range(world_size):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Settings of a run as YAML: read back by the command line, and the same in the next process."""
+"""Test run settings as YAML: read back by the command line, and identical in the next process."""
 
 import enum
 import json
@@ -27,12 +27,12 @@ from litgpt_whittle.data import HFText
 from litgpt_whittle.settings import describe
 
 MODULES = [name for name in litgpt.data.__all__ if name not in ("DataModule", "SFTDataset", "get_sft_collate_fn")]
-MODULES.remove("LIMA")  # cannot be made without an access token, which is not written
+MODULES.remove("LIMA")  # requires an access token, which is not written
 
 
 @pytest.fixture
 def records(tmp_path):
-    """Instructions, as litgpt's JSON module takes them."""
+    """Write instructions in the format of litgpt's JSON module."""
     rng = random.Random(0)
     texts = documents(24)
     rows = [{"instruction": rng.choice(texts), "output": text} for text in texts]
@@ -42,7 +42,7 @@ def records(tmp_path):
 
 
 def read_back(described):
-    """What jsonargparse makes of a data module's description in a YAML."""
+    """Return the data module that jsonargparse makes from its description in a YAML file."""
     parser = ArgumentParser()
     parser.add_argument("--data", type=DataModule)
     text = yaml.safe_dump({"data": described})
@@ -128,7 +128,7 @@ def teacher(tmp_path):
 def test_a_run_on_instructions_goes_on_and_is_repeated_from_its_hyperparameters(
     records, teacher, tmp_path, monkeypatch
 ):
-    """The oracle is the unbroken run."""
+    """The oracle is the uninterrupted run."""
 
     def run(out_dir, **kwargs):
         options = dict(initial_checkpoint_dir=teacher, teacher_checkpoint_dir=teacher, data=instructions(records))

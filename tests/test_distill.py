@@ -1,4 +1,4 @@
-"""`litgpt distill`: its students, its arguments, and what it refuses."""
+"""Test `litgpt distill`: its students, its arguments, and rejected input."""
 
 import inspect
 import json
@@ -27,7 +27,7 @@ from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
-    """A teacher that has learned something, made by the command itself."""
+    """Train a teacher with the command itself."""
     folder = tmp_path_factory.mktemp("teacher")
     train = train_args(max_tokens=60 * 8 * SEQ, global_batch_size=4)
     run(folder, model_config=config(n_embd=48, n_layer=3), train=train)
@@ -35,7 +35,7 @@ def teacher_dir(tmp_path_factory):
 
 
 def tokenizer(folder, *, swapped=False):
-    """Adds a word-level tokenizer to a checkpoint."""
+    """Add a word-level tokenizer to a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {f"w{i}": i for i in range(VOCAB)}
     if swapped:
@@ -70,7 +70,7 @@ def test_arguments_are_those_of_litgpt_pretrain_field_by_field():
         assert ours[name].kind == theirs[name].kind, name
     assert issubclass(our_types["train"], their_types["train"])
     untied = asdict(theirs["train"].default)
-    assert untied.pop("tie_embeddings") is False and ours["train"].default.tie_embeddings is None  # as they are
+    assert untied.pop("tie_embeddings") is False and ours["train"].default.tie_embeddings is None  # unchanged
     assert untied.items() <= asdict(ours["train"].default).items()
 
 
@@ -155,7 +155,7 @@ def test_the_first_loss_is_the_papers_formula_on_litgpts_logits(tmp_path, teache
         train=train_args(max_steps=1),
     )
     student, teacher = (load_model(folder) for folder in (student_dir, teacher_dir))
-    ids = data.samples(8, 0)  # all there is, whatever the order
+    ids = data.samples(8, 0)  # all of the data, in any order
     z, t = (model(ids[:, :-1]).flatten(0, 1).double() for model in (student, teacher))
     p, q = (torch.softmax(x / 0.9, -1) for x in (t, z))
     ce = F.cross_entropy(z, ids[:, 1:].flatten())
@@ -208,7 +208,7 @@ def test_a_layerwise_student_resumes_bit_for_bit(tmp_path, teacher_dir):
 
 
 def test_a_compiled_student_trains_like_an_uncompiled_one(tmp_path, teacher_dir, monkeypatch):
-    """With the compiler's front end, which is what our modules could break; the back end is PyTorch's."""
+    """Uses the compiler's front end, which our modules could break; the back end is PyTorch's."""
     compile, compiled = torch.compile, []
 
     def eager(module, **kwargs):
@@ -254,17 +254,17 @@ def test_a_teacher_no_larger_than_its_student_is_warned_of(teacher_dir, tmp_path
         run(tmp_path, initial_checkpoint_dir=teacher_dir, teacher_checkpoint_dir=teacher_dir, **step)
 
 
-# -- what it refuses
+# -- rejected input
 
 
 def refuse(tmp_path, match, **kwargs):
-    """One line, and nothing written or loaded."""
+    """Assert a one-line error, with nothing written or loaded."""
     out_dir = kwargs.pop("out_dir", tmp_path / "out")
     before = set(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=match) as refused:
         run(out_dir, **kwargs)
     assert "\n" not in str(refused.value)
-    # a logger makes its folder when it is chosen, which is before the data is read
+    # a logger creates its folder when it is chosen, before the data is read
     assert {path for path in tmp_path.rglob("*") if "logs" not in path.parts} - {tmp_path / "out"} == before
 
 
@@ -347,7 +347,7 @@ def test_a_teacher_with_a_shorter_block_is_refused(tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
-    """Whether the student's comes with its checkpoint or by --tokenizer_dir."""
+    """With a tokenizer in the student's checkpoint, and with --tokenizer_dir."""
     teacher = tokenizer(checkpoint(tmp_path / "teacher"), swapped=True)
     student = tokenizer(checkpoint(tmp_path / "student"))
     common = {"teacher_checkpoint_dir": teacher, "distill": DistillArgs()}
@@ -365,7 +365,7 @@ def test_damaged_teacher_weights_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def ended(teacher_dir, tmp_path_factory):
-    """A run that has ended."""
+    """Return a finished run."""
     out_dir = tmp_path_factory.mktemp("ended") / "out"
     run(out_dir, teacher_checkpoint_dir=teacher_dir, distill=DistillArgs())
     return out_dir
@@ -403,7 +403,7 @@ def test_resuming_with_another_teacher_of_the_same_shape_is_refused(tmp_path):
 
 
 def test_checkpoints_from_strangers_cannot_run_code(tmp_path):
-    """A pickle that would write a file when it is loaded."""
+    """A malicious pickle would write a file on loading."""
 
     class Malicious:
         def __reduce__(self):

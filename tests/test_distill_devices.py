@@ -1,4 +1,4 @@
-"""Training shared by two processes: the losses are those of one, and a run goes on with any number of them."""
+"""Test training by two processes: the losses equal those of one, and a run resumes with any number of processes."""
 
 import os
 import subprocess
@@ -32,13 +32,13 @@ except UserError as error:
 
 
 class Code(str):
-    """Source code among settings."""
+    """Source code as a settings value."""
 
     __repr__ = str.__str__
 
 
 def two_processes(out: Path, **settings) -> tuple[int, str]:
-    """Runs `litgpt distill` with two processes; its exit code and what it printed."""
+    """Run `litgpt distill` with two processes; return its exit code and output."""
     script = out.parent / f"{out.name}.py"
     settings = {name: Code(f"Path({str(v)!r})") if isinstance(v, Path) else v for name, v in settings.items()}
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), settings={"devices": 2} | settings))
@@ -47,7 +47,7 @@ def two_processes(out: Path, **settings) -> tuple[int, str]:
 
 
 KEYS = ("loss", "ce", "distill", "val_loss", "teacher_val_loss")
-DATA = TokenData(n_train=20)  # two and a half steps an epoch
+DATA = TokenData(n_train=20)  # two and a half steps per epoch
 ARGS = {
     "train": "train_args(micro_batch_size=2, save_interval=2)",
     "data": "TokenData(n_train=20)",
@@ -58,7 +58,7 @@ ARGS = {name: Code(value) for name, value in (ARGS | {"distill": "DistillArgs()"
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The run of one process, with a teacher; the batches of the two are half as large."""
+    """Return the run of one process with a teacher; the batches of the two processes are half as large."""
     folder = tmp_path_factory.mktemp("one")
     teacher = checkpoint(folder / "teacher", n_embd=48)
     common = {"teacher_checkpoint_dir": teacher, "data": DATA, "distill": DistillArgs()}
@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_another_number_of_processes(one, tmp_path, first, ki
     expected, found = (rows(tmp_path / name) for name in ("first", "second"))
     assert [row["step"] for row in found] == [3, 4, 5, 6]
     assert [row["epoch"] for row in found] == [row["epoch"] for row in expected[2:]]
-    # the rate is litgpt's, which changes with every micro-batch: after the next step it is no longer quite the same
+    # litgpt's learning rate changes with every micro-batch, so it differs slightly after the next step
     assert found[0]["loss"] == pytest.approx(expected[2]["loss"], abs=1e-5)
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected[2:]], rel=0.03)
 

@@ -1,4 +1,4 @@
-"""What each strategy does beyond the contract that all of them keep."""
+"""Test each strategy's behaviour beyond the common contract."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import NSGA2, TPE, Evolution, EvoPress, LocalSearch, StratifiedRandom
 from litgpt_whittle.strategies.choices import Choices
 
-# a small vocabulary, so that the count does not hang on the channels alone
+# a small vocabulary, so that channels do not dominate the parameter count
 LEAN = Config.from_name(
     "pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32, padded_vocab_size=64
 )
@@ -67,7 +67,7 @@ def test_a_generation_waits_for_all_scores_of_the_last_one(name, first, then):
 def test_what_learns_goes_on_from_a_good_candidate_that_it_did_not_propose(name):
     strategy, good = make(name), SPACE.sample(np.random.default_rng(5))
     strategy.tell(good, -100.0, measures(good))
-    run(strategy, 3 if name == "LocalSearch" else 7)  # to the end of the first generation
+    run(strategy, 3 if name == "LocalSearch" else 7)  # until the end of the first generation
     others = {"EvoPress": "parent", "LocalSearch": "at"}
     if name in others:
         assert getattr(strategy, others[name]).subnet == good
@@ -139,7 +139,7 @@ def test_stratified_random_is_even_over_the_bin(name):
     counts = [space.n_params(scored.subnet) for scored in run(make("StratifiedRandom", space), 40)]
     edges = np.linspace(space.bin.lo, space.bin.hi + 1, SMALL["n_strata"] + 1)
     assert np.histogram(counts, edges)[0].tolist() == [10] * SMALL["n_strata"]
-    # and each round goes through all strata
+    # each round visits all strata
     assert np.digitize(counts, edges).tolist() == [1, 2, 3, 4] * 10
 
 
@@ -175,7 +175,7 @@ def test_local_search_climbs_and_starts_anew_when_its_patience_is_over():
     strategy = LocalSearch(n_starts=3, n_neighbours=2, patience=4)
     strategy.start(SPACE, seed=1)
     generations = [[5.0, 4.0, 6.0], [3.0, 7.0], [3.0, 3.5], [9.0, 9.0], [8.0, 7.0, 9.0], [6.0, 6.5]]
-    where = [1, 3, 5, None, 10, 12]  # the climb after each generation, by when the candidate was asked for
+    where = [1, 3, 5, None, 10, 12]  # index of the current climb's candidate after each generation
     asked = []
     for scores, at in zip(generations, where):
         candidates = strategy.ask(100)
@@ -267,7 +267,7 @@ def test_nsga2_ranks_by_fronts(points):
 
 
 def test_nsga2_finds_a_better_front_than_random_search():
-    """By the area that a front of (score, parameters) dominates."""
+    """Measured by the area that a front of (score, parameters) dominates."""
 
     def area(told):
         points = sorted({(s.measures["n_params"] / 1e6, s.score) for s in told})
@@ -315,7 +315,7 @@ def test_tpe_changes_few_choices_of_the_best_one(monkeypatch):
 
 
 def test_tpe_learns_which_sizes_are_good():
-    """Two MLPs of which one should be wide and the other narrow: the model's draws say so."""
+    """One of two MLPs should be wide, the other narrow; the model's samples must reflect this."""
     strategy = TPE(n_initial=60, n_modelled=20)
     strategy.start(Space(LEAN, "coarse_layerwise", Bin.parse("20K-50K")), seed=1)
 

@@ -1,4 +1,4 @@
-"""What `extract` and `distill` leave behind is a checkpoint like any other for the rest of litgpt's commands."""
+"""Test that the rest of litgpt's commands accept the checkpoints of `extract` and `distill`."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def extracted(request, teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["extracted", "distilled"])
 def student(request, extracted, teacher, tmp_path_factory):
-    """A student as it was cut, and after a step of distillation."""
+    """Return a student as it was cut, and after a step of distillation."""
     if request.param == "extracted":
         return extracted
     folder = tmp_path_factory.mktemp("distilled")
@@ -107,7 +107,7 @@ def student(request, extracted, teacher, tmp_path_factory):
 
 @pytest.fixture
 def stock(monkeypatch):
-    """Lets litgpt's training scripts run inside a test: no compiler, no reading of pytest's own command line."""
+    """Let litgpt's training scripts run inside a test: no compiler, no parsing of pytest's own command line."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     for script in (full, lora, litgpt.pretrain):
         monkeypatch.setattr(script, "save_hyperparameters", lambda *_: None)
@@ -115,7 +115,7 @@ def stock(monkeypatch):
 
 @torch.no_grad()
 def greedy(folder, n):
-    """The oracle: what the student in its true shape finds likeliest, token after token."""
+    """Return the greedy continuation of the student in its true shape, as an oracle."""
     model, idx = load_model(folder), Tokenizer(folder).encode(PROMPT)[None]
     for _ in range(n):
         idx = torch.cat((idx, model(idx)[:, -1:].argmax(-1)), 1)
@@ -138,7 +138,7 @@ def test_chat_answers(student, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: next(prompts))
     litgpt.chat.base.main(student, max_new_tokens=8, top_k=1, precision="32-true")
     replies = re.findall(">> Reply: (.*)", capsys.readouterr().out)
-    # the end of a text, with which a reply ends, is not printed
+    # the end-of-text token that ends a reply is not printed
     said = greedy(student, 8).removeprefix(PROMPT)
     assert len(replies) == 2 and replies[0] and all(said.strip() == reply.strip() for reply in replies)
 
@@ -148,7 +148,7 @@ def test_serve_answers_what_the_student_says(student, monkeypatch):
     answers = []
 
     class Server:
-        """litserve's part, without its processes and its port."""
+        """Litserve's interface, without its processes and its port."""
 
         def __init__(self, api, **options):
             self.api = api
@@ -188,7 +188,7 @@ def test_finetune_full_trains_it(extracted, examples, tmp_path, stock):
 
 
 def test_finetune_lora_trains_it_and_merge_lora_merges(extracted, examples, tmp_path, stock, monkeypatch):
-    def save_hyperparameters(function, folder):  # what merge_lora reads of it
+    def save_hyperparameters(function, folder):  # the entries that merge_lora reads
         settings = {"checkpoint_dir": str(extracted), "precision": "32-true"}
         ranks = {"lora_r": 2, "lora_alpha": 16, "lora_dropout": 0.0, "lora_query": True, "lora_key": False}
         ranks |= {"lora_value": True, "lora_projection": False, "lora_mlp": False, "lora_head": False}
@@ -197,7 +197,7 @@ def test_finetune_lora_trains_it_and_merge_lora_merges(extracted, examples, tmp_
     monkeypatch.setattr(lora, "save_hyperparameters", save_hyperparameters)
     lora.setup(extracted, tmp_path / "out", data=examples, lora_r=2, lora_dropout=0.0, **finetune_args())
     final = tmp_path / "out/final"
-    (final / "lit_model.pth").unlink(missing_ok=True)  # setup merges by itself
+    (final / "lit_model.pth").unlink(missing_ok=True)  # setup merges the weights itself
     merge_lora(final)
     before, after = load_model(extracted, "SuperGPT"), load_model(final)
     assert after.config == before.config
@@ -242,7 +242,7 @@ def neox_teacher(tmp_path_factory):
 
 @pytest.fixture(params=["fine_uniform", "coarse_layerwise"])
 def neox_subnet(request, neox_teacher, tmp_path):
-    """Of Pythia as a search proposes it, with heads that leave channels to be filled up; cut out in `student`."""
+    """Return a sub-network of Pythia as in a search, with padded heads, extracted to the folder `student`."""
     space, rng = Space(NEOX, request.param, args=SpaceArgs(convertible=True)), np.random.default_rng(0)
     subnet = next(s for s in (space.sample(rng) for _ in range(100)) if not s.is_uniform and 8 < len(s.n_embd) < 32)
     subnet.save(tmp_path / "best.yaml")
@@ -262,7 +262,7 @@ def test_students_of_pythia_are_converted_and_exported(neox_teacher, neox_subnet
         with torch.no_grad():
             expected = load_model(tmp_path / "student")(idx)
             torch.testing.assert_close(model(idx).logits, expected, rtol=1e-4, atol=1e-4)
-    # it is trained in its true shape, and stays convertible
+    # it trains in its true shape, and can still be converted
     distill(
         out_dir=tmp_path / "out", precision="32-true", initial_checkpoint_dir=tmp_path / "student",
         teacher_checkpoint_dir=neox_teacher, data=TokenData(), devices=1, logger_name="csv", compile=False,
@@ -273,7 +273,7 @@ def test_students_of_pythia_are_converted_and_exported(neox_teacher, neox_subnet
     assert after.shape == before.shape and after.config == before.config == neox_subnet.config
     assert sum(p.numel() for p in after.parameters()) == n_params(NEOX, neox_subnet)
     assert export_hf(tmp_path / "out/final", tmp_path / "trained").zero_heads == 0
-    if neox_subnet.layers_are_alike:  # heads of zeros are no obstacle to a super-network
+    if neox_subnet.layers_are_alike:  # a super-network works with heads of zeros
         start = _super_network(tmp_path / "student", None, None)
         model = start.build()
         model.load_state_dict(start.weights())
@@ -282,7 +282,7 @@ def test_students_of_pythia_are_converted_and_exported(neox_teacher, neox_subnet
 
 @torch.no_grad()
 def likeliest(folder, choices):
-    """The oracle: which of these ends the student in its true shape finds likeliest."""
+    """Return the ending that the student in its true shape finds most likely, as an oracle."""
     model, tokenizer, scores = load_model(folder), Tokenizer(folder), []
     start = len(tokenizer.encode(PROMPT))
     for choice in choices:
@@ -292,7 +292,7 @@ def likeliest(folder, choices):
     return scores.index(max(scores))
 
 
-@pytest.mark.slow  # lm-eval alone takes ten seconds to be imported
+@pytest.mark.slow  # importing lm-eval alone takes ten seconds
 def test_evaluate_measures_it(student, tmp_path, monkeypatch):
     check_evaluate(student, tmp_path, monkeypatch)
 
@@ -304,7 +304,7 @@ def test_evaluate_measures_students_of_pythia(tmp_path, monkeypatch):
 
 
 def check_evaluate(student, tmp_path, monkeypatch):
-    """lm-eval picks the end that is likeliest."""
+    """Assert that lm-eval picks the most likely ending."""
     evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs the extra 'ecosystem'")
     tasks = pytest.importorskip("lm_eval.tasks")
     choices = ["fox", "jugs", "wizards"]
@@ -344,5 +344,5 @@ def test_serve_answers_over_http(extracted):
                 time.sleep(1)
         assert answer["output"]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # and the processes that it has started
+        os.killpg(server.pid, signal.SIGTERM)  # including its child processes
         server.wait()

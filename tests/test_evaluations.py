@@ -1,4 +1,4 @@
-"""What is read from a search's evaluations."""
+"""Test reading a search's evaluations."""
 
 from statistics import mean
 
@@ -33,7 +33,7 @@ def is_beaten(point: tuple, others: list[tuple]) -> bool:
 def test_the_front_is_what_nothing_beats_in_all(points):
     front = pareto_front(points)
     assert [points[i] for i in front] == sorted({point for point in points if not is_beaten(point, points)})
-    assert front == [points.index(points[i]) for i in front]  # of equals the first
+    assert front == [points.index(points[i]) for i in front]  # the first one of equals
 
 
 def test_fronts_are_those_of_each_bin_without_what_failed():

@@ -1,4 +1,4 @@
-"""`litgpt export`: transformers opens what it writes, with litgpt's logits, and what it refuses."""
+"""Test `litgpt export`: transformers opens its output with litgpt's logits; rejected input."""
 
 import dataclasses
 import json
@@ -59,9 +59,9 @@ def assert_same(folder, expected):
 
 
 def students(config):
-    """A teacher of the architecture, and two of its sub-networks: alike and unlike in their layers."""
+    """Make a teacher of the architecture and two of its sub-networks, with equal and with unequal layers."""
     is_free = FAMILIES[family_name(config)].free_heads
-    # where heads share the channels, the teacher's do, and the students' leave some to be filled up
+    # heads share the channels if the teacher's do, and the students' heads are padded
     teacher = config if is_free else dataclasses.replace(config, n_embd=64)
     sizes = layer_sizes(teacher, 0)
     experts = {"n_expert": "0,2-3"} if "n_expert" in sizes else {}
@@ -84,7 +84,7 @@ def students(config):
 
 CASES = [(name, "uniform") for name in KNOWN]
 CASES += [
-    # padding is the same for all families but those that norm or route
+    # padding is the same for all families except those that norm or route
     pytest.param(name, "layerwise", marks=() if name in ("falcon-40b", "OLMo-2-1124-7B", "Qwen3-30B-A3B") else SLOW)
     for name in KNOWN
 ]
@@ -106,7 +106,7 @@ EXPERTS = [("Mixtral-8x7B-v0.1", 20), ("Mixtral-8x7B-v0.1", None), ("Qwen3-30B-A
 @pytest.mark.parametrize(("name", "width"), EXPERTS)
 @pytest.mark.parametrize("kept", [10, [9, 10, "3-12", 8]], ids=["uniform", "layerwise"])
 def test_experts_keep_their_width_under_any_name_and_setting(name, width, kept, tmp_path, capsys):
-    """litgpt takes it from `moe_intermediate_size` or else `intermediate_size`, Mixtral from the latter only."""
+    """litgpt reads it from `moe_intermediate_size` or else `intermediate_size`, Mixtral only from the latter."""
     teacher = dataclasses.replace(KNOWN[name], moe_intermediate_size=width)
     subnet = SubNet(teacher, **{"intermediate_size" if width is None else "moe_intermediate_size": kept})
     save_checkpoint(tmp_path / "student", subnet, extract_weights(random_weights(teacher), subnet))
@@ -122,7 +122,7 @@ def test_experts_keep_their_width_under_any_name_and_setting(name, width, kept, 
 
 
 def test_a_mixtral_students_copied_config_has_the_width_of_its_experts(tmp_path):
-    """So that litgpt's converted weights open with the config.json that extract writes."""
+    """litgpt's converted weights must open with the config.json that extract writes."""
     teacher = dataclasses.replace(KNOWN["Mixtral-8x7B-v0.1"], moe_intermediate_size=20)
     (tmp_path / "teacher").mkdir()
     MixtralConfig(hidden_size=32, intermediate_size=20).save_pretrained(tmp_path / "teacher")
@@ -201,7 +201,7 @@ def test_zero_heads_fill_up_the_channels_where_they_can(n_embd, n_head, filled, 
         assert exported.zero_heads == filled and exported.difference < 1e-5
 
 
-# -- bad input
+# -- rejected input
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A strategy, a fitness and a loss of another package, installed with pip, found by name and used by the commands."""
+"""Test a strategy, a fitness and a loss from another installed package: found by name and used by the commands."""
 
 import inspect
 import os
@@ -39,7 +39,7 @@ ANNEALING, ERROR, RENYI = "SimulatedAnnealing", "next_token_error", "renyi"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The package as pip installs it, in a folder of its own."""
+    """Install the package with pip into a separate folder."""
     folder = tmp_path_factory.mktemp("installed")
     shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
@@ -164,7 +164,7 @@ def test_search_uses_the_strategy_and_the_fitness(teacher, tmp_path, monkeypatch
     best = min(evaluations, key=lambda evaluation: evaluation.scores[ERROR])
     assert SubNet.load(tmp_path / "out/best.yaml", TEACHER).to_dict() == best.subnet
 
-    # interrupted and resumed, it is the same search
+    # the interrupted and resumed search is the same
     run_search(teacher, tmp_path / "parts", strategy=strategy(temperature=0.2), fitness=ERROR, iterations=5)
     again = strategy(temperature=0.2)
     run_search(teacher, tmp_path / "parts", strategy=again, fitness=ERROR, iterations=8, resume=True)

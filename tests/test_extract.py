@@ -1,4 +1,4 @@
-"""`litgpt extract`: what it writes opens in stock litgpt, and what it refuses."""
+"""Test `litgpt extract`: its output opens in stock litgpt; rejected input."""
 
 import shutil
 
@@ -11,7 +11,9 @@ from litgpt.model import GPT
 from litgpt.utils import CLI
 from texts import write_tokenizer
 
+from litgpt_whittle import files
 from litgpt_whittle.checkpoint import load_model
+from litgpt_whittle.commands import export, prune, rank
 from litgpt_whittle.commands import extract as command
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.errors import UserError
@@ -35,7 +37,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=CHOICES)
 def student(request, checkpoint, tmp_path_factory):
-    """A student's folder and the sub-network that it is."""
+    """Return a student's folder and its sub-network."""
     folder = tmp_path_factory.mktemp(request.param)
     subnet = SubNet(TEACHER, **CHOICES[request.param])
     subnet.save(folder / "best.yaml", perplexity=12.5)
@@ -67,7 +69,7 @@ def test_it_says_where_the_student_comes_from(student, checkpoint):
     origin = yaml.safe_load((folder / "sub_network.yaml").read_text())["provenance"]
     assert origin["teacher"] == TEACHER.name and origin["checkpoint_dir"] == str(checkpoint)
     assert origin["n_params"] == n_params(TEACHER, subnet) == sum(p.numel() for p in load_model(folder).parameters())
-    assert origin["perplexity"] == 12.5  # the search's own lines are kept
+    assert origin["perplexity"] == 12.5  # the entries of the search are kept
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_text() == (checkpoint / name).read_text()
 
@@ -95,7 +97,7 @@ def test_it_says_what_transformers_cannot_open(checkpoint, tmp_path, capsys):
         assert len(note) == int(not is_open) and all("n_embd = 20, n_head = 4 and head_size = 8" in n for n in note)
 
 
-# -- bad input
+# -- rejected input
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, t
     assert rows == [[f"{counts['best-1M']:,}", "12.50"], [f"{counts['best-2M']:,}", "8.25"]]
     for name in ("best-1M", "best-2M"):
         assert sum(weight.numel() for weight in load_model(tmp_path / "out" / name).parameters()) == counts[name]
-    # the same command goes on; with other settings, or of another search, it is refused before anything is cut
+    # the same command resumes; other settings or another search are rejected before anything is cut
     shutil.rmtree(tmp_path / "out" / "best-2M")
     setup(checkpoint, tmp_path / "search", tmp_path / "out")
     assert f"{tmp_path / 'out' / 'best-1M'} is finished already" in capsys.readouterr().out
@@ -188,3 +190,17 @@ def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, t
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="has no best.*yaml of a search"):
         setup(checkpoint, tmp_path / "nothing", tmp_path / "more")
+
+
+@pytest.mark.parametrize("writer", [command, rank, prune, export])
+def test_one_process_at_a_time_writes_a_folder(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    folder = tmp_path / "new/a"
+    inputs = [tmp_path / "teacher", tmp_path / "student.yaml"][: 2 if writer is command else 1]
+    with files.lock_dir(folder.with_name(".a.lock")):
+        with pytest.raises(UserError, match="another process is at work in out_dir .*new/a'; wait for it"):
+            writer.setup(*inputs, out_dir=folder)
+    # the lock is gone, so the command fails at its missing teacher, and leaves nothing
+    with pytest.raises(UserError, match="teacher"):
+        writer.setup(*inputs, out_dir=folder)
+    assert not folder.parent.exists()

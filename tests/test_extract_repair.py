@@ -1,4 +1,4 @@
-"""`litgpt extract --repair`: a repaired student as a checkpoint, by one process or several, unbroken or not."""
+"""Test `litgpt extract --repair`: a repaired student as a checkpoint, by one process or several, interrupted or not."""
 
 import math
 import os
@@ -40,13 +40,13 @@ TEACHER = Config.from_name(
 )
 HALF = SubNet(TEACHER, n_embd=16, n_layer="0,2-3", n_query_groups=1, intermediate_size=24)
 LATE = SubNet(TEACHER, n_embd=16, n_layer="1-3", n_query_groups=[1, 2, 1], intermediate_size=[24, 40, 8])
-"""Without the first layer, and of layers that differ"""
+"""Drops the first layer; the layers differ in size"""
 TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=32)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A teacher, its data, and a sub-network of half its sizes."""
+    """Make a teacher, its data, and a sub-network of half its sizes."""
     folder = tmp_path_factory.mktemp("repair")
     write_random_model(write_tokenizer(folder / "teacher"), TEACHER, norm_mean=1.0)
     write_jsonl(folder / "train.jsonl", documents(400))
@@ -95,7 +95,7 @@ def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(
             model.load_state_dict(weights(path))
             logits.append(torch.log_softmax(model(idx), -1))
             same = load_model(path)(idx)
-            # padded maps are multiplied in another order
+            # padded projections are multiplied in a different order
             torch.testing.assert_close(same, model(idx), rtol=1e-4, atol=1e-5)
             assert name == "late" or torch.equal(same, model(idx))
     teacher, repaired, cut = logits
@@ -106,9 +106,9 @@ def test_stock_litgpt_opens_a_student_that_is_nearer_to_its_teacher(
 def test_it_says_how_it_was_repaired(folder, student, capsys, tmp_path):
     saved = yaml.safe_load((student / "sub_network.yaml").read_text())
     origin = saved.pop("provenance")
-    assert origin["perplexity"] == 12.5  # what the search had noted
+    assert origin["perplexity"] == 12.5  # the entries of the search
     assert origin["repair"]["basis"] == "pca" and origin["repair"]["tokens"] == 4000
-    # other heads and neurons than the cut's, as many of them
+    # heads and neurons differ from the cut's, but not in number
     chosen = SubNet.from_dict(TEACHER, saved)
     assert [chosen.layer(i).sizes for i in range(3)] == [HALF.layer(i).sizes for i in range(3)]
     basis = torch.load(student / "basis.pth", weights_only=True)["basis"]
@@ -144,7 +144,7 @@ def test_the_printed_divergence_is_that_of_validation_text(changes, folder, tmp_
 def test_a_student_that_is_far_better_on_its_calibration_text_asks_for_other_text(
     folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("litgpt_whittle.commands.extract.NARROW", 1.05)  # predictions of this teacher are nearly even
+    monkeypatch.setattr("litgpt_whittle.commands.extract.NARROW", 1.05)  # this teacher's predictions are nearly uniform
     narrow = HFText(
         path=str(write_jsonl(tmp_path / "narrow.jsonl", documents(2) * 200)), val_path=str(folder / "validation.jsonl")
     )
@@ -171,7 +171,7 @@ def cli(folder, out_dir, *flags, sub_network="half.yaml") -> list[str]:
 def test_two_processes_find_what_one_finds(folder, late, tmp_path):
     done = forked.run(*cli(folder, tmp_path / "two", "--devices=2", sub_network="late.yaml"), n=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Saved") == 1  # by one of them
+    assert done.stdout.count("Saved") == 1  # written by one process
     one, two = weights(late), weights(tmp_path / "two")
     assert SubNet.load(late / "sub_network.yaml", TEACHER) == SubNet.load(tmp_path / "two/sub_network.yaml", TEACHER)
     for name, tensor in one.items():
@@ -280,7 +280,7 @@ def test_distill_repairs_and_refines_what_it_cuts(folder, tmp_path):
     start = weights(out / "start")
     assert all(torch.equal(start[name], weight) for name, weight in weights(expected).items())
     assert torch.equal(*(torch.load(path / "basis.pth")["basis"] for path in (expected, out / "final")))
-    # a run that goes on does not begin again
+    # a resumed run does not start again
     shutil.rmtree(out / "start")
     again = distilled(folder, tmp_path / "again", resume=out / "step-00000001")
     assert not (again / "start").exists()
@@ -318,7 +318,7 @@ def test_students_calibrated_on_other_text_are_not_taken_for_finished(folder, tm
 
 
 def test_a_repair_without_a_cut_or_on_several_devices_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="repair mends the cut of a sub-network; set --sub_network"):
+    with pytest.raises(UserError, match="repair needs a sub-network to repair; set --sub_network"):
         distilled(folder, tmp_path / "out", sub_network=None, initial_checkpoint_dir=folder / "teacher")
     with pytest.raises(UserError, match="needs one device here, got 2; run 'litgpt extract --repair true --devices 2'"):
         train = TrainArgs(global_batch_size=8, micro_batch_size=4, max_steps=1)

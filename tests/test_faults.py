@@ -1,4 +1,4 @@
-"""Training that goes wrong: it says so in one line, keeps what it has, and goes on to the same result."""
+"""Test failures during training: a one-line error, saved progress, and the same result after resuming."""
 
 import random
 import resource
@@ -22,7 +22,7 @@ from litgpt_whittle.training.run import Schedule
 
 @pytest.fixture
 def broken_at(monkeypatch):
-    """Makes the training losses of some micro-batches NaN, counted from 0."""
+    """Make the training losses of some micro-batches NaN, counted from 0."""
     forward = LossModel.forward
 
     def break_at(*numbers):
@@ -41,7 +41,7 @@ def broken_at(monkeypatch):
 
 @pytest.mark.parametrize("max_norm", [0.5, None])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, broken_at, max_norm):
-    broken_at(6)  # of two a step, of three steps an epoch
+    broken_at(6)  # two micro-batches per step, three steps per epoch
     with pytest.raises(UserError) as stopped:
         run(tmp_path, train=train_args(save_interval=2, max_norm=max_norm))
     last = str(tmp_path / "step-00000002")
@@ -124,7 +124,7 @@ run(Path({out!r}), data=TokenData(n_train=20), train=train_args(save_interval=2,
 
 
 class Training:
-    """A run in processes of its own."""
+    """A run in separate processes."""
 
     def __init__(self, out: Path, n_steps: int, devices: int = 1) -> None:
         self.out = out
@@ -141,7 +141,7 @@ class Training:
             time.sleep(0.002)
 
     def end(self, sent: int | None = None) -> tuple[int, str]:
-        """Sends a signal to all of its processes; exit code and what was printed."""
+        """Send a signal to all of its processes; return the exit code and the output."""
         if sent is not None:
             self.process.send(sent)
         code, printed, errors = self.process.finish()
@@ -174,7 +174,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(tmp_path, dev
     n_rows = len(figures(tmp_path / "whole"))
     for i in range(20):
         training = Training(tmp_path / "killed", n_steps, devices)
-        # every save is soon followed by a row, so that some of these moments are those of writing
+        # every save is soon followed by a log row, so some of these moments fall within a write
         training.wait_for(n_rows * i // 20 + moments.randrange(1, 5))
         time.sleep(moments.random() * 0.02)
         training.end(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Features of sub-networks are what one finds by looking at every unit of every layer."""
+"""Test features of sub-networks against counting every unit of every layer."""
 
 from statistics import mean, pstdev
 
@@ -25,7 +25,7 @@ def params(teacher: Config, subnet: SubNet, part: str) -> int:
 
 
 def shares(subnet: SubNet) -> dict[str, list[float]]:
-    """Of each kept layer, the shares of what its teacher layer has."""
+    """Return each kept layer's shares of its teacher layer."""
     full, found = SubNet.full(subnet.teacher), {"heads": [], "neurons": [], "groups": [], "experts": []}
     for i, layer in enumerate(subnet.layers):
         kept, of = subnet.layer(i), full.layer(layer)
@@ -38,7 +38,7 @@ def shares(subnet: SubNet) -> dict[str, list[float]]:
 
 
 def masses(subnet: SubNet, ranking: Ranking) -> dict[str, float]:
-    """The shares of scores that are kept, unit by unit."""
+    """Return the kept shares of the scores, unit by unit."""
     own: dict[str, dict[int, float]] = {}
     teacher, scores = subnet.teacher, ranking.scores.units["activation"]
     for layer, units in enumerate(scores.layers):
@@ -111,7 +111,7 @@ def test_features_are_those_found_by_brute_force(teacher, data):
         assert {name: of[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
         left = {name: value for name, value in of.items() if name not in expected}
         assert left == pytest.approx({name: kept[name] for name in left})
-        # where each head is a group there is nothing to rank within groups
+        # if each head is a group, there is nothing to rank within groups
         assert set(kept) - set(left) <= {"activation_heads_per_group", "activation_n_query_groups"}
 
 

@@ -1,4 +1,4 @@
-"""Perplexity against the plain formula on the extracted model."""
+"""Test perplexity against the plain formula on the extracted model."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def loader(sizes=(4, 4, 2), length=17) -> list[torch.Tensor]:
 
 
 def plain_nll(model: SuperGPT, subnet: SubNet, batches) -> float:
-    """Mean over all tokens, in float64, of the extracted model."""
+    """Return the mean over all tokens of the extracted model, in float64."""
     student = student_model(subnet)
     student.load_state_dict(extract_weights(model, subnet))
     student = student.double().eval()
@@ -133,7 +133,7 @@ def test_bf16_is_used_where_asked_for():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Record the largest tensor that any operation creates."""
 
     numel = 0
 
@@ -195,7 +195,7 @@ def test_copies_beyond_a_limit_are_made_for_every_batch(monkeypatch):
 @pytest.mark.parametrize("name", ["Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "phi-2"])
 @pytest.mark.parametrize("kind", [Perplexity, KLDivergence, RepairedPerplexity])
 def test_intact_leading_layers_are_run_once_for_all_candidates(name, kind, monkeypatch):
-    """A candidate that starts at the teacher's stream scores as one that starts at the tokens."""
+    """A candidate that starts at the teacher's activations scores as one that starts at the tokens."""
     config = ARCHITECTURES[name]
     model = super_network(config)
     more = {"calibration": torch.cat(loader((16,), 24))} if kind is RepairedPerplexity else {}
@@ -213,4 +213,4 @@ def test_intact_leading_layers_are_run_once_for_all_candidates(name, kind, monke
     first.register_forward_pre_hook(lambda *_: n_runs.append(1))
     for subnet, sums in zip(subnets, from_tokens):
         torch.testing.assert_close(scorer.losses(subnet).sums, sums, rtol=1e-9, atol=0)
-    assert len(n_runs) == 2 * 3  # the streams of three batches, once and again for the last candidate
+    assert len(n_runs) == 2 * 3  # the activations of three batches, computed once, and again for the last candidate

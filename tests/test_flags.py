@@ -1,4 +1,4 @@
-"""A flag that the parser cannot take ends in one line, and an optimizer's settings can be set by flags."""
+"""Test command-line flags: unknown flags fail with a one-line error, and flags set an optimizer's settings."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ from litgpt_whittle.training.checks import read_optimizer
 CASES = [
     ("search", "checkpoint_dir is missing; see 'litgpt search --help'"),
     ("search T --itertions 3", "search has no flag --itertions; did you mean --iterations?"),
-    ("search T --zzz=3", "search has no flag --zzz; 'litgpt search --help' lists what there is"),
-    ("distill T", "distill has no argument T; 'litgpt distill --help' lists what there is"),
+    ("search T --zzz=3", "search has no flag --zzz; 'litgpt search --help' lists all options"),
+    ("distill T", "distill has no argument T; 'litgpt distill --help' lists all options"),
     ("search T --eval.max_iters x", "eval.max_iters must be a whole number, got x"),
     ("distill --train.max_tokens abc", "train.max_tokens must be a whole number, got abc"),
     ("distill --distill.alpha x", "distill.alpha must be a number or a section of settings, got x"),
@@ -50,7 +50,7 @@ OPTIMIZER_FLAGS = [
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> Callable[..., tuple[str, str]]:
-    """Return standard output and error of a command line, all of which one process parses as `litgpt` would each."""
+    """Return standard output and error of a command line, all parsed in one process as `litgpt` would parse each."""
     folder = tmp_path_factory.mktemp("flags")
     settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.1}}
     (folder / "given.yaml").write_text(yaml.safe_dump({"optimizer": settings}))
@@ -58,7 +58,7 @@ def printed(tmp_path_factory) -> Callable[..., tuple[str, str]]:
     lines += [["distill", "--config=given.yaml", flag, "--print_config"] for flag, _ in OPTIMIZER_FLAGS]
     (folder / "run.py").write_text(
         "import contextlib, io, json, sys\n"
-        "sys.argv = ['litgpt', 'search', 'distill', 'extract']\n"  # which commands are imported
+        "sys.argv = ['litgpt', 'search', 'distill', 'extract']\n"  # imports only the requested commands
         "from litgpt.__main__ import main\n"
         "printed = []\n"
         "for line in json.loads(sys.stdin.read()):\n"
@@ -93,7 +93,7 @@ def test_a_mistake_with_a_message_of_its_own_keeps_it():
 
 
 def test_a_class_tells_what_it_has_against_its_settings():
-    """litgpt's data modules, for instance, in the words that they have for it."""
+    """For instance litgpt's data modules, with their own messages."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=DataModule | None)
     config = parser.parse_args(["--data=JSON", "--data.json_path=no/such/file"])
@@ -140,7 +140,7 @@ IN_ARGS = "Problem with given class_path 'pkg.Args':\n        {}"
     ],
 )
 def test_a_wording_that_is_not_known_passes_through_in_full(line):
-    """Whatever jsonargparse reports in later versions: no line is dropped, and no other reason is made up."""
+    """Messages of later jsonargparse versions are not shortened or replaced."""
     got = in_one_line(UNION.format(A_BOOL, line, "3"), "search", [])
     assert " ".join(line.split()) in got and got.startswith("x: Does not validate") and "must be" not in got
     assert in_one_line(f'Parser key "x":\n  {line}', "search", []) == f"x: {' '.join(line.split())}"
@@ -191,5 +191,5 @@ def test_settings_beside_init_args_go_into_them(key, value):
 def test_flags_change_the_optimizer_of_a_yaml(printed, flag, expected):
     settings, error = printed("distill", "--config=given.yaml", flag, "--print_config")
     assert not error
-    settings = settings[settings.index("model_name:") :]  # litserve may print above it
+    settings = settings[settings.index("model_name:") :]  # litserve may print before it
     assert read_optimizer(yaml.safe_load(settings)["optimizer"])["init_args"] == expected

@@ -1,4 +1,4 @@
-"""A search with several objectives leaves its front: a sub-network in each file, a table, a picture."""
+"""Test searches with several objectives: a front of sub-network files, a table, a picture."""
 
 import pytest
 import yaml
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
 
 
 def objectives(subnet: SubNet, perplexity: float) -> tuple[float, ...]:
-    """Of a search with sequences of 12 tokens."""
+    """Return the objectives of a search with sequences of 12 tokens."""
     return perplexity, *(MEASURES[name](TEACHER, subnet, MeasureArgs(12)) for name in OBJECTIVES[1:])
 
 
@@ -41,7 +41,7 @@ def test_each_member_of_the_front_is_a_file(checkpoint, tmp_path, capsys):
         points = {i: objectives(subnets[i], e.scores["perplexity"]) for i, e in own.items()}
         front = {i for i, point in points.items() if not is_beaten(point, list(points.values()))}
         assert len(front) > 1
-        # what was on the front of 9 evaluations and no longer is, is gone
+        # members of the front after 9 evaluations that were later dominated are removed
         files = {path.name: path for path in (out / f"front-{bin}").iterdir()}
         assert set(files) == {f"{i:04d}.yaml" for i in front}
         for i in front:

@@ -1,4 +1,4 @@
-"""On a real GPU: results equal the CPU's, NCCL, bf16, the compiler, and the planned memory against the peak."""
+"""Test on a real GPU: results against the CPU's, NCCL, bf16, the compiler, and the planned memory against the peak."""
 
 import dataclasses
 import sys
@@ -17,7 +17,7 @@ from bench import STUDENT, TEACHER, Bench
 from goals import TOLERANCES
 
 from litgpt_whittle import SubNet, latency
-from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, accumulates_products, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.least_squares import exact_products
 from litgpt_whittle.scratch import ActivationFile
@@ -32,7 +32,7 @@ FAMILIES = ("pythia-14m", "Llama-3.2-1B", "Gemma-3-1b-it")
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def cases(request, tmp_path_factory):
-    """A family's models on the GPU and on the CPU."""
+    """Return a family's models on the GPU and on the CPU."""
     return values.cases(request.param, tmp_path_factory.mktemp("cases"), DEVICE)
 
 
@@ -96,6 +96,22 @@ def test_compiled_scores_of_the_head_are_the_uncompiled_ones(softcap):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_the_gradient_of_the_head_is_summed_in_float32_over_chunks():
+    """A product that were rounded to bf16 before its sum would differ by 2^-9 of its size."""
+    if not accumulates_products("cuda", torch.bfloat16):
+        pytest.skip("this torch or card has no such kernel")
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(1, 4096, 256, device="cuda", generator=generator)
+    targets = torch.randint(512, (1, 4096), device="cuda", generator=generator)
+    grads = []
+    for chunk_size in (32, 4096):
+        weight = torch.ones(512, 256, device="cuda").normal_(generator=generator.manual_seed(1)).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            head_loss(HeadInput(hidden, weight, None), targets, Objective(), chunk_size=chunk_size).loss.backward()
+        grads.append(weight.grad)
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[1].norm()
+
+
 def test_losses_in_bf16_are_near_those_in_fp32_on_the_cpu(cases):
     on_gpu, on_cpu = cases
     in_bf16 = values.distillation_losses(on_gpu, torch.bfloat16)
@@ -118,7 +134,7 @@ def test_fsdp_over_nccl_has_the_losses_of_one_device(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Middle(Bench):
-    """A student large enough that the libraries' own buffers do not count, for a GPU of 8 GB."""
+    """A student large enough for the libraries' own buffers to be negligible, for a GPU of 8 GB."""
 
     length, rows = 512, 8
 

@@ -1,4 +1,4 @@
-"""The chunked head against the plain formula, in float64, and against litgpt's own logits."""
+"""Test the chunked head against the plain formula in float64, and against litgpt's own logits."""
 
 import math
 
@@ -29,7 +29,7 @@ def capped(logits, cap):
 
 
 def plain(student, teacher, targets, objective, cap):
-    """The formula as the paper writes it, with all logits at once."""
+    """Compute the paper's formula with all logits at once."""
     z, t = (capped(F.linear(*x), cap).flatten(0, 1) for x in (student, teacher))
     counts = targets.flatten() != -100
     z, t, y = z[counts], t[counts], targets.flatten()[counts]
@@ -40,7 +40,7 @@ def plain(student, teacher, targets, objective, cap):
 
 
 def another_forward_kl(student, teacher):
-    """Not the object that the head knows the closed form of, so it goes through autograd."""
+    """Compute forward KL in a different function object, so that the head uses autograd instead of its closed form."""
     return forward_kl(student, teacher)
 
 
@@ -81,7 +81,7 @@ def test_a_chunk_may_be_scored_in_parts(monkeypatch, n_rows, cap):
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("ignored", [[], [0, 1, 2, 3, 9], range(N)])
 def test_compiled_scores_are_those_of_the_plain_formula(monkeypatch, cap, ignored):
-    """One graph for all chunks and all values of a schedule; the backend that only traces keeps the test short."""
+    """One graph for all chunks and all values of a schedule; a backend that only traces keeps the test short."""
     graphs = []
 
     def backend(graph, _):
@@ -243,7 +243,7 @@ def test_hidden_states_of_a_litgpt_model_give_its_loss_and_gradients(cap, tied):
 
 
 def test_full_logits_never_exist():
-    """Counts the largest float tensor that any operation makes."""
+    """Records the largest float tensor that any operation creates."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -267,7 +267,7 @@ def test_full_logits_never_exist():
 
 
 class Known:
-    """Soft targets of which some tokens are known, as a cached teacher gives them."""
+    """Soft targets with some known tokens, as from a cached teacher."""
 
     def __init__(self, targets: SparseTargets) -> None:
         self.targets = targets
@@ -277,7 +277,7 @@ class Known:
 
 
 def known_of(teacher, k, temperature, with_tail=True):
-    """The teacher's k most likely tokens, with the rest, or made to sum up to 1."""
+    """Return the teacher's k most likely tokens, with the rest, or normalised to sum to 1."""
     probs, ids = torch.softmax(F.linear(*teacher).flatten(0, 1) / temperature, -1).topk(k)
     if not with_tail:
         return SparseTargets(ids, (probs / probs.sum(-1, keepdim=True)).log(), None)

@@ -1,4 +1,4 @@
-"""Text becomes blocks of tokens: all of it, once, in an order that can be gone on with."""
+"""Test text as blocks of tokens: all of it, once, in a resumable order."""
 
 import json
 import pickle
@@ -45,7 +45,7 @@ def opened(tokenizer, path, **options):
 
 
 def stream_of(tokenizer, texts):
-    """The reference: every document's tokens, EOS after each."""
+    """Return the reference: every document's tokens, EOS after each."""
     return [i for text in texts for i in [*tokenizer.processor.encode(text).ids, tokenizer.eos_id]]
 
 
@@ -65,7 +65,7 @@ def test_blocks_are_the_documents_one_after_the_other(tokenizer, corpus, tmp_pat
 
 @pytest.fixture(scope="module")
 def tokenizer_with_bos(tmp_path_factory):
-    """Begins every text with BOS, as those of Gemma and Llama do."""
+    """Make a tokenizer that begins every text with BOS, as those of Gemma and Llama do."""
     folder = write_tokenizer(tmp_path_factory.mktemp("bos"))
     processor = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     processor.add_special_tokens(["<bos>"])
@@ -86,7 +86,7 @@ def test_blocks_begin_with_bos_where_the_tokenizer_begins_texts_with_it(tokenize
     targets = [i for window in dataset for i in window[1:].tolist()]
     assert targets == expected[: len(dataset) * LENGTH]  # every token is predicted once
     assert text_of(opened(tokenizer_with_bos, corpus, bos=False, **held_out).train_dataset)[: len(targets)] == targets
-    # named by tokenizer_config.json only, as in models whose prompts begin with it, but not their text
+    # named only by tokenizer_config.json, as in models whose prompts begin with it but whose text does not
     named = Tokenizer(write_tokenizer(corpus.parent / "named"))
     named.bos_id = named.eos_id
     assert text_of(opened(named, corpus, **held_out).train_dataset)[: len(targets)] == targets
@@ -268,7 +268,7 @@ def test_data_that_cannot_be_used_is_named(tokenizer, corpus, tmp_path, monkeypa
 
 
 def test_its_mistakes_are_told_in_one_line_wherever_they_are_found(monkeypatch, capsys):
-    """An optional argument's class is one of several types to jsonargparse, which wraps what it raises."""
+    """For an optional argument, jsonargparse tries several types and wraps the errors that they raise."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=HFText | None)
     monkeypatch.setattr(sys, "excepthook", lambda *_: pytest.fail("a traceback"))
@@ -289,7 +289,7 @@ def test_a_search_does_not_wait_for_training_text_to_be_tokenised(tmp_path):
     connect(data, write_tokenizer(tmp_path / "teacher"), 2, 16, validation_only=True)
     assert [folder.name.partition("-")[0] for folder in (tmp_path / "cache").iterdir()] == ["validation"]
     assert len(data.val_dataloader()) > 0
-    connect(data, tmp_path / "teacher", 2, 16)  # whoever comes next may read all
+    connect(data, tmp_path / "teacher", 2, 16)  # readable by everyone
     assert len(data.train_dataloader()) > 0
 
 

@@ -1,4 +1,4 @@
-"""Matched streams against hooks on stock models and the plain formula."""
+"""Test hidden-state matching against hooks on stock models and the plain formula."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def models(subnet=SUBNET):
 
 
 def streams(model, kind):
-    """What a stock model has behind each layer, or behind its attention."""
+    """Return a stock model's residual stream after each layer, or after its attention."""
     seen = []
     modules = model.transformer.h if kind == "block" else [block.attn for block in model.transformer.h]
     handles = [module.register_forward_hook(lambda *args: seen.append(args[2])) for module in modules]
@@ -45,7 +45,7 @@ IDS = torch.arange(2 * SEQ).reshape(2, SEQ) % VOCAB
 
 
 def matched(student, teacher, args, **origin):
-    """The part of the loss that is for the stream, from the model with losses."""
+    """Return the loss's hidden-state term from the model with losses."""
     hidden = HiddenLoss(student, teacher.config, args, **origin).double()
     root = LossModel(student, hidden)
     root.objective = Objective(0.2, 0.8, 0.9)
@@ -158,7 +158,7 @@ def test_an_extracted_student_in_another_basis_keeps_it_over_a_resumption(tmp_pa
     SubNet(config(n_layer=3, n_embd=48), n_layer="0,2", n_embd=32).save(tmp_path / "sub_network.yaml")
     extract_student(teacher, tmp_path / "sub_network.yaml", tmp_path / "student")
     basis = torch.linalg.qr(torch.randn(48, 32)).Q.T.contiguous()
-    torch.save({"basis": basis}, tmp_path / "student/basis.pth")  # as a repair leaves it
+    torch.save({"basis": basis}, tmp_path / "student/basis.pth")  # in the form after a repair
     kwargs = {
         "teacher_checkpoint_dir": teacher,
         "distill": DistillArgs(hidden=HiddenArgs(weight=1.0)),

@@ -1,4 +1,4 @@
-"""The command lines that commands propose are read by a shell as they are meant."""
+"""Test that a shell parses proposed command lines as intended."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 def proposed(printed: str) -> list[str]:
-    """The arguments of the proposed command, as a POSIX shell splits them."""
+    """Return the proposed command's arguments, as a POSIX shell splits them."""
     (line,) = [line for line in printed.splitlines() if "Try: " in line]
     return shlex.split(line.partition("Try: ")[2])
 

@@ -1,4 +1,4 @@
-"""What to keep, against trying every choice."""
+"""Test the choice of units against trying every choice."""
 
 import itertools
 
@@ -11,12 +11,12 @@ from litgpt_whittle.repair.importance import elimination_order
 
 
 def best(covariance: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, n: int) -> list[int]:
-    """The n units that are removed last."""
+    """Return the n units that are removed last."""
     return sorted(set(range(len(units))) - set(elimination_order(covariance, weight, units, n)))
 
 
 def loss(covariance, weight, kept, damping=0.0):
-    """E‖W z − Ŵ z_kept‖² with the best Ŵ, straight from the regression."""
+    """Return E‖W z − Ŵ z_kept‖² with the best Ŵ, directly from the regression."""
     gone = [i for i in range(len(covariance)) if i not in kept]
     damped = covariance + damping * torch.diag(covariance.diagonal())
     share = torch.linalg.solve(damped[kept][:, kept], damped[kept][:, gone])

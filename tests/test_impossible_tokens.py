@@ -1,4 +1,4 @@
-"""Tokens that a model gives no probability, by logits of -inf: they contribute nothing, against formulas in float64."""
+"""Test tokens with logits of -inf: they contribute nothing, against formulas in float64."""
 
 import math
 
@@ -26,7 +26,7 @@ N, V, E = 13, 24, 6
 IMPOSSIBLE = [0, 3, *range(8, 16), 23]
 POSSIBLE = [i for i in range(V) if i not in IMPOSSIBLE]
 SHARE = torch.ones(N, dtype=torch.float64) / (N - 2)
-SHARE[[2, 5]] = 0.0  # whose targets are masked
+SHARE[[2, 5]] = 0.0  # their targets are masked
 T = 0.9
 
 
@@ -43,7 +43,7 @@ def tensors(student_too):
 
 
 def kl(p, q):
-    """Over the columns that have any probability in p."""
+    """Return KL over the columns with nonzero probability in p."""
     seen = p.detach().amax(0) > 0
     return (p[:, seen] * (p[:, seen] / q[:, seen]).log()).sum(-1)
 
@@ -65,7 +65,7 @@ ON_LOGITS = {"mse": of_logits(torch.square), "l1": of_logits(torch.abs)}
 
 
 def formula(name, student, teacher, targets, student_too):
-    """The mean distance and cross-entropy over the tokens that count; the student's vocabulary is the possible one."""
+    """Return the mean distance and cross-entropy over unmasked tokens; the student's vocabulary is the possible one."""
     columns = POSSIBLE if student_too else list(range(V))
     z = F.linear(student.hidden[0], student.weight[columns], student.bias[columns])
     t = F.linear(*teacher)[0]
@@ -83,7 +83,7 @@ def test_every_loss_is_tested():
 
 
 CASES = [(name, student_too) for name in FORMULAS | ON_LOGITS for student_too in (True, False)]
-# infinite by definition: the student finds possible what the teacher does not
+# infinite by definition: the student gives probability to a token that the teacher excludes
 CASES = [(name, too) for name, too in CASES if too or name not in ("reverse_kl", "symmetric_kl")]
 
 
@@ -119,7 +119,7 @@ def test_a_cached_teacher_gives_finite_losses_near_those_of_the_live_one(codec, 
     got = head_loss(student, targets, objective, soft, None, 5)
     assert all(torch.isfinite(x).all() for x in (*got[:3], *torch.autograd.grad(got.loss, student)))
     if codec.gives == "samples" or getattr(codec, "k", V) < len(POSSIBLE):
-        return  # which knows less
+        return  # with fewer known tokens
     expected = head_loss(student, targets, objective, TeacherLogits(teacher), None, 5)
     assert got.distill.item() == pytest.approx(expected.distill.item(), abs=2e-3)
 
@@ -155,18 +155,18 @@ def test_logits_that_are_no_numbers_are_not_cached():
 
 # -- whole models
 
-PHI = ARCHITECTURES["phi-2"]  # whose head has a bias
+PHI = ARCHITECTURES["phi-2"]  # its head has a bias
 
 
 def impossible(net):
-    """The model with a head bias of -inf in places."""
+    """Return a model with a head bias of -inf for some tokens."""
     with torch.no_grad():
         net.lm_head.bias[IMPOSSIBLE] = -torch.inf
     return net
 
 
 def distance_of(student, teacher, ids):
-    """KL(teacher ‖ student) over the possible tokens, by PyTorch in float64."""
+    """Return KL(teacher ‖ student) over the possible tokens, by PyTorch in float64."""
     columns = [i for i in range(teacher.config.padded_vocab_size) if i not in IMPOSSIBLE]
     q, p = (net(ids).double().flatten(0, 1)[:, columns].log_softmax(-1) for net in (student, teacher))
     return F.kl_div(q, p, log_target=True, reduction="batchmean").item()

@@ -1,4 +1,4 @@
-"""The integer program finds what brute force finds, learns from true scores, and stays in the bin."""
+"""Test the integer program: brute-force optimum, corrections from true scores, and bins."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ EACH = pytest.mark.parametrize("name", SPACES)
 
 @cache
 def everything(name: str) -> tuple[list[SubNet], np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of a space by brute force: sub-networks, their alternatives, parameters and FLOPs."""
+    """Return all combinations of a space by brute force: sub-networks, their alternatives, parameters and FLOPs."""
     space = SPACES[name]
     teacher, alternatives = space.teacher, Alternatives(space, SHARES).all
     found: dict[SubNet, list[Alternative]] = {}
@@ -88,13 +88,13 @@ def everything(name: str) -> tuple[list[SubNet], np.ndarray, np.ndarray, np.ndar
 
 
 def within(name: str, lo: float, hi: float) -> Space:
-    """A space with another bin."""
+    """Return a space with another bin."""
     space = SPACES[name]
     return Space(space.teacher, space.name, Bin(int(lo), int(hi)), args=space.sizes.args)
 
 
 def some_bin(name: str, start: float, width: float) -> tuple[float, float]:
-    """A bin that has combinations, from one of their sizes upwards."""
+    """Return a bin that has combinations, from one of their sizes upwards."""
     counts = np.sort(everything(name)[2])
     lo = counts[int(start * (len(counts) - 1))]
     return lo, lo + width * (counts[-1] - counts[0])
@@ -132,7 +132,7 @@ def test_the_program_finds_what_brute_force_finds(name, seed, start, width, is_l
 
 @cache
 def everything_between() -> tuple[list[SubNet], np.ndarray]:
-    """All combinations of the dense teacher's heads and neurons, those between the measured ones too, and sizes."""
+    """Return all combinations of the dense teacher's heads and neurons, including sizes between the measured ones."""
     each = [None, *itertools.product((4, 2, 1), (64, 48, 32, 24, 16))]
     subnets = []
     for choices in itertools.product(each, repeat=3):
@@ -147,7 +147,7 @@ def everything_between() -> tuple[list[SubNet], np.ndarray]:
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 1))
 def test_neurons_between_two_measured_numbers_cost_in_proportion(seed, start):
-    """The program finds what brute force finds, with the weights of the test of interpolation below."""
+    """The program finds the brute-force optimum, with the weights of the interpolation test below."""
     space = SPACES["dense"]
     alternatives = Alternatives(space, SHARES, n_between=1)  # 64, 48, 32, 24 and 16 neurons
     assert alternatives.offered["intermediate_size"] == [64, 48, 32, 24, 16]
@@ -203,7 +203,7 @@ def test_sizes_between_two_levels_have_a_part_of_both():
 
 @pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 def test_costs_of_layers_add_up_for_every_architecture(teacher):
-    """The sums over layers equal the measures of the whole combination, exactly."""
+    """The sums over layers equal the counts of the whole combination, exactly."""
     space = Space(teacher, "coarse_layerwise")
     names = ["n_params", "flops", "kv_cache_bytes", "weight_bytes"]
     space.limits = Limits(dict.fromkeys(names, (0.0, math.inf)), teacher, MeasureArgs(8))
@@ -224,7 +224,7 @@ def test_costs_of_layers_add_up_for_every_architecture(teacher):
 
 
 def begun(name: str, score, seed: int = 1, **given) -> IntegerProgram:
-    """A strategy in the middle third of sizes, with all measurements taken."""
+    """Return a strategy in the middle third of sizes, with all measurements taken."""
     strategy = IntegerProgram(shares=SHARES, **{"n_between": 0} | given)
     strategy.start(within(name, *some_bin(name, 0.35, 0.1)), seed)
     strategy.take_measurements({key: Scored(s, score(s), {}) for key, s in strategy.measurements().items()})
@@ -232,7 +232,7 @@ def begun(name: str, score, seed: int = 1, **given) -> IntegerProgram:
 
 
 def planted(name: str, seed: int = 0) -> tuple[dict[SubNet, float], list[SubNet]]:
-    """Scores that add up over the alternatives, of all combinations, and those that lie in the bin."""
+    """Return scores that add up over the alternatives, for all combinations and for those in the bin."""
     subnets, weights, counts, _ = everything(name)
     costs = np.random.default_rng(seed).uniform(0.1, 1.0, weights.shape[1])
     known = dict(zip(subnets, weights @ costs + 2.0))
@@ -259,7 +259,7 @@ def test_planted_sums_are_found_at_the_first_evaluation(name):
 
 
 def sum_of(name: str, subnet: SubNet, known: dict[SubNet, float]) -> float:
-    """The planted score of a measurement that is no member of its space, such as one uneven layer of a uniform one."""
+    """Return the planted score of a measurement that is not in the space, such as one uneven layer of a uniform one."""
     subnets, weights, *_ = everything(name)
     costs = np.linalg.lstsq(weights, np.array([known[each] for each in subnets]) - 2.0, rcond=None)[0]
     return float(Alternatives(SPACES[name], SHARES).weights(subnet) @ costs) + 2.0
@@ -267,7 +267,7 @@ def sum_of(name: str, subnet: SubNet, known: dict[SubNet, float]) -> float:
 
 @pytest.mark.parametrize(("name", "seed"), [("dense", 0), ("grouped", 1), ("experts", 2), ("uniform", 0)])
 def test_corrections_find_the_best_where_two_cuts_interact(name, seed):
-    """Two cuts of what is best by the sum cost as much again, together: no measurement tells, and many have both."""
+    """Two cuts of the additive optimum cost twice as much together, which no measurement shows."""
     known, members = planted(name, seed)
     weights = dict(zip(everything(name)[0], everything(name)[1]))
     pair = np.flatnonzero(weights[min(members, key=known.get)])[:2]
@@ -320,7 +320,7 @@ def test_measured_units_are_those_of_candidates():
 
 
 def test_corrections_are_those_of_ridge_regression():
-    """The closed form of the penalised least-squares problem, solved as one."""
+    """Against the closed form of the penalised least-squares problem."""
     rng = np.random.default_rng(0)
     costs, weights = rng.uniform(0.5, 2, 5), (rng.random((8, 5)) < 0.5).astype(float)
     weights[:, 0] = 1
@@ -343,7 +343,7 @@ def test_names_are_read_back():
 
 def test_what_it_cannot_search_is_refused_in_one_line():
     strategy = IntegerProgram()
-    strategy.start(Space(DENSE, "coarse_layerwise", Bin(3000, 4000)), 1)  # fewer than the whole embeddings have
+    strategy.start(Space(DENSE, "coarse_layerwise", Bin(3000, 4000)), 1)  # fewer than the full embeddings have
     with pytest.raises(UserError, match="no combination of layers' alternatives in the bin 3K-4K"):
         strategy.measurements()
     with pytest.raises(UserError, match="IntegerProgram predicts by its own measurements"):

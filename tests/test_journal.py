@@ -1,4 +1,4 @@
-"""A journal survives a kill at any byte, and is resumed under its own settings only."""
+"""Test the journal: it survives a kill at any byte, and resumes only under its own settings."""
 
 import json
 import math

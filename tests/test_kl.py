@@ -1,4 +1,4 @@
-"""KL to the teacher against the plain formula on whole logits in float64."""
+"""Test KL to the teacher against the plain formula on full logits in float64."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
 
 def plain_kl(model: SuperGPT, subnet: SubNet, batches: list[Batch]) -> float:
-    """Mean over all tokens that count, in float64, of the extracted model."""
+    """Return the mean over all unmasked tokens of the extracted model, in float64."""
     student, teacher = student_model(subnet), SuperGPT(model.config)
     student.load_state_dict(extract_weights(model, subnet))
     teacher.load_state_dict(model.state_dict())
@@ -87,7 +87,7 @@ def test_bf16_is_used_where_asked_for():
     assert true.batches[0].hidden.dtype == torch.bfloat16
     for rough in (mixed, true(subnet)["kl"]):
         assert rough != exact and rough == pytest.approx(exact, rel=0.05)
-    assert true(full)["kl"] == pytest.approx(0, abs=1e-6)  # both are rounded alike
+    assert true(full)["kl"] == pytest.approx(0, abs=1e-6)  # both are rounded the same way
 
 
 def test_scoring_leaves_the_teacher_as_it_was_and_the_scores_the_same():

@@ -1,4 +1,4 @@
-"""Latencies are measured on any student, and are medians; no test asserts a time."""
+"""Test latency measurements: any student, and medians; no test asserts a time."""
 
 import math
 
@@ -17,7 +17,7 @@ LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
 @EACH
 def test_every_architecture_answers_a_prompt(teacher):
-    """Also one that is longer than a sliding window, with layers of different widths."""
+    """Including one longer than a sliding window, with layers of different widths."""
     widths = [1, 2] if teacher.n_query_groups > 1 else [1, 1]
     subnet = SubNet(teacher, n_layer="0,3", n_embd=20, n_query_groups=widths)
     for dtype in (torch.float32, torch.bfloat16):
@@ -39,7 +39,7 @@ def test_it_is_the_median_of_the_repeats_without_the_warm_up(monkeypatch):
 
 
 def test_the_student_reads_and_writes_what_it_should(monkeypatch):
-    """Each token is seen once by a forward pass with the KV cache, in its place."""
+    """Each forward pass with the KV cache gets each token once, at its position."""
     seen = []
     forward = module.GPT.forward
 
@@ -52,7 +52,7 @@ def test_the_student_reads_and_writes_what_it_should(monkeypatch):
     once = [((3, 6), [0, 1, 2, 3, 4, 5], 6), ((3, 1), [6], 7), ((3, 1), [7], 8)]
     assert seen == once * 2
     seen.clear()
-    teacher = ARCHITECTURES["Mathstral-7B-v0.1"]  # whose window is 5
+    teacher = ARCHITECTURES["Mathstral-7B-v0.1"]  # a window of 5
     latency(SubNet.full(teacher), prompt_length=7, new_tokens=1, repeats=1)
     assert seen[:3] == [((1, 5), [0, 1, 2, 3, 4], 5), ((1, 2), [5, 6], 7), ((1, 1), [7], 8)]
 
@@ -75,7 +75,7 @@ def test_bad_settings_are_refused_in_one_line(setting, message):
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "stablelm-base-alpha-3b"])
 def test_a_step_that_attends_to_the_whole_cache_gives_the_same_token(name):
-    """A CUDA graph has fixed shapes, so that the captured step masks what lies after its position."""
+    """A CUDA graph has fixed shapes, so the captured step masks the positions after its own."""
     model = module._random_student(SubNet.full(ARCHITECTURES[name]), "cpu", torch.float32, 12)
     model.set_kv_cache(2, device="cpu", dtype=torch.float32)
     graph = object.__new__(module._DecodingGraph)  # __init__ needs a GPU

@@ -1,4 +1,4 @@
-"""Regression from moments, against plain least squares on the data itself."""
+"""Test regression from moments against plain least squares on the data itself."""
 
 import math
 
@@ -29,7 +29,7 @@ def moments_of(z: torch.Tensor, y: torch.Tensor, parts: int = 1) -> Moments:
 
 
 def lstsq(z, y, anchor, ridge, intercept):
-    """The ridge as extra rows of data, solved by QR."""
+    """Solve the ridge regression by QR, with the ridge as extra rows of data."""
     scale = (z - z.mean(0) if intercept else z).square().mean(0)
     rows = torch.diag((ridge * scale * len(z)).sqrt())
     ones, none = torch.ones(len(z), 1, dtype=z.dtype), torch.zeros(len(scale), 1, dtype=z.dtype)
@@ -87,7 +87,7 @@ def test_an_infinite_ridge_is_the_anchor_with_the_best_bias():
 
 def test_singular_moments_are_solved_with_a_stronger_ridge():
     z, y = data(30, 3, 2)
-    z = torch.cat([z, z, torch.zeros(30, 1, dtype=z.dtype)], 1)  # doubled inputs, and one that never speaks
+    z = torch.cat([z, z, torch.zeros(30, 1, dtype=z.dtype)], 1)  # duplicated inputs, and one that is always zero
     anchor = torch.zeros(2, 7, dtype=torch.float64)
     found = solve(moments_of(z, y), anchor, 0.0, intercept=True)
     assert 0 < found.ridge < 1e-3 and torch.isfinite(found.weight).all()
@@ -98,7 +98,7 @@ def test_singular_moments_are_solved_with_a_stronger_ridge():
 
 
 def test_the_ridge_is_the_one_that_does_best_on_held_out_tokens():
-    z, y = data(12, 10, 2, seed=3)  # hardly more tokens than inputs: plain least squares learns noise
+    z, y = data(12, 10, 2, seed=3)  # hardly more tokens than inputs: plain least squares fits noise
     truth = torch.linalg.lstsq(*data(5000, 10, 2, seed=3)[:2]).solution.T
     held = data(200, 10, 2, seed=4)
     train, held_out, anchor = moments_of(z, y), moments_of(*held), torch.zeros(2, 10, dtype=torch.float64)

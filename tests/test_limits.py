@@ -1,4 +1,4 @@
-"""Every measure can be a limit: no candidate is scored that does not keep to it."""
+"""Test that every measure can be a limit: no candidate beyond it is scored."""
 
 from dataclasses import fields
 
@@ -47,7 +47,7 @@ def _without_pictures(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Latencies that follow from the size, and what was timed."""
+    """Replace latencies by a function of the size, and record the timed candidates."""
     timed = []
 
     def measured(_, subnet, args, length):
@@ -153,7 +153,7 @@ def test_what_is_too_slow_is_not_scored(checkpoint, tmp_path, clock, monkeypatch
         assert ("perplexity" in evaluation.scores) == (evaluation not in slow)
         n_layer = len(SubNet.from_dict(TEACHER, evaluation.subnet))
         assert evaluation.scores["latency_prefill"] == n_layer * 1e-3
-    # what was timed once is not timed again
+    # timed candidates are not timed again
     clock.clear()
     run(checkpoint, tmp_path / "out", iterations=14, resume=True, **changes)
     run(checkpoint, tmp_path / "whole", iterations=14, **changes)
@@ -166,7 +166,7 @@ def test_resuming_within_other_limits_is_refused_by_name(checkpoint, tmp_path):
         run(checkpoint, tmp_path / "out", resume=True, limit=LimitArgs(weight_bytes="2MB"))
     with pytest.raises(UserError, match=r"settings\.limits\.weight_bytes = .*, now it is None"):
         run(checkpoint, tmp_path / "out", resume=True)
-    # another way to write the same
+    # equivalent spelling
     run(checkpoint, tmp_path / "out", iterations=1, resume=True, limit=LimitArgs(weight_bytes=1e6))
 
 

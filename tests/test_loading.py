@@ -1,4 +1,4 @@
-"""Data modules are checked before anything expensive starts, and what is wrong with them is one line."""
+"""Test that data modules are checked before anything expensive starts, with one-line errors."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ CONFIG = Config(
 
 @pytest.fixture
 def folder(tmp_path):
-    """A teacher whose tokenizer knows one token that it has no embedding for, a sub-network, and text."""
+    """Make a teacher whose tokenizer has one token without an embedding, a sub-network, and text."""
     write_random_model(write_tokenizer(tmp_path / "teacher"), CONFIG)
     tokenizer = Tokenizer.from_file(str(tmp_path / "teacher/tokenizer.json"))
     tokenizer.add_tokens([f"<|added {i}|>" for i in range(300 - tokenizer.get_vocab_size() + 1)])
@@ -73,7 +73,7 @@ def test_tokens_without_an_embedding_are_no_fault_where_the_text_has_none(folder
     token = Tokenizer.from_file(str(folder / "teacher/tokenizer.json")).id_to_token(300)
     write_jsonl(folder / "text.jsonl", [*documents(40), token])
     data = HFText(str(folder / "text.jsonl"), val_fraction=0.5)
-    connect(data, folder / "teacher", 1, 16)  # tokenised where nothing is known of the model
+    connect(data, folder / "teacher", 1, 16)  # tokenises without knowing the model
     check_data(data, folder / "teacher", 300)
     with pytest.raises(UserError, match="with id 300 where padded_vocab_size is 300"):
         data.setup()
@@ -81,7 +81,7 @@ def test_tokens_without_an_embedding_are_no_fault_where_the_text_has_none(folder
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_checks_its_data_before_it_begins(folder, command):
-    """Of three modules that differ in what is wrong."""
+    """With three modules, each with a different fault."""
     write_tokenizer(folder / "teacher")
     (folder / "records.json").write_text(
         json.dumps([{"instruction": "a", "output": "b"}, {"prompt": "a", "output": "b"}] * 9)
@@ -155,7 +155,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
 
 class Broken(DataModule):
-    """Fails in every place."""
+    """A data module that fails in every place."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -177,7 +177,7 @@ def test_a_package_file_or_connection_that_is_missing_is_named_wherever_it_is_ne
     ):
         with pytest.raises(UserError, match=problem):
             opens(Broken(error))
-    with pytest.raises(KeyError):  # a mistake in the module's own code keeps its traceback
+    with pytest.raises(KeyError):  # an error in the module's own code keeps its traceback
         opens(Broken(KeyError("x")))
 
 
@@ -193,4 +193,4 @@ def test_added_tokens_within_the_padding_are_no_fault(tmp_path):
     for data in (HFText(str(tmp_path / "text.jsonl")), Alpaca()):
         check_data(data, folder, largest + 1)
     with pytest.raises(UserError, match=f"has ids up to {largest} where padded_vocab_size is {largest};"):
-        check_data(Alpaca(), folder, largest)  # whose text is not at hand yet
+        check_data(Alpaca(), folder, largest)  # before its text is downloaded

@@ -1,4 +1,4 @@
-"""Distillation losses against their definitions, in float64."""
+"""Test distillation losses against their definitions, in float64."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_losses_stay_within_their_bounds(seed, scale, beta):
 
 
 def top_k(logits, k, temperature):
-    """The k most likely tokens of each row, and the rest."""
+    """Return the k most likely tokens of each row, and the rest."""
     p = torch.softmax(logits / temperature, -1)
     probs, ids = p.topk(k)
     return SparseTargets(ids, probs.log(), (1 - probs.sum(-1, keepdim=True)).clamp(min=0).log())
@@ -129,7 +129,7 @@ def test_targets_of_the_whole_vocabulary_are_the_full_ones(name):
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "symmetric_kl"])
 def test_putting_tokens_together_never_raises_a_divergence(name):
-    """The data-processing inequality, which all of these obey."""
+    """The data-processing inequality, which all of these divergences satisfy."""
     student, teacher = pair(50, 20)
     loss = getattr(losses, name)
     by_k = [loss(*log_probabilities(student, top_k(teacher, k, 0.9), 0.9)) for k in (1, 4, 12, 20)]

@@ -1,4 +1,4 @@
-"""Measurements come once, before the search, in a journal of their own: resumed, shared by bins, and never a result."""
+"""Test measurements before a search: own journal, resumed, shared by bins, and never a result."""
 
 import json
 import math
@@ -43,14 +43,14 @@ def search(checkpoint: Path, out_dir: Path, **changes) -> None:
 
 
 def measured(out_dir: Path) -> list[dict]:
-    """The measurements but for times."""
+    """Return the measurements without times."""
     rows = [json.loads(line) for line in (out_dir / MEASUREMENTS).read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint, tmp_path_factory):
-    """A search that nothing interrupted."""
+    """Return an uninterrupted search."""
     out_dir = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_search.search, "write_report", lambda out_dir: "the report")
@@ -66,7 +66,7 @@ def test_each_cut_is_measured_once_for_all_bins_by_the_searchs_own_fitness(check
     assert len(scored) == N_MEASURED + 2 * 6 and len(set(scored[:N_MEASURED])) == N_MEASURED
     _, evaluations = read_journal(tmp_path / "out" / MEASUREMENTS)
     assert [e.subnet for e in evaluations] == [subnet.to_dict() for subnet in scored[:N_MEASURED]]
-    # as a litgpt model that is cut out would be scored
+    # the oracle scores an extracted litgpt model
     batches, teacher = test_search.Tokens(), load_model(checkpoint, "SuperGPT")
     batches.connect(batch_size=2, max_seq_length=12)
     for evaluation in evaluations[::7]:
@@ -90,7 +90,7 @@ def test_measurements_are_never_a_result(whole):
 
 
 def stopped_after(n: int, monkeypatch) -> None:
-    """Stops the search by the keyboard while it scores its n-th sub-network."""
+    """Interrupt the search with a KeyboardInterrupt while it scores its n-th sub-network."""
     left, score = [n], Perplexity.__call__
 
     def interrupted(self, subnet):
@@ -134,7 +134,7 @@ def test_a_copy_of_the_measurements_serves_other_bins(checkpoint, whole, tmp_pat
     search(checkpoint, tmp_path / "out", bin="14K-15K", iterations=3, seed=5)
     assert "measurements" not in capsys.readouterr().out
     assert measured(tmp_path / "out") == measured(whole)
-    # cuts that are missing are added
+    # missing cuts are added
     shutil.copytree(tmp_path / "out", tmp_path / "more", ignore=shutil.ignore_patterns("journal*"))
     search(checkpoint, tmp_path / "more", iterations=3, strategy=IntegerProgram(shares=(0.75, 0.5)))
     assert "8 measurements come first" in capsys.readouterr().out

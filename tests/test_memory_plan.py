@@ -1,4 +1,4 @@
-"""The plan of memory: against closed forms, against the same step on real tensors, and against what processes take."""
+"""Test the memory plan against closed forms, the same step on real tensors, and the memory of processes."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def test_what_is_held_is_the_closed_form(n):
     assert plan.gradients == pytest.approx(n_bytes(CONFIG) / n, rel=0.02)
     assert plan.optimizer == pytest.approx(2 * n_bytes(CONFIG) / n, rel=0.02)
     assert plan.teacher == pytest.approx(n_bytes(TEACHER) / n + rotary[id(TEACHER)], rel=0.02)
-    # the first process puts whole weights and AdamW's whole state together
+    # the first process gathers the full weights and AdamW's full state
     assert plan.checkpoint == (0 if n == 1 else pytest.approx(3 * n_bytes(CONFIG), rel=0.03))
     in_step = plan.weights + plan.gradients + plan.optimizer + plan.teacher + plan.step
     assert plan.total == max(in_step, plan.weights + plan.optimizer + plan.teacher + plan.checkpoint)
@@ -90,7 +90,7 @@ def test_other_precisions_devices_and_optimizers():
     assert plan_memory(a_step(build_teacher=None)).teacher == 0
     longer = dict(micro_batch_size=16)
     saved = plan_memory(a_step(**longer)).step - plan_memory(a_step(**longer, activation_checkpointing=True)).step
-    # a block keeps at least its two norms' outputs, queries, keys and values, and the MLP's input twice
+    # a block keeps at least the outputs of its two norms, queries, keys and values, and the MLP's input twice
     assert saved > 16 * 64 * 4 * (2 * 64 + 3 * 64 + 2 * 256)
 
 
@@ -100,10 +100,10 @@ def test_a_plan_for_gpus_elsewhere_has_their_chunks_of_logits_and_their_main_mem
     step = a_step(n_devices=2)
     here, there = plan_memory(step), plan_memory(replace(step, is_elsewhere=True))
     assert (there.weights, there.optimizer, there.checkpoint) == (here.weights, here.optimizer, here.checkpoint)
-    # the student's logits, the teacher's, and what is scored of them at once
+    # the student's logits, the teacher's, and those of a scored chunk
     assert there.step - here.step > 3 * (256 - 64) * 512 * 4
     assert here.on_cpu and not there.on_cpu
-    # one device's weights, and then AdamW's state, pass through the main memory when they are saved
+    # one device's weights, and then AdamW's state, pass through main memory during a save
     alone = plan_memory(replace(step, n_devices=1, is_elsewhere=True))
     assert alone.checkpoint == alone.optimizer and plan_memory(replace(step, n_devices=1)).checkpoint == 0
     assert CHUNK_ELEMENTS["cpu"] == 64 * 512
@@ -153,7 +153,7 @@ def test_what_cannot_run_without_content_is_told(monkeypatch):
         assert show_plan(step, "auto", 1) is False
     with pytest.raises(UserError, match="memory with a replicated teacher cannot be planned.*leave --dry_run out"):
         show_plan(step, "auto", 1, is_final=True)
-    # on several devices the plan decides where the teacher lies, so a failure ends the run unless that is chosen
+    # on several devices the plan places the teacher, so a failure ends the run unless the placement is set
     step = replace(step, n_devices=4)
     with pytest.raises(UserError, match="replicated teacher cannot be planned, .*; choose --teacher_placement repl"):
         show_plan(step, "auto", 4)
@@ -166,7 +166,7 @@ def test_what_cannot_run_without_content_is_told(monkeypatch):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     teacher = checkpoint(tmp_path / "teacher", n_embd=48)
-    with pytest.raises(UserError, match="no checkpoint directory"):  # which `run` would give
+    with pytest.raises(UserError, match="no checkpoint directory"):  # a dry run writes no student for `run` to open
         run(tmp_path / "out", teacher_checkpoint_dir=teacher, distill=DistillArgs(), train=train_args(), dry_run=True)
     assert not (tmp_path / "out").exists()
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Costs in closed form are those of litgpt's own models, of every architecture."""
+"""Test closed-form costs against litgpt's own models, for every architecture."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 
 
 def counted_flops(subnet: SubNet, batch_size: int, seq_length: int) -> float:
-    """What PyTorch counts in the student's forward pass, per token."""
+    """Return PyTorch's count of FLOPs per token in the student's forward pass."""
     model = student_model(subnet)
     for tensor in model.state_dict().values():
         torch.nn.init.normal_(tensor, std=0.2)
@@ -70,7 +70,7 @@ def test_weights_are_as_large_as_the_students(teacher, data):
 
 def test_half_of_the_experts_cost_as_many_flops_as_all():
     teacher = ARCHITECTURES["Mixtral-8x7B-v0.1"]
-    router = 2 * teacher.n_layer * teacher.n_embd * 2  # which has fewer to choose from
+    router = 2 * teacher.n_layer * teacher.n_embd * 2  # the router of half the experts is half as large
     all_of_them, half = SubNet.full(teacher), SubNet(teacher, n_expert=2)
     assert flops(teacher, all_of_them, 8) - flops(teacher, half, 8) == router
     assert weight_bytes(teacher, half, torch.float32) < weight_bytes(teacher, all_of_them, torch.float32)

@@ -1,4 +1,4 @@
-"""Mixtures of experts in every command that trains: their FLOPs, their memory, and training itself."""
+"""Test mixtures of experts in every training command: FLOPs, memory, and training itself."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def tiny(config, **changes):
 
 
 def filled(model):
-    """The model with random weights, also where litgpt leaves them empty."""
+    """Return the model with random weights, including those that litgpt leaves uninitialised."""
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.data.normal_(std=0.2, generator=generator)
@@ -145,7 +145,7 @@ def test_mixtures_are_planned_where_they_are_spread_over_devices():
 def test_a_dry_run_of_a_mixture_prints_its_plan(tmp_path, capsys):
     teacher = checkpoint(tmp_path / "teacher", tiny(QWEN3, n_layer=2))
     settings = {"model_config": tiny(MIXTRAL, n_layer=1), "train": train_args(max_seq_length=8), "dry_run": True}
-    with pytest.raises(UserError, match="no checkpoint directory"):  # which `run` would give
+    with pytest.raises(UserError, match="no checkpoint directory"):  # a dry run writes no student for `run` to open
         run(tmp_path / "out", teacher_checkpoint_dir=teacher, distill=DistillArgs(), **settings)
     assert "at the peak" in capsys.readouterr().out
 
@@ -155,7 +155,7 @@ def test_a_dry_run_of_a_mixture_prints_its_plan(tmp_path, capsys):
 
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN3], ids=lambda config: config.name)
 def test_a_mixture_is_distilled(tmp_path, config):
-    """Cut out of its teacher with fewer experts, and from random weights without one."""
+    """Extracted from its teacher with fewer experts, and from random weights without a teacher."""
     teacher = checkpoint(tmp_path / "teacher", tiny(config, n_layer=2))
     SubNet(tiny(config, n_layer=2), n_layer=1, n_expert=3).save(tmp_path / "cut.yaml")
     settings = {"train": train_args(max_seq_length=8, max_tokens=6 * 8 * 8, save_interval=3)}
@@ -172,14 +172,14 @@ def test_a_mixture_is_distilled(tmp_path, config):
 
 
 def test_a_compiled_mixture_trains_like_an_uncompiled_one():
-    """With the compiler's front end, which cannot look into routing; the back end is PyTorch's."""
+    """Uses the compiler's front end, which cannot trace routing; the back end is PyTorch's."""
     config = replace(QWEN3, n_layer=1)
     ids = torch.randint(60, (2, 9))
     found = []
     for compiled in (False, True):
         root = LossModel(filled(GPT(config)))
         run_it = torch.compile(root, backend="aot_eager") if compiled else root
-        for micro_batch in (ids, ids.flip(1)):  # so that the experts have other tokens
+        for micro_batch in (ids, ids.flip(1)):  # so that the experts get different tokens
             loss = run_it(micro_batch[:, :-1], micro_batch[:, 1:]).loss
             loss.backward()
         found.append((loss.detach(), {name: weight.grad for name, weight in root.named_parameters()}))

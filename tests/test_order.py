@@ -1,4 +1,4 @@
-"""A teacher in another order computes the same, and its prefixes are the best units of the teacher as it was."""
+"""Test reordered teachers: they compute the same, and their prefixes are the original's best units."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def test_the_order_of_units_does_not_change_the_logits(teacher, tied):
     weights = reorder(gpt, order)
     assert (weights["lm_head.weight"] is weights["transformer.wte.weight"]) is tied
     expected, got = gpt(idx), loaded(teacher, weights)(idx)
-    # litgpt's RMSNorm and router compute in fp32 whatever the model's type is, so fp32's own rounding is the measure
+    # litgpt's RMSNorm and router always compute in fp32, so the tolerance is fp32's own rounding
     rounding = (copy.deepcopy(gpt).double()(idx) - expected).abs().max().item()
     scale = expected.abs().max().item()
     assert rounding < 1e-5 * scale
@@ -67,7 +67,7 @@ def test_an_order_moves_every_weight_that_it_can_and_loses_none(teacher):
     for name, tensor in after.items():
         assert torch.equal(tensor.flatten().sort().values, before[slices[name].name].flatten().sort().values)
         is_moved = not torch.equal(tensor, before[name])
-        # within a head nothing moves: rotary dimensions have their places
+        # nothing is reordered within a head, because rotary dimensions have fixed positions
         own_place = ("attn.norm_q", "attn.norm_k") if teacher.norm_qk_type == "default" else ()
         own_place += ("attn.q_a_norm", "attn.kv_a_norm", "lm_head.bias")
         assert is_moved or any(part in name for part in own_place), name

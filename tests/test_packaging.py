@@ -1,4 +1,4 @@
-"""What an installed package brings along: recipes by their names, types, a README that holds outside the repository."""
+"""Test the installed package: recipes by name, types, and a README that works outside the repository."""
 
 import os
 import re
@@ -21,7 +21,7 @@ RECIPE = "config_hub/search/pythia-6.9b/410m.yaml"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
-    """The wheel and the source distribution of the files that git would clone."""
+    """Build the wheel and the source distribution of the files that git would clone."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     skipped = {".git", ".venv", ".venv-lowest", "out", "build", "dist", "__pycache__"}
     for folder, folders, files in os.walk(ROOT):
@@ -68,7 +68,7 @@ def test_metadata_of_the_wheel_holds_outside_the_repository(built):
 
 
 def test_an_installed_package_finds_its_recipes_by_name(built, tmp_path):
-    """As pip lays a wheel out, in a working directory without recipes."""
+    """With the wheel installed by pip, in a working directory without recipes."""
     installed = tmp_path / "installed"
     zipfile.ZipFile(built["wheel"]).extractall(installed)
     command = [sys.executable, "-m", "litgpt", "search", "T", f"--config={RECIPE}", "--print_config"]
@@ -97,4 +97,4 @@ def test_the_lowest_lane_pins_the_bounds_of_the_package():
     bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
     higher = {name for name in bounds if not f"{pins.get(name)}.".startswith(f"{bounds[name]}.")}
-    assert higher == {"torch", "psutil", "ruff", "pre-commit"} and pins.keys() <= bounds.keys()
+    assert higher == {"torch", "psutil", "ruff", "import-linter", "pre-commit"} and pins.keys() <= bounds.keys()

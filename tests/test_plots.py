@@ -1,4 +1,4 @@
-"""Plots take whatever a journal may hold, and say what they should."""
+"""Test plots: they accept any journal, and show the right values."""
 
 import math
 
@@ -25,7 +25,7 @@ def evaluation(index: int, score: float | None, bin: str = "1M-2M", **choice) ->
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """The figures as they are saved."""
+    """Record the figures as they are saved."""
     figures, save = [], Figure.savefig
 
     def keep(self, *args, **kwargs):
@@ -92,7 +92,7 @@ def test_evaluations_are_counted_from_one_in_whole_numbers(n, tmp_path, drawn):
 def test_correlations_are_within_bins_and_fixed_dimensions_are_named(tmp_path, drawn):
     evaluations = [evaluation(i, 20.0 - i, n_embd=4 + i) for i in range(10)]
     evaluations += [evaluation(10 + i, 100.0 + i, "3M-4M", n_embd=4 + i) for i in range(10)]
-    evaluations += [evaluation(20 + i, 200.0 + i, "5M-6M", n_embd=4 + i) for i in range(9)]  # too few to tell
+    evaluations += [evaluation(20 + i, 200.0 + i, "5M-6M", n_embd=4 + i) for i in range(9)]  # too few for a correlation
     plot_dimensions(evaluations, tmp_path / "plot.png")
     visible = [axes for axes in drawn[0].axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in visible] == ["n_embd"]

@@ -1,4 +1,4 @@
-"""The commands appear in litgpt however it is started, and nothing breaks when they can't."""
+"""Test the plugin: its commands appear however litgpt is started, and nothing breaks if they cannot."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def run(*command: str, path: Path | None = None, **environment: str) -> subproce
 
 
 def distribution(folder: Path, name: str, entry_points: str, **modules: str) -> Path:
-    """Another package with entry points, as pip would have installed it."""
+    """Simulate another package with entry points, as installed by pip."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")

@@ -1,4 +1,4 @@
-"""Repairs of models that normalise what a block writes, which makes that no linear function of what the block reads."""
+"""Test repairs of models that normalise a block's output, which makes it a nonlinear function of the block's input."""
 
 import pytest
 import torch

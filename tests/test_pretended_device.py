@@ -1,4 +1,4 @@
-"""Every command on a pretended accelerator: the CPU's results, no device mixes, few waits, and memory given back."""
+"""Test every command on a simulated accelerator: the CPU's results, no mixed devices, few waits, freed memory."""
 
 import gc
 import shutil
@@ -67,14 +67,14 @@ FAMILIES = pytest.mark.parametrize("family", TEACHERS)
 ONE_FAMILY = pytest.mark.parametrize(
     "family", ["gemma3", pytest.param("pythia", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
 )
-"""For commands that run the models as others do, and add nothing that depends on them"""
+"""For commands that run models in the same way as others, independent of the family"""
 WINDOWS = BatchArgs(8, SEQ)
 WAITS = ("sync", "upload", "index")
 
 
 @dataclass
 class Tokens(DataModule):
-    """Noisy counting, in memory."""
+    """Noisy counting data in memory."""
 
     n_train: int = 32
 
@@ -98,7 +98,7 @@ class Tokens(DataModule):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A teacher of each family, and a sub-network of it."""
+    """Make a teacher of each family, and a sub-network of it."""
     folder = tmp_path_factory.mktemp("teachers")
     for name, config in TEACHERS.items():
         write_random_model(folder / name, config, std=0.1, norm_mean=1.0)
@@ -113,7 +113,7 @@ def _without_pictures(monkeypatch):
 
 
 def on_both(command, out: Path, *args, **settings) -> tuple[Path, Path, Seen]:
-    """Run a command on the CPU and on the device; return both output folders and what the device saw."""
+    """Run a command on the CPU and on the device; return both output folders and the counted events."""
     command(*args, out_dir=out / "cpu", **settings)
     with pretended_device() as seen:
         command(*args, out_dir=out / "device", **settings)
@@ -149,7 +149,7 @@ def same_losses(one: Path, two: Path) -> None:
 
 
 def train(**changes) -> dict:
-    """Settings of a training of three steps, two micro-batches each."""
+    """Return the settings of a training run with three steps of two micro-batches each."""
     settings = dict(save_interval=None, log_interval=1, global_batch_size=8, micro_batch_size=4, max_norm=1.0)
     settings |= dict(max_tokens=3 * 8 * SEQ, min_lr=1e-4, lr_warmup_steps=1, max_seq_length=SEQ)
     settings |= changes.pop("train", {})
@@ -158,13 +158,13 @@ def train(**changes) -> dict:
 
 
 def distilled(teachers: Path, family: str, **changes) -> dict:
-    """Settings of such a distillation."""
+    """Return the settings of such a distillation."""
     pair = dict(sub_network=teachers / f"{family}.yaml", teacher_checkpoint_dir=teachers / family)
     return train(**pair, compile=False, **changes)
 
 
 def searched(family: str, **changes) -> dict:
-    """Settings of a search."""
+    """Return the settings of a search."""
     teacher = TEACHERS[family]
     n = n_params(teacher, SubNet.full(teacher))
     settings = dict(bin=f"{int(0.5 * n)}-{int(0.8 * n)}", fitness="perplexity", iterations=4, data=Tokens())
@@ -213,7 +213,7 @@ def test_waits_and_bytes_are_counted():
         assert seen.total("index") == 1
         view = x[50:]
         del x
-        assert live_bytes() == before + 400  # of the storage that a view keeps
+        assert live_bytes() == before + 400  # bytes of the storage that a view keeps alive
         del view
         assert live_bytes() == before
 
@@ -247,7 +247,7 @@ def test_a_search_gives_the_cpus_scores_and_its_memory_back(family, fitness, tea
     assert live_bytes() == before
     first, second = (read_journal(folder / "journal.jsonl")[1] for folder in (one, two))
     assert [e.subnet for e in first] == [e.subnet for e in second]
-    for evaluation, other in zip(first, second):  # the repair multiplies in float64 on a CPU only
+    for evaluation, other in zip(first, second):  # the repair multiplies in float64 only on a CPU
         assert other.scores == pytest.approx(evaluation.scores, rel=1e-4 if fitness == "repaired_perplexity" else 1e-5)
 
 
@@ -319,7 +319,7 @@ def test_a_resumed_training_with_recomputed_activations_gives_the_cpus_student(f
 
 @pytest.mark.parametrize("command", ["extract", "distill", "search", "rank", "cache_teacher"])
 def test_commands_run_on_a_device_without_float64(command, teachers, tmp_path, monkeypatch):
-    """As MPS has none; the sums of many tokens are less exact there."""
+    """Like MPS, which has none; sums over many tokens are less exact there."""
     monkeypatch.setattr(tensors, "WITHOUT_FLOAT64", {NAME})
     out, teacher = tmp_path / "out", teachers / "llama"
     few = dict(data=Tokens(), train=WINDOWS)
@@ -347,7 +347,7 @@ def test_commands_run_on_a_device_without_float64(command, teachers, tmp_path, m
 
 
 def waits_of_candidates(measure: type[Perplexity], n_layer: int, folder: Path, **wanted) -> tuple[float, Seen]:
-    """Return how often the host waits for each of three candidates, whose units are the same in all layers."""
+    """Return the number of host waits for each of three candidates, whose units are the same in all layers."""
     config = replace(TEACHERS["llama"], n_layer=n_layer)
     write_random_model(folder, config, std=0.1, norm_mean=1.0)
     ids = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(0))
@@ -419,7 +419,7 @@ def test_sparsegpt_does_not_wait_for_each_column():
 
 @pytest.fixture(scope="module")
 def watched(teachers, tmp_path_factory):
-    """A function that runs a training on the device once, and returns its waits per step and what the device saw."""
+    """Return a function that trains once on the device, and returns the waits per step and the device's counts."""
 
     @cache
     def watch(command: str) -> tuple[list[int], Seen]:
@@ -456,13 +456,13 @@ def test_files_hold_tensors_that_a_machine_without_the_device_can_load(command, 
 
 
 def test_a_candidate_that_does_not_fit_is_scored_in_halves_of_its_micro_batch(teachers):
-    """With the CPU's score; one that does not fit then, either, ends the search."""
+    """With the CPU's score; if it does not fit then either, the search ends."""
     ids = torch.randint(VOCAB, (8, SEQ), generator=torch.Generator().manual_seed(0))
     subnet = SubNet(TEACHERS["llama"], n_embd=24)
     expected = Perplexity(load_model(teachers / "llama", "SuperGPT"), [Batch(ids, ids)])(subnet)
     with pretended_device():
         fitness = Perplexity(load_model(teachers / "llama", "SuperGPT", device=NAME), [Batch(ids, ids)])
-        fitness(subnet)  # builds its modules
+        fitness(subnet)  # creates its modules
         with peak_bytes() as whole:
             fitness(subnet)
         with peak_bytes() as halves, fitness.halved():
@@ -487,13 +487,13 @@ REPAIRED = {
         intermediate_size=32,
     ),
 }
-"""Teachers whose moments (the last one: predictions) take much more memory than the activations of few tokens"""
+"""Teachers whose moments (for the last one: predictions) need much more memory than the activations of few tokens"""
 
 
 @pytest.mark.parametrize("name", REPAIRED)
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are fewer")
 def test_the_memory_of_a_repair_is_estimated_from_above(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "CACHE_PARTS", 2**60)  # activations are cached in free memory only
+    monkeypatch.setattr(calibration, "CACHE_PARTS", 2**60)  # activations are cached only in free memory
     config, device = REPAIRED[name], torch.device(NAME)
     slack = 1.25 if config.n_expert else 1.0  # activations are not counted, and experts have many
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Measures of a process, on the systems that count them differently, and processes that wait for each other."""
+"""Test process measurements across systems, and waiting between processes."""
 
 import multiprocessing
 import resource
@@ -18,7 +18,7 @@ from litgpt_whittle.processes import peak_resident
 
 
 def test_the_peak_of_memory_is_that_of_the_system():
-    """The oracle is psutil, whose figure of now is below the peak, but for what the kernel has not yet added up."""
+    """The oracle is psutil, whose current figure is below the peak, up to the kernel's delayed accounting."""
     now = psutil.Process().memory_info().rss
     assert 0.9 * now < peak_resident() < 100 * now
 
@@ -33,7 +33,7 @@ def test_the_peak_is_in_bytes_on_every_system(monkeypatch, platform, unit):
 
 @pytest.mark.parametrize(("local_rank", "device"), [(None, "cuda"), ("0", "cuda"), ("3", "cuda:3")])
 def test_each_process_uses_its_own_gpu_before_it_is_connected(monkeypatch, local_rank, device):
-    """The first GPU is the current one of all processes then."""
+    """By default, the first GPU is the current one of all processes."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -43,10 +43,10 @@ def test_each_process_uses_its_own_gpu_before_it_is_connected(monkeypatch, local
 
 
 def wait_for_a_slow_process(rank, port, out):
-    """Use every way of waiting while the first process takes twice the group's and the store's timeouts."""
+    """Use every way of waiting while the first process takes twice the timeouts of the group and the store."""
     address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    processes.barrier()  # as `launch` does, all processes make their second group together
+    processes.barrier()  # as in `launch`, all processes create their second group together
     for waits in (distributed.distributed_c10d._get_default_store().set_timeout, set_group_timeout):
         waits(timedelta(seconds=0.25))
 
@@ -70,7 +70,7 @@ def set_group_timeout(timeout):
 
 
 def test_processes_wait_for_one_however_long_it_takes():
-    """Tokenising and saving on one process may take longer than NCCL's and Gloo's half hour, here 0.25 seconds."""
+    """Tokenising and saving on one process may exceed the half-hour timeout of NCCL and Gloo, here 0.25 seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

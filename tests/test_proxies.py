@@ -1,4 +1,4 @@
-"""The proxies against counting weights and units one by one, and a search by them."""
+"""Test proxies against counting weights and units one by one, and a search that uses them."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ TEACHERS = {name: super_network(ARCHITECTURES[name]) for name in NAMES}
 
 
 def magnitude(model: SuperGPT, subnet: SubNet) -> float:
-    """Σ |w| of the extracted model's parameters, weight by weight, in float64."""
+    """Return Σ |w| of the extracted model's parameters, weight by weight, in float64."""
     student = student_model(subnet)
     student.load_state_dict(extract_weights(model, subnet, model.tied))
     if model.tied:
@@ -84,7 +84,7 @@ def test_chunks_and_bf16_change_nothing_but_roundings(monkeypatch):
 
 
 def importance_lost(ranking: Ranking, subnet: SubNet) -> float:
-    """Kind by kind, layer by layer, unit by unit."""
+    """Count kind by kind, layer by layer, unit by unit."""
     units, config = ranking.scores.units[ranking.metric], subnet.teacher
     kept: dict[str, list[float]] = {"n_embd": []}
     everything: dict[str, list[float]] = {"n_embd": units.n_embd.flatten().tolist()}

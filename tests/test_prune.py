@@ -1,4 +1,4 @@
-"""Pruning: exact counts of zeros, masks and adapted weights against brute force, every architecture, the command."""
+"""Test pruning: exact numbers of zeros, brute-force masks and weights, every architecture, the command."""
 
 import subprocess
 import sys
@@ -41,14 +41,14 @@ def moments_of(x: torch.Tensor) -> Moments:
 
 
 def problem(n_out: int, n_in: int, n: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map, and correlated inputs of different sizes."""
+    """Return a weight matrix, and correlated inputs of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(n_in, n_in, generator=generator) + 2 * torch.randn(n_in, 1, generator=generator)
     x = torch.randn(n, n_in, generator=generator) @ mix * 10 ** (torch.rand(n_in, generator=generator) - 0.5)
     return torch.randn(n_out, n_in, generator=generator), x
 
 
-# -- how many weights go
+# -- number of pruned weights
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
@@ -70,7 +70,7 @@ def test_exactly_the_share_goes(pruner, n_out, n_in, share, block_size):
     weight, x = problem(n_out, n_in)
     settings = {"block_size": block_size} if pruner is SparseGPT else {}
     pruned = pruner(Sparsity(share), **settings).prune(weight, moments_of(x))
-    if pruner is Wanda:  # for each output
+    if pruner is Wanda:  # per output
         assert ((pruned == 0).sum(1) == round(share * n_in)).all()
     else:
         assert (pruned == 0).sum() == round(share * n_out * n_in)
@@ -83,7 +83,7 @@ def test_of_equal_weights_no_more_go():
             assert (pruner(sparsity).prune(ones, moments_of(torch.ones(3, 8))) == 0).sum() == 8
 
 
-# -- which weights go, and what becomes of the others
+# -- pruned weights, and changes of the others
 
 
 @pytest.mark.parametrize("sparsity", [Sparsity(0.4), Sparsity.parse(None, "1:4")], ids=str)
@@ -110,7 +110,7 @@ def test_magnitude_drops_the_smallest_weights(sparsity):
 
 
 def surgery(weight, x, sparsity, damp, block_size):
-    """Optimal brain surgery in the order of the inputs: each time the Hessian of those still left is inverted anew."""
+    """Run optimal brain surgery in the order of the inputs, inverting the remaining ones' Hessian at each step."""
     w, n_in = weight.double(), weight.shape[1]
     hessian = x.double().T @ x.double() / len(x)
     hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
@@ -177,11 +177,11 @@ def test_a_hessian_without_an_inverse_is_damped_until_it_has_one():
         assert pruned.isfinite().all() and (pruned == 0).sum() == 32
 
 
-# -- a whole model
+# -- a full model
 
 
 def pruned(teacher: GPT, folder, pruner=Wanda, n: int = 12, size: int = 4, ids=None, **changes):
-    """The weights and reports of a model pruned to one half."""
+    """Return the weights and reports of a model pruned to one half."""
     shape = SubNet.full(teacher.config)
     maps = maps_to_prune(shape, ["attn", "mlp"], Sparsity())
     scratch = Scratch(folder / "scratch", "key")
@@ -205,7 +205,7 @@ def test_all_architectures_lose_half_of_their_maps_and_nothing_else(config, tmp_
     routers = {name for name in linear if name.endswith("mlp.gate")}
     assert set(of_maps) == {f"transformer.h.{name}.weight" for name in linear - routers}
     for name, tensor in weights.items():
-        assert torch.equal(teacher.state_dict()[name], before[name])  # the given weights are left alone
+        assert torch.equal(teacher.state_dict()[name], before[name])  # the input weights are unchanged
         if name in of_maps:
             n_zero = int((tensor == 0).sum())
             assert n_zero == of_maps[name].n_zero == round(tensor.numel() / 2)
@@ -247,7 +247,7 @@ def test_all_samples_count_however_they_are_batched(tmp_path):
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named(tmp_path):
     config = ARCHITECTURES["Mixtral-8x7B-v0.1"]
     teacher = model(config)
-    # the one token whose stream never meets the router's last two rows
+    # the router never sends this token to the last two experts
     ids = torch.zeros(2, 16, dtype=torch.long)
     weights, reports = pruned(teacher, tmp_path, SparseGPT, ids=ids)
     unseen = [report for report in reports if not report.saw_tokens]
@@ -280,7 +280,7 @@ def test_interrupted_pruning_goes_on_to_the_same_result(tmp_path, monkeypatch):
 def test_activations_that_are_not_finite_name_their_map(tmp_path):
     teacher = model(ARCHITECTURES["Llama-3.1-8B"])
     teacher.transformer.h[2].norm_1.weight[0] = torch.inf
-    with pytest.raises(UserError, match="what attn.qkv of layer 2 reads is not finite"):
+    with pytest.raises(UserError, match="the input of attn.qkv in layer 2 is not finite"):
         pruned(teacher, tmp_path)
 
 
@@ -301,7 +301,7 @@ CONFIG = Config.from_name(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint and its data."""
+    """Make a checkpoint and its data."""
     folder = tmp_path_factory.mktemp("prune")
     write_tokenizer(folder / "model")
     tied = model(CONFIG, 0.2, tied=True).to(torch.bfloat16)
@@ -341,7 +341,7 @@ def test_stock_litgpt_opens_a_pruned_checkpoint(folder, tmp_path, capsys):
     assert f"perplexity {before:.2f} -> {after:.2f}" in printed and "50.00%" in printed
     assert (tmp_path / "out/pruning.png").stat().st_size > 10_000 and (tmp_path / "out/tokenizer.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    # pruned again by what it has already, nothing is lost
+    # pruning again with the same pattern loses nothing
     again = prune(folder, tmp_path / "again", tmp_path / "out", pattern="2:4", method="wanda", targets="mlp.fc_1,attn")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
     notes = yaml.safe_load((tmp_path / "again/pruning.yaml").read_text())
@@ -369,7 +369,7 @@ def test_a_student_whose_layers_differ_is_pruned_in_its_true_shape(folder, tmp_p
             weight = block.get_submodule(name).weight
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
     assert [block.mlp.proj.in_features for block in opened.transformer.h] == [20, 32]
-    # where it came from is still known, for distilling it from its teacher
+    # its sub-network is kept, so it can be distilled from its teacher
     assert SubNet.load(tmp_path / "out/sub_network.yaml", CONFIG) == subnet and (tmp_path / "out/basis.pth").is_file()
 
 
@@ -391,7 +391,7 @@ def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_pat
         ({"pattern": "half"}, "pattern must be N:M"),
         ({"pattern": "3:5"}, "pattern 3:5 needs multiples of 5 inputs, attn.qkv of layer 0 has 32; choose another"),
         ({"sparsity": 1.2}, "sparsity must lie between 0 and 1, got 1.2"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "sparsity and pattern both say how many weights go"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "sparsity and pattern both set the share of pruned weights"),
         ({"method": "wanda", "data": None}, "the method wanda needs data to calibrate on; for example --data HFText"),
         ({"method": "magnitude", "refit": True, "data": None}, "refit needs data to calibrate on"),
         ({"method": "lottery"}, "there is no 'lottery' in litgpt_whittle.pruners; choose from magnitude, sparsegpt"),

@@ -1,4 +1,4 @@
-"""Amounts and ranges are read as they are written."""
+"""Test parsing of quantities and ranges."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""A quantised teacher against the same model with weights that went through bitsandbytes' own functions and back."""
+"""Test a quantised teacher against a model whose weights bitsandbytes' own functions quantise and dequantise."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_logits_are_those_of_the_rounded_weights(mode, bias):
     ids = torch.randint(96, (2, 16))
     with torch.no_grad():
         whole, wanted, found = model(ids), expected(ids), quantize(model, mode, CPU)(ids)
-    # int8 rounds the activations too
+    # int8 also rounds the activations
     error = (found - wanted).norm() / wanted.norm()
     assert error < (0.05 if mode == "bnb.int8" else 1e-4)
     assert error < (whole - wanted).norm() / wanted.norm() or mode == "bnb.int8"

@@ -1,4 +1,4 @@
-"""The quick order of units and layers, against taking units out one after the other."""
+"""Test the fast ranking of units and layers against removing units one at a time."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ GQA = Config.from_name(
 
 
 def test_the_quick_order_is_that_of_what_layers_lose_without_a_unit():
-    """Against zeroing the columns of one unit after the other, in float64, at one layer's writing map at a time."""
+    """The oracle zeroes the columns of one unit at a time, in float64, in one layer's output projection at a time."""
     torch.manual_seed(0)
     model = SuperGPT(GQA).double().eval()
     ids = torch.randint(0, 61, (4, 16))

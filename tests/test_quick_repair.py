@@ -1,4 +1,4 @@
-"""Repairs from moments alone: exact where nothing is lost, better than the cut for every architecture."""
+"""Test repairs from moments alone: exact if nothing is lost, better than the cut for every architecture."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
         student = repair.student(subnet)
         assert sum(p.numel() for p in student.parameters()) == n_params(config, subnet)
         assert distance(student, teacher) < factor * distance(cut_of(teacher, subnet), teacher)
-    # making students changes nothing about the teacher
+    # making students leaves the teacher unchanged
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
 
 
@@ -83,7 +83,7 @@ def test_a_cut_that_loses_nothing_is_repaired_exactly(name):
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-2-2b"])
 def test_the_embedding_stands_in_for_dropped_first_layers(name):
-    """Each token's embedding becomes the mean of the stream behind them, drawn to itself by four occurrences."""
+    """Each token's embedding becomes the mean stream after those layers and itself, counted as four more tokens."""
     config = ARCHITECTURES[name]
     teacher, ids = model(config, std=0.1), windows(config)
     subnet = SubNet(config, n_layer="1-2")
@@ -94,7 +94,7 @@ def test_the_embedding_stands_in_for_dropped_first_layers(name):
     handle.remove()
     stream = seen[0].double().flatten(0, 1)
     factor = math.sqrt(config.n_embd) if config.scale_embeddings else 1.0
-    for token in (*ids[0, :3].tolist(), config.padded_vocab_size - 1):  # the last one is never seen
+    for token in (*ids[0, :3].tolist(), config.padded_vocab_size - 1):  # the last one never occurs
         own, n = teacher.transformer.wte.weight[token].double(), int((ids == token).sum())
         expected = (stream[ids.flatten() == token].sum(0) + 4 * factor * own) / (n + 4) / factor
         torch.testing.assert_close(student.transformer.wte.weight[token].double(), expected, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_the_embedding_stands_in_for_dropped_first_layers(name):
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "phi-2", "Gemma-2-2b"])
 def test_dropped_layers_are_made_up_for_as_in_a_repair(name, tmp_path):
-    """The maps before a gap bring the stream to the teacher's after it: nearer than the cut, if not as a repair."""
+    """The projections before a gap approximate the teacher's stream after it, better than the cut does."""
     config = ARCHITECTURES[name]
     teacher = model(config, std=0.1)
     quick = MomentRepair(super_gpt(teacher), windows(config, 128))
@@ -150,7 +150,7 @@ def test_moments_of_affine_functions_are_those_of_their_values(seed, n_in, n_out
 
 
 def test_a_norm_over_all_channels_is_met_exactly():
-    """Where no channel is cut, the moments are those of the norm's own outputs."""
+    """If no channel is cut, the moments are those of the norm's own outputs."""
     config = PYTHIA
     torch.manual_seed(0)
     norm = config.norm_class(32, eps=config.norm_eps)
@@ -177,7 +177,7 @@ def test_the_fitness_is_the_perplexity_of_the_repaired_student():
     expected = torch.nn.functional.cross_entropy(student(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     scores = fitness(half(config))
     assert scores["nll"] == pytest.approx(float(expected), rel=1e-5)
-    assert scores == fitness(half(config))  # nothing is left over from one candidate to the next
+    assert scores == fitness(half(config))  # no state leaks from one candidate to the next
     full = SubNet.full(config)
     assert fitness(full)["nll"] == pytest.approx(Perplexity(net, batches)(full)["nll"], rel=1e-2)
 

@@ -1,4 +1,4 @@
-"""Races of candidates: who is dropped, what is estimated, and what the search makes of it."""
+"""Test racing of candidates: eliminations, estimates, and the search's use of both."""
 
 from zlib import crc32
 
@@ -52,7 +52,7 @@ def test_losers_are_those_whom_a_paired_t_test_tells_from_the_last_kept(n, n_win
     expected = [i for i, losses in racing.items() if is_worse(losses)]
     found = losers(racing, finished, n_kept, 0.05)
     assert found == expected
-    # at least as many as are looked for are left, counting those that have finished
+    # at least n_kept remain, including finished ones
     assert len(racing) - len(found) + n_done >= n_kept
 
 
@@ -71,7 +71,7 @@ def test_an_estimate_is_exact_where_the_difference_is_the_same_everywhere():
 
 
 class Windows:
-    """A made-up fitness: sub-networks differ, windows differ, and both a little in each other's way."""
+    """A made-up fitness with differences between sub-networks, between windows, and small interactions."""
 
     name = "nll"
 
@@ -139,7 +139,7 @@ def test_what_counts_has_seen_everything(tmp_path):
     assert {e.batches for e in finished} == {16} and all(e.batches < 16 and e.losses is None for e in dropped)
     for e in finished:
         assert e.score("nll") == pytest.approx(np.mean(e.losses))
-    # estimates come near to what all of the data would have said
+    # estimates are close to the scores on all of the data
     from litgpt_whittle.subnet import SubNet
 
     for e in dropped:
@@ -179,7 +179,7 @@ def test_notes_survive_a_torn_line(tmp_path):
     again = RaceNotes(path, RaceNotes.read(path))
     assert again.legs == {("8K-10K from 0", 3, 1): Leg([1.5, 2.5], 0.1)}
     again.add("8K-10K from 0", 4, 1, Leg([3.5], 0.1))
-    assert RaceNotes(path, RaceNotes.read(path)).legs == again.legs  # also what came behind the torn line
+    assert RaceNotes(path, RaceNotes.read(path)).legs == again.legs  # including entries after the torn line
 
 
 @pytest.mark.parametrize(

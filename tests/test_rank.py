@@ -1,4 +1,4 @@
-"""`litgpt rank`: what it leaves behind, that it reads it back, and what it refuses."""
+"""Test `litgpt rank`: its outputs, reading them back, and rejected input."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ TRAIN = BatchArgs(micro_batch_size=8, max_seq_length=64)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A teacher and its data."""
+    """Make a teacher and its data."""
     folder = tmp_path_factory.mktemp("rank")
     write_random_model(write_tokenizer(folder / "teacher"), TEACHER, norm_mean=1.0)
     write_jsonl(folder / "train.jsonl", documents(200))
@@ -63,7 +63,7 @@ def test_a_ranking_is_left_that_loads_without_running_code(folder, tmp_path, cap
     content = torch.load(tmp_path / "out/importance.pt", weights_only=True)
     assert content["version"] == 1 and content["teacher"] == TEACHER.name and content["metric"] == "activation"
     assert set(content["units"]) == set(METRICS) and set(content["layers"]) == set(LAYER_METRICS)
-    assert content["provenance"]["tokens"] == 1024 and content["provenance"]["layer_tokens"] == 256  # whole windows
+    assert content["provenance"]["tokens"] == 1024 and content["provenance"]["layer_tokens"] == 256  # full windows
     for scores in content["units"].values():
         assert scores["n_embd"].shape == (TEACHER.n_layer + 1, TEACHER.n_embd)
         sizes = {"n_query_groups": 2, "heads_per_group": 2, "intermediate_size": 48}
@@ -73,7 +73,7 @@ def test_a_ranking_is_left_that_loads_without_running_code(folder, tmp_path, cap
     printed = capsys.readouterr().out.splitlines()
     table = [line.split() for line in printed if line.strip()[:1].isdigit()]
     influence = ranking.scores.layers["block_influence"]
-    assert [int(row[0]) for row in table] == influence.argsort().tolist()  # the least important first
+    assert [int(row[0]) for row in table] == influence.argsort().tolist()  # least important first
     assert float(table[0][1]) == pytest.approx(float(influence.min()), rel=1e-2)
     assert "--order importance" in printed[-1]
 
@@ -131,7 +131,7 @@ def test_heat_maps_show_any_architecture(name, n_layer_windows, metric, tmp_path
     assert (tmp_path / "importance.png").stat().st_size > 10_000
 
 
-# -- bad input
+# -- rejected input
 
 
 @pytest.mark.parametrize(

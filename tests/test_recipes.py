@@ -1,4 +1,4 @@
-"""Every file of config_hub is read by its command, fits its models, reaches its bin, and costs what its header says."""
+"""Test the recipes in config_hub: parsed by their commands, consistent with their models, bins and stated costs."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ from litgpt_whittle.training.checks import check_pair
 
 @pytest.fixture(autouse=True, scope="module")
 def no_help():
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)  # it takes longer than all else
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)  # this takes longer than everything else
     yield
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -34,7 +34,7 @@ def each(*commands: str):
 
 
 def number(text: str) -> float:
-    """What a header means by 10B or 5,050."""
+    """Parse a header's number, such as 10B or 5,050."""
     digits, unit = re.fullmatch(r"([\d.,]+)([KMB]?)", text).groups()
     return float(digits.replace(",", "")) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
 
@@ -42,7 +42,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("path", sorted(HUB.rglob("*.yaml")), ids=lambda path: str(path.relative_to(HUB)))
 def test_its_command_reads_it_and_its_header_says_what_it_takes(path):
     recipe = open_recipe(path)
-    assert recipe.args.data is not None or recipe.command == "whittle"  # whose sections have it
+    assert recipe.args.data is not None or recipe.command == "whittle"  # the pipeline's sections hold it
     for word in ("Hardware:", "Memory:", "Tokens:", "Cost:"):
         assert word in recipe.header
     if path.stem != "demo":
@@ -73,14 +73,14 @@ def test_a_search_scores_as_many_candidates_on_as_much_text_as_its_header_says(p
     candidates, tokens = re.search(r"Tokens: ([\d,]+) × ([\d,]+)", recipe.header).groups()
     assert (number(candidates), number(tokens)) == (recipe.args.iterations, recipe.tokens)
     strategy = recipe.args.strategy
-    if recipe.name.startswith("pythia"):  # 50 random ones, then 100 generations of 50
+    if recipe.name.startswith("pythia"):  # 50 random candidates, then 100 generations of 50
         assert recipe.args.iterations == strategy.population_size + 100 * strategy.n_offspring == 5050
 
 
 @each("search", "rank", "extract", "whittle")
 def test_the_header_says_what_it_costs(path):
     recipe = open_recipe(path)
-    # of a pipeline, the memory of its largest stage
+    # a pipeline states the memory of its largest stage
     memory = _memory(recipe.twin("distill").header) if recipe.command == "whittle" else recipe.memory()
     assert _memory(recipe.header) == memory and recipe.cost() in recipe.header
 
@@ -115,7 +115,7 @@ def test_a_pipeline_hands_on_what_the_next_command_expects(path):
     if recipe.args.order == "importance":
         rank = open_recipe(HUB / "rank" / extract.path.name)
         assert recipe.args.importance == rank.args.out_dir / "importance.pt"
-    # a repair must see more tokens than there are inputs to a map
+    # a repair needs more tokens than a projection has inputs
     assert extract.args.repair.tokens > 8 * max(recipe.teacher.intermediate_size, recipe.teacher.n_embd)
 
 
@@ -123,7 +123,7 @@ PROVIDED = {
     "search": {"bin", "out_dir", "importance"},
     "distill": {"initial_checkpoint_dir", "teacher_checkpoint_dir", "out_dir", "resume", "devices"},
 }
-"""What the pipeline itself tells its stages"""
+"""Flags that the pipeline itself passes to its stages"""
 
 
 @each("whittle")
@@ -147,7 +147,7 @@ def test_a_pipelines_sections_are_the_commands_own_recipes(path):
 def test_the_header_gives_the_memory_of_the_plan(path):
     recipe = Recipe(path)
     assert _gigabytes(recipe.header) == pytest.approx(_gigabytes(recipe.memory()), rel=0.05)
-    assert _gigabytes(recipe.header) < 0.9 * 80  # the driver, the interpreter and gaps take some, too
+    assert _gigabytes(recipe.header) < 0.9 * 80  # the driver, the interpreter and fragmentation need some memory, too
 
 
 def _memory(header: str) -> str:

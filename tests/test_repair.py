@@ -1,4 +1,4 @@
-"""Repairing a cut: exact where nothing is lost, better than the cut where something is, for every architecture."""
+"""Test repairs of a cut: exact if nothing is lost, better than the cut otherwise, for every architecture."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ def student_of(repaired: Repaired) -> GPT:
 
 
 def half(config: Config) -> SubNet:
-    """Half of every dimension that can be halved, and one layer less."""
+    """Return half of every dimension that can be halved, and one layer less."""
     sizes = {"n_embd": config.n_embd // 2, "n_layer": f"0,2-{config.n_layer - 1}"}
     if config.n_query_groups > 1:
         sizes["n_query_groups"] = config.n_query_groups // 2
@@ -73,7 +73,7 @@ def half(config: Config) -> SubNet:
 
 
 def distance(student: GPT, teacher: GPT) -> float:
-    """Mean squared error of the logits, but for what all of a token's logits share, on tokens not seen before."""
+    """Return the mean squared error of the logits on unseen tokens, without each token's mean over the vocabulary."""
     idx = windows(teacher.config, 32, seed=1)
     off = student(idx) - teacher(idx)
     return float((off - off.mean(-1, keepdim=True)).square().mean())
@@ -121,7 +121,7 @@ def test_a_repaired_student_is_nearer_to_its_teacher_than_the_cut(config, basis,
 
 
 def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
-    """A model, a teacher of twice its channels, neurons and groups that computes the same, and the cut between."""
+    """Return a model, an equivalent teacher with twice its channels, neurons and groups, and the cut between them."""
     small = model(config)
     wide = dataclasses.replace(
         config,
@@ -136,7 +136,7 @@ def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
     weights = {}
     for name, tensor in small.state_dict().items():
         if name.endswith(("attn.qkv.weight", "attn.qkv.bias")):
-            # queries, keys and values are doubled each for itself
+            # queries, keys and values are doubled separately
             parts = tensor.split([config.n_head * size, groups * size, groups * size])
             tensor = torch.cat([torch.cat([part, part]) for part in parts])
         elif ".fc" in name or (name.endswith(("proj.weight", "proj.bias", "wte.weight")) and "wte" not in name):
@@ -144,7 +144,7 @@ def doubled(config: Config) -> tuple[GPT, GPT, SubNet]:
         elif "norm" in name or "ln_f" in name:
             tensor = torch.cat([tensor, tensor])
         if name.endswith("weight") and tensor.ndim == 2:
-            # what reads doubled inputs takes half of each; an embedding has doubled channels instead
+            # a projection with doubled inputs takes half of each; an embedding has doubled channels instead
             tensor = torch.cat([tensor, tensor], 1) * (1.0 if "wte" in name else 0.5)
         weights[name] = tensor
     assert per_group == wide.n_head // wide.n_query_groups
@@ -171,7 +171,7 @@ def test_a_cut_that_loses_nothing_is_repaired_exactly(name, basis, tmp_path):
     student = student_of(repaired)
     got, expected = (logits - logits.mean(-1, keepdim=True) for logits in (student(idx), teacher(idx)))
     assert (got - expected).norm() < 1e-4 * expected.norm()
-    # of each pair of copies one neuron and one query group is kept
+    # one neuron and one query group of each pair of copies is kept
     for i in range(len(cut)):
         kept = repaired.subnet.layer(i)
         assert sorted(kept.intermediate_size.indices % config.intermediate_size) == list(
@@ -197,7 +197,7 @@ def test_training_all_blocks_together_brings_predictions_nearer(name, tmp_path):
     teacher, subnet = model(config, std=0.1), half(config)
     refined = repair(teacher, subnet, tmp_path, n=128, refine_passes=2, refine_lr=1e-3)
     assert refined.refined.after < refined.refined.before
-    # an independent account, with stock models on the held-out windows
+    # recomputed independently, with stock models on the held-out windows
     idx = windows(config, 128)[-8:]
     ours, theirs = (net(idx).double().log_softmax(-1) for net in (student_of(refined), teacher))
     assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) == pytest.approx(refined.refined.after, rel=1e-3)
@@ -226,11 +226,11 @@ def test_windows_beyond_the_closed_form_are_only_trained_on(layers, tmp_path):
     config = dataclasses.replace(ARCHITECTURES["Llama-3.1-8B"], n_layer=5)
     teacher, subnet = model(config, std=0.1), SubNet(config, n_layer=layers)
     more = repair(teacher, subnet, tmp_path, n=192, n_closed_form=48, refine_passes=1, refine_lr=1e-3)
-    if layers.startswith("0"):  # dropped first layers are replaced by means over all tokens
+    if layers.startswith("0"):  # means over all tokens replace dropped first layers
         alone = repair(teacher, subnet, tmp_path, n=48)
         assert (more.layers, more.head) == (alone.layers, alone.head)
     assert more.refined.after < more.refined.before
-    # judged by the last windows of the closed form
+    # validated on the last windows of the closed form
     idx = windows(config, 192)[45:48]
     ours, theirs = (net(idx).double().log_softmax(-1) for net in (student_of(more), teacher))
     assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) == pytest.approx(more.refined.after, rel=1e-3)
@@ -257,7 +257,7 @@ def test_an_interrupted_training_of_all_blocks_goes_on_to_the_same_student(tmp_p
 
 
 def watched(net: GPT, idx: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What each module of a model reads and gives, tokens in rows, float64."""
+    """Return inputs and outputs of each module of a model, tokens in rows, in float64."""
     seen, handles = {}, []
     for name, module in net.named_modules():
 
@@ -274,7 +274,7 @@ def watched(net: GPT, idx: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "phi-2"])
 def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_path, monkeypatch):
-    """With next to no ridge, against `torch.linalg.lstsq` in float64 on what the finished student's maps read."""
+    """With almost no ridge, against `torch.linalg.lstsq` in float64 on the finished student's own inputs."""
     config = ARCHITECTURES[name]
     monkeypatch.setattr("litgpt_whittle.repair.sequential.RIDGES", (1e-8,))
     teacher = model(config, std=0.1)
@@ -291,14 +291,14 @@ def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_pat
         has_bias = modules[0].bias is not None
         if has_bias:
             z = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        if stream is not None:  # errors count relative to the size of each token's stream
+        if stream is not None:  # errors are relative to the size of each token's stream
             size = stream.var(1, correction=0) if config.norm_class_name == "LayerNorm" else stream.square().mean(1)
             z, wanted = (x / (size + config.norm_eps).sqrt()[:, None] for x in (z, wanted))
         expected = torch.linalg.lstsq(z, wanted, rcond=1e-5, driver="gelsd").solution.T
         got = torch.cat([module.weight for module in modules], 1).double()
         if has_bias:
             got = torch.cat([got, sum(module.bias for module in modules)[:, None].double()], 1)
-        # what they give is compared: behind a LayerNorm, one direction of the weights is free
+        # outputs are compared, because after a LayerNorm one direction of the weights is free
         torch.testing.assert_close(z @ got.T, z @ expected.T, rtol=0, atol=1e-3 * float(wanted.std()))
 
     for i, block in enumerate(student.transformer.h):
@@ -317,11 +317,11 @@ def test_every_map_is_the_least_squares_solution_on_its_own_inputs(name, tmp_pat
 
 
 def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch):
-    """A token to which an MLP adds a hundred times what others get, weighed by its size, leaves the others better."""
+    """An MLP adds to one token a hundred times what it adds to others; weighting by size improves the others' fit."""
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher = model(config, std=0.1)
     embedding, mlp = teacher.transformer.wte.weight, teacher.transformer.h[0].mlp
-    embedding[:, -1], embedding[0, -1] = 0.0, 1.0  # a channel that no other token has
+    embedding[:, -1], embedding[0, -1] = 0.0, 1.0  # a channel that no other token uses
     for module in (mlp.fc_1, mlp.fc_2):
         module.weight[:, -1] *= 30
     calibration, unseen = windows(config, 256), windows(config, 64, seed=1)
@@ -332,7 +332,7 @@ def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch)
     subnet = SubNet(config, intermediate_size=config.intermediate_size // 2)
 
     def errors_of_others() -> tuple[float, float]:
-        """Return the relative error of the stream after the first block, and the error of the logits."""
+        """Return the other tokens' relative error of the stream after the first block, and that of the logits."""
         scratch = Scratch(tmp_path / "scratch", "key")
         found = SequentialRepair(
             dict(teacher.state_dict()), subnet, Calibration(calibration), RepairArgs(), scratch
@@ -354,7 +354,7 @@ def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch)
 
 
 def test_a_massive_channel_does_not_matter(tmp_path):
-    """A channel that is far from zero at every token is carried over, and the others are fitted as without it."""
+    """A channel far from zero at every token is carried over, and the others are fitted as if it were absent."""
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher = model(config, std=0.1)
     teacher.transformer.wte.weight[:, 3] = 100.0
@@ -364,7 +364,7 @@ def test_a_massive_channel_does_not_matter(tmp_path):
 
 
 def test_held_out_tokens_are_never_fitted_to(tmp_path):
-    """Neither the student nor its reports depend on them, but for the figures that they judge by."""
+    """Neither the student nor its reports depend on them, except for the validation figures."""
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, subnet = model(config), half(config)
     ids = windows(config, 64)
@@ -385,7 +385,7 @@ def test_held_out_tokens_are_never_fitted_to(tmp_path):
 
 
 def test_dropped_layers_are_stood_in_for(tmp_path):
-    """The block before a gap learns to do what the dropped ones did, the embedding what the dropped first ones did."""
+    """The block before a gap learns the function of the dropped ones; the embedding learns that of the first ones."""
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher = model(config, std=0.1)
     for layers in ("0,2-3", "1-3"):
@@ -478,7 +478,7 @@ def test_maps_too_wide_for_the_memory_are_refused(tmp_path, monkeypatch):
 
 
 def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
-    """litgpt's command line lets GPUs round; a repair does not, and leaves the setting as it was."""
+    """litgpt's command line lets GPUs round; a repair does not, and restores the setting."""
     seen, config = [], ARCHITECTURES["Llama-3.1-8B"]
     add = Moments.add
 
@@ -515,7 +515,7 @@ def test_settings_that_make_no_sense_are_refused(args, message):
 
 
 def test_memory_is_asked_for_all_moments_that_are_kept_at_once(tmp_path, monkeypatch):
-    """A wide teacher's units are chosen among by moments of all of them, however few are kept."""
+    """The selection of a wide teacher's units uses moments of all units, however few are kept."""
     config = Config.from_name(
         "Llama-3.2-1B", n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=512, block_size=24,
         vocab_size=61, padded_vocab_size=64,

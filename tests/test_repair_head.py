@@ -1,4 +1,4 @@
-"""The LM head, fitted to the teacher's predictions: against PyTorch's divergence, and a convex solver in float64."""
+"""Test the LM head fitted to the teacher's predictions against PyTorch's divergence and a convex solver in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ EACH = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 def divergence(student: GPT, teacher: GPT, idx: torch.Tensor) -> float:
-    """KL(teacher ‖ student) by PyTorch, from both models' whole logits in float64."""
+    """Return KL(teacher ‖ student) by PyTorch, from both models' full logits in float64."""
     ours, theirs = (F.log_softmax(net(idx).double(), -1).flatten(0, 1) for net in (student, teacher))
     return float(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
 
@@ -33,12 +33,12 @@ def test_the_head_brings_predictions_nearer_to_the_teachers(config, tmp_path):
     assert after < before
     assert math.isclose(before, divergence(student_of(plain), teacher, held_out), rel_tol=1e-3)
     assert math.isclose(after, divergence(student_of(fitted), teacher, held_out), rel_tol=1e-3)
-    for name, tensor in plain.weights.items():  # the rest is the closed form's
+    for name, tensor in plain.weights.items():  # the remainder is due to the closed form
         assert name.startswith("lm_head.") or torch.equal(tensor, fitted.weights[name])
 
 
 def best_head(z: torch.Tensor, log_p: torch.Tensor, start: torch.Tensor) -> float:
-    """The least divergence that any head without bias reaches, by L-BFGS in float64."""
+    """Return the lowest divergence of any head without bias, by L-BFGS in float64."""
     weight = start.double().clone().requires_grad_(True)
     solver = torch.optim.LBFGS([weight], max_iter=300, line_search_fn="strong_wolfe")
 
@@ -90,7 +90,7 @@ def test_a_head_that_is_not_better_for_it_keeps_the_closed_form(tmp_path, monkey
 
 
 def test_a_head_without_parameters_of_its_own_is_left(tmp_path):
-    """OLMo's final norm has no weight, so where its head is the embedding, nothing is free."""
+    """OLMo's final norm has no weight, so if its head is the embedding, no parameter is free."""
     config = ARCHITECTURES["OLMo-1B-hf"]
     assert repair(model(config, tied=True), half(config), tmp_path).head is None
 

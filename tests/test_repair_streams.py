@@ -1,4 +1,4 @@
-"""A repair's streams lie in a device's memory where they fit and in files elsewhere, with the same results."""
+"""Test activations of a repair in device memory and in files: the results are the same."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def case(request, tmp_path):
 
 
 def repair(case, folder, device="cpu", **args):
-    """Repair; return the student, and whether there were files of streams."""
+    """Repair; return the student, and whether activation files were used."""
     weights, subnet = case
     files, calibration = [], Calibration(windows(subnet.teacher, 24, 8), 6, device)
     job = SequentialRepair(weights, subnet, calibration, RepairArgs(**args), Scratch(folder, "key"))
@@ -71,9 +71,9 @@ def test_streams_in_a_devices_memory_give_the_student_of_those_in_files_with_few
 @pytest.mark.parametrize("budgets", [(2**30, 2**30), (2**30, 0), (10_000, 10_000)])
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are fewer")
 def test_an_interrupted_repair_computes_lost_streams_again(case, budgets, tmp_path, monkeypatch):
-    """Interrupted after its second layer, and once more while it computes the streams again."""
+    """Interrupted after its second layer, and again while it recomputes the streams."""
     expected, has_files = repair(case, tmp_path / "whole", refine_passes=0.2)
-    assert has_files  # on a CPU
+    assert has_files  # always on a CPU
     one, embed, n = SequentialRepair._repair_layer, sequential.NonBlockModules.embed, []
 
     def dying(self, i):

@@ -1,4 +1,4 @@
-"""`litgpt report` makes one page of a journal, whatever the search, and changes nothing else."""
+"""Test `litgpt report`: one page for any journal, and no other change."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class Page(HTMLParser):
-    """What a browser would see."""
+    """Parse a page as a browser would."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def header(teacher: Config, score: str = "perplexity") -> dict:
 
 
 def write_journal(out_dir: Path, teacher: Config, space: str, bins: list[str], n: int = 4, predicted=False) -> Path:
-    """A journal of random candidates with made-up scores; the last one of each bin failed."""
+    """Write a journal of random candidates with made-up scores; the last one of each bin failed."""
     out_dir.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     with Journal(out_dir / "journal.jsonl", header(teacher)) as journal:

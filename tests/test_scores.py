@@ -1,4 +1,4 @@
-"""Importance scores against what they stand for: plain loops, finite differences, students without a unit."""
+"""Test importance scores against their definitions: plain loops, finite differences, students without a unit."""
 
 import dataclasses
 import math
@@ -35,15 +35,15 @@ def windows(config: Config, n: int = 3, length: int = 12) -> torch.Tensor:
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Makes litgpt's RMSNorm, which computes in fp32 whatever the model's type is, compute in float64."""
+    """Make litgpt's RMSNorm, which always computes in fp32, compute in float64."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-# what units compute
+# -- activations of units
 
 
 def see(model: GPT, sequence: torch.Tensor) -> dict:
-    """What units compute on one sequence, by litgpt's parts one by one: tensors of shape (T, …) by layer and kind."""
+    """Return the units' activations on one sequence, module by module: tensors of shape (T, …) by layer and kind."""
     config, seen, channels = model.config, {}, {}
     x = model.transformer.wte(sequence[None])
     x = x * torch.tensor(config.n_embd**0.5, dtype=x.dtype) if config.scale_embeddings else x
@@ -91,7 +91,7 @@ def _hidden(mlp, x: torch.Tensor) -> torch.Tensor:
 
 
 def _experts(moe: LLaMAMoE, x: torch.Tensor):
-    """Token by token: the output, the sizes of the neurons over all experts that are asked, and the experts' shares."""
+    """Return the output, the sizes of the neurons over all chosen experts, and the experts' shares, token by token."""
     config, width = moe.config, moe.experts[0].proj.in_features
     out, neurons, shares = torch.zeros_like(x), x.new_zeros(len(x), width), x.new_zeros(len(x), config.n_expert)
     for t in range(len(x)):
@@ -107,7 +107,7 @@ def _experts(moe: LLaMAMoE, x: torch.Tensor):
             neurons[t] += _hidden(moe.experts[j], x[t]).abs()
         if config.n_shared_expert:
             out[t] += moe.shared_experts(x[t])
-            # a unit's part of the shared experts is as many neurons as there are experts side by side
+            # a unit of the shared experts consists of n_shared_expert neurons
             neurons[t] += _hidden(moe.shared_experts, x[t]).view(config.n_shared_expert, width).norm(dim=0)
     return out, neurons, shares
 
@@ -141,17 +141,17 @@ def test_activations_are_means_over_tokens_and_roots_of_squares_over_sequences(c
         torch.testing.assert_close(got.n_embd[layer], expected, rtol=1e-6, atol=1e-9)
 
 
-# first-order changes of the loss
+# -- first-order changes of the loss
 
 
 def losses(model: GPT, ids: torch.Tensor) -> torch.Tensor:
-    """Each sequence's mean loss."""
+    """Return each sequence's mean loss."""
     logits = model(ids)[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
 def slope(model: GPT, ids: torch.Tensor, parts: list[torch.Tensor], eps: float = 2e-3) -> torch.Tensor:
-    """How each sequence's loss changes when these views of weights are scaled, by a central difference."""
+    """Return the change of each sequence's loss when these views of weights are scaled, by a central difference."""
     before, found = [part.clone() for part in parts], []
     for scale in (1 + eps, 1 - eps):
         for part, value in zip(parts, before):
@@ -213,11 +213,11 @@ def test_taylor_scores_of_channels_add_up_over_the_norms(name, exact):
             torch.testing.assert_close(got[row, channel], expected, rtol=2e-3, atol=1e-7)
 
 
-# weights
+# -- weights
 
 
 def squares(weights: dict) -> float:
-    """Of all matrices, tied ones once."""
+    """Return the squares of all matrices, tied ones once."""
     distinct = {tensor.data_ptr(): tensor for tensor in weights.values() if tensor.dim() == 2}
     return sum(float(tensor.square().sum()) for tensor in distinct.values())
 
@@ -235,7 +235,7 @@ def without(teacher: Config, kind: str, layer: int, unit: int, size: int) -> Sub
 def test_magnitudes_are_what_a_student_without_the_unit_lacks(config, tied):
     model, layer = teacher(config, tied), config.n_layer - 1
     got, total = magnitudes(model), squares(model.state_dict())
-    # the heads of a group share its keys and values, whose weights belong to none of them
+    # the heads of a group share keys and values, whose weights count for none of them
     for kind, scores in [*got.layers[layer].items(), ("n_embd", got.n_embd)]:
         size = scores.shape[-1]
         if size == 1 or kind == "n_expert":
@@ -257,12 +257,12 @@ def test_every_index_of_an_axis_belongs_to_one_unit_or_to_all():
     assert set(units) == set(layer_sizes(config, 0))
     everything = kept_indices(config, 0, torch.arange(config.head_size).numpy(), SubNet.full(config).layer(0))
     assert sorted(units["n_query_groups"]["qkv"].ravel()) == everything["qkv"].tolist()
-    # keys and values come behind the queries
+    # keys and values come after the queries
     assert sorted(units["heads_per_group"]["qkv"].ravel()) == list(range(config.n_head * config.head_size))
     assert units["heads_per_group"]["attention"].shape == (2, 2 * config.head_size)
 
 
-# layers
+# -- layers
 
 
 @pytest.mark.parametrize("name", ["phi-2", "Mixtral-8x7B-v0.1"])

@@ -1,4 +1,4 @@
-"""`litgpt search` from its flags to what it leaves behind, killed and resumed, and what it refuses."""
+"""Test `litgpt search`: flags, outputs, kills and resuming, and rejected input."""
 
 import json
 import shutil
@@ -85,12 +85,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
-    """Drawing takes longer than these searches; test_report.py tests what they draw."""
+    """Skip drawing, which takes longer than these searches; test_report.py tests the pictures."""
     monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
 
 
 def run(checkpoint: Path, out_dir: Path, **changes) -> None:
-    """A search of a few seconds at most."""
+    """Run a search of a few seconds at most."""
     torch.set_num_threads(1)
     settings = dict(
         bin=BIN,
@@ -109,7 +109,7 @@ def run(checkpoint: Path, out_dir: Path, **changes) -> None:
 
 
 def lines(out_dir: Path) -> list[dict]:
-    """A journal but for times."""
+    """Return a journal's lines without times."""
     found = [json.loads(line) for line in (out_dir / "journal.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
 
@@ -143,7 +143,7 @@ def test_a_search_leaves_what_it_found(checkpoint, tmp_path, capsys):
         assert (evaluation.batches, evaluation.tokens, evaluation.seed) == (2, 48, 1)
     assert capsys.readouterr().out.startswith("the report\nSub-networks, journal and report are in")
 
-    # the score is that of the saved sub-network
+    # the score equals that of the saved sub-network
     data = Tokens()
     data.connect(batch_size=2, max_seq_length=12)
     score = Perplexity(load_model(checkpoint, "SuperGPT"), fixed_batches(data.val_dataloader(), 2, 12))
@@ -166,7 +166,7 @@ def test_several_bins_each_have_their_best_and_do_not_disturb_each_other(checkpo
     run(checkpoint, tmp_path / "both", bin=["8K-10K", "14K±5%"], simple_starts=False)
     run(checkpoint, tmp_path / "one", bin="8K-10K", simple_starts=False)
     _, both = read_journal(tmp_path / "both/journal.jsonl")
-    bins = ["8K-10K", "13.3K-14.7K"]  # take turns by generations
+    bins = ["8K-10K", "13.3K-14.7K"]  # the bins alternate by generation
     assert [e.bin for e in both] == [bin for n in (6, 4, 2) for bin in bins for _ in range(n)]
     _, alone = read_journal(tmp_path / "one/journal.jsonl")
     assert [e.subnet for e in both if e.bin == "8K-10K"] == [e.subnet for e in alone]
@@ -220,7 +220,7 @@ def test_candidates_by_importance_are_the_reordered_teachers_prefixes(checkpoint
         assert Perplexity(as_it_was, batches)(subnet)["perplexity"] == pytest.approx(expected, rel=1e-5)
         if layers == "best":
             assert subnet.layers == tuple(sorted(ranking.order.n_layer[: len(subnet)]))
-    # the best one is written down for the teacher as it is
+    # the best one is saved in the original teacher's order
     best = SubNet.load(tmp_path / "out/best.yaml", TEACHER)
     assert n_params(TEACHER, best) in Bin.parse(BIN)
     assert yaml.safe_load((tmp_path / "out/best.yaml").read_text())["provenance"]["order"] == "importance"
@@ -275,7 +275,7 @@ def test_a_strategy_may_be_named(checkpoint, tmp_path):
 
 
 def test_an_order_that_would_do_nothing_or_of_other_weights_is_refused(checkpoint, importance, tmp_path):
-    with pytest.raises(UserError, match="which units coarse spaces keep, got space = fine_layerwise; choose a coarse"):
+    with pytest.raises(UserError, match="that coarse spaces keep, got space = fine_layerwise; choose a coarse"):
         run(checkpoint, tmp_path / "out", order="importance", importance=importance)
     retrained = make_checkpoint(tmp_path / "teacher", seed=3)
     with pytest.raises(UserError, match="ranks other weights .*; rank this checkpoint"):
@@ -307,7 +307,7 @@ def test_a_search_killed_and_resumed_ends_as_an_unbroken_one(checkpoint, tmp_pat
     child.kill()
     n_done = len(read_journal(journal)[1])
     assert 9 <= n_done < 30
-    # a torn line on top, as a kill within a write would leave
+    # also append a torn line, as left by a kill during a write
     journal.write_bytes(journal.read_bytes() + b'{"index": 9, "bi')
     scored = []
     score = Perplexity.__call__
@@ -366,7 +366,7 @@ def test_one_process_of_all_machines_is_the_first(monkeypatch, environment, rank
 def test_only_the_first_process_asks_a_device_for_its_memory_before_all_are_connected(
     checkpoint, tmp_path, monkeypatch, rank
 ):
-    """The question takes half a gigabyte of the first GPU for a context, once for every process that asks."""
+    """Querying creates a context of half a gigabyte on the first GPU, once for every process that queries."""
     asked = []
 
     def free_memory(*_):
@@ -420,7 +420,7 @@ def test_failed_candidates_are_journalled_and_the_search_goes_on(checkpoint, tmp
 def test_a_candidate_out_of_memory_is_scored_once_more_and_never_recorded_as_failed(
     checkpoint, tmp_path, monkeypatch, racing
 ):
-    """The journal is that of a search that never ran out; the error names the remedy, and resuming completes it."""
+    """The journal equals that of a search with enough memory; the error names the remedy, and resuming completes it."""
     losses, calls = Perplexity.losses, []
 
     def failing(fails, self, subnet, *rest):
@@ -468,7 +468,7 @@ def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, c
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 3
 
 
-# -- bad input
+# -- rejected input
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A search shared by two processes: the journal is that of one, whatever is killed and when."""
+"""Test a search by two processes: its journal equals that of one, also after kills."""
 
 import os
 import random
@@ -40,7 +40,7 @@ checkpoint = test_search.checkpoint
 
 
 class Run:
-    """A search in processes of its own; with `launches`, it starts all but the first one itself."""
+    """A search in separate processes; with `launches`, it starts all but the first one itself."""
 
     def __init__(self, checkpoint: Path, out: Path, pause: float = 0.0, launches: bool = False, **settings) -> None:
         self.out = out
@@ -55,7 +55,7 @@ class Run:
         return self.program.finish()
 
     def wait_for(self, n_lines: int, name: str = "journal.jsonl") -> None:
-        """Waits until a file has so many lines."""
+        """Wait until a file has n lines."""
         deadline = time.monotonic() + 120
         while not (self.out / name).exists() or (self.out / name).read_bytes().count(b"\n") < n_lines:
             assert self.program.poll() is None, self.finish()
@@ -72,7 +72,7 @@ EITHER = pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark
 
 @pytest.fixture(scope="module")
 def one(checkpoint, tmp_path_factory):
-    """The search by one process, without and with a race."""
+    """Run the search by one process, without and with a race."""
     folders = {name: tmp_path_factory.mktemp("one") / name for name in RACING}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "write_report", lambda out_dir: "the report")
@@ -130,7 +130,7 @@ def test_twenty_kills(checkpoint, one, tmp_path, devices, name):
 
 
 def _kill_and_resume(checkpoint, one, out: Path, devices: int, name: str, moments: list[float]) -> None:
-    """Kills a search at moments after its journal began, or came back to life, and lets it end."""
+    """Kill a search at several moments after its journal began or resumed, then let it finish."""
     settings = {"racing": RACING[name], "iterations": 14, "devices": devices}
     for moment in moments:
         run = Run(checkpoint, out, pause=0.03, resume=(out / "journal.jsonl").exists(), **settings)

@@ -1,4 +1,4 @@
-"""`litgpt search` with a surrogate: what it leaves behind, how it is resumed, and what it refuses."""
+"""Test `litgpt search` with a surrogate: outputs, resuming, and rejected input."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_predictions_are_journalled_and_their_agreement_is_told(checkpoint, tmp_
         f"of {BIN} predicted 12 candidates before they were measured: Kendall's τ {tau:.2f}" in capsys.readouterr().out
     )
     assert header["settings"]["strategy"] == "Evolution" and header["settings"]["surrogate"]["mode"] == "filter"
-    assert not (out / "surrogate").exists()  # the journal is all that trees need
+    assert not (out / "surrogate").exists()  # trees need only the journal
     write_report(out)
     assert "The surrogate" in (out / "report.html").read_text() and (out / "predictions.png").is_file()
 
@@ -78,7 +78,7 @@ def test_another_search_is_learnt_from(checkpoint, tmp_path, capsys):
     run(checkpoint, tmp_path / "out", surrogate=surrogate)
     assert f"learnt from 20 candidates of {tmp_path / 'other'}: Kendall's τ" in capsys.readouterr().out
     assert None not in predictions(tmp_path / "out")
-    # a search that went on since then teaches something else
+    # after that search has continued, the surrogate would be fitted to different data
     run(checkpoint, tmp_path / "other", strategy=RandomSearch(), iterations=22, seed=7, resume=True)
     with pytest.raises(UserError, match=r"was written with settings\.surrogate\.path = "):
         run(checkpoint, tmp_path / "out", surrogate=surrogate, iterations=20, resume=True)
@@ -112,7 +112,7 @@ def test_a_language_model_is_fine_tuned_and_kept(checkpoint, tmp_path):
         ({"importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; make it with"),
         ({"kind": "text"}, "surrogate.kind text needs --surrogate.model"),
         ({"kind": "text", "model": "./nowhere"}, "surrogate.model './nowhere' cannot be loaded"),
-        ({"model": "./nowhere"}, "surrogate.model is read by kind text"),
+        ({"model": "./nowhere"}, "surrogate.model is an option of kind text"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(checkpoint, tmp_path, monkeypatch, changes, message):

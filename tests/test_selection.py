@@ -1,4 +1,4 @@
-"""Choosing among the best of a search by short distillations."""
+"""Test selection among a search's best candidates by short distillations."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ TEACHER = Config.from_name(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A teacher, its data, and how its students are distilled."""
+    """Make a teacher, its data, and the settings of the distillation."""
     folder = tmp_path_factory.mktemp("selection")
     write_tokenizer(folder / "teacher")
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def run(folder, out_dir, rungs, resume=False, config=None, **changes):
 def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def call(self, command, *arguments, log):  # in this process, which is quicker than starting one
+    def call(self, command, *arguments, log):  # in this process, which is faster than starting one
         calls.append(command)
         log.write_text("")
         CLI({"extract": extract, "distill": distill}[command].setup, args=[str(argument) for argument in arguments])
@@ -101,18 +101,18 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
     assert best == SubNet.from_dict(TEACHER, evaluations[winner.evaluation].subnet)
     by_score_yaml = SubNet.load(tmp_path / "out/best-by-score.yaml", TEACHER)
     assert by_score_yaml == SubNet.from_dict(TEACHER, by_score[0].subnet)
-    # each student was cut once, trained once per rung on the rung's tokens, and judged at its end
+    # each student was cut once, trained once per rung on the rung's tokens, and validated at its end
     assert calls.count("extract") == 3 and calls.count("distill") == 5
     for result in results:
         metrics = tmp_path / f"out/selection/candidate-{result.evaluation}/trained-{result.tokens}/metrics.jsonl"
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         assert rows[-1]["val_loss"] == result.val_loss and rows[-1]["tokens"] == result.tokens
     assert "Kendall's τ" in capsys.readouterr().out
-    # resuming finds all of it again
+    # resuming finds all results
     calls.clear()
     run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True)
     assert calls == [] and read_results(tmp_path / "out") == results
-    # but for what was made under other settings
+    # except those with other settings
     settings = yaml.safe_load((folder / "distill.yaml").read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings | {"seed": 7, "eval": {"final_validation": False}}))
     run(folder, tmp_path / "out", ["3x1024", "2x2048"], resume=True, config=tmp_path / "other.yaml")
@@ -127,8 +127,8 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
 
 
 def live_bytes():
-    """Bytes of all weights and activations in memory, also of those in reference cycles; tokens are integers."""
-    kinds = (torch.Tensor, torch.nn.Parameter)  # not the fake tensors that other tests' memory plans left
+    """Return the bytes of all weights and activations in memory, including reference cycles; tokens are integers."""
+    kinds = (torch.Tensor, torch.nn.Parameter)  # ignore the fake tensors left by other tests' memory plans
     found = [each for each in gc.get_objects() if type(each) in kinds and each.is_floating_point()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
     return sum(storages.values())
@@ -146,7 +146,7 @@ def live_bytes():
 def test_the_teacher_and_all_of_the_search_are_gone_before_the_students_are_trained(
     folder, tmp_path, monkeypatch, changes
 ):
-    """They would lie beside the training on the same device, as would memory that PyTorch keeps for later."""
+    """They would occupy the device during training, as would memory that PyTorch's allocator caches."""
     searched, events, load = [], [], search.load_fitness
 
     def watched(*args):

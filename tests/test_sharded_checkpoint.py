@@ -1,4 +1,4 @@
-"""Checkpoints in parts: what any number of processes read is what any number wrote."""
+"""Test sharded checkpoints: written and read by any number of processes."""
 
 import numpy as np
 import pytest

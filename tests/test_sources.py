@@ -1,4 +1,4 @@
-"""Local text is read as `datasets` would read it: any compression, any case, and the splits that a folder has."""
+"""Test reading local text against `datasets`: compression, upper and lower case, and splits of a folder."""
 
 import bz2
 import gzip
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory):
 
 
 def texts_of(path, **options):
-    """The documents of each part."""
+    """Return the documents of each split."""
     data = HFText(str(path), **options)
     data.check()
     return {part: list(data._read(data._sources(part)[0], streaming=True)[0]) for part in ("train", "validation")}
@@ -193,7 +193,7 @@ def test_splits_are_those_that_datasets_finds(tmp_path, names):
         expected = DataFilesDict.from_patterns(patterns, base_path=str(folder))
     except EmptyDatasetError:
         expected = {}
-    if list(patterns.values()) == [["**"]]:  # all files are for training: there are no splits
+    if list(patterns.values()) == [["**"]]:  # all files are for training, without splits
         expected = {}
     found = {split: {str(file) for file in files} for split, files in find_layout(str(folder)).splits.items()}
     assert found == {str(split): set(files) for split, files in expected.items()}
@@ -285,7 +285,7 @@ def test_a_column_that_is_no_text_is_refused(tmp_path, column, kind):
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, tokenizer):
-    """`/dev/full` is Linux's."""
+    """`/dev/full` exists only on Linux."""
     write_rows(tmp_path / "a.jsonl", DOCUMENTS)
     data = HFText(str(tmp_path / "a.jsonl"), val_fraction=0.5)
     data.connect(tokenizer, max_seq_length=8)

@@ -1,4 +1,4 @@
-"""Candidates land in their bin by construction, in all four spaces, and cover them."""
+"""Test search spaces: candidates always lie in their bin, in all four spaces, and cover it."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
-# 2 layers * 4 channels * 2 heads * 6 neurons per layer: few enough to count them all
+# 2 layers * 4 channels * 2 heads * 6 neurons per layer: few enough to count all
 TINY = Config.from_name(
     "pythia-14m", n_layer=2, n_embd=4, n_head=2, head_size=4, intermediate_size=6, block_size=8, padded_vocab_size=16
 )
@@ -42,7 +42,7 @@ FREE = SpaceArgs(fixed=[])
 
 
 def whole(teacher: Config, args: SpaceArgs = SpaceArgs()) -> Bin:
-    """Every size from the smallest to the teacher's."""
+    """Return the bin from the smallest size to the teacher's."""
     sizes = SizeSpace(teacher, True, False, args)
     return Bin(sizes.smallest, sizes.largest)
 
@@ -103,7 +103,7 @@ def test_candidates_of_every_architecture_lie_in_their_bin(teacher, data):
     tied = data.draw(st.booleans())
     sizes = SizeSpace(teacher, name.endswith("layerwise"), tied, FREE)
     assert sizes.largest == n_params(teacher, SubNet.full(teacher), tied)
-    # anything from the smallest to the whole teacher
+    # any sizes from the smallest to the full teacher
     lo = data.draw(st.integers(sizes.smallest, sizes.largest))
     bin = Bin(lo, max(lo + lo // 20, lo + 200)) if data.draw(st.booleans()) else Bin(sizes.smallest, lo)
     space = Space(teacher, name, bin, tied, FREE)
@@ -125,7 +125,7 @@ def test_candidates_of_every_architecture_lie_in_their_bin(teacher, data):
     assert num_parameters(model) == n_params(teacher, mother, tied)
 
 
-# those whose heads must share the channels, as the teacher's do
+# architectures whose heads must fill the channels, as the teacher's do
 SHARED = {name: config for name, config in ARCHITECTURES.items() if not FAMILIES[family_name(config)].free_heads}
 SHARED = {name: dataclasses.replace(config, n_embd=64) for name, config in SHARED.items()}
 CONVERTIBLE = [SpaceArgs(fixed=fixed, convertible=True) for fixed in (["head_size"], ["n_embd"], [])]
@@ -133,7 +133,7 @@ CONVERTIBLE.append(SpaceArgs(SizeArgs(n_embd=8, n_query_groups=3), SizeArgs(head
 
 
 def assert_convertible(subnet: SubNet) -> None:
-    """What is saved has heads that fill the channels: neither litgpt's converter nor the export has to do anything."""
+    """Assert that the saved heads fill the channels: neither litgpt's converter nor the export needs to change them."""
     config = subnet.config
     assert config.n_head * config.head_size == config.n_embd == len(subnet.n_embd)
     assert fit_heads(config, FAMILIES[family_name(config)]) == SubNet.full(config)
@@ -194,7 +194,7 @@ def test_the_smallest_and_the_largest_are_reached(name):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_draws_cover_every_dimension(name):
-    """Each size that a dimension may have comes up, each unit is kept and left out, in each layer."""
+    """Every size of every dimension occurs, and each unit is kept and dropped, in each layer."""
     teacher = Config.from_name(
         "Llama-3.1-8B", n_layer=4, n_embd=12, n_head=4, n_query_groups=2, intermediate_size=10, head_size=4
     )
@@ -225,7 +225,7 @@ def test_draws_cover_every_dimension(name):
 
 
 def brute_force(teacher: Config, layerwise: bool, convertible: bool = False) -> dict[int, int]:
-    """How many sub-networks have each count, by counting every one of the sizes."""
+    """Return the number of sub-networks per parameter count, by counting each."""
     grid = [range(1, teacher.n_embd + 1), [1, 2, 4] if convertible else [4], range(1, 3), range(1, 3), range(1, 7)]
     counts: dict[int, int] = {}
     for n_embd, head_size, depth in itertools.product(*grid[:3]):
@@ -315,7 +315,7 @@ def test_mutation_changes_a_little_and_crossover_mixes(name):
         mixed = space.crossover(rng, mother, father)
         assert len(mixed.n_embd) in (len(mother.n_embd), len(father.n_embd))
         assert set(mother.layers) & set(father.layers) <= set(mixed.layers) <= set(mother.layers) | set(father.layers)
-    # in a bin this wide nothing has to give way; now and then two sizes are chosen
+    # in a bin this wide no other size must compensate; occasionally two sizes are chosen
     assert np.median(n_changed) <= 1 and max(n_changed) <= 2
     children = {space.mutate(rng, mother, 0.2) for _ in range(20)}
     assert len(children) > 10  # of 20; a coarse uniform space has few neighbours
@@ -369,7 +369,7 @@ def test_parts_of_a_space_cover_its_bin_once(name):
         assert all(one.hi < other.lo for one, other in zip(parts, parts[1:]))
         widths = [part.hi - part.lo for part in parts]
         assert max(widths) - min(widths) <= 1 and widths[0] <= (hi + 1 - lo) / n
-        # nothing but parts without any sub-network is left out
+        # only parts without any sub-network are left out
         assert [sum(count in part for part in parts) for count in counts] == [int(count in bin) for count in counts]
 
 
@@ -483,7 +483,7 @@ def test_an_unknown_space_and_a_bin_beyond_the_teacher_are_refused():
 
 
 def test_large_teachers_are_counted_and_drawn_without_a_model(monkeypatch):
-    """All of Pythia-6.9B's shape, in the paper's first bin."""
+    """The full shape of Pythia-6.9B, in the paper's first bin."""
     from litgpt.model import GPT
 
     monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was built"))

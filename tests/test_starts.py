@@ -1,4 +1,4 @@
-"""A search begins with plain ideas: legal members of its bin, scored, recorded, and learnt from like all candidates."""
+"""Test simple starting points of a search: legal members of their bin, treated like all candidates."""
 
 import dataclasses
 import inspect
@@ -59,11 +59,11 @@ def by_origin(space: Space, *rest, **more) -> dict[str, SubNet]:
     return {start.origin: start.subnet for start in simple_starts(space, *rest, **more)}
 
 
-# -- where they lie
+# -- bins and spaces
 
 
 def assert_member(subnet: SubNet, space: Space, args: SpaceArgs) -> None:
-    """By what the space promises, not by how it builds."""
+    """Check the definition of the space, independent of its construction."""
     teacher, name = space.teacher, space.name
     assert n_params(teacher, subnet, space.tied) in space.bin
     assert SubNet.from_dict(teacher, subnet.to_dict()) == subnet
@@ -105,7 +105,7 @@ def test_starts_of_every_architecture_lie_in_their_bin_and_space(teacher, data):
     hi = data.draw(st.integers(whole.sizes.smallest, whole.sizes.largest))
     try:
         space = Space(teacher, name, Bin(max(hi - hi // 10, 1), hi), tied, args)
-    except UserError:  # a gap between the channels' steps
+    except UserError:  # the bin may fall into a gap between the channels' steps
         return
     order = data.draw(st.sampled_from((None, random_ranking(teacher).order)))
     starts = simple_starts(space, order, n_sizes=data.draw(st.integers(1, 2)))
@@ -175,7 +175,7 @@ def test_ideas_that_cannot_meet_the_bin_are_left_out():
     args = SpaceArgs(step=SizeArgs(n_embd=24), fixed=["head_size", "n_query_groups", "heads_per_group"])
     found = by_origin(Space(GQA, "fine_uniform", Bin(full - 3_000, full - 1_000), args=args))
     assert "neurons" in found and not any("heads" in name or name.startswith("channels") for name in found)
-    assert not any(name.startswith("layers (") for name in found)  # one has 16,000 parameters
+    assert not any(name.startswith("layers (") for name in found)  # one layer has 16,000 parameters
     only = SpaceArgs(fixed=["head_size", "n_embd", "n_layer", "n_query_groups", "heads_per_group", "intermediate_size"])
     assert [start.subnet for start in simple_starts(Space(GQA, "fine_uniform", args=only))] in ([], [SubNet.full(GQA)])
 
@@ -189,7 +189,7 @@ def test_starts_keep_to_limits(amount):
     starts = simple_starts(space)
     costs = [MEASURES[amount](GQA, start.subnet, args) for start in starts]
     assert len(starts) > 3 and all(0.4 * most <= cost <= most for cost in costs)
-    if amount == "flops":  # which every neuron has a part in
+    if amount == "flops":  # every single neuron adds FLOPs
         neurons = len(by_origin(space)["neurons"].layer(0).intermediate_size)
         assert MEASURES[amount](GQA, SubNet(GQA, intermediate_size=neurons + 1), args) > most
 
@@ -248,7 +248,7 @@ def make(name: str):
 
 
 class Plain(Windows):
-    """A made-up fitness by which fewer neurons are better than any mixture."""
+    """A made-up fitness by which cutting neurons alone is better than any mixture."""
 
     def _means(self, subnet) -> np.ndarray:
         n_cut = (len(subnet) < 4) + (len(subnet.n_embd) < 24) + (len(subnet.layer(0).n_query_groups) < 4)
@@ -403,7 +403,7 @@ def test_units_are_measured_on_text_that_does_not_score_if_there_is_any(
     run(checkpoint, tmp_path / "out", data=Tokens(n_rows), iterations=1)
     data = Tokens(n_rows)
     data.connect(batch_size=2, max_seq_length=12)
-    rows = torch.cat(data.val_dataloader())[:, :12].tolist()  # of which 2 batches of 2 score
+    rows = torch.cat(data.val_dataloader())[:, :12].tolist()  # of which 2 batches of 2 are scored
     assert measured == (rows[4:] if n_apart else rows)
 
 

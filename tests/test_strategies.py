@@ -1,4 +1,4 @@
-"""The contract of every registered search strategy."""
+"""Test the contract of every registered search strategy."""
 
 import inspect
 import math
@@ -36,7 +36,7 @@ EACH = pytest.mark.parametrize("name", registry.names(GROUP))
 
 
 def make(name: str, space: Space = SPACE, seed: int = 1) -> Strategy:
-    """A registered strategy, small where it can be."""
+    """Return a registered strategy, with small settings where possible."""
     cls = registry.lookup(GROUP, name)
     known = inspect.signature(cls).parameters
     strategy = cls(**{key: value for key, value in SMALL.items() if key in known})
@@ -45,18 +45,18 @@ def make(name: str, space: Space = SPACE, seed: int = 1) -> Strategy:
 
 
 def loss(subnet: SubNet) -> float:
-    """Something to minimise: wide layers early in the network, many of them."""
+    """Return a loss to minimise: it prefers many wide layers early in the network."""
     return 10 - sum(len(subnet.layer(i).intermediate_size) / (64 * (i + 1)) for i in range(len(subnet)))
 
 
 def measures(subnet: SubNet) -> dict[str, float]:
-    """What any of the objectives may name."""
+    """Return measures for all possible objectives."""
     size = kv_cache_bytes(TEACHER, subnet, batch_size=1, seq_length=32, dtype=torch.float32)
     return {"n_params": float(SPACE.n_params(subnet)), "kv_cache_bytes": float(size)}
 
 
 def run(strategy: Strategy, n: int, score=loss, ask: int = 1) -> list[Scored]:
-    """Asks for n candidates, some at a time, and tells their scores and measures."""
+    """Ask for n candidates, a few at a time, and report their scores and measures."""
     told = []
     while len(told) < n and (candidates := strategy.ask(min(ask, n - len(told)))):
         for candidate in candidates:
@@ -122,7 +122,7 @@ def test_failed_scores_are_passed_over(name):
 
 
 def foreign(n: int) -> list[SubNet]:
-    """Sub-networks that no strategy was asked for."""
+    """Return sub-networks that no strategy proposed."""
     rng = np.random.default_rng(99)
     return list(dict.fromkeys(SPACE.sample(rng) for _ in range(n)))
 
@@ -130,7 +130,7 @@ def foreign(n: int) -> list[SubNet]:
 @EACH
 @pytest.mark.parametrize("n", [1, 7, 30])
 def test_scores_of_candidates_that_were_not_asked_for_are_taken(name, n):
-    """As a search's simple starts are: they count, are not proposed again, and the rest does not depend on batches."""
+    """Such as a search's simple starts: they count, are not proposed again, and the rest does not depend on batches."""
 
     def begun() -> Strategy:
         strategy = make(name)
@@ -152,7 +152,7 @@ def test_candidates_that_were_not_asked_for_may_come_at_any_time(name):
     strategy, others = make(name), iter(foreign(40))
     for _ in range(15):
         asked = strategy.ask(3)
-        assert asked  # whatever generation is under way
+        assert asked  # in any generation
         for candidate in (next(others), *asked, next(others)):
             strategy.tell(candidate, loss(candidate), measures(candidate))
 
@@ -177,7 +177,7 @@ def test_settings_make_the_same_strategy_again(name):
 
 @EACH
 def test_a_strategys_own_defaults_hold_on_the_command_line(name, capsys):
-    """jsonargparse hands settings of the default strategy on to another one that has settings of the same names."""
+    """jsonargparse passes the default strategy's settings on to another one if it has settings of the same names."""
     with pytest.raises(SystemExit):
         CLI(setup, args=["teacher", "--strategy", name, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["strategy"].get("init_args", {})

@@ -1,4 +1,4 @@
-"""Sub-networks as values: read, written, compared, refused; counted without a model."""
+"""Test sub-networks as values: parsing, writing, comparison, rejected input, and counts without a model."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A super-network runs as any of its sub-networks exactly as the extracted litgpt model runs."""
+"""Test that a super-network computes the same as the extracted litgpt model of any of its sub-networks."""
 
 import copy
 
@@ -23,7 +23,7 @@ EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTU
 
 
 def supergpt(config: Config, tied: bool = False, std: float = 0.2) -> SuperGPT:
-    """A super-network with weights large enough that every part matters."""
+    """Make a super-network with weights large enough that every part affects the output."""
     torch.manual_seed(0)
     model = SuperGPT(config)
     for name, tensor in model.state_dict().items():
@@ -70,7 +70,7 @@ def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, 
         student.load_state_dict(torch.load(out_dir / "lit_model.pth", weights_only=True))
         if tied:
             student.lm_head.weight = student.transformer.wte.weight
-    exact = subnet.is_uniform or teacher.norm_qk_type != "olmo2"  # whose padding is scaled there and back
+    exact = subnet.is_uniform or teacher.norm_qk_type != "olmo2"  # padding rescales its norms, which rounds
     expected = student(idx)
     with model.running(subnet, materialize=True), torch.no_grad():
         torch.testing.assert_close(model(idx), expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
@@ -84,12 +84,12 @@ def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, 
 
 
 def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: bool) -> None:
-    """The teacher's gradient is the student's at what the plan takes, and nothing anywhere else."""
+    """Assert that the teacher's gradient equals the student's on the plan's slices and is zero elsewhere."""
     theirs, ours = (dict(m.named_parameters(remove_duplicate=False)) for m in (student, model))
     slices = {name: take for name, take in plan(subnet.teacher, subnet, tied).items() if name in theirs}
     for name, take in slices.items():
         expected, got = theirs[name].grad, ours[take.name].grad
-        if expected is None:  # an expert that no token chose
+        if expected is None:  # an expert without tokens
             assert got is None or not got.any()
             continue
         torch.testing.assert_close(take(got), expected, rtol=1e-4, atol=1e-6)
@@ -106,14 +106,14 @@ def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: 
 @given(data=st.data())
 def test_padded_export_gives_the_layerwise_logits(teacher, data):
     subnet = data.draw(subnets(teacher, uniform=False))
-    model, idx = supergpt(teacher, std=0.08), tokens(teacher)  # larger ones amplify rounding from layer to layer
+    model, idx = supergpt(teacher, std=0.08), tokens(teacher)  # larger weights amplify rounding from layer to layer
     student = student_model(subnet)
     student.load_state_dict(extract_weights(model, subnet))
     padded = pad(subnet, student.state_dict())
     stock = GPT(subnet.config)
     stock.load_state_dict(padded)
     expected, got = student(idx), stock(idx)
-    with torch.no_grad():  # norms over two or three channels amplify rounding: what fp32 itself costs this student
+    with torch.no_grad():  # fp32's own error: norms over two or three channels amplify rounding
         rounding = (copy.deepcopy(student).double()(idx) - expected).abs().max()
     torch.testing.assert_close(got, expected, rtol=0, atol=max(1e-5 * expected.abs().max().item(), 4 * rounding.item()))
     for name, weight in unpad(subnet, padded).items():
@@ -126,12 +126,12 @@ def test_padded_export_gives_the_layerwise_logits(teacher, data):
 def _assert_padding_has_no_gradient(stock: GPT, student: LayerwiseGPT) -> None:
     slices = plan(stock.config, student.shape)
     for i in range(len(student.shape)):
-        # a padded head of a kept group attends to that group's values, so what reads it gets a gradient
+        # a padded head of a kept group attends to that group's values, so its output projection gets a gradient
         if len(student.shape.layer(i).heads_per_group) < stock.config.n_head // stock.config.n_query_groups:
             del slices[f"transformer.h.{i}.attn.proj.weight"]
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
     for take in slices.values():
-        # a padded head in a group that the student keeps averages that group's values, which its projection sees
+        # a padded head in a kept group averages that group's values, which its output projection reads
         shares_values = take.name.endswith("attn.proj.weight") and isinstance(student.shape.heads_per_group, tuple)
         if take.name in gradients and "norm_" not in take.name and not shares_values:
             inside = take(gradients[take.name])
@@ -179,7 +179,7 @@ def test_sub_network_of_another_teacher_is_refused():
 
 
 class Transfers(TorchDispatchMode):
-    """Counts copies from the CPU to the meta device, which takes the place of a GPU."""
+    """Count copies from the CPU to the meta device, which stands in for a GPU."""
 
     n = 0
 
@@ -194,7 +194,7 @@ class Transfers(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-3-1b-it", "phi-2"])
 @pytest.mark.parametrize("mode", [{"materialize": True}, {"trains": True}, {}])
 def test_indices_are_sent_to_the_device_in_one_copy_per_candidate(name, mode, monkeypatch):
-    monkeypatch.setitem(super_network.KEPT_BYTES, "meta", 2**30)  # it has no free memory to ask for
+    monkeypatch.setitem(super_network.KEPT_BYTES, "meta", 2**30)  # it has no free memory to query
     teacher = ARCHITECTURES[name]
     with torch.device("meta"):
         model = SuperGPT(teacher)

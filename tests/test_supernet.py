@@ -1,4 +1,4 @@
-"""Super-network training against gradients of extracted models, and one process against two."""
+"""Test super-network training against gradients of extracted models, and one process against two."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ def space(teacher: Config = FAMILIES["pythia"], name: str = "fine_layerwise") ->
 
 
 class Given(Sampler):
-    """Some networks, in every step."""
+    """Sample the given networks in every step."""
 
     def __init__(self, networks, teaches=False):
         self.given, self.teaches = networks, teaches
@@ -136,7 +136,7 @@ def test_a_sandwich_takes_the_memory_of_its_largest_network():
 
     def peak(sampler: Sampler) -> int:
         step = step_of(model, sampler)
-        step(ids, ids, lambda loss: loss.backward(), 0.0)  # the gradients are there
+        step(ids, ids, lambda loss: loss.backward(), 0.0)  # allocates the gradients
         with LiveBytes() as live:
             step(ids, ids, lambda loss: loss.backward(), 0.0)
         return live.peak
@@ -192,7 +192,7 @@ def test_size_weighted_networks_have_the_inverse_of_their_size_as_weight(monkeyp
 
 
 def train(out_dir: Path, **kwargs):
-    """`litgpt pretrain_supernet` in this process."""
+    """Run `litgpt pretrain_supernet` in this process."""
     usual = {
         "model_config": config(),
         "out_dir": out_dir,
@@ -262,7 +262,7 @@ def test_it_goes_on_from_a_pretrained_checkpoint(tmp_path):
 
 @dataclass
 class Masked(TokenData):
-    """Labels count from the fifth token on."""
+    """A data module with labels from the fifth token on."""
 
     def loader(self, n, seed, shuffle):
         samples = self.samples(n, seed)
@@ -317,7 +317,7 @@ train(Path({out!r}), devices=2, {settings})
 
 
 def two_processes(out: Path, settings: str) -> None:
-    """Runs `litgpt pretrain_supernet` with two processes; `settings` is source code."""
+    """Run `litgpt pretrain_supernet` with two processes; `settings` is source code."""
     script = out.with_suffix(".py")
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), settings=settings))
     done = forked.run(script, n=2)
@@ -348,7 +348,7 @@ def test_two_processes_train_what_one_does(tmp_path, strategy, sampler):
 
 @dataclass
 class InOrder(TokenData):
-    """Not shuffled."""
+    """A data module without shuffling."""
 
     def loader(self, n, seed, shuffle):
         return super().loader(n, seed, False)
@@ -358,7 +358,7 @@ def test_processes_need_not_all_train_the_full_network(tmp_path):
     sampler = "{'random_linear': {'start': 0.5, 'end': 0.5}}"
     options = f"search_space=SEARCH_SPACE, sampler={sampler}, per_rank='different', n_validated=0"
     two_processes(tmp_path / "two", f"strategy='ddp', supernet=SupernetArgs({options})")
-    assert len(rows(tmp_path / "two")) == 6  # to the end, each step once
+    assert len(rows(tmp_path / "two")) == 6  # runs to the end, each step once
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
@@ -371,7 +371,7 @@ def test_processes_can_train_different_networks(tmp_path, strategy):
         "train=train_args(max_tokens=None, max_steps=1, lr_warmup_steps=0, max_norm=None)"
     )
     two_processes(tmp_path / "two", settings)
-    # by hand: each process's network on its own batch, then one step down the mean gradient
+    # recompute: each process's network on its own batch, then one step with the mean gradient
     model = load_model(start, "SuperGPT")
     data, losses = InOrder(), []
     data.connect(batch_size=4, max_seq_length=8)

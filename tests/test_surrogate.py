@@ -1,4 +1,4 @@
-"""A surrogate finds out what makes sub-networks good, also from another teacher's, and refuses what teaches nothing."""
+"""Test surrogates: they learn rankings, also from another teacher's candidates, and reject uninformative data."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def sample(teacher: Config, n: int, seed: int = 0, space: str = "coarse_layerwis
 
 
 def loss(subnet: SubNet) -> float:
-    """What layers are worth adds up; early ones, heads and wide ones are worth more."""
+    """Return a sum over layers; early layers, heads and wide layers contribute more."""
     layers = [(layer / subnet.teacher.n_layer, subnet.layer(i)) for i, layer in enumerate(subnet.layers)]
     heads = sum((2 - at) * len(keep.n_query_groups) for at, keep in layers) / subnet.teacher.n_head
     neurons = sum((2 - at) * len(keep.intermediate_size) for at, keep in layers) / subnet.teacher.intermediate_size
@@ -61,7 +61,7 @@ def tau(surrogate: Surrogate, unknown: list[SubNet], score=loss) -> float:
 
 
 def write_search(folder: Path, chosen: list[SubNet], score=loss, bins: int = 1) -> Path:
-    """A journal with these sub-networks in it, the bins in turn, and a failed one at the end."""
+    """Write a journal with these sub-networks, alternating bins, and a failed one at the end."""
     folder.mkdir(parents=True)
     teacher = chosen[0].teacher
     header = {"teacher": {"name": teacher.name, "architecture": asdict(teacher)}, "settings": {"score": "perplexity"}}
@@ -77,7 +77,7 @@ def test_the_ranking_of_an_additive_function_is_found():
     known, unknown = sample(TEACHER, 200), sample(TEACHER, 100, seed=1)
     surrogate = fitted(Surrogate(TREES, TEACHER), known)
     assert tau(surrogate, unknown) > 0.65
-    # in the unit of the scores
+    # in the same unit as the scores
     expected, measured = np.log(surrogate.predict(unknown)), np.log([loss(subnet) for subnet in unknown])
     assert np.abs(expected - measured).mean() < 0.5 * measured.std()
 
@@ -88,7 +88,7 @@ def test_the_same_evaluations_give_the_same_predictions():
     assert (one.predict(unknown) == again.predict(unknown)).all()
     assert (one.predict(unknown) != other.predict(unknown)).any()
     fitted(one, unknown)
-    fitted(one, known)  # nothing stays of what it was fitted on in between
+    fitted(one, known)  # a second fit leaves no trace
     assert (one.predict(unknown) == again.predict(unknown)).all()
     assert one.predict(unknown[:1]) == pytest.approx(one.predict(unknown)[0])
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_predicted_has_no_held_out_agreement():
     noise = np.random.default_rng(0).normal(size=150)
     assert abs(held_out_tau(TREES, read, noise)) < 0.15
     trees.fit(read, noise, seed=0)
-    assert kendalltau(trees.predict(read), noise).statistic > 0.9  # what it was fitted on, it knows by heart
+    assert kendalltau(trees.predict(read), noise).statistic > 0.9  # it can memorise its training data
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
@@ -255,5 +255,5 @@ def test_wrong_settings_are_refused(settings, message):
 def test_ours_come_through_the_public_door():
     assert registry.load_all("litgpt_whittle.surrogates").keys() == {"text", "trees"}
     assert registry.lookup("litgpt_whittle.surrogates", "trees") is Trees
-    with pytest.raises(UserError, match="surrogate.model is read by kind text"):
+    with pytest.raises(UserError, match="surrogate.model is an option of kind text"):
         Trees(SurrogateArgs(mode="filter", model="bert"))

@@ -1,4 +1,4 @@
-"""A strategy with a surrogate in front of it keeps the contract of a strategy, and needs fewer evaluations."""
+"""Test strategies with a surrogate: they keep the contract of a strategy, and need fewer evaluations."""
 
 from functools import partial
 

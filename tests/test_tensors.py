@@ -1,4 +1,4 @@
-"""Saved tensors lie in CPU memory, wherever they were; a stand-in for a device's tensor cannot be loaded elsewhere."""
+"""Test saved tensors: always in CPU memory, because a device's tensor class cannot be loaded elsewhere."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from litgpt_whittle.tensors import save_tensors
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that reports a GPU as its device. Without that device's class, a file of it cannot be loaded."""
+    """A tensor that reports a GPU as its device; without its device's class, its file cannot be loaded."""
 
     @staticmethod
     def of(values):
@@ -37,7 +37,7 @@ def test_a_file_of_a_devices_tensors_loads_without_the_device(tmp_path):
     values = torch.randn(3, 4)
     tree = {"a": OnDevice.of(values), "more": [(OnDevice.of(values[0]), 3), "text", torch.arange(2)]}
     save_tensors(tree, tmp_path / "file")
-    loaded = torch.load(tmp_path / "file", weights_only=True)  # refuses classes other than PyTorch's own
+    loaded = torch.load(tmp_path / "file", weights_only=True)  # rejects classes other than PyTorch's own
     assert torch.equal(loaded["a"], values) and torch.equal(loaded["more"][0][0], values[0])
     assert loaded["more"][0][1:] == (3,) and loaded["more"][1] == "text" and loaded["more"][2].tolist() == [0, 1]
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_of_a_devices_weights_is_one_of_stock_litgpt(tmp_path):
     config = Config(n_layer=1, n_embd=16, n_head=2, block_size=8, vocab_size=32, padded_vocab_size=32)
     model = tie(GPT(config))
     weights = {name: OnDevice.of(tensor.detach()) for name, tensor in model.state_dict().items()}
-    del weights["lm_head.weight"]  # as training saves a tied model
+    del weights["lm_head.weight"]  # as in the training checkpoint of a tied model
     state = {"optimizer": {"state": {0: {"exp_avg": OnDevice.of(torch.ones(2))}}}}
     save_checkpoint(tmp_path / "out", config, weights, extra={"state.pth": state}, tied=True)
     loaded = torch.load(tmp_path / "out/lit_model.pth", weights_only=True)

@@ -1,4 +1,4 @@
-"""A language model reads descriptions of sub-networks; a tiny one here, made from a config."""
+"""Test the language-model surrogate, with a tiny model made from a config."""
 
 from pathlib import Path
 
@@ -73,12 +73,12 @@ def test_fine_tuning_follows_from_seed_and_evaluations_and_leaves_no_trace(model
     targets = np.random.default_rng(0).normal(size=20)
     one, again, other = (Text(args(model, epochs=2)) for _ in range(3))
     state = torch.get_rng_state()
-    one.fit(read[:10], targets[:10], seed=5)  # forgotten
+    one.fit(read[:10], targets[:10], seed=5)  # fitting again forgets the previous fit
     for text, seed in ((one, 1), (again, 1), (other, 2)):
         text.fit(read, targets, seed)
     assert torch.equal(torch.get_rng_state(), state) and not torch.are_deterministic_algorithms_enabled()
     assert (one.predict(read) == again.predict(read)).all() and (one.predict(read) != other.predict(read)).any()
-    # the same alone as among others, which are longer or shorter
+    # a prediction does not depend on longer or shorter descriptions in the batch
     assert one.predict(read[3:4]) == pytest.approx(one.predict(read)[3], abs=1e-5)
 
 

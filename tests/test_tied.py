@@ -1,4 +1,4 @@
-"""Students whose LM head is their embedding: it stays so through every command, in counts, files and configs."""
+"""Test tied students, whose LM head is their embedding: through every command, in counts, files and configs."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ ONE_MATRIX = VOCAB * 32
 
 
 def tied_teacher(folder, shape=None):
-    """A tied checkpoint with random weights and Hugging Face's config, which says so."""
+    """Make a tied checkpoint with random weights and Hugging Face's config, which declares it."""
     torch.manual_seed(0)
     shape = shape or SubNet.full(LLAMA)
     model = tie(student_model(shape))
@@ -51,7 +51,7 @@ def teacher(tmp_path_factory):
 
 
 def is_saved_tied(folder, n_params):
-    """Whether a checkpoint, its file and its config hold one matrix, and as many parameters as expected."""
+    """Return whether a checkpoint, its file and its config hold one matrix, and the expected number of parameters."""
     model, said = load_model(folder), json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     assert num_parameters(model) == Checkpoint(folder).n_params == n_params
     n_bytes = (folder / "lit_model.pth").stat().st_size - 4 * n_params
@@ -174,7 +174,7 @@ def test_random_weights_are_tied_on_request_only():
 
 
 def test_a_plan_counts_a_tied_matrix_once(teacher, tmp_path, monkeypatch):
-    """The teacher's, too; weights and AdamW's two moments of the student's."""
+    """Also for the teacher; weights and AdamW's two moments for the student."""
     plans = []
     monkeypatch.setattr(distill, "show_plan", lambda step, *args: plans.append(plan_memory(step)))
     for tie_embeddings in (None, False):
@@ -189,7 +189,7 @@ def test_a_plan_counts_a_tied_matrix_once(teacher, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_a_tied_student_as_one_does(teacher, tmp_path):
-    """With FSDP2, whose checkpoints in parts hold the matrix once, too."""
+    """With FSDP2, whose sharded checkpoints also hold the matrix once."""
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
     common = {"initial_checkpoint_dir": teacher, "optimizer": sgd}
     run(tmp_path / "one", data=DATA, eval=EvalArgs(interval=2, max_iters=2), **common)
@@ -209,7 +209,7 @@ def test_two_processes_train_a_tied_student_as_one_does(teacher, tmp_path):
     again = {"resume": step, "data": DATA, "optimizer": sgd, "model_config": None, "train": train, "eval": eval}
     assert is_tied(run(tmp_path / "resumed", **again))
     expected, found = (rows(tmp_path / name) for name in ("two", "resumed"))
-    # the rate is litgpt's, which changes with every micro-batch: after the next step it is no longer quite the same
+    # litgpt's learning rate changes with every micro-batch, so it differs slightly after the next step
     assert found[0]["step"] == 3 and found[0]["loss"] == pytest.approx(expected[2]["loss"], abs=1e-5)
 
 

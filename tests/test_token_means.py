@@ -1,4 +1,4 @@
-"""A step's gradient is the mean over its tokens that count, however they are split into micro-batches and processes."""
+"""Test that a step's gradient is the mean over its unmasked tokens, for any split into micro-batches and processes."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from litgpt_whittle.supernet import SupernetArgs
 
 @dataclass
 class Uneven(TokenData):
-    """Between none and all of a sample's labels count, as with instructions of different lengths."""
+    """A data module with none to all of a sample's labels unmasked, as in instructions of different lengths."""
 
     def loader(self, n, seed, shuffle):
         samples = self.samples(n, seed)
@@ -41,7 +41,7 @@ class Uneven(TokenData):
         return batch["input_ids"][:, :-1], batch["labels"][:, 1:]
 
 
-RATE = 0.5  # which stays, as litgpt's schedule counts micro-batches
+RATE = 0.5  # unchanged, because litgpt's schedule counts micro-batches
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": RATE}}
 ONCE = "train_args(max_tokens=None, max_steps=1, lr_warmup_steps=0, max_norm=None, min_lr=0.5, micro_batch_size={})"
 COMMON = {"eval": EvalArgs(interval=100, max_iters=1), "optimizer": SGD, "data": Uneven(n_train=8)}
@@ -60,7 +60,7 @@ def models(tmp_path_factory):
 
 
 def stepped(student_dir, teacher_dir):
-    """One step down the gradient of the paper's formula on all tokens that count at once, and its loss."""
+    """Return the loss of the paper's formula on all unmasked tokens at once, and the weights after one step."""
     student, teacher = load_model(student_dir), load_model(teacher_dir)
     ids, targets = Uneven().all()
     counts = targets != -100
@@ -119,7 +119,7 @@ def test_two_processes_take_the_same_step_of_a_super_network(tmp_path, models, s
 
 
 def test_logged_losses_are_means_over_tokens(tmp_path, models):
-    """Against the losses of single micro-batches, of which some have no label that counts."""
+    """Against the losses of single micro-batches, some of them without unmasked labels."""
     once = eval(ONCE.format(1))
     given = {"initial_checkpoint_dir": models[0], "data": COMMON["data"], "eval": COMMON["eval"]}
     run(tmp_path, train=once, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}, **given)
@@ -141,7 +141,7 @@ def test_a_run_with_uneven_labels_resumes_bit_for_bit(tmp_path, models):
 def test_streams_are_matched_where_labels_count(loss):
     """Masked tokens, such as padding, do not change the loss; a mask that hides nothing changes nothing.
 
-    Neither does the split into micro-batches, nor a token whose stream is a thousand times larger than the others'.
+    Nor does the split into micro-batches, or a token whose stream is a thousand times larger than the others'.
     """
     teacher = config(n_embd=48)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every command hands on all of the tokenizer's files, from folders that cannot be written to as well."""
+"""Test that every command copies all tokenizer files, also from read-only folders."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def write_teacher(folder):
 
 
 def under_file_permissions():
-    """The command prefix under which a process is bound by the permissions of files, as root is not on its own."""
+    """Return the command prefix that subjects root to file permissions, like any other user."""
     if os.geteuid() != 0:
         return []
     prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
@@ -99,7 +99,7 @@ def set_modes(folder, file_mode, folder_mode):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Read-only inputs, and what the commands made of them."""
+    """Run the commands on read-only inputs; return the input and output folders."""
     given, out = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("out")
     write_teacher(given / "teacher")
     checkpoint(given / "student", seed=1, **(SIZES | {"n_embd": 16, "n_layer": 1}))
@@ -165,7 +165,7 @@ def test_a_checkpoint_with_named_templates_can_be_replaced(tmp_path):
 
 
 def test_all_files_that_transformers_reads_of_a_tokenizer_are_copied(tmp_path):
-    """The oracle are the names of vocabulary files of transformers' own tokenizer classes for causal models."""
+    """The oracle is the list of vocabulary files of transformers' own tokenizer classes for causal models."""
     from transformers.models import gemma, gpt2, llama, qwen2
 
     source = write_tokenizer(tmp_path / "source")

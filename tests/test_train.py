@@ -1,4 +1,4 @@
-"""The training loop against `litgpt pretrain`, and a resumed run against an unbroken one."""
+"""Test the training loop against `litgpt pretrain`, and a resumed run against an uninterrupted one."""
 
 import contextlib
 import csv
@@ -39,7 +39,7 @@ VOCAB = 100
 
 @dataclass
 class TokenData(DataModule):
-    """Noisy counting: learnable, shuffled anew in every epoch from the global generator, as litgpt's modules do."""
+    """Noisy counting: learnable, and reshuffled in every epoch from the global generator, as in litgpt's modules."""
 
     n_train: int = 24
     n_val: int = 8
@@ -78,7 +78,7 @@ def train_args(**kwargs):
 
 
 def run(out_dir, **kwargs):
-    """`litgpt distill` in this process, with a random-weight student unless told otherwise."""
+    """Run `litgpt distill` in this process, by default with a random-weight student."""
     defaults = {
         "model_config": config(),
         "out_dir": out_dir,
@@ -99,7 +99,7 @@ def run(out_dir, **kwargs):
 
 
 def checkpoint(folder, seed=0, **kwargs):
-    """A litgpt checkpoint with random weights."""
+    """Write a litgpt checkpoint with random weights."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     model = GPT(config(**kwargs))
@@ -124,7 +124,7 @@ def same(a, b):
 
 
 def litgpt_pretrain(out_dir, monkeypatch, precision="32-true", initial_checkpoint_dir=None, **train):
-    """The oracle: stock `litgpt pretrain`, but for torch.compile; gives logged losses and final weights."""
+    """Run stock `litgpt pretrain` without torch.compile, as an oracle; return logged losses and final weights."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(litgpt.pretrain, "save_hyperparameters", lambda *args: None)
     logger = CSVLogger(out_dir / "logs", flush_logs_every_n_steps=1)
@@ -171,7 +171,7 @@ def test_without_a_teacher_it_is_litgpt_pretrain_step_for_step(tmp_path, monkeyp
     val = [float(row["val_loss"]) for row in logged if row.get("val_loss")]
     assert [row["val_loss"] for row in rows(tmp_path / "ours", "val_loss")] == pytest.approx(val, abs=atol)
     if precision == "32-true":
-        # not the weights themselves: Adam blows up rounding in key biases, which have no effect and no true gradient
+        # not the weights themselves: Adam amplifies rounding in key biases, which have no effect and no true gradient
         logits = [predict(state) for state in (ours, weights)]
         assert torch.allclose(*logits, atol=1e-4)
 
@@ -186,7 +186,7 @@ def test_a_given_tied_checkpoint_trains_as_litgpt_trains_it(tmp_path, monkeypatc
 
 
 def interrupted(tmp_path, monkeypatch, at_step, **kwargs):
-    """Runs, is killed right after the checkpoint of a step, and resumes."""
+    """Run, kill right after the checkpoint of a step, and resume."""
     import litgpt_whittle.training.loop
 
     save, out_dir = litgpt_whittle.training.loop._save, tmp_path / "broken"
@@ -207,7 +207,7 @@ def interrupted(tmp_path, monkeypatch, at_step, **kwargs):
 @pytest.mark.parametrize("at_step", [1, 3, 8])
 @pytest.mark.parametrize("n_train", [24, 20])
 def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tmp_path, monkeypatch, at_step, n_train):
-    """24 samples are 3 steps an epoch, 20 end an epoch in the midst of a step: stops at and within later epochs."""
+    """24 samples are 3 steps per epoch, 20 end an epoch within a step: stops at and within later epochs."""
     teacher = checkpoint(tmp_path / "teacher", n_embd=48)
     kwargs = {
         "train": train_args(save_interval=1, max_tokens=10 * 8 * SEQ),
@@ -254,7 +254,7 @@ def times_of_files(folder):
 def test_another_trainings_folder_is_not_trained_in(tmp_path):
     run(tmp_path / "a", train=train_args(max_steps=1))
     before = times_of_files(tmp_path)
-    with pytest.raises(UserError, match="has the checkpoints of another training; go on with it by --resume auto"):
+    with pytest.raises(UserError, match="has checkpoints of another training; resume it with --resume auto"):
         run(tmp_path / "a", train=train_args(max_steps=1))
     with pytest.raises(UserError, match="out_dir must not be a checkpoint, into which training would write"):
         run(tmp_path / "a/final", train=train_args(max_steps=1))
@@ -332,7 +332,7 @@ def test_a_warm_up_without_an_end_is_told():
 
 
 def test_validation_is_weighted_by_tokens_and_ignores_masked_ones(tmp_path):
-    """Against one plain pass over all samples, the last batch being smaller."""
+    """Against one plain pass over all samples, with a smaller last batch."""
 
     class Uneven(TokenData):
         def val_dataloader(self):
@@ -408,7 +408,7 @@ def test_random_states_survive_a_weights_only_file(tmp_path):
 @pytest.mark.parametrize("generator", [None, 7])
 @pytest.mark.parametrize("batches", [0, 2, 3, 8, 9])
 def test_a_data_stream_goes_on_where_it_was(generator, batches):
-    """Also with a shuffle that has a generator of its own, in later epochs and between two."""
+    """Including a shuffle with its own generator, in later epochs and between two."""
 
     def stream():
         own = None if generator is None else torch.Generator().manual_seed(generator)

@@ -1,8 +1,8 @@
-"""A student means the same in Hugging Face's `transformers`: there, converted, cut, converted back.
+"""Test students in Hugging Face's `transformers`: converted, cut, and converted back.
 
-Each family goes the whole way with files as users have them: `save_pretrained`, litgpt's converter, `litgpt extract`,
-litgpt's converter back, `from_pretrained` with the `config.json` that `extract` left. Only litgpt's table of models
-gets a tiny entry.
+Each family makes the full round trip with the files of users: `save_pretrained`, litgpt's converter, `litgpt extract`,
+litgpt's converter back, `from_pretrained` with the `config.json` of `extract`. The only addition is a tiny entry in
+litgpt's table of models.
 """
 
 import shutil
@@ -46,7 +46,7 @@ CUT = dict(n_embd="0-7,12-23", n_layer="0,2-3", n_query_groups="1-1", heads_per_
 
 @dataclass
 class Family:
-    """One family, tiny, as litgpt and as transformers describe it."""
+    """A tiny family, as described by litgpt and by transformers."""
 
     name: str
     hf: Any
@@ -78,7 +78,7 @@ FAMILIES = [
             **HF,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
-            # transformers 4 knows no rope_parameters; 5 takes both names
+            # transformers 4 does not know rope_parameters; 5 accepts both names
             rope_theta=500000.0,
             rope_scaling=dict(
                 rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -150,13 +150,13 @@ IDX = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def teacher(request, tmp_path_factory):
-    """A random model of a family, saved by transformers and converted by litgpt."""
+    """Save a random model of a family with transformers, and convert it with litgpt."""
     family, folder = request.param, tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(family.hf, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            # Gemma's norms add one to their weight, so that 0 is as usual there as 1 elsewhere
+            # Gemma's norms add one to their weight, so its 0 is equivalent to 1 elsewhere
             is_norm = "norm" in name
             weight.normal_(mean=1.0 if is_norm and "Gemma" not in family.name else 0.0, std=0.2)
         logits = model(IDX).logits
@@ -194,9 +194,9 @@ def test_export_undoes_litgpts_conversion(teacher, tmp_path):
 
 
 def export(student, folder, family):
-    """Converts a student with litgpt and opens it with transformers."""
+    """Convert a student with litgpt and open it with transformers."""
     if family.name.startswith("OLMo-2"):
-        # litgpt 0.5.13 has no way back: its table names this norm norm_2, as which its model does not build it
+        # litgpt 0.5.13 cannot convert back: its table uses norm_2, a name that its model does not have
         with pytest.raises(KeyError, match="post_attention_norm"):
             convert_lit_checkpoint(student, folder)
         weights = torch.load(student / "lit_model.pth")
@@ -204,7 +204,7 @@ def export(student, folder, family):
         torch.save(weights, student / "lit_model.pth")
     convert_lit_checkpoint(student, folder)
     shutil.copy(student / "config.json", folder)
-    # the name under which transformers 5 looks for it; litgpt's tutorial passes `state_dict`, which no longer works
+    # transformers 5 looks for this name; litgpt's tutorial passes `state_dict`, which no longer works
     (folder / "model.pth").rename(folder / "pytorch_model.bin")
     return reopen(folder)
 

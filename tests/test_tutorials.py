@@ -1,4 +1,4 @@
-"""What README.md and the tutorials tell people to type is what the commands take; nothing is run."""
+"""Test that the commands accept the command lines in README.md and the tutorials; nothing is run."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ OURS = "litgpt.commands"
 
 
 def command_lines(page: Path) -> list[str]:
-    """The litgpt commands in a page's blocks of code, those over several lines as one."""
+    """Return the litgpt commands in a page's code blocks, joining continued lines."""
     text = page.read_text().replace("\\\n", " ")
     fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
     indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
@@ -31,7 +31,7 @@ def command_lines(page: Path) -> list[str]:
 
 @cache
 def parser(command: str) -> ArgumentParser:
-    """The parser that litgpt's command line gives a command."""
+    """Return the parser of litgpt's command line for a command."""
     from litgpt.__main__ import PARSER_DATA
 
     ours = command in registry.names(OURS)
@@ -40,7 +40,7 @@ def parser(command: str) -> ArgumentParser:
 
 
 def slices(parser: ArgumentParser, option: str) -> bool:
-    """Whether a parser knows an option, or one whose value has parts of such names."""
+    """Return whether a parser knows an option, or one whose value has fields of such names."""
     options = parser._option_string_actions
     parts = option.split(".")
     above = (options.get(".".join(parts[:n])) for n in range(1, len(parts)))
@@ -52,20 +52,20 @@ LINES = list(dict.fromkeys((page.name, line) for page in PAGES for line in comma
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch):
-    """The package that extending.md is about."""
+    """Make the package of extending.md importable."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/example_package"))
     importlib.import_module("whittle_example.annealing")
 
 
 @pytest.mark.parametrize("page, line", LINES, ids=lambda part: part[:60])
 def test_every_command_can_be_typed(page, line, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the paths in config_hub begin
+    monkeypatch.chdir(ROOT)  # paths in config_hub are relative to this folder
     _, command, *arguments = shlex.split(line, comments=True)
     known = parser(command)
-    # nobody asks for help here, and to read it takes most of the time
+    # help texts are not needed here, and reading them takes most of the time
     set_docstring_parse_options(attribute_docstrings=False)
     assert "--config" not in [word for word in arguments if word.startswith("--")][1:], "it overrides what comes before"
-    # as classes, so that settings are checked as far as they can be without files
+    # as classes, so that settings are checked as far as possible without files
     known.instantiate_classes(known.parse_args(arguments))
 
 

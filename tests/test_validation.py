@@ -1,4 +1,4 @@
-"""Validation on the same text at every pass, by every command, also with data that are shuffled at every pass."""
+"""Test that validation uses the same text at every pass, in every command, also with reshuffled data."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from litgpt_whittle.training.validation import ValidationBatches
 
 
 class ByEpoch:
-    """Another order at every pass, as litdata's StreamingDataset has it, which TextFiles reads with."""
+    """Iterate in a new order at every pass, like litdata's StreamingDataset, which TextFiles uses."""
 
     def __init__(self, samples, batch_size, passes):
         self.samples, self.batch_size, self.epoch, self.passes = samples, batch_size, 0, passes
@@ -32,7 +32,7 @@ class ByEpoch:
 
 @dataclass
 class Reshuffled(TokenData):
-    """Validates on another part of its validation text at every pass."""
+    """A data module that validates on another part of its validation text at every pass."""
 
     n_val: int = 40
     kind: str = "by epoch"
@@ -52,7 +52,7 @@ EVAL = EvalArgs(interval=2, max_iters=3, initial_validation=True)
 
 @KINDS
 def test_teacher_and_student_are_judged_on_the_same_text_at_every_validation(tmp_path, kind):
-    """A student that is the teacher and learns nothing has its loss, at all times."""
+    """A student that equals the teacher and does not learn has its loss at all times."""
     teacher = checkpoint(tmp_path / "teacher")
     still = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
     data = Reshuffled(kind=kind)
@@ -76,7 +76,7 @@ def test_a_resumed_run_validates_on_the_text_of_the_unbroken_one(tmp_path, kind)
 
 
 def test_sub_networks_are_validated_on_the_same_text_as_the_full_network(tmp_path):
-    """All of them are the full one where there is nothing to search."""
+    """All sub-networks equal the full one if there is nothing to search."""
     from litgpt_whittle.spaces.args import (
         SizeArgs,
         SpaceArgs,
@@ -128,7 +128,7 @@ def test_processes_share_the_batches_of_one(world_size):
 
 
 def test_random_numbers_stay_in_step_with_a_pass_over_the_dataloader():
-    """Which `litgpt pretrain` makes at every validation, and after which it draws the training data's order."""
+    """`litgpt pretrain` makes such a pass at every validation, and draws the order of the training data after it."""
     data = Reshuffled(kind="global generator")
     data.connect(batch_size=4, max_seq_length=SEQ)
     torch.manual_seed(3)
@@ -154,7 +154,7 @@ def test_a_search_scores_on_the_text_that_training_validates_on(kind):
 
 @dataclass
 class AllMasked(TokenData):
-    """Prompts that fill the samples, so that no label of the validation data counts."""
+    """Prompts that fill the samples, so that all labels of the validation data are masked."""
 
     def val_dataloader(self):
         rows = [{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in self.samples(self.n_val, 1)]

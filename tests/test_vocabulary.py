@@ -1,4 +1,4 @@
-"""Teachers and students with vocabularies padded differently, against formulas over the shared entries in float64."""
+"""Test teachers and students with differently padded vocabularies against float64 formulas over the shared entries."""
 
 import math
 
@@ -18,6 +18,7 @@ from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective, Term
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.tensors import IGNORE_INDEX
 from litgpt_whittle.training.teacher import CachedTargets
 
 N, E = 11, 6
@@ -37,13 +38,13 @@ def tensors(n_student, n_teacher):
     student = HeadInput(draw(1, N, E), draw(n_student, E), draw(n_student))
     teacher = HeadInput(draw(1, N, E), draw(n_teacher, E), draw(n_teacher))
     targets = torch.randint(20, (1, N), generator=generator)
-    targets[0, 3] = losses.IGNORE_INDEX
+    targets[0, 3] = IGNORE_INDEX
     return HeadInput(*(x.requires_grad_() for x in student)), teacher, targets
 
 
 def check(objective, student, targets, said, distance, atol=1e-10):
-    """Compares losses and gradients with those of `distance`, from the student's logits (N, V) to N values."""
-    z, counts = F.linear(*student).flatten(0, 1), targets.flatten() != losses.IGNORE_INDEX
+    """Compare losses and gradients with those of `distance`, from the student's logits (N, V) to N values."""
+    z, counts = F.linear(*student).flatten(0, 1), targets.flatten() != IGNORE_INDEX
     expected_ce = F.cross_entropy(z, targets.flatten())
     expected_distance = distance(z)[counts].mean()
     expected = objective.alpha * expected_ce + objective.beta * objective.temperature**2 * expected_distance
@@ -69,7 +70,7 @@ def test_distances_are_those_of_the_distributions_over_the_shared_entries(sizes,
 
 
 def cached(codec_name, settings, teacher, t):
-    """What is cached of a teacher, and each token's known probabilities with the tail's."""
+    """Return the cached targets of a teacher, and each token's known probabilities with the tail's."""
     logits = F.linear(*teacher).flatten(0, 1)
     codec = make_codec({codec_name: settings}, logits.size(1), t)
     uniform = torch.rand(N, codec.n_uniform, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -82,7 +83,7 @@ def cached(codec_name, settings, teacher, t):
 
 
 def events(z, known, tail, n, t):
-    """Log-probabilities over the shared tokens that are known, and over all others together where there is a tail."""
+    """Return log-probabilities of the known shared tokens, and of all others together if there is a tail."""
     known = {token: p for token, p in known.items() if token < n}
     total = sum(known.values()) + tail
     log_q = torch.log_softmax(z[:n] / t, -1)
@@ -135,7 +136,7 @@ def test_a_cache_must_know_fewer_tokens_than_the_student_has():
 
 
 def models(tmp_path, n_student, n_teacher, own=VOCAB, theirs=VOCAB):
-    """A student and a teacher, with tokenizers of so many words."""
+    """Make a student and a teacher, with tokenizers of the given numbers of words."""
     student = checkpoint(tmp_path / "student", padded_vocab_size=n_student)
     teacher = checkpoint(tmp_path / "teacher", seed=1, n_embd=48, padded_vocab_size=n_teacher)
     for folder, n in ((student, own), (teacher, theirs)):

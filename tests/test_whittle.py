@@ -1,4 +1,4 @@
-"""`litgpt whittle`: its stages, going on after an interruption, what it refuses, and what it says beforehand."""
+"""Test `litgpt whittle`: its stages, resuming, rejected input, and the printed plan."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Runs stages in this process, by the same command line; gives what was called."""
+    """Run stages in this process, by the same command line; return the calls."""
     called = []
 
     def call(command, lock_file):
@@ -121,7 +121,7 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
     assert sum(p.numel() for p in load_model(folder / "distilled/final").parameters()) in Bin.parse("14K")
     trained, alone = TrainingResult(folder / "distilled"), TrainingResult(folder / "baseline")
     assert any("distill" in row for row in trained.rows)
-    # nobody teaches the baseline, and it starts from nothing
+    # the baseline trains without a teacher, from random weights
     assert not any("distill" in row for row in alone.rows)
     assert alone.curve[0][1] == pytest.approx(math.log(300), rel=0.1)
     page = (tmp_path / "out/report.html").read_text()
@@ -164,10 +164,10 @@ def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, 
         return str(error.value)
 
     monkeypatch.setattr(pipeline_module, "call", call)
-    monkeypatch.setattr(distill, "show_plan", lambda *_, **__: False)  # planning takes long, and says nothing new
+    monkeypatch.setattr(distill, "show_plan", lambda *_, **__: False)  # planning takes long, and is tested elsewhere
     assert "run the same command again" not in again("distilled ended with exit code 1; correct what it says above")
     codes["distill"] = -9
-    # nothing of the distillation is there yet, and devices are no setting
+    # the distillation has no files yet, and devices do not count as a setting
     longer = changed("distill", **{"train.max_tokens": 1024})
     again("distilled ended with exit code -9; run the same command again", **longer, devices="auto")
     (tmp_path / "out/14K/distilled/step-00000002").mkdir()
@@ -177,13 +177,13 @@ def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, 
     shorter = longer | changed("search", iterations=3)
     again("search.iterations was 4 and is 3; change back, delete .*out/search, .*start, .*distilled,", **shorter)
     shutil.rmtree(tmp_path / "out/search")
-    again("14K/start has begun with what search left, which must run again; delete .*start, .*distilled, or", **shorter)
+    again("14K/start was started from the output of search, which must run again; delete .*distilled, or", **shorter)
     shutil.rmtree(tmp_path / "out/14K")
     again("ended with exit code -9", **shorter)
     codes |= {"search": 1, "extract": 1, "distill": 0}
     monkeypatch.setattr(whittle, "write_outcome", lambda *_: [["a student"]])
     run(teacher, data, tmp_path / "out", **settings | shorter)
-    shutil.rmtree(tmp_path / "out/search")  # what has served its end is not made again
+    shutil.rmtree(tmp_path / "out/search")  # outputs that are no longer needed are not made again
     run(teacher, data, tmp_path / "out", **settings | shorter)
     shutil.rmtree(tmp_path / "out/14K")
     again("stage search ended with exit code 1", **shorter)
@@ -238,9 +238,9 @@ def test_a_stage_whose_pipeline_was_killed_stops_and_keeps_others_out_until_then
     os.kill(pipeline.pid, signal.SIGKILL)  # but not the stage
     pipeline.finish()
     with open(path, "a") as file:
-        assert not lock(file)  # the stage has it
+        assert not lock(file)  # the stage holds the lock
         for _ in range(100):
-            if lock(file):  # and then nobody
+            if lock(file):  # the stage has ended
                 assert pipeline.printed() == "begun\nsaved\n"
                 return
             time.sleep(0.1)
@@ -249,7 +249,7 @@ def test_a_stage_whose_pipeline_was_killed_stops_and_keeps_others_out_until_then
 
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
-    """Whole processes, killed with all that they have started, at moments spread over a run's time."""
+    """All processes are killed at moments spread over a run's time."""
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SECTIONS | {"data": describe(data), "target": "14K"}))
     command = [sys.executable, "-m", "litgpt_whittle", "whittle", str(teacher), "--config=settings.yaml"]
 
@@ -279,7 +279,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
         ({"target": "3M"}, "^search: no sub-network lies in the bin .*, change --target"),
         ({"target": "14X"}, "target: a bin looks like"),
         ({"search": {"iterationz": 4}}, "section search cannot be read: .*iterationz"),
-        ({"search": {"bin": "14K"}}, "search.bin is what the pipeline itself provides"),
+        ({"search": {"bin": "14K"}}, "search.bin is set by the pipeline"),
         ({"distill": SECTIONS["distill"] | {"train.max_tokens": None}}, "set --distill.train.max_tokens"),
         ({"distill": {"train.max_time": 60.0}}, "set --distill.train.max_tokens"),
         ({"distill": SECTIONS["distill"] | {"train.global_batch_size": 3}}, "global_batch_size"),
@@ -327,8 +327,8 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             {"cache_teacher": {"temperature": 2.0}},
             "distill.temperature must be 2.0, at which the cache to come was made",
         ),
-        (changed("distill", random_weights=True), "distill.random_weights is what the pipeline itself provides"),
-        ({"cache_teacher": {"resume": True}}, "cache_teacher.resume is what the pipeline itself provides"),
+        (changed("distill", random_weights=True), "distill.random_weights is set by the pipeline"),
+        ({"cache_teacher": {"resume": True}}, "cache_teacher.resume is set by the pipeline"),
     ],
 )
 def test_bad_input_is_told_before_any_stage_runs(teacher, data, tmp_path, calls, changes, message, monkeypatch):
@@ -370,7 +370,7 @@ def n_bytes(model):
 
 
 def test_costs_are_counted_passes(teacher, data, tmp_path):
-    """Against PyTorch's own counter, on the sub-networks that stand for the students."""
+    """Against PyTorch's own counter, on the sub-networks that represent the students."""
     bins = {"14K": Bin.parse("14K")}
     request = Request(teacher, bins, tmp_path, data, 1, 42, True)
     sections = {name: SECTIONS[name] for name in ("rank", "search", "extract", "distill")}
@@ -389,7 +389,7 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     student, block = student_model(stages.examples["14K"]), n_bytes(meta.transformer.h[0])
     outside = sum(n_bytes(part) for model in (meta, student) for part in (model.lm_head, model.transformer.wte))
     n_in = student.config.n_head * student.config.head_size + student.config.intermediate_size
-    solve = 4 * 8 * n_in * (n_in + student.config.n_embd)  # of the map with the most inputs
+    solve = 4 * 8 * n_in * (n_in + student.config.n_embd)  # for the projection with the most inputs
     assert found["14K/start"].weights >= outside + max(2 * block + solve, 5 * n_bytes(student.lm_head))
     plain = Stages(request, cache=True, **sections | {"extract": sections["extract"] | {"repair": False}})
     assert {cost.name: cost for cost in costs(plain)}["14K/start"].weights == block
@@ -406,7 +406,7 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert rows[1][-1] == rows[2][-1] == "2.5 h"
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
     again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
-    assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # once more forward
+    assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # one more forward pass
 
 
 def test_measurements_of_a_strategy_are_counted(teacher, data, tmp_path):
@@ -435,7 +435,7 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
     assert repaired.tokens - plain.tokens == RepairedPerplexity.n_calibration
     assert repaired.forward - plain.forward > RepairedPerplexity.n_calibration * whole
     solves = (twice.forward - repaired.forward) / 4 - plain.forward / 4
-    n_in = 32 + 128  # a writing map's inputs, of attention and the parallel MLP
+    n_in = 32 + 128  # inputs of an output projection, of attention and the parallel MLP
     assert 3 * (0.2 * n_in) ** 3 < solves < 3 * 200 * n_in**3
     model = load_model(teacher, "SuperGPT")
     repair = MomentRepair(model, torch.arange(300).view(-1, 30))
@@ -445,7 +445,7 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
 
 
 def test_speed_is_measured_on_a_block(teacher, data, tmp_path, monkeypatch):
-    """Whatever the teacher's size, and in a moment."""
+    """Whatever the teacher's size, and quickly."""
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
     stages, built = Stages(request, None, SECTIONS["search"], {}, None, SECTIONS["distill"]), []
     monkeypatch.setattr(estimates, "student_model", lambda subnet: built.append(subnet) or student_model(subnet))
@@ -468,7 +468,7 @@ def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path)
     stages = Stages(request, False, searched, {}, None, distilled)
     ((path, text),) = stages.files().items()
     assert stages.search.parse(checkpoint_dir=teacher).selection.config == path
-    assert yaml.safe_load(text)["train"]["max_norm"] == 0.5  # what the command line said, too
+    assert yaml.safe_load(text)["train"]["max_norm"] == 0.5  # including command-line flags
 
 
 def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
@@ -499,7 +499,7 @@ def test_simple_starts_are_passed_on_and_take_the_ranking_where_there_is_one(tea
 
 
 def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
-    """What one stage's settings mean for the others."""
+    """Settings of one stage that affect the others."""
     request = Request(teacher, {"14K": Bin.parse("14K"), "18K": Bin.parse("18K")}, tmp_path, data, 2, 42, True)
 
     def stages(distilled=(), extract=(), cache=None) -> Stages:
@@ -507,8 +507,8 @@ def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
         return Stages(request, None, SECTIONS["search"], dict(extract), cache, SECTIONS["distill"] | told)
 
     plain = stages()
-    assert plain.caches and plain.cached.max_tokens == 5 * 4 * 32  # as many as the steps will see
-    assert not stages({"distill.loss": "reverse_kl"}).caches  # which cannot learn from samples
+    assert plain.caches and plain.cached.max_tokens == 5 * 4 * 32  # as many as the steps use
+    assert not stages({"distill.loss": "reverse_kl"}).caches  # it cannot learn from samples
     assert not stages({"teacher_checkpoint_dir": "another"}).caches
     assert (plain.extracted.devices, stages(extract={"repair": False}).extracted.devices) == (2, 1)
     for settings in ({"distill.alpha": 0, "distill.beta": 1}, {"distill.hidden.weight": 1.0}):

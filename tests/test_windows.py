@@ -1,4 +1,4 @@
-"""Sliding-window layers compute what stock litgpt computes, without a loop over tokens and without needless masks."""
+"""Test sliding-window layers against stock litgpt, without a loop over tokens or needless masks."""
 
 import copy
 import dataclasses
@@ -40,13 +40,13 @@ def ids_of(length: int) -> torch.Tensor:
 
 
 def same(got: torch.Tensor, expected: torch.Tensor, config: Config, length: int) -> None:
-    """Bit for bit, except where attention runs without a mask, in another kernel."""
+    """Assert equality: bit for bit, except if attention runs without a mask, in another kernel."""
     exact = length > config.sliding_window_size or config.attention_logit_softcapping is not None
     torch.testing.assert_close(got, expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators."""
+    """Count operators."""
 
     n = 0
 
@@ -86,7 +86,7 @@ def test_every_model_of_a_windowed_teacher_computes_what_litgpt_does(config, len
 @EACH
 @LENGTHS
 def test_a_block_on_its_own_computes_what_litgpt_does(config, length):
-    """The blocks that calibration and repair run."""
+    """Covers the blocks that calibration and repair run."""
     teacher, ids = stock(config), ids_of(length)
     outside = NonBlockModules(config, read_outside(teacher.state_dict(), "cpu"), length, "cpu")
     outputs = []

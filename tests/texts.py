@@ -1,4 +1,4 @@
-"""A tiny tokenizer and a tiny corpus, in the files that users have."""
+"""A tiny tokenizer and a tiny corpus, in the file formats of users."""
 
 import json
 import random
@@ -11,7 +11,7 @@ VOCABULARY = 300
 
 
 def documents(n: int, seed: int = 0) -> list[str]:
-    """Made-up documents of different lengths."""
+    """Return made-up documents of different lengths."""
     rng = random.Random(seed)
     return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 30))) for i in range(n)]
 
@@ -22,7 +22,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def write_tokenizer(folder: Path, eos: bool = True) -> Path:
-    """Writes `tokenizer.json` and `tokenizer_config.json` of a byte-level BPE with at most 300 entries."""
+    """Write `tokenizer.json` and `tokenizer_config.json` of a byte-level BPE with at most 300 entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def write_tokenizer(folder: Path, eos: bool = True) -> Path:
 
 
 def write_word_tokenizer(folder: Path, n: int) -> Path:
-    """Writes `tokenizer.json` and `tokenizer_config.json` of n words: w0, w1, …"""
+    """Write `tokenizer.json` and `tokenizer_config.json` of n words: w0, w1, …"""
     vocabulary = {f"w{i}": i for i in range(n)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

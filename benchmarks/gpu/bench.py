@@ -1,4 +1,4 @@
-"""Shared by all steps: sizes, models with random weights, random tokens, clocks and the profiler."""
+"""Shared parts of all steps: sizes, models with random weights, random tokens, clocks and the profiler."""
 
 from __future__ import annotations
 

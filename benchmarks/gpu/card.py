@@ -1,4 +1,4 @@
-"""Ceilings of the card: matrix products, decompositions, copies, and the cost of a launch."""
+"""Measure ceilings of the card: matrix products, decompositions, copies, and kernel launches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from bench import Bench
 
 WIDTHS = ((1679, 6717), (1680, 6720), (1664, 6720))
-"""Channels and neurons of an MLP: of no step, multiples of 8, and the channels a multiple of 64"""
+"""Channels and neurons of an MLP: unaligned, multiples of 8, and channels in multiples of 64"""
 
 
 def card(bench: Bench) -> Iterator[dict]:
-    """Measure the products, decompositions and copies that everything else is made of."""
+    """Measure the products, decompositions and copies that all other steps consist of."""
     yield describe(bench)
     yield products(bench)
     yield mlps(bench)

@@ -40,7 +40,7 @@ TOLERANCES = {
     "distillation_losses": 2e-3,
     "supernet_losses": 5e-3,
 }
-"""Relative differences from the CPU that are allowed. Fits, and selections by size, amplify rounding"""
+"""Allowed relative differences from the CPU; fits, and selections by size, amplify rounding"""
 
 VOCABULARIES = ("v50k", "v128k")
 LOSSES = ("ce", "kl", "ce_kl")
@@ -61,14 +61,14 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("fsdp", "sharded_difference"): Goal(most=0.02),
     ("fsdp", "compiled_difference"): Goal(most=0.02),
 }
-"""By step and figure. The times and shares are for one H100 or H200 and the whole sizes"""
+"""Goals by step and figure. Times and shares are for one H100 or H200 at the full sizes"""
 
 FOR_ANY_SIZE = ("values", "fsdp")
 """Steps whose goals hold with --tiny, too"""
 
 
 def together(rows: Rows) -> dict[str, float]:
-    """Return the figures that follow from several steps, as far as these have been measured."""
+    """Return the figures that follow from several steps, as far as these are measured."""
     figures = {row["step"]: row.get("figures", {}) for row in rows}
     seconds = {name: figures.get(name, {}).get("step_s") for name in ("distill", "pretrain")}
     forward = figures.get("teacher", {})
@@ -80,9 +80,9 @@ def together(rows: Rows) -> dict[str, float]:
 
 
 def table(rows: Rows) -> str:
-    """Return all figures as a table, each one beside its goal, and the goals that were not measured.
+    """Return all figures with their goals as a table, and the goals that were not measured.
 
-    Of a step that ran several times, the last line counts.
+    If a step ran several times, its last line counts.
     """
     rows = [*{row["step"]: row for row in rows}.values()]
     rows += [{"step": TOGETHER, "tiny": any(row["tiny"] for row in rows), "figures": together(rows)}]

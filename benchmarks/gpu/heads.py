@@ -1,4 +1,4 @@
-"""Time and memory of LM head and losses, forward and backward: ours, the plain formula and Liger's kernels."""
+"""Measure time and memory of LM head and losses with gradients, against the plain formula and Liger's kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
 
 Way = Callable[[], torch.Tensor]
-"""Returns the loss to differentiate"""
+"""Function that returns the loss to differentiate"""
 
 
 def head(bench: Bench) -> Iterator[dict]:
@@ -44,7 +44,7 @@ def head(bench: Bench) -> Iterator[dict]:
             for task, own in {"ce": "ours", "kl": "compiled", "ce_kl": "compiled"}.items()  # as in `litgpt distill`
             if {f"{case}_{own}_{task}_ms", f"{case}_liger_{task}_ms"} <= found.keys()
         }
-        del inputs  # before the next ones are made
+        del inputs  # free them before the next inputs are made
 
 
 def make_inputs(bench: Bench, n_vocab: int, n_embd: int, n_embd_teacher: int, n: int) -> Inputs:
@@ -63,7 +63,7 @@ def make_inputs(bench: Bench, n_vocab: int, n_embd: int, n_embd_teacher: int, n:
 
 
 def ways(inputs: Inputs, bench: Bench) -> dict[str, Way]:
-    """Return all ways to compute the losses, by name."""
+    """Return all implementations of the losses, by name."""
     found: dict[str, Way] = {}
     is_cuda = bench.device.type == "cuda"
     for task, objective in OBJECTIVES.items():
@@ -79,7 +79,7 @@ def ways(inputs: Inputs, bench: Bench) -> dict[str, Way]:
 
 
 def ours(inputs: Inputs, objective: Objective, chunk_size: int | None = None, compiles_scores: bool = False) -> Way:
-    """Return the loss in chunks of tokens, whose size the project chooses by default."""
+    """Return the loss in chunks of tokens, by default of the project's own chunk size."""
 
     def way() -> torch.Tensor:
         teacher = TeacherLogits(inputs.teacher) if objective.beta else None
@@ -118,14 +118,14 @@ def liger(inputs: Inputs, task: str, objective: Objective) -> Way:
         return lambda: fused(hidden, weight, *teacher, targets)
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # it does not multiply by T²
+    # Liger does not multiply by T²
     weights = {"weight_hard_loss": objective.alpha, "weight_soft_loss": objective.beta * t**2}
     chunks = LigerFusedLinearJSDLoss(beta=0.0, temperature=t, compiled=True, **weights)
     return lambda: chunks(hidden, weight, *teacher, targets)
 
 
 def measure(way: Way, inputs: Inputs, bench: Bench) -> dict[str, float | str]:
-    """Return the milliseconds of a loss with its gradients, and the memory that it takes."""
+    """Return the milliseconds of a loss with its gradients, and its memory."""
 
     def step() -> None:
         for tensor in inputs.student[:2]:

@@ -1,4 +1,4 @@
-"""Time of the commands that go through a teacher's blocks: repair, ranking and pruning."""
+"""Measure the time of the commands that run through a teacher's blocks: repair, ranking and pruning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Speed, memory and values on one GPU, in at most eight minutes: `python benchmarks/gpu/run.py --out DIR`.
+"""Measure speed, memory and values on one GPU in at most eight minutes: `python benchmarks/gpu/run.py --out DIR`.
 
-The steps run in order of importance, each in a process of its own, on models with random weights. A step that fails, or
-for which no time is left, is noted, and the others run. README.md describes the steps.
+The steps run in order of importance, each in its own process, on models with random weights. A step that fails, or for
+which no time remains, is reported, and the others run. README.md describes the steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUDGET = 480
 TOY_FACTOR = 10
 """Factor of all limits with --tiny, for slow CPUs"""
 LEAST = 10
-"""Seconds that must be left for a step to begin"""
+"""Minimum remaining seconds to start a step"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Step:
     """One measurement."""
 
     function: str
-    """Module and function, which yields figures by name as soon as they are known"""
+    """Module and function; it yields figures by name as soon as they are known"""
     limit: float
     """Maximum seconds"""
 
@@ -115,11 +115,11 @@ def begin(context: Any) -> None:
 
 
 def measure(name: str, left: float, context: Any, args: argparse.Namespace) -> dict:
-    """Run a step in a process of its own, and return its line of results.jsonl.
+    """Run a step in its own process, and return its line of results.jsonl.
 
     Args:
         name: The step's name.
-        left: Seconds that are left for all steps.
+        left: Remaining seconds for all steps.
         context: The way to start processes.
         args: The command line.
     """
@@ -144,10 +144,10 @@ def measure(name: str, left: float, context: Any, args: argparse.Namespace) -> d
 
 
 def stop(process: Any) -> None:
-    """End a step, with the processes that it started."""
+    """End a step and its child processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has not made its group yet
+    except ProcessLookupError:  # its process group does not exist yet
         process.kill()
     process.join()
 
@@ -189,7 +189,7 @@ def run(name: str, result: Path, out: Path, work: Path, tiny: bool) -> None:
 
 
 def save(found: dict, result: str | Path) -> None:
-    """Write a step's figures in one move, since the step may be stopped at any time."""
+    """Write a step's figures atomically, because the step may be stopped at any time."""
     new = Path(result).with_suffix(".new")
     new.write_text(json.dumps(found, default=float))
     os.replace(new, result)

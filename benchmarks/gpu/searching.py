@@ -1,4 +1,4 @@
-"""Speed of scoring candidates: as cut and repaired, against the same model extracted; generation's latency."""
+"""Measure the speed of scoring candidates, as cut and repaired, against the extracted model; and generation latency."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def search_repaired(bench: Bench) -> Iterator[dict]:
 
 
 def latency(bench: Bench) -> Iterator[dict]:
-    """Measure what a search takes for the latency of the student, and of one half as wide and half as deep."""
+    """Measure the latency of the student as in a search, and of a model half as wide and half as deep."""
     config = bench.config(STUDENT)
     half = {"n_embd": config.n_embd // 2, "intermediate_size": config.intermediate_size // 2}
     subnets = {
@@ -117,7 +117,7 @@ def teacher_and_batches(
 
 
 def extracted(model: SuperGPT, subnet: SubNet, bench: Bench) -> torch.nn.Module:
-    """Return a candidate as a model of its own."""
+    """Return a candidate as a standalone model."""
     student = student_model(subnet).to(bench.device, bench.dtype).eval().requires_grad_(False)
     student.load_state_dict(extract_weights(model, subnet))
     student.max_seq_length = bench.length

@@ -1,4 +1,4 @@
-"""Distillation steps with FSDP2 on a process group of one device, and the memory plan for eight."""
+"""Measure distillation steps with FSDP2 on a process group of one device, and plan the memory for eight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed and memory of distillation, against `litgpt pretrain` and the teacher's forward pass."""
+"""Measure speed and memory of distillation against `litgpt pretrain` and the teacher's forward pass."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def distill_cached(bench: Bench) -> Iterator[dict]:
 def pretrain(bench: Bench) -> Iterator[dict]:
     """Run stock `litgpt pretrain` with the student's architecture; it always compiles."""
     settings = train_settings(bench)
-    with patch.object(litgpt.pretrain, "save_checkpoint"):  # writing is not timed
+    with patch.object(litgpt.pretrain, "save_checkpoint"):  # exclude the time of writing files
         clock = StepClock(bench)
         litgpt.pretrain.setup(
             STUDENT,
@@ -129,9 +129,9 @@ def distilled(
 
     bench.forget_peak()
     with (
-        patch.object(distill_command, "Saver", return_value=lambda *_: None),  # writing is not timed
+        patch.object(distill_command, "Saver", return_value=lambda *_: None),  # exclude the time of writing files
         patch.object(memory_plan, "plan_memory", noted),
-        patch.object(memory_plan, "LITTLE", 0.0),  # toy sizes are planned, too
+        patch.object(memory_plan, "LITTLE", 0.0),  # toy sizes are planned as well
     ):
         run_distill(
             student,
@@ -153,7 +153,7 @@ def distilled(
     }
     if bench.device.type == "cuda":
         found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        if plans:  # on a CPU, a process holds more than tensors
+        if plans:  # on a CPU, a process's memory includes more than tensors
             found["planned_over_peak"] = plans[0].total / torch.cuda.max_memory_allocated()
     return found
 
@@ -191,7 +191,7 @@ def forward_flops(bench: Bench, config: Config) -> int:
 
 
 class StepClock:
-    """Times the optimizer steps of this process, alike for any training loop, and may profile one of them.
+    """Clock of this process's optimizer steps for any training loop; can profile one of them.
 
     Args:
         bench: The sizes.

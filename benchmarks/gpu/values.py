@@ -1,4 +1,4 @@
-"""Everything that computes, for small models of many families: the device's results against the CPU's."""
+"""Compare the device's results with the CPU's for small models of many families, for everything that computes."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ FAMILIES = (
     "stablelm-base-alpha-3b",
     "falcon-7b",
 )
-"""Models of litgpt's table, whose sizes become tiny; the most different ones first"""
+"""Models of litgpt's table, shrunk to tiny sizes; the most different ones first"""
 
 LENGTH = 16
 
 
 def small(name: str) -> Config:
-    """Return the config of a litgpt model with tiny sizes, its kind unchanged."""
+    """Return the config of a litgpt model of the same kind with tiny sizes."""
     full = Config.from_name(name)
     n_layer = 8 if full.rope_local_base_freq else 4  # Gemma 3 attends globally in every sixth layer
     changes: dict[str, Any] = {"n_layer": n_layer, "n_embd": 32, "n_head": 4, "head_size": 16, "intermediate_size": 24}
@@ -99,7 +99,7 @@ class Case:
         return model
 
     def student(self) -> GPT:
-        """Return the sub-network as a model of its own, on the device."""
+        """Return the sub-network as a standalone model, on the device."""
         model = student_model(self.subnet)
         model.load_state_dict(extract_weights(read_weights(self.folder), self.subnet))
         model.max_seq_length = LENGTH
@@ -116,7 +116,7 @@ class Case:
 
 
 Result = Callable[[Case], Any]
-"""Computes tensors or numbers on the case's device"""
+"""Function that computes tensors or numbers on the case's device"""
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def logits_inside(case: Case) -> Any:
 
 @torch.no_grad()
 def logits_extracted(case: Case) -> Any:
-    """Return the sub-network's logits as a model of its own."""
+    """Return the logits of the sub-network as a standalone model."""
     return case.student().eval()(case.ids.to(case.device))
 
 
@@ -258,7 +258,7 @@ def cases(name: str, folder: Path, device: torch.device) -> tuple[Case, Case]:
 
 
 def values(bench: Bench) -> Iterator[dict]:
-    """Compare all results of each family, and give the largest difference of each; a failure ends no other result."""
+    """Compare all results of each family, and yield the largest difference of each; failures do not stop the others."""
     worst: dict[str, float] = {}
     failures: dict[str, list[str]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, exact_products():

@@ -1,10 +1,10 @@
-"""A repair on a real pretrained model against its cheapest rival: distilling the plain cut on as many tokens.
+"""Compare a repair on a real pretrained model with its cheapest rival: distilling the plain cut on the same tokens.
 
     python benchmarks/real/repair.py --teacher CHECKPOINT_DIR --text wikipedia TRAIN VALIDATION \
         --text wikitext TRAIN VALIDATION
 
-Every student is scored on all validation texts, whichever it was made with. A run that is finished is not repeated, so
-the table can be made in parts, for instance with --students depth --starts repaired.
+Every student is scored on all validation texts. Finished runs are not repeated, so the table can be made in parts, for
+instance with --students depth --starts repaired.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--starts", nargs="*", default=["cut", "repaired", "refined", "distilled"])
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--batch", type=int, default=4, help="windows per step of the distillations")
-    parser.add_argument("--validation_tokens", type=int, default=8192, help="of each text, to score students on")
-    parser.add_argument("--passes", type=float, default=1.0, help="of the refinement")
+    parser.add_argument("--validation_tokens", type=int, default=8192, help="tokens of each validation text")
+    parser.add_argument("--passes", type=float, default=1.0, help="passes of the refinement")
     parser.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
     parser.add_argument("--bos", choices=["true", "false"], help="HFText's data.bos; its default follows the tokenizer")
     parser.add_argument("--nll_only", action="store_true", help="do not measure the KL divergence, in half of the time")
@@ -133,7 +133,7 @@ class Bench:
         SubNet(config, intermediate_size=best).save(path)
 
     def validation(self, text: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the first validation tokens and the next ones, shape (1, LENGTH) each."""
+        """Return the first validation tokens and their next tokens, shape (1, LENGTH) each."""
         train, validation = self.texts[text]
         bos = {None: None, "true": True, "false": False}[self.args.bos]
         data = HFText(path=train, val_path=validation, bos=bos)
@@ -192,7 +192,7 @@ class Bench:
 
 
 def plot(title: str, student: str, text: str, rows: list[dict], teacher: float, path: Path) -> None:
-    """Draw the loss on the text that students were made with over their CPU time."""
+    """Plot the loss on the students' own text over their CPU time."""
     figure, [[axes]] = new_figure((7.5, 4.8))
     kinds = {"repaired": "repaired", "refined": "repaired and refined", "distilled": "plain cut, distilled"}
     for color, (kind, label) in zip(COLORS, kinds.items()):

@@ -94,7 +94,7 @@ def litgpt_config(hf: object) -> dict:
     """Return the model's litgpt config: that of Gemma 3 1B, with the sizes of a config of transformers."""
     is_local = [int(kind == "sliding_attention") for kind in hf.layer_types]
     changes = {
-        "name": "Gemma-3-270m",  # litgpt tells Gemma's norms and weights by the name
+        "name": "Gemma-3-270m",  # litgpt identifies Gemma's norms and weights by the model's name
         "hf_config": {"org": "google", "name": "gemma-3-270m"},
         "n_layer": hf.num_hidden_layers,
         "n_embd": hf.hidden_size,

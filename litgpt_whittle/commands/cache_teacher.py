@@ -56,7 +56,7 @@ def setup(
     data: DataModule | None = None,
     out_dir: Path = Path("out/teacher_cache"),
     codec: str | dict[str, dict[str, Any]] = "sampled",
-    temperature: float = DistillArgs.temperature,
+    temperature: float = DistillArgs.temperature,  # type: ignore[assignment]
     train: WindowArgs = WindowArgs(),
     max_tokens: int | None = None,
     precision: Literal["bf16-true", "16-true", "32-true", None] = None,
@@ -94,7 +94,7 @@ def setup(
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
     contents = check(Namespace(**locals()))
     check_writable(out_dir)
-    teacher, precision, length = check_checkpoint(checkpoint_dir), contents.precision, contents.max_seq_length
+    teacher, length = check_checkpoint(checkpoint_dir), contents.max_seq_length
     with lock_dir_for_all(out_dir):
         index = _begin(out_dir, contents, resume)
         fabric = launch(n_devices(devices))
@@ -103,7 +103,7 @@ def setup(
         whole = whole_pass(train_loader(data))
         on_rank_zero(lambda: _check_pass(whole, max_tokens, type(data).__name__))
         begin = partial(_write_index, out_dir, index, checkpoint_dir, teacher)
-        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(contents.precision, torch.float32)
         is_sharded = teacher_placement == "sharded"
         live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
         index = write_cache(out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
@@ -220,6 +220,7 @@ def summary(out_dir: Path, index: Index) -> str:
     """Return a readable summary of the cache."""
     n_windows = sum(shard.n_windows for shard in index.shards)
     n_bytes = sum(shard_path(out_dir, i).stat().st_size for i in range(len(index.shards)))
+    assert index.length is not None, "the cache is empty"
     n_tokens = n_windows * index.length
     ((codec, settings),) = index.contents.codec.items()
     shown = ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -227,6 +227,7 @@ def setup(
         settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
         state = state_to_resume(resume_dir, settings)
         if repair and resume_dir is None and not dry_run:
+            assert teacher_dir is not None and sub_network is not None  # else there is nothing to repair
             start, seen = out_dir / "start", BatchArgs(train.micro_batch_size, seq_length)
             key = extract.key_of(teacher_dir, sub_network, None, repair, data, seen, seed)
             if not (resume and extract.is_finished(start, key)):
@@ -298,7 +299,7 @@ def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, random_we
     if repair and random_weights:
         raise UserError("random_weights leaves nothing to repair; leave --repair or --random_weights out")
     if repair and sub_network is None:
-        raise UserError("repair mends the cut of a sub-network; set --sub_network, or leave it out")
+        raise UserError("repair needs a sub-network to repair; set --sub_network, or remove --repair")
     if repair and n > 1:
         raise UserError(
             f"repair needs one device here, got {n}; run 'litgpt extract --repair true --devices {n}' first and give "
@@ -339,20 +340,20 @@ def main(
     hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
     losses_of.compiles_scores = compile and fabric.device.type == "cuda"  # a CPU gains little, and waits 25 s for it
-    root = fabric.setup(torch.compile(losses_of) if compile else losses_of)
-    optimizer = fabric.setup_optimizers(make_optimizer(root.parameters()))
+    root = fabric.setup(cast(LossModel, torch.compile(losses_of)) if compile else losses_of)
+    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(make_optimizer(root.parameters())))
     train_loader, validation = load_data(
         fabric, data, tokenizer_dir, train.micro_batch_size, seq_length, eval.max_iters
     )
     schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
-    # a cached teacher runs only for its validation, before training
-    is_run = teacher_dir is not None and (cache is None or state is None)
     dtype = teacher_dtype(fabric._precision.precision)
     live = None
-    if is_run:
+    # a cached teacher runs only for its validation, before training
+    if teacher_dir is not None and (cache is None or state is None):
         live = LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, teacher_is_sharded, teacher_quantize)
     teacher = live if cache is None else CachedTeacher(cache, fabric.device)
     if hidden is not None:
+        assert live is not None, "hidden states come from a live teacher"
         live.watch(hidden.pairs.values())
     if compile and live is not None and cache is None:
         live.compile(train.micro_batch_size, seq_length)

@@ -9,8 +9,10 @@ from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.files import check_out_dir
 from litgpt_whittle.hf.export import export_hf
+from litgpt_whittle.processes import locks_output
 
 
+@locks_output
 def setup(
     checkpoint_dir: Path,
     format: Literal["hf"] = "hf",

@@ -33,7 +33,7 @@ from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import launch, n_devices, rank, release_memory, shutdown
+from litgpt_whittle.processes import launch, locks_output, n_devices, rank, release_memory, shutdown
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
@@ -50,6 +50,7 @@ NARROW = 1.5
 """Ratio of the divergences on validation and on calibration tokens from which a note asks for more or broader text"""
 
 
+@locks_output
 def setup(
     checkpoint_dir: Path,
     sub_network: Path,
@@ -108,7 +109,7 @@ def setup(
     weights = read_weights(checkpoint_dir)
     tied = is_tied(weights)
     as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
-    counts = _counts(subnet, tied)
+    counts: dict[str, Any] = _counts(subnet, tied)
     n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
     check_space(out_dir, n_stored * as_type.itemsize, "the student")
 
@@ -158,7 +159,8 @@ def setup(
     if repaired:
         plot_repair(repaired.layers, out_dir / "repair.png")
         print(_repair_summary(repaired, calibration))
-        scratch.remove()
+        if scratch is not None:
+            scratch.remove()
     if not has_tokenizer(out_dir):
         print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
 
@@ -286,12 +288,12 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
     steps = {"the head was fitted to them": repaired.head, "all blocks were trained together": repaired.refined}
     if tried := {name: errors for name, errors in steps.items() if errors is not None}:
         before, after = next(iter(tried.values())).before, list(tried.values())[-1].after
-        steps = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
+        described = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
         n = len(calibration.held_out_windows) * calibration.shape[1]
         source = "validation" if calibration.is_validated else "held-out calibration"
         lines += [
             f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on {n:,} {source} tokens:",
-            f"  {before:.3f} after the blocks' closed form, {steps}).",
+            f"  {before:.3f} after the blocks' closed form, {described}).",
         ]
         if repaired.fitted is not None and after > NARROW * repaired.fitted:
             lines.append(
@@ -347,7 +349,7 @@ def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:
         ("heads", teacher.n_head, [len(k.n_query_groups) * len(k.heads_per_group) for k in keeps]),
         ("head size", teacher.head_size, [len(subnet.head_size)]),
         ("neurons", teacher.intermediate_size, [len(k.intermediate_size) for k in dense]),
-        ("experts", teacher.n_expert, [len(k.n_expert) for k in experts]),
+        ("experts", teacher.n_expert, [len(k.n_expert) for k in keeps if k.n_expert is not None]),
         ("per expert", width, [len(k.intermediate_size) for k in experts]),
     ]
     if teacher.n_query_groups != teacher.n_head:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -202,8 +202,8 @@ def _super_network(start_dir: Path | None, model_name: str | None, model_config:
     """
     if start_dir is None and model_name is None and model_config is None:
         raise UserError(
-            "there is no model; set --initial_checkpoint_dir to go on with a pretrained one, or --model_name to start "
-            "from random weights"
+            "no model is given; set --initial_checkpoint_dir to continue from a pretrained one, or --model_name to "
+            "start from random weights"
         )
     model = ModelSource.choose(start_dir, None, None, model_name, model_config)
     config = model.config
@@ -245,7 +245,7 @@ def main(
     fabric.print(f"{num_parameters(model):,} parameters, the smallest sub-network {sampler.space.n_params(smallest):,}")
     losses_of = SuperLossModel(model)
     root = fabric.setup(losses_of)
-    optimizer = fabric.setup_optimizers(step.build_optimizer(root.parameters()))
+    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(step.build_optimizer(root.parameters())))
     train_loader, validation = load_data(
         fabric, data, tokenizer_dir, train.micro_batch_size, step.seq_length, eval.max_iters
     )

@@ -35,7 +35,7 @@ from litgpt_whittle.figures.curves import plot_pruning
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
-from litgpt_whittle.processes import release_memory
+from litgpt_whittle.processes import locks_output, release_memory
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
@@ -49,6 +49,7 @@ NOTES = "pruning.yaml"
 """Name of the file that records the settings and results of the pruning"""
 
 
+@locks_output
 def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/prune"),
@@ -100,6 +101,7 @@ def setup(
     check_data(data, checkpoint_dir, config.padded_vocab_size)
     check_out_dir(out_dir, overwrite, (checkpoint_dir,), WEIGHTS)
     model = ModelSource.choose(checkpoint_dir, None, None, None, None)
+    assert model.weights is not None  # they are the checkpoint's
     shape, weights = _shape(model), model.weights()
     maps = maps_to_prune(shape, [name.strip() for name in targets.split(",")], pruner.sparsity)
     check_space(out_dir, sum(weight.numel() * weight.element_size() for weight in weights.values()), "the checkpoint")
@@ -113,7 +115,7 @@ def setup(
         batches = validation_batches(data, length, eval.max_iters)
     before = _perplexity(checkpoint_dir, None, batches, device)
     release_memory()  # of the model
-    notes = {
+    notes: dict[str, Any] = {
         "checkpoint_dir": str(checkpoint_dir.absolute()),
         "method": method,
         "pattern" if pattern else "sparsity": str(pruner.sparsity) if pattern else pruner.sparsity.share,

@@ -21,11 +21,13 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.plugin import save_hyperparameters
+from litgpt_whittle.processes import locks_output
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
 
 
+@locks_output
 def setup(
     checkpoint_dir: Path,
     data: DataModule | None = None,

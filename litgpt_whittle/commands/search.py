@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -179,7 +179,7 @@ def setup(
     reads_data, needs_importance = (getattr(measure, *asked) for asked in _ASKED_OF_FITNESS)
     tied = is_tied(read_weights(checkpoint_dir))
     strategy = made_strategy(strategy)
-    units = ranking.order if order == "importance" else None
+    units = cast(Ranking, ranking).order if order == "importance" else None
     limits = Limits(limit.ranges(), teacher, MeasureArgs(seq_length, tied=tied)) if limit.ranges() else Limits()
     objectives = [*strategy.objectives, *limits.ranges]
     measures = objective_measures(objectives, measure.name, teacher, seq_length, tied)
@@ -188,9 +188,9 @@ def setup(
     spaces = [Space(teacher, space, bin, tied, search_space, units, limits) for bin in bins]
     searches = [Search.begin(each, searcher, measure.name, seed, measures) for each in spaces]
     measurement_names(searches)  # a strategy rejects a bin before anything is loaded
-    racing = RacingArgs() if racing is True else racing or None
-    precision = precision or _default_precision()
-    fabric = launch(n, precision, num_nodes)
+    race = RacingArgs() if racing is True else racing or None
+    scored_in = precision or _default_precision()
+    fabric = launch(n, scored_in, num_nodes)
     L.seed_everything(seed, verbose=False)
     if search_space != chosen and rank() == 0:
         print(_convertible_note(teacher), file=sys.stderr)
@@ -200,7 +200,9 @@ def setup(
         connect(data, checkpoint_dir, train.micro_batch_size, seq_length, validation_only)
         batches = validation_batches(data, seq_length, eval.max_iters)
     n_calibration = getattr(measure, "n_calibration", 0)
-    wanted = {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}
+    wanted: dict[str, Any] = (
+        {"calibration": calibration_windows(data, seq_length, n_calibration)} if n_calibration else {}
+    )
     check_shared(data, fingerprint([*batches, *((windows,) for windows in wanted.values())]))
     wanted |= {"importance": ranking} if needs_importance else {}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -220,10 +222,10 @@ def setup(
         **({"simple_starts": True} if simple_starts else {}),
         "fitness": fitness,
         "score": measure.name,
-        "racing": asdict(racing) if racing else None,
+        "racing": asdict(race) if race else None,
         "objectives": objective_names(strategy.objectives, measure.name),
         "seed": seed,
-        "precision": precision,
+        "precision": scored_in,
         "micro_batch_size": train.micro_batch_size,
         "max_seq_length": seq_length,
         "max_iters": eval.max_iters,
@@ -231,7 +233,7 @@ def setup(
     header = _header(checkpoint_dir, teacher, batches, wanted.get("calibration"), settings)
     with open_record(out_dir / JOURNAL, header, resume) as record:
         # notes of an earlier search in this folder are about other candidates
-        notes = on_rank_zero(lambda: RaceNotes.read(out_dir / NOTES)) if racing and resume else []
+        notes = on_rank_zero(lambda: RaceNotes.read(out_dir / NOTES)) if race and resume else []
         if rank() == 0:
             save_hyperparameters(setup, out_dir)
         save = partial(save_subnet, teacher, checkpoint_dir, settings)
@@ -247,12 +249,12 @@ def setup(
             text = partial(text_to_measure, *seen)
             if simple_starts:
                 give_starts(searches, out_dir / STARTS, resume, fitness, text, ranking, sharded)
-            rest = {"parallel_map": each if sharded else parallel_map}
+            rest: dict[str, Any] = {"parallel_map": each if sharded else parallel_map}
             order = partial(order_of_units, spaces[0], fitness, text, ranking, sharded)
             take_measurements(searches, out_dir / MEASUREMENTS, header, fitness, order, seed, **rest)
-            if racing:
-                rest |= {"racing": racing, "notes": RaceNotes(out_dir / NOTES, notes)}
-            (RacingLoop if racing else Loop)(searches, record, fitness, iterations, seed, save_best, **rest).run()
+            if race:
+                rest |= {"racing": race, "notes": RaceNotes(out_dir / NOTES, notes)}
+            (RacingLoop if race else Loop)(searches, record, fitness, iterations, seed, save_best, **rest).run()
 
         choose = Selection(checkpoint_dir, out_dir, selection, n) if selection.rungs else None
         main(run, searches, record, measure.name, save, choose, checkpoint_dir, out_dir, settings["objectives"])
@@ -380,11 +382,11 @@ def _needs_ranking(args: Namespace, by_fitness: bool) -> bool:
         return path is not None
     if path is None:
         who = "--order importance" if order == "importance" else f"--fitness {args.fitness}"
-        raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' leaves behind")
+        raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' writes")
     if order == "importance" and args.space.startswith("fine") and args.search_space.layers != "best":
         raise UserError(
-            f"order importance says which units coarse spaces keep, got space = {args.space}; choose a coarse one, or "
-            "order its layers with --search_space.layers best"
+            f"order importance selects the units that coarse spaces keep, got space = {args.space}; choose a coarse "
+            "one, or order its layers with --search_space.layers best"
         )
     return True
 

@@ -105,6 +105,7 @@ def documents(
             elif layout.kind == "hub":
                 data = _open_hub(layout.path, name, split, streaming)
             elif layout.kind == "saved":
+                assert layout.root is not None, "only a dataset on the hub has no root"
                 data = _open_saved(layout.root, split)
             else:
                 data = open_configuration(layout.path, name, layout.names, option).as_streaming_dataset(split)
@@ -141,8 +142,9 @@ def _open_hub(path: str, name: str | None, split: str | None, streaming: bool) -
 
 def _texts_of(data: Iterable[dict[str, Any]], layout: Layout, column: str, option: str) -> Iterator[str]:
     """Yield the text of every row that has one."""
-    if getattr(data, "column_names", None) is not None:
-        _check_column(column, data.column_names, layout.path)
+    column_names = getattr(data, "column_names", None)
+    if column_names is not None:
+        _check_column(column, column_names, layout.path)
     rows = iter(data)
     while True:
         with _told_in_one_line(layout, option):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ class HFText(DataModule):
     def _check_id(self, token: int, part: str) -> None:
         """Raise UserError for a token that the model has no embedding for."""
         if self.vocab_size is not None and token >= self.vocab_size:
-            processor = self.tokenizer.processor
+            processor = self._checked_tokenizer().processor
             text = processor.id_to_token(token) if hasattr(processor, "id_to_token") else processor.id_to_piece(token)
             raise UserError(
                 f"the model must have an embedding for every token, and the {part} data has the token {text!r} with id "
@@ -184,19 +184,23 @@ class HFText(DataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return a dataloader of shuffled blocks; the order depends only on seed and epoch."""
-        if isinstance(self.train_dataset, Windows):
-            sampler = Shuffled(len(self.train_dataset), self.seed)
+        dataset = self.train_dataset
+        assert dataset is not None, "`setup` comes first"
+        sampler: Shuffled | Blended
+        if isinstance(dataset, Windows):
+            sampler = Shuffled(len(dataset), self.seed)
         else:
-            sizes = [len(windows) for windows in self.train_dataset.datasets]
+            sizes = [len(windows) for windows in cast("list[Windows]", dataset.datasets)]
             sampler = Blended(sizes, self._shares("train"), self.seed)
-        return self._loader(self.train_dataset, sampler=sampler, drop_last=True)
+        return self._loader(dataset, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         """Return a dataloader of blocks in text order."""
+        assert self.val_dataset is not None, "`setup` comes first"
         return self._loader(self.val_dataset, shuffle=False)
 
     def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(dataset, batch_size=self.batch_size, **workers, **options)
 
     def _validation_paths(self) -> dict[str, Fraction]:
@@ -298,7 +302,7 @@ class HFText(DataModule):
             if first is None and source.is_shared and next(read()[0], None) is not None:
                 raise UserError(
                     f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
-                    f"{self.val_fraction}; give text of its own as data.val_path, or change data.val_fraction"
+                    f"{self.val_fraction}; set data.val_path to another text, or change data.val_fraction"
                 )
             if first is None:
                 raise UserError(
@@ -343,8 +347,8 @@ def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[
 
 
 def _same(a: str, b: str) -> bool:
-    a, b = (Path(os.path.expanduser(path)) for path in (a, b))
-    return a == b or (a.exists() and b.exists() and a.samefile(b))
+    first, second = (Path(os.path.expanduser(path)) for path in (a, b))
+    return first == second or (first.exists() and second.exists() and first.samefile(second))
 
 
 def _position(text: str) -> float:

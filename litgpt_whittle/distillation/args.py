@@ -122,8 +122,8 @@ class DistillArgs:
         terms = tuple(term for term in (_term(name, settings) for name, settings in losses.items()) if term.weight)
         if not terms:
             raise UserError(f"distill.loss must have a loss with a weight above 0, got {self.loss}")
-        numbers = (self.alpha, self.beta, self.temperature)
-        return lambda done: Objective(*(_at(number, done) for number in numbers), terms)
+        alpha, beta, temperature = self.alpha, self.beta, self.temperature
+        return lambda done: Objective(_at(alpha, done), _at(beta, done), _at(temperature, done), terms)
 
 
 def _term(name: str, settings: float | dict[str, float]) -> Term:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,11 @@ class Scores:
         for term in objective.terms:
             # last, because a closed form overwrites the teacher's logits
             if term.loss is forward_kl:
-                add = self._add_forward_kl if isinstance(teacher, torch.Tensor) else self._add_sparse_forward_kl
-                add(teacher, objective.temperature, term.weight, objective.beta * objective.temperature * term.weight)
+                slope = objective.beta * objective.temperature * term.weight
+                if isinstance(teacher, torch.Tensor):
+                    self._add_forward_kl(teacher, objective.temperature, term.weight, slope)
+                else:
+                    self._add_sparse_forward_kl(teacher, objective.temperature, term.weight, slope)
 
     def _add_forward_kl(self, teacher: torch.Tensor, t: float, weight: float, slope: float) -> None:
         log_t = F.log_softmax(teacher.div_(t), dim=-1)
@@ -104,7 +108,7 @@ class Scores:
             logs = None
             for term in terms:
                 if getattr(term.loss, "on_logits", False):
-                    values = values + term.weight * term.loss(student / t, upcast(teacher) / t)
+                    values = values + term.weight * term.loss(student / t, upcast(cast(torch.Tensor, teacher)) / t)
                 else:
                     logs = log_probabilities(student, teacher, t) if logs is None else logs
                     values = values + term.weight * term.loss(*logs)

@@ -7,9 +7,10 @@ next chunk's: forward computes the gradients too, and backward only returns them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -23,8 +24,14 @@ from litgpt_whittle.tensors import (
     upcast,
 )
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-"""Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time."""
+if TYPE_CHECKING:
+    from litgpt.model import GPT
+
+    from litgpt_whittle.distillation.hidden import HiddenLoss
+
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time. On a
+GPU, each chunk reads and writes the whole gradient of the head, so it needs about 1,000 tokens to be bound by FLOPs."""
 
 PART_ELEMENTS = {"cpu": 2**19}
 """Logits of a chunk that are scored at once; by default all. Repeated passes over 2 MB stay in a CPU's cache."""
@@ -71,14 +78,16 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> HeadInput:
     tap.tapping = True
     model(input_ids)
     caught, tap.caught, tap.tapping = tap.caught, None, False
+    assert caught is not None, "the model did not run its LM head"
     return caught
 
 
 def tap_head(model: nn.Module) -> HeadTap:
     """Replace the model's LM head with a `HeadTap`, unless it is one already, and return it."""
-    if not isinstance(model.lm_head, HeadTap):
-        model.lm_head = HeadTap(model.lm_head)
-    return model.lm_head
+    head: Any = model.lm_head
+    if not isinstance(head, HeadTap):
+        head = model.lm_head = HeadTap(head)
+    return head
 
 
 class SoftTargets(Protocol):
@@ -146,7 +155,10 @@ class LossModel(nn.Module):
     compiles_scores = False
     """If true, the losses of a chunk's logits are compiled where `dense_scores` has them"""
 
-    def __init__(self, model: nn.Module, hidden: nn.Module | None = None) -> None:
+    model: GPT
+    hidden: HiddenLoss | None
+
+    def __init__(self, model: GPT, hidden: HiddenLoss | None = None) -> None:
         super().__init__()
         tap_head(model)
         self.model, self.hidden = model, hidden
@@ -160,9 +172,9 @@ class LossModel(nn.Module):
             teacher: The teacher's targets for `input_ids`; if None, the loss has no distillation term.
         """
         softcap = self.model.config.final_logit_softcapping
-        is_matched = self.hidden is not None and teacher is not None
-        if is_matched:
-            self.hidden.watch.is_on = True
+        matching = None if teacher is None else self.hidden
+        if matching is not None:
+            matching.watch.is_on = True
         losses = head_loss(
             hidden_states(self.model, input_ids),
             targets,
@@ -171,10 +183,10 @@ class LossModel(nn.Module):
             softcap,
             compiles_scores=self.compiles_scores,
         )
-        if not is_matched:
+        if matching is None:
             return losses
-        self.hidden.watch.is_on = False
-        matched = self.hidden(teacher.streams, targets != IGNORE_INDEX)
+        matching.watch.is_on = False
+        matched = matching(teacher.streams, targets != IGNORE_INDEX)  # type: ignore[union-attr]
         return losses._replace(loss=losses.loss + matched, hidden=matched.detach())
 
 
@@ -264,7 +276,8 @@ class _Task:
             rows = slice(start, start + self.chunk_size)
             logits = _logits(h[rows], w, b, self.softcap)
             parts = logits.split(n_rows)
-            taught = labels = [None] * len(parts)
+            taught: Sequence[torch.Tensor | SparseTargets | None] = [None] * len(parts)
+            labels: Sequence[torch.Tensor | None] = [None] * len(parts)
             if self.teacher is not None:
                 taught = self.teacher.chunk(start, start + len(logits)).split(n_rows)
             if targets is not None:
@@ -295,6 +308,7 @@ class _Task:
         if targets is not None:
             scores.add_cross_entropy(targets, self.objective.alpha)
         if with_grad:
+            assert scores.grad is not None, "no loss has a weight"
             logits.copy_(scores.grad if cap_slope is None else scores.grad.mul_(cap_slope))
         return scores.ce, scores.distill
 
@@ -318,6 +332,8 @@ class _Gradients:
             torch.mm(narrow, self.w, out=self.hidden[rows])
         if self.weight is not None and self.weight.dtype == narrow.dtype:
             self.weight.addmm_(narrow.t(), self.h[rows])
+        elif self.weight is not None and accumulates_products(narrow.device.type, narrow.dtype):
+            torch.addmm(self.weight, narrow.t(), self.h[rows], out_dtype=self.weight.dtype, out=self.weight)
         elif self.weight is not None:
             self.weight += narrow.t() @ self.h[rows]
         if self.bias is not None:
@@ -325,7 +341,24 @@ class _Gradients:
 
     def finish(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         grads = (self.hidden, self.weight, self.bias)
-        return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs))
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
+
+
+@cache
+def accumulates_products(device: str, dtype: torch.dtype) -> bool:
+    """Return whether a kernel adds products of this dtype to a float32 matrix without rounding them (CUDA, torch 2.8).
+
+    Checked by a small product, because support depends on the version, the card and the dtype.
+    """
+    if device != "cuda":
+        return False
+    a, b = torch.eye(16, device=device, dtype=dtype), torch.eye(16, device=device, dtype=dtype)
+    found = torch.full((16, 16), 2.0**-12, device=device)
+    try:
+        torch.addmm(found, a, b, out_dtype=torch.float32, out=found)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool(torch.equal(found, torch.eye(16, device=device) + 2.0**-12))
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
@@ -340,8 +373,8 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
     Only the target's logit and the log-sum-exp of all logits are needed, which accumulates over the tiles.
     """
     n_rows, n_entries = TILE
-    ce = 0.0
     shares = _shares(hidden, targets, torch.promote_types(hidden.dtype, torch.float32))
+    ce = shares.new_zeros(())
     for h, target, share in zip(hidden.split(n_rows), targets.split(n_rows), shares.split(n_rows)):
         total = known = share.new_full((len(h),), -torch.inf)
         for start in range(0, len(weight), n_entries):

@@ -6,7 +6,7 @@ compared directly, without a learned projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,8 @@ class HiddenLoss(nn.Module):
             are not a selection of them.
     """
 
+    channels: torch.Tensor
+
     def __init__(
         self,
         student: GPT,
@@ -83,7 +85,7 @@ class HiddenLoss(nn.Module):
         self.args = args
         n_layer = len(student.transformer.h)
         if args.projection:
-            above = [round((layer + 1) * teacher.n_layer / n_layer) - 1 for layer in range(n_layer)]
+            above: Sequence[int] = [round((layer + 1) * teacher.n_layer / n_layer) - 1 for layer in range(n_layer)]
         else:
             assert subnet is not None, "nothing says what belongs together"
             above = subnet.layers

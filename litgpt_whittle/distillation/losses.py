@@ -31,7 +31,7 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return _mean(teacher, teacher - student)
 
 
-forward_kl.is_linear = True
+forward_kl.is_linear = True  # type: ignore[attr-defined]
 
 
 def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     return _mean(teacher, -student)
 
 
-soft_cross_entropy.is_linear = True
+soft_cross_entropy.is_linear = True  # type: ignore[attr-defined]
 
 
 def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return _mean_difference(student, teacher, torch.square)
 
 
-mse.on_logits = True
+mse.on_logits = True  # type: ignore[attr-defined]
 
 
 def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return _mean_difference(student, teacher, torch.abs)
 
 
-l1.on_logits = True
+l1.on_logits = True  # type: ignore[attr-defined]
 
 
 def _mean(log_weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _quantized(linear: nn.Linear, mode: str) -> nn.Module:
         new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_bias, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        settings = {"quant_type": mode[4:7], "compress_statistics": mode.endswith("-dq")}
+        settings: dict[str, Any] = {"quant_type": mode[4:7], "compress_statistics": mode.endswith("-dq")}
         shape = linear.in_features, linear.out_features
         new = bnb.nn.Linear4bit(*shape, has_bias, compute_dtype=weight.dtype, **settings)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **settings)

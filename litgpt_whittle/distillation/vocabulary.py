@@ -41,7 +41,9 @@ class SharedTargets:
 
 def shared_targets(targets: SoftTargets | None, n_student: int) -> SoftTargets | None:
     """Return the targets unchanged if both vocabularies have the same size, otherwise those of the shared entries."""
-    n_teacher = n_student if targets is None else getattr(targets, "n_entries", n_student)
+    if targets is None:
+        return None
+    n_teacher = getattr(targets, "n_entries", n_student)
     return targets if n_teacher == n_student else SharedTargets(targets, min(n_teacher, n_student))
 
 

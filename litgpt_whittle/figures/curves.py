@@ -30,8 +30,7 @@ def plot_training(metrics_path: Path, png_path: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     rows = read_metrics(metrics_path)
-    layout = dict(sharey=False, sharex=True, height_ratios=[3, 1])
-    figure, [[loss], [rate]] = new_figure((8.5, 6), 2, 1, **layout)
+    figure, [[loss], [rate]] = new_figure((8.5, 6), 2, 1, sharey=False, sharex=True, height_ratios=[3, 1])
     found = {key: [(row["tokens"], row[key]) for row in rows if key in row] for key in _keys(rows)}
     others = [key for key in found if key.startswith("val_loss/")]
     validated = {"val_loss": "validation"} | {key: f"validation, {key.partition('/')[2]}" for key in others}
@@ -115,5 +114,5 @@ def plot_pruning(reports: Sequence[MapReport], png_path: Path) -> None:
     axes.set(xlabel="layer", ylabel="relative squared error of the output")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
-    axes.set_title("What pruning takes from each map, on what the pruned model feeds it", loc="left")
+    axes.set_title("Relative error of each pruned map on the pruned model's own inputs", loc="left")
     save_figure(figure, png_path)

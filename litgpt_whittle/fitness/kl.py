@@ -59,16 +59,17 @@ class KLDivergence(Perplexity):
         dtype = model.lm_head.weight.dtype
         with self.autocast():
             tap = tap_head(model)
-            self.batches = [
+            taught = [
                 TaughtBatch(*batch, self._caught(model, tap, batch.input_ids).hidden.to(dtype))
                 for batch in self.batches
             ]
+        self.batches = taught  # type: ignore[assignment]
 
     def scores(self, loss: float) -> dict[str, float]:
         """Return the mean loss as the score."""
         return {self.name: loss}
 
-    def _loss(self, window: HeadInput, batch: TaughtBatch, i: int) -> torch.Tensor:
+    def _loss(self, window: HeadInput, batch: TaughtBatch, i: int) -> torch.Tensor:  # type: ignore[override]
         head, softcap = self.model.lm_head, self.model.config.final_logit_softcapping
         teacher = TeacherLogits(HeadInput(batch.hidden[i], head.weight, head.bias), softcap)
         return head_loss(window, batch.targets[i], _ONLY_KL, teacher, softcap).distill

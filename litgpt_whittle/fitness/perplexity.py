@@ -115,7 +115,7 @@ class Perplexity:
         If the teacher is sharded over processes, they score the sub-network together, each with a part of the batches.
         """
         batches = self.batches[which]
-        # a running super-network calls the head of `_running.module`, a model that holds no weights of its own
+        # a running super-network calls the head of its `head_owner`, a model that holds no weights of its own
         if self.is_sharded:
             with torch.no_grad(), self.model.running(subnet):
                 return self._losses_together(batches)
@@ -123,7 +123,7 @@ class Perplexity:
         with torch.inference_mode():
             n_intact = self._prepare_prefix(subnet, which)
             with self.model.running(subnet, materialize=True):
-                shell = self.model._running.module
+                shell = self.model.head_owner
                 with starting_at(shell, n_intact, self.prefix.streams):
                     return self._losses(self.model, shell, batches)
 
@@ -144,7 +144,7 @@ class Perplexity:
         own = batches[rank() :: n]
         # a process without a batch must still run a forward pass, because the others need its shard of the weights
         wanted = [*own, *[batches[-1]] * (-(-len(batches) // n) - len(own))]
-        parts = [self._losses(self.model, self.model._running.module, [batch]) for batch in wanted]
+        parts = [self._losses(self.model, self.model.head_owner, [batch]) for batch in wanted]
         by_process = gather([tuple(part) for part in parts])
         in_order = [by_process[i % n][i // n] for i in range(len(batches))]
         return WindowLosses(*(torch.cat(tensors) for tensors in zip(*in_order)))
@@ -176,13 +176,9 @@ class Perplexity:
         """Run a model and return the inputs of its head."""
         hidden = []
         for rows in self._rows(input_ids):
-            tap.tapping = True
-            model(rows)
-            caught, tap.caught = tap.caught, None
-            assert caught is not None, "the sub-network's forward did not reach its head"
+            caught = _tapped(model, tap, rows)
             hidden.append(caught.hidden)
             give_back_freed()
-        tap.tapping = False
         return caught._replace(hidden=torch.cat(hidden))
 
     def _rows(self, input_ids: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -192,6 +188,15 @@ class Perplexity:
         most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
         n = n_rows if most is None else min(max(most // n_tokens, 1), n_rows)
         return input_ids.split(-(-n // 2) if self.is_halved else n)
+
+
+def _tapped(model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
+    """Run a model once and return the input of its head, which `tap` catches."""
+    tap.tapping = True
+    model(input_ids)
+    caught, tap.caught, tap.tapping = tap.caught, None, False
+    assert caught is not None, "the sub-network's forward did not reach its head"
+    return caught
 
 
 class RepairedPerplexity(Perplexity):

@@ -27,7 +27,8 @@ class Prefix:
 
     def __init__(self, teacher: GPT, input_ids: Sequence[torch.Tensor]) -> None:
         self.teacher, self.input_ids = teacher, input_ids
-        self.layer, self.streams = 0, []
+        self.layer = 0
+        self.streams: list[torch.Tensor] = []
 
     def before(self, layer: int) -> list[torch.Tensor]:
         """Return the stream before a layer, or after the last one, shape (B, T, n_embd) for each forward pass."""

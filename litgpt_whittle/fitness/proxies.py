@@ -85,6 +85,7 @@ class WeightMagnitude(_Proxy):
         tensor, dim, _ = self._weights[name]
         if dim is None:
             return upcast(tensor).abs().cpu().double().numpy()
+        channels: slice | torch.Tensor
         if n_embd is None or n_embd.is_prefix:
             channels = slice(None if n_embd is None else len(n_embd))
         else:
@@ -154,6 +155,7 @@ class ImportanceMass(_Proxy):
             keep = subnet.layer(i)
             for kind, scores in self._units[layer].items():
                 if kind == "n_expert":
+                    assert keep.n_expert is not None
                     indices = experts_of(self.config, keep.n_expert)
                 else:
                     width = "intermediate_size" if kind == "moe_intermediate_size" else kind

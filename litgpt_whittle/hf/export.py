@@ -235,7 +235,7 @@ def _difference(checkpoint_dir: Path, folder: Path, config: Config) -> float:
     if not difference <= _TOLERANCE:
         raise UserError(
             f"the exported model's logits differ from litgpt's by {difference:.1e} of the largest, so nothing was "
-            "exported; the checkpoint's model_config.yaml asks for what its class in transformers does not do"
+            "exported; the checkpoint's model_config.yaml has a setting that its class in transformers does not support"
         )
     return difference
 
@@ -253,9 +253,10 @@ def _open(folder: Path) -> torch.nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, attn_implementation="eager", local_files_only=True
         )
+        model, info = opened
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # see `_needs_eager_experts`
     except Exception as error:
@@ -269,7 +270,7 @@ def _open(folder: Path) -> torch.nn.Module:
         if info.get(kind):
             raise UserError(
                 f"transformers finds {kind.replace('_', ' ')} in the exported model, such as {min(info[kind])}, so "
-                "nothing was exported; the checkpoint's model_config.yaml asks for what its class does not have"
+                "nothing was exported; the checkpoint's model_config.yaml has a setting that its class does not support"
             )
     return model.float().eval()
 

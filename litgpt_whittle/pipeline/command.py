@@ -88,7 +88,7 @@ def setup(
     try:
         pipeline.run(stages.all(), stages.files())
     except KeyboardInterrupt:
-        raise UserError("interrupted; run the same command again to go on from there") from None
+        raise UserError("interrupted; run the same command again to resume") from None
     rows = write_outcome(out_dir, list(request.bins), Checkpoint(checkpoint_dir))
     print(f"\n{as_text(rows)}\nThe report is {out_dir / PAGE}; students are in {out_dir}/*/distilled/final")
 

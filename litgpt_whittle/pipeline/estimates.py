@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace
@@ -124,7 +125,7 @@ class _Held:
         trained = self.stages.trained
         return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
 
-    def start(self, name: str, repair: RepairArgs | bool) -> int:
+    def start(self, name: str, repair: RepairArgs | Literal[False]) -> int:
         """Return the bytes for extracting (and repairing) a student, one block of the teacher at a time."""
         subnet = self.stages.examples[name]
         if not repair:
@@ -194,9 +195,9 @@ def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
     largest = max(stages.examples.values(), key=lambda subnet: flops(stages.teacher, subnet, length))
     ours, theirs = _one_block(largest), _one_block(SubNet.full(stages.teacher))
     ids = torch.randint(ours.teacher.vocab_size, (n_rows, n_tokens), device=device)
-    training = (1 + BACKWARD) * flops(ours.teacher, ours, n_tokens) * ids.numel()
+    training: float = (1 + BACKWARD) * flops(ours.teacher, ours, n_tokens) * ids.numel()
     training /= _seconds(_training_pass(ours, ids, precision), budget / 2, device)
-    forward = flops(theirs.teacher, theirs, n_tokens) * ids.numel()
+    forward: float = flops(theirs.teacher, theirs, n_tokens) * ids.numel()
     forward /= _seconds(_forward_pass(theirs, ids, precision), budget / 2, device)
     # processes on a CPU share its cores, all of which the measurement has used already
     n_devices = 1 if device.type == "cpu" else n_devices_of(stages.request.devices)

@@ -21,9 +21,9 @@ from litgpt_whittle.reports.plots import score_axis
 from litgpt_whittle.results import Checkpoint, TrainingResult, searched_perplexity, tokens_to_reach
 
 _ABOUT = """
-Perplexities on validation text. 'As searched' is what the search measured, on as much text as it read; the others are
-the training's: before its first step, after its last one, and what the same architecture comes to that starts from
-random weights, without the teacher. The repair's tokens count.
+Perplexities on validation text. 'As searched' was measured by the search on its own number of tokens. The others were
+measured by the training: before its first step, after its last step, and after training the same architecture from
+random weights without the teacher. Calibration tokens of the repair are counted.
 """
 
 PAGE, CURVES = "report.html", "students.png"

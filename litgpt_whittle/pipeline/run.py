@@ -141,7 +141,7 @@ class Pipeline:
                 again = [other.name for other in stages if other not in begun and stage.needs(other)]
                 if not again:
                     continue
-                why = f"has begun with what {again[0]} left, which must run again;"
+                why = f"was started from the output of {again[0]}, which must run again;"
             left = [stage]
             for later in begun:
                 left += [later] if any(map(later.needs, left)) else []
@@ -205,8 +205,8 @@ class Pipeline:
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):
                 # the command's own error would recur; an end from outside may not
-                remedy = "correct what it says above, and run the command again" if code in (1, 2) else _AGAIN
-                raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to go on from there")
+                remedy = "fix the error above and run the command again" if code in (1, 2) else _AGAIN
+                raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to resume from there")
             self._note(stage, is_done=True)
 
 

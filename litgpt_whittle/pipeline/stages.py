@@ -162,7 +162,7 @@ class Stages:
             limits = Limits(ranges, self.teacher, MeasureArgs(args.train.max_seq_length, tied=tied))
         if search_space.layers == "best":  # the best layers are not known yet
             search_space = replace(search_space, layers="any")
-        given = {"tied": tied, "args": search_space, "limits": limits}
+        given: dict[str, Any] = {"tied": tied, "args": search_space, "limits": limits}
         make = partial(Space, self.teacher, args.space, **given)
         return {name: self.search.run_check(partial(make, bin)) for name, bin in self.request.bins.items()}
 
@@ -251,7 +251,7 @@ class Stages:
     def _section(self, name: str, given: Mapping[str, Any], **defaults: Any) -> Section:
         for argument, value in given.items():
             if argument.partition(".")[0] in PROVIDED and value not in (None, False):
-                raise UserError(f"{name}.{argument} is what the pipeline itself provides; leave it out")
+                raise UserError(f"{name}.{argument} is set by the pipeline; remove it")
         common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
         return Section(name, COMMANDS[name].setup, given, common | defaults)
 
@@ -262,8 +262,8 @@ class Stages:
     def _check_trained(self) -> None:
         args, section = self.trained, self.distill
         # litgpt's default would be trillions of tokens
-        names = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
-        names = {name.removeprefix("--train.") for name in names}
+        given = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
+        names = {name.removeprefix("--train.") for name in given}
         if not any(name in names and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
             raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
         if args.train.tie_embeddings not in (None, self.tied):
@@ -340,7 +340,7 @@ class Stages:
     def _cache_section(self, given: Mapping[str, Any]) -> Section:
         args = self.trained
         seen = {"micro_batch_size": args.train.micro_batch_size, "max_seq_length": args.train.max_seq_length}
-        settings = {"devices": self.request.devices, "train": seen}
+        settings: dict[str, Any] = {"devices": self.request.devices, "train": seen}
         if isinstance(args.distill.temperature, int | float):
             settings |= {"temperature": args.distill.temperature}
         if isinstance(args.data, HFText) and self.n_tokens < NO_LIMIT:

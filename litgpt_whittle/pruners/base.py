@@ -30,7 +30,7 @@ class Sparsity:
         """
         if sparsity is not None and pattern is not None:
             raise UserError(
-                f"sparsity and pattern both say how many weights go, got {sparsity} and {pattern}; leave one out"
+                f"sparsity and pattern both set the share of pruned weights, got {sparsity} and {pattern}; set only one"
             )
         if pattern is None:
             share = cls.share if sparsity is None else sparsity

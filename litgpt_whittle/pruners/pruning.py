@@ -155,9 +155,10 @@ class Pruning:
     ) -> None:
         assert windows is not None or not (pruner.reads_data or refit), "nothing to calibrate on"
         self.shape, self.weights, self.maps, self.pruner = shape, weights, maps, pruner
-        self.scratch, self.windows, self.refit, self.device = scratch, windows, refit, device
+        self.scratch, self.refit, self.device = scratch, refit, device
+        self.windows = torch.zeros(0, 0, dtype=torch.long) if windows is None else windows
         scratch.device = torch.device(device)
-        n = 0 if windows is None else len(windows)
+        n = len(self.windows)
         self.batches = [slice(start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)]
 
     @exact_products()
@@ -199,12 +200,13 @@ class Pruning:
 
     def _open_stream(self, i: int) -> None:
         """Open the file of the hidden states before block i."""
-        self.stream = self.scratch.stream(f"stream-{i}", *self.windows.shape, len(self.shape.n_embd))
+        n, length = self.windows.shape
+        self.stream = self.scratch.stream(f"stream-{i}", n, length, len(self.shape.n_embd))
 
     def _begin_stream(self, n_finished: int) -> None:
         """Open the hidden states before the first unfinished block; write the embeddings if it is block 0."""
-        outside = read_outside(self.weights, self.device)
-        outside = NonBlockModules(self.shape.config, outside, self.windows.shape[1], self.device)
+        weights = read_outside(self.weights, self.device)
+        outside = NonBlockModules(self.shape.config, weights, self.windows.shape[1], self.device)
         self.block_args = outside.block_args
         self._open_stream(n_finished)
         for batch in self.batches if n_finished == 0 else ():
@@ -241,22 +243,22 @@ class Pruning:
         for name, moments in found.items():
             if not moments.zz.isfinite().all():
                 raise UserError(
-                    f"what {name} of layer {i} reads is not finite on calibration data; the checkpoint is damaged"
+                    f"the input of {name} in layer {i} is not finite on calibration data; the checkpoint is damaged"
                 )
         return found
 
     def _prune_map(self, weight: torch.Tensor, moments: Moments | None) -> tuple[torch.Tensor, dict]:
         """Return a layer's pruned weight, and the fields of its report."""
-        saw_tokens = moments is not None and moments.n > 0
+        seen = moments if moments is not None and moments.n > 0 else None
         pruner = self.pruner
-        if pruner.reads_data and not saw_tokens:
+        if pruner.reads_data and seen is None:
             pruner = Magnitude(pruner.sparsity)
         pruned = pruner.prune(weight, moments)
-        if self.refit and saw_tokens:
-            pruned = refit(weight, pruned, moments)
-        error = relative_error(weight, pruned, moments) if saw_tokens else None
+        if self.refit and seen is not None:
+            pruned = refit(weight, pruned, seen)
+        error = None if seen is None else relative_error(weight, pruned, seen)
         n_zero = int((pruned == 0).sum())
-        return pruned, {"n_zero": n_zero, "n_weights": weight.numel(), "error": error, "saw_tokens": saw_tokens}
+        return pruned, {"n_zero": n_zero, "n_weights": weight.numel(), "error": error, "saw_tokens": seen is not None}
 
     def _advance(self, i: int, block: Block) -> None:
         """Run the hidden states through the pruned block."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class Order:
     @property
     def reordered(self) -> SubNet:
         """Return the whole teacher with its units in this order, as a sub-network that keeps all units."""
-        fields: dict[str, list[UnitIndex | None]] = {}
+        fields: dict[str, Any] = {}
         for name in PER_LAYER:
             if any(name in units for units in self.layers):
                 fields[name] = [Ordered(units[name]) if name in units else None for units in self.layers]

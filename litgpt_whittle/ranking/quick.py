@@ -81,7 +81,7 @@ class _Sums:
             for handle in handles:
                 handle.remove()
 
-    def _add_inputs(self, layer: int, axes: tuple[str, str], module: nn.Linear, inputs: tuple) -> None:
+    def _add_inputs(self, layer: int, axes: tuple[str, ...], module: nn.Linear, inputs: tuple) -> None:
         if axes[1] == "n_embd":
             self.n_embd += _squares(inputs[0], module.weight)
             return

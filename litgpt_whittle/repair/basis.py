@@ -69,9 +69,10 @@ class Basis:
         weight = norm_weight(teacher)
         scale = 1.0 if weight is None else weight.square().mean().sqrt()
         set_norm_weight(student, scale)
-        if getattr(student, "bias", None) is not None:
+        bias = getattr(student, "bias", None)
+        if bias is not None:
             # a LayerNorm's output has zero mean: a constant added to it gives projections without a bias an intercept
-            student.bias.copy_(self.matrix @ teacher.bias + scale)
+            bias.copy_(self.matrix @ teacher.get_parameter("bias") + scale)
 
     def reconstruction(self, norm: nn.Module, moments: Moments) -> torch.Tensor:
         """Return the plain cut's estimate of the teacher's normalised stream from the student's, optimally scaled.
@@ -130,8 +131,16 @@ def norm_weight(norm: nn.Module) -> torch.Tensor | None:
 
 def set_norm_weight(norm: nn.Module, weight: torch.Tensor | float) -> None:
     """Set the factor of each channel in a norm, in place; a norm without a weight is not changed."""
-    if getattr(norm, "weight", None) is not None:
-        norm.weight.data.fill_(0).add_(weight - 1 if getattr(norm, "add_unit_offset", False) else weight)
+    own = getattr(norm, "weight", None)
+    if own is not None:
+        own.data.fill_(0).add_(weight - 1 if getattr(norm, "add_unit_offset", False) else weight)
+
+
+def scale_norm_weight(norm: nn.Module, by: torch.Tensor) -> None:
+    """Multiply the factor of each channel in a norm, in place; a norm without a weight is not changed."""
+    weight = norm_weight(norm)
+    if weight is not None:
+        set_norm_weight(norm, weight * by.to(weight.dtype))
 
 
 def affine_part(norm: nn.Module, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +200,7 @@ class DirectionImportance:
     """
 
     def __init__(self) -> None:
-        self.covariance = self.gram = 0.0
+        self.covariance = self.gram = torch.zeros(())
 
     def add(self, moments: Moments, norm: nn.Module, weights: list[torch.Tensor], times: float = 1.0) -> None:
         """Add the input projections after one norm.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from litgpt.model import Block
+from litgpt.model import Block, LLaMAMLP
 from torch import nn
 
 from litgpt_whittle.blocks import input_of, routing, run_block
@@ -19,7 +19,7 @@ from litgpt_whittle.repair.basis import (
     Basis,
     affine_part,
     norm_weight,
-    set_norm_weight,
+    scale_norm_weight,
     standardised,
     token_weights,
 )
@@ -49,8 +49,13 @@ class Streams:
     """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
     ahead: Activations
     """The teacher's stream after the block and the dropped blocks that follow it"""
-    sizes: Mapping[tuple[str, int], torch.Tensor]
+    sizes: dict[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
+
+    @property
+    def before_mlp(self) -> Activations:
+        """The teacher's stream that the block's MLP reads."""
+        return self.teacher if self.middle is None else self.middle
 
 
 def post_norm(block: Block, *parts: str) -> nn.Module | None:
@@ -59,7 +64,7 @@ def post_norm(block: Block, *parts: str) -> nn.Module | None:
     None if there is no such norm or it has no weight, for a single expert, and if attention and MLP are fitted jointly.
     """
     norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 and parts[0] in POST_NORMS else None
-    return None if norm_weight(norm) is None else norm
+    return None if norm is None or norm_weight(norm) is None else norm
 
 
 class BlockRepair:
@@ -168,11 +173,12 @@ class BlockRepair:
                 ),
             )
             ours, theirs = affine_part(student_norm, n_in), affine_part(teacher_norm, n_out)
-            return tuple(moments.scaled(*ours, *theirs) for moments in self._before)
+            fitted, tuning = (moments.scaled(*ours, *theirs) for moments in self._before)
+            return fitted, tuning
         inside = part == "mlp"
 
         def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs = (self.streams.middle if inside else self.streams.teacher)[batch]
+            theirs = (self.streams.before_mlp if inside else self.streams.teacher)[batch]
             ours = self._middle(batch) if inside else self._student(batch)
             return student_norm(ours), teacher_norm(theirs)
 
@@ -220,6 +226,7 @@ class BlockRepair:
         name = f"{part}.proj"
         module, kind = self.block.get_submodule(name), POST_NORMS[part]
         weight = norm_weight(norm)
+        assert weight is not None, "`post_norm` gives only norms with a weight"
         weight = torch.where(weight.abs() < 1e-3, 1e-3, weight)  # avoids division by zero in channels the norm disables
 
         def through(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -261,7 +268,7 @@ class BlockRepair:
         scale = products / squares.clamp_min(1e-30)
         # ‖scale · normed − y‖² against ‖normed − y‖²
         is_better = scale.square() * held_squares - 2 * scale * held_products < held_squares - 2 * held_products
-        set_norm_weight(norm, norm_weight(norm) * torch.where(is_better, scale, 1.0).to(torch.float32))
+        scale_norm_weight(norm, torch.where(is_better, scale, 1.0))
 
     def _told(self, found: Fit, *names: str) -> Fit:
         """Record maps for which no ridge improves on the plain cut; return the fit."""
@@ -289,7 +296,7 @@ class BlockRepair:
         for batch in self.calibration.fitted_batches:
             start, x = self._before_mlp(batch)
             weights = self._weights(batch).flatten()
-            theirs_x = self.teacher.norm_2(self.streams.middle[batch]).flatten(0, -2)
+            theirs_x = self.teacher.norm_2(self.streams.before_mlp[batch]).flatten(0, -2)
             parts = routing(mlp, x)  # (B · T, n_expert)
             flat, left = x.flatten(0, -2), (self._goal(batch) - start).flatten(0, -2)
             answers = [project(expert(theirs_x[parts[:, j] > 0])) for j, expert in enumerate(experts)]
@@ -316,7 +323,7 @@ class BlockRepair:
         if shared is not None:
             self._write_shared_experts(mlp.shared_experts)
 
-    def _write_shared_experts(self, shared: nn.Module) -> None:
+    def _write_shared_experts(self, shared: LLaMAMLP) -> None:
         def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             start, x = self._before_mlp(batch)
             left = self._goal(batch) - start - (self.block.mlp(x) - shared(x))

@@ -105,7 +105,8 @@ class FiniteCheck:
     """Checks that a teacher layer's outputs are finite, once for all batches, so that no batch waits for a device."""
 
     def __init__(self, layer: int) -> None:
-        self.layer, self._are_finite = layer, []
+        self.layer = layer
+        self._are_finite: list[torch.Tensor] = []
 
     def __call__(self, stream: torch.Tensor) -> torch.Tensor:
         """Add a batch's outputs; return them."""

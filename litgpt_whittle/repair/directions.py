@@ -34,8 +34,8 @@ def direction_importance(
         UserError: If activations are not finite.
     """
     config, device = teacher.model.config, calibration.device
-    batches, n_needed = calibration.all_batches, 32 * config.n_embd
-    batches = calibration.share(batches[:: max(calibration.n_first * calibration.shape[1] // n_needed, 1)])
+    step = max(calibration.n_first * calibration.shape[1] // (32 * config.n_embd), 1)
+    batches = calibration.share(calibration.all_batches[::step])
     worth = DirectionImportance()
     for batch in batches:
         stream[batch] = teacher.embed(calibration.ids(batch))

@@ -9,6 +9,7 @@ that are copies of the teacher's. The embedding, and with it a tied head, is fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from litgpt.model import Block
@@ -66,13 +67,14 @@ class EndToEnd:
         candidates = self.calibration.training_windows
         per_step = max(TOKENS_PER_STEP // self.calibration.shape[1], 1)
         n_steps = max(round(n_passes * len(candidates) / per_step), 1)
-        order, windows = torch.Generator().manual_seed(0), []
+        order = torch.Generator().manual_seed(0)
+        windows: list[int] = []
         while len(windows) < n_steps * per_step:
             windows += candidates[torch.randperm(len(candidates), generator=order)].tolist()
 
         def loss(step: int) -> torch.Tensor:
             own = windows[step * per_step : (step + 1) * per_step]
-            return sum(self.divergence(slice(i, i + 1)) for i in own) / per_step
+            return cast(torch.Tensor, sum(self.divergence(slice(i, i + 1)) for i in own)) / per_step
 
         rates = [(parameter, lr) for parameter in self.parameters]
         with tqdm(total=n_steps, desc="end to end", unit="step", disable=not progress) as bar:

@@ -35,7 +35,7 @@ from litgpt_whittle.repair.basis import (
 from litgpt_whittle.repair.block import post_norm
 from litgpt_whittle.repair.costs import check_memory, sites
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
-from litgpt_whittle.repair.readers import fit_head, fit_readers, fit_tied_norm
+from litgpt_whittle.repair.readers import Find, fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
 from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
@@ -58,6 +58,9 @@ class MomentRepair:
     Raises:
         UserError: If the moments of all layers do not fit into memory, or activations are not finite.
     """
+
+    _ids: torch.Tensor
+    """Token ids of the current batch, for the hooks"""
 
     @exact_products()
     @torch.no_grad()
@@ -84,7 +87,7 @@ class MomentRepair:
             block = teacher.transformer.h[layer]
             watching.append(block.register_forward_pre_hook(lambda _, x, means=means: means.add(self._ids, x[0])))
         for ids in windows.to(self.device).split(micro_batch_size):
-            self._ids = ids  # for the hooks
+            self._ids = ids
             with stopping_at(teacher.transformer.ln_f):  # saves the memory of the logits
                 teacher(ids)
         for handle in watching:
@@ -209,7 +212,7 @@ class MomentRepair:
             fit_tied_norm(ours, student.lm_head.weight, self.teacher.lm_head.weight, moments)
         else:
             anchor = basis.reconstruction(theirs, moments)
-            fit_head(student.lm_head, self.teacher.lm_head, lambda b, _: solve(moments, anchor, self.ridge, b))
+            fit_head(student.lm_head, self.teacher.lm_head, _solution(moments, anchor, self.ridge))
 
 
 class _LayerMoments:
@@ -221,13 +224,14 @@ class _LayerMoments:
         block: The teacher's block, watched by hooks while the teacher runs.
     """
 
+    _start: torch.Tensor
+    """Stream before the current output projections, which they add to"""
+
     def __init__(self, repair: MomentRepair, layer: int, block: Block) -> None:
         self.config, self.device = repair.config, repair.device
         parallel = self.config.parallel_residual
         self.before_attn = Moments(self.config.n_embd, 0, self.device)
         self.before_mlp = self.before_attn if parallel else Moments(self.config.n_embd, 0, self.device)
-        self._start: torch.Tensor | None = None
-        """Stream before the current output projections, which they add to"""
 
         def begin(moments: Moments, _: nn.Module, inputs: tuple) -> None:
             self._start = inputs[0]
@@ -261,7 +265,8 @@ class _LayerMoments:
             after = None if is_expert else sum(written[:-1], self._start) + output
             weights = None if after is None else token_weights(after.float(), self.config)
             moments.add(z, no_outputs(z) if norm_behind is None else output.flatten(0, -2).float(), weights)
-            seen.clear(), written.clear()
+            seen.clear()
+            written.clear()
 
         self.handles += [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
         self.handles += [module.register_forward_hook(lambda _, __, out: written.append(out)) for module in modules]
@@ -310,7 +315,7 @@ class _LayerMoments:
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
-            fit_readers(block, slices, theirs, part, lambda b, _, m=moments, a=anchor: solve(m, a, ridge, b))
+            fit_readers(block, slices, theirs, part, _solution(moments, anchor, ridge))
         for names in self.moments:
             self._write(names, block, theirs, slices, basis, ridge, gap if names == self.last_writers else None)
 
@@ -331,7 +336,7 @@ class _LayerMoments:
         wide = [theirs.get_submodule(name) for name in names]
         # in coordinates, the norm after the map is the teacher's: the target is its input, which is linear
         is_linear = basis.is_coordinates and gap is None
-        norm_behind = None if is_linear else _post_norm(theirs, names)
+        norm_behind = None if is_linear else _post_norm(block, names)
         if gap is not None:
             moments = moments.with_outputs(*gap)
         kept = []
@@ -347,7 +352,7 @@ class _LayerMoments:
         anchor = torch.cat([module.weight for module in students], 1)
         found = solve(wanted, anchor, ridge, bias is not None)
         if norm_behind is not None:
-            found = self._through_norm(found, wanted, _post_norm(block, names))
+            found = self._through_norm(found, wanted, norm_behind)
         for module, part in zip(students, found.weight.split([module.in_features for module in students], 1)):
             module.weight.copy_(part)
             if module.bias is not None:
@@ -358,6 +363,11 @@ class _LayerMoments:
         size = ((found.weight @ (moments.zz / moments.mass)) * found.weight).sum(1).clamp_min(1e-30).sqrt()
         set_norm_weight(norm, size.float())
         return Fit(found.weight / size[:, None], found.bias / size, found.ridge)
+
+
+def _solution(moments: Moments, anchor: torch.Tensor, ridge: float) -> Find:
+    """Return the regression for `fit_readers` and `fit_head`, from these moments."""
+    return lambda intercept, _: solve(moments, anchor, ridge, intercept)
 
 
 def _post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:

@@ -118,7 +118,7 @@ def divergence(
     return head_loss(student_head, None, Objective(alpha=0.0, beta=1.0), targets, softcap).loss
 
 
-Rates = list[tuple[nn.Parameter, float]]
+Rates = list[tuple[torch.Tensor, float]]
 """Trained parameters with their learning rates"""
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from litgpt_whittle.index_plan import SlicePlan
 from litgpt_whittle.least_squares import Fit, Moments, products
-from litgpt_whittle.repair.basis import norm_weight, set_norm_weight
+from litgpt_whittle.repair.basis import norm_weight, scale_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
 Find = Callable[[bool, torch.Tensor], Fit]
@@ -36,7 +36,7 @@ def fit_readers(block: Block, slices: SlicePlan, teacher: Block, part: str, find
         if intercept not in found:
             found[intercept] = find(intercept, metric)
         module.weight.copy_(weight.float() @ found[intercept].weight.float())
-        if intercept:
+        if bias is not None:
             module.bias.copy_(bias + weight.float() @ found[intercept].bias.float())
     return {name: found[bias is not None] for name, (_, bias) in rows.items()}
 
@@ -79,6 +79,7 @@ def fit_tied_norm(
         fitted, unfitted = (float(w @ gram @ w - 2 * right @ w) for w in (factor, torch.ones_like(factor)))
         is_better = fitted < unfitted
     if is_better:
-        set_norm_weight(norm, norm_weight(norm) * factor.to(norm.weight.dtype))
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.mul_(factor.to(norm.bias.dtype))
+        scale_norm_weight(norm, factor)
+        bias = getattr(norm, "bias", None)
+        if bias is not None:
+            bias.mul_(factor.to(bias.dtype))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from litgpt_whittle.scratch import Scratch
@@ -24,7 +25,7 @@ class Errors(NamedTuple):
 
 
 def refine(
-    rates: Iterable[tuple[nn.Parameter, float]],
+    rates: Iterable[tuple[torch.Tensor, float]],
     n_steps: int,
     loss: Callable[[int], torch.Tensor],
     error: Callable[[], float],
@@ -48,15 +49,16 @@ def refine(
         scratch: Folder for the training state, saved once a minute, from which an interrupted run resumes.
         name: Name of the state in the scratch folder.
     """
-    groups = [{"params": [parameter], "lr": lr} for parameter, lr in rates]
-    parameters = [group["params"][0] for group in groups]
+    rates = list(rates)
+    parameters = [parameter for parameter, _ in rates]
     start = [parameter.detach().clone() for parameter in parameters]
+    groups = [{"params": [parameter], "lr": lr} for parameter, lr in rates]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     n_warmup = int(warmup * n_steps)
-    pieces = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(n_steps - n_warmup, 1))]
+    pieces: list[LRScheduler] = [CosineAnnealingLR(optimizer, max(n_steps - n_warmup, 1))]
     if n_warmup:
-        pieces.insert(0, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (n_warmup + 1), 1.0, n_warmup))
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, pieces, [n_warmup] if n_warmup else [])
+        pieces.insert(0, LinearLR(optimizer, 1 / (n_warmup + 1), 1.0, n_warmup))
+    schedule = SequentialLR(optimizer, pieces, [n_warmup] if n_warmup else [])
 
     def state(step: int) -> dict:
         return {
@@ -103,6 +105,6 @@ def refine(
     return Errors(before, before)
 
 
-def _restore(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+def _restore(parameters: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values):
         parameter.data.copy_(value)

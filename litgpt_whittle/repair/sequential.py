@@ -24,6 +24,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from litgpt.config import Config
@@ -192,7 +193,8 @@ class SequentialRepair:
         for i in range(len(self.subnet)):
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
-            units = {name: None if value is None else UnitIndex.parse(value) for name, value in saved["keep"].items()}
+            kept = saved["keep"].items()
+            units: dict[str, Any] = {name: None if value is None else UnitIndex.parse(value) for name, value in kept}
             yield LayerUnits(**units), saved["weights"], LayerReport(**saved["report"])
 
     # the models -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from litgpt_whittle.subnet import SubNet
 
 KEPT, CUT = "#2a6fdb", "#dfe3ea"
-DROPPED = dict(facecolor="white", edgecolor="#b9bfca", hatch="////", linewidth=0.6)
+DROPPED: dict[str, Any] = dict(facecolor="white", edgecolor="#b9bfca", hatch="////", linewidth=0.6)
 
 
 @dataclass(frozen=True)

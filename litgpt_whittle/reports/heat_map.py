@@ -20,7 +20,7 @@ MANY_LAYERS = 48
 """Number of layers beyond which numbers would not be legible"""
 
 TITLES = {
-    "activation": "what they compute",
+    "activation": "their outputs",
     "magnitude": "the size of their weights",
     "taylor": "the first-order change of the loss without them",
 }

@@ -29,7 +29,7 @@ from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.quantities import format_amount
 from litgpt_whittle.spaces.bins import short
 
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
@@ -42,7 +42,7 @@ def plot_search(evaluations: Sequence[Evaluation], path: Path, score: str = "per
         seen_whole = [(i, e.score(score)) for i, e in own if not e.dropped and math.isfinite(e.score(score))]
         label = "candidates" if len(bins) == 1 else None
         axes.scatter(*_columns(finite), s=11, color=color, alpha=0.3, linewidths=0, label=label)
-        steps: Points = []
+        steps: list[tuple[float, float]] = []
         for i, value in seen_whole:
             steps.append((i, min(value, steps[-1][1] if steps else math.inf)))
         if steps:

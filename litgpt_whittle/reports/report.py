@@ -140,7 +140,7 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
     sections = []
     if fronts := found.fronts:
         text = "What no other candidate of the bin beats in all objectives, along the first one. At its end, a search "
-        text += "leaves each in a file of its own."
+        text += "writes each to its own file."
         plot_front(evaluations, out_dir / "front.png", found.objectives)
         content = picture(out_dir / "front.png", "The front") + "\n".join(map(table, fronts))
         sections.append(Section("The front", text, content))
@@ -184,7 +184,7 @@ def _starts(found: Findings) -> list[list[str]]:
     starts, bins = [e for e in found.evaluations if e.origin], bins_of(found.evaluations)
     starts.sort(key=lambda e: (bins.index(e.bin), e.dropped, e.score(found.score)))
     lines = [["bin", "cut", found.score, "parameters"]]
-    return lines + [[e.bin, e.origin, number(e.score(found.score)), f"{e.n_params:,}"] for e in starts]
+    return lines + [[e.bin, e.origin or "", number(e.score(found.score)), f"{e.n_params:,}"] for e in starts]
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,7 @@ class RacingArgs:
     def __post_init__(self) -> None:
         check_positive("racing", start=self.start)
         if not self.growth > 1:
-            raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles what is seen each time")
+            raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles the windows per rung")
         if not 0 < self.alpha < 1:
             raise UserError(f"racing.alpha must be between 0 and 1, got {self.alpha}; 0.05 is usual")
 

@@ -119,7 +119,7 @@ class Loop:
         iterations: Evaluations per bin.
         seed: Seed of the search, for the record.
         save_best: Called with every new best of a bin.
-        spread: Distributes work over processes.
+        parallel_map: Distributes work over processes.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Loop:
         Raises:
             UserError: If the journal has more evaluations, or its candidates differ from the proposals of this search.
         """
-        self.known = {str(search.space.bin): [] for search in self.searches}
+        self.known: dict[str, list[Evaluation]] = {str(search.space.bin): [] for search in self.searches}
         for evaluation in self.record.evaluations:
             self.known.setdefault(evaluation.bin, []).append(evaluation)
         n_known = max(map(len, self.known.values()))
@@ -226,10 +226,10 @@ def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> 
     started = time.perf_counter()
     costs, error = ({}, None) if search is None else search.costs(candidate)
     expects = search.strategy.expects if search is not None else lambda _: {}
-    scores = {}
+    found: dict[str, float] = {}
     if error is None:
-        scores = within_memory(fitness, lambda: {**fitness(candidate), **expects(candidate)})
-    scores, error = finite({**scores, **costs}, error)
+        found = within_memory(fitness, lambda: {**fitness(candidate), **expects(candidate)})
+    scores, error = finite({**found, **costs}, error)
     return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
 
 
@@ -279,6 +279,6 @@ def check_replayed(evaluation: Evaluation, search: Search, candidate: SubNet) ->
     """Raise UserError if a recorded candidate differs from the proposal: another version wrote the journal."""
     if evaluation.bin != str(search.space.bin) or evaluation.subnet != candidate.to_dict():
         raise UserError(
-            f"evaluation {evaluation.index} of the journal is not what this search would have tried; it was written by "
-            "another version, so begin in another out_dir"
+            f"evaluation {evaluation.index} of the journal is not the candidate that this search proposes; it was "
+            "written by another version, so begin in another out_dir"
         )

@@ -61,7 +61,7 @@ def take_measurements(
         fitness: Scores a sub-network.
         order: Returns the units by importance, on all processes; None if the first units are kept.
         seed: Seed of the search, for the record.
-        spread: Distributes work over processes.
+        parallel_map: Distributes work over processes.
 
     Raises:
         UserError: If the journal was written with different settings.

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
+from litgpt_whittle.fitness.perplexity import Fitness, WindowLosses
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
@@ -83,6 +84,16 @@ class RaceNotes:
             self.path.unlink(missing_ok=True)
 
 
+class WindowFitness(Fitness, Protocol):
+    """Fitness with losses per window."""
+
+    def losses(self, subnet: SubNet, which: slice = ...) -> WindowLosses:
+        """Return a sub-network's losses on every window of the selected batches."""
+
+    def scores(self, loss: float) -> dict[str, float]:
+        """Convert a mean loss to scores by name."""
+
+
 class RacingLoop(Loop):
     """Loop that evaluates every batch of proposals in a race (`litgpt_whittle.searching.racing`).
 
@@ -92,6 +103,8 @@ class RacingLoop(Loop):
         notes: Stores intermediate results of the current race.
         more: As for `Loop`.
     """
+
+    fitness: WindowFitness
 
     def __init__(self, *rest: Any, racing: RacingArgs, notes: RaceNotes, **more: Any) -> None:
         super().__init__(*rest, **more)
@@ -119,6 +132,8 @@ class RacingLoop(Loop):
 
     def _race(self, search: Search, candidates: list[SubNet]) -> Iterator[Outcome]:
         """Run a race and yield one outcome per candidate, in their order."""
+        n_kept = search.strategy.n_kept
+        assert n_kept is not None, "a race needs one score that ranks the candidates"
         runners = [_Runner() for _ in candidates]
         left, begin = list(range(len(candidates))), 0
         for end in stages(self.racing, len(self.fitness.batches)):
@@ -128,13 +143,13 @@ class RacingLoop(Loop):
             seen = {i: self._means(runners[i].sums) for i in left}
             if end < len(self.fitness.batches) and seen:
                 done = [losses[:n_seen] for losses in self.finished[str(search.space.bin)]]
-                out = losers(seen, done, search.strategy.n_kept, self.racing.alpha)
+                out = losers(seen, done, n_kept, self.racing.alpha)
                 left = [i for i in left if i not in out]
             begin = end
         finished = [*self.finished[str(search.space.bin)], *(self._means(runners[i].sums) for i in left)]
         finished.sort(key=lambda losses: np.average(losses, weights=self.n_tokens))
         for i, runner in enumerate(runners):
-            yield self._outcome(runner, i in left, finished, search.strategy.n_kept)
+            yield self._outcome(runner, i in left, finished, n_kept)
 
     def _run_stage(
         self, search: Search, candidates: list[SubNet], left: list[int], runners: list[_Runner], begin: int, end: int
@@ -161,7 +176,7 @@ class RacingLoop(Loop):
 
     def _outcome(self, runner: _Runner, is_finished: bool, finished: list[np.ndarray], n_kept: int) -> Outcome:
         """Return a candidate's outcome; `finished` holds the losses of fully evaluated candidates, the best first."""
-        scores, error, losses = runner.costs, runner.error, self._means(runner.sums)
+        found, error, losses = runner.costs, runner.error, self._means(runner.sums)
         if error is None:
             if is_finished or not finished:
                 loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
@@ -170,8 +185,8 @@ class RacingLoop(Loop):
                 # the test found it worse than these, so its estimate must not be better
                 kept = finished[:n_kept][-1]
                 loss = max(loss, float(np.average(kept, weights=self.n_tokens)) + LEAST_BEHIND)
-            scores = self.fitness.scores(loss) | scores
-        scores, error = finite(scores, error)
+            found = self.fitness.scores(loss) | found
+        scores, error = finite(found, error)
         return Outcome(
             scores,
             batches=runner.batches,
@@ -193,7 +208,8 @@ class _Runner:
     def __init__(self) -> None:
         self.sums: list[float] = []
         self.costs: dict[str, float] = {}
-        self.seconds, self.batches, self.error = 0.0, 0, None
+        self.seconds, self.batches = 0.0, 0
+        self.error: str | None = None
 
     def add(self, leg: Leg, end: int) -> None:
         self.seconds += leg.seconds

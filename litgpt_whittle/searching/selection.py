@@ -95,7 +95,7 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
         )
     if args.config is not None and not rungs:
         raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
-    if rungs and args.config not in to_come and _read_config(args.config).get("compile", True):
+    if args.config is not None and args.config not in to_come and _read_config(args.config).get("compile", True):
         check_compiler()
     return rungs
 
@@ -128,6 +128,7 @@ class Selection:
     def __init__(self, checkpoint_dir: Path, out_dir: Path, args: SelectionArgs, devices: int | str = 1) -> None:
         self.checkpoint_dir, self.out_dir, self.args, self.devices = checkpoint_dir, out_dir, args, devices
         self.rungs = parse_rungs(args)
+        assert args.config is not None, "a selection has rungs, which need a config"
         self.config = _read_config(args.config)
 
     def run(self, evaluations: Sequence[Evaluation], score: str) -> dict[str, Evaluation]:
@@ -207,7 +208,7 @@ class Selection:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
         with open(log, "w") as file:
             line = [sys.executable, "-m", "litgpt_whittle", command, *map(str, arguments)]
-            more = {"stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": stop_with_parent}
+            more: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": stop_with_parent}
             code = subprocess.run(line, env=environment, **more).returncode
         if code:
             last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]

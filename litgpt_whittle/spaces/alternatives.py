@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,12 +128,16 @@ class Alternatives:
         n_layer = self.teacher.n_layer
         if alternative.name == DROPPED:
             return SubNet(self.teacher, n_layer=UnitIndex(np.delete(np.arange(n_layer), alternative.layer)))
-        keeps = []
+        keeps: list[UnitIndex | None] = []
         for layer, sizes in enumerate(self.sizes):
-            is_cut = alternative.layer in (layer, EVERY) and alternative.name in sizes
-            units = UnitIndex(alternative.size) if order is None else None
-            keeps.append((units or order.best(alternative.name, layer, alternative.size)) if is_cut else None)
-        return SubNet(self.teacher, **{alternative.name: keeps})
+            if alternative.layer not in (layer, EVERY) or alternative.name not in sizes:
+                keeps.append(None)
+            elif order is None:
+                keeps.append(UnitIndex(alternative.size))
+            else:
+                keeps.append(order.best(alternative.name, layer, alternative.size))
+        fields: dict[str, Any] = {alternative.name: keeps}
+        return SubNet(self.teacher, **fields)
 
     def note_units(self, alternative: Alternative, alone: SubNet) -> None:
         """Record the units of a measured alternative, so that combinations keep the same ones."""
@@ -146,12 +150,12 @@ class Alternatives:
 
     def combined(self, choices: Sequence[LayerChoice]) -> SubNet:
         """Return the sub-network with the given sizes of the teacher's layers."""
-        layers = [layer for layer, choice in enumerate(choices) if choice is not None]
-        fields: dict[str, list[UnitIndex | None]] = {}
-        for i, layer in enumerate(layers):
-            for name, size in choices[layer].items():
-                fields.setdefault(name, [None] * len(layers))[i] = self._keep(name, layer, size)
-        return SubNet(self.teacher, n_layer=UnitIndex(np.array(layers)), **fields)
+        kept = {layer: choice for layer, choice in enumerate(choices) if choice is not None}
+        fields: dict[str, Any] = {"n_layer": UnitIndex(list(kept))}
+        for i, (layer, choice) in enumerate(kept.items()):
+            for name, size in choice.items():
+                fields.setdefault(name, [None] * len(kept))[i] = self._keep(name, layer, size)
+        return SubNet(self.teacher, **fields)
 
     def _keep(self, name: str, layer: int, size: int) -> UnitIndex:
         at = EVERY if name == "n_expert" else layer

@@ -37,12 +37,12 @@ class StepArgs(SizeArgs):
     """Steps of the dimensions. By default one unit, and 32 to 128 for the widths of teachers with at least 512
     channels, since GPUs multiply matrices of odd widths slowly and quantisers refuse them"""
 
-    n_embd: int | None = None
+    n_embd: int | None = None  # type: ignore[assignment]
     """Channels of the residual stream; by default 128 for more than 2,048, else 64 or 32, if it divides the teacher's
     and leaves 16 sizes"""
-    intermediate_size: int | None = None
+    intermediate_size: int | None = None  # type: ignore[assignment]
     """Neurons of an MLP; by default as for channels"""
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: int | None = None  # type: ignore[assignment]
     """Neurons of an expert; by default as for channels"""
 
 
@@ -91,7 +91,7 @@ class LimitArgs:
         Raises:
             UserError: If a limit cannot be parsed.
         """
-        found = {}
+        found: dict[str, Range] = {}
         for name, text in vars(self).items():
             try:
                 found |= {} if text is None else {name: MEASURES[name].parse(text)}

@@ -82,7 +82,7 @@ def parse_bins(value: str | int | float | Sequence[str | int | float]) -> list[B
         raise UserError("at least one bin is needed, got none; give one such as --bin 410M±5%")
     for i, bin in enumerate(bins):
         if bin in bins[:i]:
-            raise UserError(f"bins must differ, got {bin} twice; leave one out")
+            raise UserError(f"bins must differ, got {bin} twice; remove one")
     return bins
 
 

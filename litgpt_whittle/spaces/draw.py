@@ -142,7 +142,7 @@ class _Draw:
         # numbers of layers are equally likely, and so are sets of the same number of layers
         keys = self.rng.random(len(depths)) ** (1 / self.space.depth_weights[depths])
         place = {total: i for i, total in enumerate(self.rng.permutation(np.unique(totals)).tolist())}
-        return iter(depths[np.lexsort((-keys, [place[total] for total in totals.tolist()]))].tolist())
+        return iter(depths[np.lexsort((-keys, np.array([place[total] for total in totals.tolist()])))].tolist())
 
     def _ordered(self, grid: list[int], first: int, stop: int, wished: float | None) -> Iterator[int]:
         """Yield the values grid[first:stop], nearest to the wish first, or in random order without a wish."""
@@ -222,7 +222,7 @@ class _Descent:
 
     def __init__(self, draw: _Draw, table: _LayerTable) -> None:
         self.draw, self.table, self.bin = draw, table, draw.bin
-        grids = [[None] * 3 for _ in table.multiples]
+        grids: list[list[list[int]]] = [[[]] * 3 for _ in table.multiples]
         for key, users in table.users.items():
             for term, axis in users:
                 grids[term][axis] = table.grids[key]
@@ -239,7 +239,7 @@ class _Descent:
         return [*sorted((key for key in order if key != last), key=self.wishes.__contains__), last]
 
     def _wishes(self) -> dict[Key, float]:
-        """Return the target sizes; with `parallel_map`, shifted together so that the count meets the bin."""
+        """Return the target sizes; with `spread`, shifted together so that the count meets the bin."""
         wish, table, rng = self.draw.wish, self.table, self.draw.rng
         wishes = {key: float(wish.values[key]) for key in table.users if key in wish.values}
         if wish.evenness is not None:

@@ -77,7 +77,8 @@ class Limits:
         Raises:
             UserError: If none of 500 sub-networks is, with the range of their costs.
         """
-        rng, seen = np.random.default_rng(0), {name: [] for name in self.ranges}
+        rng = np.random.default_rng(0)
+        seen: dict[str, list[float]] = {name: [] for name in self.ranges}
         for _ in range(_DRAWS if self.ranges else 0):
             subnet = sample(rng)
             if self.admits(subnet):

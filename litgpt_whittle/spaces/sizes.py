@@ -160,7 +160,9 @@ class SizeSpace:
         totals = [self.kind_of.count(kind) for kind in range(len(self.kinds))]
         if self.layer_order is not None:
             kinds = [self.kind_of[layer] for layer in self.layer_order]
-            depths = [[kinds[:n].count(kind) for kind in range(len(totals))] for n in self.grids["n_layer"]]
+            depths: list[Sequence[int]] = [
+                [kinds[:n].count(kind) for kind in range(len(totals))] for n in self.grids["n_layer"]
+            ]
         else:
             allowed = set(self.grids["n_layer"])
             depths = [d for d in itertools.product(*(range(t + 1) for t in totals)) if sum(d) in allowed]
@@ -299,7 +301,7 @@ def _sharing(teacher: Config) -> _Sharing | None:
 
 
 def _positional(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
-    width = sizes.get("moe_intermediate_size", sizes.get("intermediate_size"))
+    width = sizes["moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"]
     return sizes["n_query_groups"], sizes["heads_per_group"], width, sizes.get("n_expert", 0)
 
 

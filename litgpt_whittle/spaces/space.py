@@ -148,9 +148,9 @@ class Space:
             sets |= {k: units[k] for k in units if k == key or (k[0] == key[0] and not self.is_layerwise)}
         for key in dict.fromkeys([*parents[0][1], *parents[1][1]]):  # experts: their number has another key
             having = [parent for parent in parents if key in parent[1]]
-            units = having[int(rng.integers(len(having)))][1][key]
+            chosen = having[int(rng.integers(len(having)))][1][key]
             if self.is_layerwise or (key[0], EVERY) not in sets:
-                sets.setdefault(key, units)
+                sets.setdefault(key, chosen)
         ours, theirs = (set(parent[0].layers) for parent in parents)
         mixed = (ours & theirs) | {layer for layer in sorted(ours ^ theirs) if rng.random() < 0.5}
         layers = tuple(sorted(mixed)) or parents[0][0].layers
@@ -302,7 +302,9 @@ class Space:
         keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
         own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
         own[kind.width] = keep.intermediate_size
-        return own | ({"n_expert": keep.n_expert} if kind.has_experts else {})
+        if keep.n_expert is not None:
+            own["n_expert"] = keep.n_expert
+        return own
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
         """Draw sizes within the bin, then units."""

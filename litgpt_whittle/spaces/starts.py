@@ -125,9 +125,13 @@ class Builder:
         """Return the methods of choosing n layers, by name."""
         if (prescribed := self.space.sizes.layer_order) is not None:
             return {self.space.sizes.args.layers: lambda n: tuple(sorted(prescribed[:n]))}
-        ways = {"evenly": self._evenly, "middle": self._around_middle, "evenly inside": self._evenly_inside}
-        if self.order is not None:
-            ways["importance"] = lambda n: tuple(sorted(self.order.n_layer[:n].tolist()))
+        ways: dict[str, Callable[[int], Layers]] = {
+            "evenly": self._evenly,
+            "middle": self._around_middle,
+            "evenly inside": self._evenly_inside,
+        }
+        if (order := self.order) is not None:
+            ways["importance"] = lambda n: tuple(sorted(order.n_layer[:n].tolist()))
         return ways
 
     @property
@@ -196,14 +200,17 @@ class Builder:
         return None if found is None else shares | {last: found}
 
     def _largest(
-        self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: Mapping[str, float]
+        self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: dict[str, float]
     ) -> float | None:
         """Return the largest share of some dimensions that fits, given the others' shares.
 
         Costs grow with the share, so bisection applies: the options that fit come before those that do not.
         """
-        fits = lambda share: not self._fits(layers, fixed | dict.fromkeys(names, share))
-        n = bisect_right(options, False, key=fits)
+
+        def exceeds(share: float) -> bool:
+            return not self._fits(layers, fixed | dict.fromkeys(names, share))
+
+        n = bisect_right(options, False, key=exceeds)
         return options[n - 1] if n else None
 
     def _fits(self, layers: Layers, shares: Mapping[str, float]) -> bool:

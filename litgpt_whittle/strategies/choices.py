@@ -45,8 +45,9 @@ class Choices:
         self, rng: np.random.Generator, numbers: Mapping[str, int], units_of: SubNet | None = None, exchange: float = 0
     ) -> SubNet:
         """Return the sub-network closest to the parameters within the bin (see `Space.near`)."""
-        if "n_layer" in numbers:
-            layers = sorted(self.space.sizes.layer_order[: numbers["n_layer"]])
+        order = self.space.sizes.layer_order
+        if order is not None and "n_layer" in numbers:
+            layers = sorted(order[: numbers["n_layer"]])
         else:
             layers = [i for i in range(self.space.teacher.n_layer) if numbers.get(f"layer.{i}", 1)] or [0]
         wish = Sizes(tuple(layers), {key: numbers[name] for name, key in self._keys.items()})

@@ -55,7 +55,7 @@ class Evolution(Generations):
         super().start(space, seed)
 
     @property
-    def n_kept(self) -> int:
+    def n_kept(self) -> int:  # type: ignore[override]
         """Return the number of elites."""
         return self.elites
 

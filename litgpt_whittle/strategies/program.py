@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from litgpt_whittle.metrics import MEASURES
+from litgpt_whittle.quantities import Range
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY
 from litgpt_whittle.subnet import SubNet
@@ -97,9 +98,9 @@ class Program:
         for layer, variable in self.dropped.items():
             choices[layer] = None if chosen[variable] else choices[layer]
         for (layer, names), variables in self.parts.items():
-            if choices[layer] is not None:
+            if (choice := choices[layer]) is not None:
                 values = next(values for values, variable in variables.items() if chosen[variable])
-                choices[layer] |= dict(zip(names, values))
+                choice.update(zip(names, values))
         return choices
 
     def _cut(self, choices: Sequence[LayerChoice]) -> tuple[Row, float, float]:
@@ -153,7 +154,7 @@ class Program:
     def _bound_quantities(self) -> None:
         """Constrain the parameters to the bin, and other costs in closed form to their limits."""
         limits = self.space.limits
-        ranges = {"n_params": (self.space.bin.lo, self.space.bin.hi)}
+        ranges: dict[str, Range] = {"n_params": (self.space.bin.lo, self.space.bin.hi)}
         ranges |= {name: bounds for name, bounds in limits.ranges.items() if not MEASURES[name].is_timed}
         if "n_params" in limits.ranges:
             least, most = limits.ranges["n_params"]

@@ -58,7 +58,7 @@ class TPE(Generations):
         import optuna
 
         self.choices = Choices(space)
-        self._distributions = {
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.IntDistribution(lo, hi) for name, (lo, hi) in self.choices.bounds.items()
         }
         verbosity = optuna.logging.get_verbosity()

@@ -245,7 +245,7 @@ class _Masses:
         for metric, masses in self.units.items():
             for name, mass in masses.items():
                 at = [0] if name == "n_embd" else layers
-                shares = [_mass(mass[i], units) for i, units in zip(at, kept[name]) if mass[i] is not None]
+                shares = [_mass(own, units) for i, units in zip(at, kept[name]) if (own := mass[i]) is not None]
                 found[f"{metric}_{name}"] = sum(shares) / sum(own is not None for own in mass)
         return found
 

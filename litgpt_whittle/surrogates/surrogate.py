@@ -70,7 +70,7 @@ class Examples:
                 f"a surrogate learns from {LEAST} candidates with a score or more, {str(file)!r} has {len(found)}; "
                 "name a longer search"
             )
-        bins = []
+        bins: list[tuple[list[Mapping[str, Any]], np.ndarray]] = []
         for bin in bins_of(found):
             own = [e for e in found if e.bin == bin]
             bins.append(([e.subnet for e in own], np.array([e.score(score) for e in own])))
@@ -139,9 +139,10 @@ class Surrogate:
         seed: int = 0,
     ) -> None:
         self.make, self.teacher, self.ranking, self.examples, self.seed = make, teacher, ranking, examples, seed
-        self.prior = None if examples is None else make()
+        self.prior: Regressor | None = None
         if examples is not None:
-            self.prior.fit(self._read_examples(examples), examples.targets, seed)
+            self.prior = make()
+            self.prior.fit(self._read_examples(examples, self.prior), examples.targets, seed)
         self._reset()
 
     def _reset(self) -> None:
@@ -198,7 +199,7 @@ class Surrogate:
         if self._is_own:
             expected += self.regressor.predict(read)
         if optimism:
-            expected -= optimism * (self.regressor if self._is_own else self.prior).deviation(read)
+            expected -= optimism * (self.regressor if self._is_own else self.prior or self.regressor).deviation(read)
         return self._scale.restored(expected)
 
     def save(self, folder: Path) -> bool:
@@ -207,12 +208,13 @@ class Surrogate:
 
     def examples_tau(self) -> float:
         """Return Kendall's τ of cross-validated predictions of the examples."""
-        assert self.examples is not None, "there are examples to try"
-        return held_out_tau(self.make, self._read_examples(self.examples), self.examples.targets, self.seed)
+        assert self.examples is not None and self.prior is not None, "there are examples to try"
+        read = self._read_examples(self.examples, self.prior)
+        return held_out_tau(self.make, read, self.examples.targets, self.seed)
 
-    def _read_examples(self, examples: Examples) -> list[Any]:
+    def _read_examples(self, examples: Examples, prior: Regressor) -> list[Any]:
         is_same = fingerprint(examples.teacher) == fingerprint(self.teacher)
-        return self.prior.read(examples.teacher, examples.choices, self.ranking if is_same else None)
+        return prior.read(examples.teacher, examples.choices, self.ranking if is_same else None)
 
 
 def held_out_tau(make: Callable[[], Regressor], read: Sequence[Any], targets: np.ndarray, seed: int = 0) -> float:

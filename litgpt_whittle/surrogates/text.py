@@ -41,6 +41,7 @@ class Text(Regressor):
         super().__init__(args)
         if args.model is None:
             raise UserError("surrogate.kind text needs --surrogate.model, a Hugging Face model's folder or name")
+        self.name = args.model
         self.model, self.tokenizer = self._load(seed=0)
 
     def read(self, teacher: Config, choices: Sequence[Choice], ranking: Ranking | None = None) -> list[str]:
@@ -109,11 +110,11 @@ class Text(Regressor):
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # no warning about the new weights of the output, which are trained next
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+            tokenizer = AutoTokenizer.from_pretrained(self.name)
             with _seeded(seed):
                 # safetensors only: other weight files are pickles
                 model = AutoModelForSequenceClassification.from_pretrained(
-                    self.args.model, num_labels=1, problem_type="regression", use_safetensors=True
+                    self.name, num_labels=1, problem_type="regression", use_safetensors=True
                 )
         except Exception as error:  # of many types: a missing folder, an unknown architecture, a wrong size
             reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -32,7 +32,7 @@ class Trees(Regressor):
     def __init__(self, args: SurrogateArgs) -> None:
         super().__init__(args)
         if args.model is not None:
-            raise UserError(f"surrogate.model is read by kind text, not by trees, got {args.model!r}; leave it out")
+            raise UserError(f"surrogate.model is an option of kind text, not trees, got {args.model!r}; leave it out")
         self._features: dict[tuple[ConfigKey, str | None], Features] = {}
 
     def read(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def whole_pass(loader: Any) -> Pass:
         return Pass(loader, None, True)
     set_epoch(loader, 0)
     is_fixed = callable(getattr(loader.sampler, "set_epoch", None))
-    sampler = loader.sampler if is_fixed else SequentialSampler(loader.dataset)
+    sampler: Any = loader.sampler if is_fixed else SequentialSampler(cast(Sized, loader.dataset))
     whole = DataLoader(
         loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, collate_fn=loader.collate_fn
     )
@@ -183,7 +183,7 @@ def _fill_in_step(fill: _Filler, group: list[tuple[int, tuple[Window, ...]]]) ->
     shard = None if own is None else fill(own)
     for _ in range(n_most - n_own):
         fill.teacher(torch.zeros(1, 1, dtype=torch.long, device=fill.device))
-    return gather(shard)[: len(group)]
+    return cast(list[Shard], gather(shard)[: len(group)])
 
 
 def windows_per_shard(layout: Layout, contents: Any) -> int:
@@ -289,7 +289,7 @@ def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch
     parts = []
     for start in range(0, len(uniform), size):
         rows = slice(start, min(start + size, len(uniform)))
-        logits = said.chunk(rows.start, rows.stop)
+        logits = cast(torch.Tensor, said.chunk(rows.start, rows.stop))
         # -inf is a probability of 0; a row must have other entries as well
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
             raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")

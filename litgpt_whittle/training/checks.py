@@ -66,10 +66,10 @@ def check_arguments(
         if count is not None and count < 1:
             raise UserError(f"{name} must be 1 or more, got {count}; raise it")
     if initial_checkpoint_dir is not None and sub_network is not None:
-        raise UserError("initial_checkpoint_dir and sub_network both name the student; leave one out")
+        raise UserError("initial_checkpoint_dir and sub_network both name the student; set only one")
     if initial_checkpoint_dir is not None and resume and resume != "auto":
         raise UserError(
-            "resume goes on with the weights of the run, initial_checkpoint_dir starts from others; leave one out, or "
+            "resume continues from the run's own weights, initial_checkpoint_dir starts from others; set only one, or "
             "use --resume auto to start from the latter only where there is nothing to resume"
         )
 
@@ -170,6 +170,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
         "teacher and student must have the same vocabulary, or the same tokenizer where it is padded differently, got "
         f"{teacher.padded_vocab_size} and {student.padded_vocab_size} entries"
     )
+    assert teacher_dir is not None, "a teacher comes with a directory"
     folders = [teacher_dir if own_dir is None else own_dir, teacher_dir]
     known = [_vocabulary(folder) for folder in folders]
     for folder, vocabulary in zip(folders, known):
@@ -181,7 +182,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
             f"{str(folders[0])!r} and {str(folders[1])!r}"
         )
     tokens = known[0] if isinstance(known[0], dict) else {"the last": Tokenizer(teacher_dir).vocab_size - 1}
-    token = max(tokens, key=tokens.get)
+    token = max(tokens, key=tokens.__getitem__)
     if tokens[token] >= n:
         raise UserError(f"{sizes}, and the token {token!r} with id {tokens[token]} has no row in both; choose others")
 
@@ -206,11 +207,13 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
         raise UserError(
             f"tokenizer_dir must hold a tokenizer.json or tokenizer.model, got {str(tokenizer_dir)!r}; choose another"
         )
-    known = {}
+    known: dict[Path, dict | bytes] = {}
     for folder in (tokenizer_dir, student_dir, teacher_dir):
-        if folder is not None and _vocabulary(folder) is not None:
-            known[folder] = _vocabulary(folder)
-    first = next(iter(known), None)
+        if folder is not None and (found := _vocabulary(folder)) is not None:
+            known[folder] = found
+    if not known:
+        return None
+    first = next(iter(known))
     for folder, vocabulary in known.items():
         # a tokenizer.json cannot be compared with a SentencePiece model
         if type(vocabulary) is type(known[first]) and vocabulary != known[first]:
@@ -324,7 +327,9 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
     Raises:
         UserError: If `max_tokens` stopped the cache earlier; a cache of all the data serves any number of epochs.
     """
-    asked, held = cache.contents.max_tokens, cache.n_windows * cache.index.length
+    length = cache.index.length
+    assert length is not None, "a cache that can be read has windows"
+    asked, held = cache.contents.max_tokens, cache.n_windows * length
     if asked is not None and asked <= held < n_tokens:
         raise UserError(
             f"the cache {str(cache.folder)!r} must have the {n_tokens:,} tokens that are trained on, it has {held:,}; "
@@ -411,7 +416,7 @@ def run_settings(
 
     Save and log intervals, the time limit, the output folder and the number of data workers may change on resuming.
     """
-    names = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed")
+    names: tuple[str, ...] = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed")
     names += ("distill", "repair", "teacher_quantize", "supernet")
     settings = flatten({name: arguments[name] for name in names if name in arguments})
     for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
@@ -58,37 +58,38 @@ class DataStream:
 
     def _advance(self, turn: int) -> Any:
         """Advance by one batch; load it only if this rank owns it or batches cannot be skipped."""
-        if self._iterator is None:
-            self._begin(turn)
+        iterator = self._iterator
+        if iterator is None:
+            iterator = self._begin(turn)
         elif self._skip is not None and self._batch == len(self._skip.batch_sampler):
-            self._begin_next(turn)
+            iterator = self._begin_next(turn)
         if self._skip is not None and turn != self.rank:
             self._batch += 1
             return None
         try:
-            batch = next(self._iterator)
+            batch = next(iterator)
         except StopIteration:
-            self._begin_next(turn)
-            batch = next(self._iterator, None)
+            batch = next(self._begin_next(turn), None)
             if batch is None:
                 raise UserError("the training data must fill at least one batch, got none; add data") from None
         self._batch += 1
         return batch
 
-    def _begin_next(self, turn: int) -> None:
+    def _begin_next(self, turn: int) -> Iterator:
         self.epoch += 1
-        self._begin(turn)
+        return self._begin(turn)
 
-    def _begin(self, turn: int, batch: int = 0) -> None:
-        """Start an epoch at `batch`, which process `turn` takes."""
+    def _begin(self, turn: int, batch: int = 0) -> Iterator:
+        """Start an epoch at `batch`, which process `turn` takes, and return its iterator."""
         self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
         set_epoch(self.loader, self.epoch)
         if self._skip is not None:
             self._skip.first, self._skip.step = batch + (self.rank - turn) % self.world_size, self.world_size
-        self._iterator = iter(self.loader)
+        self._iterator = iterator = iter(self.loader)
         if self._skip is not None:
             self._skip.draw()
         self._batch = batch
+        return iterator
 
     @property
     def position(self) -> str:
@@ -109,10 +110,10 @@ class DataStream:
         if self._skip is not None:
             self._begin(0, state["batch"])
             return
-        self._begin(0)
+        iterator = self._begin(0)
         for _ in range(state["batch"]):
-            if next(self._iterator, None) is None:
-                raise UserError("the training data are less than they were; go on with the same data")
+            if next(iterator, None) is None:
+                raise UserError("the training data has fewer samples than before; resume with the same data")
         self._batch = state["batch"]
 
 
@@ -122,6 +123,9 @@ class SkippingBatches(Sampler[list[int]]):
     Args:
         batch_sampler: The batch sampler to wrap.
     """
+
+    _all: Iterator[list[int]]
+    _drawn: list[list[int]]
 
     def __init__(self, batch_sampler: BatchSampler) -> None:
         self.batch_sampler = batch_sampler
@@ -149,10 +153,11 @@ def skipping(loader: Any) -> Any:
     """Return an equivalent dataloader whose batches a `DataStream` can skip unread, or the same one if not possible."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
-    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
-    names += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device")
+    names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
+    names += ["generator", "prefetch_factor", "persistent_workers", "pin_memory_device"]
     same = {name: getattr(loader, name) for name in names}
-    return DataLoader(loader.dataset, batch_sampler=SkippingBatches(loader.batch_sampler), **same)
+    batches = SkippingBatches(cast(BatchSampler, loader.batch_sampler))
+    return DataLoader(loader.dataset, batch_sampler=batches, **same)
 
 
 def shared_batches(loader: Iterable, most: int, rank: int, world_size: int) -> Iterator[tuple[Any, bool]]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.throughput import ThroughputMonitor
@@ -49,7 +49,7 @@ class TrainLog:
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
-        totals = run.fabric.all_reduce(torch.stack([*self.sums.values()]), reduce_op="sum")
+        totals = cast(torch.Tensor, run.fabric.all_reduce(torch.stack([*self.sums.values()]), reduce_op="sum"))
         pairs = zip(self.sums, totals.tolist())  # waits for the device
         means = {name: total / n for name, (total, n) in pairs if n}
         self.sums = {}

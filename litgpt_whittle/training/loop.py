@@ -13,7 +13,7 @@ import signal
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -111,7 +111,7 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
     counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
     total, n_processes = sum(counts), run.fabric.world_size
     if n_processes > 1:
-        total = int(run.fabric.all_reduce(torch.tensor(total, device=run.fabric.device), reduce_op="sum"))
+        total = int(_sum(run.fabric, torch.tensor(total, device=run.fabric.device)))
     return counts, [total / (n_processes * count) if count else math.inf for count in counts]
 
 
@@ -137,9 +137,9 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
     fabric, job, progress = run.fabric, run.job, run.progress
     if train.max_norm is not None:
         norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
-        loss = loss + (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        loss = loss + (norm.full_tensor() if isinstance(norm, DTensor) else cast(torch.Tensor, norm))
     progress.step_count += 1
-    if fabric.all_reduce(loss.float(), reduce_op="sum").isfinite():
+    if _sum(fabric, loss.float()).isfinite():
         job.optimizer.step()
     elif train.skip_nan:
         progress.n_skipped += 1
@@ -150,6 +150,11 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
             f"{_last_good(run)}, lower the learning rate, or leave such steps out with --train.skip_nan true"
         )
     job.optimizer.zero_grad()
+
+
+def _sum(fabric: L.Fabric, value: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the processes."""
+    return cast(torch.Tensor, fabric.all_reduce(value, reduce_op="sum"))
 
 
 def _last_good(run: Run) -> str:
@@ -206,6 +211,7 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
     Raises:
         UserError: If there is no batch, or no token with a label.
     """
+    assert run.validation is not None, "there is no validation data"
     barrier()
     run.job.module.eval()
     total = torch.zeros((), dtype=sums_dtype(run.fabric.device), device=run.fabric.device)
@@ -218,7 +224,7 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
             n_tokens += n
             n_batches += 1
     run.job.module.train()
-    total, n_tokens, n_batches = (run.fabric.all_reduce(x, reduce_op="sum") for x in (total, n_tokens, n_batches))
+    total, n_tokens, n_batches = (_sum(run.fabric, x) for x in (total, n_tokens, n_batches))
     if n_batches == 0:
         raise UserError("the validation data must fill at least one batch, got none; add data or raise eval.max_iters")
     if n_tokens == 0:

@@ -20,6 +20,7 @@ from litgpt.utils import instantiate_torch_optimizer
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -298,6 +299,7 @@ class _Teacher:
     """A teacher without data that runs like `litgpt_whittle.training.teacher.LiveTeacher`."""
 
     def __init__(self, step: Step, root: LossModel, mesh: Any) -> None:
+        assert step.build_teacher is not None
         with _default_dtype(teacher_dtype(step.precision)):
             self.model = step.build_teacher().requires_grad_(False).eval()
         self.model.max_seq_length = step.seq_length
@@ -319,7 +321,7 @@ def _run(step: Step, root: LossModel, teacher: _Teacher | None, optimizer: torch
     ids = torch.zeros(step.micro_batch_size, step.seq_length, dtype=torch.long)
     autocast = torch.autocast(step.device.type, AUTOCAST.get(step.precision), enabled=step.precision in AUTOCAST)
     for is_last in [False, True] if step.is_accumulating else [True]:
-        if hasattr(root, "set_requires_gradient_sync"):
+        if isinstance(root, FSDPModule):
             root.set_requires_gradient_sync(is_last)
         said = None if teacher is None else teacher(ids)
         with autocast:
@@ -392,11 +394,11 @@ class LiveBytes(TorchDispatchMode):
             self._note(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

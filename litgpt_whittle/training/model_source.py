@@ -106,9 +106,10 @@ class ModelSource:
         n = changed.n_params
         if is_first_started():
             print(f"train.tie_embeddings false unties the LM head: {self.n_params:,} parameters become {n:,}")
-        origin = (self.sub_network or {}).get("provenance")
+        shape = self.sub_network or {}
+        origin = shape.get("provenance")
         if origin and "n_params" in origin:
-            changed.sub_network = {**self.sub_network, "provenance": origin | {"n_params": n}}
+            changed.sub_network = {**shape, "provenance": origin | {"n_params": n}}
         return changed
 
     @classmethod

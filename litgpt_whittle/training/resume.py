@@ -21,7 +21,8 @@ TRAINING_STATE = "training_state.pth"
 
 def rng_state() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and PyTorch's global generators, loadable with `weights_only`."""
-    _, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    _, keys, *rest = legacy
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), *rest),
@@ -82,7 +83,7 @@ def _check_unused(out_dir: Path) -> None:
         )
     if (out_dir / "final" / WEIGHTS).is_file() or any(out_dir.glob("step-*")):
         raise UserError(
-            f"out_dir {str(out_dir)!r} has the checkpoints of another training; go on with it by --resume auto, or "
+            f"out_dir {str(out_dir)!r} has checkpoints of another training; resume it with --resume auto, or "
             "choose another"
         )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -19,6 +19,9 @@ from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.resume import rng_state, set_rng_state
 from litgpt_whittle.training.sharding import load_gathered, load_optimizer_state
 from litgpt_whittle.training.validation import ValidationBatches
+
+if TYPE_CHECKING:
+    from lightning.fabric.wrappers import _FabricModule
 
 Backward = Callable[[torch.Tensor], None]
 """Adds a loss's gradients to those of the optimizer step; may be called several times per batch."""
@@ -35,7 +38,7 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Job:
     """A model to train, with its optimizer and the functions for a step, for scoring and for saving."""
 
-    module: nn.Module
+    module: _FabricModule
     """Root module, set up by Fabric"""
     optimizer: torch.optim.Optimizer
     """Set up by Fabric"""

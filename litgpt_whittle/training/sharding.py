@@ -36,7 +36,8 @@ def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossMode
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in root.model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(root, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    return root
 
 
 def shard_frozen(model: GPT, mesh: DeviceMesh | None = None, keep_root: bool = False) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
+from torch import nn
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.distillation.cache import Cache
@@ -48,7 +49,7 @@ class LiveTeacher:
     """
 
     _watch: Watch | None = None
-    _compiled: Callable | None = None
+    _compiled: nn.Module | None = None
     _shape: torch.Size | None = None
     """Shape of the batches that the compiled model runs"""
 
@@ -84,10 +85,12 @@ class LiveTeacher:
         """
         if self._can_compile:
             tap_head(self.model)
-            self._compiled, self._shape = torch.compile(self.model, dynamic=False), torch.Size((batch_size, seq_length))
+            self._compiled = cast(nn.Module, torch.compile(self.model, dynamic=False))
+            self._shape = torch.Size((batch_size, seq_length))
 
     def _head_input(self, input_ids: torch.Tensor) -> HeadInput:
-        return hidden_states(self._compiled if input_ids.shape == self._shape else self.model, input_ids)
+        compiled = self._compiled if input_ids.shape == self._shape else None
+        return hidden_states(self.model if compiled is None else compiled, input_ids)
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
@@ -134,9 +137,9 @@ class CachedTeacher:
         Raises:
             UserError: As in `Cache.targets`.
         """
-        if self._next is None:
-            self.look_up(input_ids.cpu())
         stored, self._next = self._next, None
+        if stored is None:
+            stored = to_device(self.cache.targets(input_ids.cpu()), self.device)
         return CachedTargets(self.cache.codec, stored)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from litgpt_whittle.data.loader_state import (
     generator_states,
@@ -117,7 +117,7 @@ def _without_data(loader: Any) -> DataLoader | None:
     )
 
 
-class _Nothing:
+class _Nothing(Dataset[None]):
     """A dataset of arbitrary size without content."""
 
     def __getitem__(self, index: int) -> None:
