@@ -45,12 +45,13 @@ slow: setup
 lowest: $(VENV)-lowest/installed
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) $(LOWEST:%=tests/test_%.py) $(ARGS)
 
-lint: $(VENV)-lint/installed
+lint: $(VENV)-lint/installed setup
 	$(VENV)-lint/bin/ruff check . && $(VENV)-lint/bin/ruff format --check . && $(VENV)-lint/bin/lint-imports
+	$(VENV)-lint/bin/mypy --python-executable $(BIN)/python
 
 $(VENV)-lint/installed: Makefile
 	test -x $(VENV)-lint/bin/python || $(PYTHON) -m venv $(VENV)-lint
-	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 import-linter==2.17
+	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 import-linter==2.17 mypy==2.4.1
 	touch $@
 
 clean:

@@ -72,7 +72,7 @@ class BlockRepair:
 
     Args:
         block: The student's block, fitted in place.
-        takes: The block's slices of the teacher's parameters.
+        slices: The block's slices of the teacher's parameters.
         teacher: The teacher's block.
         args: Arguments of the student's block besides the stream.
         streams: Residual streams of both models.

@@ -68,7 +68,7 @@ def linear_names(slices: SlicePlan, kind: str) -> list[str]:
     """Return the names of a block's linear maps of one kind.
 
     Args:
-        takes: The block's slice plan.
+        slices: The block's slice plan.
         kind: One of `KINDS`.
     """
     names = []

@@ -300,7 +300,7 @@ class _LayerMoments:
         Args:
             block: The student's block.
             theirs: The teacher's block.
-            takes: The student block's slices of the teacher's parameters.
+            slices: The student block's slices of the teacher's parameters.
             basis: Basis of the student's residual stream.
             ridge: Relative strength of the ridge.
             gap: Moments of the gap of dropped layers after this one, as `MomentRepair._measure_gap` returns them.
