@@ -64,7 +64,8 @@ class Moments:
         n_in: Size of z.
         n_out: Size of y.
         device: Device of the sums.
-        fp32_products: If true, multiply in float32, which is twice as fast on the CPU, and accumulate in the dtype of the sums.
+        fp32_products: If true, multiply in float32, which is twice as fast on the CPU, and accumulate in the dtype of
+            the sums.
             Precise enough for unit selection, and for solves with many tokens per input. Other devices always do,
             since many multiply float64 tens of times slower.
     """
