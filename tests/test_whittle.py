@@ -165,7 +165,7 @@ def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, 
 
     monkeypatch.setattr(pipeline_module, "call", call)
     monkeypatch.setattr(distill, "show_plan", lambda *_, **__: False)  # planning takes long, and is tested elsewhere
-    assert "run the same command again" not in again("distilled ended with exit code 1; correct what it says above")
+    assert "run the same command again" not in again("distilled ended with exit code 1; fix the error above")
     codes["distill"] = -9
     # the distillation has no files yet, and devices do not count as a setting
     longer = changed("distill", **{"train.max_tokens": 1024})
