@@ -367,8 +367,12 @@ def refuse(folder, match, **kwargs):
 @pytest.mark.parametrize(
     "codec, distill, match",
     [
-        (SAMPLED, {"loss": "mse"}, "mse needs all logits, the cache .* has samples; choose a loss of probabilities"),
-        (TOP_K, {"loss": {"forward_kl": 1, "l1": 0.1}}, "l1 needs all logits, the cache .* has distributions"),
+        (
+            SAMPLED,
+            {"loss": "mse"},
+            "mse needs all logits, but the cache .* has only samples; choose a loss",
+        ),
+        (TOP_K, {"loss": {"forward_kl": 1, "l1": 0.1}}, "l1 needs all logits, but the cache .* has only distributions"),
         (SAMPLED, {"loss": "reverse_kl"}, "reverse_kl is biased on the samples of the cache .*; choose forward_kl"),
         (SAMPLED, {"loss": {"jensen_shannon": {"beta": 0.2}}}, "jensen_shannon is biased"),
         (SAMPLED, {"temperature": 2.0}, "must be 0.9, at which the cache .* was made, got 2.0; set --distill.temperat"),

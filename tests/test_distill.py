@@ -298,7 +298,7 @@ def test_losses_that_make_no_sense_are_refused(kwargs, match):
             {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}, "rate": "1e-3"}},
             "'rate': 0.001.* cannot be made .*unexpected keyword argument 'rate'",
         ),
-        ({"optimizer": {"lr": "1e-3"}}, "optimizer has 'lr' but no class_path"),
+        ({"optimizer": {"lr": "1e-3"}}, "optimizer needs a class_path, got 'lr'"),
         ({"model_config": None}, "there is no student"),
         ({"model_config": None, "model_name": "no-such-model"}, "'no-such-model'"),
         ({"resume": True}, "nothing to resume"),

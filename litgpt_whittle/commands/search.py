@@ -75,7 +75,7 @@ from litgpt_whittle.searching.objectives import objective_measures, objective_na
 from litgpt_whittle.searching.outcome import best_name, report_surrogates, save_subnet
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop, check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs, read_results, rung_table
-from litgpt_whittle.searching.starting import STARTS, began_without, give_starts, order_of_units, text_to_measure
+from litgpt_whittle.searching.starting import STARTS, give_starts, has_no_starts, order_of_units, text_to_measure
 from litgpt_whittle.spaces.args import (
     LimitArgs,
     SpaceArgs,
@@ -206,7 +206,7 @@ def setup(
     check_shared(data, fingerprint([*batches, *((windows,) for windows in wanted.values())]))
     wanted |= {"importance": ranking} if needs_importance else {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    simple_starts = simple_starts and not (resume and began_without(out_dir / JOURNAL))
+    simple_starts = simple_starts and not (resume and has_no_starts(out_dir / JOURNAL))
     settings = {
         "space": space,
         # older journals lack `convertible`, and their spaces did not have it

@@ -132,7 +132,7 @@ def _natural(number: Any) -> int:
 
 
 def shard_path(folder: Path, i: int) -> Path:
-    """Return the path of shard i. Names are derived from numbers, so that an index cannot point outside the folder."""
+    """Return the path of shard i, made from its number: a manipulated `index.json` cannot name a file elsewhere."""
     return Path(folder) / f"shard-{i:05d}.bin"
 
 

@@ -95,7 +95,8 @@ def measure(
         model: The teacher; `requires_grad` is set to false for its parameters.
         windows: Token ids, shape (N, T), with T at least 2.
         n_layer_windows: Number of windows for the perplexity without each layer; 0 omits that measure.
-        micro_batch_size: Windows per batch; 1 for models with experts, because a routed token's sequence is unknown.
+        micro_batch_size: Windows per batch. Units of models with experts are always scored with 1, because routing
+            loses track of the sequence that a token belongs to.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
         progress: If true, show a progress bar.
     """

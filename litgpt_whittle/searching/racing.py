@@ -31,8 +31,8 @@ def losers(racing: Mapping[int, Losses], finished: Sequence[Losses], n_kept: int
     """Return the candidates that are significantly worse than the best `n_kept`.
 
     Args:
-        racing: Losses of the candidates in the race by their number, all on the same windows.
-        finished: Losses of candidates evaluated on all windows, the same windows first.
+        racing: Losses of the candidates in the race, all on the same windows; keys are candidate numbers.
+        finished: Losses of candidates evaluated on all windows. The first windows are those of `racing`.
         n_kept: Number of best candidates to find.
         alpha: Significance level of the test against the worst of the best `n_kept`.
 
@@ -49,7 +49,10 @@ def losers(racing: Mapping[int, Losses], finished: Sequence[Losses], n_kept: int
 
 
 def _is_worse(differences: Losses, alpha: float) -> bool:
-    """Return the result of a one-sided paired t-test; constant differences are compared directly."""
+    """Return whether the mean difference is significantly above 0 (one-sided paired t-test).
+
+    Constant differences have no variance to test with, and are compared with 0.
+    """
     if differences.std() <= 1e-12 * max(abs(differences.mean()), 1.0):
         return bool(differences.mean() > 1e-9)
     return bool(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue < alpha)

@@ -86,8 +86,8 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
     for before, after in zip(rungs, rungs[1:]):
         if after.n >= before.n or after.tokens <= before.tokens:
             raise UserError(
-                f"from rung to rung selection.rungs must have fewer students and more tokens, got {before.n}x"
-                f"{before.tokens} and then {after.n}x{after.tokens}"
+                "each of selection.rungs must have fewer students and more tokens than the one before, got "
+                f"{before.n}x{before.tokens} and then {after.n}x{after.tokens}; change one of them"
             )
     if rungs and args.config is None:
         raise UserError(

@@ -31,8 +31,8 @@ _WIDE = 1.25
 """Minimum ratio of a bin's ends for which a search that trades sizes for scores starts at several sizes"""
 
 
-def began_without(journal: Path) -> bool:
-    """Return whether the search of a journal has no simple starts, as in earlier versions."""
+def has_no_starts(journal: Path) -> bool:
+    """Return whether a journal's search ran without simple starts, because they were off or the version is older."""
     return not read_header(journal).get("settings", {}).get("simple_starts", False)
 
 

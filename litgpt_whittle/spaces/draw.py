@@ -121,7 +121,7 @@ class _Draw:
         def reach(value: int) -> tuple[int, int]:
             lo, hi = list(self.lo), list(self.hi)
             lo[at] = hi[at] = value
-            return self.space.reach(lo, hi, depths)
+            return self.space.count_range(lo, hi, depths)
 
         first = bisect_left(grid, self.bin.lo, key=lambda value: reach(value)[1])
         stop = bisect_right(grid, self.bin.hi, key=lambda value: reach(value)[0])
@@ -129,7 +129,7 @@ class _Draw:
 
     def _depth_options(self) -> Iterator[int]:
         """Return the numbers of layers of each kind that can reach the bin, as indices into `space.depths`."""
-        lows, highs = self.space.reaches(self.lo, self.hi, self.space.depths)
+        lows, highs = self.space.count_ranges(self.lo, self.hi, self.space.depths)
         depths = np.flatnonzero((lows <= self.bin.hi) & (highs >= self.bin.lo))
         totals = self.space.depths[depths].sum(1)
         if self.wish.layers is not None:

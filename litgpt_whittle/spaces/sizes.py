@@ -189,20 +189,27 @@ class SizeSpace:
     def smallest(self) -> int:
         """Return the number of parameters of the smallest sub-network."""
         lo = [self.grids.get(name, [0])[0] for name in GLOBAL]
-        return self.reach(lo, lo, self.depths)[0]
+        return self.count_range(lo, lo, self.depths)[0]
 
     @property
     def largest(self) -> int:
         """Return the number of parameters of the largest sub-network, the teacher."""
         hi = [self.grids.get(name, [0])[-1] for name in GLOBAL]
-        return self.reach(hi, hi, self.depths)[1]
+        return self.count_range(hi, hi, self.depths)[1]
 
-    def reach(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[int, int]:
-        """Return the smallest and largest count with shared sizes between `lo` and `hi` and one of `depths`."""
-        lows, highs = self.reaches(lo, hi, depths)
+    def count_range(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[int, int]:
+        """Return the smallest and largest number of parameters.
+
+        Args:
+            lo: Smallest values of the shared sizes.
+            hi: Largest values of the shared sizes.
+            depths: Numbers of layers of each kind, one allowed combination per row.
+        """
+        lows, highs = self.count_ranges(lo, hi, depths)
         return int(lows.min()), int(highs.max())
 
-    def reaches(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def count_ranges(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return `count_range` of each row of `depths`, two arrays of shape (len(depths),)."""
         low = [_contract(kind.low, [*lo[:2], lo[2] if kind.has_experts else 0]) for kind in self.kinds]
         high = [self._highest(kind, [*hi[:2], hi[2] if kind.has_experts else 0]) for kind in self.kinds]
         return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])

@@ -83,9 +83,9 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
     if isinstance(optimizer, dict):
         beside = {name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")}
         if "class_path" not in optimizer:
+            given = ", ".join(map(repr, optimizer)) or "no settings"
             raise UserError(
-                f"optimizer has {', '.join(map(repr, beside)) or 'no settings'} but no class_path; add one such as "
-                "--optimizer.class_path torch.optim.AdamW"
+                f"optimizer needs a class_path, got {given}; add one such as --optimizer.class_path torch.optim.AdamW"
             )
         beside = {name.removeprefix("init_args."): _as_value(value) for name, value in beside.items()}
         inside = {**(optimizer.get("init_args") or {}), **beside}
@@ -265,7 +265,7 @@ def _check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
     for loss in (term.loss for term in terms if term.weight):
         if gives != "logits" and getattr(loss, "on_logits", False):
             raise UserError(
-                f"{loss.__name__} needs all logits, the {where} has {gives}; choose a loss of "
+                f"{loss.__name__} needs all logits, but the {where} has only {gives}; choose a loss of "
                 "probabilities such as forward_kl, or cache the teacher with --codec full"
             )
         if gives == "samples" and not getattr(loss, "is_linear", False):
@@ -360,8 +360,8 @@ def check_hidden(
         return None
     if sub_network is None:
         raise UserError(
-            "distill.hidden compares channels with those that they came from, and this student has no "
-            "sub_network.yaml; add --distill.hidden.projection true to learn which belong together"
+            "distill.hidden needs the student's sub_network.yaml to match its channels to the teacher's, and there is "
+            "none; add --distill.hidden.projection true to learn a projection instead"
         )
     return SubNet.from_saved(sub_network, teacher, "the student's sub_network.yaml")
 

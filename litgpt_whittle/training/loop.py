@@ -147,7 +147,7 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
     else:
         raise UserError(
             f"the loss or a gradient is not finite at step {progress.step_count} ({begin} to {run.stream.position}); "
-            f"{_last_good(run)}, lower the learning rate, or leave such steps out with --train.skip_nan true"
+            f"{_last_good(run)}; lower the learning rate, or leave such steps out with --train.skip_nan true"
         )
     job.optimizer.zero_grad()
 
@@ -169,7 +169,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
         run.job.save(folder, state, is_final)
     except OSError as error:
         raise UserError(
-            f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}, make room "
+            f"{str(folder)!r} could not be written ({str(error).splitlines()[0][:80]}); {_last_good(run)}; make room "
             "and continue with --resume auto"
         ) from None
     barrier()

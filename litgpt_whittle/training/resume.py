@@ -1,4 +1,8 @@
-"""Exact resuming: the same weights, data and random numbers as in an uninterrupted run."""
+"""Find and load the state that a training resumes from, and check that its settings are the same.
+
+`Run.training_state` and `Run.restore` (`litgpt_whittle.training.run`) save and restore it. A resumed training has the
+same weights, data and random numbers as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
