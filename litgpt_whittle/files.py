@@ -231,12 +231,12 @@ def lock_dir(folder: Path, out_dir: Path | None = None) -> Iterator[IO[Any]]:
 
     Args:
         folder: The folder.
-        out_dir: The folder that the error names, if it is another one.
+        out_dir: The folder that is locked, if `folder` exists only to hold its lock.
 
     Raises:
         UserError: If another process still holds the lock after `PATIENCE`.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists() or (out_dir and path == folder)]
     file = _claim(folder, out_dir or folder)
     try:
         yield file

@@ -117,11 +117,11 @@ class Journal:
 
 @contextmanager
 def open_record(
-    path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False, is_claimed: bool = False
+    path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False, is_locked: bool = False
 ) -> Iterator[Journal | MirroredJournal]:
     """Open a journal shared by all processes: rank 0 writes it, the others mirror it in memory.
 
-    The folder is locked while the journal is open, unless the caller has locked it already (`is_claimed`).
+    The folder is locked while the journal is open, unless the caller has locked it already (`is_locked`).
 
     Raises:
         UserError: As `Journal` does, or if other processes have locked the folder.
@@ -131,7 +131,7 @@ def open_record(
 
         def open_it() -> list[Evaluation]:
             nonlocal journal
-            if not is_claimed:
+            if not is_locked:
                 stack.enter_context(lock_dir(path.parent))
             journal = stack.enter_context(Journal(path, header, resume))
             return journal.evaluations

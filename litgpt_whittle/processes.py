@@ -30,7 +30,7 @@ from litgpt_whittle.files import check_writable, lock_dir
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-_n_spread = 0
+_n_maps = 0
 """Number of calls of `parallel_map` so far"""
 
 NO_LIMIT = timedelta(days=1000)
@@ -151,6 +151,8 @@ def locks_output(setup: Callable[..., None]) -> Callable[..., None]:
         given.apply_defaults()
         out_dir = Path(given.arguments["out_dir"])
         path = out_dir.resolve()
+        if not path.name:
+            raise UserError(f"out_dir must not be the root folder, got {str(out_dir)!r}; choose another")
         check_writable(path.parent)
         with lock_dir_for_all(path.with_name(f".{path.name}.lock"), out_dir):
             setup(*args, **kwargs)
@@ -349,10 +351,10 @@ def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterat
     if not distributed.is_initialized():
         yield from map(function, items)
         return
-    global _n_spread
-    _n_spread += 1  # the same on all processes, which make the same calls
+    global _n_maps
+    _n_maps += 1  # the same on all processes, which make the same calls
     # the store of the process group's rendezvous, which PyTorch exposes nowhere else
-    store = distributed.PrefixStore(f"spread {_n_spread}", distributed.distributed_c10d._get_default_store())
+    store = distributed.PrefixStore(f"parallel_map {_n_maps}", distributed.distributed_c10d._get_default_store())
     n_given = 0
     try:
         while (own := store.add("next", 1) - 1) < len(items):

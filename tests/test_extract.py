@@ -13,7 +13,7 @@ from texts import write_tokenizer
 
 from litgpt_whittle import files
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.commands import export, prune, rank
+from litgpt_whittle.commands import export, prune
 from litgpt_whittle.commands import extract as command
 from litgpt_whittle.commands.extract import setup
 from litgpt_whittle.errors import UserError
@@ -192,7 +192,7 @@ def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, t
         setup(checkpoint, tmp_path / "nothing", tmp_path / "more")
 
 
-@pytest.mark.parametrize("writer", [command, rank, prune, export])
+@pytest.mark.parametrize("writer", [command, prune, export])
 def test_one_process_at_a_time_writes_a_folder(writer, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0)
     folder = tmp_path / "new/a"

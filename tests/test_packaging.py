@@ -23,7 +23,7 @@ RECIPE = "config_hub/search/pythia-6.9b/410m.yaml"
 def built(tmp_path_factory) -> dict[str, Path]:
     """Build the wheel and the source distribution of the files that git would clone."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    skipped = {".git", ".venv", ".venv-lowest", "out", "build", "dist", "__pycache__"}
+    skipped = {".git", ".venv", ".venv-lint", ".venv-lowest", "out", "build", "dist", "__pycache__"}
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in skipped and not name.endswith(("_cache", ".egg-info"))]
         (source / Path(folder).relative_to(ROOT)).mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ from litgpt.config import Config
 from litgpt.utils import CLI, save_config
 from texts import documents, write_jsonl, write_tokenizer
 
+from litgpt_whittle import files
 from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.commands import rank
 from litgpt_whittle.commands.rank import setup
@@ -170,6 +171,13 @@ def test_text_that_the_student_will_be_judged_on_is_refused(folder, tmp_path):
     same = HFText(path=str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "same.jsonl"))
     with pytest.raises(UserError, match="calibration data must not be validation data"):
         run(folder, tmp_path / "out", data=same)
+
+
+def test_one_process_at_a_time_writes_a_ranking(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    with files.lock_dir(tmp_path / "out"), pytest.raises(UserError, match="another process is at work in out_dir"):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_ranking_is_not_overwritten_unasked(folder, tmp_path):

@@ -21,13 +21,12 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.plugin import save_hyperparameters
-from litgpt_whittle.processes import locks_output
+from litgpt_whittle.processes import lock_dir_for_all
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
 
 
-@locks_output
 def setup(
     checkpoint_dir: Path,
     data: DataModule | None = None,
@@ -62,33 +61,34 @@ def setup(
     checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
     teacher, length = check(Namespace(**locals()))
     check_writable(out_dir)
-    if (out_dir / FILE).exists() and not overwrite:
-        raise UserError(f"{str(out_dir)!r} holds a ranking already; choose another out_dir or add --overwrite true")
-    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-    fabric = L.Fabric(devices=1, precision=precision)
-    windows = read_calibration(data, checkpoint_dir, train.micro_batch_size, length, tokens, seed, "tokens")
-    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-    model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
-    model.max_seq_length = length
-    layer_windows = windows[: math.ceil(layer_tokens / windows.shape[1])]
-    scores = measure(model, windows, len(layer_windows), train.micro_batch_size, fabric.autocast)
-    if not all(units.is_finite for units in scores.units.values()):
-        raise UserError(f"the scores are not finite in precision {precision}; use 32-true or bf16-true")
-    provenance = {
-        "weights": weights_fingerprint(checkpoint_dir),
-        "data": fingerprint([(windows,)]),
-        "tokens": windows.numel(),
-        "layer_tokens": layer_windows.numel(),
-        "precision": precision,
-    }
-    ranking = Ranking(teacher, scores, metric, layer_metric, provenance)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    save_hyperparameters(setup, out_dir)
-    ranking.save(out_dir / FILE)
-    plot_importance(ranking, out_dir / "importance.png")
-    print(table(scores, layer_metric))
-    hint = try_next("search", checkpoint_dir, "--order", "importance", "--importance", out_dir / FILE)
-    print(f"Ranking and heat map are in {out_dir}. {hint}")
+    with lock_dir_for_all(out_dir):
+        if (out_dir / FILE).exists() and not overwrite:
+            raise UserError(f"{str(out_dir)!r} holds a ranking already; choose another out_dir or add --overwrite true")
+        precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        fabric = L.Fabric(devices=1, precision=precision)
+        windows = read_calibration(data, checkpoint_dir, train.micro_batch_size, length, tokens, seed, "tokens")
+        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+        model = load_model(checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+        model.max_seq_length = length
+        layer_windows = windows[: math.ceil(layer_tokens / windows.shape[1])]
+        scores = measure(model, windows, len(layer_windows), train.micro_batch_size, fabric.autocast)
+        if not all(units.is_finite for units in scores.units.values()):
+            raise UserError(f"the scores are not finite in precision {precision}; use 32-true or bf16-true")
+        provenance = {
+            "weights": weights_fingerprint(checkpoint_dir),
+            "data": fingerprint([(windows,)]),
+            "tokens": windows.numel(),
+            "layer_tokens": layer_windows.numel(),
+            "precision": precision,
+        }
+        ranking = Ranking(teacher, scores, metric, layer_metric, provenance)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        save_hyperparameters(setup, out_dir)
+        ranking.save(out_dir / FILE)
+        plot_importance(ranking, out_dir / "importance.png")
+        print(table(scores, layer_metric))
+        hint = try_next("search", checkpoint_dir, "--order", "importance", "--importance", out_dir / FILE)
+        print(f"Ranking and heat map are in {out_dir}. {hint}")
 
 
 def check(args: Namespace) -> tuple[Config, int]:

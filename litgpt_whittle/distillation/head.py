@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from litgpt_whittle.distillation.chunk_scores import Scores, dense_scores, is_dense
 from litgpt_whittle.distillation.objective import Objective, SparseTargets
@@ -333,7 +333,8 @@ class _Gradients:
         if self.weight is not None and self.weight.dtype == narrow.dtype:
             self.weight.addmm_(narrow.t(), self.h[rows])
         elif self.weight is not None and accumulates_products(narrow.device.type, narrow.dtype):
-            torch.addmm(self.weight, narrow.t(), self.h[rows], out_dtype=self.weight.dtype, out=self.weight)
+            if not isinstance(narrow, FakeTensor):  # a memory plan lacks the kernel, which takes no memory
+                torch.addmm(self.weight, narrow.t(), self.h[rows], out_dtype=self.weight.dtype, out=self.weight)
         elif self.weight is not None:
             self.weight += narrow.t() @ self.h[rows]
         if self.bias is not None:
@@ -344,21 +345,28 @@ class _Gradients:
         return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
 
 
-@cache
+_accumulates: dict[tuple[str, torch.dtype], bool] = {}
+"""Results of `accumulates_products`"""
+
+
 def accumulates_products(device: str, dtype: torch.dtype) -> bool:
     """Return whether a kernel adds products of this dtype to a float32 matrix without rounding them (CUDA, torch 2.8).
 
-    Checked by a small product, because support depends on the version, the card and the dtype.
+    Checked once by a small product, because support depends on the version, the card and the dtype.
     """
     if device != "cuda":
         return False
-    a, b = torch.eye(16, device=device, dtype=dtype), torch.eye(16, device=device, dtype=dtype)
-    found = torch.full((16, 16), 2.0**-12, device=device)
-    try:
-        torch.addmm(found, a, b, out_dtype=torch.float32, out=found)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return bool(torch.equal(found, torch.eye(16, device=device) + 2.0**-12))
+    if (device, dtype) not in _accumulates:
+        unit = torch.eye(16, device=device, dtype=dtype)
+        if isinstance(unit, FakeTensor):  # a memory plan cannot try it
+            return False
+        found = torch.full((16, 16), 2.0**-12, device=device)
+        try:
+            torch.addmm(found, unit, unit, out_dtype=torch.float32, out=found)
+        except (RuntimeError, TypeError):
+            found.zero_()
+        _accumulates[device, dtype] = torch.equal(found, torch.eye(16, device=device) + 2.0**-12)
+    return _accumulates[device, dtype]
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:

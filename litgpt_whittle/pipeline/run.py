@@ -249,6 +249,9 @@ def folder_of(target: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        record = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}); choose another out_dir") from None
+    if any("options" not in stage for stage in record.values()):
+        raise UserError(f"{str(path)!r} was written by another version; choose another out_dir")
+    return record

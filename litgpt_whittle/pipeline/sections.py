@@ -55,11 +55,11 @@ class Section:
         Raises:
             UserError: If the command does not accept the settings.
         """
-        return self._told(lambda: self.parser.instantiate_classes(self._read(inputs)))
+        return self._in_one_line(lambda: self.parser.instantiate_classes(self._read(inputs)))
 
     def dump(self, **inputs: Any) -> str:
         """Return all arguments of the command as YAML."""
-        return self._told(lambda: self.parser.dump(self._read(inputs)))
+        return self._in_one_line(lambda: self.parser.dump(self._read(inputs)))
 
     def _read(self, inputs: Mapping[str, Any]) -> Namespace:
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ class Section:
         del read["config"]
         return read
 
-    def _told(self, read: Callable[[], Any]) -> Any:
+    def _in_one_line(self, read: Callable[[], Any]) -> Any:
         UserError.last = None
         try:
             return read()

@@ -157,7 +157,7 @@ class BlockRepair:
             return fit(*moments, anchor, intercept, metric, self.ridges)
 
         for name, found in fit_readers(self.block, self.slices, self.teacher, part, find).items():
-            self._told(found, name)
+            self._reported(found, name)
 
     def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
         """Return the moments of both models' streams before `attn` or `mlp`, after these norms."""
@@ -210,7 +210,7 @@ class BlockRepair:
         sizes = [module.in_features for module in modules]
         moments = self.calibration.moments(sum(sizes), self.basis.matrix.shape[0], examples)
         anchor, last = torch.cat([module.weight for module in modules], 1), modules[-1]
-        found = self._told(fit(*moments, anchor, last.bias is not None, ridges=self.ridges), *names)
+        found = self._reported(fit(*moments, anchor, last.bias is not None, ridges=self.ridges), *names)
         for module, weight in zip(modules, found.weight.split(sizes, 1)):
             module.weight.copy_(weight)
             if module.bias is not None:
@@ -237,7 +237,7 @@ class BlockRepair:
 
         moments = self.calibration.moments(module.in_features, self.basis.matrix.shape[0], through)
         before, start = self._error_after(norm, module, examples), module.weight.clone()
-        module.weight.copy_(self._told(fit(*moments, start, False, ridges=self.ridges), name).weight)
+        module.weight.copy_(self._reported(fit(*moments, start, False, ridges=self.ridges), name).weight)
         if self._error_after(norm, module, examples) > before:
             module.weight.copy_(start)
             self.left_as_cut.append(name)
@@ -270,7 +270,7 @@ class BlockRepair:
         is_better = scale.square() * held_squares - 2 * scale * held_products < held_squares - 2 * held_products
         scale_norm_weight(norm, torch.where(is_better, scale, 1.0))
 
-    def _told(self, found: Fit, *names: str) -> Fit:
+    def _reported(self, found: Fit, *names: str) -> Fit:
         """Record maps for which no ridge improves on the plain cut; return the fit."""
         if math.isinf(found.ridge):
             self.left_as_cut += names
@@ -317,7 +317,7 @@ class BlockRepair:
             fitted, tuning = (moments.over_processes() for moments in pair)
             if fitted.n >= width and tuning.n:
                 found = fit(fitted, tuning, ours.proj.weight, False, ridges=self.ridges)
-                ours.proj.weight.copy_(self._told(found, f"mlp.experts.{j}.proj").weight)
+                ours.proj.weight.copy_(self._reported(found, f"mlp.experts.{j}.proj").weight)
             else:  # too few tokens are routed to it
                 self.left_as_cut.append(f"mlp.experts.{j}.proj")
         if shared is not None:
@@ -332,7 +332,7 @@ class BlockRepair:
         moments = self.calibration.moments(shared.proj.in_features, self.basis.matrix.shape[0], examples)
         intercept = shared.proj.bias is not None
         found = fit(*moments, shared.proj.weight, intercept, ridges=self.ridges)
-        self._told(found, "mlp.shared_experts.proj")
+        self._reported(found, "mlp.shared_experts.proj")
         shared.proj.weight.copy_(found.weight)
         if intercept:
             shared.proj.bias.copy_(found.bias)

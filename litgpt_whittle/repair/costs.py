@@ -220,7 +220,7 @@ def solving_flops(subnet: SubNet, tied: bool) -> float:
 
 
 def _reading(n: int, wide: int, n_rows: float) -> float:
-    """Return the operations to regress `upcast` channels on n, and to fit input projections with `n_rows` outputs."""
+    """Return the operations to regress `wide` channels on n, and to fit input projections with `n_rows` outputs."""
     return n**3 / 3 + 2 * n**2 * wide + 2 * (n + n_rows) * wide * (wide + n)
 
 

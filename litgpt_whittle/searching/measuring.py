@@ -71,7 +71,7 @@ def take_measurements(
         return
     teacher = searches[0].space.teacher
     is_there = on_rank_zero(path.is_file)
-    with open_record(path, measurements_header(header), is_there, is_claimed=True) as record:
+    with open_record(path, measurements_header(header), is_there, is_locked=True) as record:
         known = {evaluation.origin for evaluation in record.evaluations}
         missing = [name for name in names if name not in known]
         if missing and rank() == 0:

@@ -32,6 +32,7 @@ from litgpt_whittle.distillation.head import (
     LossModel,
     SoftTargets,
     TeacherLogits,
+    accumulates_products,
     hidden_states,
 )
 from litgpt_whittle.distillation.hidden import HiddenLoss, Watch
@@ -236,6 +237,8 @@ def plan_memory(step: Step) -> MemoryPlan:
     Args:
         step: The step to run.
     """
+    for dtype in (torch.bfloat16, torch.float16):
+        accumulates_products(step.device.type, dtype)  # can be tried on a real device only
     shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
     live = LiveBytes()
     devices = _pretended_devices(step) if shared else nullcontext()
