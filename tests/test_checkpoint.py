@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_checkpoint_is_told_in_one_line(checkpoint):
     problem(r"has transformer\.h\.3\.\S+, which its model_config.yaml does not know")
     save_config(dataclasses.replace(LLAMA, intermediate_size=25), checkpoint)
     problem(r"of shape \(24, 32\), its model_config.yaml says \(25, 32\)")
-    for text, message in (("a: [", "not YAML"), ("unknown_field: 1", "litgpt refuses"), ("", "not a mapping")):
+    for text, message in (("a: [", "not YAML"), ("unknown_field: 1", "is refused by litgpt"), ("", "not a mapping")):
         config.write_text(text)
         problem(message, check_checkpoint)
     config.unlink()

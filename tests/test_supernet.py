@@ -297,7 +297,7 @@ def test_bad_input_is_one_line(tmp_path):
     refused("smallest.n_embd must be at most the teacher's 32, got 64", supernet=SupernetArgs(search_space=wide))
     nobody = SupernetArgs(sampler="in_place_distillation", distill=DistillArgs(beta=0))
     refused("set supernet.distill.beta above 0", supernet=nobody)
-    refused("there is no model", model_config=None)
+    refused("no model is given", model_config=None)
     refused("global_batch_size must be a multiple", train=train_args(global_batch_size=6))
     with pytest.raises(UserError, match="must be same or different, got 'other'"):
         SupernetArgs(per_rank="other")
