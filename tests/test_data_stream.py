@@ -114,6 +114,12 @@ def test_a_resumed_stream_reads_nothing_again():
     assert next(other).tolist() == [14, 15]
 
 
+def test_any_iterable_of_batches_is_read_as_it_is():
+    loader = DataLoader(range(6), batch_sampler=[[4, 1], [0, 5], [2, 3]])
+    assert skipping(loader) is loader
+    assert next(DataStream(loader, 1, 2)).tolist() == [0, 5]
+
+
 def test_a_loader_without_batches_is_refused():
     with pytest.raises(UserError, match="must fill at least one batch"):
         next(stream(1, "iterable"))

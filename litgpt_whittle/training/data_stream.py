@@ -153,6 +153,8 @@ def skipping(loader: Any) -> Any:
     """Return an equivalent dataloader whose batches a `DataStream` can skip unread, or the same one if not possible."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
+    if not (hasattr(loader.batch_sampler, "sampler") and hasattr(loader.batch_sampler, "__len__")):
+        return loader  # a batch sampler of another kind, which only has to be iterable
     names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
     names += ["generator", "prefetch_factor", "persistent_workers", "pin_memory_device"]
     same = {name: getattr(loader, name) for name in names}
