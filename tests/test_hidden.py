@@ -173,7 +173,7 @@ def test_an_extracted_student_in_another_basis_keeps_it_over_a_resumption(tmp_pa
 @pytest.mark.parametrize(
     "hidden, message",
     [
-        ({"weight": 1.0}, "no sub_network.yaml; add --distill.hidden.projection true"),
+        ({"weight": 1.0}, "the student's sub_network.yaml .* add --distill.hidden.projection true"),
         ({"weight": 1.0, "projection": True, "layers": [0, 2]}, "must be among the student's 0 … 1, got 2"),
     ],
 )
