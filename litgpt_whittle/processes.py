@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning as L
 import psutil
@@ -261,8 +261,7 @@ class Termination:
         """Return whether any rank received SIGTERM; a collective, which all ranks must call."""
         if fabric.world_size == 1:
             return self.is_announced
-        announced = torch.tensor(float(self.is_announced), device=fabric.device)
-        return bool(cast(torch.Tensor, fabric.all_reduce(announced, reduce_op="sum")) > 0)
+        return bool(all_reduce_sum(torch.tensor(float(self.is_announced), device=fabric.device)) > 0)
 
 
 def rank() -> int:

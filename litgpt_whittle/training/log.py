@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.throughput import ThroughputMonitor
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.throughput import ThroughputMonitor
 from litgpt_whittle.figures.curves import plot_training
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.metrics_log import MetricsLog
-from litgpt_whittle.processes import peak_memory
+from litgpt_whittle.processes import all_reduce_sum, peak_memory
 from litgpt_whittle.training.run import Run
 
 
@@ -49,7 +49,7 @@ class TrainLog:
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
-        totals = cast(torch.Tensor, run.fabric.all_reduce(torch.stack([*self.sums.values()]), reduce_op="sum"))
+        totals = all_reduce_sum(torch.stack([*self.sums.values()]))
         pairs = zip(self.sums, totals.tolist())  # waits for the device
         means = {name: total / n for name, (total, n) in pairs if n}
         self.sums = {}

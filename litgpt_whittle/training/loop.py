@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from litgpt_whittle.data.loading import connect, split_batch, train_loader, val_loader
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import Termination, barrier, release_memory
+from litgpt_whittle.processes import Termination, all_reduce_sum, barrier, release_memory
 from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype, sums_dtype
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import skipping
@@ -111,7 +111,7 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
     counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
     total, n_processes = sum(counts), run.fabric.world_size
     if n_processes > 1:
-        total = int(_sum(run.fabric, torch.tensor(total, device=run.fabric.device)))
+        total = int(all_reduce_sum(torch.tensor(total, device=run.fabric.device)))
     return counts, [total / (n_processes * count) if count else math.inf for count in counts]
 
 
@@ -139,7 +139,7 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
         norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
         loss = loss + (norm.full_tensor() if isinstance(norm, DTensor) else cast(torch.Tensor, norm))
     progress.step_count += 1
-    if _sum(fabric, loss.float()).isfinite():
+    if all_reduce_sum(loss.float()).isfinite():
         job.optimizer.step()
     elif train.skip_nan:
         progress.n_skipped += 1
@@ -150,11 +150,6 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
             f"{_last_good(run)}; lower the learning rate, or leave such steps out with --train.skip_nan true"
         )
     job.optimizer.zero_grad()
-
-
-def _sum(fabric: L.Fabric, value: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the processes."""
-    return cast(torch.Tensor, fabric.all_reduce(value, reduce_op="sum"))
 
 
 def _last_good(run: Run) -> str:
@@ -224,7 +219,7 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
             n_tokens += n
             n_batches += 1
     run.job.module.train()
-    total, n_tokens, n_batches = (_sum(run.fabric, x) for x in (total, n_tokens, n_batches))
+    total, n_tokens, n_batches = map(all_reduce_sum, (total, n_tokens, n_batches))
     if n_batches == 0:
         raise UserError("the validation data must fill at least one batch, got none; add data or raise eval.max_iters")
     if n_tokens == 0:
