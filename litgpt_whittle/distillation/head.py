@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -345,28 +346,21 @@ class _Gradients:
         return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
 
 
-_accumulates: dict[tuple[str, torch.dtype], bool] = {}
-"""Results of `accumulates_products`"""
-
-
+@cache
 def accumulates_products(device: str, dtype: torch.dtype) -> bool:
     """Return whether a kernel adds products of this dtype to a float32 matrix without rounding them (CUDA, torch 2.8).
 
-    Checked once by a small product, because support depends on the version, the card and the dtype.
+    Checked once by a small product, because support depends on the version, the card and the dtype. A memory plan
+    computes nothing, so it calls this before it begins.
     """
     if device != "cuda":
         return False
-    if (device, dtype) not in _accumulates:
-        unit = torch.eye(16, device=device, dtype=dtype)
-        if isinstance(unit, FakeTensor):  # a memory plan cannot try it
-            return False
-        found = torch.full((16, 16), 2.0**-12, device=device)
-        try:
-            torch.addmm(found, unit, unit, out_dtype=torch.float32, out=found)
-        except (RuntimeError, TypeError):
-            found.zero_()
-        _accumulates[device, dtype] = torch.equal(found, torch.eye(16, device=device) + 2.0**-12)
-    return _accumulates[device, dtype]
+    unit, found = torch.eye(16, device=device, dtype=dtype), torch.full((16, 16), 2.0**-12, device=device)
+    try:
+        torch.addmm(found, unit, unit, out_dtype=torch.float32, out=found)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(found, torch.eye(16, device=device) + 2.0**-12)
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
