@@ -150,7 +150,7 @@ class Recipe:
             self.n_devices,
             args.strategy,
             args.train.max_seq_length,
-            objective,
+            objective=objective,
             activation_checkpointing=args.activation_checkpointing,
             tie_embeddings=bool(args.train.tie_embeddings),
             is_elsewhere=True,

@@ -111,7 +111,7 @@ def planned(
         n,
         strategy,
         seq_length,
-        objective,
+        objective=objective,
         is_elsewhere=True,
         **more,
     )

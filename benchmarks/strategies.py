@@ -21,7 +21,7 @@ from litgpt_whittle import SubNet, load_model, n_params, registry
 from litgpt_whittle.batches import calibration_windows, connect, fingerprint, validation_batches
 from litgpt_whittle.checkpoint import weights_fingerprint
 from litgpt_whittle.figures.style import COLORS
-from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.fitness import Fitness
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
@@ -67,8 +67,8 @@ def load_fitness(data: Data, name: str, n_batches: int) -> Fitness:
     connect(module, data.teacher, 16, length)
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = length
-    n_calibration = getattr(measure, "n_calibration", 0)
-    wanted = {"calibration": calibration_windows(module, length, n_calibration)} if n_calibration else {}
+    n = measure.n_calibration
+    wanted = {"calibration": calibration_windows(module, length, n)} if n else {}
     return measure(model, validation_batches(module, length, n_batches), **wanted)
 
 

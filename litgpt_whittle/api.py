@@ -15,17 +15,19 @@ runs in this process, on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from litgpt.data import DataModule
-from litgpt.utils import extend_checkpoint_dir, init_out_dir
+from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import check_checkpoint
-from litgpt_whittle.commands import distill as distill_command
-from litgpt_whittle.commands import extract as extract_command
-from litgpt_whittle.commands import search as search_command
+from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.commands.distill import DistillConfig
+from litgpt_whittle.commands.extract import ExtractConfig
+from litgpt_whittle.commands.search import SearchConfig
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.pipeline.sections import Section
@@ -55,8 +57,8 @@ def search(
     Raises:
         UserError: In the same cases as the command.
     """
-    _call("search", search_command.setup, data, settings, checkpoint_dir=checkpoint_dir, bin=bin, out_dir=out_dir)
-    return SearchResult(init_out_dir(Path(out_dir)), extend_checkpoint_dir(Path(checkpoint_dir)))
+    inputs = {"checkpoint_dir": checkpoint_dir, "bin": bin, "out_dir": out_dir}
+    return _call("search", SearchConfig, data, settings, inputs)
 
 
 def extract(
@@ -84,8 +86,7 @@ def extract(
     if checkpoint_dir is None:
         raise UserError("a sub-network is cut out of its teacher; name it as checkpoint_dir")
     inputs = {"checkpoint_dir": checkpoint_dir, "sub_network": sub_network, "out_dir": out_dir}
-    _call("extract", extract_command.setup, data, settings, **inputs)
-    return Checkpoint(Path(out_dir))
+    return _call("extract", ExtractConfig, data, settings, inputs)
 
 
 def distill(
@@ -116,12 +117,11 @@ def distill(
     inputs = {"initial_checkpoint_dir": student.folder, "out_dir": out_dir}
     if teacher is not None and "teacher_cache" not in settings:
         inputs["teacher_checkpoint_dir"] = teacher
-    _call("distill", distill_command.setup, data, settings, **inputs)
-    return TrainingResult(init_out_dir(Path(out_dir)))
+    return _call("distill", DistillConfig, data, settings, inputs)
 
 
-def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **inputs: Any) -> None:
-    """Run a command with settings parsed by the command's own parser."""
+def _call(name: str, config: type[CommandConfig], data: Data, settings: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """Run a command with settings parsed by the command's own parser, and return its result."""
     settings = {"devices": 1} | settings
     if settings["devices"] != 1:
         raise UserError(
@@ -134,4 +134,5 @@ def _call(name: str, command: Callable, data: Data, settings: dict[str, Any], **
     if isinstance(data, str | Path | Mapping):
         data = HFText(path=dict(data) if isinstance(data, Mapping) else str(data))
     given = {key: describe(value) for key, value in (settings | inputs).items()}
-    command(**vars(Section(name, command, given).parse()) | {"data": data})
+    command: Any = Section(name, config, given).parse()
+    return replace(command, data=data).run()

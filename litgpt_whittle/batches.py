@@ -107,16 +107,6 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
     return asked or min(teacher.block_size, 2048)
 
 
-def check_seed(seed: int) -> None:
-    """Validate a random seed.
-
-    Raises:
-        UserError: If random generators do not accept it.
-    """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
-
-
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
     """Read the first n validation batches of a connected data module, or all if it has fewer; the same in every run.
 

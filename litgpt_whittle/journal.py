@@ -17,6 +17,7 @@ from typing import Any
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock_dir, write_text
+from litgpt_whittle.manifest import check_unchanged
 from litgpt_whittle.processes import on_rank_zero
 
 JOURNAL = "journal.jsonl"
@@ -91,7 +92,8 @@ class Journal:
         check_resumable(self.path, resume)
         if resume:
             found, self.evaluations, n_bytes = _read(self.path)
-            _check_same(found, self.header, self.path)
+            work = f"the search in {str(self.path)!r}"
+            check_unchanged(work, found, self.header, "begin in another out_dir")
         else:
             # written atomically, so that a journal always has its header
             write_text(self.path, _line(self.header))
@@ -204,23 +206,6 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
         if evaluation.index != number:
             raise UserError(f"the journal {str(path)!r} lacks evaluation {number}; restore it from a copy")
     return records[0], records[1:], len(content) - len(torn)
-
-
-def _check_same(found: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    then, now = _flatten(found), _flatten(now)
-    for name in [*now, *(name for name in then if name not in now)]:
-        if then.get(name) != now.get(name):
-            raise UserError(
-                f"{str(path)!r} was written with {name} = {then.get(name)!r}, now it is {now.get(name)!r}; "
-                "resume with the same, or begin in another out_dir"
-            )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

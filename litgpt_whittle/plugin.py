@@ -117,14 +117,19 @@ def _stand_in(point: Any) -> Callable:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {point.module!r}")
     tree = ast.parse(Path(spec.origin).read_bytes())
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if point.attr not in functions:
+    documented = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in tree.body:  # `setup = as_command(SearchConfig)` has the docstring of the config
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            names = [arg.id for arg in node.value.args if isinstance(arg, ast.Name) and arg.id in documented]
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            documented |= {target: documented[names[0]] for target in targets if names}
+    if point.attr not in documented:
         return point.load()
 
     def stand_in() -> None:
         raise AssertionError("a stand-in is replaced before it is called")
 
-    stand_in.__doc__ = ast.get_docstring(functions[point.attr]) or f"See {point.value}."
+    stand_in.__doc__ = ast.get_docstring(documented[point.attr]) or f"See {point.value}."
     return stand_in
 
 

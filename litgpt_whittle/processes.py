@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
-import inspect
 import os
 import pickle
 import signal
@@ -138,26 +136,21 @@ def lock_dir_for_all(folder: Path, out_dir: Path | None = None) -> AbstractConte
     return lock_dir(folder, out_dir) if is_first_started() else nullcontext()
 
 
-def locks_output(setup: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command whose `out_dir` is replaced as a whole, so that another process cannot write it meanwhile.
+@contextmanager
+def lock_output(out_dir: Path) -> Iterator[None]:
+    """Lock an output folder that a command replaces as a whole, so that another process cannot write it meanwhile.
 
     The lock is in a hidden folder beside `out_dir`, which itself stays empty until the command has finished.
+
+    Raises:
+        UserError: If `out_dir` is the root folder, cannot be written or is locked.
     """
-    signature = inspect.signature(setup)
-
-    @functools.wraps(setup)
-    def locked(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        out_dir = Path(given.arguments["out_dir"])
-        path = out_dir.resolve()
-        if not path.name:
-            raise UserError(f"out_dir must not be the root folder, got {str(out_dir)!r}; choose another")
-        check_writable(path.parent)
-        with lock_dir_for_all(path.with_name(f".{path.name}.lock"), out_dir):
-            setup(*args, **kwargs)
-
-    return locked
+    path = out_dir.resolve()
+    if not path.name:
+        raise UserError(f"out_dir must not be the root folder, got {str(out_dir)!r}; choose another")
+    check_writable(path.parent)
+    with lock_dir_for_all(path.with_name(f".{path.name}.lock"), out_dir):
+        yield
 
 
 def own_device() -> torch.device:

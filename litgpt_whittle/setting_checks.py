@@ -25,6 +25,16 @@ def check_shares(section: str, **values: float) -> None:
             raise UserError(f"{section}.{name} must be between 0 and 1, got {value!r}")
 
 
+def check_seed(seed: int) -> None:
+    """Validate a random seed.
+
+    Raises:
+        UserError: If random generators do not accept it.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}; choose another")
+
+
 def is_number(value: Any) -> bool:
     """Return whether a setting is a finite number; settings of plugins are not type-checked by the parser."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -1,8 +1,11 @@
 """Tiny configs of every distinct architecture in litgpt's own table; a new litgpt adds cases automatically."""
 
 import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from litgpt.config import Config, configs
 
 from litgpt_whittle.errors import UserError
@@ -104,6 +107,14 @@ ARCHITECTURES = _architectures()
 KINDS = ("Llama-3.1-8B", "Gemma-3-1b-it", "phi-2", "Mixtral-8x7B-v0.1", "latent")
 KINDS = {name: ARCHITECTURES[name] for name in KINDS}
 """One config of each kind, for tests that hardly depend on the architecture"""
+
+
+def sweep(cases: dict[str, Any], fast: Collection[str] = KINDS) -> pytest.MarkDecorator:
+    """Return a parametrisation over all cases as `config`; those that are not among the fast ones are marked slow."""
+    params = [
+        pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow) for name, case in cases.items()
+    ]
+    return pytest.mark.parametrize("config", params)
 
 
 @st.composite

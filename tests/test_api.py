@@ -7,7 +7,7 @@ import yaml
 from test_whittle import BATCH, SECTIONS, data, teacher  # noqa: F401  (fixtures)
 
 from litgpt_whittle import distill, extract, search
-from litgpt_whittle.commands import search as search_command
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.training.args import TrainArgs
@@ -17,7 +17,7 @@ from litgpt_whittle.training.args import TrainArgs
 def found(teacher, data, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("api") / "search"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_command, "write_report", lambda out_dir: "the report")
+        patch.setattr(search_run, "write_report", lambda out_dir: "the report")
         return search(teacher, "14K", data, folder, **SECTIONS["search"])
 
 
@@ -43,7 +43,7 @@ def test_from_a_search_to_a_trained_student(found, data, tmp_path):  # noqa: F81
 
 def test_results_are_where_litgpt_puts_them(found, teacher, data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("LIGHTNING_ARTIFACTS_DIR", str(tmp_path))
-    monkeypatch.setattr(search_command, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     again = search(teacher, "14K", data, "there", **SECTIONS["search"])
     assert again.folder == tmp_path / "there" and again.best.scores == found.best.scores
 

@@ -184,7 +184,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "soft_cross_entropy"])
-@pytest.mark.parametrize("draws", [1, 12])
+@pytest.mark.parametrize("draws", [pytest.param(1, marks=pytest.mark.slow), 12])
 def test_the_mean_gradient_of_samples_converges_to_the_full_one(name, draws):
     """Bernstein's inequality for each of the 851 entries; all hold at once with a probability of 0.9999."""
     loss, logits, n = getattr(losses, name), random_logits(scale=1.5), 400

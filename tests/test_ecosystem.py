@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands.distill import setup as distill
 from litgpt_whittle.commands.extract import setup as extract
-from litgpt_whittle.commands.pretrain_supernet import _super_network
+from litgpt_whittle.commands.pretrain_supernet import super_network
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.spaces.args import SpaceArgs
@@ -274,7 +274,7 @@ def test_students_of_pythia_are_converted_and_exported(neox_teacher, neox_subnet
     assert sum(p.numel() for p in after.parameters()) == n_params(NEOX, neox_subnet)
     assert export_hf(tmp_path / "out/final", tmp_path / "trained").zero_heads == 0
     if neox_subnet.layers_are_alike:  # a super-network works with heads of zeros
-        start = _super_network(tmp_path / "student", None, None)
+        start = super_network(tmp_path / "student", None, None)
         model = start.build()
         model.load_state_dict(start.weights())
         torch.testing.assert_close(model.eval()(idx), expected, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from test_train import run as run_distill
 from litgpt_whittle import registry
 from litgpt_whittle.batches import fixed_batches
 from litgpt_whittle.checkpoint import load_model
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.errors import UserError
@@ -155,7 +155,7 @@ def test_the_loss_refuses_an_order_beyond_its_range():
 
 
 def test_search_uses_the_strategy_and_the_fitness(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     annealing = strategy(temperature=0.2)
     run_search(teacher, tmp_path / "out", strategy=annealing, fitness=ERROR, iterations=8)
     header, evaluations = read_journal(tmp_path / "out/journal.jsonl")
@@ -172,7 +172,7 @@ def test_search_uses_the_strategy_and_the_fitness(teacher, tmp_path, monkeypatch
 
 
 def test_candidates_race_by_the_fitness(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     run_search(teacher, tmp_path / "out", fitness=ERROR, racing=RacingArgs(), strategy=RandomSearch(), iterations=8)
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 8
     with pytest.raises(UserError, match="SimulatedAnnealing needs all of them; leave racing out"):

@@ -288,10 +288,10 @@ def test_distill_repairs_and_refines_what_it_cuts(folder, tmp_path):
 
 
 def test_a_start_is_used_again_only_for_what_was_asked_for(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "main", lambda **_: None)  # ended before its first checkpoint
+    monkeypatch.setattr(distill, "fit", lambda *_: None)  # ended before its first checkpoint
     repaired = []
-    repair = distill.extract.setup
-    monkeypatch.setattr(distill.extract, "setup", lambda *args, **kw: repaired.append(args[1]) or repair(*args, **kw))
+    run = distill.ExtractConfig.run
+    monkeypatch.setattr(distill.ExtractConfig, "run", lambda self: repaired.append(self.sub_network) or run(self))
     first = RepairArgs(tokens=4000)
     for changes, n in (({}, 1), ({}, 1), ({"repair": RepairArgs(tokens=2000)}, 2), ({"seed": 7}, 3)):
         distilled(folder, tmp_path / "out", resume="auto", **{"repair": first} | changes)

@@ -135,7 +135,7 @@ def test_a_compiled_student_matches_too():
         assert value == pytest.approx(found[0][0], rel=1e-5) and torch.allclose(grad, found[0][1], atol=1e-6)
 
 
-@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("projection", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_comes_nearer_to_the_teachers_stream_and_goes_on_exactly(tmp_path, monkeypatch, projection):
     teacher = checkpoint(tmp_path / "teacher", n_layer=3, n_embd=48)
     subnet = SubNet(config(n_layer=3, n_embd=48), n_layer="0,2", n_embd=32)

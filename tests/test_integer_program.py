@@ -104,7 +104,7 @@ def some_bin(name: str, start: float, width: float) -> tuple[float, float]:
 
 
 @EACH
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0.01, 0.5), st.booleans())
 def test_the_program_finds_what_brute_force_finds(name, seed, start, width, is_limited):
     subnets, weights, counts, flops = everything(name)

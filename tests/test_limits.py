@@ -10,7 +10,7 @@ from test_search import TEACHER, cli, lines, make_checkpoint, run
 from test_strategies import GROUP, make, measures
 
 from litgpt_whittle import metrics, registry
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.journal import read_journal
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
 
 
 @pytest.fixture
@@ -162,9 +162,9 @@ def test_what_is_too_slow_is_not_scored(checkpoint, tmp_path, clock, monkeypatch
 
 def test_resuming_within_other_limits_is_refused_by_name(checkpoint, tmp_path):
     run(checkpoint, tmp_path / "out", iterations=1, limit=LimitArgs(weight_bytes="1MB"))
-    with pytest.raises(UserError, match=r"was written with settings\.limits\.weight_bytes = \[0"):
+    with pytest.raises(UserError, match=r"settings\.limits\.weight_bytes was \[0"):
         run(checkpoint, tmp_path / "out", resume=True, limit=LimitArgs(weight_bytes="2MB"))
-    with pytest.raises(UserError, match=r"settings\.limits\.weight_bytes = .*, now it is None"):
+    with pytest.raises(UserError, match=r"settings\.limits\.weight_bytes was .* and is None"):
         run(checkpoint, tmp_path / "out", resume=True)
     # equivalent spelling
     run(checkpoint, tmp_path / "out", iterations=1, resume=True, limit=LimitArgs(weight_bytes=1e6))

@@ -53,7 +53,7 @@ def whole(checkpoint, tmp_path_factory):
     """Return an uninterrupted search."""
     out_dir = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_search.search, "write_report", lambda out_dir: "the report")
+        patch.setattr(test_search.search_run, "write_report", lambda out_dir: "the report")
         search(checkpoint, out_dir)
     return out_dir
 
@@ -102,10 +102,10 @@ def stopped_after(n: int, monkeypatch) -> None:
     monkeypatch.setattr(Perplexity, "__call__", interrupted)
 
 
-@pytest.mark.parametrize("n", [1, 9, N_MEASURED, N_MEASURED + 1, N_MEASURED + 7])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, N_MEASURED)), N_MEASURED + 7])
 def test_a_search_resumes_from_any_measurement_to_the_same_result(checkpoint, whole, tmp_path, n, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(test_search.search, "write_report", lambda out_dir: "the report")
+        patch.setattr(test_search.search_run, "write_report", lambda out_dir: "the report")
         stopped_after(n, patch)
         search(checkpoint, tmp_path / "out")
     assert stop.value.code == 130 and "continue with --resume true" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_a_copy_of_the_measurements_serves_other_bins(checkpoint, whole, tmp_pat
     search(checkpoint, tmp_path / "more", iterations=3, strategy=IntegerProgram(shares=(0.75, 0.5)))
     assert "8 measurements come first" in capsys.readouterr().out
     shutil.copytree(tmp_path / "out", tmp_path / "other", ignore=shutil.ignore_patterns("journal*"))
-    with pytest.raises(UserError, match=r"measurements.jsonl' was written with data.batches = 2, now it is 1"):
+    with pytest.raises(UserError, match=r"measurements.jsonl' must keep its settings: data.batches was 2 and is 1"):
         search(checkpoint, tmp_path / "other", eval=BudgetArgs(max_iters=1))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, KINDS, subnets
+from architectures import ARCHITECTURES, KINDS, subnets, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,13 +32,13 @@ def counted_flops(subnet: SubNet, batch_size: int, seq_length: int) -> float:
     return counter.get_total_flops() / (batch_size * seq_length)
 
 
-@EACH
+@sweep(ARCHITECTURES)
 @settings(max_examples=6)
 @given(data=st.data())
-def test_flops_are_those_that_pytorch_counts(teacher, data):
-    subnet = data.draw(st.sampled_from([SubNet.full(teacher), data.draw(subnets(teacher))]))
+def test_flops_are_those_that_pytorch_counts(config, data):
+    subnet = data.draw(st.sampled_from([SubNet.full(config), data.draw(subnets(config))]))
     seq_length, batch_size = data.draw(st.sampled_from([1, 3, 11, 24])), data.draw(st.integers(1, 2))
-    assert flops(teacher, subnet, seq_length) == counted_flops(subnet, batch_size, seq_length)
+    assert flops(config, subnet, seq_length) == counted_flops(subnet, batch_size, seq_length)
 
 
 @EACH_KIND

@@ -44,9 +44,16 @@ def texts(figure: Figure) -> list[str]:
     return own
 
 
+SCORES = pytest.mark.parametrize(
+    "scores",
+    [[], [5.0], [3.0, None, 4e6, 2.0]]
+    + [pytest.param(scores, marks=pytest.mark.slow) for scores in ([None], [5.0, 5.0, 5.0], [0.0, 9.0, -2.0])],
+)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("plot", PLOTS)
-@pytest.mark.parametrize("scores", [[], [None], [5.0], [5.0, 5.0, 5.0], [3.0, None, 4e6, 2.0], [0.0, 9.0, -2.0]])
+@SCORES
 def test_plots_take_any_journal(tmp_path, plot, scores):
     evaluations = [
         evaluation(i, score, bin) for i, score in enumerate(scores) for bin in ("1M-2M", "3M-4M")[: 1 + i % 2]
@@ -56,7 +63,7 @@ def test_plots_take_any_journal(tmp_path, plot, scores):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("scores", [[], [None], [5.0], [5.0, 5.0, 5.0], [3.0, None, 4e6, 2.0], [0.0, 9.0, -2.0]])
+@SCORES
 @pytest.mark.parametrize("objectives", [("perplexity", "n_params"), ("n_params", "predicted", "perplexity", "none")])
 def test_fronts_of_any_journal_are_drawn(tmp_path, scores, objectives):
     evaluations = [

@@ -11,7 +11,7 @@ POST_NORMS = pytest.mark.parametrize("name", ["OLMo-2-1124-7B", "Gemma-2-2b", "G
 
 
 @POST_NORMS
-@pytest.mark.parametrize("basis", ["pca", "coordinates"])
+@pytest.mark.parametrize("basis", ["pca", pytest.param("coordinates", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cut", ["neurons", "a few neurons", "channels", "half"])
 def test_what_a_norm_divides_is_fitted_with_the_teachers_divisor(name, basis, cut, tmp_path):
     config = ARCHITECTURES[name]

@@ -26,7 +26,7 @@ from litgpt_whittle.batches import (
 )
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import load_model, read_weights
-from litgpt_whittle.commands import cache_teacher, distill, extract, pretrain_supernet, prune, rank, search
+from litgpt_whittle.commands import cache_teacher, distill, extract, pretrain_supernet, prune, rank, search, search_run
 from litgpt_whittle.distillation.args import (
     DistillArgs,
     HiddenArgs,
@@ -109,7 +109,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda *_: None)
+    monkeypatch.setattr(search_run, "write_report", lambda *_: None)
 
 
 def on_both(command, out: Path, *args, **settings) -> tuple[Path, Path, Seen]:
@@ -490,7 +490,9 @@ REPAIRED = {
 """Teachers whose moments (for the last one: predictions) need much more memory than the activations of few tokens"""
 
 
-@pytest.mark.parametrize("name", REPAIRED)
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in REPAIRED if name != "llama")]
+)
 @pytest.mark.filterwarnings("ignore:.* calibration tokens are fewer")
 def test_the_memory_of_a_repair_is_estimated_from_above(name, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "CACHE_PARTS", 2**60)  # activations are cached only in free memory
@@ -519,7 +521,7 @@ def test_the_memory_of_a_repair_is_estimated_from_above(name, tmp_path, monkeypa
 def test_a_search_gives_its_memory_back_before_the_selection(fitness, teachers, tmp_path, monkeypatch):
     gc.collect()
     before, during = live_bytes(), []
-    monkeypatch.setattr(search.Selection, "run", lambda *_: during.append(live_bytes()) or {})
+    monkeypatch.setattr(search_run.Selection, "run", lambda *_: during.append(live_bytes()) or {})
     (tmp_path / "distill.yaml").write_text("compile: false\ndata: TextFiles\n")
     selection = SelectionArgs(["1x100"], tmp_path / "distill.yaml")
     with pretended_device():

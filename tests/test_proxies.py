@@ -13,7 +13,7 @@ from test_fitness import PYTHIA, super_network
 from test_search import TEACHER, make_checkpoint, run
 
 from litgpt_whittle import registry
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import proxies
 from litgpt_whittle.fitness.proxies import BlockInfluence, ImportanceMass, WeightMagnitude
@@ -148,7 +148,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("fitness", ["weight_magnitude", "importance_mass", "block_influence"])
 def test_a_search_by_a_proxy(checkpoint, tmp_path, monkeypatch, fitness):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     measure, ranking = registry.lookup("litgpt_whittle.fitness", fitness), random_ranking(TEACHER)
     ranking.save(tmp_path / "importance.pt")
     wanted = {"importance": tmp_path / "importance.pt"} if fitness != "weight_magnitude" else {}
@@ -165,7 +165,7 @@ def test_a_search_by_a_proxy(checkpoint, tmp_path, monkeypatch, fitness):
 
 
 def test_a_search_by_importance_mass_needs_importance_and_the_same_when_it_goes_on(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     with pytest.raises(UserError, match="--fitness importance_mass needs --importance"):
         run(checkpoint, tmp_path / "out", fitness="importance_mass")
     ranking = random_ranking(TEACHER)
@@ -174,5 +174,5 @@ def test_a_search_by_importance_mass_needs_importance_and_the_same_when_it_goes_
     ranking.save(tmp_path / "other.pt")
     settings = {"fitness": "importance_mass", "iterations": 3}
     run(checkpoint, tmp_path / "out", importance=tmp_path / "importance.pt", **settings)
-    with pytest.raises(UserError, match=r"was written with settings\.importance = "):
+    with pytest.raises(UserError, match=r"settings\.importance was "):
         run(checkpoint, tmp_path / "out", importance=tmp_path / "other.pt", resume=True, **settings)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, KINDS
+from architectures import ARCHITECTURES, KINDS, sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from litgpt.config import Config
@@ -49,7 +49,7 @@ def cut_of(teacher, subnet):
     return cut
 
 
-@EACH
+@sweep(ARCHITECTURES)
 def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
     teacher = model(config, std=0.1)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -64,7 +64,7 @@ def test_a_repaired_candidate_is_nearer_to_its_teacher_than_the_cut(config):
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-@EACH
+@sweep(ARCHITECTURES)
 def test_the_whole_teacher_stays_as_it_is(config):
     teacher, idx = model(config), windows(config, 4, seed=1)
     student = MomentRepair(super_gpt(teacher), windows(config)).student(SubNet.full(config))

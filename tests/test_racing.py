@@ -12,7 +12,7 @@ from test_search import TEACHER
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness.perplexity import WindowLosses
+from litgpt_whittle.fitness import Fitness, WindowFitness, WindowLosses
 from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.searching.loop import Loop, Search
 from litgpt_whittle.searching.racing import estimate, losers, stages
@@ -70,7 +70,7 @@ def test_an_estimate_is_exact_where_the_difference_is_the_same_everywhere():
     assert estimate((yardstick + 0.7)[:4], n_tokens, yardstick) == pytest.approx(true)
 
 
-class Windows:
+class Windows(WindowFitness):
     """A made-up fitness with differences between sub-networks, between windows, and small interactions."""
 
     name = "nll"
@@ -94,9 +94,6 @@ class Windows:
 
     def scores(self, loss: float) -> dict[str, float]:
         return {"nll": loss}
-
-    def __call__(self, subnet) -> dict[str, float]:
-        return self.scores(self.losses(subnet).mean)
 
 
 class Listed:
@@ -193,7 +190,7 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def test_races_need_windows_and_one_score():
-    class Plain:
+    class Plain(Fitness):
         name = "nll"
 
     search = Search.begin(SPACE, NSGA2(), "nll", 1)

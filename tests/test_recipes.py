@@ -139,7 +139,7 @@ def test_a_pipelines_sections_are_the_commands_own_recipes(path):
                 assert content["target"] == own["bin"]
         elif command in COMMANDS and section:
             inputs = {"checkpoint_dir": "teacher", "sub_network": "best.yaml"} if command == "extract" else {}
-            Section(command, COMMANDS[command].setup, section).parse(**inputs)
+            Section(command, COMMANDS[command], section).parse(**inputs)
 
 
 @pytest.mark.slow

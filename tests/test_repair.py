@@ -191,7 +191,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
         assert distance(student_of(repaired), teacher) < distance(cut, teacher)
 
 
-@pytest.mark.parametrize("name", ["phi-2", "Gemma-2-2b", "Mixtral-8x7B-v0.1"])
+@pytest.mark.parametrize(
+    "name", ["phi-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Gemma-2-2b", "Mixtral-8x7B-v0.1"))]
+)
 def test_training_all_blocks_together_brings_predictions_nearer(name, tmp_path):
     config = ARCHITECTURES[name]
     teacher, subnet = model(config, std=0.1), half(config)

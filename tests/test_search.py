@@ -23,7 +23,7 @@ from litgpt_whittle.batches import (
     fixed_batches,
 )
 from litgpt_whittle.checkpoint import load_model, read_weights, weights_fingerprint
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search, search_run
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
@@ -86,7 +86,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
     """Skip drawing, which takes longer than these searches; test_report.py tests the pictures."""
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
 
 
 def run(checkpoint: Path, out_dir: Path, **changes) -> None:
@@ -243,9 +243,9 @@ def test_resuming_by_another_importance_is_refused_by_name(checkpoint, importanc
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
     other = tmp_path / "other.pt"
     random_ranking(TEACHER, seed=1).save(other)
-    with pytest.raises(UserError, match=r"was written with settings\.importance = "):
+    with pytest.raises(UserError, match=r"settings\.importance was "):
         run(checkpoint, tmp_path / "out", importance=other, resume=True, **coarse)
-    with pytest.raises(UserError, match=r"was written with settings\.order = 'importance', now it is 'given'"):
+    with pytest.raises(UserError, match=r"settings\.order was importance and is given"):
         run(checkpoint, tmp_path / "out", space="coarse_layerwise", resume=True)
 
 
@@ -492,7 +492,7 @@ def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, c
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(checkpoint, tmp_path, changes, message, monkeypatch):
-    monkeypatch.setattr(search, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(search_run, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
     with pytest.raises(UserError, match=message) as error:
         run(checkpoint, tmp_path / "out", **changes)
     assert "\n" not in str(error.value)
@@ -535,7 +535,7 @@ def test_a_second_search_does_not_overwrite_the_first(checkpoint, tmp_path):
 def test_resuming_with_other_settings_is_refused_by_name(checkpoint, tmp_path, changes, name):
     run(checkpoint, tmp_path / "out", iterations=1)
     before = (tmp_path / "out/journal.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"was written with {name} = "):
+    with pytest.raises(UserError, match=f"{name} was "):
         run(checkpoint, tmp_path / "out", resume=True, **changes)
     assert (tmp_path / "out/journal.jsonl").read_bytes() == before
 

@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 from test_search import BIN, TEACHER, lines, make_checkpoint, run
 from test_text_surrogate import make_model
 
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.reports.report import write_report
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     monkeypatch.setattr(trees, "N_TREES", 10)
 
 
@@ -80,7 +80,7 @@ def test_another_search_is_learnt_from(checkpoint, tmp_path, capsys):
     assert None not in predictions(tmp_path / "out")
     # after that search has continued, the surrogate would be fitted to different data
     run(checkpoint, tmp_path / "other", strategy=RandomSearch(), iterations=22, seed=7, resume=True)
-    with pytest.raises(UserError, match=r"was written with settings\.surrogate\.path = "):
+    with pytest.raises(UserError, match=r"settings\.surrogate\.path was "):
         run(checkpoint, tmp_path / "out", surrogate=surrogate, iterations=20, resume=True)
 
 

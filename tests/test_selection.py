@@ -17,7 +17,7 @@ from litgpt_whittle.batches import (
     BatchArgs,
     BudgetArgs,
 )
-from litgpt_whittle.commands import distill, extract, search
+from litgpt_whittle.commands import distill, extract, search_run
 from litgpt_whittle.commands.search import setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
@@ -87,7 +87,7 @@ def test_the_winner_is_the_best_of_the_last_rung(folder, tmp_path, monkeypatch, 
         CLI({"extract": extract, "distill": distill}[command].setup, args=[str(argument) for argument in arguments])
 
     monkeypatch.setattr(Selection, "_call", call)
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     run(folder, tmp_path / "out", ["3x1024", "2x2048"])
     results = read_results(tmp_path / "out")
     evaluations = read_journal(tmp_path / "out/journal.jsonl")[1]
@@ -147,7 +147,7 @@ def test_the_teacher_and_all_of_the_search_are_gone_before_the_students_are_trai
     folder, tmp_path, monkeypatch, changes
 ):
     """They would occupy the device during training, as would memory that PyTorch's allocator caches."""
-    searched, events, load = [], [], search.load_fitness
+    searched, events, load = [], [], search_run.load_fitness
 
     def watched(*args):
         fitness = load(*args)
@@ -162,10 +162,10 @@ def test_the_teacher_and_all_of_the_search_are_gone_before_the_students_are_trai
         assert live_bytes() <= before
         return {}
 
-    monkeypatch.setattr(search, "load_fitness", watched)
+    monkeypatch.setattr(search_run, "load_fitness", watched)
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: events.append("emptied"), raising=False)
     monkeypatch.setattr(Selection, "run", train)
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     gc.collect()
     before = live_bytes()
     run(folder, tmp_path / "out", ["2x1024"], iterations=2, **changes)

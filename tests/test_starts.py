@@ -373,7 +373,7 @@ def test_a_journal_from_before_there_were_simple_starts_is_resumed_without(check
 
 def test_simple_starts_cannot_be_left_out_later(checkpoint, tmp_path):
     run(checkpoint, tmp_path / "out", iterations=1)
-    with pytest.raises(UserError, match=r"was written with settings\.simple_starts = True"):
+    with pytest.raises(UserError, match=r"settings\.simple_starts was True"):
         run(checkpoint, tmp_path / "out", resume=True, simple_starts=False)
 
 

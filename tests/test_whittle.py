@@ -23,10 +23,7 @@ from texts import documents, write_jsonl, write_tokenizer
 
 from litgpt_whittle import SubNet, files, load_model, save_checkpoint
 from litgpt_whittle import __main__ as program
-from litgpt_whittle.commands import (
-    distill,
-    search,
-)
+from litgpt_whittle.commands import distill, search_run
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock
@@ -99,7 +96,8 @@ def calls(monkeypatch):
         return 0
 
     monkeypatch.setattr(pipeline_module, "call", call)
-    monkeypatch.setattr(search, "write_report", lambda out_dir: "the report")  # drawing takes longer than the search
+    # drawing takes longer than the search
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     return called
 
 
@@ -513,7 +511,7 @@ def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
     assert (plain.extracted.devices, stages(extract={"repair": False}).extracted.devices) == (2, 1)
     for settings in ({"distill.alpha": 0, "distill.beta": 1}, {"distill.hidden.weight": 1.0}):
         baseline = stages(settings).all()[-1]
-        section = Section("distill", distill.setup, baseline.settings)
+        section = Section("distill", distill.DistillConfig, baseline.settings)
         section.flags = baseline.flags
         learned = section.parse().distill
         assert not learned.uses_teacher and learned.alpha == 1

@@ -57,7 +57,7 @@ def plan_for_eight(bench: Bench) -> dict:
         8,
         "fsdp",
         bench.length,
-        OBJECTIVE,
+        objective=OBJECTIVE,
         build_teacher=lambda: GPT(teacher),
         is_elsewhere=bench.device.type == "cpu",
     )

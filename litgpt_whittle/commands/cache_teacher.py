@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from jsonargparse import Namespace
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import BatchArgs, check_seed
+from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.data.loading import check_data, connect, train_loader
 from litgpt_whittle.distillation.args import DistillArgs
-from litgpt_whittle.distillation.cache import INDEX, Contents, Index, differences, shard_path
+from litgpt_whittle.distillation.cache import INDEX, Contents, Index, shard_path
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.hints import try_next
+from litgpt_whittle.manifest import check_unchanged
 from litgpt_whittle.processes import launch, lock_dir_for_all, n_devices, on_rank_zero, rank, shutdown, world_size
 from litgpt_whittle.quantities import parse_amount
+from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.settings import (
     describe,
     flatten,
@@ -51,114 +53,131 @@ class WindowArgs(BatchArgs):
     """Length of samples, the same as in ``litgpt distill``; by default the teacher's block size"""
 
 
-def setup(
-    checkpoint_dir: Path,
-    data: DataModule | None = None,
-    out_dir: Path = Path("out/teacher_cache"),
-    codec: str | dict[str, dict[str, Any]] = "sampled",
-    temperature: float = DistillArgs.temperature,  # type: ignore[assignment]
-    train: WindowArgs = WindowArgs(),
-    max_tokens: int | None = None,
-    precision: Literal["bf16-true", "16-true", "32-true", None] = None,
-    devices: int | str = 1,
-    teacher_placement: Literal["replicated", "sharded"] = "replicated",
-    shard_size: str = "64MB",
-    resume: bool = False,
-    seed: int = 42,
-) -> None:
+@dataclass
+class CacheTeacherConfig(CommandConfig):
     """Precompute a teacher's outputs on a corpus for offline distillation.
 
     Train with ``litgpt distill --teacher_cache``, with the same data, tokenizer and ``train.max_seq_length``.
-
-    Arguments:
-        checkpoint_dir: The teacher's checkpoint directory.
-        data: The students' training data: the training split of any litgpt data module, or
-            ``--data HFText --data.path PATH``.
-        out_dir: Directory of the cache.
-        codec: Encoding of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or the name with
-            settings: ``sampled``, 12 random draws, unbiased (``{sampled: {draws: 12}}``); ``top_k``, the most likely
-            tokens and the mass of all others (``{top_k: {k: 64}}``); ``full``, all logits.
-        temperature: Divisor of the logits before the softmax; the same as the students' ``distill.temperature``. The
-            codec ``full`` serves any temperature.
-        train: Micro batch size and sequence length for the teacher.
-        max_tokens: Cache only the first tokens of training, up to this number; by default all.
-        precision: The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere.
-        devices: Devices that share the work: GPUs, or processes on a CPU's cores. The cache does not depend on their
-            number.
-        teacher_placement: ``replicated``: each device holds the teacher. ``sharded``: the devices hold a part of it
-            each (FSDP2), for a teacher that does not fit in one device's memory.
-        shard_size: Size of a cache file; an interruption loses at most the unfinished file.
-        resume: Continue the cache in ``out_dir``. All other settings must be the same.
-        seed: Seed of the random draws and of the data order.
     """
-    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    contents = check(Namespace(**locals()))
-    check_writable(out_dir)
-    teacher, length = check_checkpoint(checkpoint_dir), contents.max_seq_length
-    with lock_dir_for_all(out_dir):
-        index = _begin(out_dir, contents, resume)
-        fabric = launch(n_devices(devices))
-        L.seed_everything(seed, verbose=False)
-        connect(data, checkpoint_dir, train.micro_batch_size, length)
-        whole = whole_pass(train_loader(data))
-        on_rank_zero(lambda: _check_pass(whole, max_tokens, type(data).__name__))
-        begin = partial(_write_index, out_dir, index, checkpoint_dir, teacher)
-        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(contents.precision, torch.float32)
-        is_sharded = teacher_placement == "sharded"
-        live = LiveTeacher(checkpoint_dir, length, dtype, fabric.device, is_sharded)
-        index = write_cache(out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
-        if shutdown():
-            print(summary(out_dir, index))
 
+    checkpoint_dir: Path
+    """The teacher's checkpoint directory."""
+    data: DataModule | None = None
+    """The students' training data: the training split of any litgpt data module, or
+    ``--data HFText --data.path PATH``."""
+    out_dir: Path = Path("out/teacher_cache")
+    """Directory of the cache."""
+    codec: str | dict[str, dict[str, Any]] = "sampled"
+    """Encoding of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or the name with settings:
+    ``sampled``, 12 random draws, unbiased (``{sampled: {draws: 12}}``); ``top_k``, the most likely tokens and the mass
+    of all others (``{top_k: {k: 64}}``); ``full``, all logits."""
+    temperature: float = DistillArgs.temperature  # type: ignore[assignment]
+    """Divisor of the logits before the softmax; the same as the students' ``distill.temperature``. The codec ``full``
+    serves any temperature."""
+    train: WindowArgs = field(default_factory=WindowArgs)
+    """Micro batch size and sequence length for the teacher."""
+    max_tokens: int | None = None
+    """Cache only the first tokens of training, up to this number; by default all."""
+    precision: Literal["bf16-true", "16-true", "32-true", None] = None
+    """The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere."""
+    devices: int | str = 1
+    """Devices that share the work: GPUs, or processes on a CPU's cores. The cache does not depend on their number."""
+    teacher_placement: Literal["replicated", "sharded"] = "replicated"
+    """``replicated``: each device holds the teacher. ``sharded``: the devices hold a part of it each (FSDP2), for a
+    teacher that does not fit in one device's memory."""
+    shard_size: str = "64MB"
+    """Size of a cache file; an interruption loses at most the unfinished file."""
+    resume: bool = False
+    """Continue the cache in ``out_dir``. All other settings must be the same."""
+    seed: int = 42
+    """Seed of the random draws and of the data order."""
 
-def check(args: Namespace) -> Contents:
-    """Run the checks that take no time; `litgpt whittle` runs them before its first stage.
+    def __post_init__(self) -> None:
+        self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), init_out_dir(self.out_dir)
 
-    Args:
-        args: The command's arguments, by name.
+    def validate(self) -> None:
+        if self.data is None:
+            raise UserError("data must be chosen; for example --data HFText --data.path PATH")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(
+                f"temperature must be above 0, got {self.temperature}; {DistillArgs.temperature} is distill's"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}; leave it out for all")
+        check_seed(self.seed)
+        teacher = check_checkpoint(self.checkpoint_dir)
+        if self.length > teacher.block_size:
+            raise UserError(
+                f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got "
+                f"{self.length}; lower it"
+            )
+        if n_devices(self.devices) == 1 and self.teacher_placement == "sharded":
+            raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
+        assert self.contents  # raises for an invalid codec, and for damaged weights before the data is read
+        check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
 
-    Returns:
-        Settings that determine the cache's contents.
+    @property
+    def length(self) -> int:
+        """Tokens per sample."""
+        return self.train.max_seq_length or check_checkpoint(self.checkpoint_dir).block_size
 
-    Raises:
-        UserError: For the first invalid setting.
-    """
-    _check_numbers(args.data, args.temperature, args.max_tokens, args.seed)
-    teacher, length = check_checkpoint(args.checkpoint_dir), args.train.max_seq_length
-    if (length := length or teacher.block_size) > teacher.block_size:
-        raise UserError(
-            f"train.max_seq_length must be at most the teacher's block_size {teacher.block_size}, got {length}; "
-            "lower it"
+    @property
+    def contents(self) -> Contents:
+        """Settings that determine the cache's contents.
+
+        Raises:
+            UserError: If the codec is unknown or does not accept a setting, or the teacher's weights are damaged.
+        """
+        teacher = check_checkpoint(self.checkpoint_dir)
+        gives = make_codec(self.codec, teacher.padded_vocab_size, self.temperature).gives
+        read_weights(self.checkpoint_dir)
+        return Contents(
+            teacher=teacher.name,
+            weights=weights_fingerprint(self.checkpoint_dir),
+            vocab_size=teacher.padded_vocab_size,
+            codec=with_settings(self.codec),
+            temperature=None if gives == "logits" else float(self.temperature),
+            seed=self.seed,
+            precision=self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true"),
+            max_seq_length=self.length,
+            max_tokens=self.max_tokens,
+            micro_batch_size=self.train.micro_batch_size,
+            shard_bytes=int(parse_amount(self.shard_size, "bytes")),
+            data=_described(cast(DataModule, self.data)),
         )
-    if n_devices(args.devices) == 1 and args.teacher_placement == "sharded":
-        raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
-    gives = make_codec(args.codec, teacher.padded_vocab_size, args.temperature).gives
-    read_weights(args.checkpoint_dir)  # damaged weights fail before the data is read
-    check_data(args.data, args.checkpoint_dir, teacher.padded_vocab_size)
-    return Contents(
-        teacher=teacher.name,
-        weights=weights_fingerprint(args.checkpoint_dir),
-        vocab_size=teacher.padded_vocab_size,
-        codec=with_settings(args.codec),
-        temperature=None if gives == "logits" else float(args.temperature),
-        seed=args.seed,
-        precision=args.precision or ("bf16-true" if torch.cuda.is_available() else "32-true"),
-        max_seq_length=length,
-        max_tokens=args.max_tokens,
-        micro_batch_size=args.train.micro_batch_size,
-        shard_bytes=int(parse_amount(args.shard_size, "bytes")),
-        data=_described(args.data),
-    )
+
+    def run(self) -> Path | None:
+        """Cache the teacher.
+
+        Returns:
+            The cache's folder; None on all processes but the first.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+        self.validate()
+        check_writable(self.out_dir)
+        assert self.data is not None, "validate has checked it"
+        contents, teacher = self.contents, check_checkpoint(self.checkpoint_dir)
+        with lock_dir_for_all(self.out_dir):
+            index = _begin(self.out_dir, contents, self.resume)
+            fabric = launch(n_devices(self.devices))
+            L.seed_everything(self.seed, verbose=False)
+            connect(self.data, self.checkpoint_dir, self.train.micro_batch_size, self.length)
+            whole = whole_pass(train_loader(self.data))
+            on_rank_zero(lambda: _check_pass(whole, self.max_tokens, type(self.data).__name__))
+            begin = partial(_write_index, self.out_dir, index, self.checkpoint_dir, teacher)
+            dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(contents.precision, torch.float32)
+            is_sharded = self.teacher_placement == "sharded"
+            live = LiveTeacher(self.checkpoint_dir, self.length, dtype, fabric.device, is_sharded)
+            index = write_cache(self.out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
+            if not shutdown():
+                return None
+            print(summary(self.out_dir, index))
+            return self.out_dir
 
 
-def _check_numbers(data: DataModule | None, temperature: float, max_tokens: int | None, seed: int) -> None:
-    if data is None:
-        raise UserError("data must be chosen; for example --data HFText --data.path PATH")
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature must be above 0, got {temperature}; {DistillArgs.temperature} is distill's")
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens must be at least 1, got {max_tokens}; leave it out for all")
-    check_seed(seed)
+setup = as_command(CacheTeacherConfig)
 
 
 def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
@@ -199,10 +218,7 @@ def _begin(out_dir: Path, contents: Contents, resume: bool) -> Index:
             f"{str(out_dir)!r} holds a cache already; continue it with --resume true or choose another out_dir"
         )
     index = Index.read(out_dir)
-    if differ := differences(index.contents, contents):
-        raise UserError(
-            f"a resumed cache must keep its settings: {', '.join(differ)}; change back or choose another out_dir"
-        )
+    check_unchanged("a resumed cache", asdict(index.contents), asdict(contents), "choose another out_dir")
     return index
 
 

@@ -3,404 +3,404 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
-from litgpt.args import EvalArgs, LogArgs
-from litgpt.config import Config, name_to_config
-from litgpt.data import DataModule
+from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.types import LoggerChoice
-from litgpt.utils import (
-    get_default_supported_precision,
-    init_out_dir,
-    num_parameters,
-)
+from litgpt.utils import num_parameters
 
-import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.batches import BatchArgs, check_seed
-from litgpt_whittle.checkpoint import check_checkpoint, read_weights
-from litgpt_whittle.commands import extract
+from litgpt_whittle.batches import BatchArgs
+from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
+from litgpt_whittle.command_config import as_command
+from litgpt_whittle.commands.extract import ExtractConfig
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.args import DistillArgs
-from litgpt_whittle.distillation.cache import Cache
+from litgpt_whittle.distillation.cache import INDEX, Cache
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_writable
+from litgpt_whittle.files import file_fingerprint
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import is_first_started, lock_dir_for_all, own_device, release_memory
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.settings import describe
+from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied, tie
-from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import (
-    check_arguments,
     check_cache,
     check_cache_reaches,
-    check_devices,
     check_hidden,
-    check_logger,
     check_pair,
     check_tokenizers,
     check_vocabularies,
     default_data,
-    make_logger,
-    read_optimizer,
-    run_settings,
     warn_of_small_teacher,
 )
-from litgpt_whittle.training.compiler import check_compiler
+from litgpt_whittle.training.compiler import check_compiler, uncompiled
+from litgpt_whittle.training.config import TrainingConfig, list_models
 from litgpt_whittle.training.loop import fit, load_data
-from litgpt_whittle.training.memory_plan import Step, show_plan, teacher_dtype
+from litgpt_whittle.training.memory_plan import choose_placement, show_plan, teacher_dtype
 from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
     Saver,
+    TrainingInputs,
     begin,
     build_model,
     checkpoint_dir_of,
     count_flops,
     launch_training,
 )
-from litgpt_whittle.training.resume import (
-    find_resume,
-    state_to_resume,
-)
-from litgpt_whittle.training.run import Job, Schedule, n_iters
-from litgpt_whittle.training.teacher import (
-    CachedTeacher,
-    LiveTeacher,
-    Teacher,
-)
+from litgpt_whittle.training.resume import find_resume, state_to_resume
+from litgpt_whittle.training.run import Backward, Job, Run, Schedule
+from litgpt_whittle.training.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.windows import vectorize_windows
 
 
-def setup(
-    model_name: str | None = None,
-    model_config: Config | None = None,
-    out_dir: Path = Path("out/distill"),
-    precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None,
-    initial_checkpoint_dir: Path | None = None,
-    resume: bool | Literal["auto"] | Path = False,
-    data: DataModule | None = None,
-    train: TrainArgs = TrainArgs(
-        save_interval=1000,
-        log_interval=1,
-        global_batch_size=512,
-        micro_batch_size=4,
-        max_tokens=int(3e12),
-        max_norm=1.0,
-        min_lr=4e-5,
-        lr_warmup_steps=2000,
-    ),
-    eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),
-    log: LogArgs = LogArgs(),
-    optimizer: str | dict = "AdamW",
-    devices: int | str = "auto",
-    num_nodes: int = 1,
-    tokenizer_dir: Path | None = None,
-    logger_name: LoggerChoice = "tensorboard",
-    seed: int = 42,
-    teacher_checkpoint_dir: Path | None = None,
-    teacher_cache: Path | None = None,
-    sub_network: Path | None = None,
-    repair: bool | RepairArgs = False,
-    random_weights: bool = False,
-    distill: DistillArgs = DistillArgs(),
-    compile: bool = True,
-    strategy: Literal["auto", "fsdp", "ddp"] = "auto",
-    teacher_placement: Literal["auto", "replicated", "sharded"] = "auto",
-    teacher_quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", None] = None,
-    activation_checkpointing: bool = False,
-    checkpoint_type: Literal["full", "sharded"] = "full",
-    dry_run: bool = False,
-):
+@dataclass
+class DistillConfig(TrainingConfig):
     """Pretrain a student with its teacher's help.
 
     The student is an extracted checkpoint (``initial_checkpoint_dir``), a sub-network cut from the teacher now
     (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
-
-    Arguments:
-        model_name: A litgpt model to start from random weights, where no student is given. Use "list" to list them.
-        model_config: A ``litgpt.Config`` to start from random weights. Overrides ``model_name``.
-        out_dir: Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``.
-        precision: The precision to train in; if it is a bf16 one, the teacher runs in bf16. Determines a compatible
-            precision setting by default.
-        initial_checkpoint_dir: The student's litgpt checkpoint directory, such as ``litgpt extract`` writes.
-        resume: Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in
-            ``out_dir``, or ``'auto'`` to resume only if there is one. All settings must be those of the run.
-        data: Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``.
-        train: Training-related arguments. Training ends when the first of ``max_tokens``, ``max_steps`` and
-            ``max_time`` is reached.
-        eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details.
-        log: Arguments for the logger. See ``litgpt.args.LogArgs`` for details.
-        optimizer: An optimizer name (such as "AdamW") or config.
-        devices: How many devices to use.
-        num_nodes: How many nodes the code is being run on.
-        tokenizer_dir: Tokenizer for the data module, copied into the checkpoints. By default the student's or the
-            teacher's.
-        logger_name: The name of the logger to send metrics to.
-        seed: The random seed to use for reproducibility.
-        teacher_checkpoint_dir: The teacher's litgpt checkpoint directory. Needed unless there is a ``teacher_cache``
-            or ``distill.beta`` is 0.
-        teacher_cache: Directory that ``litgpt cache_teacher`` wrote for this teacher and the same data. The teacher is
-            then not run, except for one validation if ``teacher_checkpoint_dir`` is given too.
-        sub_network: A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with.
-        repair: Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
-            settings.
-        random_weights: Use only the student's architecture and start from random weights, as a baseline.
-        distill: Losses, weights and temperature of the distillation.
-        compile: If true, compile the student, and the teacher unless it is sharded or quantized. Without it, training
-            starts about a minute earlier, which can pay off for small models.
-        strategy: Distribution of the student over several devices: ``fsdp`` shards its weights (FSDP2) and is the
-            default; ``ddp`` replicates them, which is faster for small models.
-        teacher_placement: Distribution of the teacher over several devices: replicated, sharded, or chosen by an
-            estimate of the memory that training needs; training does not start if the estimate fails.
-        teacher_quantize: Quantize the teacher's blocks, as ``litgpt generate --quantize`` does.
-        activation_checkpointing: If true, recompute activations in the backward pass: slower, with less memory.
-        checkpoint_type: Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first
-            process gathers all weights and the optimizer state, or ``sharded``, one part per process. The final
-            checkpoint is full.
-        dry_run: If true, check all settings, print the memory that training needs, and stop.
     """
-    if model_name == "list":
-        print("Available values:\n" + "\n".join(sorted(name_to_config)))
-        return
-    optimizer = read_optimizer(optimizer)
-    arguments = {name: describe(value) for name, value in locals().items()}
-    out_dir = init_out_dir(out_dir)
-    check_arguments(train, eval, initial_checkpoint_dir, sub_network, resume)
-    check_seed(seed)
-    check_writable(out_dir)
-    check_logger(logger_name)
-    objectives = distill.objectives()
-    devices = check_devices(devices, num_nodes, train)
-    device = own_device()
-    if compile:
-        check_compiler(device)
-    check_quantize(teacher_quantize, teacher_placement)
-    _check_repair(repair, sub_network, random_weights, devices * num_nodes)
-    teacher_dir = checkpoint_dir_of(teacher_checkpoint_dir)
-    teacher_config = None if teacher_dir is None else check_checkpoint(teacher_dir)
-    if teacher_dir is None and teacher_cache is None and distill.uses_teacher:
-        raise UserError(
-            f"distill.beta = {distill.beta} needs a teacher; set --teacher_checkpoint_dir or --teacher_cache, or "
-            "--distill.beta 0 to train without one"
-        )
-    cache = Cache(teacher_cache) if teacher_cache is not None and distill.uses_teacher else None
-    with nullcontext() if dry_run else lock_dir_for_all(out_dir):
-        resume_dir = find_resume(resume, out_dir)
-        student_dir = checkpoint_dir_of(resume_dir or initial_checkpoint_dir)
-        student = ModelSource.choose(student_dir, sub_network, teacher_dir, model_name, model_config)
-        if random_weights and resume_dir is None:
-            student = student.with_random_weights()
-        student = student.with_tie(train.tie_embeddings)
-        used_dir, used_teacher = (teacher_dir, teacher_config) if distill.uses_teacher else (None, None)
-        if cache is not None:
-            used_teacher = cache.teacher_config
-        speaking_dir = used_dir if cache is None else cache.folder
-        asked_dir = checkpoint_dir_of(tokenizer_dir)
-        tokenizer_dir = check_tokenizers(asked_dir, student_dir, speaking_dir)
-        check_vocabularies(student.config, used_teacher, asked_dir or student_dir, speaking_dir)
-        seq_length = check_pair(student.config, used_teacher, train.max_seq_length)
-        if used_teacher is not None:
-            teacher_tied = used_dir is not None and is_tied(read_weights(used_dir))
-            warn_of_small_teacher(student.n_params, n_params(used_teacher, SubNet.full(used_teacher), teacher_tied))
-        if cache is not None:
-            where = f"cache {str(cache.folder)!r}"
-            check_cache(cache.contents, where, objectives(0.0).terms, distill, seq_length, used_dir)
-        origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-        n_samples = n_iters(train, seq_length, devices, num_nodes) * train.micro_batch_size * devices * num_nodes
-        if cache is not None:
-            check_cache_reaches(cache, n_samples * seq_length)
-        data = default_data() if data is None else data
-        configs = [config for config in (student.config, used_teacher) if config is not None]
-        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
-        precision = precision or get_default_supported_precision(training=True)
-        settings = run_settings(arguments, student.config, used_dir, precision, None if cache is None else cache.folder)
-        state = state_to_resume(resume_dir, settings)
-        if repair and resume_dir is None and not dry_run:
-            assert teacher_dir is not None and sub_network is not None  # else there is nothing to repair
-            start, seen = out_dir / "start", BatchArgs(train.micro_batch_size, seq_length)
-            key = extract.key_of(teacher_dir, sub_network, None, repair, data, seen, seed)
-            if not (resume and extract.is_finished(start, key)):
-                module = copy.deepcopy(data)  # training connects its own copy
-                extract.setup(teacher_dir, sub_network, start, None, start.exists(), repair, module, seen, seed=seed)
-                release_memory()  # the plan looks how much is free
-            student = ModelSource.choose(start, None, None, None, None).with_tie(train.tie_embeddings)
-            origin = check_hidden(distill.hidden, student.config.n_layer, student.sub_network, teacher_config)
-        is_live = used_dir is not None and cache is None
 
-        def make_teacher() -> GPT:
-            model = vectorize_windows(GPT(teacher_config))
-            return tie(model) if teacher_tied else model
+    # the teacher's weights, or its cache's index, are compared instead of their folders
+    FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {
+        *("teacher_checkpoint_dir", "teacher_cache", "compile", "teacher_placement"),
+    }
+
+    model_name: str | None = None
+    """A litgpt model to start from random weights, where no student is given. Use "list" to list them."""
+    out_dir: Path = Path("out/distill")
+    """Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``."""
+    precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None
+    """The precision to train in; if it is a bf16 one, the teacher runs in bf16. Determines a compatible precision
+    setting by default."""
+    initial_checkpoint_dir: Path | None = None
+    """The student's litgpt checkpoint directory, such as ``litgpt extract`` writes."""
+    tokenizer_dir: Path | None = None
+    """Tokenizer for the data module, copied into the checkpoints. By default the student's or the teacher's."""
+    teacher_checkpoint_dir: Path | None = None
+    """The teacher's litgpt checkpoint directory. Needed unless there is a ``teacher_cache`` or ``distill.beta`` is
+    0."""
+    teacher_cache: Path | None = None
+    """Directory that ``litgpt cache_teacher`` wrote for this teacher and the same data. The teacher is then not run,
+    except for one validation if ``teacher_checkpoint_dir`` is given too."""
+    sub_network: Path | None = None
+    """A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with."""
+    repair: bool | RepairArgs = False
+    """Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
+    settings."""
+    random_weights: bool = False
+    """Use only the student's architecture and start from random weights, as a baseline."""
+    distill: DistillArgs = field(default_factory=DistillArgs)
+    """Losses, weights and temperature of the distillation."""
+    compile: bool = True
+    """If true, compile the student, and the teacher unless it is sharded or quantized. Without it, training starts
+    about a minute earlier, which can pay off for small models."""
+    teacher_placement: Literal["auto", "replicated", "sharded"] = "auto"
+    """Distribution of the teacher over several devices: replicated, sharded, or chosen by an estimate of the memory
+    that training needs; training does not start if the estimate fails."""
+    teacher_quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", None] = None
+    """Quantize the teacher's blocks, as ``litgpt generate --quantize`` does."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.initial_checkpoint_dir is not None and self.sub_network is not None:
+            raise UserError("initial_checkpoint_dir and sub_network both name the student; set only one")
+        self.distill.objectives()
+        if self.compile:
+            check_compiler(own_device())
+        check_quantize(self.teacher_quantize, self.teacher_placement)
+        self._check_repair()
+        if self.teacher_dir is not None:
+            check_checkpoint(self.teacher_dir)
+        elif self.teacher_cache is None and self.distill.uses_teacher:
+            raise UserError(
+                f"distill.beta = {self.distill.beta} needs a teacher; set --teacher_checkpoint_dir or --teacher_cache, "
+                "or --distill.beta 0 to train without one"
+            )
+
+    def _check_repair(self) -> None:
+        if self.repair and self.random_weights:
+            raise UserError("random_weights leaves nothing to repair; leave --repair or --random_weights out")
+        if self.repair and self.sub_network is None:
+            raise UserError("repair needs a sub-network to repair; set --sub_network, or remove --repair")
+        if self.repair and self.world_size > 1:
+            raise UserError(
+                f"repair needs one device here, got {self.world_size}; run 'litgpt extract --repair true --devices "
+                f"{self.world_size}' first and give its student as --initial_checkpoint_dir"
+            )
+
+    @property
+    def teacher_dir(self) -> Path | None:
+        """The teacher's checkpoint directory, given by its path or its name under `checkpoints/`."""
+        return checkpoint_dir_of(self.teacher_checkpoint_dir)
+
+    def run(self) -> TrainingResult | None:
+        """Train the student.
+
+        Returns:
+            The folder of the run; None after a dry run.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+        if self.model_name == "list":
+            list_models()
+            return None
+        self.validate()
+        with nullcontext() if self.dry_run else lock_dir_for_all(self.out_dir):
+            resume_dir = find_resume(self.resume, self.out_dir)
+            teacher = TeacherSource.of(self)
+            inputs = self._inputs(teacher, resume_dir)
+            is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local, self.dry_run)
+            if self.dry_run:
+                return None
+            fabric = launch_training(self, inputs, f"distill-{inputs.source.config.name}")
+            run = build_run(fabric, self, inputs, teacher, is_sharded=fabric.broadcast(is_sharded))
+            fit(run, self.train, self.eval)
+        return TrainingResult(self.out_dir)
+
+    def memory_plan(self) -> str:
+        """Run all checks, and return a text on the memory that training needs.
+
+        Raises:
+            UserError: For the first invalid argument.
+            NoPlan: If the memory cannot be planned.
+        """
+        self.validate()
+        inputs = replace(self, dry_run=True)._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir))
+        return choose_placement(inputs.step, self._placement, self.n_local, is_final=True)[1]
+
+    @property
+    def _placement(self) -> str:
+        return "replicated" if self.teacher_quantize else self.teacher_placement
+
+    def _inputs(self, teacher: TeacherSource, resume_dir: Path | None) -> TrainingInputs:
+        """Check student, teacher and data against each other; repair the student's cut if asked to."""
+        student_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
+        student = self._student(student_dir, resume_dir)
+        asked_dir = checkpoint_dir_of(self.tokenizer_dir)
+        tokenizer_dir = check_tokenizers(asked_dir, student_dir, teacher.tokenizer_dir)
+        check_vocabularies(student.config, teacher.config, asked_dir or student_dir, teacher.tokenizer_dir)
+        seq_length = check_pair(student.config, teacher.config, self.train.max_seq_length)
+        if teacher.config is not None:
+            whole = SubNet.full(teacher.config)
+            warn_of_small_teacher(student.n_params, n_params(teacher.config, whole, teacher.is_tied))
+        n_tokens = self.n_tokens(seq_length)
+        if teacher.cache is not None:
+            self._check_cache(teacher.cache, seq_length, n_tokens)
+        origin = self._origin(student)
+        data = default_data() if self.data is None else self.data
+        configs = [config for config in (student.config, teacher.config) if config is not None]
+        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
+        settings = self.run_settings(student.config) | teacher.settings
+        state = state_to_resume(resume_dir, settings)
+        if self.repair and resume_dir is None and not self.dry_run:
+            student = self._repaired_student(seq_length)
+            origin = self._origin(student)
 
         def make_hidden(model: GPT) -> HiddenLoss:
-            return HiddenLoss(model, teacher_config, distill.hidden, origin, student.basis)
+            return HiddenLoss(model, teacher.config, self.distill.hidden, origin, student.basis)
 
-        step = Step.of(
-            train,
-            student.build,
-            optimizer,
-            precision,
-            device,
-            devices * num_nodes,
-            strategy,
+        step = self.step(
+            student,
             seq_length,
-            objectives(0.0),
-            activation_checkpointing=activation_checkpointing,
-            tie_embeddings=student.is_tied,
-            build_teacher=make_teacher if is_live else None,
-            quantized_bytes=saved_bytes(teacher_config, teacher_quantize, teacher_dtype(precision)) if is_live else 0,
-            build_hidden=make_hidden if distill.hidden.is_used else None,
+            self.distill.objectives()(0.0),
+            build_teacher=teacher.build if teacher.is_live else None,
+            quantized_bytes=teacher.saved_bytes(self.teacher_quantize, self.used_precision),
+            build_hidden=make_hidden if self.distill.hidden.is_used else None,
         )
-        placement = "replicated" if teacher_quantize else teacher_placement
-        is_sharded = show_plan(step, placement, devices, dry_run) if is_first_started() else False
-        if dry_run:
-            return
-        logger = make_logger(logger_name, out_dir, f"distill-{student.config.name}", bool(resume_dir), train, log)
-        fabric = launch_training(devices, num_nodes, precision, strategy, logger, arguments)
-        main(
-            fabric=fabric,
-            devices=devices,
-            num_nodes=num_nodes,
-            seed=seed,
-            student=student,
-            teacher_dir=used_dir,
-            cache=cache,
-            data=data,
-            out_dir=out_dir,
-            tokenizer_dir=tokenizer_dir,
-            train=train,
-            eval=eval,
-            make_optimizer=step.build_optimizer,
-            make_hidden=step.build_hidden,
-            distill=distill,
-            compile=compile,
-            teacher_is_sharded=fabric.broadcast(is_sharded),
-            teacher_quantize=teacher_quantize,
-            activation_checkpointing=activation_checkpointing,
-            checkpoint_type=checkpoint_type,
-            seq_length=seq_length,
-            arguments=arguments,
-            settings=settings,
-            state=state,
+        return TrainingInputs(student, tokenizer_dir, data, self.arguments(), step, settings, state)
+
+    def _student(self, student_dir: Path | None, resume_dir: Path | None) -> ModelSource:
+        student = ModelSource.choose(
+            student_dir, self.sub_network, self.teacher_dir, self.model_name, self.model_config
         )
+        if self.random_weights and resume_dir is None:
+            student = student.with_random_weights()
+        return student.with_tie(self.train.tie_embeddings)
 
+    def _check_cache(self, cache: Cache, seq_length: int, n_tokens: int) -> None:
+        where, teacher_dir = f"cache {str(cache.folder)!r}", self.teacher_dir
+        check_cache(cache.contents, where, self.distill.objectives()(0.0).terms, self.distill, seq_length, teacher_dir)
+        check_cache_reaches(cache, n_tokens)
 
-def _check_repair(repair: bool | RepairArgs, sub_network: Path | None, random_weights: bool, n: int) -> None:
-    if repair and random_weights:
-        raise UserError("random_weights leaves nothing to repair; leave --repair or --random_weights out")
-    if repair and sub_network is None:
-        raise UserError("repair needs a sub-network to repair; set --sub_network, or remove --repair")
-    if repair and n > 1:
-        raise UserError(
-            f"repair needs one device here, got {n}; run 'litgpt extract --repair true --devices {n}' first and give "
-            "its student as --initial_checkpoint_dir"
+    def _origin(self, student: ModelSource) -> SubNet | None:
+        config = None if self.teacher_dir is None else check_checkpoint(self.teacher_dir)
+        return check_hidden(self.distill.hidden, student.config.n_layer, student.sub_network, config)
+
+    def _repaired_student(self, seq_length: int) -> ModelSource:
+        """Return the source of the repaired cut in `out_dir/start`; an interrupted run's repair is used again."""
+        assert self.teacher_dir is not None and self.sub_network is not None  # else there is nothing to repair
+        seen, folder = BatchArgs(self.train.micro_batch_size, seq_length), self.out_dir / "start"
+        cut = ExtractConfig(
+            self.teacher_dir, self.sub_network, folder, repair=self.repair, data=self.data, train=seen, seed=self.seed
         )
+        if not (self.resume and cut.is_finished()):
+            # training connects its own copy of the data
+            replace(cut, overwrite=folder.exists(), data=copy.deepcopy(self.data)).run()
+            release_memory()  # the plan looks how much is free
+        return ModelSource.choose(folder, None, None, None, None).with_tie(self.train.tie_embeddings)
 
 
-def main(
-    fabric: L.Fabric,
-    devices: int,
-    num_nodes: int,
-    seed: int,
-    student: ModelSource,
-    teacher_dir: Path | None,
-    cache: Cache | None,
-    data: DataModule,
-    out_dir: Path,
-    tokenizer_dir: Path | None,
-    train: TrainArgs,
-    eval: EvalArgs,
-    make_optimizer: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
-    make_hidden: Callable[[GPT], HiddenLoss] | None,
-    distill: DistillArgs,
-    compile: bool,
-    teacher_is_sharded: bool,
-    teacher_quantize: str | None,
-    activation_checkpointing: bool,
-    checkpoint_type: str,
-    seq_length: int,
-    arguments: dict[str, Any],
-    settings: dict[str, Any],
-    state: dict[str, Any] | None,
-) -> None:
-    """Build student, teacher and data, in litgpt's order, and train."""
-    fabric.seed_everything(seed)
-    model = build_model(fabric, student, seq_length, activation_checkpointing)
+setup = as_command(DistillConfig)
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Source of the teacher's outputs: its checkpoint, a cache, both, or neither if the losses need no teacher."""
+
+    folder: Path | None
+    """The teacher's checkpoint directory"""
+    cache: Cache | None
+    config: Config | None
+    is_tied: bool
+    """True if the LM head of the teacher in `folder` is its embedding"""
+
+    @classmethod
+    def of(cls, config: DistillConfig) -> TeacherSource:
+        """Return the source for a command's arguments."""
+        if not config.distill.uses_teacher:
+            return cls(None, None, None, False)
+        folder = config.teacher_dir
+        cache = None if config.teacher_cache is None else Cache(config.teacher_cache)
+        tied = folder is not None and is_tied(read_weights(folder))
+        own = None if folder is None else check_checkpoint(folder)
+        return cls(folder, cache, own if cache is None else cache.teacher_config, tied)
+
+    @property
+    def is_live(self) -> bool:
+        """True if the teacher runs on every batch."""
+        return self.folder is not None and self.cache is None
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Directory of the teacher's tokenizer."""
+        return self.folder if self.cache is None else self.cache.folder
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Fingerprints that must not change when the run is resumed."""
+        if self.cache is not None:
+            # its checksums identify the content
+            return {"teacher_cache's index": file_fingerprint(self.cache.folder / INDEX)}
+        if self.folder is not None:
+            return {"teacher_checkpoint_dir's weights": weights_fingerprint(self.folder)}
+        return {}
+
+    def build(self) -> GPT:
+        """Return the model, with arbitrary weights."""
+        model = vectorize_windows(GPT(self.config))
+        return tie(model) if self.is_tied else model
+
+    def saved_bytes(self, mode: str | None, precision: str) -> int:
+        """Return the memory that quantization saves in a teacher that runs."""
+        return saved_bytes(self.config, mode, teacher_dtype(precision)) if self.is_live else 0
+
+
+def build_run(
+    fabric: L.Fabric, config: DistillConfig, inputs: TrainingInputs, teacher: TeacherSource, is_sharded: bool
+) -> Run:
+    """Build student, teacher and data, in litgpt's order, and return the run, new or resumed.
+
+    Args:
+        fabric: The Fabric.
+        config: The command's arguments.
+        inputs: The run's inputs.
+        teacher: Source of the teacher's outputs.
+        is_sharded: If true, shard the teacher over the devices.
+    """
+    train, step = config.train, inputs.step
+    fabric.seed_everything(config.seed)
+    model = build_model(fabric, inputs.source, step.seq_length, config.activation_checkpointing)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
-    hidden = None if make_hidden is None else make_hidden(model).to(fabric.device)
+    hidden = None if step.build_hidden is None else step.build_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
-    losses_of.compiles_scores = compile and fabric.device.type == "cuda"  # a CPU gains little, and waits 25 s for it
-    root = fabric.setup(cast(LossModel, torch.compile(losses_of)) if compile else losses_of)
-    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(make_optimizer(root.parameters())))
-    train_loader, validation = load_data(
-        fabric, data, tokenizer_dir, train.micro_batch_size, seq_length, eval.max_iters
+    # a CPU gains little, and waits 25 s for it
+    losses_of.compiles_scores = config.compile and fabric.device.type == "cuda"
+    root = fabric.setup(cast(LossModel, torch.compile(losses_of)) if config.compile else losses_of)
+    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(step.build_optimizer(root.parameters())))
+    loaders = load_data(
+        fabric, inputs.data, inputs.tokenizer_dir, train.micro_batch_size, step.seq_length, config.eval.max_iters
     )
-    schedule = Schedule.of(train, seq_length, optimizer.defaults["lr"], devices, num_nodes, train_loader)
-    dtype = teacher_dtype(fabric._precision.precision)
+    lr = optimizer.defaults["lr"]
+    schedule = Schedule.of(train, step.seq_length, lr, config.n_local, config.num_nodes, loaders[0])
     live = None
     # a cached teacher runs only for its validation, before training
-    if teacher_dir is not None and (cache is None or state is None):
-        live = LiveTeacher(teacher_dir, seq_length, dtype, fabric.device, teacher_is_sharded, teacher_quantize)
-    teacher = live if cache is None else CachedTeacher(cache, fabric.device)
+    if teacher.folder is not None and (teacher.cache is None or inputs.state is None):
+        dtype = teacher_dtype(fabric._precision.precision)
+        live = LiveTeacher(teacher.folder, step.seq_length, dtype, fabric.device, is_sharded, config.teacher_quantize)
     if hidden is not None:
         assert live is not None, "hidden states come from a live teacher"
         live.watch(hidden.pairs.values())
-    if compile and live is not None and cache is None:
-        live.compile(train.micro_batch_size, seq_length)
+    if config.compile and live is not None and teacher.is_live:
+        live.compile(train.micro_batch_size, step.seq_length)
 
-    save = Saver(fabric, model, student, tokenizer_dir, arguments, checkpoint_type)
-    job = make_job(root, losses_of, optimizer, teacher, live, distill.objectives(), save)
-    job.helper = hidden
-    frozen = [live.model.config] if live is not None and cache is None else []
-    job.flops_per_iter = count_flops(model, train.micro_batch_size, seq_length, frozen)
-    del live  # frees a cached teacher after its validation
-    run = begin(fabric, job, train_loader, validation, schedule, seq_length, out_dir, settings, state)
-    fit(run, train, eval)
+    outputs = live if teacher.cache is None else CachedTeacher(teacher.cache, fabric.device)
+    job = Job(
+        module=root,
+        optimizer=optimizer,
+        step=DistillStep(root, losses_of, outputs, config.distill.objectives()),
+        score=Score(root, torch.Size((train.micro_batch_size, step.seq_length)) if config.compile else None),
+        save=Saver(fabric, model, inputs, config.checkpoint_type),
+        look_up=outputs.look_up if isinstance(outputs, CachedTeacher) else None,
+        teacher_score=None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce,
+        helper=hidden,
+    )
+    frozen = [live.model.config] if live is not None and teacher.is_live else []
+    job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length, frozen)
+    return begin(fabric, job, loaders, schedule, inputs, config.out_dir)
 
 
-def make_job(
-    root: Any,
-    losses_of: LossModel,
-    optimizer: Any,
-    teacher: Teacher | None,
-    live: LiveTeacher | None,
-    objectives: Callable[[float], Objective],
-    save: Callable,
-) -> Job:
-    """Return the training loop's job: the steps for training and validation batches.
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy of the student on a validation batch."""
 
-    Args:
-        root: The module that Fabric set up.
-        losses_of: The loss model inside `root`.
-        optimizer: The optimizer of `root`.
-        teacher: Source of the teacher's outputs; None without one.
-        live: The teacher to validate, if any.
-        objectives: The objective for a given fraction of training done.
-        save: Writes a checkpoint.
-    """
+    root: Any
+    """The module that Fabric set up"""
+    compiled_shape: torch.Size | None
+    """Shape of the training batches of a compiled student. Batches of other shapes, such as the last one of a
+    validation, run uncompiled, because each shape would be compiled separately"""
 
-    def step(input_ids, targets, backward, done):
-        losses_of.objective = objectives(done)
-        is_taught = losses_of.objective.beta or losses_of.hidden is not None
-        losses = root(input_ids, targets, teacher(input_ids) if is_taught else None)
+    def __call__(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of one batch, (B, T)."""
+        is_odd = self.compiled_shape is not None and input_ids.shape != self.compiled_shape
+        with uncompiled() if is_odd else nullcontext():
+            return self.root(input_ids, targets).ce
+
+
+@dataclass(frozen=True)
+class DistillStep:
+    """One micro-batch of distillation: teacher, student, losses and backward pass."""
+
+    root: Any
+    """The module that Fabric set up"""
+    losses_of: LossModel
+    """The loss model inside `root`"""
+    teacher: Teacher | None
+    objectives: Callable[[float], Objective]
+    """Objective for a given fraction of training done"""
+
+    def __call__(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, backward: Backward, done: float
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of one batch, (B, T), and return the losses by name."""
+        self.losses_of.objective = self.objectives(done)
+        teacher = None
+        if self.teacher is not None and (self.losses_of.objective.beta or self.losses_of.hidden is not None):
+            teacher = self.teacher(input_ids)
+        losses = self.root(input_ids, targets, teacher)
         backward(losses.loss)
-        if teacher is None:
+        if self.teacher is None:
             return {"loss": losses.loss}
         return {name: value for name, value in losses._asdict().items() if value is not None}
-
-    def score(input_ids, targets):
-        return root(input_ids, targets).ce
-
-    teacher_score = None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce
-    look_up = teacher.look_up if isinstance(teacher, CachedTeacher) else None
-    return Job(root, optimizer, step, score, save, look_up, teacher_score)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from jsonargparse import Namespace
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import BatchArgs, check_seed, held_out_windows, read_calibration, sequence_length
+from litgpt_whittle.batches import BatchArgs, held_out_windows, read_calibration, sequence_length
 from litgpt_whittle.calibration import Calibration, check_n_windows, n_held_out
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
@@ -24,6 +22,7 @@ from litgpt_whittle.checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
@@ -33,15 +32,16 @@ from litgpt_whittle.files import check_out_dir, check_space, readable_size
 from litgpt_whittle.hf.export import fit_heads
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import launch, locks_output, n_devices, rank, release_memory, shutdown
+from litgpt_whittle.manifest import digest
+from litgpt_whittle.processes import launch, lock_output, n_devices, rank, release_memory, shutdown
 from litgpt_whittle.registry import version
 from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
 from litgpt_whittle.repair.repaired import Repaired
 from litgpt_whittle.repair.sequential import SequentialRepair
-from litgpt_whittle.results import searched_perplexity
+from litgpt_whittle.results import Checkpoint, searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
-from litgpt_whittle.settings import describe
+from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 from litgpt_whittle.training.model_source import BASIS
@@ -50,119 +50,203 @@ NARROW = 1.5
 """Ratio of the divergences on validation and on calibration tokens from which a note asks for more or broader text"""
 
 
-@locks_output
-def setup(
-    checkpoint_dir: Path,
-    sub_network: Path,
-    out_dir: Path = Path("out/extract"),
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    overwrite: bool = False,
-    repair: bool | RepairArgs = False,
-    data: DataModule | None = None,
-    train: BatchArgs = BatchArgs(),
-    devices: int | str = 1,
-    seed: int = 42,
-) -> None:
-    """Cut a sub-network out of a checkpoint.
+@dataclass
+class ExtractConfig(CommandConfig):
+    """Cut a sub-network out of a checkpoint."""
 
-    Arguments:
-        checkpoint_dir: The teacher's checkpoint directory.
-        sub_network: YAML of the kept units, such as ``best.yaml`` of ``litgpt search``; or the folder of a search, to
-            extract the best sub-network of each bin.
-        out_dir: Directory of the student's checkpoint; for a search folder, each student goes to a folder in it.
-        dtype: Data type of the stored weights; by default the teacher's.
-        overwrite: Replace the checkpoint in ``out_dir``.
-        repair: Fit the remaining weights in closed form, so that they compensate for the removed units: ``true``, or
-            settings such as ``--repair.refine_passes 1``.
-        data: Calibration data of the repair: the training split of any litgpt data module, or
-            ``--data HFText --data.path PATH``.
-        train: Micro batch size and sequence length for the repair.
-        devices: Devices that share a repair's calibration tokens: GPUs, or processes on a CPU's cores.
-        seed: Seed of the data order.
-    """
-    checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
-    sub_network, out_dir = Path(sub_network), Path(out_dir)
-    if sub_network.is_dir():
-        check_checkpoint(checkpoint_dir)
-        students = {path: out_dir / path.stem for path in _best_of_search(sub_network, devices)}
-        finished = {
-            path
-            for path, folder in students.items()
-            if not overwrite and is_finished(folder, key_of(checkpoint_dir, path, dtype, repair, data, train, seed))
-        }
-        for path in students.keys() - finished:
-            check_out_dir(students[path], overwrite, (checkpoint_dir, path), WEIGHTS)
-        for path, folder in students.items():
-            if path in finished:
-                print(f"{folder} is finished already.")
+    # the teacher's weights and the sub-network are compared instead of their paths
+    FREE: ClassVar[frozenset[str]] = frozenset(("checkpoint_dir", "sub_network", "out_dir", "overwrite", "devices"))
+
+    checkpoint_dir: Path
+    """The teacher's checkpoint directory."""
+    sub_network: Path
+    """YAML of the kept units, such as ``best.yaml`` of ``litgpt search``; or the folder of a search, to extract the
+    best sub-network of each bin."""
+    out_dir: Path = Path("out/extract")
+    """Directory of the student's checkpoint; for a search folder, each student goes to a folder in it."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Data type of the stored weights; by default the teacher's."""
+    overwrite: bool = False
+    """Replace the checkpoint in ``out_dir``."""
+    repair: bool | RepairArgs = False
+    """Fit the remaining weights in closed form, so that they compensate for the removed units: ``true``, or settings
+    such as ``--repair.refine_passes 1``."""
+    data: DataModule | None = None
+    """Calibration data of the repair: the training split of any litgpt data module, or
+    ``--data HFText --data.path PATH``."""
+    train: BatchArgs = field(default_factory=BatchArgs)
+    """Micro batch size and sequence length for the repair."""
+    devices: int | str = 1
+    """Devices that share a repair's calibration tokens: GPUs, or processes on a CPU's cores."""
+    seed: int = 42
+    """Seed of the data order."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint_dir = extend_checkpoint_dir(Path(self.checkpoint_dir))
+        self.sub_network, self.out_dir = Path(self.sub_network), Path(self.out_dir)
+
+    def validate(self) -> None:
+        """Check all but the sub-network, which may still have to be found.
+
+        Raises:
+            UserError: For the first invalid argument.
+        """
+        check_seed(self.seed)
+        n = n_devices(self.devices)
+        if n > 1 and not self.repair:
+            raise UserError(
+                f"only a repair is shared by several devices, got devices = {n} without one; add --repair true"
+            )
+        teacher = check_checkpoint(self.checkpoint_dir)
+        if self.repair:
+            if self.data is None:
+                raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
+            check_n_windows(-(-(self.repair_args.tokens or LEAST_TOKENS) // self.length))
+            check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
+
+    @property
+    def repair_args(self) -> RepairArgs:
+        """Settings of the repair."""
+        return self.repair if isinstance(self.repair, RepairArgs) else RepairArgs()
+
+    @property
+    def length(self) -> int:
+        """Length of calibration samples."""
+        return sequence_length(check_checkpoint(self.checkpoint_dir), self.train.max_seq_length)
+
+    @property
+    def key(self) -> str:
+        """A fingerprint of all that determines the student: teacher weights, sub-network and settings."""
+        inputs = {"weights": weights_fingerprint(self.checkpoint_dir), "sub_network": self.sub_network.read_text()}
+        settings = self.determining_arguments()
+        if not self.repair:  # only a repair reads data
+            del settings["data"], settings["train"]
+        return digest(inputs | settings)
+
+    def is_finished(self) -> bool:
+        """Return whether `out_dir` already holds this student."""
+        path = self.out_dir / "sub_network.yaml"
+        return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == self.key
+
+    def run(self) -> Checkpoint | list[Checkpoint] | None:
+        """Extract the student, or the students of a search's folder.
+
+        Returns:
+            The student's checkpoint, or the list of them; None on all processes but the first.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+        with lock_output(self.out_dir):
+            return self._extract_all() if self.sub_network.is_dir() else self._extract()
+
+    def _extract_all(self) -> list[Checkpoint]:
+        check_checkpoint(self.checkpoint_dir)
+        paths = _best_of_search(self.sub_network)
+        if n_devices(self.devices) > 1:
+            raise UserError(
+                f"several students are cut out with one device, got devices = {self.devices}; use --devices 1"
+            )
+        students = [replace(self, sub_network=path, out_dir=self.out_dir / path.stem) for path in paths]
+        finished = [not self.overwrite and student.is_finished() for student in students]
+        for student, is_finished in zip(students, finished):
+            if not is_finished:
+                student.check_out_dir()
+        for student, is_finished in zip(students, finished):
+            if is_finished:
+                print(f"{student.out_dir} is finished already.")
             else:
-                setup(checkpoint_dir, path, folder, dtype, overwrite, repair, data, train, devices, seed)
+                student.run()
                 release_memory()  # the next repair looks how much is free
             print()
-        print(_students_table(students))
-        return
-    check_seed(seed)
-    teacher = check_checkpoint(checkpoint_dir)
-    subnet = SubNet.load(sub_network, teacher)
-    check_out_dir(out_dir, overwrite, (checkpoint_dir, sub_network), WEIGHTS)
-    key = key_of(checkpoint_dir, sub_network, dtype, repair, data, train, seed)
-    weights = read_weights(checkpoint_dir)
-    tied = is_tied(weights)
-    as_type = getattr(torch, dtype) if dtype else weights["lm_head.weight"].dtype
-    counts: dict[str, Any] = _counts(subnet, tied)
-    n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
-    check_space(out_dir, n_stored * as_type.itemsize, "the student")
+        folders = [student.out_dir for student in students]
+        print(_students_table(folders))
+        return [Checkpoint(folder) for folder in folders]
 
-    n = _check_devices(devices, repair)
-    repaired = scratch = None
-    if repair and subnet == SubNet.full(teacher):
-        print("The sub-network is the whole teacher, so there is nothing to repair.")
-    elif repair:
-        args = RepairArgs() if repair is True else repair
-        length, size = _check_calibration(args, data, train, checkpoint_dir), train.micro_batch_size
-        fabric = launch(n)
-        n_tokens = args.n_tokens(subnet.config)
-        fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
-        windows = read_calibration(data, checkpoint_dir, size, length, n_tokens, seed, "repair.tokens")
-        n_closed_form = -(-args.n_closed_form(subnet.config) // length)
-        held_out = held_out_windows(data, length, windows.shape[1], n_held_out(*windows.shape))
-        calibration = Calibration(windows, train.micro_batch_size, fabric.device, n_closed_form, held_out)
-        scratch = _open_scratch(checkpoint_dir, subnet, calibration.windows, args, out_dir)
+    def check_out_dir(self) -> None:
+        """Raise UserError if `out_dir` cannot be written, or would overwrite the inputs or another checkpoint."""
+        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir, self.sub_network), WEIGHTS)
+
+    def _extract(self) -> Checkpoint | None:
+        self.validate()
+        teacher = check_checkpoint(self.checkpoint_dir)
+        subnet = SubNet.load(self.sub_network, teacher)
+        self.check_out_dir()
+        weights = read_weights(self.checkpoint_dir)
+        stored, counts = self._stored_dtype(weights), _counts(subnet, is_tied(weights))
+        n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
+        check_space(self.out_dir, n_stored * stored.itemsize, "the student")
+        if self.repair and subnet != SubNet.full(teacher):
+            return self._repair(weights, subnet, counts)
+        if self.repair:
+            print("The sub-network is the whole teacher, so there is nothing to repair.")
+        student = extract_weights(weights, subnet, is_tied(weights))
+        if self.dtype:
+            _convert(student, stored)
+        return self._save(subnet, student, counts)
+
+    def _stored_dtype(self, weights: Weights) -> torch.dtype:
+        return getattr(torch, self.dtype) if self.dtype else weights["lm_head.weight"].dtype
+
+    def _repair(self, weights: Weights, subnet: SubNet, counts: dict[str, int]) -> Checkpoint | None:
+        args = self.repair_args
+        calibration, n_tokens = self._read_calibration(subnet)
+        scratch = _open_scratch(self.checkpoint_dir, subnet, calibration.windows, args, self.out_dir)
         try:
             repaired = SequentialRepair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
         except UserError:  # the same command could not resume from it
             scratch.remove()
             raise
         if not shutdown():
-            return  # every process has the whole student; the first one saves it
-        subnet, student = repaired.subnet, repaired.weights
-        counts |= {"repair": asdict(args) | {"basis": repaired.basis_name, "tokens": windows.numel(), "seed": seed}}
-    if repaired is None:
-        student = extract_weights(weights, subnet, tied)
-    if dtype or repaired:
-        _convert(student, as_type)
-    origin = (read_choice(sub_network).get("provenance") or {}) | {
-        "teacher": teacher.name,
-        "teacher_config": fingerprint(teacher),
-        "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "key": key,
-        **counts,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "litgpt_whittle": version(),
-    }
-    choice = subnet.to_dict() | {"provenance": origin}
-    extra = {BASIS: {"basis": repaired.basis}} if repaired else None
-    save_checkpoint(out_dir.resolve(), subnet, student, checkpoint_dir, choice, extra)
-    print(_summary(subnet, counts, sub_network, out_dir))
-    if why := _why_not_convertible(subnet):
-        print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot hand it to transformers: {why}")
-    if repaired:
-        plot_repair(repaired.layers, out_dir / "repair.png")
+            return None  # every process has the whole student; the first one saves it
+        described = asdict(args) | {"basis": repaired.basis_name, "tokens": n_tokens, "seed": self.seed}
+        _convert(repaired.weights, self._stored_dtype(weights))
+        saved = self._save(repaired.subnet, repaired.weights, counts | {"repair": described}, repaired.basis)
+        plot_repair(repaired.layers, self.out_dir / "repair.png")
         print(_repair_summary(repaired, calibration))
-        if scratch is not None:
-            scratch.remove()
-    if not has_tokenizer(out_dir):
-        print(f"Note: {checkpoint_dir} has no tokenizer, so neither has {out_dir}; `litgpt generate` needs one.")
+        scratch.remove()
+        return saved
+
+    def _read_calibration(self, subnet: SubNet) -> tuple[Calibration, int]:
+        """Start the processes, and return the calibration windows and their tokens, without held-out ones."""
+        assert self.data is not None, "validate has checked it"
+        args, length, size = self.repair_args, self.length, self.train.micro_batch_size
+        fabric = launch(n_devices(self.devices))
+        n_tokens = args.n_tokens(subnet.config)
+        fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
+        windows = read_calibration(self.data, self.checkpoint_dir, size, length, n_tokens, self.seed, "repair.tokens")
+        n_closed_form = -(-args.n_closed_form(subnet.config) // length)
+        held_out = held_out_windows(self.data, length, windows.shape[1], n_held_out(*windows.shape))
+        return Calibration(windows, size, fabric.device, n_closed_form, held_out), windows.numel()
+
+    def _save(
+        self, subnet: SubNet, student: Weights, counts: dict[str, Any], basis: torch.Tensor | None = None
+    ) -> Checkpoint:
+        """Write the student with its provenance, and print a summary."""
+        origin = (read_choice(self.sub_network).get("provenance") or {}) | {
+            "teacher": subnet.teacher.name,
+            "teacher_config": fingerprint(subnet.teacher),
+            "checkpoint_dir": str(self.checkpoint_dir.absolute()),
+            "key": self.key,
+            **counts,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "litgpt_whittle": version(),
+        }
+        choice = subnet.to_dict() | {"provenance": origin}
+        extra = None if basis is None else {BASIS: {"basis": basis}}
+        save_checkpoint(self.out_dir.resolve(), subnet, student, self.checkpoint_dir, choice, extra)
+        print(_summary(subnet, counts, self.sub_network, self.out_dir))
+        if why := _why_not_convertible(subnet):
+            print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot hand it to transformers: {why}")
+        if not has_tokenizer(self.out_dir):
+            print(
+                f"Note: {self.checkpoint_dir} has no tokenizer, so neither has {self.out_dir}; `litgpt generate` "
+                "needs one."
+            )
+        return Checkpoint(self.out_dir)
+
+
+setup = as_command(ExtractConfig)
 
 
 def _why_not_convertible(subnet: SubNet) -> str | None:
@@ -174,43 +258,20 @@ def _why_not_convertible(subnet: SubNet) -> str | None:
     return None
 
 
-def _best_of_search(folder: Path, devices: int | str) -> list[Path]:
+def _best_of_search(folder: Path) -> list[Path]:
     """Return the files of the best sub-networks in a search's folder."""
     found = sorted(path for path in folder.glob("best*.yaml") if not path.stem.endswith("-by-score"))
     if not found:
         raise UserError(
             f"{str(folder)!r} has no best*.yaml of a search; name a sub-network's YAML or a search's folder"
         )
-    if n_devices(devices) > 1:
-        raise UserError(f"several students are cut out with one device, got devices = {devices}; use --devices 1")
     return found
 
 
-def key_of(
-    checkpoint_dir: Path,
-    sub_network: Path,
-    dtype: str | None,
-    repair: bool | RepairArgs,
-    data: DataModule | None,
-    train: BatchArgs,
-    seed: int,
-) -> str:
-    """Return a fingerprint of all that determines a student: teacher weights, sub-network and settings."""
-    inputs = [weights_fingerprint(checkpoint_dir), sub_network.read_text(), dtype, repair, seed]
-    inputs += [describe(data), describe(train)] if repair else []  # only a repair reads data
-    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
-
-
-def is_finished(folder: Path, key: str) -> bool:
-    """Return whether a folder already holds the student with this key."""
-    path = folder / "sub_network.yaml"
-    return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == key
-
-
-def _students_table(students: Mapping[Path, Path]) -> str:
+def _students_table(folders: Sequence[Path]) -> str:
     """Return a table of a search's students, with the perplexities that the search measured."""
     lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
-    for folder in students.values():
+    for folder in folders:
         origin = read_choice(folder / "sub_network.yaml")["provenance"]
         searched = searched_perplexity(origin)
         measured = "not measured" if searched is None else f"{searched:.2f}"
@@ -227,39 +288,6 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
     if not subnet.is_uniform:
         counts["n_params_padded"] = n_params(subnet.config, SubNet.full(subnet.config), tied)
     return counts
-
-
-def check(args: Namespace) -> None:
-    """Run the checks that need no sub-network; `litgpt whittle` runs them before its first stage.
-
-    Args:
-        args: The command's arguments, by name.
-
-    Raises:
-        UserError: For the first invalid setting.
-    """
-    _check_devices(args.devices, args.repair)
-    if args.repair:
-        repair = RepairArgs() if args.repair is True else args.repair
-        _check_calibration(repair, args.data, args.train, args.checkpoint_dir)
-
-
-def _check_devices(devices: int | str, repair: bool | RepairArgs) -> int:
-    n = n_devices(devices)
-    if n > 1 and not repair:
-        raise UserError(f"only a repair is shared by several devices, got devices = {n} without one; add --repair true")
-    return n
-
-
-def _check_calibration(repair: RepairArgs, data: DataModule | None, train: BatchArgs, checkpoint_dir: Path) -> int:
-    """Check the settings of a repair's calibration, and return the length of its samples."""
-    if data is None:
-        raise UserError("a repair needs data to calibrate on; for example --data HFText --data.path PATH")
-    teacher = check_checkpoint(checkpoint_dir)
-    length = sequence_length(teacher, train.max_seq_length)
-    check_n_windows(-(-(repair.tokens or LEAST_TOKENS) // length))
-    check_data(data, checkpoint_dir, teacher.padded_vocab_size)
-    return length
 
 
 def _open_scratch(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
@@ -16,7 +18,6 @@ from litgpt_whittle.batches import (
     Batch,
     BatchArgs,
     BudgetArgs,
-    check_seed,
     read_calibration,
     sequence_length,
     validation_batches,
@@ -28,6 +29,7 @@ from litgpt_whittle.checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
@@ -35,11 +37,13 @@ from litgpt_whittle.figures.curves import plot_pruning
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
-from litgpt_whittle.processes import locks_output, release_memory
+from litgpt_whittle.processes import lock_output, release_memory
 from litgpt_whittle.pruners import Pruner, Sparsity
 from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
+from litgpt_whittle.results import Checkpoint
 from litgpt_whittle.scratch import scratch_beside
+from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
 from litgpt_whittle.training.model_source import BASIS, ModelSource
@@ -49,102 +53,138 @@ NOTES = "pruning.yaml"
 """Name of the file that records the settings and results of the pruning"""
 
 
-@locks_output
-def setup(
-    checkpoint_dir: Path,
-    out_dir: Path = Path("out/prune"),
-    method: str | dict[str, dict[str, Any]] = "sparsegpt",
-    sparsity: float | None = None,
-    pattern: str | int | None = None,
-    targets: str = "attn,mlp",
-    refit: bool = False,
-    data: DataModule | None = None,
-    tokens: int = 65_536,
-    train: BatchArgs = BatchArgs(),
-    eval: BudgetArgs = BudgetArgs(),
-    overwrite: bool = False,
-    seed: int = 42,
-) -> None:
+@dataclass
+class PruneConfig(CommandConfig):
     """Sparsify a checkpoint's linear layers.
 
     Prunes the linear layers inside the blocks, one block at a time, on the outputs of the pruned blocks before it.
-
-    Arguments:
-        checkpoint_dir: The checkpoint directory.
-        out_dir: Directory of the pruned checkpoint, ``pruning.yaml`` and ``pruning.png``.
-        method: Pruning method, by its name in ``litgpt_whittle.pruners``, or the name with settings: ``magnitude``
-            drops a layer's smallest weights; ``wanda`` drops, for each output, the smallest products of weight and
-            input; ``sparsegpt`` also updates the remaining weights (``{sparsegpt: {damp: 0.01, block_size: 128}}``).
-        sparsity: Fraction of weights that become zero; 0.5 if there is no pattern either.
-        pattern: Keep N of every M weights along the inputs: ``2:4``, which GPUs multiply faster, ``4:8``, ….
-        targets: Layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of layers such as ``attn.qkv`` and
-            ``mlp.experts.proj``.
-        refit: Then refit each layer's remaining weights in closed form to the unpruned layer's outputs.
-        data: Data for calibration and for measuring perplexity: any litgpt data module, or
-            ``--data HFText --data.path PATH``. Only magnitude works without data.
-        tokens: Number of calibration tokens, from the training split.
-        train: Micro batch size and sequence length.
-        eval: Number of validation batches for measuring perplexity.
-        overwrite: Replace the checkpoint in ``out_dir``.
-        seed: Seed of the data order.
     """
-    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), Path(out_dir)
-    check_seed(seed)
-    config = check_checkpoint(checkpoint_dir)
-    method = with_settings(GROUP, method, "method", n_given=1)
-    pruner = _make_pruner(method, Sparsity.parse(sparsity, pattern))
-    if tokens < 1:
-        raise UserError(f"tokens must be at least 1, got {tokens}; 65536 suit small models")
-    if data is None and (refit or pruner.reads_data):
-        what = "refit" if refit else f"the method {next(iter(method))}"
-        raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
-    check_data(data, checkpoint_dir, config.padded_vocab_size)
-    check_out_dir(out_dir, overwrite, (checkpoint_dir,), WEIGHTS)
-    model = ModelSource.choose(checkpoint_dir, None, None, None, None)
-    assert model.weights is not None  # they are the checkpoint's
-    shape, weights = _shape(model), model.weights()
-    maps = maps_to_prune(shape, [name.strip() for name in targets.split(",")], pruner.sparsity)
-    check_space(out_dir, sum(weight.numel() * weight.element_size() for weight in weights.values()), "the checkpoint")
 
-    device = L.Fabric(devices=1).device
-    length, size = sequence_length(config, train.max_seq_length), train.micro_batch_size
-    windows, batches = None, []
-    if data is not None:
-        windows = read_calibration(data, checkpoint_dir, size, length, tokens, seed, "tokens")
-        check_space(out_dir, 2 * 4 * windows.numel() * config.n_embd, "the scratch files")
-        batches = validation_batches(data, length, eval.max_iters)
-    before = _perplexity(checkpoint_dir, None, batches, device)
-    release_memory()  # of the model
-    notes: dict[str, Any] = {
-        "checkpoint_dir": str(checkpoint_dir.absolute()),
-        "method": method,
-        "pattern" if pattern else "sparsity": str(pruner.sparsity) if pattern else pruner.sparsity.share,
-        "targets": targets,
-        "refit": refit,
-        "data": None if data is None else type(data).__name__,
-        "tokens": 0 if windows is None else windows.numel(),
-        "seed": seed,
-    }
-    keys = [weights_fingerprint(checkpoint_dir), notes]
-    scratch = scratch_beside(out_dir, "prune", torch.empty(0) if windows is None else windows, keys)
-    pruned, reports = Pruning(shape, weights, maps, pruner, scratch, windows, size, refit, device).run()
-    stored = pruned if shape.is_uniform else pad(shape, pruned)
-    after = _perplexity(checkpoint_dir, stored, batches, device)
-    unseen = [f"{report.name} of layer {report.layer}" for report in reports if not report.saw_tokens]
-    notes |= {"perplexity_before": before, "perplexity": after, "saw_no_tokens": unseen if batches else None}
-    notes |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "litgpt_whittle": version()}
-    extra = None if model.basis is None else {BASIS: {"basis": model.basis}}
-    whole = config if shape.is_uniform else shape
-    save_checkpoint(out_dir.resolve(), whole, pruned, checkpoint_dir, model.sub_network, extra, {NOTES: notes})
-    if batches:
-        plot_pruning(reports, out_dir / "pruning.png")
-    print(_summary(reports, notes, out_dir))
-    scratch.remove()
+    checkpoint_dir: Path
+    """The checkpoint directory."""
+    out_dir: Path = Path("out/prune")
+    """Directory of the pruned checkpoint, ``pruning.yaml`` and ``pruning.png``."""
+    method: str | dict[str, dict[str, Any]] = "sparsegpt"
+    """Pruning method, by its name in ``litgpt_whittle.pruners``, or the name with settings: ``magnitude`` drops a
+    layer's smallest weights; ``wanda`` drops, for each output, the smallest products of weight and input;
+    ``sparsegpt`` also updates the remaining weights (``{sparsegpt: {damp: 0.01, block_size: 128}}``)."""
+    sparsity: float | None = None
+    """Fraction of weights that become zero; 0.5 if there is no pattern either."""
+    pattern: str | int | None = None
+    """Keep N of every M weights along the inputs: ``2:4``, which GPUs multiply faster, ``4:8``, …."""
+    targets: str = "attn,mlp"
+    """Layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of layers such as ``attn.qkv`` and
+    ``mlp.experts.proj``."""
+    refit: bool = False
+    """Then refit each layer's remaining weights in closed form to the unpruned layer's outputs."""
+    data: DataModule | None = None
+    """Data for calibration and for measuring perplexity: any litgpt data module, or
+    ``--data HFText --data.path PATH``. Only magnitude works without data."""
+    tokens: int = 65_536
+    """Number of calibration tokens, from the training split."""
+    train: BatchArgs = field(default_factory=BatchArgs)
+    """Micro batch size and sequence length."""
+    eval: BudgetArgs = field(default_factory=BudgetArgs)
+    """Number of validation batches for measuring perplexity."""
+    overwrite: bool = False
+    """Replace the checkpoint in ``out_dir``."""
+    seed: int = 42
+    """Seed of the data order."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), Path(self.out_dir)
+
+    def validate(self) -> None:
+        check_seed(self.seed)
+        config, pruner = check_checkpoint(self.checkpoint_dir), self.pruner
+        if self.tokens < 1:
+            raise UserError(f"tokens must be at least 1, got {self.tokens}; 65536 suit small models")
+        if self.data is None and (self.refit or pruner.reads_data):
+            what = "refit" if self.refit else f"the method {next(iter(self.method_settings))}"
+            raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
+        sequence_length(config, self.train.max_seq_length)
+        check_data(self.data, self.checkpoint_dir, config.padded_vocab_size)
+        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir,), WEIGHTS)
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The method's name with all of its settings."""
+        return with_settings(GROUP, self.method, "method", n_given=1)
+
+    @property
+    def pruner(self) -> Pruner:
+        """The pruning method.
+
+        Raises:
+            UserError: If the method, its settings or the sparsity are invalid.
+        """
+        ((name, settings),) = self.method_settings.items()
+        return lookup(GROUP, name)(Sparsity.parse(self.sparsity, self.pattern), **settings)
+
+    def run(self) -> Checkpoint:
+        """Prune the checkpoint.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+        with lock_output(self.out_dir):
+            self.validate()
+            model = ModelSource.choose(self.checkpoint_dir, None, None, None, None)
+            assert model.weights is not None  # they are the checkpoint's
+            shape, weights = _shape(model), model.weights()
+            names = [name.strip() for name in self.targets.split(",")]
+            maps = maps_to_prune(shape, names, self.pruner.sparsity)
+            n_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
+            check_space(self.out_dir, n_bytes, "the checkpoint")
+            device = L.Fabric(devices=1).device
+            windows, batches = self._read(model.config)
+            before = _perplexity(self.checkpoint_dir, None, batches, device)
+            release_memory()  # of the model
+            notes = self._notes(windows)
+            keys = [weights_fingerprint(self.checkpoint_dir), notes]
+            scratch = scratch_beside(self.out_dir, "prune", torch.empty(0) if windows is None else windows, keys)
+            size = self.train.micro_batch_size
+            pruning = Pruning(shape, weights, maps, self.pruner, scratch, windows, size, self.refit, device)
+            pruned, reports = pruning.run()
+            after = _perplexity(
+                self.checkpoint_dir, pruned if shape.is_uniform else pad(shape, pruned), batches, device
+            )
+            unseen = [f"{report.name} of layer {report.layer}" for report in reports if not report.saw_tokens]
+            notes |= {"perplexity_before": before, "perplexity": after, "saw_no_tokens": unseen if batches else None}
+            notes |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "litgpt_whittle": version()}
+            extra = None if model.basis is None else {BASIS: {"basis": model.basis}}
+            whole, texts = model.config if shape.is_uniform else shape, {NOTES: notes}
+            save_checkpoint(self.out_dir.resolve(), whole, pruned, self.checkpoint_dir, model.sub_network, extra, texts)
+            if batches:
+                plot_pruning(reports, self.out_dir / "pruning.png")
+            print(_summary(reports, notes, self.out_dir))
+            scratch.remove()
+        return Checkpoint(self.out_dir)
+
+    def _read(self, config: Config) -> tuple[torch.Tensor | None, list[Batch]]:
+        """Return the calibration windows and the validation batches; none without data."""
+        if self.data is None:
+            return None, []
+        length, size = sequence_length(config, self.train.max_seq_length), self.train.micro_batch_size
+        windows = read_calibration(self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
+        check_space(self.out_dir, 2 * 4 * windows.numel() * config.n_embd, "the scratch files")
+        return windows, validation_batches(self.data, length, self.eval.max_iters)
+
+    def _notes(self, windows: torch.Tensor | None) -> dict[str, Any]:
+        sparsity = self.pruner.sparsity
+        return {
+            "checkpoint_dir": str(self.checkpoint_dir.absolute()),
+            "method": self.method_settings,
+            "pattern" if self.pattern else "sparsity": str(sparsity) if self.pattern else sparsity.share,
+            "targets": self.targets,
+            "refit": self.refit,
+            "data": None if self.data is None else type(self.data).__name__,
+            "tokens": 0 if windows is None else windows.numel(),
+            "seed": self.seed,
+        }
 
 
-def _make_pruner(method: Mapping[str, Mapping[str, Any]], sparsity: Sparsity) -> Pruner:
-    ((name, settings),) = method.items()
-    return lookup(GROUP, name)(sparsity, **settings)
+setup = as_command(PruneConfig)
 
 
 def _shape(model: ModelSource) -> SubNet:

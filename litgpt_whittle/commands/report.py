@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt.utils import init_out_dir
 
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.reports.report import PAGE, write_report
+from litgpt_whittle.results import SearchResult
 
 
-def setup(out_dir: Path) -> None:
-    """Draw the report of a search, finished or running, from its journal.
+@dataclass
+class ReportConfig(CommandConfig):
+    """Draw the report of a search, finished or running, from its journal."""
 
-    Arguments:
-        out_dir: The search's directory. ``report.html`` and its pictures are written there; nothing else is changed.
-    """
-    out_dir = init_out_dir(out_dir)
-    print(write_report(out_dir))
-    print(f"The report is {out_dir / PAGE}, its pictures are beside it")
+    out_dir: Path
+    """The search's directory. ``report.html`` and its pictures are written there; nothing else is changed."""
+
+    def __post_init__(self) -> None:
+        self.out_dir = init_out_dir(self.out_dir)
+
+    def validate(self) -> None:
+        """Check nothing: the journal is read at once."""
+
+    def run(self) -> SearchResult:
+        """Write the report.
+
+        Raises:
+            UserError: If there is no journal.
+        """
+        print(write_report(self.out_dir))
+        print(f"The report is {self.out_dir / PAGE}, its pictures are beside it")
+        return SearchResult(self.out_dir)
+
+
+setup = as_command(ReportConfig)

@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -355,9 +355,3 @@ class _Table:
         stop = np.searchsorted(self._high, high, side="right")
         place = start + np.searchsorted(self._low[start:stop], low)
         return int(self._rows[place]) if place < stop and self._low[place] == low else None
-
-
-def differences(saved: Contents, now: Contents) -> list[str]:
-    """Describe each setting that differs."""
-    pairs = {field.name: (getattr(saved, field.name), getattr(now, field.name)) for field in fields(Contents)}
-    return [f"{name} was {was} and is {is_}" for name, (was, is_) in pairs.items() if was != is_]

@@ -60,10 +60,10 @@ class KLDivergence(Perplexity):
         with self.autocast():
             tap = tap_head(model)
             taught = [
-                TaughtBatch(*batch, self._caught(model, tap, batch.input_ids).hidden.to(dtype))
+                TaughtBatch(batch.input_ids, batch.targets, self._caught(model, tap, batch.input_ids).hidden.to(dtype))
                 for batch in self.batches
             ]
-        self.batches = taught  # type: ignore[assignment]
+        self.batches = taught
 
     def scores(self, loss: float) -> dict[str, float]:
         """Return the mean loss as the score."""

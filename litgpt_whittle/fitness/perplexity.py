@@ -1,11 +1,11 @@
-"""Fitness protocol, and perplexity on fixed validation batches, with or without repair."""
+"""Perplexity on fixed validation batches, with or without repair."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from litgpt.config import Config
@@ -13,6 +13,7 @@ from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_head
+from litgpt_whittle.fitness.base import WindowFitness, WindowLosses
 from litgpt_whittle.fitness.prefix import Prefix, starting_at
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
 from litgpt_whittle.repair.costs import check_memory
@@ -27,51 +28,7 @@ FORWARD_TOKENS = {"cpu": 2048}
 runs whole batches."""
 
 
-class Fitness(Protocol):
-    """Scoring function for candidates, found by its name in the entry-point group `litgpt_whittle.fitness`.
-
-    Constructed from the teacher, the batches that score all candidates, and a function that returns an autocast
-    context, as `Fabric.autocast` does. Class attributes declare further inputs and capabilities:
-
-    - `n_calibration`: number of calibration tokens, passed as `calibration`, shape (N, T).
-    - `needs_importance`: if true, the teacher's `Ranking` is passed as `importance`.
-    - `reads_data`: if false, there are no batches.
-    - `can_shard`: if true, the teacher may be sharded over processes.
-    - `chooses_units`: if true, only the numbers of units affect the score, except for experts.
-
-    Losses per window (`losses`, `scores`) enable racing. A context manager `halved`, in which a candidate takes less
-    memory, is entered before one that ran out of it is scored once more. A static method `check` receives the teacher's
-    config, the device and the bytes of the teacher's weights, and can raise UserError before the weights are loaded.
-    """
-
-    name: str
-    """Name of the score to minimise"""
-    model: SuperGPT
-    batches: Sequence[Batch]
-    n_tokens: int
-    """Number of tokens that score each candidate"""
-
-    def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None: ...
-
-    def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Return a sub-network's scores by name."""
-
-
-class WindowLosses(NamedTuple):
-    """A candidate's losses per window, in the batches' order; tensors on the CPU, shape (n_windows,)."""
-
-    sums: torch.Tensor
-    """Losses summed over the window's tokens, float64"""
-    n_tokens: torch.Tensor
-    """Number of tokens of the window"""
-
-    @property
-    def mean(self) -> float:
-        """Return the mean loss per token."""
-        return float(self.sums.sum() / self.n_tokens.sum())
-
-
-class Perplexity:
+class Perplexity(WindowFitness):
     """Perplexity, exp(total negative log-likelihood / total tokens), on the same batches for all candidates.
 
     Args:
@@ -86,15 +43,9 @@ class Perplexity:
     """True while a candidate runs with half as many windows per forward pass"""
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
-        self.model, self.autocast = model, autocast
+        super().__init__(model, batches, autocast)
         self.is_sharded = is_sharded(model)
-        self.batches = [Batch(*(tensor.to(model.lm_head.weight.device) for tensor in batch)) for batch in batches]
-        self.n_tokens = sum(batch.n_tokens for batch in batches)
         self.prefix = Prefix(model, [rows for batch in self.batches for rows in self._rows(batch.input_ids)])
-
-    def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Return a sub-network's `perplexity` and `nll`, its logarithm (nats per token)."""
-        return self.scores(self.losses(subnet).mean)
 
     @contextmanager
     def halved(self) -> Iterator[None]:
@@ -106,7 +57,7 @@ class Perplexity:
             self.is_halved = False
 
     def scores(self, loss: float) -> dict[str, float]:
-        """Convert a mean loss to scores by name."""
+        """Return the `perplexity` and `nll`, its logarithm (nats per token)."""
         return {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
 
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
@@ -220,8 +171,8 @@ class RepairedPerplexity(Perplexity):
         super().__init__(model, batches, autocast)
         self.repair = MomentRepair(model, calibration)
 
-    @staticmethod
-    def check(teacher: Config, device: torch.device, beside: int) -> None:
+    @classmethod
+    def check(cls, teacher: Config, device: torch.device, beside: int) -> None:
         """Raise UserError if the moments of all layers do not fit in memory; distinct tokens are not known yet."""
         check_memory(teacher, 0, device, beside)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from litgpt_whittle.batches import Batch
+from litgpt_whittle.fitness.base import Fitness
 from litgpt_whittle.index_plan import ParamSlice, axes_of, plan
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT
@@ -31,7 +32,7 @@ CHUNK_ELEMENTS = 2**22
 _NEVER_CUT = {"vocab", "q_lora_rank", "kv_lora_rank"}
 
 
-class _Proxy:
+class _Proxy(Fitness):
     """Base class of fitness functions without data.
 
     Args:
@@ -40,12 +41,11 @@ class _Proxy:
         autocast: Not used.
     """
 
-    name: str
     reads_data = False
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch] = (), autocast: Any = nullcontext) -> None:
-        self.model, self.config = model, model.config
-        self.batches, self.n_tokens = (), 0
+        super().__init__(model, (), autocast)
+        self.config = model.config
 
 
 class WeightMagnitude(_Proxy):

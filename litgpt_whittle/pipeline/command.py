@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.pipeline.estimates import cache_bytes, cost_table, costs, measure_speed
@@ -18,82 +21,119 @@ from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stages import Request, Stages
 from litgpt_whittle.reports.report import as_text
-from litgpt_whittle.results import Checkpoint
-from litgpt_whittle.settings import describe
+from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
 
 Section = dict
 
 
-def setup(
-    checkpoint_dir: Path,
-    target: str | int | float | list[str | int | float] | None = None,
-    data: DataModule | None = None,
-    out_dir: Path = Path("out/whittle"),
-    rank: bool | Section | None = None,
-    search: Section | None = None,
-    extract: Section | None = None,
-    cache_teacher: bool | Section | None = None,
-    distill: Section | None = None,
-    baseline: bool = False,
-    devices: int | str = 1,
-    seed: int = 42,
-    dry_run: bool = False,
-) -> None:
+@dataclass
+class WhittleConfig(CommandConfig):
     """Turn a teacher into trained students: rank, search, extract and repair, distill, report.
 
     Every stage runs the command of its name, and its section holds that command's settings; each stage may have its own
     ``data``. Run the same command again to resume after an interruption.
-
-    Arguments:
-        checkpoint_dir: The teacher's checkpoint directory.
-        target: Parameter count of the student, in the format of ``litgpt search --bin`` (410M±5%), or of several
-            students, separated by commas. They share the ranking and the cached teacher.
-        data: Data of all stages: any litgpt data module, or ``--data HFText --data.path PATH``.
-        out_dir: Directory of the stages' folders, the students and the report.
-        rank: If true, rank the teacher's units first, by default for coarse search spaces, which then keep the most
-            important units; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``.
-        search: Settings such as ``--search.iterations 1000``, see ``litgpt search --help``.
-        extract: Settings such as ``--extract.repair.tokens 100000``, see ``litgpt extract --help``. Students are
-            repaired unless ``--extract.repair false``.
-        cache_teacher: If true, cache the teacher, by default for several students; or settings such as
-            ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``.
-        distill: Settings such as ``--distill.train.max_tokens 1000000000``, which is required, see
-            ``litgpt distill --help``.
-        baseline: Also train each student's architecture from random weights, without the teacher, on as many tokens.
-        devices: Devices for each stage that can use several.
-        seed: The random seed of all stages.
-        dry_run: Check everything, print the stages with their estimated costs, and stop.
     """
-    arguments = {name: describe(value) for name, value in locals().items() if name not in ("out_dir", "dry_run")}
-    checkpoint_dir, out_dir = extend_checkpoint_dir(Path(checkpoint_dir)), init_out_dir(out_dir)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("litgpt whittle runs on one machine, started once; on several, run the stages one by one")
-    if target is None:
-        raise UserError("target must say how many parameters the student is to have; give one such as --target 410M")
-    check_writable(out_dir)
-    check_checkpoint(checkpoint_dir)
-    pipeline = Pipeline(out_dir, arguments | {"teacher": weights_fingerprint(checkpoint_dir)})
-    request = Request(checkpoint_dir, _targets(target), out_dir, data, devices, seed, baseline)
-    stages = Stages(request, rank, search or {}, extract or {}, cache_teacher, distill or {})
-    pipeline.check(stages.all())
-    memory = stages.check()
-    if dry_run:
-        print(memory)
-        if stages.caches:
-            print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
-        print("Measuring the speed of this machine on single blocks …", flush=True)
-        print(as_text(cost_table(costs(stages), measure_speed(stages))))
-        return
-    try:
-        pipeline.run(stages.all(), stages.files())
-    except KeyboardInterrupt:
-        raise UserError("interrupted; run the same command again to resume") from None
-    rows = write_outcome(out_dir, list(request.bins), Checkpoint(checkpoint_dir))
-    print(f"\n{as_text(rows)}\nThe report is {out_dir / PAGE}; students are in {out_dir}/*/distilled/final")
+
+    FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "dry_run"))
+
+    checkpoint_dir: Path
+    """The teacher's checkpoint directory."""
+    target: str | int | float | list[str | int | float] | None = None
+    """Parameter count of the student, in the format of ``litgpt search --bin`` (410M±5%), or of several students,
+    separated by commas. They share the ranking and the cached teacher."""
+    data: DataModule | None = None
+    """Data of all stages: any litgpt data module, or ``--data HFText --data.path PATH``."""
+    out_dir: Path = Path("out/whittle")
+    """Directory of the stages' folders, the students and the report."""
+    rank: bool | Section | None = None
+    """If true, rank the teacher's units first, by default for coarse search spaces, which then keep the most important
+    units; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``."""
+    search: Section | None = None
+    """Settings such as ``--search.iterations 1000``, see ``litgpt search --help``."""
+    extract: Section | None = None
+    """Settings such as ``--extract.repair.tokens 100000``, see ``litgpt extract --help``. Students are repaired unless
+    ``--extract.repair false``."""
+    cache_teacher: bool | Section | None = None
+    """If true, cache the teacher, by default for several students; or settings such as
+    ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``."""
+    distill: Section | None = None
+    """Settings such as ``--distill.train.max_tokens 1000000000``, which is required, see ``litgpt distill --help``."""
+    baseline: bool = False
+    """Also train each student's architecture from random weights, without the teacher, on as many tokens."""
+    devices: int | str = 1
+    """Devices for each stage that can use several."""
+    seed: int = 42
+    """The random seed of all stages."""
+    dry_run: bool = False
+    """Check everything, print the stages with their estimated costs, and stop."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), init_out_dir(self.out_dir)
+
+    def validate(self) -> None:
+        """Check the pipeline's own arguments; `run` checks the stages', which depend on one another.
+
+        Raises:
+            UserError: For the first invalid argument.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("litgpt whittle runs on one machine, started once; on several, run the stages one by one")
+        if self.target is None:
+            raise UserError(
+                "target must say how many parameters the student is to have; give one such as --target 410M"
+            )
+        check_writable(self.out_dir)
+        check_checkpoint(self.checkpoint_dir)
+
+    def run(self) -> list[TrainingResult] | None:
+        """Run the stages that are not finished, and write the report.
+
+        Returns:
+            The trained students, in the order of the targets; None after a dry run.
+
+        Raises:
+            UserError: For the first invalid argument, before the first stage; or if a stage fails.
+        """
+        self.validate()
+        teacher = {"teacher": weights_fingerprint(self.checkpoint_dir)}
+        pipeline = Pipeline(self.out_dir, self.determining_arguments() | teacher)
+        request = Request(
+            self.checkpoint_dir,
+            _targets(self.target),
+            self.out_dir,
+            self.data,
+            self.devices,
+            self.seed,
+            self.baseline,
+        )
+        stages = Stages(
+            request, self.rank, self.search or {}, self.extract or {}, self.cache_teacher, self.distill or {}
+        )
+        pipeline.check(stages.all())
+        memory = stages.check()
+        if self.dry_run:
+            print(memory)
+            if stages.caches:
+                print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
+            print("Measuring the speed of this machine on single blocks …", flush=True)
+            print(as_text(cost_table(costs(stages), measure_speed(stages))))
+            return None
+        try:
+            pipeline.run(stages.all(), stages.files())
+        except KeyboardInterrupt:
+            raise UserError("interrupted; run the same command again to resume") from None
+        rows = write_outcome(self.out_dir, list(request.bins), Checkpoint(self.checkpoint_dir))
+        print(
+            f"\n{as_text(rows)}\nThe report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final"
+        )
+        return [TrainingResult(self.out_dir / name / "distilled") for name in request.bins]
 
 
-def _targets(target: str | int | float | list[str | int | float]) -> dict[str, Bin]:
+setup = as_command(WhittleConfig)
+
+
+def _targets(target: str | int | float | list[str | int | float] | None) -> dict[str, Bin]:
     """Return the bins by the names of their students' folders."""
     texts = target.split(",") if isinstance(target, str) else target if isinstance(target, list) else [target]
     try:

@@ -6,12 +6,15 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeAlias
 
 import torch
-from jsonargparse import Namespace
 from litgpt.model import GPT
 
+from litgpt_whittle.commands.cache_teacher import CacheTeacherConfig
+from litgpt_whittle.commands.distill import DistillConfig
+from litgpt_whittle.commands.rank import RankConfig
+from litgpt_whittle.commands.search import SearchConfig
 from litgpt_whittle.distillation.cache import Layout
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
@@ -22,7 +25,6 @@ from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices as n_devices_of
 from litgpt_whittle.processes import own_device
-from litgpt_whittle.registry import lookup
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import (
     candidate_bytes,
@@ -39,6 +41,9 @@ from litgpt_whittle.training.memory_plan import AUTOCAST, WEIGHTS_DTYPE, teacher
 
 REPAIR_PASSES = 3
 """Upper bound of a repair's cost, in forward passes of the teacher over its tokens; see benchmarks/repair.py"""
+
+
+_RunsTeacher: TypeAlias = RankConfig | SearchConfig | CacheTeacherConfig | DistillConfig
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def costs(stages: Stages) -> list[Cost]:
         found.append(Cost("cache_teacher", n_cached, n_cached * whole, weights=weights))
     taught = stages.trained.distill.uses_teacher and not stages.caches
     for name in request.bins:
-        repair = RepairArgs() if stages.extracted.repair is True else stages.extracted.repair
+        repair = stages.extracted.repair_args if stages.extracted.repair else None
         n_calibration = repair.n_tokens(stages.examples[name].config) if repair else 0
         forward = REPAIR_PASSES * n_calibration * whole
         refining = (1 + BACKWARD) * repair.refine_passes * n_calibration * parts[name] if repair else 0.0
@@ -114,9 +119,10 @@ class _Held:
         self.tied = stages.tied
         self.n_teacher = n_params(stages.teacher, full, self.tied)
 
-    def teacher(self, args: Namespace, dtype: torch.dtype | None = None) -> int:
+    def teacher(self, args: _RunsTeacher, dtype: torch.dtype | None = None) -> int:
         """Return the teacher's bytes in a stage with these arguments, by default in the stage's precision."""
-        n_shards = n_devices_of(args.devices) if args.get("teacher_placement") == "sharded" else 1
+        is_sharded = not isinstance(args, RankConfig) and args.teacher_placement == "sharded"
+        n_shards = n_devices_of(args.devices) if is_sharded and not isinstance(args, RankConfig) else 1
         return self.n_teacher * (dtype or _weights_dtype(args.precision)).itemsize // n_shards
 
     @property
@@ -125,7 +131,7 @@ class _Held:
         trained = self.stages.trained
         return self.teacher(trained, teacher_dtype(trained.precision or _default_precision()))
 
-    def start(self, name: str, repair: RepairArgs | Literal[False]) -> int:
+    def start(self, name: str, repair: RepairArgs | None) -> int:
         """Return the bytes for extracting (and repairing) a student, one block of the teacher at a time."""
         subnet = self.stages.examples[name]
         if not repair:
@@ -151,17 +157,17 @@ def _search_cost(stages: Stages, whole: int, parts: list[int], length: int, held
     n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or length)
     # measured sub-networks are the teacher with small cuts
     tokens = n_each * (args.iterations * len(parts) + stages.n_measurements)
-    forward = n_each * (args.iterations * sum(parts) + stages.n_measurements * whole)
+    forward: float = n_each * (args.iterations * sum(parts) + stages.n_measurements * whole)
     training = 0.0
     for rung in map(Rung.parse, args.selection.rungs):
         tokens += rung.n * rung.tokens * len(parts)
         forward += rung.n * rung.tokens * whole * len(parts)
         training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-    weights, measure = held.teacher(args), lookup("litgpt_whittle.fitness", args.fitness)
-    n_calibration = getattr(measure, "n_calibration", 0)
+    weights, measure = held.teacher(args), args.measure
+    n_calibration = measure.n_calibration
     tokens += n_calibration
     forward += n_calibration * whole
-    if isinstance(measure, type) and issubclass(measure, RepairedPerplexity):
+    if issubclass(measure, RepairedPerplexity):
         solves = sum(solving_flops(subnet, held.tied) for subnet in stages.examples.values())
         solves_measured = stages.n_measurements * solving_flops(SubNet.full(stages.teacher), held.tied)
         forward += collecting_flops(stages.teacher, n_calibration) + args.iterations * solves + solves_measured

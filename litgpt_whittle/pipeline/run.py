@@ -17,6 +17,7 @@ from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock_dir, to_yaml, write_text
 from litgpt_whittle.journal import JOURNAL
+from litgpt_whittle.manifest import changes
 from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.settings import flatten
 from litgpt_whittle.training.resume import has_training_state
@@ -131,13 +132,10 @@ class Pipeline:
         begun = [stage for stage in stages if self._has_begun(stage, stages)]
         for stage in begun:
             was, options = self.record[stage.name]["options"], self._options_of(stage)
-            changes = [
-                f"{stage.option(name)} was {was.get(name)} and is {options.get(name)}"
-                for name in sorted(was | options)
-                if was.get(name) != options.get(name)
-            ]
-            why = f"has begun with other settings: {', '.join(changes)}; change back,"
-            if not changes:
+            renamed = [{stage.option(name): value for name, value in each.items()} for each in (was, options)]
+            changed = changes(*renamed)
+            why = f"has begun with other settings: {', '.join(changed)}; change back,"
+            if not changed:
                 again = [other.name for other in stages if other not in begun and stage.needs(other)]
                 if not again:
                     continue

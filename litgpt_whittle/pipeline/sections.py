@@ -7,30 +7,33 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jsonargparse import CLI, ArgumentParser, Namespace, capture_parser, set_parsing_settings
 
+from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
 from litgpt_whittle.flags import in_one_line, names_of
 
+C = TypeVar("C", bound=CommandConfig)
 
-class Section:
+
+class Section(Generic[C]):
     """The settings of one command.
 
     Args:
         name: Name of the section, for errors.
-        command: The command's function.
+        config: The command's config class.
         given: The settings, as in a YAML; dotted names such as ``eval.max_iters``, from a command line, override all
             others.
         defaults: Settings to use where `given` has none.
     """
 
     def __init__(
-        self, name: str, command: Callable, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+        self, name: str, config: type[C], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> None:
-        self.name, self.command = name, command
+        self.name, self.config = name, config
         self.settings = merge(defaults or {}, {key: value for key, value in given.items() if "." not in key})
         self.flags = [f"--{key}={_as_text(value)}" for key, value in given.items() if "." in key]
 
@@ -40,14 +43,14 @@ class Section:
         # parsing help texts takes most of the time, and they are not shown here
         set_parsing_settings(docstring_parse_attribute_docstrings=False)
         try:
-            parser: ArgumentParser = capture_parser(lambda: CLI(self.command))
+            parser: ArgumentParser = capture_parser(lambda: CLI(as_command(self.config)))
         finally:
             set_parsing_settings(docstring_parse_attribute_docstrings=True)
         parser.exit_on_error = False
         return parser
 
-    def parse(self, **inputs: Any) -> Namespace:
-        """Return every argument of the command's function, defaults included.
+    def parse(self, **inputs: Any) -> C:
+        """Return the command's config.
 
         Args:
             inputs: Arguments that are not part of the settings.
@@ -55,7 +58,7 @@ class Section:
         Raises:
             UserError: If the command does not accept the settings.
         """
-        return self._in_one_line(lambda: self.parser.instantiate_classes(self._read(inputs)))
+        return self._in_one_line(lambda: self.config(**vars(self.parser.instantiate_classes(self._read(inputs)))))
 
     def dump(self, **inputs: Any) -> str:
         """Return all arguments of the command as YAML."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import Namespace
 from litgpt.data import DataModule
 
 from litgpt_whittle.checkpoint import check_checkpoint, has_tokenizer, read_weights
-from litgpt_whittle.commands import cache_teacher, distill, extract, rank, search
+from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.commands.cache_teacher import CacheTeacherConfig
+from litgpt_whittle.commands.distill import DistillConfig
+from litgpt_whittle.commands.extract import ExtractConfig
+from litgpt_whittle.commands.rank import RankConfig
+from litgpt_whittle.commands.search import SearchConfig
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
@@ -24,7 +26,6 @@ from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.pipeline.run import Stage
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
-from litgpt_whittle.registry import lookup
 from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.searching.measuring import measurement_names
 from litgpt_whittle.settings import describe
@@ -37,14 +38,14 @@ from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.training.checks import check_cache
 from litgpt_whittle.training.memory_plan import NoPlan
 
-COMMANDS = {
-    "rank": rank,
-    "search": search,
-    "extract": extract,
-    "cache_teacher": cache_teacher,
-    "distill": distill,
+COMMANDS: dict[str, type[CommandConfig]] = {
+    "rank": RankConfig,
+    "search": SearchConfig,
+    "extract": ExtractConfig,
+    "cache_teacher": CacheTeacherConfig,
+    "distill": DistillConfig,
 }
-"""Modules of a pipeline's commands, by the names of their sections"""
+"""Config classes of a pipeline's commands, by the names of their sections"""
 
 BASELINE = [
     "--random_weights=true",
@@ -183,7 +184,7 @@ class Stages:
         Raises:
             UserError: If the strategy cannot search one of the bins.
         """
-        strategy = search.made_strategy(self.searched.strategy)
+        strategy = self.searched.made_strategy
         searches = [Search.begin(space, strategy, "score", self.request.seed) for space in self.spaces.values()]
         return len(self.search.run_check(partial(measurement_names, searches)))
 
@@ -197,11 +198,11 @@ class Stages:
             UserError: For the first invalid setting.
         """
         if self.ranks:
-            self.rank.run_check(lambda: rank.check(self.ranked))
+            self.rank.run_check(self.ranked.validate)
         to_come = [self.request.out_dir / "rank" / IMPORTANCE, *self.files()]
-        self.search.run_check(lambda: search.check(self.searched, to_come if self.ranks else to_come[1:]))
+        self.search.run_check(lambda: self.searched.validate(to_come if self.ranks else to_come[1:]))
         largest = max(self.examples, key=lambda name: self.request.bins[name].hi)  # raises for bins out of reach
-        self.extract.run_check(lambda: extract.check(self.extracted))
+        self.extract.run_check(self.extracted.validate)
         if self.caches:
             self.cache.run_check(self._check_cache)
         plan = self.distill.run_check(lambda: self._plan_training(largest))
@@ -216,34 +217,33 @@ class Stages:
         return [data for data in found.values() if isinstance(data, HFText)]
 
     def _check_cache(self) -> None:
-        contents, needed = cache_teacher.check(self.cached), self.n_tokens
+        self.cached.validate()
+        contents, needed = self.cached.contents, self.n_tokens
         if contents.max_tokens is not None and contents.max_tokens < needed:
             raise UserError(
                 f"max_tokens must be at least the {needed:,} that each student is trained on, got "
                 f"{contents.max_tokens:,}; raise it or leave it out"
             )
-        distill, teacher = self.trained.distill, Path(self.trained.teacher_checkpoint_dir)
+        distill, teacher = self.trained.distill, self.trained.teacher_dir
         check_cache(contents, "cache to come", distill.objectives()(0.0).terms, distill, self.length, teacher)
 
     def _plan_training(self, name: str) -> str:
         """Run the distillation's checks for one of the students, except those of the cache; return the memory plan."""
-        arguments = vars(self.trained) | {"dry_run": True}
+        changes: dict[str, Any] = {"train": replace(self.trained.train, tie_embeddings=self.tied)}
         if self.caches:  # the cache does not exist yet
-            arguments["distill"] = DistillArgs(beta=0.0)
+            changes["distill"] = DistillArgs(beta=0.0)
         if has_tokenizer(self.request.checkpoint_dir):  # students inherit their teacher's tokenizer
-            arguments["tokenizer_dir"] = self.trained.tokenizer_dir or self.request.checkpoint_dir
-        said = io.StringIO()
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
+            changes["tokenizer_dir"] = self.trained.tokenizer_dir or self.request.checkpoint_dir
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sub_network.yaml"
             self.examples[name].save(path)
             # another teacher's student was not cut from it
-            student = {"sub_network": path} if self._own_teacher else {"model_config": self.examples[name].config}
-            arguments["train"] = replace(self.trained.train, tie_embeddings=self.tied)
+            changes |= {"sub_network": path} if self._own_teacher else {"model_config": self.examples[name].config}
             try:
-                distill.setup(**arguments | student | {"out_dir": self.request.out_dir})
+                plan = replace(self.trained, out_dir=self.request.out_dir, **changes).memory_plan()
             except NoPlan as error:
                 return f"Training {name}: {error}"
-        return f"Training {name}, as a random sub-network of its size. {said.getvalue().strip()}"
+        return f"Training {name}, as a random sub-network of its size. {plan}"
 
     def _stage(self, section: Section, folder: Path, *inputs: Path, **more: Any) -> Stage:
         return Stage(section.name, folder, merge(section.settings, more), section.flags, inputs)
@@ -253,7 +253,7 @@ class Stages:
             if argument.partition(".")[0] in PROVIDED and value not in (None, False):
                 raise UserError(f"{name}.{argument} is set by the pipeline; remove it")
         common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
-        return Section(name, COMMANDS[name].setup, given, common | defaults)
+        return Section(name, COMMANDS[name], given, common | defaults)
 
     def _distill_section(self, given: Mapping[str, Any]) -> Section:
         teacher = {"teacher_checkpoint_dir": str(self.request.checkpoint_dir), "devices": self.request.devices}
@@ -275,7 +275,7 @@ class Stages:
         if args.repair:
             raise UserError("distill.repair is the stage before it; set extract.repair instead")
 
-    def _extract_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
+    def _extract_section(self, given: Mapping[str, Any]) -> tuple[Section, ExtractConfig]:
         inputs = {"checkpoint_dir": self.request.checkpoint_dir, "sub_network": "best.yaml"}
         section = self._section("extract", given, repair=True, devices=self.request.devices)
         args = section.parse(**inputs)
@@ -284,7 +284,7 @@ class Stages:
             args = section.parse(**inputs)
         return section, args
 
-    def _search_section(self, given: Mapping[str, Any]) -> tuple[Section, Namespace]:
+    def _search_section(self, given: Mapping[str, Any]) -> tuple[Section, SearchConfig]:
         bins = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
         section = self._section("search", given, devices=self.request.devices)
         section.settings["bin"] = bins
@@ -306,7 +306,7 @@ class Stages:
         if orders:
             settings.setdefault("order", "importance")
         for_starts = args.simple_starts and args.space.startswith("fine")
-        if orders or for_starts or getattr(lookup("litgpt_whittle.fitness", args.fitness), "needs_importance", False):
+        if orders or for_starts or args.measure.needs_importance:
             settings.setdefault("importance", str(self.request.out_dir / "rank" / IMPORTANCE))
         self.searched = self.search.parse(checkpoint_dir=self.request.checkpoint_dir)
 
@@ -327,7 +327,7 @@ class Stages:
     @property
     def _own_teacher(self) -> bool:
         """True if students are distilled from the teacher that they are cut from."""
-        return Path(self.trained.teacher_checkpoint_dir) == self.request.checkpoint_dir
+        return self.trained.teacher_dir == self.request.checkpoint_dir
 
     def _can_cache(self) -> bool:
         """Return whether a cache of random draws suffices for the students' losses, and has a known end."""

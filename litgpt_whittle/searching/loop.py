@@ -10,7 +10,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
-from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.fitness.base import Fitness
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import (
     free_memory,
@@ -245,9 +244,9 @@ def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:
     """
     found = _unless_out_of_memory(function)
     # processes that share a teacher wait for one another
-    if found is None and not getattr(fitness, "is_sharded", False):
+    if found is None and not fitness.is_sharded:
         release_memory()
-        with fitness.halved() if hasattr(fitness, "halved") else nullcontext():
+        with fitness.halved():
             found = _unless_out_of_memory(function)
     if found is None:
         device = own_device()

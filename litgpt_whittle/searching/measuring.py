@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.fitness.base import Fitness
 from litgpt_whittle.journal import (
     Evaluation,
     open_record,

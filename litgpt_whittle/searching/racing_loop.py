@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
-from litgpt_whittle.fitness.perplexity import Fitness, WindowLosses
+from litgpt_whittle.fitness.base import WindowFitness
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
@@ -82,16 +82,6 @@ class RaceNotes:
         self.legs.clear()
         if rank() == 0:
             self.path.unlink(missing_ok=True)
-
-
-class WindowFitness(Fitness, Protocol):
-    """Fitness with losses per window."""
-
-    def losses(self, subnet: SubNet, which: slice = ...) -> WindowLosses:
-        """Return a sub-network's losses on every window of the selected batches."""
-
-    def scores(self, loss: float) -> dict[str, float]:
-        """Convert a mean loss to scores by name."""
 
 
 class RacingLoop(Loop):
@@ -226,7 +216,7 @@ def check_can_race(fitness: type, name: str, strategy: Strategy) -> None:
     Raises:
         UserError: If the fitness has no losses per window, or the strategy needs exact scores of all candidates.
     """
-    if not (hasattr(fitness, "losses") and hasattr(fitness, "scores")):
+    if not issubclass(fitness, WindowFitness):
         raise UserError(f"racing needs losses by window, which fitness {name!r} does not give; leave racing out")
     if strategy.n_kept is None:
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from litgpt.data import DataModule
 
 from litgpt_whittle.batches import Batch, batches_after
 from litgpt_whittle.files import write_text
-from litgpt_whittle.fitness.perplexity import Fitness
+from litgpt_whittle.fitness.base import Fitness
 from litgpt_whittle.journal import read_header
 from litgpt_whittle.processes import on_rank_zero
 from litgpt_whittle.ranking.order import Order
@@ -117,7 +116,7 @@ def order_of_units(
 def _names_units(space: Space, fitness: Fitness, ranking: Ranking | None) -> bool:
     """Return whether candidates list their kept units: in a fine space, unless the fitness chooses them itself."""
     # if the fitness chooses units, listing them would only make the journal longer
-    leaves_units = getattr(fitness, "chooses_units", False) and not space.teacher.n_expert
+    leaves_units = fitness.chooses_units and not space.teacher.n_expert
     return space.is_fine and (ranking is not None or not leaves_units)
 
 
@@ -145,4 +144,4 @@ def _n_sizes(search: Search) -> int:
 
 def _measured(fitness: Fitness, text: list[torch.Tensor]) -> Order | None:
     """Measure the order of the teacher's units and layers; None without tokens."""
-    return quick_order(fitness.model, text, getattr(fitness, "autocast", nullcontext)) if text else None
+    return quick_order(fitness.model, text, fitness.autocast) if text else None

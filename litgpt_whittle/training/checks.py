@@ -25,12 +25,11 @@ from litgpt_whittle.distillation.args import (
     DistillArgs,
     HiddenArgs,
 )
-from litgpt_whittle.distillation.cache import INDEX, Cache, Contents
+from litgpt_whittle.distillation.cache import Cache, Contents
 from litgpt_whittle.distillation.objective import Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import file_fingerprint, from_yaml
+from litgpt_whittle.files import from_yaml
 from litgpt_whittle.processes import n_devices
-from litgpt_whittle.settings import flatten
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs
 
@@ -39,7 +38,6 @@ def check_arguments(
     train: TrainArgs,
     eval: EvalArgs,
     initial_checkpoint_dir: Path | None,
-    sub_network: Path | None,
     resume: bool | Literal["auto"] | Path,
 ) -> None:
     """Raise UserError if arguments contradict each other or are not supported by the loop.
@@ -65,8 +63,6 @@ def check_arguments(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{name} must be 1 or more, got {count}; raise it")
-    if initial_checkpoint_dir is not None and sub_network is not None:
-        raise UserError("initial_checkpoint_dir and sub_network both name the student; set only one")
     if initial_checkpoint_dir is not None and resume and resume != "auto":
         raise UserError(
             "resume continues from the run's own weights, initial_checkpoint_dir starts from others; set only one, or "
@@ -403,29 +399,3 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
     # litgpt's default, rarely chosen on purpose: it should not end the run
     warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
     return choose("csv")
-
-
-def run_settings(
-    arguments: dict[str, Any],
-    student: Config,
-    teacher_dir: Path | None,
-    precision: str,
-    teacher_cache: Path | None = None,
-) -> dict[str, Any]:
-    """Return the settings that determine a run's final weights, by argument name.
-
-    Save and log intervals, the time limit, the output folder and the number of data workers may change on resuming.
-    """
-    names: tuple[str, ...] = ("model_name", "model_config", "sub_network", "data", "train", "optimizer", "seed")
-    names += ("distill", "repair", "teacher_quantize", "supernet")
-    settings = flatten({name: arguments[name] for name in names if name in arguments})
-    for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
-        settings.pop(name, None)
-    settings["precision"] = precision
-    settings["student's parameters"] = f"{student.n_layer} layers, {student.n_embd} channels"
-    if teacher_cache is not None:
-        # its checksums identify the content
-        settings["teacher_cache's index"] = file_fingerprint(teacher_cache / INDEX)
-    elif teacher_dir is not None:
-        settings["teacher_checkpoint_dir's weights"] = weights_fingerprint(teacher_dir)
-    return settings

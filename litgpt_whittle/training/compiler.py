@@ -6,7 +6,9 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +34,11 @@ def check_compiler(device: torch.device | None = None) -> None:
     if missing is not None:
         what, found = missing
         raise UserError(f"compile needs {what} on this machine, {found}; use --compile false, or install it")
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules run uncompiled, for inputs of shapes that are not worth compiling."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _missing_on_cpu() -> tuple[str, str] | None:

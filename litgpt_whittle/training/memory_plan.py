@@ -137,7 +137,6 @@ class Step:
         n_devices: int,
         strategy: str,
         seq_length: int,
-        objective: Objective,
         **rest: Any,
     ) -> Step:
         """Return the step of a training command, from its arguments.
@@ -151,8 +150,7 @@ class Step:
             n_devices: Number of devices on all machines.
             strategy: "auto", "fsdp" or "ddp".
             seq_length: Tokens per sample.
-            objective: The training objective.
-            rest: The other fields.
+            rest: The other fields, such as the objective.
         """
         is_fused = device.type == "cuda" or rest.get("is_elsewhere", False)
         return cls(
@@ -166,15 +164,22 @@ class Step:
             seq_length=seq_length,
             is_accumulating=train.gradient_accumulation_iters(n_devices) > 1,
             max_norm=train.max_norm,
-            objective=objective,
             **rest,
         )
 
 
 def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
-    """Print the planned memory, and return whether the teacher must be sharded over the devices.
+    """Print the planned memory, and return whether the teacher must be sharded; arguments as for `choose_placement`."""
+    is_sharded, text = choose_placement(step, placement, n_local, is_final)
+    if text:
+        print(text)
+    return is_sharded
 
-    Planning is skipped if memory is plentiful, unless `is_final`.
+
+def choose_placement(step: Step, placement: str, n_local: int, is_final: bool = False) -> tuple[bool, str]:
+    """Return whether the teacher must be sharded over the devices, and a text on the planned memory.
+
+    Planning is skipped, without a text, if memory is plentiful, unless `is_final`.
 
     Args:
         step: A step of the training run.
@@ -191,7 +196,7 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
         placements = [False]
     free = free_memory(step.device, n_local)
     if not is_final and _weights_alone(step) < free * LITTLE:
-        return placements[0]
+        return placements[0], ""
     try:
         for is_sharded in placements:
             plan = plan_memory(replace(step, teacher_is_sharded=is_sharded))
@@ -209,16 +214,16 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
                 f"{message}; choose --teacher_placement replicated, the faster one, or sharded, which takes less memory"
             ) from None
         warnings.warn(message, stacklevel=2)
-        return placements[0]
-    print(plan)
+        return placements[0], ""
+    lines = [str(plan)]
     if step.build_teacher is not None and step.n_devices > 1:
-        print(f"The teacher is {'sharded' if is_sharded else 'replicated'}")
+        lines.append(f"The teacher is {'sharded' if is_sharded else 'replicated'}")
     if plan.total > free:
-        print(
+        lines.append(
             f"That is more than the {readable_size(free)} that are free: use more devices, a smaller "
             "train.micro_batch_size, or --activation_checkpointing true"
         )
-    return is_sharded
+    return is_sharded, "\n".join(lines)
 
 
 def _weights_alone(step: Step) -> int:

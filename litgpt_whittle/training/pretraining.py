@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pprint
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.fabric.loggers import CSVLogger, Logger
+from lightning.fabric.loggers import CSVLogger
 from lightning.fabric.strategies import ModelParallelStrategy, Strategy
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from litgpt.config import Config
+from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.pretrain import initialize_weights
 from litgpt.utils import extend_checkpoint_dir
@@ -27,7 +29,10 @@ from litgpt_whittle.processes import launch
 from litgpt_whittle.sharded_checkpoint import save_parts
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, tie
+from litgpt_whittle.training.checks import make_logger
+from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.memory_plan import Step
 from litgpt_whittle.training.model_source import BASIS, ModelSource
 from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
@@ -57,14 +62,39 @@ def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activat
     return model
 
 
-def launch_training(
-    devices: int, num_nodes: int, precision: str, strategy: str, logger: Logger, arguments: dict[str, Any]
-) -> L.Fabric:
-    """Start the processes, and send the command's arguments to the terminal and the logger."""
-    fabric = launch(devices, precision, num_nodes, make_strategy(strategy, devices * num_nodes, precision), [logger])
-    fabric.print(pprint.pformat(arguments))
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Inputs of a training run that are known, and checked, before its processes start."""
+
+    source: ModelSource
+    """Source of the trained model"""
+    tokenizer_dir: Path | None
+    data: DataModule
+    arguments: dict[str, Any]
+    """The command's arguments, before training has used them"""
+    step: Step
+    """The step whose memory was planned"""
+    settings: dict[str, Any]
+    """Settings that must not change when the run is resumed"""
+    state: dict[str, Any] | None
+    """Training state to resume from; None for a new run"""
+
+
+def launch_training(config: TrainingConfig, inputs: TrainingInputs, name: str) -> L.Fabric:
+    """Start the processes, and send the command's arguments to the terminal and the logger.
+
+    Args:
+        config: The command's arguments.
+        inputs: The run's other inputs.
+        name: Name of the run for the logger.
+    """
+    is_resumed = inputs.state is not None
+    logger = make_logger(config.logger_name, config.out_dir, name, is_resumed, config.train, config.log)
+    strategy = make_strategy(config.strategy, config.world_size, config.used_precision)
+    fabric = launch(config.n_local, config.used_precision, config.num_nodes, strategy, [logger])
+    fabric.print(pprint.pformat(inputs.arguments))
     if not isinstance(logger, CSVLogger):  # the CSV logger does not support it
-        fabric.logger.log_hyperparams(arguments)
+        fabric.logger.log_hyperparams(inputs.arguments)
     return fabric
 
 
@@ -83,19 +113,25 @@ def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
 def begin(
     fabric: L.Fabric,
     job: Job,
-    train_loader: Any,
-    validation: ValidationBatches | None,
+    loaders: tuple[Any, ValidationBatches | None],
     schedule: Schedule,
-    seq_length: int,
+    inputs: TrainingInputs,
     out_dir: Path,
-    settings: dict[str, Any],
-    state: dict[str, Any] | None,
 ) -> Run:
-    """Return a new run, or one restored from a checkpoint's `state`."""
-    stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, validation, schedule, seq_length, out_dir, settings)
-    if state is not None:
-        run.restore(state)
+    """Return a new run, or one restored from the checkpoint to resume from.
+
+    Args:
+        fabric: The Fabric.
+        job: The model, its step and its scores.
+        loaders: The training dataloader, and the validation batches.
+        schedule: Length and learning rates.
+        inputs: The run's other inputs.
+        out_dir: Folder of the checkpoints.
+    """
+    stream = DataStream(loaders[0], fabric.global_rank, fabric.world_size)
+    run = Run(fabric, job, stream, loaders[1], schedule, inputs.step.seq_length, out_dir, inputs.settings)
+    if inputs.state is not None:
+        run.restore(inputs.state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
     return run
 
@@ -106,25 +142,13 @@ class Saver:
     Args:
         fabric: The Fabric; all of its processes must call the saver.
         model: The trained model.
-        student: Source of the model.
-        tokenizer_dir: Directory to copy the tokenizer from.
-        arguments: The command's arguments.
+        inputs: The run's inputs.
         kind: "full", or "sharded" for all but the final checkpoint.
     """
 
-    def __init__(
-        self,
-        fabric: L.Fabric,
-        model: GPT,
-        student: ModelSource,
-        tokenizer_dir: Path | None,
-        arguments: dict[str, Any],
-        kind: str = "full",
-    ) -> None:
+    def __init__(self, fabric: L.Fabric, model: GPT, inputs: TrainingInputs, kind: str = "full") -> None:
         self.fabric, self.model, self.kind = fabric, model, kind
-        self._fill = partial(
-            save_student, model=model, tokenizer_dir=tokenizer_dir, student=student, arguments=arguments
-        )
+        self._fill = partial(save_student, model=model, inputs=inputs)
 
     def __call__(self, folder: Path, training_state: dict[str, Any], is_final: bool) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -143,19 +167,18 @@ class Saver:
 def save_student(
     folder: Path,
     model: GPT,
-    tokenizer_dir: Path | None,
-    student: ModelSource,
-    arguments: dict[str, Any],
+    inputs: TrainingInputs,
     weights: dict[str, torch.Tensor] | None = None,
     training_state: dict[str, Any] | None = None,
 ) -> None:
     """Fill a folder with a student's config and training arguments; with weights it is a stock litgpt checkpoint."""
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     extra = {} if training_state is None else {TRAINING_STATE: training_state}
-    if student.basis is not None:
-        extra[BASIS] = {"basis": student.basis}
-    save_checkpoint(folder, shape, weights, tokenizer_dir, student.sub_network, extra, tied=student.is_tied)
-    write_text(folder / "hyperparameters.yaml", yaml.safe_dump(arguments, sort_keys=False))
+    source = inputs.source
+    if source.basis is not None:
+        extra[BASIS] = {"basis": source.basis}
+    save_checkpoint(folder, shape, weights, inputs.tokenizer_dir, source.sub_network, extra, tied=source.is_tied)
+    write_text(folder / "hyperparameters.yaml", yaml.safe_dump(inputs.arguments, sort_keys=False))
 
 
 def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:

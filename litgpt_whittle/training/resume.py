@@ -15,6 +15,7 @@ import torch
 
 from litgpt_whittle.checkpoint import WEIGHTS
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.manifest import check_unchanged
 from litgpt_whittle.sharded_checkpoint import (
     has_parts,
     read_parts,
@@ -118,20 +119,6 @@ def state_to_resume(folder: Path | None, settings: dict[str, Any]) -> dict[str, 
     if folder is None:
         return None
     state = load_training_state(folder)
-    check_settings(state["settings"], settings)
+    remedy = "start a new run from its weights with --initial_checkpoint_dir"
+    check_unchanged("a resumed run", state["settings"], settings, remedy)
     return state
-
-
-def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError if a resumed run's settings have changed.
-
-    Raises:
-        UserError: Naming each setting that differs.
-    """
-    differ = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
-    if differ:
-        changes = ", ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in differ)
-        raise UserError(
-            f"a resumed run must keep its settings: {changes}; change back, or start a new run from its weights with "
-            "--initial_checkpoint_dir"
-        )

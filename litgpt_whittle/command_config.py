@@ -1,0 +1,98 @@
+"""Base class of a command's arguments, and the function that litgpt's command line calls with them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, get_type_hints
+
+from litgpt_whittle.settings import describe
+
+
+class CommandConfig(ABC):
+    """Arguments of a command, as a dataclass whose attribute docstrings are the help of the flags.
+
+    The command line, the Python API and `litgpt whittle` make one, call `validate`, which takes no time, and `run`.
+    """
+
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    """Names of arguments that do not change the result, so that they may change when a run is resumed"""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Check all that can be checked before anything is loaded.
+
+        Raises:
+            UserError: For the first invalid argument.
+        """
+
+    @abstractmethod
+    def run(self) -> Any:
+        """Validate the arguments, and run the command.
+
+        Returns:
+            The command's result; None on all processes but the first.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all arguments as values that YAML can store and the command line can read."""
+        return {name: describe(getattr(self, name)) for name in _fields(type(self))}
+
+    def determining_arguments(self) -> dict[str, Any]:
+        """Return the `arguments` that can change the result: all but those in `FREE`."""
+        return {name: value for name, value in self.arguments().items() if name not in self.FREE}
+
+
+def as_command(config: type[CommandConfig]) -> Callable[..., Any]:
+    """Return a function with the fields of a config as parameters, which makes the config and runs it.
+
+    litgpt and jsonargparse make a command's flags and help from the signature and docstring of a function.
+    """
+
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        return config(*args, **kwargs).run()
+
+    hints, fields = get_type_hints(config), _fields(config)
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=_default(f), annotation=hints[name])
+        for name, f in fields.items()
+    ]
+    setup.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    setup.__annotations__ = {name: hints[name] for name in fields}
+    setup.__module__ = config.__module__
+    docs = attribute_docs(config)
+    setup.__doc__ = f"{inspect.getdoc(config)}\n\nArgs:\n" + "\n".join(f"    {name}: {docs[name]}" for name in fields)
+    return setup
+
+
+def attribute_docs(config: type) -> dict[str, str]:
+    """Return the docstrings of a dataclass's fields by name, inherited ones included."""
+    docs: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for line, below in zip(definition.body, definition.body[1:]):
+            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                docs[line.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _fields(config: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(config)}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return inspect.Parameter.empty if field.default_factory is dataclasses.MISSING else field.default_factory()

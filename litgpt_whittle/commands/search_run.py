@@ -1,0 +1,311 @@
+"""Steps of `litgpt search`: the plan, the text to score on, and the search itself."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+import torch
+from litgpt.config import Config
+from litgpt.data import DataModule
+
+from litgpt_whittle.batches import (
+    Batch,
+    calibration_windows,
+    check_shared,
+    fingerprint,
+    sequence_length,
+    validation_batches,
+)
+from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
+from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
+from litgpt_whittle.data.loading import connect
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.evaluations import best_of
+from litgpt_whittle.families import (
+    FAMILIES,
+    family_name,
+)
+from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.hints import try_next
+from litgpt_whittle.journal import (
+    Evaluation,
+)
+from litgpt_whittle.metrics import MeasureArgs
+from litgpt_whittle.processes import (
+    each,
+    n_devices,
+    on_rank_zero,
+    parallel_map,
+    rank,
+    release_memory,
+    shutdown,
+)
+from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.reports.fronts import save_fronts
+from litgpt_whittle.reports.report import as_text, write_report
+from litgpt_whittle.searching.loop import Loop, Record, Search
+from litgpt_whittle.searching.measuring import MEASUREMENTS, measurement_names, take_measurements
+from litgpt_whittle.searching.objectives import objective_measures, objective_names
+from litgpt_whittle.searching.outcome import best_name, report_surrogates, save_subnet
+from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop
+from litgpt_whittle.searching.selection import Selection, read_results, rung_table
+from litgpt_whittle.searching.starting import STARTS, give_starts, order_of_units, text_to_measure
+from litgpt_whittle.spaces.args import (
+    SpaceArgs,
+)
+from litgpt_whittle.spaces.limits import Limits
+from litgpt_whittle.spaces.sizes import decided
+from litgpt_whittle.spaces.space import Space
+from litgpt_whittle.strategies import Strategy
+from litgpt_whittle.strategies.surrogate_search import with_surrogate
+from litgpt_whittle.subnet import fingerprint as config_fingerprint
+from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.training.sharding import load_sharded
+
+if TYPE_CHECKING:
+    from litgpt_whittle.commands.search import SearchConfig
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search before its data is read: the spaces, one per bin, and the strategies that search them."""
+
+    teacher: Config
+    seq_length: int
+    search_space: SpaceArgs
+    """The space's settings, with defaults that depend on the teacher"""
+    ranking: Ranking | None
+    strategy: Strategy
+    surrogate_settings: dict[str, Any]
+    limits: Limits
+    searches: list[Search]
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> SearchPlan:
+        """Return the plan for a command's arguments.
+
+        Raises:
+            UserError: If a bin holds no sub-network, or the strategy cannot search it.
+        """
+        teacher = check_checkpoint(config.checkpoint_dir)
+        seq_length = sequence_length(teacher, config.train.max_seq_length)
+        tied = is_tied(read_weights(config.checkpoint_dir))
+        ranking, strategy, ranges = config.ranking(), config.made_strategy, config.limit.ranges()
+        units = cast(Ranking, ranking).order if config.order == "importance" else None
+        limits = Limits(ranges, teacher, MeasureArgs(seq_length, tied=tied)) if ranges else Limits()
+        name, objectives = config.measure.name, [*strategy.objectives, *limits.ranges]
+        measures = objective_measures(objectives, name, teacher, seq_length, tied)
+        searcher, surrogate_settings = with_surrogate(strategy, config.surrogate, teacher, ranking, config.seed)
+        search_space = decided(config.search_space, teacher)
+        spaces = [Space(teacher, config.space, bin, tied, search_space, units, limits) for bin in config.bins]
+        searches = [Search.begin(space, searcher, name, config.seed, measures) for space in spaces]
+        measurement_names(searches)  # a strategy rejects a bin before anything is loaded
+        return cls(teacher, seq_length, search_space, ranking, strategy, surrogate_settings, limits, searches)
+
+    def settings(self, config: SearchConfig, has_starts: bool) -> dict[str, Any]:
+        """Return everything that the search depends on besides teacher and data, for the journal.
+
+        Args:
+            config: The command's arguments.
+            has_starts: True if the search begins with simple cuts.
+        """
+        measure, ranking, race = config.measure, self.ranking, config.racing_args
+        return {
+            "space": config.space,
+            # older journals lack `convertible`, and their spaces did not have it
+            "search_space": {k: v for k, v in asdict(self.search_space).items() if k != "convertible" or v},
+            "order": config.order,
+            "importance": ranking and (ranking.scores_fingerprint if measure.needs_importance else ranking.fingerprint),
+            "bin": [str(search.space.bin) for search in self.searches],
+            "limits": self.limits.settings,
+            "strategy": type(self.strategy).__name__,
+            "strategy_settings": self.strategy.settings,
+            **({"surrogate": self.surrogate_settings} if self.surrogate_settings else {}),
+            # absent if false, as in journals older than this option
+            **({"simple_starts": True} if has_starts else {}),
+            "fitness": config.fitness,
+            "score": measure.name,
+            "racing": asdict(race) if race else None,
+            "objectives": objective_names(self.strategy.objectives, measure.name),
+            "seed": config.seed,
+            "precision": config.used_precision,
+            "micro_batch_size": config.train.micro_batch_size,
+            "max_seq_length": self.seq_length,
+            "max_iters": config.eval.max_iters,
+        }
+
+
+@dataclass(frozen=True)
+class ScoringText:
+    """Text that candidates are scored on, and that repairs are fitted to."""
+
+    data: DataModule | None
+    """The connected data module; None if the fitness measure reads no data"""
+    batches: list[Batch]
+    calibration: torch.Tensor | None
+    """Token ids (N, T); None if the fitness measure needs none"""
+
+    @classmethod
+    def read(cls, config: SearchConfig, plan: SearchPlan) -> ScoringText:
+        """Read the text that the fitness measure needs; all processes must read the same.
+
+        Raises:
+            UserError: If there is too little of it, or the processes have read different text.
+        """
+        measure, data = config.measure, config.data
+        if not measure.reads_data:
+            return cls(None, [], None)
+        assert data is not None, "validate has checked it"
+        n = measure.n_calibration
+        connect(data, config.checkpoint_dir, config.train.micro_batch_size, plan.seq_length, validation_only=not n)
+        batches = validation_batches(data, plan.seq_length, config.eval.max_iters)
+        calibration = calibration_windows(data, plan.seq_length, n) if n else None
+        check_shared(data, fingerprint([*batches, *([] if calibration is None else [(calibration,)])]))
+        return cls(data, batches, calibration)
+
+
+@dataclass(frozen=True)
+class RunningSearch:
+    """A search with its journal open."""
+
+    config: SearchConfig
+    plan: SearchPlan
+    text: ScoringText
+    record: Record
+    settings: dict[str, Any]
+    header: dict[str, Any]
+    has_starts: bool
+
+    def run(self, fabric: L.Fabric) -> bool:
+        """Search, select among the best candidates, and report; return False on all processes but the first.
+
+        Raises:
+            UserError: If no candidate could be scored.
+            SystemExit: After Ctrl-C, with the finished evaluations kept.
+        """
+        stopped = False
+        try:
+            self._search(fabric)
+        except KeyboardInterrupt:
+            stopped = True
+        if stopped and rank() > 0:
+            raise SystemExit  # with code 0, since a failed rank would end rank 0, which still has to report
+        if not stopped and not shutdown():
+            return False
+        found_any = bool(best_of(self.record.evaluations, self.config.measure.name))
+        if found_any and not stopped and self.config.selection.rungs:
+            self._select()
+        if found_any:
+            self._report()
+        if stopped:
+            print(f"Stopped after {len(self.record.evaluations)} evaluations; continue with --resume true")
+            raise SystemExit(130)
+        if not found_any:
+            raise UserError(
+                "no candidate could be scored, see the journal for why; try another precision, bin or limit"
+            )
+        return True
+
+    def _search(self, fabric: L.Fabric) -> None:
+        """Score the candidates. Only this call refers to the teacher, so that a selection has its memory."""
+        config, searches, out_dir = self.config, self.plan.searches, self.config.out_dir
+        race = config.racing_args
+        # notes of an earlier search in this folder are about other candidates
+        notes = on_rank_zero(lambda: RaceNotes.read(out_dir / NOTES)) if race and config.resume else []
+        fitness = load_fitness(fabric, config, self.plan, self.text)
+        seen = self.text.data, self.plan.seq_length, self.text.batches, self.text.calibration
+        text, ranking, sharded = partial(text_to_measure, *seen), self.plan.ranking, config.is_sharded
+        if self.has_starts:
+            give_starts(searches, out_dir / STARTS, config.resume, fitness, text, ranking, sharded)
+        rest: dict[str, Any] = {"parallel_map": each if sharded else parallel_map}
+        order = partial(order_of_units, searches[0].space, fitness, text, ranking, sharded)
+        take_measurements(searches, out_dir / MEASUREMENTS, self.header, fitness, order, config.seed, **rest)
+        if race:
+            rest |= {"racing": race, "notes": RaceNotes(out_dir / NOTES, notes)}
+        loop = (RacingLoop if race else Loop)(
+            searches, self.record, fitness, config.iterations, config.seed, self._save_best, **rest
+        )
+        loop.run()
+
+    def _save(self, evaluation: Evaluation, path: Path) -> None:
+        save_subnet(self.plan.teacher, self.config.checkpoint_dir, self.settings, evaluation, path)
+
+    def _save_best(self, search: Search, evaluation: Evaluation) -> None:
+        if rank() == 0:
+            self._save(evaluation, self._best_path(search))
+
+    def _best_path(self, search: Search) -> Path:
+        return self.config.out_dir / best_name(search, self.plan.searches)
+
+    def _select(self) -> None:
+        """Replace the best candidates by the winners of short distillations."""
+        config, score, evaluations = self.config, self.config.measure.name, self.record.evaluations
+        release_memory()  # the students are trained by other processes
+        selection = Selection(config.checkpoint_dir, config.out_dir, config.selection, n_devices(config.devices))
+        winners = selection.run(evaluations, score)
+        for search in self.plan.searches:
+            if winner := winners.get(str(search.space.bin)):
+                best = self._best_path(search)
+                shutil.copy(best, best.with_name(f"{best.stem}-by-score.yaml"))
+                self._save(winner, best)
+        print(as_text(rung_table(read_results(config.out_dir), evaluations, score)))
+
+    def _report(self) -> None:
+        out_dir, evaluations, searches = self.config.out_dir, self.record.evaluations, self.plan.searches
+        save_fronts(out_dir, evaluations, self.settings["objectives"], self._save)
+        print(write_report(out_dir))
+        report_surrogates(searches, evaluations, out_dir)
+        hint = try_next("extract", self.config.checkpoint_dir, self._best_path(searches[0]))
+        print(f"Sub-networks, journal and report are in {out_dir}. {hint}")
+
+
+def convertible_note(teacher: Config) -> str:
+    architecture = FAMILIES[family_name(teacher)].architecture
+    return (
+        f"Students stay convertible to {architecture} of transformers, with n_embd a multiple of {teacher.head_size} "
+        "(head_size) and no more heads than fit into it; --search_space.convertible false lifts that"
+    )
+
+
+def journal_header(
+    checkpoint_dir: Path, teacher: Config, text: ScoringText, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the journal header: everything that the scores depend on."""
+    return {
+        "teacher": {
+            "name": teacher.name,
+            "config": config_fingerprint(teacher),
+            "weights": weights_fingerprint(checkpoint_dir),
+            "architecture": asdict(teacher),
+        },
+        "data": {
+            "batches": len(text.batches),
+            "tokens": sum(batch.n_tokens for batch in text.batches),
+            "fingerprint": fingerprint(text.batches),
+            "calibration": None if text.calibration is None else fingerprint([(text.calibration,)]),
+        },
+        "settings": settings,
+    }
+
+
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def load_fitness(fabric: L.Fabric, config: SearchConfig, plan: SearchPlan, text: ScoringText) -> Fitness:
+    """Load the teacher as a super-network, in the precision of the scoring, and return its fitness measure."""
+    dtype = DTYPES.get(fabric._precision.precision, torch.float32)
+    if config.is_sharded:
+        # the head is used after the forward pass, when FSDP would have resharded the root module
+        model = load_sharded(config.checkpoint_dir, "SuperGPT", dtype, fabric.device, plan.seq_length, keep_root=True)
+    else:
+        model = load_model(config.checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+        model.max_seq_length = plan.seq_length
+    wanted: dict[str, Any] = {} if text.calibration is None else {"calibration": text.calibration}
+    if config.measure.needs_importance:
+        wanted["importance"] = plan.ranking
+    return config.measure(model, text.batches, autocast=fabric.autocast, **wanted)

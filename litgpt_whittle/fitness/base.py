@@ -1,0 +1,113 @@
+"""Base classes of fitness measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from litgpt.config import Config
+
+from litgpt_whittle.batches import Batch
+from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.supergpt import SuperGPT
+
+
+class Fitness(ABC):
+    """Scoring function for candidates, found by its name in the entry-point group `litgpt_whittle.fitness`.
+
+    Class attributes declare the inputs it needs and its capabilities.
+
+    Args:
+        model: The teacher.
+        batches: Batches that score all candidates; none unless `reads_data`.
+        autocast: Returns an autocast context, as `Fabric.autocast` does.
+    """
+
+    name: ClassVar[str]
+    """Name of the score to minimise"""
+    reads_data: ClassVar[bool] = True
+    """True if it scores on batches"""
+    n_calibration: ClassVar[int] = 0
+    """Number of calibration tokens, passed to the constructor as `calibration`, shape (N, T)"""
+    needs_importance: ClassVar[bool] = False
+    """True if the teacher's `Ranking` is passed to the constructor as `importance`"""
+    can_shard: ClassVar[bool] = False
+    """True if the teacher may be sharded over processes"""
+    chooses_units: ClassVar[bool] = False
+    """True if only the numbers of units affect the score, except for experts"""
+
+    model: SuperGPT
+    batches: Sequence[Any]
+    """Batches on the model's device"""
+    n_tokens: int
+    """Number of tokens that score each candidate"""
+    autocast: Callable[[], AbstractContextManager[Any]]
+    is_sharded: bool = False
+    """True if the teacher is sharded over processes, which score every candidate together"""
+
+    def __init__(self, model: SuperGPT, batches: Sequence[Batch] = (), autocast: Any = nullcontext) -> None:
+        device = model.lm_head.weight.device
+        self.model, self.autocast = model, autocast
+        self.batches = [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
+        self.n_tokens = sum(batch.n_tokens for batch in self.batches)
+
+    @abstractmethod
+    def __call__(self, subnet: SubNet) -> dict[str, float]:
+        """Return a sub-network's scores by name."""
+
+    @classmethod  # noqa: B027 (most measures need no check)
+    def check(cls, teacher: Config, device: torch.device, beside: int) -> None:
+        """Check the memory that the measure needs, before the teacher's weights are loaded.
+
+        Args:
+            teacher: The teacher's config.
+            device: Device that scores.
+            beside: Bytes of the teacher's weights.
+
+        Raises:
+            UserError: If the measure cannot score candidates of this teacher.
+        """
+
+    @contextmanager
+    def halved(self) -> Iterator[None]:
+        """Take less memory in this context, which is entered to score once more a candidate that ran out of it."""
+        yield
+
+
+class WindowLosses(NamedTuple):
+    """A candidate's losses per window, in the batches' order; tensors on the CPU, shape (n_windows,)."""
+
+    sums: torch.Tensor
+    """Losses summed over the window's tokens, float64"""
+    n_tokens: torch.Tensor
+    """Number of tokens of the window"""
+
+    @property
+    def mean(self) -> float:
+        """Return the mean loss per token."""
+        return float(self.sums.sum() / self.n_tokens.sum())
+
+
+class WindowFitness(Fitness):
+    """Fitness that is a function of the mean loss over all tokens, which can be computed window by window, for racing.
+
+    Args:
+        model: The teacher.
+        batches: Batches that score all candidates.
+        autocast: Returns an autocast context, as `Fabric.autocast` does.
+    """
+
+    def __call__(self, subnet: SubNet) -> dict[str, float]:
+        """Return a sub-network's scores by name."""
+        return self.scores(self.losses(subnet).mean)
+
+    @abstractmethod
+    def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
+        """Return a sub-network's losses on every window of the selected batches."""
+
+    @abstractmethod
+    def scores(self, loss: float) -> dict[str, float]:
+        """Convert a mean loss to scores by name."""

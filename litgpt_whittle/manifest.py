@@ -1,0 +1,42 @@
+"""Recognise finished or interrupted work by its inputs and settings.
+
+A manifest is a mapping of plain values: fingerprints of the inputs, and all settings that determine the result. Nested
+mappings are compared setting by setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.settings import flatten
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each setting that two manifests do not share, as "name was x and is y"."""
+    then, now = flatten(dict(saved)), flatten(dict(now))
+    names = [*now, *(name for name in then if name not in now)]
+    return [f"{name} was {then.get(name)} and is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+
+
+def check_unchanged(work: str, saved: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
+    """Check that resumed work has the manifest that it began with.
+
+    Args:
+        work: Name of the work in the message.
+        saved: The manifest that it began with.
+        now: The manifest now.
+        remedy: Advice for the message, besides changing the settings back.
+
+    Raises:
+        UserError: Naming each setting that differs.
+    """
+    if found := changes(saved, now):
+        raise UserError(f"{work} must keep its settings: {', '.join(found)}; change back, or {remedy}")
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return sixteen hex digits that identify a manifest."""
+    return hashlib.sha256(repr(flatten(dict(manifest))).encode()).hexdigest()[:16]

@@ -1,0 +1,178 @@
+"""Arguments shared by the commands that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from litgpt.args import EvalArgs, LogArgs
+from litgpt.config import Config, name_to_config
+from litgpt.data import DataModule
+from litgpt.types import LoggerChoice
+from litgpt.utils import get_default_supported_precision, init_out_dir
+
+import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.files import check_writable
+from litgpt_whittle.processes import own_device
+from litgpt_whittle.setting_checks import check_seed
+from litgpt_whittle.settings import flatten
+from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.training.checks import check_arguments, check_devices, check_logger, read_optimizer
+from litgpt_whittle.training.memory_plan import Step
+from litgpt_whittle.training.model_source import ModelSource
+from litgpt_whittle.training.run import n_iters
+
+
+def _default_train() -> TrainArgs:
+    return TrainArgs(
+        save_interval=1000,
+        log_interval=1,
+        global_batch_size=512,
+        micro_batch_size=4,
+        max_tokens=int(3e12),
+        max_norm=1.0,
+        min_lr=4e-5,
+        lr_warmup_steps=2000,
+    )
+
+
+@dataclass
+class TrainingConfig(CommandConfig):
+    """Arguments shared by the commands that train: first those of `litgpt pretrain`, in its order."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        ("out_dir", "precision", "initial_checkpoint_dir", "resume", "eval", "log", "devices", "num_nodes")
+        + ("tokenizer_dir", "logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
+    )
+
+    model_name: str | None = None
+    """A litgpt model to start from random weights. Use "list" to list them."""
+    model_config: Config | None = None
+    """A ``litgpt.Config`` to start from random weights. Overrides ``model_name``."""
+    out_dir: Path = Path("out/train")
+    """Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``."""
+    precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None
+    """The precision to train in. Determines a compatible precision setting by default."""
+    initial_checkpoint_dir: Path | None = None
+    """A pretrained litgpt checkpoint directory to start from."""
+    resume: bool | Literal["auto"] | Path = False
+    """Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in ``out_dir``, or
+    ``'auto'`` to resume only if there is one. All settings must be those of the run."""
+    data: DataModule | None = None
+    """Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``."""
+    train: TrainArgs = field(default_factory=_default_train)
+    """Training-related arguments. Training ends when the first of ``max_tokens``, ``max_steps`` and ``max_time`` is
+    reached."""
+    eval: EvalArgs = field(default_factory=lambda: EvalArgs(interval=1000, max_iters=100))
+    """Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details."""
+    log: LogArgs = field(default_factory=LogArgs)
+    """Arguments for the logger. See ``litgpt.args.LogArgs`` for details."""
+    optimizer: str | dict = "AdamW"
+    """An optimizer name (such as "AdamW") or config."""
+    devices: int | str = "auto"
+    """How many devices to use."""
+    num_nodes: int = 1
+    """How many nodes the code is being run on."""
+    tokenizer_dir: Path | None = None
+    """Tokenizer for the data module, copied into the checkpoints. By default the checkpoint's."""
+    logger_name: LoggerChoice = "tensorboard"
+    """The name of the logger to send metrics to."""
+    seed: int = 42
+    """The random seed to use for reproducibility."""
+    strategy: Literal["auto", "fsdp", "ddp"] = "auto"
+    """Distribution of the trained model over several devices: ``fsdp`` shards its weights (FSDP2) and is the default;
+    ``ddp`` replicates them, which is faster for small models."""
+    activation_checkpointing: bool = False
+    """If true, recompute activations in the backward pass: slower, with less memory."""
+    checkpoint_type: Literal["full", "sharded"] = "full"
+    """Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first process gathers all
+    weights and the optimizer state, or ``sharded``, one part per process. The final checkpoint is full."""
+    dry_run: bool = False
+    """If true, check all settings, print the memory that training needs, and stop."""
+
+    def __post_init__(self) -> None:
+        self.out_dir = init_out_dir(self.out_dir)
+
+    def validate(self) -> None:
+        read_optimizer(self.optimizer)
+        check_arguments(self.train, self.eval, self.initial_checkpoint_dir, self.resume)
+        check_seed(self.seed)
+        check_writable(self.out_dir)
+        check_logger(self.logger_name)
+        check_devices(self.devices, self.num_nodes, self.train)
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"optimizer": read_optimizer(self.optimizer)}
+
+    def run_settings(self, model: Config) -> dict[str, Any]:
+        """Return the settings that determine a run's final weights, which must not change when it is resumed.
+
+        Save and log intervals, the time limit and the number of data workers may change.
+
+        Args:
+            model: Config of the trained model.
+        """
+        settings = flatten(self.determining_arguments())
+        for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
+            settings.pop(name, None)
+        size = f"{model.n_layer} layers, {model.n_embd} channels"
+        return settings | {"precision": self.used_precision, "student's parameters": size}
+
+    @property
+    def used_precision(self) -> str:
+        """The precision, or the device's default."""
+        return self.precision or get_default_supported_precision(training=True)
+
+    @property
+    def n_local(self) -> int:
+        """Number of devices on this machine."""
+        return check_devices(self.devices, self.num_nodes, self.train)
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices on all machines."""
+        return self.n_local * self.num_nodes
+
+    def n_tokens(self, seq_length: int) -> int:
+        """Return the number of training tokens on all devices.
+
+        Args:
+            seq_length: Tokens per sample.
+
+        Raises:
+            UserError: If they do not suffice for one optimizer step.
+        """
+        n = n_iters(self.train, seq_length, self.n_local, self.num_nodes)
+        return n * self.world_size * self.train.micro_batch_size * seq_length
+
+    def step(self, source: ModelSource, seq_length: int, objective: Objective, **rest: Any) -> Step:
+        """Return the training step whose memory is planned.
+
+        Args:
+            source: Source of the trained model.
+            seq_length: Tokens per sample.
+            objective: The training objective.
+            rest: Further fields of `Step`.
+        """
+        return Step.of(
+            self.train,
+            source.build,
+            read_optimizer(self.optimizer),
+            self.used_precision,
+            own_device(),
+            self.world_size,
+            self.strategy,
+            seq_length,
+            objective=objective,
+            activation_checkpointing=self.activation_checkpointing,
+            tie_embeddings=source.is_tied,
+            **rest,
+        )
+
+
+def list_models() -> None:
+    """Print the names of litgpt's models, as `--model_name list` of `litgpt pretrain` does."""
+    print("Available values:\n" + "\n".join(sorted(name_to_config)))
