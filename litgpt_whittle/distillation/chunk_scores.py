@@ -24,7 +24,7 @@ class Scores:
         with_grad: If true, compute `grad`, (n, V).
     """
 
-    def __init__(self, logits, share, with_grad: bool) -> None:
+    def __init__(self, logits: torch.Tensor, share: torch.Tensor, with_grad: bool) -> None:
         self.logits, self.share, self.with_grad = logits, share, with_grad
         self.grad: torch.Tensor | None = None
         self.ce = self.distill = logits.new_zeros(())

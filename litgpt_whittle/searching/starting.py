@@ -108,7 +108,10 @@ def order_of_units(
 
     Args:
         space: The space.
-        fitness, text, ranking, sharded: As for `give_starts`.
+        fitness: Scores the candidates; its teacher is measured if no ranking is given.
+        text: Returns the tokens to measure the teacher on, as `text_to_measure` does.
+        ranking: The teacher's ranking.
+        sharded: If true, the teacher is sharded over the processes, which measure it together.
     """
     return _order(fitness, text, ranking, sharded) if _names_units(space, fitness, ranking) else None
 
