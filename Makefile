@@ -9,12 +9,15 @@ BIN := $(VENV)/bin
 # the tests run side by side, one thread each: two threads that share a busy core wait for each other
 WORKERS ?= 2
 
+# the linter and formatter, which also breaks the lines of signatures in the documentation
+RUFF := ruff==0.17.6
+
 # the modules that touch the dependencies, about a third of the tests
 LOWEST := api args blend checkpoint codecs data_stream describe each_strategy ecosystem export extensions extract features \
 	flags head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
 	strategies surrogate transformers tutorials
 
-.PHONY: setup demo test slow lowest lint clean
+.PHONY: setup demo test slow lowest lint docs clean
 
 setup: $(VENV)/installed
 
@@ -51,8 +54,18 @@ lint: $(VENV)-lint/installed setup
 
 $(VENV)-lint/installed: Makefile
 	test -x $(VENV)-lint/bin/python || $(PYTHON) -m venv $(VENV)-lint
-	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 import-linter==2.17 mypy==2.4.1
+	$(VENV)-lint/bin/python -m pip install --quiet --disable-pip-version-check $(RUFF) import-linter==2.17 mypy==2.4.1
+	touch $@
+
+# reads the sources without importing them, so it needs neither torch nor the package; its tools need Python 3.11
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict $(ARGS)
+
+$(VENV)-docs/installed: Makefile
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(RUFF) mkdocs==1.6.1 \
+		mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lint out build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lint $(VENV)-docs out build site *.egg-info

@@ -23,9 +23,10 @@ RECIPE = "config_hub/search/pythia-6.9b/410m.yaml"
 def built(tmp_path_factory) -> dict[str, Path]:
     """Build the wheel and the source distribution of the files that git would clone."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    skipped = {".git", ".venv", ".venv-lint", ".venv-lowest", "out", "build", "dist", "__pycache__"}
+    skipped = {".git", "out", "build", "dist", "site", "__pycache__"}
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in skipped and not name.endswith(("_cache", ".egg-info"))]
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".venv")]
+        folders[:] = [name for name in folders if not name.endswith(("_cache", ".egg-info"))]
         (source / Path(folder).relative_to(ROOT)).mkdir(exist_ok=True)
         for name in files:
             (source / Path(folder).relative_to(ROOT) / name).write_bytes((Path(folder) / name).read_bytes())
@@ -49,7 +50,7 @@ def test_the_wheel_has_recipes_and_types(built):
 def test_the_source_distribution_has_all_that_the_tests_and_the_readme_need(built):
     names = {name.partition("/")[2] for name in tarfile.open(built["sdist"]).getnames()}
     needed = {"Makefile", "setup.py", "constraints.txt", "constraints-lowest.txt", "tests/checkpoints.py", "LICENSE"}
-    needed |= {"CONTRIBUTING.md"}
+    needed |= {"CONTRIBUTING.md", "mkdocs.yml"}
     for folder in ("tests", "tutorials", "docs", "benchmarks", "config_hub", "litgpt_whittle"):
         files = (path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".md", ".yaml", ".png"))
         needed |= {path.relative_to(ROOT).as_posix() for path in files if "build" not in path.parts}
