@@ -15,7 +15,7 @@ RUFF := ruff==0.17.6
 # the modules that touch the dependencies, about a third of the tests
 LOWEST := api args blend checkpoint codecs data_stream describe each_strategy ecosystem export extensions extract features \
 	flags head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
-	strategies surrogate transformers tutorials
+	strategies surrogate testing transformers tutorials
 
 .PHONY: setup demo test slow lowest lint docs clean
 

@@ -7,7 +7,6 @@ import pytest
 from architectures import ARCHITECTURES, KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rankings import random_ranking
 
 from litgpt_whittle.spaces.args import (
     SizeArgs,
@@ -18,6 +17,7 @@ from litgpt_whittle.spaces.sizes import SizeSpace
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.strategies.choices import Choices
 from litgpt_whittle.subnet import layer_sizes
+from litgpt_whittle.testing.inputs import random_ranking
 
 EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 

@@ -3,49 +3,25 @@
 import math
 import sys
 from collections import Counter
-from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from litgpt.config import Config
-from test_strategies import SMALL, SPACE, TEACHER, loss, make, measures, run
+from test_strategies import SMALL, make, small
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.spaces import space as space_module
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.strategies import NSGA2, TPE, Evolution, EvoPress, LocalSearch, StratifiedRandom
-from litgpt_whittle.strategies.choices import Choices
-
-# a small vocabulary, so that channels do not dominate the parameter count
-LEAN = Config.from_name(
-    "pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32, padded_vocab_size=64
-)
-LEAN_SPACE = Space(LEAN, "coarse_layerwise", Bin.parse("30K±10%"))
-
-
-@cache
-def how_near(name: str) -> float:
-    """Return the mean distance of a strategy's best sub-networks to several hidden ones; one could be found by luck."""
-    choices, best = Choices(LEAN_SPACE), []
-    for seed in range(15, 19):
-        goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(seed)))
-
-        def distance(subnet, goal=goal):
-            numbers = choices.of(subnet)
-            return sum(abs(numbers[key] - goal[key]) / (hi - lo) for key, (lo, hi) in choices.bounds.items())
-
-        strategy = make(name, LEAN_SPACE, seed=100 + seed)
-        run(strategy, 120, distance)
-        best.append(strategy.best.score)
-    return float(np.mean(best))
+from litgpt_whittle.testing.inputs import LEAN
+from litgpt_whittle.testing.strategies import LEAN_SPACE, SPACE, TEACHER, check_learns, loss, measures, run
 
 
 @pytest.mark.parametrize("name", ["Evolution", "EvoPress", "LocalSearch", "TPE"])
 def test_what_learns_beats_random_search(name):
-    assert how_near(name) < 0.9 * how_near("RandomSearch")
+    check_learns(small(name))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""Test a strategy, a fitness and a loss from another installed package: found by name and used by the commands."""
+"""Test a strategy, a fitness and a loss from another installed package: found by name and used by the commands.
 
-import inspect
+The package has tests of its own, in `tests/example_package/tests`.
+"""
+
 import os
 import shutil
 import subprocess
@@ -8,29 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_each_strategy
 import test_strategies
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from litgpt.model import GPT
-from test_search import BIN, TEACHER, Tokens, lines, make_checkpoint
+from test_search import BIN, TEACHER, lines, make_checkpoint
 from test_search import run as run_search
 from test_train import TokenData, checkpoint, config, rows
 from test_train import run as run_distill
 
 from litgpt_whittle import registry
-from litgpt_whittle.batches import fixed_batches
-from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import search_run
 from litgpt_whittle.distillation.args import DistillArgs
-from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.searching.args import RacingArgs
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract_weights
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests" / "example_package"
@@ -69,86 +62,9 @@ def strategy(**settings):
     return registry.lookup("litgpt_whittle.strategies", ANNEALING)(**settings)
 
 
-# -- the strategy
-
-CONTRACT = [
-    test
-    for name, test in vars(test_strategies).items()
-    if name.startswith("test_") and list(inspect.signature(test).parameters) == ["name"]
-]
-
-
-@pytest.mark.parametrize("test", CONTRACT, ids=lambda test: test.__name__)
-def test_the_strategy_keeps_the_contract_of_all(test):
-    test(ANNEALING)
-
-
 def test_the_strategys_own_defaults_hold_on_the_command_line(capsys):
     registry.load_all("litgpt_whittle.strategies")
     test_strategies.test_a_strategys_own_defaults_hold_on_the_command_line(ANNEALING, capsys)
-
-
-def test_a_replayed_journal_brings_the_strategy_back():
-    test_strategies.test_a_replayed_journal_brings_the_strategy_back(ANNEALING, 13)
-
-
-def test_the_strategy_beats_random_search():
-    test_each_strategy.test_what_learns_beats_random_search(ANNEALING)
-
-
-def test_a_cold_walk_goes_downhill_only_and_a_hot_one_anywhere():
-    for temperature, goes_up in ((1e-12, False), (1e12, True)):
-        walk = strategy(temperature=temperature, cooling=1.0)
-        walk.start(test_strategies.SPACE, seed=1)
-        ups = []
-        for _ in range(30):
-            before = walk.at
-            (scored,) = test_strategies.run(walk, 1)
-            if before is not None and scored.score > before.score:
-                ups.append(walk.at.subnet == scored.subnet)
-        assert ups and all(up == goes_up for up in ups)
-
-
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"cooling": 1.5}, {"cooling": 0}])
-def test_the_strategy_refuses_wrong_settings(settings):
-    with pytest.raises(UserError, match=f"strategy.{next(iter(settings))} must be above 0"):
-        strategy(**settings)
-
-
-# -- the fitness
-
-
-def test_the_fitness_counts_the_tokens_that_the_extracted_model_gets_wrong(teacher):
-    data = Tokens()
-    data.connect(batch_size=2, max_seq_length=12)
-    batches = fixed_batches(data.val_dataloader(), 2, 12)
-    subnet = SubNet(TEACHER, n_embd=16, n_layer="0,2", intermediate_size=20)
-    model = load_model(teacher, "SuperGPT")
-    scores = registry.lookup("litgpt_whittle.fitness", ERROR)(model, batches)(subnet)
-    student = GPT(subnet.config)
-    student.load_state_dict(extract_weights(model, subnet))
-    wrong = sum(int((student(ids).argmax(-1) != targets).sum()) for ids, targets in batches)
-    assert scores == {ERROR: pytest.approx(wrong / sum(targets.numel() for _, targets in batches))}
-
-
-# -- the loss
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95))
-def test_the_loss_is_the_formula(seed, alpha):
-    generator = torch.Generator().manual_seed(seed)
-    q, p = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64).mul(2).softmax(-1)
-    renyi = registry.lookup("litgpt_whittle.losses", RENYI)
-    expected = (p**alpha * q ** (1 - alpha)).sum(-1).log() / (alpha - 1)
-    torch.testing.assert_close(renyi(q.log(), p.log(), alpha=alpha), expected)
-    assert (expected >= -1e-12).all() and renyi(p.log(), p.log(), alpha=alpha).abs().max() < 1e-12
-    near_one = renyi(q.log(), p.log(), alpha=1 - 1e-7)
-    torch.testing.assert_close(near_one, forward_kl(q.log(), p.log()), rtol=1e-4, atol=1e-6)
-
-
-def test_the_loss_refuses_an_order_beyond_its_range():
-    with pytest.raises(UserError, match="renyi's alpha must be between 0 and 1, got 1.0"):
-        registry.lookup("litgpt_whittle.losses", RENYI)(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)
 
 
 # -- the commands

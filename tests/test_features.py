@@ -8,12 +8,12 @@ from architectures import ARCHITECTURES, KINDS, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
-from rankings import random_ranking
 
 from litgpt_whittle.index_plan import plan
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.surrogates.features import N_PARTS, Features
+from litgpt_whittle.testing.inputs import random_ranking
 from litgpt_whittle.unit_index import UnitIndex, ranges
 
 EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from litgpt.config import Config
+from litgpt.model import GPT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_whittle import supergpt
+from litgpt_whittle import registry, supergpt
 from litgpt_whittle.batches import fingerprint, fixed_batches
 from litgpt_whittle.distillation import head
 from litgpt_whittle.errors import UserError
@@ -18,50 +19,38 @@ from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.index_plan import ParamSlice, plan
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
+from litgpt_whittle.supergpt import extract_weights, student_model
+from litgpt_whittle.testing.fitness import CHECKS, check_formula
+from litgpt_whittle.testing.inputs import random_tokens, super_network
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=3, n_embd=32, n_head=4, intermediate_size=64, block_size=24)
 
 
-def super_network(config: Config) -> SuperGPT:
-    torch.manual_seed(0)
-    model = SuperGPT(dataclasses.replace(config, padded_vocab_size=64, vocab_size=61)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 def loader(sizes=(4, 4, 2), length=17) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 61, (size, length), generator=generator) for size in sizes]
+    return random_tokens(sizes, length)
 
 
-def plain_nll(model: SuperGPT, subnet: SubNet, batches) -> float:
-    """Return the mean over all tokens of the extracted model, in float64."""
-    student = student_model(subnet)
-    student.load_state_dict(extract_weights(model, subnet))
-    student = student.double().eval()
+def plain(student: GPT, teacher: GPT, batches) -> dict[str, float]:
+    """Return the scores by the mean over all tokens, token by token."""
     losses = []
-    with torch.no_grad():
-        for ids, targets in batches:
-            log_p = student(ids).log_softmax(-1)
-            for row, target in zip(log_p.flatten(0, 1), targets.flatten()):
-                if target != -100:
-                    losses.append(-row[target])
-    return float(torch.stack(losses).mean())
+    for ids, targets in batches:
+        log_p = student(ids).log_softmax(-1)
+        for row, target in zip(log_p.flatten(0, 1), targets.flatten()):
+            if target != -100:
+                losses.append(-row[target])
+    nll = float(torch.stack(losses).mean())
+    return {"nll": nll, "perplexity": math.exp(nll)}
+
+
+@pytest.mark.parametrize("name", registry.names("litgpt_whittle.fitness"))
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_every_fitness_keeps_the_rules(name, check):
+    check(registry.lookup("litgpt_whittle.fitness", name))
 
 
 @pytest.mark.parametrize("name", ["Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "phi-2"])
 def test_perplexity_is_the_plain_formula(name):
-    teacher = ARCHITECTURES[name]
-    model = super_network(teacher)
-    width = "moe_intermediate_size" if teacher.moe_intermediate_size else "intermediate_size"
-    subnet = SubNet(model.config, n_embd="0-9,16-31", n_layer="1,3", **{width: ["2-9", 12]})
-    batches = fixed_batches(loader(), 9, 24)
-    scores = Perplexity(model, batches)(subnet)
-    expected = plain_nll(model, subnet, batches)
-    assert scores["nll"] == pytest.approx(expected, rel=1e-5)
-    assert scores["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    check_formula(Perplexity, plain, ARCHITECTURES[name], rel=3e-5)
 
 
 def test_tokens_weigh_the_same_in_batches_of_any_size_and_ignored_ones_nothing():
@@ -73,7 +62,10 @@ def test_tokens_weigh_the_same_in_batches_of_any_size_and_ignored_ones_nothing()
     fixed = fixed_batches(batches, 9, 24)
     score = Perplexity(model, fixed)
     assert len(fixed) == 2 and score.n_tokens == 3 * 6 + 12  # the first label of a row is not predicted
-    assert score(subnet)["nll"] == pytest.approx(plain_nll(model, subnet, fixed), rel=1e-5)
+    student = student_model(subnet)
+    student.load_state_dict(extract_weights(model, subnet))
+    with torch.no_grad():
+        assert score(subnet) == pytest.approx(plain(student.double().eval(), model, fixed), rel=3e-5)
 
 
 def test_batches_are_read_once_and_cut():
@@ -106,19 +98,6 @@ def test_weights_are_sliced_once_per_candidate(monkeypatch):
     monkeypatch.setattr(ParamSlice, "__call__", lambda self, tensor: calls.append(self.name) or take(self, tensor))
     Perplexity(model, fixed_batches(loader(), 3, 16))(subnet)
     assert len(calls) == len(plan(model.config, subnet))
-
-
-def test_scoring_leaves_the_teacher_as_it_was():
-    model = super_network(PYTHIA)
-    ids = loader()[0]
-    before = model(ids[:, :16]).detach()
-    names = list(model.state_dict())
-    score = Perplexity(model, fixed_batches(loader(), 3, 16))
-    first = score(SubNet(model.config, n_embd=8))
-    score(SubNet(model.config, n_embd=9, n_layer=1))
-    assert score(SubNet(model.config, n_embd=8)) == first
-    assert torch.equal(model(ids[:, :16]), before) and list(model.state_dict()) == names
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_bf16_is_used_where_asked_for():

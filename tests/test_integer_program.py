@@ -10,7 +10,6 @@ from architectures import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
-from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
@@ -30,6 +29,7 @@ from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.surrogates.args import SurrogateArgs
+from litgpt_whittle.testing.inputs import random_ranking
 from litgpt_whittle.unit_index import UnitIndex
 
 SHARES = (0.5, 0.25)

@@ -9,13 +9,13 @@ import torch
 from architectures import ARCHITECTURES
 from litgpt.config import Config
 from litgpt.model import GPT
-from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import plan
 from litgpt_whittle.ranking.order import Order, reorder
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import extract_weights, student_model
+from litgpt_whittle.testing.inputs import random_ranking
 from litgpt_whittle.unit_index import Ordered, UnitIndex
 
 EACH = pytest.mark.parametrize("teacher", ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -8,8 +8,7 @@ import torch
 from architectures import ARCHITECTURES, subnets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rankings import random_ranking
-from test_fitness import PYTHIA, super_network
+from test_fitness import PYTHIA
 from test_search import TEACHER, make_checkpoint, run
 
 from litgpt_whittle import registry
@@ -21,6 +20,7 @@ from litgpt_whittle.journal import read_journal
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.subnet import SubNet, experts_of
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
+from litgpt_whittle.testing.inputs import random_ranking, super_network
 
 NAMES = ["phi-2", "Gemma-2-2b", "Qwen3-30B-A3B", "OLMo-2-1124-7B", "Llama-3.1-8B", "latent"]
 TEACHERS = {name: super_network(ARCHITECTURES[name]) for name in NAMES}

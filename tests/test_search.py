@@ -14,7 +14,6 @@ from checkpoints import write_random_model
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import CLI
-from rankings import random_ranking
 
 from litgpt_whittle import batches, processes
 from litgpt_whittle.batches import (
@@ -41,6 +40,7 @@ from litgpt_whittle.spaces.args import (
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.testing.inputs import random_ranking
 
 TEACHER = Config.from_name(
     "pythia-14m",

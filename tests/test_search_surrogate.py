@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rankings import random_ranking
 from scipy.stats import kendalltau
 from test_search import BIN, TEACHER, lines, make_checkpoint, run
 from test_text_surrogate import make_model
@@ -16,6 +15,7 @@ from litgpt_whittle.reports.report import write_report
 from litgpt_whittle.strategies import RandomSearch
 from litgpt_whittle.surrogates import trees
 from litgpt_whittle.surrogates.args import SurrogateArgs
+from litgpt_whittle.testing.inputs import random_ranking
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
 from litgpt.utils import num_parameters
-from rankings import random_ranking
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.families import (
@@ -31,6 +30,7 @@ from litgpt_whittle.spaces.sizes import EVERY, SizeSpace, decided
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.testing.inputs import random_ranking
 
 PYTHIA = Config.from_name("pythia-14m", n_layer=4, n_embd=32, n_head=4, intermediate_size=64, block_size=32)
 # 2 layers * 4 channels * 2 heads * 6 neurons per layer: few enough to count all

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.config import Config
 from litgpt.utils import num_parameters
-from rankings import random_ranking
 from test_racing import Listed, Windows
 from test_search import Tokens, lines, make_checkpoint, run
 from test_space import CONVERTIBLE, FREE, SHARED, assert_convertible
@@ -44,6 +43,7 @@ from litgpt_whittle.spaces.starts import Start, simple_starts
 from litgpt_whittle.strategies import NSGA2, Evolution, RandomSearch
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.testing.inputs import random_ranking
 
 SPACES = get_args(SpaceName)
 TEACHER = test_search.TEACHER

@@ -14,7 +14,7 @@ from litgpt.args import EvalArgs
 from test_train import TokenData, checkpoint, config, predict, rows, same, train_args
 from torch.utils.data import DataLoader
 
-from litgpt_whittle import SubNet, load_model
+from litgpt_whittle import SubNet, load_model, registry
 from litgpt_whittle.commands.pretrain_supernet import setup
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.objective import Objective
@@ -41,6 +41,7 @@ from litgpt_whittle.supernet import (
     SupernetArgs,
     SupernetStep,
 )
+from litgpt_whittle.testing.samplers import CHECKS
 from litgpt_whittle.training.memory_plan import LiveBytes
 from litgpt_whittle.unit_index import UnitIndex
 
@@ -151,6 +152,12 @@ def test_a_sandwich_takes_the_memory_of_its_largest_network():
 
 def networks_of(sampler: Sampler, n: int, steps=1000):
     return [sampler.networks(np.random.default_rng(i), i, i / steps) for i in range(n)]
+
+
+@pytest.mark.parametrize("name", registry.names("litgpt_whittle.samplers"))
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_every_sampler_keeps_the_rules(name, check):
+    check(registry.lookup("litgpt_whittle.samplers", name))
 
 
 def test_samplers_choose_what_they_say():

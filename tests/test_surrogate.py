@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from litgpt.config import Config
-from rankings import random_ranking
 from scipy.stats import kendalltau
 
 from litgpt_whittle import registry
@@ -30,6 +29,8 @@ from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.features import Features
 from litgpt_whittle.surrogates.surrogate import LEAST, Examples, Scale, Surrogate, held_out_tau
 from litgpt_whittle.surrogates.trees import Trees
+from litgpt_whittle.testing.inputs import random_ranking
+from litgpt_whittle.testing.surrogates import CHECKS
 
 SMALL = dict(vocab_size=61, padded_vocab_size=64, block_size=16)
 TEACHER = Config.from_name("pythia-14m", n_layer=6, n_embd=32, n_head=4, intermediate_size=64, **SMALL)
@@ -71,6 +72,11 @@ def write_search(folder: Path, chosen: list[SubNet], score=loss, bins: int = 1) 
             journal.append(Evaluation(i, f"bin {i % bins}", subnet.to_dict(), 1, scores, 0, 1, 1, 0.1))
         journal.append(Evaluation(len(chosen), "bin 0", subnet.to_dict(), 1, {}, 0, 1, 1, 0.1, "out of memory"))
     return folder
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_trees_keep_the_rules(check):
+    check(TREES)
 
 
 def test_the_ranking_of_an_additive_function_is_found():

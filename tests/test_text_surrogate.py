@@ -18,6 +18,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
 from litgpt_whittle.surrogates.text import Text, describe
+from litgpt_whittle.testing.surrogates import CHECKS
 
 WORDS = ["[PAD]", "[UNK]", "width", "head", "heads", "neurons", "|", "-", *map(str, range(101))]
 
@@ -68,18 +69,18 @@ def test_a_fine_tuned_model_ranks_what_it_has_not_seen(model):
     assert kendalltau(surrogate.predict(unknown), [loss(subnet) for subnet in unknown]).statistic > 0.4
 
 
-def test_fine_tuning_follows_from_seed_and_evaluations_and_leaves_no_trace(model):
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_language_model_keeps_the_rules(model, check):
+    check(lambda: Text(args(model, epochs=2)))
+
+
+def test_fine_tuning_depends_on_the_seed_and_leaves_pytorchs_settings(model):
     read = describe(TEACHER, sample(TEACHER, 20))
-    targets = np.random.default_rng(0).normal(size=20)
-    one, again, other = (Text(args(model, epochs=2)) for _ in range(3))
-    state = torch.get_rng_state()
-    one.fit(read[:10], targets[:10], seed=5)  # fitting again forgets the previous fit
-    for text, seed in ((one, 1), (again, 1), (other, 2)):
-        text.fit(read, targets, seed)
-    assert torch.equal(torch.get_rng_state(), state) and not torch.are_deterministic_algorithms_enabled()
-    assert (one.predict(read) == again.predict(read)).all() and (one.predict(read) != other.predict(read)).any()
-    # a prediction does not depend on longer or shorter descriptions in the batch
-    assert one.predict(read[3:4]) == pytest.approx(one.predict(read)[3], abs=1e-5)
+    one, other = Text(args(model, epochs=2)), Text(args(model, epochs=2))
+    for text, seed in ((one, 1), (other, 2)):
+        text.fit(read, np.random.default_rng(0).normal(size=20), seed)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (one.predict(read) != other.predict(read)).any()
 
 
 def test_a_saved_surrogate_is_a_model_to_name(model, tmp_path):
