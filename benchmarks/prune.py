@@ -21,9 +21,9 @@ from students import Data
 from litgpt_whittle import SubNet, load_model
 from litgpt_whittle.batches import calibration_windows, connect, validation_batches
 from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.contrib.prune import Magnitude, SparseGPT, Sparsity, Wanda
+from litgpt_whittle.contrib.prune.pruning import Pruning, maps_to_prune
 from litgpt_whittle.fitness.perplexity import Perplexity
-from litgpt_whittle.pruners import Magnitude, SparseGPT, Sparsity, Wanda
-from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune
 from litgpt_whittle.scratch import Scratch
 
 METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}

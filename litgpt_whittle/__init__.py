@@ -8,7 +8,7 @@ spaces, ranking, fitness   search spaces, importance of units and layers, scores
 strategies, surrogates     proposing candidates and predicting scores; searching: the search loop
 repair                     fitting the remaining weights to compensate for the removed units
 distillation, training     losses and teachers, and the training loop; samplers: the steps of super-networks
-pruners, hf, reports       sparse weights; Hugging Face directories; tables, plots and pages
+hf, reports, contrib       Hugging Face directories; tables, plots and pages; pruning
 testing                    checks for strategies, losses and other parts of any package
 
 Names are imported on first use (PEP 562), since the bootstrap in `plugin`, and with it this file, runs in every

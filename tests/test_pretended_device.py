@@ -27,6 +27,7 @@ from litgpt_whittle.batches import (
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import load_model, read_weights
 from litgpt_whittle.commands import cache_teacher, distill, extract, pretrain_supernet, prune, rank, search, search_run
+from litgpt_whittle.contrib.prune import SparseGPT, Sparsity
 from litgpt_whittle.distillation.args import (
     DistillArgs,
     HiddenArgs,
@@ -38,7 +39,6 @@ from litgpt_whittle.journal import read_journal
 from litgpt_whittle.least_squares import Moments
 from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.processes import release_memory
-from litgpt_whittle.pruners import SparseGPT, Sparsity
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.costs import candidate_bytes, repair_bytes

@@ -6,10 +6,10 @@ import torch
 from litgpt.config import Config
 
 from litgpt_whittle import SubNet, testing
+from litgpt_whittle.contrib.prune import Magnitude, Wanda
 from litgpt_whittle.distillation.codecs import Full, Sampled, TopK
 from litgpt_whittle.distillation.losses import forward_kl, reverse_kl
 from litgpt_whittle.fitness import Perplexity, WindowLosses
-from litgpt_whittle.pruners import Magnitude, Wanda
 from litgpt_whittle.samplers import RandomLinear, Uniform
 from litgpt_whittle.strategies import RandomSearch, Scored
 from litgpt_whittle.surrogates.args import SurrogateArgs

@@ -30,7 +30,8 @@ import sys
 from pathlib import Path
 from litgpt.args import EvalArgs
 from litgpt.utils import CLI
-from litgpt_whittle.commands import cache_teacher, distill, export, extract, pretrain_supernet, prune
+from litgpt_whittle.commands import cache_teacher, distill, export, extract, pretrain_supernet
+from litgpt_whittle.commands import prune
 from litgpt_whittle.data import HFText
 from litgpt_whittle.spaces.args import SizeArgs, SpaceArgs
 from litgpt_whittle.training.args import TrainArgs

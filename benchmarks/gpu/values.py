@@ -21,6 +21,8 @@ from litgpt_whittle import SubNet, extract_weights, load_model, student_model
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.checkpoint import read_weights
+from litgpt_whittle.contrib.prune import SparseGPT, Sparsity
+from litgpt_whittle.contrib.prune.pruning import Pruning, maps_to_prune
 from litgpt_whittle.distillation.args import HiddenArgs
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
@@ -28,8 +30,6 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.fitness.kl import KLDivergence
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.least_squares import exact_products
-from litgpt_whittle.pruners import SparseGPT, Sparsity
-from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune
 from litgpt_whittle.ranking.scores import measure
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.sequential import SequentialRepair

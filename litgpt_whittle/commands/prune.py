@@ -30,16 +30,16 @@ from litgpt_whittle.checkpoint import (
     weights_fingerprint,
 )
 from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.contrib.prune import Pruner, Sparsity
+from litgpt_whittle.contrib.prune.plots import plot_pruning
+from litgpt_whittle.contrib.prune.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.figures.curves import plot_pruning
 from litgpt_whittle.files import check_out_dir, check_space
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import lock_output, release_memory
-from litgpt_whittle.pruners import Pruner, Sparsity
-from litgpt_whittle.pruners.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.results import Checkpoint
 from litgpt_whittle.scratch import scratch_beside

@@ -60,11 +60,11 @@ def make(
 ) -> Fitness:
     """Construct a fitness as `litgpt search` does, with the inputs that its class attributes request."""
     inputs: dict[str, Any] = {}
-    if getattr(fitness, "n_calibration", 0):
+    if fitness.n_calibration:
         inputs["calibration"] = torch.cat(random_tokens((16,), LENGTH, seed=2))
-    if getattr(fitness, "needs_importance", False):
+    if fitness.needs_importance:
         inputs["importance"] = random_ranking(model.config)
-    if not getattr(fitness, "reads_data", True):
+    if not fitness.reads_data:
         batches = []
     return fitness(model, random_batches(LENGTH) if batches is None else batches, autocast=autocast, **inputs)
 
@@ -175,7 +175,7 @@ def check_autocast(fitness: type[Fitness]) -> None:
 
     Not required of a fitness that reads no data.
     """
-    if not getattr(fitness, "reads_data", True):
+    if not fitness.reads_data:
         return
     entered = []
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from litgpt_whittle.contrib.prune import Pruner, Sparsity
 from litgpt_whittle.least_squares import Moments, no_outputs
-from litgpt_whittle.pruners import Pruner, Sparsity
 
 Make = Callable[[Sparsity], Pruner]
 """Returns a pruner to a sparsity: its class, or a `functools.partial` with settings"""

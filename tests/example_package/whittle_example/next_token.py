@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 
-from litgpt_whittle import SubNet, SuperGPT
-from litgpt_whittle.batches import Batch
-from litgpt_whittle.fitness import WindowLosses
+from litgpt_whittle import SubNet
+from litgpt_whittle.fitness import WindowFitness, WindowLosses
 from litgpt_whittle.tensors import IGNORE_INDEX
 
 
-class NextTokenError:
-    """Fraction of tokens that are not the sub-network's most likely prediction, between 0 and 1.
-
-    Args:
-        model: The teacher, which can run as any of its sub-networks.
-        batches: Batches to predict, the same for all candidates.
-        autocast: Returns the autocast context for the forward pass.
-    """
+class NextTokenError(WindowFitness):
+    """Fraction of tokens that are not the sub-network's most likely prediction, between 0 and 1."""
 
     name = "next_token_error"
 
-    def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
-        device = model.lm_head.weight.device
-        self.model, self.autocast = model, autocast
-        self.batches = [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
-        self.n_tokens = sum(batch.n_tokens for batch in batches)
-
-    def __call__(self, subnet: SubNet) -> dict[str, float]:
-        """Return a sub-network's scores; the search minimises the one called `name` and records all of them."""
-        return self.scores(self.losses(subnet).mean)
-
     def scores(self, loss: float) -> dict[str, float]:
-        """Return the scores for a mean loss."""
+        """Return a sub-network's scores for a mean loss; the search minimises `name`, and records all of them."""
         return {self.name: loss}
 
     @torch.inference_mode()

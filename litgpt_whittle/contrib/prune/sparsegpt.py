@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from litgpt_whittle.contrib.prune.base import Pruner, Sparsity, lowest
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments
-from litgpt_whittle.pruners.base import Pruner, Sparsity, lowest
 from litgpt_whittle.setting_checks import (
     check_positive,
     is_number,

@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
+from litgpt_whittle.contrib.prune.base import Pruner, Sparsity
+from litgpt_whittle.contrib.prune.magnitude import Magnitude
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments, exact_products, no_outputs, solve
-from litgpt_whittle.pruners.base import Pruner, Sparsity
-from litgpt_whittle.pruners.magnitude import Magnitude
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import Weights

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from litgpt_whittle.contrib.prune.base import Pruner
 from litgpt_whittle.least_squares import Moments
-from litgpt_whittle.pruners.base import Pruner
 
 
 class Magnitude(Pruner):

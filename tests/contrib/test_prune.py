@@ -21,10 +21,10 @@ from litgpt_whittle.batches import (
 )
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.commands.prune import setup
+from litgpt_whittle.contrib.prune import Magnitude, SparseGPT, Sparsity, Wanda
+from litgpt_whittle.contrib.prune.pruning import Pruning, maps_to_prune, refit, relative_error
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.pruners import Magnitude, SparseGPT, Sparsity, Wanda
-from litgpt_whittle.pruners.pruning import Pruning, maps_to_prune, refit, relative_error
 from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights, is_tied

@@ -1,0 +1,1 @@
+"""Features besides the road from a teacher to a smaller student."""
