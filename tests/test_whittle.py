@@ -32,10 +32,12 @@ from litgpt_whittle.pipeline import command as whittle
 from litgpt_whittle.pipeline import estimates
 from litgpt_whittle.pipeline import run as pipeline_module
 from litgpt_whittle.pipeline.command import setup
-from litgpt_whittle.pipeline.estimates import Speed, cost_table, costs
+from litgpt_whittle.pipeline.costs import Speed, cost_table
+from litgpt_whittle.pipeline.estimates import costs
 from litgpt_whittle.pipeline.run import folder_of
 from litgpt_whittle.pipeline.sections import Section, merge
-from litgpt_whittle.pipeline.stages import Request, Stages
+from litgpt_whittle.pipeline.stage import Request
+from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.repair import costs as repair_costs
 from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.results import TrainingResult, tokens_to_reach
@@ -373,8 +375,8 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     request = Request(teacher, bins, tmp_path, data, 1, 42, True)
     sections = {name: SECTIONS[name] for name in ("rank", "search", "extract", "distill")}
     sections |= changed("search", fitness="perplexity")
-    stages = Stages(request, cache=True, **sections)
-    whole, part = (counted_flops(subnet, 1, 32) for subnet in (SubNet.full(TEACHER), stages.examples["14K"]))
+    stages = Stages(request, {"cache_teacher": True} | sections)
+    whole, part = (counted_flops(subnet, 1, 32) for subnet in (SubNet.full(TEACHER), stages.search.examples["14K"]))
     found = {cost.name: cost for cost in costs(stages)}
     n = SECTIONS["distill"]["train"]["max_tokens"]
     assert found["rank"].training == pytest.approx(3 * 256 * whole)
@@ -384,26 +386,26 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     assert found["14K/distilled"].forward == 0  # the teacher is cached
     meta = GPT(TEACHER)
     assert found["rank"].weights == found["search"].weights == found["cache_teacher"].weights == n_bytes(meta)
-    student, block = student_model(stages.examples["14K"]), n_bytes(meta.transformer.h[0])
+    student, block = student_model(stages.search.examples["14K"]), n_bytes(meta.transformer.h[0])
     outside = sum(n_bytes(part) for model in (meta, student) for part in (model.lm_head, model.transformer.wte))
     n_in = student.config.n_head * student.config.head_size + student.config.intermediate_size
     solve = 4 * 8 * n_in * (n_in + student.config.n_embd)  # for the projection with the most inputs
     assert found["14K/start"].weights >= outside + max(2 * block + solve, 5 * n_bytes(student.lm_head))
-    plain = Stages(request, cache=True, **sections | {"extract": sections["extract"] | {"repair": False}})
+    plain = Stages(request, {"cache_teacher": True} | sections | {"extract": sections["extract"] | {"repair": False}})
     assert {cost.name: cost for cost in costs(plain)}["14K/start"].weights == block
     refining = sections | changed("extract", repair={"tokens": 4096, "refine_passes": 2})
-    refined = {cost.name: cost for cost in costs(Stages(request, cache=True, **refining))}
+    refined = {cost.name: cost for cost in costs(Stages(request, {"cache_teacher": True} | refining))}
     assert refined["14K/start"].training == pytest.approx(3 * 2 * 4096 * part) and found["14K/start"].training == 0
     trained = n_bytes(student) - n_bytes(student.transformer.wte)
     assert refined["14K/start"].weights >= outside + 5 * (trained - n_bytes(student.transformer.ln_f))
     assert found["14K/baseline"].weights == n_bytes(student)
-    assert {cost.name: cost for cost in costs(Stages(request, cache=False, **sections))}["14K/distilled"].weights == (
-        n_bytes(meta) + found["14K/baseline"].weights
-    )
+    assert {cost.name: cost for cost in costs(Stages(request, {"cache_teacher": False} | sections))}[
+        "14K/distilled"
+    ].weights == (n_bytes(meta) + found["14K/baseline"].weights)
     rows = cost_table([found["14K/baseline"]], Speed(1.0, 3 * n * part / 9000))
     assert rows[1][-1] == rows[2][-1] == "2.5 h"
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
-    again = {cost.name: cost for cost in costs(Stages(request, cache=True, **sections))}
+    again = {cost.name: cost for cost in costs(Stages(request, {"cache_teacher": True} | sections))}
     assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # one more forward pass
 
 
@@ -411,12 +413,12 @@ def test_measurements_of_a_strategy_are_counted(teacher, data, tmp_path):
     request = Request(teacher, {"30K": Bin.parse("30K"), "40K": Bin.parse("40K")}, tmp_path, data, 1, 42, False)
 
     def stages(**changes):
-        return Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"])
+        return Stages(request, {"search": SECTIONS["search"] | changes, "distill": SECTIONS["distill"]})
 
     plain, measuring = (stages(fitness="perplexity", strategy=name) for name in ("RandomSearch", "IntegerProgram"))
-    assert plain.n_measurements == 0
-    n = measuring.n_measurements
-    assert n == len(Alternatives(measuring.spaces["30K"], IntegerProgram().shares).all) + 1  # once for both bins
+    assert plain.search.n_measurements == 0
+    n = measuring.search.n_measurements
+    assert n == len(Alternatives(measuring.search.spaces["30K"], IntegerProgram().shares).all) + 1  # once for both bins
     forward = [next(c.forward for c in costs(each) if c.name == "search") for each in (plain, measuring)]
     assert forward[1] - forward[0] == pytest.approx(n * 4 * 32 * counted_flops(SubNet.full(TEACHER), 1, 32))
 
@@ -425,7 +427,7 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
 
     def cost(**changes):
-        found = costs(Stages(request, None, SECTIONS["search"] | changes, {}, None, SECTIONS["distill"]))
+        found = costs(Stages(request, {"search": SECTIONS["search"] | changes, "distill": SECTIONS["distill"]}))
         return next(cost for cost in found if cost.name == "search")
 
     plain, repaired, twice = cost(fitness="perplexity"), cost(), cost(iterations=8)
@@ -445,7 +447,7 @@ def test_a_repair_for_every_candidate_is_counted(teacher, data, tmp_path):
 def test_speed_is_measured_on_a_block(teacher, data, tmp_path, monkeypatch):
     """Whatever the teacher's size, and quickly."""
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
-    stages, built = Stages(request, None, SECTIONS["search"], {}, None, SECTIONS["distill"]), []
+    stages, built = Stages(request, {"search": SECTIONS["search"], "distill": SECTIONS["distill"]}), []
     monkeypatch.setattr(estimates, "student_model", lambda subnet: built.append(subnet) or student_model(subnet))
     speed = estimates.measure_speed(stages, budget=0.1)
     assert speed.forward > 0 and speed.training > 0
@@ -463,37 +465,37 @@ def test_the_search_selects_with_the_trainings_settings(teacher, data, tmp_path)
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
     searched = SECTIONS["search"] | {"selection": {"rungs": ["2x256"]}}
     distilled = SECTIONS["distill"] | {"train.max_norm": 0.5}
-    stages = Stages(request, False, searched, {}, None, distilled)
+    stages = Stages(request, {"rank": False, "search": searched, "distill": distilled})
     ((path, text),) = stages.files().items()
-    assert stages.search.parse(checkpoint_dir=teacher).selection.config == path
+    assert stages.search.args.selection.config == path
     assert yaml.safe_load(text)["train"]["max_norm"] == 0.5  # including command-line flags
 
 
 def test_coarse_spaces_are_searched_by_importance(teacher, data, tmp_path):
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
-    rest = {"extract": {}, "cache": None, "distill": SECTIONS["distill"]}
-    coarse = Stages(request, None, {"space": "coarse_uniform"}, **rest)
+    rest = {"distill": SECTIONS["distill"]}
+    coarse = Stages(request, {"search": {"space": "coarse_uniform"}, **rest})
     assert [stage.command for stage in coarse.all()][:2] == ["rank", "search"]
-    assert coarse.search.settings["order"] == "importance"
-    fine = Stages(request, None, {}, **rest)
-    assert fine.all()[0].command == "search" and "order" not in fine.search.settings
+    assert coarse.search.section.settings["order"] == "importance"
+    fine = Stages(request, rest)
+    assert fine.all()[0].command == "search" and "order" not in fine.search.section.settings
     given = {"space": "coarse_layerwise", "order": "importance", "importance": "mine.pt"}
-    own = Stages(request, None, given, **rest)
-    assert own.all()[0].command == "search" and own.search.settings["importance"] == "mine.pt"
+    own = Stages(request, {"search": given, **rest})
+    assert own.all()[0].command == "search" and own.search.section.settings["importance"] == "mine.pt"
 
 
 def test_simple_starts_are_passed_on_and_take_the_ranking_where_there_is_one(teacher, data, tmp_path):
     request = Request(teacher, {"14K": Bin.parse("14K")}, tmp_path, data, 1, 42, False)
 
     def stages(rank, **searched) -> Stages:
-        return Stages(request, rank, SECTIONS["search"] | searched, {}, None, SECTIONS["distill"])
+        return Stages(request, {"rank": rank, "search": SECTIONS["search"] | searched, "distill": SECTIONS["distill"]})
 
     importance = str(tmp_path / "rank/importance.pt")
     plain, without = stages(True), stages(True, simple_starts=False)
-    assert plain.searched.simple_starts and plain.search.settings["importance"] == importance
+    assert plain.search.args.simple_starts and plain.search.section.settings["importance"] == importance
     plain.check()
-    assert not without.searched.simple_starts and "importance" not in without.search.settings
-    assert "importance" not in stages(None).search.settings
+    assert not without.search.args.simple_starts and "importance" not in without.search.section.settings
+    assert "importance" not in stages(None).search.section.settings
 
 
 def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
@@ -502,13 +504,17 @@ def test_stages_are_told_what_their_commands_take(teacher, data, tmp_path):
 
     def stages(distilled=(), extract=(), cache=None) -> Stages:
         told = {"train.max_tokens": None, "train.max_steps": 5} | dict(distilled)
-        return Stages(request, None, SECTIONS["search"], dict(extract), cache, SECTIONS["distill"] | told)
+        return Stages(
+            request,
+            {"search": SECTIONS["search"], "extract": dict(extract), "cache_teacher": cache}
+            | {"distill": SECTIONS["distill"] | told},
+        )
 
     plain = stages()
-    assert plain.caches and plain.cached.max_tokens == 5 * 4 * 32  # as many as the steps use
-    assert not stages({"distill.loss": "reverse_kl"}).caches  # it cannot learn from samples
-    assert not stages({"teacher_checkpoint_dir": "another"}).caches
-    assert (plain.extracted.devices, stages(extract={"repair": False}).extracted.devices) == (2, 1)
+    assert plain.cache_teacher.is_used and plain.cache_teacher.args.max_tokens == 5 * 4 * 32  # as many as the steps use
+    assert not stages({"distill.loss": "reverse_kl"}).cache_teacher.is_used  # it cannot learn from samples
+    assert not stages({"teacher_checkpoint_dir": "another"}).cache_teacher.is_used
+    assert (plain.extract.args.devices, stages(extract={"repair": False}).extract.args.devices) == (2, 1)
     for settings in ({"distill.alpha": 0, "distill.beta": 1}, {"distill.hidden.weight": 1.0}):
         baseline = stages(settings).all()[-1]
         section = Section("distill", distill.DistillConfig, baseline.settings)

@@ -15,11 +15,14 @@ from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
-from litgpt_whittle.pipeline.estimates import cache_bytes, cost_table, costs, measure_speed
+from litgpt_whittle.pipeline.costs import cost_table
+from litgpt_whittle.pipeline.estimates import cache_bytes, costs, measure_speed
+from litgpt_whittle.pipeline.kinds import KIND_OF
 from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
-from litgpt_whittle.pipeline.stages import Request, Stages
+from litgpt_whittle.pipeline.stage import Request
+from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
@@ -107,14 +110,12 @@ class WhittleConfig(CommandConfig):
             self.seed,
             self.baseline,
         )
-        stages = Stages(
-            request, self.rank, self.search or {}, self.extract or {}, self.cache_teacher, self.distill or {}
-        )
+        stages = Stages(request, {name: getattr(self, name) for name in KIND_OF})
         pipeline.check(stages.all())
         memory = stages.check()
         if self.dry_run:
             print(memory)
-            if stages.caches:
+            if stages.cache_teacher.is_used:
                 print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
             print("Measuring the speed of this machine on single blocks …", flush=True)
             print(as_text(cost_table(costs(stages), measure_speed(stages))))

@@ -15,6 +15,7 @@ from litgpt_whittle.figures.style import (
     save_figure,
 )
 from litgpt_whittle.files import write_text
+from litgpt_whittle.pipeline.kinds import KINDS
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import score_axis
@@ -97,14 +98,10 @@ def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> l
 
 
 def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
-    searched = out_dir / "search"
-    found = [("What matters in the teacher", out_dir / "rank/importance.png")]
-    found += [("The search", searched / "search.png"), ("Size and score", searched / "candidates.png")]
-    for path in sorted(searched.glob("architecture*.png")):
-        found.append((f"The best sub-network {path.stem.removeprefix('architecture').removeprefix('-')}".strip(), path))
+    found = [each for kind in KINDS if not kind.is_per_student for each in kind.pictures(out_dir / kind.folder_name)]
     for name in names:
-        found.append((f"{name}: the repair", out_dir / name / "start/repair.png"))
-        found.append((f"{name}: the training", out_dir / name / "distilled/training.png"))
+        own = [kind.pictures(out_dir / name / kind.folder_name) for kind in KINDS if kind.is_per_student]
+        found += [(f"{name}: {title}", path) for pictures in own for title, path in pictures]
     return found
 
 

@@ -8,19 +8,16 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock_dir, to_yaml, write_text
-from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.manifest import changes
+from litgpt_whittle.pipeline.kinds import KIND_OF
+from litgpt_whittle.pipeline.stage import Stage
 from litgpt_whittle.processes import stop_with_parent
-from litgpt_whittle.settings import flatten
-from litgpt_whittle.training.resume import has_training_state
 
 RECORD = "stages.json"
 """Name of the file that records the settings of the stages that have begun, and which of them are finished"""
@@ -32,73 +29,7 @@ COMMANDS = "commands.sh"
 """Name of the file with the stages as command lines"""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, with the settings of its YAML and its command line."""
-
-    command: str
-    folder: Path
-    """The command's out_dir"""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Contents of the command's YAML"""
-    flags: Sequence[str] = ()
-    """Flags for this command from the pipeline's command line"""
-    inputs: Sequence[str | Path] = ()
-    """The command's positional arguments"""
-
-    @property
-    def name(self) -> str:
-        """Name of the stage, relative to the pipeline's folder."""
-        own = self.folder.name
-        return f"{self.folder.parent.name}/{own}" if self.command in ("extract", "distill") else own
-
-    @property
-    def config(self) -> Path:
-        """Path of the YAML, beside the stage's folder."""
-        return self.folder.with_suffix(".yaml")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Settings that determine the output, by the names of the command's arguments."""
-        options = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
-        options |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
-        return {name: str(value) for name, value in options.items() if name not in _FREE}
-
-    def option(self, name: str) -> str:
-        """Return the name of a command's argument on the pipeline's command line."""
-        return "target" if name == "bin" else f"{self.command}.{name}"
-
-    def needs(self, other: Stage) -> bool:
-        """Return whether this stage reads the output of another one."""
-        return any(Path(value).is_relative_to(other.folder) for value in self.options.values())
-
-    def arguments(self, begins: bool = False) -> list[str]:
-        """Return the command line, which resumes an interrupted run unless `begins` is true."""
-        inputs = [str(path) for path in self.inputs]
-        goes_on = [] if begins else _GO_ON[self.command](self.folder)
-        return [self.command, *inputs, f"--config={self.config}", *self.flags, f"--out_dir={self.folder}", *goes_on]
-
-
 _AGAIN = "run the same command again"
-
-_FREE = ("devices", "data.init_args.num_workers")
-"""Arguments that may change between runs"""
-
-_UNFINISHED: dict[str, Callable[[Path], bool]] = {
-    "search": lambda folder: (folder / JOURNAL).is_file(),
-    "cache_teacher": lambda folder: (folder / INDEX).is_file(),
-    "distill": lambda folder: any(map(has_training_state, [*folder.glob("step-*"), folder / "final"])),
-}
-"""Tests whether a command can resume from its folder; the other commands start from scratch"""
-
-_GO_ON: dict[str, Callable[[Path], list[str]]] = {
-    "rank": lambda folder: ["--overwrite=true"] if folder.exists() else [],
-    "search": lambda folder: ["--resume=true"] if _UNFINISHED["search"](folder) else [],
-    "extract": lambda folder: ["--overwrite=true"] if folder.exists() else [],
-    "cache_teacher": lambda folder: ["--resume=true"] if _UNFINISHED["cache_teacher"](folder) else [],
-    "distill": lambda folder: ["--resume=auto"],
-}
-"""Flags that make each command resume, or replace its unfinished output"""
 
 
 class Pipeline:
@@ -154,8 +85,7 @@ class Pipeline:
     def _has_begun(self, stage: Stage, stages: Sequence[Stage]) -> bool:
         """Return whether a stage is finished or can resume; later stages then depend on its settings."""
         if not self._is_noted_done(stage):
-            is_unfinished = _UNFINISHED.get(stage.command, lambda _: False)
-            return stage.name in self.record and is_unfinished(stage.folder)
+            return stage.name in self.record and KIND_OF[stage.command].can_resume(stage.folder)
         if stage.folder.exists():
             return True
         # a user who deletes an output that every later stage has used does not want it again
@@ -186,7 +116,7 @@ class Pipeline:
 
     def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
         write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
-        lines = [f"litgpt {shlex.join(stage.arguments(begins=True))}" for stage in stages]
+        lines = [f"litgpt {shlex.join(stage.arguments())}" for stage in stages]
         write_text(self.out_dir / COMMANDS, "\n".join([*lines, ""]))
         for stage in stages:
             stage.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +128,7 @@ class Pipeline:
             if self._is_noted_done(stage) and self._has_begun(stage, stages):
                 print(f"{title}: done already", flush=True)
                 continue
-            arguments = stage.arguments()
+            arguments = stage.arguments(KIND_OF[stage.command].resume_flags(stage.folder))
             self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):

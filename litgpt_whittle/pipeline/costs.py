@@ -1,0 +1,66 @@
+"""Costs of a pipeline's stages: tokens, floating-point operations and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from litgpt_whittle.files import readable_size
+from litgpt_whittle.training.memory_plan import WEIGHTS_DTYPE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Upper bound of a stage's cost."""
+
+    name: str
+    tokens: int
+    forward: float
+    """FLOPs of forward passes without gradients"""
+    training: float = 0.0
+    """FLOPs of forward and backward passes with gradients"""
+    weights: int = 0
+    """Bytes of models and moments on each device, without activations, gradients and the optimizer"""
+
+    def seconds(self, speed: Speed) -> float:
+        """Return the stage's time in seconds at a machine's speed."""
+        return self.forward / speed.forward + self.training / speed.training
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of all devices of this machine together, in FLOPs per second."""
+
+    forward: float
+    training: float
+
+
+def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:
+    """Return the stages' costs as a table, headings first."""
+    rows = [["stage", "tokens", "FLOPs", "weights per device", "about"]]
+    for cost in found:
+        flop, weights = cost.forward + cost.training, readable_size(cost.weights)
+        rows.append([cost.name, f"{cost.tokens:,}", f"{flop:.2g}", weights, duration(cost.seconds(speed))])
+    total = sum(cost.seconds(speed) for cost in found)
+    flop = sum(cost.forward + cost.training for cost in found)
+    largest = readable_size(max(cost.weights for cost in found))
+    return [*rows, ["all", f"{sum(cost.tokens for cost in found):,}", f"{flop:.2g}", largest, duration(total)]]
+
+
+def duration(seconds: float) -> str:
+    """Format seconds in a readable unit."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def default_precision() -> str:
+    """Return the precision that commands compute in by default."""
+    return "bf16-true" if torch.cuda.is_available() else "32-true"
+
+
+def weights_dtype(precision: str | None) -> torch.dtype:
+    """Return the type of weights in a precision; by default in `default_precision`."""
+    return WEIGHTS_DTYPE.get(precision or default_precision(), torch.float32)

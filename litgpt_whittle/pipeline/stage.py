@@ -1,0 +1,203 @@
+"""Base class of the kinds of stages that `litgpt whittle` runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from litgpt.data import DataModule
+
+from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.pipeline.costs import Cost
+from litgpt_whittle.pipeline.sections import Section, merge
+from litgpt_whittle.settings import describe, flatten
+from litgpt_whittle.spaces.bins import Bin
+
+if TYPE_CHECKING:
+    from litgpt_whittle.pipeline.stages import Stages
+
+C = TypeVar("C", bound=CommandConfig)
+
+Given = bool | dict[str, Any] | None
+"""A section as the user gives it: settings; true or false to run the stage or not; None for the default"""
+
+PROVIDED = (
+    *("checkpoint_dir", "out_dir", "bin", "resume", "overwrite", "dry_run", "sub_network", "random_weights"),
+    *("initial_checkpoint_dir", "model_name", "model_config", "teacher_cache"),
+)
+"""Arguments of the commands that the pipeline itself provides"""
+
+_FREE = ("devices", "data.init_args.num_workers")
+"""Arguments that may change between runs"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Inputs of a pipeline that concern all stages."""
+
+    checkpoint_dir: Path
+    bins: dict[str, Bin]
+    """Bins by the names of the students' folders"""
+    out_dir: Path
+    data: DataModule | None
+    devices: int | str
+    seed: int
+    has_baseline: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a command, with the settings of its YAML and its command line."""
+
+    command: str
+    folder: Path
+    """The command's out_dir"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Contents of the command's YAML"""
+    flags: Sequence[str] = ()
+    """Flags for this command from the pipeline's command line"""
+    inputs: Sequence[str | Path] = ()
+    """The command's positional arguments"""
+    is_per_student: bool = False
+    """True if each student has its own run"""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage, relative to the pipeline's folder."""
+        own = self.folder.name
+        return f"{self.folder.parent.name}/{own}" if self.is_per_student else own
+
+    @property
+    def config(self) -> Path:
+        """Path of the YAML, beside the stage's folder."""
+        return self.folder.with_suffix(".yaml")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings that determine the output, by the names of the command's arguments."""
+        options = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
+        options |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
+        return {name: str(value) for name, value in options.items() if name not in _FREE}
+
+    def option(self, name: str) -> str:
+        """Return the name of a command's argument on the pipeline's command line."""
+        return "target" if name == "bin" else f"{self.command}.{name}"
+
+    def needs(self, other: Stage) -> bool:
+        """Return whether this stage reads the output of another one."""
+        return any(Path(value).is_relative_to(other.folder) for value in self.options.values())
+
+    def arguments(self, more: Sequence[str] = ()) -> list[str]:
+        """Return the command line.
+
+        Args:
+            more: Further flags, such as those that resume an interrupted run.
+        """
+        inputs = [str(path) for path in self.inputs]
+        return [self.command, *inputs, f"--config={self.config}", *self.flags, f"--out_dir={self.folder}", *more]
+
+
+class StageKind(ABC, Generic[C]):
+    """A command as a part of the pipeline: its section, its runs, its checks, its costs and its pictures.
+
+    Kinds are listed in `litgpt_whittle.pipeline.kinds.KINDS`, in the order of their runs.
+
+    Args:
+        stages: All kinds, which may depend on one another.
+        given: The user's section.
+    """
+
+    name: ClassVar[str]
+    """Name of the command and of its section"""
+    config: ClassVar[type[CommandConfig]]
+    folder_name: ClassVar[str]
+    """Name of the folder of its output"""
+    is_per_student: ClassVar[bool] = False
+    """True if it runs once for each student, in the student's folder"""
+
+    def __init__(self, stages: Stages, given: Given) -> None:
+        self.stages, self.request, self.asked = stages, stages.request, given
+        self.given = given if isinstance(given, dict) else {}
+
+    @property
+    def is_used(self) -> bool:
+        """True if the pipeline runs it."""
+        return True
+
+    @cached_property
+    def section(self) -> Section[C]:
+        """The section, with the settings that the pipeline adds.
+
+        Raises:
+            UserError: If the user sets an argument that the pipeline provides.
+        """
+        return self.new_section()
+
+    def new_section(self, **defaults: Any) -> Section[C]:
+        """Return the user's section with some defaults, and with the pipeline's data and seed."""
+        for argument, value in self.given.items():
+            if argument.partition(".")[0] in PROVIDED and value not in (None, False):
+                raise UserError(f"{self.name}.{argument} is set by the pipeline; remove it")
+        common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
+        config: Any = self.config
+        return Section(self.name, config, self.given, common | defaults)
+
+    @cached_property
+    def args(self) -> C:
+        """The command's config.
+
+        Raises:
+            UserError: If the command does not accept the section.
+        """
+        return self.section.parse(checkpoint_dir=self.request.checkpoint_dir)
+
+    def validate(self) -> None:
+        """Run the command's checks that need no output of an earlier stage.
+
+        Raises:
+            UserError: For the first invalid setting.
+        """
+        self.section.run_check(self.args.validate)
+
+    def folder(self, student: str = "") -> Path:
+        """Return the folder of its output, for a student if it runs once for each."""
+        return self.request.out_dir / (student if self.is_per_student else "") / self.folder_name
+
+    def runs(self, student: str = "") -> list[Stage]:
+        """Return its runs: one, or those for a student."""
+        return [self.new_run(self.folder(), self.request.checkpoint_dir)]
+
+    def new_run(self, folder: Path, *inputs: Path, **more: Any) -> Stage:
+        """Return a run into a folder, with the positional arguments and further settings given."""
+        settings = merge(self.section.settings, more)
+        return Stage(self.name, folder, settings, self.section.flags, inputs, self.is_per_student)
+
+    def files(self) -> dict[Path, str]:
+        """Return the contents of further files that it reads, by path."""
+        return {}
+
+    @abstractmethod
+    def costs(self, student: str = "") -> list[Cost]:
+        """Return the cost of each of `runs`."""
+
+    @classmethod
+    def can_resume(cls, folder: Path) -> bool:
+        """Return whether it can resume from a folder; if not, it starts again."""
+        return False
+
+    @classmethod
+    def resume_flags(cls, folder: Path) -> list[str]:
+        """Return the flags that make it resume, or replace an unfinished output."""
+        if cls.can_resume(folder):
+            return ["--resume=true"]
+        return ["--overwrite=true"] if folder.exists() else []
+
+    @classmethod
+    def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
+        """Return the titles and paths of the pictures in its output that the report shows, if they exist."""
+        return []
