@@ -17,7 +17,7 @@ LOWEST := api args blend checkpoint codecs data_stream describe each_strategy ec
 	flags head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
 	strategies surrogate testing transformers tutorials
 
-.PHONY: setup demo test slow lowest lint docs clean
+.PHONY: setup demo test coverage slow lowest lint docs clean
 
 setup: $(VENV)/installed
 
@@ -41,6 +41,12 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# modules under 80 % are listed; processes that tests start are not counted
+coverage: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest-cov==7.1.0 coverage==7.17.5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=litgpt_whittle --cov-report= $(ARGS)
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)

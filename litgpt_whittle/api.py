@@ -16,7 +16,6 @@ runs in this process, on one device.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -135,4 +134,5 @@ def _call(name: str, config: type[CommandConfig], data: Data, settings: dict[str
         data = HFText(path=dict(data) if isinstance(data, Mapping) else str(data))
     given = {key: describe(value) for key, value in (settings | inputs).items()}
     command: Any = Section(name, config, given).parse()
-    return replace(command, data=data).run()
+    command.data = data  # as it is, not described
+    return command.run()

@@ -35,7 +35,7 @@ class CommandConfig(ABC):
         """Validate the arguments, and run the command.
 
         Returns:
-            The command's result; None on all processes but the first.
+            The command's result; None on processes that have none.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.settings import flatten
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe each setting that two manifests do not share, as "name was x and is y"."""
-    then, now = flatten(dict(saved)), flatten(dict(now))
+    then, now = _flat(saved), _flat(now)
     names = [*now, *(name for name in then if name not in now)]
     return [f"{name} was {then.get(name)} and is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
@@ -39,4 +38,13 @@ def check_unchanged(work: str, saved: Mapping[str, Any], now: Mapping[str, Any],
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """Return sixteen hex digits that identify a manifest."""
-    return hashlib.sha256(repr(flatten(dict(manifest))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_flat(manifest)).encode()).hexdigest()[:16]
+
+
+def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings as `flatten` does, but keep empty ones, whose names matter."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        is_nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
+    return flat

@@ -1,7 +1,8 @@
 """Sharded checkpoints: every process writes its own part, so that no process holds a whole checkpoint in memory.
 
 A tensor sharded by rows (`DTensor`) is saved as each process's rows and read as `Rows`, from which any number of
-processes take what they need. All else is saved in the first process's part only.
+processes take what they need. All else is saved in the first process's part only. `torch.distributed.checkpoint` is
+not used, because it unpickles its metadata without restrictions; these parts are loaded with `weights_only=True`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from texts import documents, write_jsonl, write_tokenizer
 from litgpt_whittle.batches import BatchArgs, held_out_windows
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
-from litgpt_whittle.commands.extract import setup
+from litgpt_whittle.commands.extract import ExtractConfig, setup
 from litgpt_whittle.data import HFText
 from litgpt_whittle.data.loading import connect
 from litgpt_whittle.errors import UserError
@@ -315,6 +315,23 @@ def test_students_calibrated_on_other_text_are_not_taken_for_finished(folder, tm
     assert (student / "lit_model.pth").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="out_dir must be empty or new"):
         extract(folder, tmp_path / "out", found, repair=repair, data=data(folder, max_documents=200))
+
+
+class Renamed(HFText):
+    """A data module that replaces one of its own settings when it is connected."""
+
+    def connect(self, *args, **kwargs):
+        super().connect(*args, **kwargs)
+        self.val_fraction = 0.5  # not read, because there is a val_path
+
+
+def test_a_students_key_describes_the_data_module_before_it_is_connected(folder, tmp_path):
+    paths = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "validation.jsonl")}
+    changes = {"data": Renamed(**paths), "repair": RepairArgs(tokens=2000), "train": TRAIN}
+    asked = [folder / "teacher", folder / "half.yaml", tmp_path / "out"]
+    setup(*asked, **changes)
+    assert changes["data"].val_fraction == 0.5
+    assert ExtractConfig(*asked, **changes | {"data": Renamed(**paths)}).is_finished()
 
 
 def test_a_repair_without_a_cut_or_on_several_devices_is_refused(folder, tmp_path):

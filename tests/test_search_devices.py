@@ -13,7 +13,7 @@ import yaml
 from test_search import lines
 
 from litgpt_whittle.batches import BudgetArgs
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.searching.args import RacingArgs
 
@@ -22,12 +22,12 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_search
-from litgpt_whittle.commands import search
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.searching.args import RacingArgs
-search.write_report = lambda out_dir: "the report"
+search_run.write_report = lambda out_dir: "the report"
 losses = Perplexity.losses
 Perplexity.losses = lambda self, *args: time.sleep({pause}) or losses(self, *args)
 try:
@@ -75,7 +75,7 @@ def one(checkpoint, tmp_path_factory):
     """Run the search by one process, without and with a race."""
     folders = {name: tmp_path_factory.mktemp("one") / name for name in RACING}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "write_report", lambda out_dir: "the report")
+        patch.setattr(search_run, "write_report", lambda out_dir: "the report")
         for name, racing in RACING.items():
             settings = {"racing": racing, "iterations": 14, "eval": BudgetArgs(max_iters=3)}
             test_search.run(checkpoint, folders[name], **settings)

@@ -113,7 +113,7 @@ class CacheTeacherConfig(CommandConfig):
             )
         if n_devices(self.devices) == 1 and self.teacher_placement == "sharded":
             raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
-        assert self.contents  # raises for an invalid codec, and for damaged weights before the data is read
+        _ = self.contents  # raises for an invalid codec, and for damaged weights before the data is read
         check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 import lightning as L
 import torch
 from litgpt.config import Config
+from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.utils import num_parameters
 
@@ -72,9 +73,9 @@ class DistillConfig(TrainingConfig):
     (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
     """
 
-    # the teacher's weights, or its cache's index, are compared instead of their folders
+    # the teacher's weights, or its cache's index, are compared instead of their folders; a resumed run has weights
     FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {
-        *("teacher_checkpoint_dir", "teacher_cache", "compile", "teacher_placement"),
+        *("teacher_checkpoint_dir", "teacher_cache", "random_weights", "compile", "teacher_placement"),
     }
 
     model_name: str | None = None
@@ -206,7 +207,7 @@ class DistillConfig(TrainingConfig):
         settings = self.run_settings(student.config) | teacher.settings
         state = state_to_resume(resume_dir, settings)
         if self.repair and resume_dir is None and not self.dry_run:
-            student = self._repaired_student(seq_length)
+            student = self._repaired_student(seq_length, data)
             origin = self._origin(student)
 
         def make_hidden(model: GPT) -> HiddenLoss:
@@ -239,16 +240,16 @@ class DistillConfig(TrainingConfig):
         config = None if self.teacher_dir is None else check_checkpoint(self.teacher_dir)
         return check_hidden(self.distill.hidden, student.config.n_layer, student.sub_network, config)
 
-    def _repaired_student(self, seq_length: int) -> ModelSource:
+    def _repaired_student(self, seq_length: int, data: DataModule) -> ModelSource:
         """Return the source of the repaired cut in `out_dir/start`; an interrupted run's repair is used again."""
         assert self.teacher_dir is not None and self.sub_network is not None  # else there is nothing to repair
         seen, folder = BatchArgs(self.train.micro_batch_size, seq_length), self.out_dir / "start"
         cut = ExtractConfig(
-            self.teacher_dir, self.sub_network, folder, repair=self.repair, data=self.data, train=seen, seed=self.seed
+            self.teacher_dir, self.sub_network, folder, repair=self.repair, data=data, train=seen, seed=self.seed
         )
         if not (self.resume and cut.is_finished()):
             # training connects its own copy of the data
-            replace(cut, overwrite=folder.exists(), data=copy.deepcopy(self.data)).run()
+            replace(cut, overwrite=folder.exists(), data=copy.deepcopy(data)).run()
             release_memory()  # the plan looks how much is free
         return ModelSource.choose(folder, None, None, None, None).with_tie(self.train.tie_embeddings)
 

@@ -173,7 +173,9 @@ class ExtractConfig(CommandConfig):
         subnet = SubNet.load(self.sub_network, teacher)
         self.check_out_dir()
         weights = read_weights(self.checkpoint_dir)
-        stored, counts = self._stored_dtype(weights), _counts(subnet, is_tied(weights))
+        # before the data module is connected, which may change its settings
+        counts: dict[str, Any] = {"key": self.key, **_counts(subnet, is_tied(weights))}
+        stored = self._stored_dtype(weights)
         n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
         check_space(self.out_dir, n_stored * stored.itemsize, "the student")
         if self.repair and subnet != SubNet.full(teacher):
@@ -188,7 +190,7 @@ class ExtractConfig(CommandConfig):
     def _stored_dtype(self, weights: Weights) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else weights["lm_head.weight"].dtype
 
-    def _repair(self, weights: Weights, subnet: SubNet, counts: dict[str, int]) -> Checkpoint | None:
+    def _repair(self, weights: Weights, subnet: SubNet, counts: dict[str, Any]) -> Checkpoint | None:
         args = self.repair_args
         calibration, n_tokens = self._read_calibration(subnet)
         scratch = _open_scratch(self.checkpoint_dir, subnet, calibration.windows, args, self.out_dir)
@@ -227,7 +229,6 @@ class ExtractConfig(CommandConfig):
             "teacher": subnet.teacher.name,
             "teacher_config": fingerprint(subnet.teacher),
             "checkpoint_dir": str(self.checkpoint_dir.absolute()),
-            "key": self.key,
             **counts,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "litgpt_whittle": version(),

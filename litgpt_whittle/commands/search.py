@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -56,9 +56,10 @@ from litgpt_whittle.searching.args import (
     SelectionArgs,
 )
 from litgpt_whittle.searching.racing_loop import check_can_race
-from litgpt_whittle.searching.selection import parse_rungs
+from litgpt_whittle.searching.selection import Selection, parse_rungs
 from litgpt_whittle.searching.starting import has_no_starts
 from litgpt_whittle.setting_checks import check_seed
+from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.args import (
     LimitArgs,
     SpaceArgs,
@@ -159,8 +160,8 @@ class SearchConfig(CommandConfig):
             raise UserError(f"iterations must be at least 1, got {self.iterations}; raise it")
         check_seed(self.seed)
         self._check_order()
-        bins, measure, strategy = self.bins, self.measure, self.made_strategy
-        assert bins
+        measure, strategy = self.measure, self.made_strategy
+        _ = self.bins  # raises for invalid ones
         if self.data is None and measure.reads_data:
             raise UserError("data must be chosen; for example --data HFText --data.path PATH")
         teacher = check_checkpoint(self.checkpoint_dir)
@@ -246,6 +247,9 @@ class SearchConfig(CommandConfig):
             return registry.lookup("litgpt_whittle.strategies", self.strategy)()
         return Evolution() if self.strategy is _DEFAULT_STRATEGY else self.strategy
 
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"strategy": describe(self.made_strategy)}
+
     @property
     def used_precision(self) -> str:
         """The precision, or the device's default."""
@@ -286,7 +290,11 @@ class SearchConfig(CommandConfig):
         with open_record(self.out_dir / JOURNAL, header, self.resume) as record:
             if rank() == 0:
                 save_hyperparameters(setup, self.out_dir)
-            running = RunningSearch(self, plan, text, record, settings, header, has_starts)
+            n = n_devices(self.devices)
+            selection = (
+                Selection(self.checkpoint_dir, self.out_dir, self.selection, n) if self.selection.rungs else None
+            )
+            running = RunningSearch(self, plan, text, record, settings, header, has_starts, selection)
             return SearchResult(self.out_dir, self.checkpoint_dir) if running.run(fabric) else None
 
 

@@ -38,7 +38,6 @@ from litgpt_whittle.journal import (
 from litgpt_whittle.metrics import MeasureArgs
 from litgpt_whittle.processes import (
     each,
-    n_devices,
     on_rank_zero,
     parallel_map,
     rank,
@@ -180,6 +179,8 @@ class RunningSearch:
     settings: dict[str, Any]
     header: dict[str, Any]
     has_starts: bool
+    selection: Selection | None
+    """Read before the search, which takes longer than an edit of its file"""
 
     def run(self, fabric: L.Fabric) -> bool:
         """Search, select among the best candidates, and report; return False on all processes but the first.
@@ -198,8 +199,8 @@ class RunningSearch:
         if not stopped and not shutdown():
             return False
         found_any = bool(best_of(self.record.evaluations, self.config.measure.name))
-        if found_any and not stopped and self.config.selection.rungs:
-            self._select()
+        if found_any and not stopped and self.selection is not None:
+            self._select(self.selection)
         if found_any:
             self._report()
         if stopped:
@@ -242,11 +243,10 @@ class RunningSearch:
     def _best_path(self, search: Search) -> Path:
         return self.config.out_dir / best_name(search, self.plan.searches)
 
-    def _select(self) -> None:
+    def _select(self, selection: Selection) -> None:
         """Replace the best candidates by the winners of short distillations."""
         config, score, evaluations = self.config, self.config.measure.name, self.record.evaluations
         release_memory()  # the students are trained by other processes
-        selection = Selection(config.checkpoint_dir, config.out_dir, config.selection, n_devices(config.devices))
         winners = selection.run(evaluations, score)
         for search in self.plan.searches:
             if winner := winners.get(str(search.space.bin)):

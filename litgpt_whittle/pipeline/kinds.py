@@ -147,7 +147,7 @@ class SearchStage(StageKind[SearchConfig]):
         """Run the search's checks, and draw an example from each bin."""
         to_come = [*self.files(), *([self.stages.rank.path] if self.stages.rank.is_used else [])]
         self.section.run_check(lambda: self.args.validate(to_come))
-        assert self.examples  # raises for bins out of reach
+        _ = self.examples  # raises for bins out of reach
 
     @cached_property
     def spaces(self) -> dict[str, Space]:

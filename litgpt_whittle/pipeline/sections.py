@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -37,17 +37,10 @@ class Section(Generic[C]):
         self.settings = merge(defaults or {}, {key: value for key, value in given.items() if "." not in key})
         self.flags = [f"--{key}={_as_text(value)}" for key, value in given.items() if "." in key]
 
-    @cached_property
+    @property
     def parser(self) -> ArgumentParser:
         """The command's own parser."""
-        # parsing help texts takes most of the time, and they are not shown here
-        set_parsing_settings(docstring_parse_attribute_docstrings=False)
-        try:
-            parser: ArgumentParser = capture_parser(lambda: CLI(as_command(self.config)))
-        finally:
-            set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        parser.exit_on_error = False
-        return parser
+        return _parser_of(self.config)
 
     def parse(self, **inputs: Any) -> C:
         """Return the command's config.
@@ -93,6 +86,18 @@ class Section(Generic[C]):
             return check()
         except UserError as error:
             raise UserError(f"{self.name}: {own_flags(str(error), self.name)}") from None
+
+
+@cache
+def _parser_of(config: type[CommandConfig]) -> ArgumentParser:
+    # parsing help texts takes most of the time, and they are not shown here
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    try:
+        parser: ArgumentParser = capture_parser(lambda: CLI(as_command(config)))
+    finally:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser.exit_on_error = False
+    return parser
 
 
 OWN_FLAGS = {name: name for name in ("data", "devices", "seed", "target")} | {

@@ -156,6 +156,14 @@ class StageKind(ABC, Generic[C]):
         """
         return self.section.parse(checkpoint_dir=self.request.checkpoint_dir)
 
+    def read(self) -> None:
+        """Read the section.
+
+        Raises:
+            UserError: If the command does not accept it.
+        """
+        _ = self.args
+
     def validate(self) -> None:
         """Run the command's checks that need no output of an earlier stage.
 

@@ -52,7 +52,7 @@ class Stages:
         for kind in self.kinds:
             setattr(self, kind.name, kind)
         for kind in self.kinds:
-            assert kind.args  # every section is read, also of stages that are not used
+            kind.read()  # every section, also of stages that are not used
 
     @property
     def used(self) -> list[StageKind[Any]]:

@@ -18,7 +18,7 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.setting_checks import check_seed
-from litgpt_whittle.settings import flatten
+from litgpt_whittle.settings import describe, flatten
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import check_arguments, check_devices, check_logger, read_optimizer
 from litgpt_whittle.training.memory_plan import Step
@@ -105,7 +105,7 @@ class TrainingConfig(CommandConfig):
         check_devices(self.devices, self.num_nodes, self.train)
 
     def arguments(self) -> dict[str, Any]:
-        return super().arguments() | {"optimizer": read_optimizer(self.optimizer)}
+        return super().arguments() | {"optimizer": describe(read_optimizer(self.optimizer))}
 
     def run_settings(self, model: Config) -> dict[str, Any]:
         """Return the settings that determine a run's final weights, which must not change when it is resumed.

@@ -1,0 +1,83 @@
+"""Test commands as configs: their functions, their documented fields, and the arguments that may change on resuming."""
+
+import dataclasses
+import inspect
+import typing
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import pytest
+
+from litgpt_whittle.command_config import CommandConfig, as_command, attribute_docs
+
+COMMANDS = [point.load() for point in entry_points(group="litgpt.commands") if "litgpt_whittle." in point.value]
+
+
+def configs(base: type = CommandConfig) -> list[type]:
+    return [each for sub in base.__subclasses__() for each in (sub, *configs(sub))]
+
+
+OURS = [config for config in configs() if config.__module__.startswith("litgpt_whittle.")]
+
+
+@dataclass
+class Greeting(CommandConfig):
+    """Greet somebody."""
+
+    name: str
+    """Whom to
+    greet."""
+    times: list[int] = field(default_factory=lambda: [1])
+    """How often."""
+
+    def validate(self) -> None: ...
+
+    def run(self):
+        return self.name, self.times
+
+
+@dataclass
+class LoudGreeting(Greeting):
+    """Greet loudly."""
+
+    FREE: typing.ClassVar = frozenset({"volume"})
+
+    name: str = "you"
+    """Whom to greet loudly."""
+    volume: int = 11
+    """The volume."""
+
+
+def test_a_command_has_the_fields_of_its_config_as_parameters():
+    command = as_command(LoudGreeting)
+    parameters = inspect.signature(command).parameters
+    assert {name: each.default for name, each in parameters.items()} == {"name": "you", "times": [1], "volume": 11}
+    assert typing.get_type_hints(command) == {"name": str, "times": list[int], "volume": int}
+    assert command("me", times=[2]) == ("me", [2]) and command() == ("you", [1])
+    expected = "Greet loudly.\n\nArgs:\n    name: Whom to greet loudly.\n    times: How often.\n    volume: The volume."
+    assert command.__doc__ == expected
+    with pytest.raises(TypeError):
+        command(length=3)
+
+
+def test_a_default_is_made_for_each_call():
+    command = as_command(Greeting)
+    command("me")[1].append(5)
+    assert command("me")[1] == [1]
+    assert attribute_docs(Greeting)["name"] == "Whom to greet."
+
+
+def test_only_free_arguments_do_not_determine_the_result():
+    config = LoudGreeting(times=[3])
+    assert config.arguments() == {"name": "you", "times": [3], "volume": 11}
+    assert config.determining_arguments() == {"name": "you", "times": [3]}
+
+
+@pytest.mark.parametrize("config", OURS, ids=lambda config: config.__name__)
+def test_every_argument_is_documented_and_free_ones_exist(config):
+    names = {each.name for each in dataclasses.fields(config)}
+    assert attribute_docs(config).keys() == names and names >= config.FREE
+
+
+def test_every_command_is_a_config():
+    assert {command.__module__ for command in COMMANDS} <= {config.__module__ for config in OURS}
