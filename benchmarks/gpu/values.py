@@ -168,7 +168,8 @@ def pruning_errors(case: Case) -> Any:
     full, pruner = SubNet.full(case.config), SparseGPT(Sparsity.parse(0.5, None))
     maps = maps_to_prune(full, ["attn", "mlp"], pruner.sparsity)
     scratch = case.new_scratch("prune")
-    pruning = Pruning(full, read_weights(case.folder), maps, pruner, scratch, case.ids, 4, False, case.device)
+    scratch.device = case.device
+    pruning = Pruning(full, read_weights(case.folder), maps, pruner, scratch, case.ids, 4)
     return [report.error for report in pruning.run(progress=False)[1]]
 
 

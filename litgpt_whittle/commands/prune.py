@@ -144,7 +144,8 @@ class PruneConfig(CommandConfig):
             keys = [weights_fingerprint(self.checkpoint_dir), notes]
             scratch = scratch_beside(self.out_dir, "prune", torch.empty(0) if windows is None else windows, keys)
             size = self.train.micro_batch_size
-            pruning = Pruning(shape, weights, maps, self.pruner, scratch, windows, size, self.refit, device)
+            scratch.device = device
+            pruning = Pruning(shape, weights, maps, self.pruner, scratch, windows, size, self.refit)
             pruned, reports = pruning.run()
             after = _perplexity(
                 self.checkpoint_dir, pruned if shape.is_uniform else pad(shape, pruned), batches, device

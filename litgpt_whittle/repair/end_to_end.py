@@ -78,9 +78,7 @@ class EndToEnd:
 
         rates = [(parameter, lr) for parameter in self.parameters]
         with tqdm(total=n_steps, desc="end to end", unit="step", disable=not progress) as bar:
-            return refine(
-                rates, n_steps, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end"
-            )
+            return refine(rates, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end")
 
     def error(self, windows: range | None = None) -> float:
         """Return the divergence on these windows, by default the held-out ones."""

@@ -71,15 +71,8 @@ class HeadRepair:
         n, order = self.n_tokens, torch.Generator().manual_seed(0)
         rows = [rows for _ in range(n_passes) for rows in torch.randperm(n, generator=order).split(TOKENS_PER_STEP)]
         with tqdm(total=len(rows), desc="LM head", unit="step", disable=not progress) as bar:
-            return refine(
-                self.rates,
-                len(rows),
-                lambda step: self.divergence(rows[step]),
-                self.error,
-                bar,
-                scratch=scratch,
-                name="head",
-            )
+            loss = lambda step: self.divergence(rows[step])
+            return refine(self.rates, loss, self.error, bar, scratch=scratch, name="head")
 
     def error(self, windows: range | None = None) -> float:
         """Return the divergence on these windows, by default the held-out ones."""

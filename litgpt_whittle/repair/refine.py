@@ -26,10 +26,9 @@ class Errors(NamedTuple):
 
 def refine(
     rates: Iterable[tuple[torch.Tensor, float]],
-    n_steps: int,
     loss: Callable[[int], torch.Tensor],
     error: Callable[[], float],
-    bar: tqdm | None = None,
+    bar: tqdm,
     *,
     warmup: float = 0.0,
     max_norm: float | None = None,
@@ -40,16 +39,15 @@ def refine(
 
     Args:
         rates: The parameters and their learning rates.
-        n_steps: Number of steps.
         loss: Returns the loss of a step, given its index.
         error: Returns the error on held-out tokens; the parameters are restored if it does not decrease.
-        bar: Progress bar over the steps.
+        bar: Progress bar over the steps; its total is their number.
         warmup: Fraction of the steps in which the learning rates rise linearly.
         max_norm: Maximum norm for gradient clipping.
         scratch: Folder for the training state, saved once a minute, from which an interrupted run resumes.
         name: Name of the state in the scratch folder.
     """
-    rates = list(rates)
+    rates, n_steps = list(rates), bar.total
     parameters = [parameter for parameter, _ in rates]
     start = [parameter.detach().clone() for parameter in parameters]
     groups = [{"params": [parameter], "lr": lr} for parameter, lr in rates]
@@ -77,8 +75,7 @@ def refine(
         _restore(parameters, saved["parameters"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        if bar is not None:
-            bar.update(first)
+        bar.update(first)
     for parameter in parameters:
         parameter.requires_grad_(True)
     last_save = time.monotonic()
@@ -90,8 +87,7 @@ def refine(
                 nn.utils.clip_grad_norm_(parameters, max_norm)
             optimizer.step()
             schedule.step()
-            if bar is not None:
-                bar.update()
+            bar.update()
             is_last = step + 1 == n_steps
             if scratch is not None and (is_last or time.monotonic() - last_save > SECONDS_BETWEEN_SAVES):
                 scratch.save(name, state(step + 1))

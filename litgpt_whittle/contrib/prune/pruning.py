@@ -135,7 +135,6 @@ class Pruning:
         windows: Calibration tokens, shape (N, T); may be None if the pruner reads no data.
         micro_batch_size: Windows per batch.
         refit: If true, refit each layer's remaining weights in closed form.
-        device: Device of the computation, in float32.
 
     Raises:
         UserError: If activations are not finite.
@@ -151,13 +150,11 @@ class Pruning:
         windows: torch.Tensor | None = None,
         micro_batch_size: int = 4,
         refit: bool = False,
-        device: torch.device | str = "cpu",
     ) -> None:
         assert windows is not None or not (pruner.reads_data or refit), "nothing to calibrate on"
         self.shape, self.weights, self.maps, self.pruner = shape, weights, maps, pruner
-        self.scratch, self.refit, self.device = scratch, refit, device
+        self.scratch, self.refit, self.device = scratch, refit, scratch.device
         self.windows = torch.zeros(0, 0, dtype=torch.long) if windows is None else windows
-        scratch.device = torch.device(device)
         n = len(self.windows)
         self.batches = [slice(start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)]
 
