@@ -3,16 +3,15 @@
 To read the code, begin with `subnet` (the units that a student keeps), `index_plan` (the weights of these units) and
 `supergpt` (a teacher that runs as any of its sub-networks), and continue with one of `commands`. Packages:
 
-commands, pipeline, api    user interfaces: each command on its own, all of them as one, and from Python
+commands, pipeline, api    user interfaces: single commands, `litgpt whittle` as all of them in one, and the Python API
 spaces, ranking, fitness   search spaces, importance of units and layers, scores of candidates
-strategies, surrogates     proposing candidates and predicting scores; searching: the search loop
+strategies, surrogates     proposals of candidates, and predictions of their scores; searching: the search loop
 repair                     fitting the remaining weights to compensate for the removed units
 distillation, training     losses and teachers, and the training loop; samplers: the steps of super-networks
 hf, reports, contrib       Hugging Face directories; tables, plots and pages; pruning
 testing                    checks for strategies, losses and other parts of any package
 
-Names are imported on first use (PEP 562), since the bootstrap in `plugin`, and with it this file, runs in every
-`import torch`.
+Names are imported on first use (PEP 562): every `import torch` runs the bootstrap in `plugin`, and therefore this file.
 """
 
 from importlib import import_module

@@ -48,8 +48,8 @@ def search(
     Args:
         checkpoint_dir: The teacher's checkpoint directory.
         bin: Parameter count of the sub-network, such as ``410M±5%``.
-        data: Data to score candidates on: a litgpt data module; or for `HFText` a path, or a blend such as
-            ``{"wiki.jsonl": 0.7, "code": 0.3}``.
+        data: Data to score candidates on: a litgpt data module, the path of text for `HFText`, or a weighted mix of
+            paths such as ``{"wiki.jsonl": 0.7, "code": 0.3}``.
         out_dir: Directory of the journal and the report.
         settings: Further options of `litgpt search`.
 
@@ -67,7 +67,7 @@ def extract(
     out_dir: str | Path = "out/extract",
     **settings: Any,
 ) -> Checkpoint:
-    """Cut a sub-network out of its teacher, as `litgpt extract` does.
+    """Extract a sub-network from its teacher, as `litgpt extract` does.
 
     Args:
         sub_network: Result of a search in one bin, or the YAML of a sub-network.
@@ -83,7 +83,7 @@ def extract(
         checkpoint_dir = checkpoint_dir or sub_network.teacher
         sub_network = sub_network.best_path
     if checkpoint_dir is None:
-        raise UserError("a sub-network is cut out of its teacher; name it as checkpoint_dir")
+        raise UserError("extracting a sub-network needs its teacher's checkpoint; pass it as checkpoint_dir")
     inputs = {"checkpoint_dir": checkpoint_dir, "sub_network": sub_network, "out_dir": out_dir}
     return _call("extract", ExtractConfig, data, settings, inputs)
 
@@ -99,7 +99,7 @@ def distill(
 
     Args:
         student: An extracted checkpoint.
-        teacher: The teacher's checkpoint directory; by default the checkpoint that the student was cut out of.
+        teacher: The teacher's checkpoint directory; by default the one that the student was extracted from.
         data: Data for training and validation, as in `search`.
         out_dir: Directory of the checkpoints and metrics.
         settings: Further options of `litgpt distill`, such as ``train={"max_tokens": 10_000_000}``.
@@ -109,7 +109,7 @@ def distill(
     """
     for name, argument in (("initial_checkpoint_dir", "student"), ("teacher_checkpoint_dir", "teacher")):
         if name in settings:
-            raise UserError(f"{name} is called {argument} here, got {settings[name]!r}; give it as {argument}=")
+            raise UserError(f"{name} is called {argument} here, got {settings[name]!r}; pass it as {argument}=")
     student = student if isinstance(student, Checkpoint) else Checkpoint(extend_checkpoint_dir(Path(student)))
     check_checkpoint(student.folder)
     teacher = teacher or student.origin.get("checkpoint_dir")
@@ -128,11 +128,12 @@ def _call(name: str, config: type[CommandConfig], data: Data, settings: dict[str
         )
     if not isinstance(data, DataModule | str | Path | Mapping | None):
         raise UserError(
-            f"data must be a litgpt data module, or the path or blend of texts, got {data!r}; see tutorials/data.md"
+            f"data must be a litgpt data module, a path, or a mapping of paths to weights, got {data!r}; "
+            "see tutorials/data.md"
         )
     if isinstance(data, str | Path | Mapping):
         data = HFText(path=dict(data) if isinstance(data, Mapping) else str(data))
     given = {key: describe(value) for key, value in (settings | inputs).items()}
     command: Any = Section(name, config, given).parse()
-    command.data = data  # as it is, not described
+    command.data = data  # the object itself, not one rebuilt from its description
     return command.run()

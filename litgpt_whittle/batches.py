@@ -59,11 +59,11 @@ class Batch(NamedTuple):
 
 
 def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
-    """Read the batches on which all candidates are scored into memory.
+    """Read into memory the batches on which all candidates are scored.
 
     Args:
         loader: A validation dataloader of a litgpt data module.
-        n: Maximum number of batches; those without targets are skipped.
+        n: Maximum number of batches; batches without targets are skipped and not counted.
         max_seq_length: Length to which samples are truncated.
 
     Raises:
@@ -98,7 +98,7 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
     """Return the sequence length: `asked`, or by default the teacher's block size, but at most 2048.
 
     Raises:
-        UserError: If it exceeds the teacher's block size.
+        UserError: If `asked` exceeds the teacher's block size.
     """
     if asked is not None and asked > teacher.block_size:
         raise UserError(
@@ -108,10 +108,12 @@ def sequence_length(teacher: Config, asked: int | None) -> int:
 
 
 def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]:
-    """Read the first n validation batches of a connected data module, or all if it has fewer; the same in every run.
+    """Read the first n validation batches of a connected data module, or all if it has fewer.
+
+    Every run reads the same batches.
 
     Raises:
-        UserError: If it has none.
+        UserError: If the data module has no validation data.
     """
     loader = val_loader(data)
     if loader is None:
@@ -177,8 +179,8 @@ def check_shared(data: DataModule, digest: str) -> None:
     """
     if len(set(gather(digest))) > 1:
         raise UserError(
-            f"all devices must read the same text, and {type(data).__name__} gives each its own; choose other data, or "
-            "--devices 1"
+            f"all devices must read the same text, but {type(data).__name__} gives each device different text; choose "
+            "other data, or --devices 1"
         )
 
 
@@ -189,7 +191,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
         Token ids, shape (N, T), with N · T at least `n_tokens` if there are as many.
 
     Raises:
-        UserError: If there are none, or they overlap with the validation data by more than a tenth.
+        UserError: If there are no training tokens, or more than a tenth of their text is also in the validation data.
     """
     samples = _read_samples(train_loader(data), seq_length, n_tokens)
     length = max((len(sample.input_ids) for sample in samples), default=0)
@@ -204,7 +206,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
 
 
 def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> torch.Tensor | None:
-    """Read the first validation tokens of a connected data module, the same in every run.
+    """Read the first validation tokens of a connected data module; every run reads the same tokens.
 
     Args:
         data: The data module.
@@ -251,7 +253,7 @@ def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_lengt
     theirs = _read_samples(val_loader(data) or (), seq_length, 10_000_000)  # enough to detect an overlap
     if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(
-            f"calibration data must not be validation data, and {share:.0%} of the text of one is in the other; "
-            "give the data module another validation split, or raise train.max_seq_length if it cuts samples off "
+            f"calibration data must not be validation data, but {share:.0%} of the text of one is in the other; "
+            "give the data module another validation split, or raise train.max_seq_length if it truncates samples "
             "before they differ"
         )

@@ -1,6 +1,6 @@
 """Run litgpt models block by block: capture blocks' arguments, submodules' inputs and expert routing.
 
-All of it is captured with hooks from litgpt's own forward code.
+Hooks capture them while litgpt's own forward code runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) 
 
 
 def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:
-    """Read a layer's weights in float32, by their names in the block; pages of memory-mapped files are released."""
+    """Return a layer's weights in float32, by their names within the block; release pages of memory-mapped files."""
     prefix = f"transformer.h.{layer}."
     names = [name for name in weights if name.startswith(prefix)]
     read = {name.removeprefix(prefix): weights[name].to(device, torch.float32) for name in names}
@@ -39,7 +39,7 @@ def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.de
 
 
 def read_outside(weights: Mapping[str, torch.Tensor], device: torch.device | str) -> Weights:
-    """Read the weights outside the blocks, in float32."""
+    """Return the weights outside the blocks, by name, in float32."""
     return {
         name: tensor.to(device, torch.float32)
         for name, tensor in weights.items()
@@ -68,7 +68,7 @@ class NonBlockModules(nn.Module):
         with stopping_at(model.transformer.ln_f):  # saves the memory of the logits
             model(torch.zeros(1, seq_length, dtype=torch.long, device=device))
         self.block_args = [probe.seen[1:] for probe in model.transformer.h]
-        """Arguments of each block besides the stream"""
+        """Arguments of each block besides the hidden states"""
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -84,7 +84,7 @@ class NonBlockModules(nn.Module):
         return self.model.lm_head
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream before the first block, (B, T) to (B, T, n_embd)."""
+        """Return the hidden states before the first block: (B, T) to (B, T, n_embd)."""
         first = self.model.transformer.h[0]
         with stopping_at(first):
             self.model(ids)
@@ -98,13 +98,13 @@ def run_block(
 
     Args:
         block: The block.
-        stream: Input of the block, shape (B, T, n_embd).
+        stream: Hidden states before the block, shape (B, T, n_embd).
         args: Other arguments of the block.
         wanted: Names of submodules whose inputs to capture.
         stop: If true, stop the forward pass as soon as all inputs are captured.
 
     Returns:
-        The submodules' inputs by name, and the block's output as `out` unless it was stopped.
+        The submodules' inputs by name, and the block's output under the key "out" unless the pass was stopped.
     """
     seen: dict[str, torch.Tensor] = {}
 
@@ -143,12 +143,13 @@ def routing(
 ) -> torch.Tensor:
     """Return the routing weight of each expert for each token, 0 for experts that the token is not routed to.
 
-    Computed by litgpt's own routing, with each expert's output replaced by a different unit vector.
+    litgpt's own routing runs, with each expert's output replaced by a different unit vector.
 
     Args:
         moe: The mixture of experts, with at most n_embd experts.
         x: Input of the experts, shape (B, T, n_embd).
-        times: Factor for the weights as a function of the expert's output: shape (n, n_embd) to (n, 1). By default 1.
+        times: Function from an expert's output, shape (n, n_embd), to factors of the weights, shape (n, 1). By default
+            all factors are 1.
 
     Returns:
         Weights, shape (B · T, n_expert).

@@ -1,9 +1,9 @@
 """Batches of calibration tokens, distributed over the processes.
 
-There are three parts: most tokens are for fitting, 1/8 selects the ridge strength of each regression (and is added to
-the fit after that), and held-out tokens evaluate the result; nothing is ever fitted to them. Held-out tokens come from
-the validation data, since another part of the calibration text may continue documents that were fitted to. Without
-validation data, they are the last 1/16 of the calibration tokens.
+There are three parts. Most tokens are for fitting. One eighth, the tuning tokens, select the ridge strength of each
+regression, and are then added to the fit. Held-out tokens evaluate the result; nothing is ever fitted to them. They
+come from the validation data, since other calibration text may continue the documents that were used for fitting.
+Without validation data, they are the last 1/16 of the calibration tokens.
 
 Regressions only need sums over tokens, so each process accumulates its own batches, and the sums are then reduced over
 all processes.
@@ -27,17 +27,17 @@ FLOAT32_TOKENS_PER_INPUT = 16
 """Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
 
 HELD_OUT, LEAST_HELD_OUT = 16, 4096
-"""There is one held-out token for this many calibration tokens; validation data give at least 4,096, but no more than a
-quarter of the calibration tokens"""
+"""Calibration tokens per held-out token, and the minimum number of held-out tokens from validation data; the minimum is
+lowered to a quarter of the calibration tokens"""
 
 Batch = slice
 """Slice of the calibration windows"""
 
 
 class BatchCache:
-    """Tensors by batch, as many as a byte budget allows.
+    """Cache of one tensor per batch, for as many batches as fit into a byte budget.
 
-    It stores no function: one that refers to the cache's owner would keep both alive until the garbage collector runs.
+    It stores no function: a function that refers to the cache's owner would keep both alive until garbage collection.
     """
 
     def __init__(self, budget: int) -> None:
@@ -45,7 +45,7 @@ class BatchCache:
         self._kept: dict[int, torch.Tensor] = {}
 
     def get(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-        """Return a batch's tensor, computed unless it is there already."""
+        """Return a batch's tensor, which is computed unless it is cached."""
         if batch.start in self._kept:
             return self._kept[batch.start]
         value = compute(batch)
@@ -62,13 +62,13 @@ class Calibration:
         windows: Token ids, shape (N, T).
         micro_batch_size: Windows per batch.
         device: Device for computation.
-        n_closed_form: Number of leading windows for the closed form; all by default. The others are only used to train
-            all blocks together.
-        held_out: Windows to evaluate on, from the validation data, shape (N, T); by default the last of those for the
-            closed form.
+        n_closed_form: Number of leading windows for the closed form; all by default. The remaining windows only train
+            all blocks jointly.
+        held_out: Windows of the validation data to evaluate on, shape (N, T); by default, the last of the windows for
+            the closed form.
 
     Raises:
-        UserError: If there are fewer than three windows for the closed form, one for each part.
+        UserError: If there are fewer than three windows for the closed form; each of the three parts needs one.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Calibration:
             n_last = len(held_out)
             self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
         self._there: torch.Tensor | None = None
-        """The windows on the device, once they are asked for"""
+        """The windows on the device, copied there on first use"""
         self.n_first = n = self._first_held_out + n_last
-        """Number of leading windows that the student reads, too: those of the closed form and the held-out ones"""
+        """Number of leading windows that both models run on: windows for the closed form, and held-out windows"""
         self._first_tuning = self._first_held_out - n_tuning
         self.all_batches = [
             slice(start, min(start + micro_batch_size, end))
@@ -128,17 +128,17 @@ class Calibration:
 
     @property
     def teacher_batches(self) -> list[Batch]:
-        """This process's batches that only the teacher has to see, those of the closed form included."""
+        """This process's batches that the teacher runs on: all batches, including those for joint training."""
         return [*self.batches, *self.further_batches]
 
     @property
     def training_batches(self) -> list[Batch]:
-        """This process's batches without the held-out ones."""
+        """This process's batches to fit or train on: all except held-out batches."""
         return [*self.fitted_batches, *self.further_batches]
 
     @property
     def training_windows(self) -> torch.Tensor:
-        """Indices of the windows to train on: all but the held-out ones, shape (n,)."""
+        """Indices of the windows to train on, which are all except held-out windows, shape (n,)."""
         indices = torch.arange(len(self.windows))
         return indices[(indices < self._first_held_out) | (indices >= self.n_first)]
 
@@ -149,12 +149,12 @@ class Calibration:
 
     @property
     def compared_windows(self) -> range:
-        """Indices of as many fitted windows, to compare with the held-out ones."""
+        """Indices of fitted windows, as many as held-out windows, to compare both errors."""
         return range(min(len(self.held_out_windows), self._first_held_out))
 
     @property
     def fitted_batches(self) -> list[Batch]:
-        """This process's batches for fitting, tuning batches included."""
+        """This process's batches for fitting, including the batches reserved for tuning."""
         return [batch for batch in self.batches if not self.is_held_out(batch)]
 
     @property
@@ -174,7 +174,7 @@ class Calibration:
 
     @property
     def n_fitted(self) -> int:
-        """Number of tokens for the closed form, tuning tokens included."""
+        """Number of tokens for fitting the closed form, including tuning tokens."""
         return self._first_held_out * self.windows.shape[1]
 
     def ids(self, batch: Batch) -> torch.Tensor:
@@ -196,12 +196,13 @@ class Calibration:
         Args:
             n_in: Size of the inputs.
             n_out: Size of the outputs.
-            examples: Returns a batch's inputs (…, n_in), outputs (…, n_out) and, optionally, token weights (…).
+            examples: Returns a batch's inputs, shape (…, n_in), outputs, shape (…, n_out), and optionally token
+                weights, shape (…).
 
         Returns:
             Moments of the fitting tokens and of the tuning tokens.
         """
-        # with many tokens per input, rounding noise of the products is far below the noise of the data
+        # with many tokens per input, rounding errors of the products are far below the noise of the data
         fp32_products = self.n_fitted >= FLOAT32_TOKENS_PER_INPUT * n_in
         fitted, tuning = (Moments(n_in, n_out, self.device, fp32_products=fp32_products) for _ in range(2))
         for batch in self.fitted_batches:
@@ -210,7 +211,12 @@ class Calibration:
 
 
 def n_held_out(n: int, length: int) -> int:
-    """Return the number of windows of validation data to hold out beside n windows of calibration data."""
+    """Return the number of validation windows to hold out for n windows of calibration data.
+
+    Args:
+        n: Number of calibration windows.
+        length: Tokens per window.
+    """
     return max(n // HELD_OUT, min(LEAST_HELD_OUT // length, n // 4), 1)
 
 

@@ -37,8 +37,8 @@ from litgpt_whittle.windows import vectorize_windows
 WEIGHTS = "lit_model.pth"
 HF_CONFIG = "config.json"
 MODEL_CLASS = "model_class.yaml"
-"""File with a checkpoint's model class (entry-point group `litgpt.models`) and the other settings that the class needs.
-Stock litgpt ignores it and reads the directory as a stock checkpoint."""
+"""File with a checkpoint's model class (entry-point group `litgpt.models`) and further settings of that class.
+Stock litgpt ignores the file and loads the directory as a stock checkpoint."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -47,10 +47,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_checkpoint(checkpoint_dir: Path) -> Config:
-    """Validate a checkpoint directory without reading its weights; return its config.
+    """Return the config of a checkpoint directory, which is validated without reading its weights.
 
     Raises:
-        UserError: If the directory is missing, is not a litgpt checkpoint, or one of its configs cannot be read.
+        UserError: If the directory is missing or is not a litgpt checkpoint, or if one of its configs cannot be read.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     if not checkpoint_dir.is_dir():
@@ -73,10 +73,10 @@ def check_checkpoint(checkpoint_dir: Path) -> Config:
 
 
 def read_weights(checkpoint_dir: Path) -> MappedWeights:
-    """Memory-map a checkpoint's weights and validate them against its config.
+    """Memory-map a checkpoint's weights and validate their names and shapes against its config.
 
     Raises:
-        UserError: As in `check_checkpoint`, and if the file is damaged or does not match the config.
+        UserError: As in `check_checkpoint`, or if the file is damaged or does not match the config.
     """
     config = check_checkpoint(checkpoint_dir)
     path = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS
@@ -112,7 +112,7 @@ def weights_fingerprint(checkpoint_dir: Path) -> str:
 
 
 def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
-    """Read a sharded checkpoint's weights in the form of a full checkpoint."""
+    """Return the weights of a sharded checkpoint as a full checkpoint would hold them."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
     weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied head is not stored
@@ -168,7 +168,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _with_current_names(weights: MappedWeights, config: Config) -> MappedWeights:
-    """Convert the fused attention weights of old litgpt checkpoints, whose rows were ordered by group."""
+    """Rename and reorder the fused attention weights of old litgpt checkpoints, whose rows are ordered by group."""
     for name in [name for name in weights if ".attn.attn." in name]:
         weights[name.replace(".attn.attn.", ".attn.qkv.")] = qkv_reassemble(weights.pop(name), config)
     return weights
@@ -190,10 +190,10 @@ def load_model(
         device: Device of the weights.
 
     Returns:
-        The model, with tied weights tied, in evaluation mode.
+        The model in evaluation mode. If the head and the embedding are equal, they share one tensor.
 
     Raises:
-        UserError: As in `read_weights`, and if the class is unknown or does not match the checkpoint.
+        UserError: As in `read_weights`, or if the class is unknown or does not match the checkpoint.
     """
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     weights, config = read_weights(checkpoint_dir), check_checkpoint(checkpoint_dir)
@@ -202,7 +202,9 @@ def load_model(
     cls = GPT if name is None else lookup("litgpt.models", name)
     if cls is LayerwiseGPT:
         if "shape" not in named:
-            raise UserError(f"{str(checkpoint_dir)!r} has no {MODEL_CLASS} with a shape; it is no layer-wise student")
+            raise UserError(
+                f"{str(checkpoint_dir)!r} has no {MODEL_CLASS} with a shape, so it is not a layer-wise student"
+            )
         model = LayerwiseGPT.from_padded(config, weights, named["shape"])
     else:
         with torch.device("meta"):
@@ -217,10 +219,10 @@ def load_model(
 
 
 def read_model_class(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return the content of `model_class.yaml`, empty if there is none.
+    """Return the content of `model_class.yaml`; empty if there is no such file.
 
     Raises:
-        UserError: If it is not a YAML mapping.
+        UserError: If the file is not a YAML mapping.
     """
     path = Path(checkpoint_dir) / MODEL_CLASS
     try:
@@ -242,20 +244,20 @@ def save_checkpoint(
     notes: Mapping[str, Mapping[str, Any]] | None = None,
     tied: bool | None = None,
 ) -> None:
-    """Save a checkpoint directory that stock litgpt reads, atomically; an existing one is replaced.
+    """Save a checkpoint directory that stock litgpt loads, atomically; replace an existing directory.
 
     Args:
         out_dir: The directory.
-        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is saved
-            zero-padded together with its true shape, which `load_model` restores.
+        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is padded
+            with zeros and saved together with its true shape, to which `load_model` restores it.
         weights: The weights; None for a sharded checkpoint, whose weights are saved separately.
-        tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config, with the sizes in the
-            latter changed to the student's.
+        tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config. Sizes in the config are
+            changed to the student's.
         sub_network: Content of `sub_network.yaml`.
         extra: Further files of tensors and plain values, by name.
         notes: Further YAML files, by name.
-        tied: True if the LM head is tied to the embedding; it is then stored once and may be missing in `weights`.
-            Inferred from the weights by default.
+        tied: True if the LM head is tied to the embedding. The matrix is then stored once, and `weights` may lack the
+            head. By default inferred from the weights.
     """
     if tied is None and weights is not None:
         tied = is_tied(weights)
@@ -290,10 +292,10 @@ def _resized(hf_config: dict[str, Any], model: Config | SubNet, tied: bool | Non
 
 
 def read_hf_config(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's Hugging Face config, empty if there is none.
+    """Return the content of a checkpoint's Hugging Face config; empty if there is no such file.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the file cannot be read.
     """
     path = checkpoint_dir / HF_CONFIG
     try:

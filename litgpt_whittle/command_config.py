@@ -16,7 +16,8 @@ from litgpt_whittle.settings import describe
 class CommandConfig(ABC):
     """Arguments of a command, as a dataclass whose attribute docstrings are the help of the flags.
 
-    The command line, the Python API and `litgpt whittle` make one, call `validate`, which takes no time, and `run`.
+    The command line, the Python API and `litgpt whittle` create an instance, then call `validate`, which is fast, and
+    `run`.
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset()
@@ -24,7 +25,7 @@ class CommandConfig(ABC):
 
     @abstractmethod
     def validate(self) -> None:
-        """Check all that can be checked before anything is loaded.
+        """Check everything that can be checked before models or data are loaded.
 
         Raises:
             UserError: For the first invalid argument.
@@ -51,9 +52,9 @@ class CommandConfig(ABC):
 
 
 def as_command(config: type[CommandConfig]) -> Callable[..., Any]:
-    """Return a function with the fields of a config as parameters, which makes the config and runs it.
+    """Return a function that takes the fields of a config as parameters, creates the config and runs it.
 
-    litgpt and jsonargparse make a command's flags and help from the signature and docstring of a function.
+    litgpt and jsonargparse derive a command's flags and help from the signature and docstring of a function.
     """
 
     def setup(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ def as_command(config: type[CommandConfig]) -> Callable[..., Any]:
 
 
 def attribute_docs(config: type) -> dict[str, str]:
-    """Return the docstrings of a dataclass's fields by name, inherited ones included."""
+    """Return the docstrings of a dataclass's fields by name, including inherited fields."""
     docs: dict[str, str] = {}
     for base in reversed(config.__mro__):
         if not dataclasses.is_dataclass(base):

@@ -14,7 +14,7 @@ Bests = dict[str, Evaluation]
 
 
 def best_of(evaluations: Sequence[Evaluation], score: str = "perplexity") -> Bests:
-    """Return the best evaluation of every bin, the earliest in a tie; candidates dropped by a race are skipped."""
+    """Return the best evaluation of every bin, the earliest of equal ones. Skip candidates that a race dropped."""
     bests: Bests = {}
     for evaluation in scored(evaluations, score):
         if evaluation.dropped:
@@ -61,7 +61,7 @@ def fronts_of(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> d
 def prediction_tau(evaluations: Sequence[Evaluation], score: str = "perplexity") -> tuple[float, int]:
     """Return Kendall's τ between a surrogate's predictions and the measured scores, and the number of candidates.
 
-    τ is NaN for fewer than two candidates, and if all predictions or all scores are the same.
+    τ is NaN if there are fewer than two candidates, all predictions are equal, or all scores are equal.
     """
     from scipy.stats import kendalltau
 
@@ -89,7 +89,7 @@ def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _per_layer(value: int | str | list) -> list[int]:
-    """Return the sizes of the layers that have such units; a single one if all layers share it."""
+    """Return the sizes of the layers that have such units; a single size if all layers share it."""
     values = value if isinstance(value, list) else [value]
     return [n_units(units) for units in values if units is not None]
 

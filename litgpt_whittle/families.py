@@ -31,12 +31,12 @@ class Family:
     facts: Callable[[Config], dict[str, Any]]
     """Returns the family's own settings in `config.json`, from litgpt's config"""
     norm_eps: str | None = "rms_norm_eps"
-    """Name of the setting; `None` if it is always 1e-5"""
+    """Name of the setting for the norms' epsilon; `None` if the epsilon is always 1e-5"""
     activation: str = "hidden_act"
     rotary: str | None = None
     """Name of the setting for the fraction of rotary dimensions; `None` if all are rotary"""
     free_heads: bool = True
-    """True if heads may have any size; else `n_embd = n_head * head_size`"""
+    """True if heads may have any size; if false, the class requires `n_embd = n_head * head_size`"""
     mixed_windows: bool = False
     """True if some layers may have a sliding window and others global attention"""
     parallel_residual: bool | None = False
@@ -60,7 +60,7 @@ _RARE = {
     "first_k_dense_replace": None,
     "routed_scaling_factor": 1.0,
 }
-"""Settings that few families support, and their values in all others"""
+"""Settings that few families support, and their values in all other families"""
 
 _ROPE = ("rope_adjustments", "rope_condense_ratio")
 _GEMMA = ("attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping", "sliding_window_size")
@@ -79,7 +79,10 @@ def _scores(config: Config) -> dict[str, Any]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-    """Return settings in which `student_hf_config` sets each layer's window; a window of `block_size` acts as none."""
+    """Return the settings of sliding windows, in which `student_hf_config` then marks the layers that have one.
+
+    Without sliding windows, the size is `block_size`, which has no effect.
+    """
     size = config.sliding_window_size or config.block_size
     return {"sliding_window": size, "layer_types": ["full_attention"] * config.n_layer}
 
@@ -109,7 +112,7 @@ def _qwen3_experts(config: Config) -> dict[str, Any]:
 
 
 def _copy_olmo2(config: Config, state_dict: dict[str, Any], weights: dict[str, Any]) -> None:
-    # litgpt's mapping calls this norm norm_2, its model post_attention_norm
+    # the norm is named norm_2 in litgpt's mapping, but post_attention_norm in its model
     renamed = {name.replace("post_attention_norm", "norm_2"): weight for name, weight in weights.items()}
     converter.copy_weights_olmo2(config, state_dict, renamed)
 
@@ -192,7 +195,7 @@ FAMILIES: dict[str, Family] = {
         norm_eps="layer_norm_eps", rotary="partial_rotary_factor", free_heads=False, expresses=_ROPE,
     ),
 }  # fmt: skip
-"""Families by readable name"""
+"""Families by display name"""
 
 
 def family_name(config: Config) -> str:
@@ -221,7 +224,7 @@ def family_name(config: Config) -> str:
 
 
 def shares_channels(config: Config) -> bool:
-    """Return whether a model's heads fill its channels, and its class in `transformers` requires it."""
+    """Return whether n_head · head_size = n_embd, and the model's class in `transformers` requires it."""
     return not FAMILIES[family_name(config)].free_heads and config.n_head * config.head_size == config.n_embd
 
 
@@ -236,7 +239,7 @@ def filled_heads(config: Config) -> tuple[int, int] | None:
     per_group = config.n_head // groups
     if rest or n_head < config.n_head:
         return None
-    # zero heads with their own keys get no gradient; Falcon's only head may be one of many that share their keys
+    # zero heads with keys of their own get no gradient; Falcon with a single head counts as multi-query attention
     if per_group == 1 and (groups > 1 or family_name(config) != "Falcon"):
         return n_head, 1
     wider = (n for n in range(groups, n_head + 1) if n_head % n == 0 and n_head // n >= per_group)
@@ -264,7 +267,7 @@ def check_expressible(config: Config) -> Family:
     if name == "GPT-NeoX" and config.n_query_groups != config.n_head:
         raise _refusal(name, "n_query_groups = n_head", f"{config.n_query_groups} and {config.n_head}")
     if "beta_fast" in (config.rope_adjustments or {}):
-        raise _refusal(name, "rope_adjustments without YaRN, which is another one there", config.rope_adjustments)
+        raise _refusal(name, "rope_adjustments without YaRN, which differs from litgpt's", config.rope_adjustments)
     if config.rope_adjustments and config.rope_condense_ratio != 1:
         raise _refusal(name, "either rope_adjustments or rope_condense_ratio", "both")
     windows = config.sliding_window_indices or []
@@ -275,6 +278,6 @@ def check_expressible(config: Config) -> Family:
 
 def _refusal(name: str, rule: str, value: Any) -> UserError:
     return UserError(
-        f"{FAMILIES[name].architecture} of transformers, as which litgpt converts it, needs {rule}, got {value}; "
+        f"{FAMILIES[name].architecture} of transformers, to which litgpt converts it, needs {rule}, got {value}; "
         "use the checkpoint in litgpt"
     )

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, even if the process dies, and locks on folders."""
+"""Files and folders written atomically, even if the process dies, and locks on folders."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LOCK = ".lock"
 """Name of the file that locks a folder against other processes"""
 
 PATIENCE = 60
-"""Seconds to wait for another process to leave a folder; an interrupted training saves first"""
+"""Seconds to wait for another process to release a folder; an interrupted training saves before it ends"""
 
 
 class MappedWeights(dict):
     """Read-only weights, memory-mapped from a file."""
 
     def forget(self, name: str) -> None:
-        """Release a tensor's memory pages; the system reads them again on the next access.
+        """Release a tensor's memory pages, which the system reads again on the next access.
 
-        So a large teacher can be read tensor by tensor in little memory.
+        This limits memory use when a large teacher is read tensor by tensor.
         """
         tensor: torch.Tensor = self[name]
         if not sys.platform.startswith("linux"):
@@ -74,7 +74,7 @@ def from_yaml(text: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: write a temporary file beside it and rename it."""
+    """Write a file atomically: write a temporary file next to it and rename that file."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -89,10 +89,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path, replaces: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, and rename it to `path` if the block ends without an error.
+    """Yield a temporary folder next to `path`, and rename it to `path` if the block ends without an error.
 
-    An older `path` is replaced; during the swap it is beside it under a hidden name, never half-written. If `replaces`
-    is false, a folder that another process has put there is kept, and the new one removed.
+    An older `path` is replaced: it is renamed to a hidden name first, so that no half-written folder ever exists. If
+    `replaces` is false and another process has created `path`, that folder is kept, and the new one removed.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -122,7 +122,7 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be created and written to, without creating it.
 
     Raises:
-        UserError: If `folder` is a file, or it or its nearest existing parent cannot be written to.
+        UserError: If `folder` is a file, or if `folder` or its nearest existing parent is not writable.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -152,7 +152,7 @@ def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker
         UserError: For the first failed check.
     """
     check_writable(out_dir)
-    # the directory is written beside and renamed into place
+    # the directory is written under a temporary name next to its place, then renamed
     check_writable(out_dir.resolve().parent)
     if not out_dir.exists() or not any(out_dir.iterdir()):
         return
@@ -161,7 +161,7 @@ def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker
         raise UserError(f"out_dir must be empty or new, got {shown}; choose another or add --overwrite true")
     for path in needed:
         if path.resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(f"out_dir must not hold what is read, got {shown} with {str(path)!r}; choose another")
+            raise UserError(f"out_dir must not contain input files, got {shown} with {str(path)!r}; choose another")
     if not any(out_dir.glob(marker)) or any(entry.is_dir() and entry.name != TEMPLATES for entry in out_dir.iterdir()):
         raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
 
@@ -175,7 +175,7 @@ def check_space(folder: Path, n_bytes: int, what: str) -> None:
         what: Name of the output, for the message.
 
     Raises:
-        UserError: If there is less free space.
+        UserError: If the disk has less free space than `n_bytes`.
     """
     nearest = Path(folder).absolute()
     while not nearest.exists():
@@ -189,7 +189,7 @@ def check_space(folder: Path, n_bytes: int, what: str) -> None:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a fingerprint of 16 hex digits, by a file's size and 64 parts of its contents, not by its path."""
+    """Return a fingerprint of a file, 16 hex digits, from its size and 64 samples of its contents."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -205,10 +205,10 @@ def readable_size(n_bytes: float) -> str:
 
 
 def lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process and those that inherit it, until all of them have closed it or ended.
+    """Lock an open file for this process and processes that inherit it, until all of them have closed it or ended.
 
     Returns:
-        False if another process holds the lock; true also if the system has no locks.
+        False if another process holds the lock; True if the lock was taken, or the system has no locks.
     """
     try:
         import fcntl
@@ -225,13 +225,14 @@ def lock(file: IO[Any]) -> bool:
 
 @contextmanager
 def lock_dir(folder: Path, out_dir: Path | None = None) -> Iterator[IO[Any]]:
-    """Lock a folder against other processes while the block runs, or a process that inherits the yielded file.
+    """Lock a folder against other processes while the block runs.
 
-    On exit, the lock file is removed, and so are the folders created here if they are empty.
+    The lock lasts until processes that inherit the yielded file have ended, too. On exit, the lock file is removed, and
+    so are the folders that this function created, if they are empty.
 
     Args:
         folder: The folder.
-        out_dir: The folder that is locked, if `folder` exists only to hold its lock.
+        out_dir: The folder to name in messages, if `folder` exists only to hold its lock.
 
     Raises:
         UserError: If another process still holds the lock after `PATIENCE`.
@@ -254,13 +255,13 @@ def _claim(folder: Path, out_dir: Path) -> IO[Any]:
         with suppress(FileNotFoundError):  # the previous owner may have removed the folder
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / LOCK, "a")
-            # a lock on a file that was removed in between is worthless
+            # a lock is void if another process has removed the file in between
             if lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 return file
             file.close()
         if time.monotonic() >= deadline:
             raise UserError(f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another")
         if not is_announced:
-            print("Another process is at work in out_dir, maybe one that still saves; waiting", flush=True)
+            print("Another process is at work in out_dir and may still be saving; waiting for it", flush=True)
             is_announced = True
         time.sleep(1)

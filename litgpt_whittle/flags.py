@@ -11,7 +11,7 @@ from litgpt_whittle.errors import UserError
 
 
 def install(commands: set[str]) -> None:
-    """Make the parser print one-line errors for these commands; other commands keep their messages."""
+    """Make the parser print one-line errors for these commands; messages of other commands do not change."""
     from jsonargparse import ArgumentParser
 
     tell_at_length = ArgumentParser.error
@@ -28,7 +28,7 @@ def install(commands: set[str]) -> None:
 
 
 def in_one_line(message: str, command: str, flags: list[str]) -> str:
-    """Return a one-line version of a parser's message, without the types that it tried.
+    """Return a one-line version of a parser's message, without the list of types that it tried.
 
     Args:
         message: jsonargparse's message.
@@ -60,7 +60,10 @@ def in_one_line(message: str, command: str, flags: list[str]) -> str:
 
 
 def why_not_made(message: str) -> str | None:
-    """Return the errors of an argument's own class from a message on all types that jsonargparse tried, or None."""
+    """Return the error that an argument's class raised, from a message about all types that jsonargparse tried.
+
+    None if there is no such error.
+    """
     if not message.startswith("Does not validate against any of the Union subtypes"):
         return None
     bullets = re.split(r"^  - ", message.split("\n  Given value type: ")[0], flags=re.MULTILINE)[1:]
@@ -69,7 +72,7 @@ def why_not_made(message: str) -> str | None:
 
 
 def names_of(parser: Any, command: str) -> list[str]:
-    """Return the flags of a command, from its own parser or from that of all commands."""
+    """Return the flags of a command, given its parser or the parser of all commands."""
     subcommands = getattr(parser, "_subcommands_action", None)
     if subcommands is not None and command in subcommands.choices:
         parser = subcommands.choices[command]
@@ -91,7 +94,7 @@ def _wrong_value(message: str) -> str:
     if not _is_known(message):
         return in_full
     nested = re.search(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", message)
-    # if one of several types is a section of settings, its keys are in a message of their own
+    # if one of several types is a section of settings, a separate message names its keys
     if nested and nested[1] not in keys[1:]:
         keys.append(nested[1])
     if "Unrecognized arguments: " in message and nested:
@@ -140,7 +143,8 @@ _WORDINGS = (
     r"must be one of .*",
     r"Given value( type)?: .*",  # of a nested union
 )
-"""Patterns of all lines in messages of jsonargparse 4.39 to 4.53 on values; an unknown line may change the meaning"""
+"""Patterns of all lines in messages about values, from jsonargparse 4.39 to 4.53. A message with another line is shown
+in full, since that line may change the meaning"""
 
 
 def _is_known(message: str) -> bool:
@@ -154,7 +158,7 @@ _KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 
 def _name_choices() -> None:
-    """Make the parser list an argument's choices for an invalid one; jsonargparse 4.41 fails on such a text."""
+    """Make the parser list the choices of an argument if a string is not among them; jsonargparse 4.41 fails then."""
     from jsonargparse import _typehints
 
     adapt = getattr(_typehints, "adapt_typehints", None)
@@ -172,7 +176,7 @@ def _name_choices() -> None:
 
 
 def _replace_whole() -> None:
-    """Let a whole value replace a dictionary from a YAML, on which jsonargparse 4.41 fails."""
+    """Let a flag replace a whole dictionary that a YAML file has set; jsonargparse 4.41 fails then."""
     from jsonargparse import _typehints
 
     action = getattr(_typehints, "ActionTypeHint", None)

@@ -1,4 +1,4 @@
-"""Write a student's sizes to Hugging Face's `config.json`, which lm-eval, tokenizers and exported models read."""
+"""Write a student's sizes to Hugging Face's `config.json`, which lm-eval, tokenizers and exported models use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def student_hf_config(
     Args:
         hf_config: The content of the teacher's `config.json`.
         config: The student's litgpt config.
-        layers: The teacher's layer for each of the student's; None if `hf_config` already lists the student's layers.
+        layers: Index of the teacher's layer for each student layer; None if `hf_config` already lists the student's
+            layers.
         tied: True if the student's LM head is tied to its embedding; `None` keeps the config's setting.
     """
     content = text_part(hf_config)
@@ -30,7 +31,7 @@ def student_hf_config(
 
 
 def expert_width(config: Config) -> int:
-    """Return the neurons per expert, which litgpt keeps in `intermediate_size` if `moe_intermediate_size` is unset."""
+    """Return the neurons per expert: `moe_intermediate_size`, or `intermediate_size` if that is unset, as in litgpt."""
     return config.moe_intermediate_size or config.intermediate_size
 
 
@@ -51,7 +52,7 @@ def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_query_groups,
-        # Mixtral has no setting of its own for the width of its experts
+        # Mixtral has no separate setting for the width of its experts
         "intermediate_size": expert_width(config)
         if content.get("model_type") == "mixtral"
         else config.intermediate_size,
@@ -72,7 +73,7 @@ def _sizes(content: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _rope(content: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Return base and fraction of rotary dimensions in the file's own layout; `transformers` 5 nests them."""
+    """Return base and fraction of rotary dimensions in the layout of the file; `transformers` 5 nests them."""
     if content.get("rope_parameters"):
         rope = dict(content["rope_parameters"])
         if isinstance(rope.get("full_attention"), dict):  # Gemma 3 has a base for each kind of layer

@@ -1,6 +1,6 @@
 """Index plan of a sub-network: the slices of the teacher's weights that it uses.
 
-The plan gives, for every parameter of the student, the teacher's parameter and one index per dimension. Forward passes,
+For every student parameter, the plan names a teacher parameter and has one index per dimension. Forward passes,
 extraction, parameter counts, repair and importance ordering all use the same plan, so a scored candidate cannot differ
 from the extracted model. All knowledge of architectures is in `RULES` and `kept_indices`.
 """
@@ -29,11 +29,11 @@ from litgpt_whittle.unit_index import UnitIndex
 class ParamSlice:
     """Slice of a teacher parameter that forms one student parameter.
 
-    Calling it on the teacher's tensor returns the student's: a view if every index is a slice.
+    Calling it on the teacher's tensor returns the student's tensor, which is a view if every index is a slice.
     """
 
     name: str
-    """The teacher's parameter"""
+    """Name of the teacher's parameter"""
     index: tuple[slice | torch.Tensor, ...]
     """For each dimension, a slice (a contiguous run) or an int64 tensor of indices"""
     is_buffer: bool = False
@@ -46,7 +46,7 @@ class ParamSlice:
         return tensor
 
     def add_into(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
-        """Add a part of the student's shape to the teacher's tensor, at the indices of this slice, in place."""
+        """Add a tensor of the student's shape to the teacher's tensor, at the indices of this slice, in place."""
         indexed = []
         for dim, index in enumerate(self.index):
             if isinstance(index, slice):
@@ -89,7 +89,8 @@ def plan(teacher: Config, subnet: SubNet, tied: bool = False) -> SlicePlan:
     Args:
         teacher: The teacher's config.
         subnet: The sub-network.
-        tied: True if the teacher's LM head is tied to its embedding; both student names then map to the embedding.
+        tied: True if the teacher's LM head is tied to its embedding. The student's head and embedding then both map to
+            the teacher's embedding.
 
     Raises:
         UserError: If `subnet` was made for another teacher.
@@ -107,7 +108,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
 
     Returns:
         The plan of the parameters outside the blocks, and one plan per kept layer, with names relative to its block.
-        Layers of one structure that keep the same units share their plan.
+        Layers of equal structure that keep the same units share one plan object.
 
     Raises:
         UserError: If `subnet` was made for another teacher.
@@ -125,7 +126,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
 
 
 def on_device(parts: Sequence[SlicePlan], device: torch.device) -> list[SlicePlan]:
-    """Return plans whose index tensors are on a device: equal ones are sent once, all of them in a single copy."""
+    """Return plans with index tensors on a device. All are copied at once, and equal tensors only once."""
     every = (index for part in parts for take in part.values() for index in take.index)
     indices = {id(index): index for index in every if isinstance(index, torch.Tensor)}
     contents = {at: index.numpy().tobytes() for at, index in indices.items()}
@@ -221,12 +222,11 @@ def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: Layer
 
 
 def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return the indices that belong to each unit of a layer, and to no other unit of its kind.
+    """Return the indices that belong to one unit of a layer, and to no other unit of its kind.
 
     Returns:
-        For every kind of unit, by the names of `layer_sizes`, and every axis along which its units own indices: the
-        teacher indices, shape (n_units, size). Indices shared by all units (a group's keys, for the heads within it)
-        are excluded.
+        Mapping from kinds of units (the names of `layer_sizes`) to mappings from axes to the teacher's indices, shape
+        (n_units, size). Indices shared by all units, such as a group's keys for the heads within it, are excluded.
     """
     dims, full = np.arange(teacher.head_size), SubNet.full(teacher).layer(layer)
     axes, width = kept_indices(teacher, layer, dims, full), len(full.intermediate_size)
@@ -245,10 +245,10 @@ def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _own(alone: list[np.ndarray]) -> np.ndarray:
-    """Return each unit's indices that not all units share, shape (n_units, size).
+    """Return each unit's indices without those that all units share, shape (n_units, size).
 
     Args:
-        alone: Indices of each unit when it is kept alone.
+        alone: Indices that are kept if only this unit is kept, for each unit.
     """
     shared: np.ndarray | list[int] = reduce(np.intersect1d, alone) if len(alone) > 1 else []
     return np.stack([np.setdiff1d(indices, shared) for indices in alone])
@@ -329,7 +329,7 @@ def _index(units: np.ndarray) -> slice | torch.Tensor:
 
 
 class ConfigKey:
-    """Hashable wrapper of a config, compared by value, for cache keys; litgpt's configs are mutable and unhashable."""
+    """Cache key that compares configs by value; litgpt's configs are mutable and unhashable."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -352,7 +352,7 @@ def _block_tensors(teacher: ConfigKey, layer: int) -> tuple[tuple[str, bool], ..
 
 
 def n_params(teacher: Config, subnet: SubNet, tied: bool = False) -> int:
-    """Count a sub-network's parameters from its sizes alone, tied weights once, without building a model."""
+    """Count a sub-network's parameters without building a model; tied weights count once."""
     n_embd, head_size = len(subnet.n_embd), len(subnet.head_size)
     layers = (
         layer_params(teacher, layer, n_embd, head_size, *subnet.layer(i).sizes) for i, layer in enumerate(subnet.layers)
@@ -375,7 +375,10 @@ def layer_params(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> int:
-    """Count one layer's parameters at these sizes (`n_expert` 0 in a dense layer); affine and increasing in each."""
+    """Count one layer's parameters at these sizes; the count is affine and increasing in each of them.
+
+    A dense layer has `n_expert` 0.
+    """
     sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
     return _layer_params(ConfigKey(teacher), layer, *sizes)
 
@@ -395,7 +398,7 @@ def layer_takes(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> SlicePlan:
-    """Return the plan of one layer that keeps the first units of each kind; used for its shapes."""
+    """Return the plan of one layer that keeps the first units of each kind, for counting and shapes."""
     widths = UnitIndex(n_query_groups), UnitIndex(heads_per_group), UnitIndex(intermediate_size)
     keep = LayerUnits(*widths, UnitIndex(n_expert) if n_expert else None)
     return layer_plan(teacher, layer, UnitIndex(n_embd), np.arange(head_size), keep)

@@ -1,4 +1,4 @@
-"""Journal of a search: an append-only record of its evaluations, read by resuming, plots and tables.
+"""Journal of a search: an append-only record of its evaluations, from which searches resume and reports are made.
 
 A journal is a JSON Lines file. The first line is the header, which holds everything that the scores depend on (teacher,
 data, settings); every other line is one evaluation.
@@ -39,23 +39,23 @@ class Evaluation:
     n_params: int
     """Number of parameters"""
     scores: dict[str, float | None]
-    """Measured values by name; None instead of a value that is not finite"""
+    """Measured values by name; None stands for infinities and NaNs"""
     seed: int
     """The search's seed"""
     batches: int
-    """Number of validation batches that scored it"""
+    """Number of validation batches that the candidate was scored on"""
     tokens: int
-    """Predicted tokens in them"""
+    """Number of predicted tokens in these batches"""
     seconds: float
-    """Duration of scoring"""
+    """Duration of scoring, in seconds"""
     error: str | None = None
     """Reason for a failed evaluation"""
     dropped: bool = False
-    """True if a race dropped it: its scores are estimates from the batches that it was evaluated on"""
+    """True if a race dropped the candidate; its scores are then estimates from the batches evaluated so far"""
     losses: list[float] | None = None
-    """Mean loss of each window, for a candidate that finished a race"""
+    """Mean loss of each window in nats per token, for a candidate that finished a race"""
     origin: str | None = None
-    """Name of the simple idea, for a candidate that is one of the search's simple starts"""
+    """Name of the heuristic that built the candidate, if it is one of the search's simple starting points"""
 
     def score(self, name: str) -> float:
         """Return a score; infinite if the candidate has none."""
@@ -64,7 +64,7 @@ class Evaluation:
 
     @property
     def measures(self) -> dict[str, float]:
-        """Return the number of parameters and all scores, by name."""
+        """Number of parameters and all scores, by name."""
         return {"n_params": float(self.n_params), **{name: self.score(name) for name in self.scores}}
 
     def measure(self, name: str) -> float:
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 class Journal:
-    """A journal open for writing; a context manager.
+    """Journal that is open for writing, as a context manager.
 
     Args:
         path: Journal file.
@@ -81,8 +81,8 @@ class Journal:
         resume: Continue the existing journal instead of creating one.
 
     Raises:
-        UserError: If there is no journal to resume, or one exists and `resume` is false; if the journal is damaged, or
-            was written with a different header.
+        UserError: If there is no journal to resume, if a journal exists and `resume` is false, or if the journal is
+            damaged or has a different header.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False) -> None:
@@ -121,7 +121,7 @@ class Journal:
 def open_record(
     path: Path, header: Mapping[str, Mapping[str, Any]], resume: bool = False, is_locked: bool = False
 ) -> Iterator[Journal | MirroredJournal]:
-    """Open a journal shared by all processes: rank 0 writes it, the others mirror it in memory.
+    """Open a journal that all processes share: rank 0 writes the file, and other ranks keep a copy in memory.
 
     The folder is locked while the journal is open, unless the caller has locked it already (`is_locked`).
 
@@ -154,7 +154,7 @@ class MirroredJournal:
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
-    """Read a journal's header and evaluations, also while a search is writing it.
+    """Return a journal's header and evaluations, even while a search is writing it.
 
     Raises:
         UserError: If there is no journal, or a line other than the last is damaged.
@@ -164,7 +164,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Evaluation]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read only a journal's header; empty if its first line is damaged, for which `Journal` raises an error."""
+    """Return only a journal's header; empty if the first line is damaged, for which `Journal` raises an error."""
     with open(path, "rb") as file:
         try:
             header = json.loads(file.readline())

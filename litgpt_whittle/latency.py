@@ -56,7 +56,7 @@ def latency(
         repeats: Number of runs, of which the median is returned; one warm-up run precedes them.
 
     Raises:
-        UserError: If a number is below 1, or prompt and answer exceed the block size.
+        UserError: If a number is below 1, or `prompt_length + new_tokens` exceeds the block size.
     """
     numbers = dict(batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens, repeats=repeats)
     for name, value in numbers.items():
@@ -108,7 +108,7 @@ def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int, decode: NextToken
 
 
 def _next_token(model: GPT, idx: torch.Tensor, position: int) -> torch.Tensor:
-    """Return the most likely token after `idx`, shape (B, T), which starts at `position`; shape (B, 1)."""
+    """Return the most likely next token, shape (B, 1), after the tokens `idx`, shape (B, T), from `position` on."""
     for piece in idx.split(_window(model), dim=1):
         end = position + piece.size(1)
         input_pos = torch.arange(position, end, device=idx.device)
@@ -130,7 +130,7 @@ class _DecodingGraph:
     Args:
         model: The model, with a KV cache.
         batch_size: Sequences per batch.
-        position: Position of the step that is captured, which overwrites the cache there.
+        position: Position at which the step is captured; its entry in the KV cache is overwritten.
     """
 
     def __init__(self, model: GPT, batch_size: int, position: int) -> None:

@@ -1,8 +1,8 @@
 """Linear regression from moments, shared by repair, unit selection and candidate scoring.
 
-Only sums over tokens are stored, so memory does not grow with the number of tokens. The ridge shrinks the solution
-towards an anchor, the sliced weights, instead of zero: plain least squares overfits small calibration sets
-(arXiv 2510.07782), and the anchor is the solution without any data.
+Only sums over tokens are stored, so memory does not grow with the number of tokens. Plain least squares overfits small
+calibration sets (arXiv 2510.07782). A ridge therefore shrinks the solution towards an anchor instead of zero. The
+anchor is the sliced weights: the solution without any data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from litgpt_whittle.processes import all_reduce_sum
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
-"""Candidate ridge strengths, relative to the inputs' mean squares; infinity gives the anchor itself"""
+"""Candidate ridge strengths, relative to the mean squares of the inputs; infinity returns the anchor"""
 
 
 @contextmanager
@@ -40,7 +40,9 @@ PRODUCT_ROWS = 8192
 
 
 def products(a: torch.Tensor, b: torch.Tensor, centred: bool = False) -> torch.Tensor:
-    """Return AᵀB in the dtype of sums, from blocks of rows, since an LM head in float64 may not fit into memory.
+    """Return AᵀB in the dtype of sums, shape (n_a, n_b), without converting all rows at once.
+
+    An LM head in float64 may not fit into memory.
 
     Args:
         a: Shape (n, n_a).
@@ -65,9 +67,8 @@ class Moments:
         n_out: Size of y.
         device: Device of the sums.
         fp32_products: If true, multiply in float32, which is twice as fast on the CPU, and accumulate in the dtype of
-            the sums.
-            Precise enough for unit selection, and for solves with many tokens per input. Other devices always do,
-            since many multiply float64 tens of times slower.
+            the sums. That is precise enough for unit selection, and for solves with many tokens per input. Other
+            devices always multiply in float32, since many are tens of times slower in float64.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Moments:
         self.n = 0
         """Number of tokens"""
         self.mass: torch.Tensor | float = 0.0
-        """Sum of the tokens' weights; a tensor, like `yy`, so that no sum waits for the device"""
+        """Sum of the tokens' weights; a tensor after `add`, like `yy`, so that no sum waits for the device"""
         self.zz = torch.zeros(n_in, n_in, dtype=dtype, device=device)
         self.yz = torch.zeros(n_out, n_in, dtype=dtype, device=device)
         self.z = torch.zeros(n_in, dtype=dtype, device=device)
@@ -128,7 +129,12 @@ class Moments:
         return self
 
     def with_outputs(self, yz: torch.Tensor, y: torch.Tensor) -> Moments:
-        """Return moments of the same inputs with other outputs, given Σ y zᵀ and Σ y of these."""
+        """Return moments of the same inputs with new outputs.
+
+        Args:
+            yz: Σ y zᵀ of the new outputs, shape (n_out, n_in).
+            y: Σ y of the new outputs, shape (n_out,).
+        """
         new = Moments(0, 0, self.zz.device)
         new.n, new.mass, new.zz, new.z, new.yz, new.y = self.n, self.mass, self.zz, self.z, yz, y
         return new
@@ -180,7 +186,8 @@ class Moments:
         Args:
             weight: W, shape (n_out, n_in).
             bias: b, shape (n_out,).
-            metric: Matrix M; the error e is then measured by eᵀ M e, up to a constant independent of W and b.
+            metric: Matrix M, shape (n_out, n_out). If given, return the mean of eᵀ M e for the error e, up to a
+                constant independent of W and b.
         """
         w, b = weight.to(self.zz.dtype), bias.to(self.zz.dtype)
         wz = w @ self.z
@@ -205,15 +212,15 @@ class Fit:
     weight: torch.Tensor
     """W, shape (n_out, n_in)"""
     bias: torch.Tensor
-    """b, shape (n_out,), zeros without an intercept"""
+    """b, shape (n_out,); zeros if no intercept was fitted"""
     ridge: float
-    """Relative strength used, larger than requested if the moments are singular"""
+    """Relative strength that was used; larger than requested if the moments are singular"""
 
 
 def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool) -> Fit:
     """Minimise the mean of ‖W z + b − y‖² + ridge · Σⱼ dⱼ ‖Wⱼ − anchorⱼ‖², with dⱼ the mean square of input j.
 
-    Solved by Cholesky decomposition. While it fails from rounding, the ridge is multiplied by ten.
+    A Cholesky decomposition is used. While it fails because of rounding, the ridge is multiplied by ten.
 
     Args:
         moments: Moments of z and y.
@@ -248,7 +255,16 @@ def fit(
     metric: torch.Tensor | None = None,
     ridges: Iterable[float] = RIDGES,
 ) -> Fit:
-    """Select the ridge with the smallest error on held-out tokens, then solve with it on all tokens."""
+    """Select the ridge with the smallest error on held-out tokens, then solve on all tokens with that ridge.
+
+    Args:
+        train: Moments for the selection.
+        held_out: Moments on which the ridges are compared.
+        anchor: Solution for an infinite ridge, shape (n_out, n_in).
+        intercept: If true, fit b.
+        metric: Metric of the error, as in `Moments.error`.
+        ridges: Candidate ridges.
+    """
 
     def error(ridge: float) -> float:
         found = solve(train, anchor, ridge, intercept)

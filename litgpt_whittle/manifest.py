@@ -14,23 +14,23 @@ from litgpt_whittle.errors import UserError
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each setting that two manifests do not share, as "name was x and is y"."""
+    """Describe each setting that differs between two manifests, as "name was x and is y"."""
     then, now = _flat(saved), _flat(now)
     names = [*now, *(name for name in then if name not in now)]
     return [f"{name} was {then.get(name)} and is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 
 def check_unchanged(work: str, saved: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
-    """Check that resumed work has the manifest that it began with.
+    """Check that resumed work has the same manifest as at its start.
 
     Args:
-        work: Name of the work in the message.
-        saved: The manifest that it began with.
-        now: The manifest now.
+        work: Name of the work, for the message.
+        saved: The manifest at the start.
+        now: The current manifest.
         remedy: Advice for the message, besides changing the settings back.
 
     Raises:
-        UserError: Naming each setting that differs.
+        UserError: If settings differ; the message names each of them.
     """
     if found := changes(saved, now):
         raise UserError(f"{work} must keep its settings: {', '.join(found)}; change back, or {remedy}")

@@ -1,4 +1,4 @@
-"""Build modules without memory, whose weights are given later."""
+"""Build modules that take no memory, and receive their weights later."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def meta_modules() -> Iterator[None]:
-    """Build modules on the meta device without initialising their weights, which takes most of the time there."""
+    """Build modules on the meta device without initialising weights, which would take most of the time."""
     with torch.device("meta"), _Uninitialised():
         yield
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Return tensors as they are from the functions of `torch.nn.init`."""
+    """Makes the functions of `torch.nn.init` return their tensors unchanged."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Costs of storing and running a sub-network: closed forms of its sizes, and measured latencies.
+"""Costs of storing and running a sub-network: formulas of its sizes, and measured latencies.
 
 `MEASURES` lists all costs by name, so that a search can use any of them as an objective, a bin or a limit.
 """
@@ -27,10 +27,10 @@ BACKWARD = 2
 def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
     """Count the floating-point operations per token of one forward pass, 2 per multiply-add.
 
-    All matrix products count: linear maps (of the experts only those that a token is routed to, and the shared ones),
-    the LM head, and attention as litgpt computes it: every query with every key of the sequence, in causal and
-    sliding-window layers too. Norms, activations, rotary embeddings, biases and embedding lookups do not count. These
-    are the rules of `torch.utils.flop_counter`.
+    All matrix products count: linear maps, the LM head, and attention. Only shared experts and experts that a token is
+    routed to count. As litgpt computes attention, every query is multiplied with every key of the sequence, even in
+    causal and sliding-window layers. Norms, activations, rotary embeddings, biases and embedding lookups do not count.
+    These are the rules of `torch.utils.flop_counter`.
 
     Args:
         teacher: The teacher's config.
@@ -54,7 +54,7 @@ def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length:
         teacher: The teacher's config.
         subnet: A sub-network of the teacher.
         batch_size: Sequences per batch.
-        seq_length: Maximum sequence length, prompt included.
+        seq_length: Maximum sequence length, including the prompt.
         dtype: dtype of the cache.
     """
     window = teacher.sliding_window_size
@@ -139,7 +139,7 @@ class Measure:
         return self.function(teacher, subnet, args)
 
     def parse(self, text: str | float) -> Range:
-        """Parse a limit such as `2GB` or `600M-800M`; raise UserError if it is not valid in this unit."""
+        """Parse a limit such as `2GB` or `600M-800M`; raise UserError if it is invalid for this unit."""
         return parse_range(text, self.unit)
 
     @property
@@ -184,7 +184,7 @@ def _layer(teacher: ConfigKey, layer: int, *sizes: int) -> tuple[int, int]:
     slices, n_expert = layer_takes(teacher.config, layer, *sizes), sizes[-1]
     products = {name: take.numel() for name, take in slices.items() if len(take.shape) == 2}
     experts = sum(n for name, n in products.items() if name.startswith("mlp.experts."))
-    # a token passes through every matrix once, except experts that it is not routed to; all experts have one size
+    # a token passes once through every matrix, except experts that it is not routed to; all experts have the same size
     idle = experts // n_expert * (n_expert - teacher.config.n_expert_per_token) if n_expert else 0
     return sum(products.values()) - idle, sum(take.numel() for take in slices.values() if take.is_buffer)
 

@@ -14,8 +14,8 @@ class MetricsLog:
 
     Args:
         path: The file.
-        resume_at: Iterations already done; 0 starts a new file, otherwise rows after that iteration are dropped,
-            because a resumed run logs them again.
+        resume_at: Number of finished iterations; 0 starts a new file. Later rows are dropped, because a resumed run
+            logs them again.
     """
 
     def __init__(self, path: Path, resume_at: int = 0) -> None:
@@ -31,7 +31,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the log's rows; lines that are not valid JSON, such as one cut short by a crash, are skipped."""
+    """Return the log's rows; skip lines that are not valid JSON, such as a line that a crash has truncated."""
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
         try:

@@ -15,7 +15,7 @@ from litgpt_whittle.errors import UserError
 MODEL_CONFIG = "model_config.yaml"
 
 _REAL = ("rope_base", "rope_condense_ratio", "attention_scores_scalar")
-"""Fields that litgpt annotates as integers but that take any number; students can have a fractional RoPE base"""
+"""Fields that litgpt annotates as integers, although they take any number; students can have a fractional RoPE base"""
 
 
 def read_model_config(path: Path) -> Config:

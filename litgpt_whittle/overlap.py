@@ -1,4 +1,4 @@
-"""Measure the overlap of text between two sets of samples, without templates that many samples share."""
+"""Measure the overlap of text between two sets of samples, ignoring templates that many samples share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Sample(NamedTuple):
     input_ids: torch.Tensor
     """Shape (T,)"""
     targets: torch.Tensor
-    """Next tokens, -100 for those that do not count, shape (T,)"""
+    """Next tokens, -100 at positions that do not count in the loss, shape (T,)"""
 
 
 def samples_of(input_ids: torch.Tensor, targets: torch.Tensor) -> list[Sample]:
-    """Return a batch's rows as samples, each up to its last token that counts, without rows that have no such token.
+    """Return a batch's rows as samples, each up to its last token that counts; skip rows without such a token.
 
     Args:
         input_ids: Shape (B, T).
@@ -40,11 +40,11 @@ def samples_of(input_ids: torch.Tensor, targets: torch.Tensor) -> list[Sample]:
 
 
 def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_length: int) -> float:
-    """Return the larger of the two shares of one set's text that also occurs in the other.
+    """Return the larger of two shares, each the fraction of one set's text that also occurs in the other set.
 
-    Both shares are needed because one set may be a small part of the other. Compared are whole samples, and runs of
-    counting tokens at any position, since text may be cut into windows at different places. Runs that one set repeats
-    are templates and left out.
+    Both shares are needed because one set may be a small part of the other. Whole samples are compared, and also runs
+    of counting tokens at any position, since text may be split into windows at different places. Runs that one set
+    repeats are templates, and are ignored.
 
     Args:
         ours: Samples.
@@ -54,7 +54,7 @@ def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_lengt
     if not ours or not theirs:
         return 0.0
     length = max(len(sample.input_ids) for sample in ours)
-    # long enough to exclude chance, and short enough that short windows contain many runs, wherever they are cut
+    # long enough to exclude chance, and short enough that even short windows contain many runs, wherever they begin
     size = min(RUN, max(length // 4, min(length // 2, 16), 8), length)
     whole = _share(_whole(ours, max_seq_length), _whole(theirs, max_seq_length))
     n_repeated = [max(2, min(REPEATED, len(side))) for side in (ours, theirs)]
@@ -65,13 +65,13 @@ def common_share(ours: Sequence[Sample], theirs: Sequence[Sample], max_seq_lengt
 def _share(
     ours: np.ndarray, theirs: np.ndarray, n_repeated: Sequence[int] | None = None, but_not_all: bool = False
 ) -> float:
-    """Return the larger of the two shares of one set's numbers that also occur in the other.
+    """Return the larger of two shares, each the fraction of one set's hashes that also occur in the other set.
 
     Args:
-        ours: Numbers.
-        theirs: Numbers.
-        n_repeated: Number of occurrences in each set from which a number is left out; by default none is.
-        but_not_all: If true, leave none out if hardly any would remain, as in a text that repeats itself throughout.
+        ours: Hashes, shape (n,).
+        theirs: Hashes to compare with, shape (m,).
+        n_repeated: For each set, the number of occurrences from which a hash is ignored; by default no hash is.
+        but_not_all: If true, ignore no hash if hardly any would remain, as in a text that repeats itself throughout.
     """
     (a, n_a), (b, n_b) = (np.unique(side, return_counts=True) for side in (ours, theirs))
     _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)

@@ -2,8 +2,8 @@
 
 litgpt has no hook for plugins, but `import torch` calls every `torch.backends` entry point. Ours (`install`) installs
 an import hook that waits for `litgpt.__main__` and adds the commands of the entry-point group `litgpt.commands`. An
-exception in `install` would break `import torch` for everyone, so it does nothing else, and this file imports neither
-torch nor litgpt at the top.
+exception in `install` would break `import torch` for everyone. So `install` does nothing else, and this file imports
+neither torch nor litgpt at the top.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def add_commands(module: ModuleType) -> None:
 def commands(taken: set[str] | None = None) -> dict[str, Callable]:
     """Return the registered commands by name.
 
-    Only the command named on the command line is imported. The others are stand-ins with the same help line, so that no
-    litgpt command waits for imports that it does not use.
+    Only the command named on the command line is imported. Stand-ins with the same help line replace other commands, so
+    that no litgpt command waits for imports that it does not use.
 
     Args:
         taken: Names of litgpt's own commands.
@@ -134,10 +134,10 @@ def _stand_in(point: Any) -> Callable:
 
 
 def show_user_errors_in_one_line(commands: set[str]) -> None:
-    """Print an uncaught UserError, or that a disk or a device is full, without a traceback; the exit code stays 1.
+    """Print an uncaught UserError, and errors of a full disk or device, without a traceback; the exit code stays 1.
 
     Args:
-        commands: Names of the commands whose parser errors are printed on one line, too.
+        commands: Names of the commands whose parser errors are also printed on one line.
     """
     from litgpt_whittle import flags, recipes
 

@@ -32,10 +32,10 @@ _n_maps = 0
 """Number of calls of `parallel_map` so far"""
 
 NO_LIMIT = timedelta(days=1000)
-"""Timeout where processes wait for one of them, which may tokenise, save or score for hours"""
+"""Timeout for processes that wait for another one, which may tokenise, save or score for hours"""
 
 _patient_group: tuple[Any, Any] | None = None
-"""The default process group, and the one made from it by `_patient`"""
+"""The default process group, and the group that `_patient` has created for it"""
 
 HELD_BYTES = 2**26
 """Growth of resident memory, in bytes, before freed memory is returned to the system"""
@@ -52,10 +52,10 @@ def n_devices(asked: int | str) -> int:
     """Return the number of devices to use: GPUs, or processes on the CPU's cores if there are no GPUs.
 
     Args:
-        asked: A number, or "auto" for all GPUs, or one process on a CPU.
+        asked: A number, or "auto" for all GPUs or, without GPUs, one process on the CPU.
 
     Raises:
-        UserError: If `asked` is not a number, or there are fewer devices.
+        UserError: If `asked` is not a positive number, or exceeds the number of devices.
     """
     gpus = torch.cuda.device_count()
     if asked in ("auto", -1, "-1"):
@@ -71,9 +71,9 @@ def n_devices(asked: int | str) -> int:
 def launch(
     n: int, precision: Any = "32-true", num_nodes: int = 1, strategy: Any = "ddp", loggers: Sequence[Any] = ()
 ) -> L.Fabric:
-    """Start the other processes, each of which runs this command from its beginning, and connect all of them.
+    """Start further processes, each of which runs this command from its beginning, and connect all processes.
 
-    From then on, all of them end when one fails.
+    From then on, all processes end when one fails.
 
     Args:
         n: Devices per machine.
@@ -126,24 +126,24 @@ def _end(what: str, processes: Sequence[Any] = ()) -> None:
 
 
 def is_first_started() -> bool:
-    """Return whether this process is rank 0, before `launch` starts or connects the others."""
+    """Return whether this process is rank 0, before `launch` starts or connects other processes."""
     # Lightning reads RANK, LOCAL_RANK and SLURM's variables; a start on several machines without them sets NODE_RANK
     return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
 
 
 def lock_dir_for_all(folder: Path, out_dir: Path | None = None) -> AbstractContextManager[Any]:
-    """Return `lock_dir` on rank 0 and a null context on others, before the processes are started or connected."""
+    """Return `lock_dir` on rank 0 and a null context on other ranks, before processes are started or connected."""
     return lock_dir(folder, out_dir) if is_first_started() else nullcontext()
 
 
 @contextmanager
 def lock_output(out_dir: Path) -> Iterator[None]:
-    """Lock an output folder that a command replaces as a whole, so that another process cannot write it meanwhile.
+    """Lock an output folder that a command replaces as a whole, so that no other process can write to it meanwhile.
 
-    The lock is in a hidden folder beside `out_dir`, which itself stays empty until the command has finished.
+    The lock is in a hidden folder next to `out_dir`; `out_dir` itself stays empty until the command has finished.
 
     Raises:
-        UserError: If `out_dir` is the root folder, cannot be written or is locked.
+        UserError: If `out_dir` is the root folder, is not writable, or is locked.
     """
     path = out_dir.resolve()
     if not path.name:
@@ -156,7 +156,7 @@ def lock_output(out_dir: Path) -> Iterator[None]:
 def own_device() -> torch.device:
     """Return this process's GPU or other accelerator, or the CPU if there is none.
 
-    Before `launch`, the current device of every process is the first one, on which each would take memory.
+    Before `launch`, every process has the first device as its current device, and would take memory there.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
@@ -166,10 +166,10 @@ def own_device() -> torch.device:
 
 
 def free_memory(device: torch.device, n_local: int) -> int:
-    """Return the free bytes on a process's device, including those that this process's allocator keeps for reuse.
+    """Return the free bytes on a process's device, including memory that this process's allocator keeps for reuse.
 
-    On a CPU, and on devices that share its memory, the `n_local` processes of a machine share it. On a GPU, the call
-    takes the memory of a context there.
+    On a CPU, and on devices that share main memory, the free bytes are divided by `n_local`, the number of this
+    machine's processes. On a GPU, the call creates a context, which takes memory.
     """
     module = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
@@ -206,10 +206,10 @@ def peak_resident() -> int:
 
 
 def give_back_freed() -> None:
-    """Return freed memory that glibc's allocator still holds to the system.
+    """Give memory that is freed, but still held by glibc's allocator, back to the system.
 
-    Alternating buffers of many sizes fragment the heap, until gaps take more than the memory in use. Returned memory
-    must be requested again, so nothing is returned before resident memory has grown by `HELD_BYTES`.
+    Alternating buffers of many sizes fragment the heap, until gaps take more than the memory in use. Requesting memory
+    again costs time, so nothing is given back before resident memory has grown by `HELD_BYTES`.
     """
     global _resident_when_trimmed
     if _trim is not None and _resident() > _resident_when_trimmed + HELD_BYTES:
@@ -218,9 +218,9 @@ def give_back_freed() -> None:
 
 
 def release_memory() -> None:
-    """Return the memory of objects that nothing refers to any more to the device and the system, for other processes.
+    """Give the memory of unreachable objects back to the device and the system, for other processes.
 
-    Otherwise, a model's reference cycles live until the garbage collector runs, and PyTorch keeps a device's memory.
+    Otherwise, a model's reference cycles live until garbage collection, and PyTorch keeps the device's memory.
     """
     gc.collect()
     if (empty_cache := getattr(torch.get_device_module(own_device()), "empty_cache", None)) is not None:
@@ -268,9 +268,9 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all processes, so that each finds the files that the others have written.
+    """Wait for all processes, so that each finds the files that other processes have written.
 
-    Ends this process if another one is gone.
+    Ends this process if another process has ended.
     """
     if distributed.is_initialized():
         with _reported():
@@ -290,7 +290,7 @@ def _patient() -> Any:
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Replace an error of a collective, which means that another process is gone, by a message and an exit."""
+    """Replace an error of a collective, which means that another process has ended, by a message and an exit."""
     try:
         yield
     except RuntimeError as error:
@@ -300,7 +300,7 @@ def _reported() -> Iterator[None]:
 def shutdown() -> bool:
     """Shut down the process group, and return whether this is rank 0, which continues alone.
 
-    Processes that exited without it could find their connections closed and abort.
+    A process that exits without this call could abort when another one closes their connection.
     """
     is_first = rank() == 0
     if distributed.is_initialized():
@@ -319,7 +319,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def gather(value: T) -> list[T]:
     """Return the values of all processes, in order of rank, on every process.
 
-    Ends this process if another one is gone.
+    Ends this process if another process has ended.
     """
     if not distributed.is_initialized():
         return [value]
@@ -336,9 +336,10 @@ def _lost(error: Exception) -> None:
 
 
 def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Apply a function to items in parallel, each on the next free process; yield all results in order on all of them.
+    """Apply a function to items in parallel, each on the next free process.
 
-    A process takes its next item before it waits for others' results, so that slow items block no one.
+    Every process yields all results, in the order of the items. A process takes its next item before it waits for
+    results of other processes, so that slow items block no process.
     """
     if not distributed.is_initialized():
         yield from map(function, items)
@@ -362,7 +363,7 @@ def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterat
 
 
 def each(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
-    """Apply a function that all processes run together to items, one after the other."""
+    """Apply a function to items one after the other, for functions that all processes run together."""
     return map(function, items)
 
 
@@ -370,7 +371,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result on all ranks.
 
     Raises:
-        UserError: On rank 0, if the function raises it; the other ranks exit with code 0.
+        UserError: On rank 0, if the function raises it; all other ranks exit with code 0.
     """
     result: Any = None
     failure: UserError | None = None

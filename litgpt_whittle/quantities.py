@@ -39,7 +39,7 @@ def parse_amount(text: str | float, unit: Unit) -> float:
     """Parse a quantity, with or without a suffix of its unit.
 
     Raises:
-        UserError: If it is invalid, not positive or not finite.
+        UserError: If the quantity is invalid, not positive or not finite.
     """
     match = _AMOUNT.fullmatch(str(text).strip())
     size = _SUFFIXES[unit].get(match[2].lower()) if match else None
@@ -50,10 +50,12 @@ def parse_amount(text: str | float, unit: Unit) -> float:
 
 
 def parse_range(text: str | float, unit: Unit) -> Range:
-    """Parse a range `600M-800M`, or a maximum `800M`; a first number without a suffix takes the second's.
+    """Parse a range `600M-800M`, or a maximum `800M`, into (minimum, maximum).
+
+    If the first number has no suffix, the second number's suffix applies to both.
 
     Raises:
-        UserError: If it is neither, or the range is reversed.
+        UserError: If the text is neither, or the range is reversed.
     """
     match = _RANGE.fullmatch(str(text).strip())
     if match is None or _AMOUNT.fullmatch(str(text).strip()):  # 1e-3 is an amount
@@ -76,7 +78,7 @@ def format_amount(amount: float, unit: Unit) -> str:
 def format_range(amounts: Range, unit: Unit) -> str:
     """Format a range, readable by `parse_range`."""
     least, most = (format_amount(amount, unit) for amount in amounts)
-    # a first number without a suffix would take the second's
+    # `parse_range` would apply the second number's suffix to a first number without one
     if least[-1].isdigit() and not most[-1].isdigit():
         most = f"{amounts[1]:.4g}"
     return f"{least}-{most}" if amounts[0] else format_amount(amounts[1], unit)

@@ -1,4 +1,4 @@
-"""Find recipes by their paths in config_hub, in a clone or an installed package, from any working directory."""
+"""Find recipes by paths that begin with config_hub/, from any working directory, in a clone or installed package."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def lookup(group: str, name: str) -> Any:
 
 
 def load_all(group: str) -> dict[str, Any]:
-    """Load all objects of a group by name; those that cannot be imported are skipped with a warning."""
+    """Load all objects of a group, by name; skip objects that cannot be imported, with a warning."""
     found = {}
     for name, point in sorted(_points(group).items()):
         try:
@@ -49,19 +49,19 @@ def load_all(group: str) -> dict[str, Any]:
 
 
 def with_settings(group: str, choice: str | dict[str, dict[str, Any]], kind: str, n_given: int) -> dict[str, Any]:
-    """Return a choice from a group with all of its settings, defaults included.
+    """Return a choice from a group with all of its settings, including defaults.
 
     Args:
         group: The entry-point group.
         choice: A name, or a name with settings.
         kind: Name for members of the group, for messages.
-        n_given: Number of leading arguments that are not settings.
+        n_given: Number of leading parameters that the caller passes, which are not settings.
 
     Returns:
         A dictionary from the name to its settings.
 
     Raises:
-        UserError: If the choice is not one name, the name is unknown, or it has no such setting.
+        UserError: If the choice is not a single name, or the name or one of its settings is unknown.
     """
     choice = {choice: {}} if isinstance(choice, str) else choice
     if not isinstance(choice, dict) or len(choice) != 1 or not all(isinstance(s, dict) for s in choice.values()):

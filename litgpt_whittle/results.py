@@ -57,7 +57,7 @@ class SearchResult:
 
     @property
     def best_path(self) -> Path:
-        """The YAML of `best`.
+        """Path of the YAML file of `best`.
 
         Raises:
             UserError: If there are several bins.
@@ -122,12 +122,12 @@ class TrainingResult:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
+        """The rows of ``metrics.jsonl``."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """Pairs of tokens and validation loss in nats per token, in order of training."""
+        """(token count, validation loss) pairs in order of training; losses are in nats per token."""
         return [(row["tokens"], row["val_loss"]) for row in self.rows if "val_loss" in row]
 
     @property
@@ -135,7 +135,7 @@ class TrainingResult:
         """The last validation loss, in nats per token.
 
         Raises:
-            UserError: If there is none yet.
+            UserError: If no validation loss has been logged yet.
         """
         if not self.curve:
             raise UserError(f"{str(self.folder)!r} has no validation loss; name the out_dir of a training that ended")
@@ -148,7 +148,7 @@ class TrainingResult:
 
     @property
     def teacher_val_loss(self) -> float | None:
-        """The teacher's loss on the same batches, if measured."""
+        """The teacher's validation loss on the same batches, in nats per token; None if not measured."""
         return next((row["teacher_val_loss"] for row in self.rows if "teacher_val_loss" in row), None)
 
     @property
@@ -163,10 +163,10 @@ class TrainingResult:
 
 
 def searched_perplexity(origin: Mapping[str, Any]) -> float | None:
-    """Return the perplexity that a search measured for this provenance: as repaired, or else as cut."""
+    """Return the perplexity that a search recorded in a provenance: after a repair, or else without one."""
     return origin.get("repaired_perplexity", origin.get("perplexity"))
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
-    """Return the first number of tokens at which a curve is at most `loss`; None if it never is."""
+    """Return the first token count at which a curve is at most `loss` (nats per token); None if it never is."""
     return next((tokens for tokens, value in curve if value <= loss), None)

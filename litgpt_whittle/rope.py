@@ -1,11 +1,11 @@
 """Smaller attention heads that preserve the teacher's rotary frequencies.
 
-Rotary embeddings rotate pairs of dimensions, pair j of n/2 by the angle position · base^(-2j/n). Keeping the first h
-dimensions would break pairs apart and change the frequencies of the others. Stock litgpt can express two cuts that
-preserve them:
+Rotary embeddings rotate pairs of dimensions: pair j of n/2 by the angle position · base^(-2j/n). Keeping the first h
+dimensions would break pairs apart, and change the frequencies of the remaining pairs. Stock litgpt can express two ways
+to shrink a head without that:
 
 - drop non-rotary dimensions, and raise `rotary_percentage` to keep the number of rotary dimensions;
-- keep the pairs 0, s, 2s, … and set `rope_base` to base^(s·m/n), for m of n rotary dimensions kept.
+- keep the pairs 0, s, 2s, …, in total m of n rotary dimensions, and set `rope_base` to base^(s·m/n).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def cut_head(teacher: Config, keep: int | np.ndarray) -> HeadCut:
 
     Args:
         teacher: The teacher's config.
-        keep: A head size (first non-rotary dimensions are dropped, then rotary pairs, evenly over the frequencies), or
-            the kept dimensions, sorted; rotary ones must form whole pairs 0, s, 2s, ….
+        keep: A head size, or the kept dimensions in ascending order. A head size drops non-rotary dimensions first,
+            then rotary pairs, evenly over the frequencies. Kept rotary dimensions must form whole pairs 0, s, 2s, ….
 
     Raises:
         UserError: If litgpt cannot express such a head with the teacher's frequencies.
@@ -78,7 +78,7 @@ def legal_head_sizes(teacher: Config) -> list[int]:
 
 
 def _cut(teacher: Config, dims: np.ndarray, stride: int, check: bool = True) -> HeadCut:
-    """Return the head that keeps `dims`, whose rotary dimensions are every `stride`-th pair from the first on."""
+    """Return the head that keeps `dims`; its rotary dimensions are the pairs 0, stride, 2 · stride, …."""
     n_rotary, kept = teacher.rope_n_elem, int((dims < teacher.rope_n_elem).sum())
     changes: dict[str, Any] = {"head_size": len(dims), "rotary_percentage": _percentage(kept, len(dims))}
     if kept not in (n_rotary, 2):  # a single pair rotates by the position itself, independently of the base
@@ -93,7 +93,7 @@ def _cut(teacher: Config, dims: np.ndarray, stride: int, check: bool = True) -> 
 
 
 def _percentage(n_rotary: int, size: int) -> float:
-    """Return the `rotary_percentage` from which litgpt, which truncates, computes exactly `n_rotary` dimensions."""
+    """Return the `rotary_percentage` for exactly `n_rotary` dimensions; litgpt truncates percentage · size."""
     share = n_rotary / size
     while int(share * size) < n_rotary:
         share = math.nextafter(share, 2.0)

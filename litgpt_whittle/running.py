@@ -1,4 +1,4 @@
-"""Modules without weights of their own, which run a sub-network with slices of its teacher's weights."""
+"""Modules that own no weights, and run a sub-network with slices of its teacher's weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ M = TypeVar("M", bound=nn.Module)
 Weights = dict[str, torch.Tensor]
 
 MAX_KEPT = 256
-"""Number of modules without weights that a super-network keeps, the latest ones"""
+"""Maximum number of modules without weights that a super-network caches, the most recently used"""
 
 
 class EmptyModules:
-    """Modules on the meta device that a super-network's candidates run in, kept for later candidates.
+    """Cache of the meta-device modules in which a super-network runs its candidates.
 
-    Their weights are passed at each call, so that all layers and candidates of one structure and size share a module.
+    Weights are passed at each call, so that all layers and candidates of one structure and size share a module.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class EmptyModules:
         if module is None:
             with meta_modules():
                 module = build().eval()
-        self._kept[key] = module  # now the latest one
+        self._kept[key] = module  # now the most recently used
         if len(self._kept) > MAX_KEPT:
             del self._kept[next(iter(self._kept))]
         return module
@@ -54,13 +54,13 @@ class EmptyModules:
 
 
 class Running:
-    """A sub-network's module without own weights, with its slices of the teacher module that it replaces.
+    """A sub-network's module that runs in place of a teacher module, with slices of that module's weights.
 
     Args:
         module: The sub-network's module, on the meta device.
         slices: Slices of the teacher module's parameters.
         constants: Tensors that are not sliced from the teacher.
-        in_place: If true, gradients are accumulated in place in those of the teacher's parameters.
+        in_place: If true, add gradients in place to the `grad` of the teacher's parameters.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Running:
 
     @torch.no_grad()
     def materialize(self, owner: nn.Module, most: int) -> int:
-        """Slice the weights once, unless the gathered ones exceed `most` bytes.
+        """Slice the weights once for all calls, unless gathered weights (copies, not views) exceed `most` bytes.
 
         Returns:
-            Bytes of the gathered weights, 0 if the weights are sliced in every forward.
+            Bytes of the gathered weights; 0 if the weights are sliced in every forward pass.
         """
         indexed = [take for take in self.slices.values() if any(not isinstance(i, slice) for i in take.index)]
         n_bytes = sum(take.numel() for take in indexed) * next(owner.parameters()).element_size()
@@ -99,7 +99,7 @@ class Running:
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer by its full name, which takes no time in proportion to the module's size."""
+    """Return a parameter or buffer by its full name, without listing all of the module's tensors."""
     path, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(path), leaf)
 
@@ -122,7 +122,7 @@ class _TakeInPlace(torch.autograd.Function):
 
 
 class Lookup(nn.Embedding):
-    """The teacher's embedding with scattered channels selected after the lookup, so that only those rows are copied."""
+    """The teacher's embedding; scattered channels are selected after the lookup, so that only those rows are copied."""
 
     channels: torch.Tensor
     """Indices of the channels, passed at each call"""
@@ -139,7 +139,7 @@ class Delegate(nn.Module):
     """Calls a block of the super-network from within the sub-network's model, without owning its weights.
 
     Args:
-        blocks: Dropped blocks that only pass the stream on, followed by the block itself.
+        blocks: Dropped blocks, which return the hidden states unchanged, followed by the block itself.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:

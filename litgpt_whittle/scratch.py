@@ -34,7 +34,7 @@ class ActivationFile:
             file.truncate(4 * math.prod(shape))
         self._states, self.device = np.memmap(path, np.float32, "r+", shape=shape), device
         self._coming: tuple[slice, torch.Tensor, Any] | None = None
-        """Windows that the device still copies to main memory, and the event that ends the copy"""
+        """Windows whose copy to main memory is in progress, the copy, and the event at its end"""
 
     def __getitem__(self, windows: slice) -> torch.Tensor:
         self._write_coming()
@@ -70,7 +70,12 @@ class ActivationFile:
 
 
 class DeviceActivations:
-    """`ActivationFile` in a device's memory, lost by an interruption."""
+    """Replacement for `ActivationFile` in a device's memory; its content is lost when the process ends.
+
+    Args:
+        shape: Shape of the hidden states.
+        device: Device of the hidden states.
+    """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         self._states = torch.empty(shape, device=device)
@@ -90,7 +95,7 @@ class DeviceActivations:
 
 
 class Scratch:
-    """Folder for streams and finished layers.
+    """Folder for streams (hidden states of all calibration windows before one layer) and finished layers.
 
     Args:
         folder: Path of the folder, created if it does not exist.
@@ -98,7 +103,7 @@ class Scratch:
 
     Attributes:
         device: Device of the work.
-        budget: Bytes of the device's memory for streams, as long as they last; other streams are files.
+        budget: Remaining bytes of the device's memory for streams. Streams that do not fit are files.
 
     Several processes may share a folder; only rank 0 creates, saves and removes.
     """
@@ -126,7 +131,14 @@ class Scratch:
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
     def stream(self, name: str, n: int, length: int, n_embd: int) -> ActivationFile | DeviceActivations:
-        """Open a stream; create it if it does not exist."""
+        """Open a stream, or create it if it does not exist.
+
+        Args:
+            name: Name of the stream.
+            n: Number of windows.
+            length: Tokens per window.
+            n_embd: Channels of the hidden states.
+        """
         if name not in self._streams:
             shape, path = (n, length, n_embd), self.folder / f"{name}.f32"
             n_bytes = 4 * math.prod(shape)
@@ -138,7 +150,7 @@ class Scratch:
         return self._streams[name]
 
     def has_streams(self, *names: str) -> bool:
-        """Return whether these streams can be opened with their content, after an interruption as well."""
+        """Return whether these streams exist with complete content, possibly from an interrupted run."""
         if (self.folder / "incomplete").exists():
             return False
         return all(name in self._streams or (self.folder / f"{name}.f32").is_file() for name in names)
@@ -151,7 +163,7 @@ class Scratch:
             os.replace(path.with_suffix(".new"), path)
 
     def load(self, name: str) -> Any:
-        """Return the saved content, with tensors in CPU memory; None if there is none."""
+        """Return the content saved under a name, with tensors in CPU memory; None if there is no such content."""
         path = self.folder / f"{name}.pt"
         return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
@@ -185,7 +197,7 @@ class Scratch:
         self.budget += self._n_bytes.pop(name, 0)
 
     def remove_streams_before(self, i: int, keep: str | None = None) -> None:
-        """Delete the streams before layer i, except the one named `keep`."""
+        """Delete the streams of hidden states before layer i, except the stream named `keep`."""
         for name in [name for name in self._streams if name.rpartition("-")[2] == str(i) and name != keep]:
             self._close(name)
         if rank() == 0:

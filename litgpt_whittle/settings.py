@@ -17,8 +17,8 @@ from litgpt.data import DataModule
 def describe(value: Any) -> Any:
     """Return a command's argument as a value that YAML can store and jsonargparse can parse.
 
-    Objects are described by their class and its arguments, functions by their import path. Dataclass fields with
-    `repr=False`, such as access tokens, are left out.
+    Objects become their class path and constructor arguments, functions their import path. Dataclass fields with
+    `repr=False`, such as access tokens, are omitted.
     """
     if isinstance(value, np.generic):
         return value.item()

@@ -1,7 +1,7 @@
-"""Sharded checkpoints: every process writes its own part, so that no process holds a whole checkpoint in memory.
+"""Sharded checkpoints: every process writes one part, so that no process holds a whole checkpoint in memory.
 
-A tensor sharded by rows (`DTensor`) is saved as each process's rows and read as `Rows`, from which any number of
-processes take what they need. All else is saved in the first process's part only. `torch.distributed.checkpoint` is
+Of a tensor sharded by rows (`DTensor`), each process saves its rows. Reading returns `Rows`, from which any number of
+processes take the rows that they need. Only the first process saves all other values. `torch.distributed.checkpoint` is
 not used, because it unpickles its metadata without restrictions; these parts are loaded with `weights_only=True`.
 """
 
@@ -29,7 +29,7 @@ class Rows:
     """A tensor whose rows are stored in several files.
 
     Args:
-        pieces: Its consecutive parts, memory-mapped.
+        pieces: Consecutive parts of the tensor, memory-mapped.
     """
 
     def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
@@ -50,12 +50,12 @@ def save_parts(folder: Path, tree: dict[str, Any], fill: Callable[[Path], None])
     """Write a folder atomically from all processes, each of which must call it.
 
     Args:
-        folder: The folder; an older one is replaced.
+        folder: The folder; an older folder is replaced.
         tree: Nested dicts and lists of tensors, sharded or not, and of other values that `torch.save` accepts.
         fill: Writes further files into the given folder; called by the first process only.
 
     Raises:
-        OSError: On all processes, if one cannot write.
+        OSError: On all processes, if one of them cannot write.
     """
     is_spread = any(gather(_is_spread(tree)))
     with new_folder(folder) if rank() == 0 else nullcontext() as made:
@@ -87,7 +87,7 @@ def _save_part(folder: Path, tree: dict[str, Any], is_spread: bool) -> None:
 
 
 def part_paths(folder: Path) -> list[Path]:
-    """Return the part files in a folder written by `save_parts`; none in any other folder."""
+    """Return the part files in a folder written by `save_parts`; empty for any other folder."""
     return sorted(Path(folder).glob("part-*-of-*.pth"))
 
 

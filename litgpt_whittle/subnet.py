@@ -61,20 +61,20 @@ class LayerUnits:
 class SubNet:
     """A sub-network of a teacher, validated against the teacher's config at construction.
 
-    Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `UnitIndex`; None keeps all. The
-    per-layer fields also take a list with one entry per *kept* layer (None for layers without such units). A list of
-    equal entries is the same sub-network as the single value. Immutable, hashable, compared by value.
+    Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `UnitIndex`; None keeps all units.
+    Per-layer fields also take a list with one entry per *kept* layer (None for layers without such units). A list of
+    equal entries gives the same sub-network as a single value. Instances are immutable, hashable and compared by value.
 
     Args:
         teacher: The teacher's litgpt config.
         n_embd: Channels of the residual stream.
         n_layer: Layers; their order does not change.
         head_size: Dimensions of each head; rotary pairs keep their frequencies (see `litgpt_whittle.rope`).
-        n_query_groups: Query groups; heads, if each head has its own keys and values.
+        n_query_groups: Query groups; these are the heads if each head has its own keys and values.
         heads_per_group: Query heads within each group, the same in all groups of a layer.
         intermediate_size: MLP neurons (of each expert, if the teacher has no `moe_intermediate_size`).
         moe_intermediate_size: Neurons of each expert, for teachers that set it; also applied to shared experts.
-        n_expert: Experts. The number must be the same in all layers, the sets may differ.
+        n_expert: Experts. All layers must keep the same number of experts, but may keep different ones.
 
     Raises:
         UserError: If the sub-network is invalid for this teacher.
@@ -143,7 +143,7 @@ class SubNet:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Index of the teacher's layer for each of the student's layers."""
+        """Index of the teacher's layer for each student layer."""
         return tuple(int(i) for i in self.n_layer.indices)
 
     def layer(self, index: int) -> LayerUnits:
@@ -156,7 +156,7 @@ class SubNet:
 
     @cached_property
     def n_intact(self) -> int:
-        """Number of leading layers that the cut leaves as they are, without dropped layers among or after them."""
+        """Number of leading layers that are equal to the teacher's, and followed by the teacher's next layer."""
         full = SubNet.full(self.teacher)
         if (self.n_embd, self.head_size) != (full.n_embd, full.head_size):
             return 0
@@ -175,13 +175,13 @@ class SubNet:
     def is_uniform(self) -> bool:
         """True if a stock litgpt config describes the student without padding.
 
-        All layers have the same sizes, and `config` adds no heads for the teacher's class in `transformers`.
+        This holds if all layers have the same sizes, and `config` adds no heads for the class in `transformers`.
         """
         return self.layers_are_alike and self.config.n_head == self._widest.n_head
 
     @cached_property
     def layers_are_alike(self) -> bool:
-        """True if all layers have the same sizes; dense layers and expert layers may differ in their MLPs."""
+        """True if all layers have the same sizes; only MLPs of dense layers may differ from those with experts."""
         sizes = [self.layer(i).sizes for i in range(len(self))]
         dense = {s for s in sizes if s[3] == 0}
         experts = {s for s in sizes if s[3] > 0}
@@ -190,10 +190,10 @@ class SubNet:
 
     @cached_property
     def config(self) -> Config:
-        """The student's litgpt config; for a layer-wise student, the one padded to its widest layer.
+        """The student's litgpt config, padded to the widest layer if layers differ in size.
 
-        If the teacher's class in `transformers` requires n_head · head_size = n_embd, heads are padded to that where
-        possible, since litgpt's converter and `litgpt evaluate` read this config.
+        If the teacher's class in `transformers` requires n_head · head_size = n_embd, heads are added to fulfil that
+        where possible, since litgpt's converter and `litgpt evaluate` use this config.
         """
         widest = self._widest
         filled = filled_heads(widest) if shares_channels(self.teacher) else None
@@ -308,7 +308,7 @@ class SubNet:
             name: Name of the file in error messages.
 
         Raises:
-            UserError: If it is invalid for this teacher, or made for another teacher.
+            UserError: If the sub-network is invalid for this teacher, or was made for another teacher.
         """
         choice = dict(saved)
         origin = choice.pop("provenance", None) or {}
@@ -386,10 +386,10 @@ def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
 
 
 def experts_of(teacher: Config, keep: UnitIndex) -> np.ndarray:
-    """Return the kept experts' indices. In grouped routing, "the first n" are the first n / groups of each group.
+    """Return the indices of the kept experts. In grouped routing, "the first n" are the first n / groups of each group.
 
     Raises:
-        UserError: If they are too few for litgpt's router, or the groups would differ in size.
+        UserError: If too few experts are kept for litgpt's router, or the groups would differ in size.
     """
     n, per_token = len(keep), teacher.n_expert_per_token
     if n < per_token:

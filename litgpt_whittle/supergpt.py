@@ -22,14 +22,14 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.windows import vectorize_windows
 
 KEPT_BYTES = {"cpu": 256 * 2**20}
-"""Byte budget for caching a candidate's gathered weights across batches, the LM head's before the blocks'. Weights
-beyond it are gathered again for every batch, which takes a CPU a few percent of its time and no memory"""
+"""Byte budget for caching a candidate's gathered weights across batches: first the LM head's, then the blocks'. Weights
+beyond the budget are gathered again for every batch, which takes a CPU a few percent of its time"""
 
 _EMBEDDING = "transformer.wte.weight"
 
 
 class BlocksGPT(GPT):
-    """litgpt's GPT with given blocks."""
+    """litgpt's GPT with the given blocks."""
 
     def __init__(self, config: Config, blocks: Iterable[nn.Module]) -> None:
         super().__init__(dataclasses.replace(config, n_layer=0))
@@ -40,8 +40,8 @@ class BlocksGPT(GPT):
 class LayerwiseGPT(BlocksGPT):
     """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
 
-    Its `config` is the stock one padded to the widest layer, the form in which it is saved (`pad`). It is also used for
-    layers of equal sizes if the stock model needs more heads than they have (see `SubNet.config`).
+    Its `config` describes a stock GPT padded to the widest layer, as which `pad` prepares it for saving. The class also
+    serves students with equal layers if `SubNet.config` adds heads to them.
 
     Args:
         subnet: The sub-network that defines the sizes of the layers.
@@ -53,7 +53,13 @@ class LayerwiseGPT(BlocksGPT):
 
     @classmethod
     def from_padded(cls, config: Config, weights: Mapping[str, torch.Tensor], shape: Mapping[str, Any]) -> LayerwiseGPT:
-        """Load a padded stock checkpoint in its true shape, which `shape` gives as a sub-network of `config`."""
+        """Create a student in its true shape from the weights of a padded stock checkpoint.
+
+        Args:
+            config: The padded config.
+            weights: The padded weights.
+            shape: The true shape, as a sub-network of `config` (see `SubNet.to_dict`).
+        """
         subnet = SubNet.from_dict(config, shape)
         with torch.device("meta"):
             model = cls(subnet)
@@ -64,7 +70,7 @@ class LayerwiseGPT(BlocksGPT):
 class SuperBlock(Block):
     """A litgpt block that can run with slices of its weights.
 
-    The weights are sliced inside `forward`, where a sharded block's parameters are gathered.
+    The weights are sliced inside `forward`, since a sharded block's parameters are only gathered there.
     """
 
     _running: Callable[..., torch.Tensor] | None = None
@@ -78,7 +84,7 @@ class SuperBlock(Block):
 class SuperGPT(BlocksGPT):
     """A litgpt GPT that runs as any of its sub-networks.
 
-    Outside `running` it is the full litgpt model: same weights, same names, same outputs.
+    Outside `running` it is the full litgpt model, with the same weights, names and outputs.
 
         with model.running(subnet):
             logits = model(idx)  # (B, T, V)
@@ -97,7 +103,7 @@ class SuperGPT(BlocksGPT):
 
     @property
     def head_owner(self) -> GPT:
-        """Model whose LM head `forward` calls: this model, or the running sub-network."""
+        """Model whose LM head `forward` calls: this model, or the module of the running sub-network."""
         return self if self._running is None else self._running.module
 
     def forward(self, idx: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | list[torch.Tensor]:
@@ -107,16 +113,16 @@ class SuperGPT(BlocksGPT):
 
     @contextmanager
     def running(self, subnet: SubNet, materialize: bool = False, trains: bool = False) -> Iterator[SuperGPT]:
-        """Run as a sub-network: `forward` computes its logits, with gradients to the weights that it uses.
+        """Run as a sub-network: `forward` computes its logits, with gradients for the weights that it uses.
 
         Args:
             subnet: A sub-network of this model.
-            materialize: If true, slice the weights once, without gradients, instead of in every forward: for scoring a
-                candidate on many batches. Contiguous runs are views, which take no memory; gathered weights are cached
-                within `kept_bytes`.
+            materialize: If true, slice the weights once, without gradients, instead of in every forward pass; for
+                scoring a candidate on many batches. Contiguous runs are views, which take no memory. Gathered weights
+                are cached within `kept_bytes`.
             trains: If true, the weights of dropped layers get zero gradients instead of None. With several processes,
-                the dropped layers' modules are called as well, so that their wrappers (FSDP2, DDP) see all of them used
-                on every process. A single process accumulates gradients in place in those of the full weights.
+                the dropped layers' modules are called as well, so that wrappers (FSDP2, DDP) see every module used on
+                every process. A single process adds gradients in place to those of the full weights.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -159,7 +165,7 @@ class SuperGPT(BlocksGPT):
                 weight.grad = torch.zeros_like(weight)
 
     def _shell(self, subnet: SubNet, embedding: ParamSlice) -> GPT:
-        """Return the sub-network's model without weights and blocks; with scattered channels, it has a `Lookup`."""
+        """Return the sub-network's model without weights and blocks; scattered channels need a `Lookup` in it."""
         is_scattered = isinstance(embedding.index[1], torch.Tensor)
 
         def build() -> GPT:
@@ -188,7 +194,7 @@ class SuperGPT(BlocksGPT):
         return delegates
 
     def _rope(self, shell: GPT) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rotary cache of a sub-network's model: this model's own unless heads are smaller."""
+        """Return the rotary cache of a sub-network's model: this model's cache, unless heads are smaller."""
         if shell.config.head_size == self.config.head_size:
             return self.cos, self.sin
         return tuple(cache.to(self.cos.dtype) for cache in shell.rope_cache(self.cos.device))
@@ -197,13 +203,14 @@ class SuperGPT(BlocksGPT):
 def kept_bytes(device: torch.device) -> int:
     """Return the byte budget for caching a candidate's gathered weights: `KEPT_BYTES`, or half of a GPU's free memory.
 
-    The other half is for activations. A GPU spends more time on repeated gathers, and has memory for nothing else.
+    The other half is for activations. Repeated gathers cost a GPU more time than a CPU, and its memory is otherwise
+    unused.
     """
     return KEPT_BYTES[device.type] if device.type in KEPT_BYTES else free_memory(device, 1) // 2
 
 
 def student_model(subnet: SubNet) -> GPT:
-    """Create a model of the sub-network's true shape with newly initialised weights: a stock `GPT` if it is uniform."""
+    """Create a model of the sub-network's true shape with newly initialised weights: if uniform, a stock `GPT`."""
     return vectorize_windows(GPT(subnet.config)) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
@@ -216,7 +223,7 @@ def extract_weights(teacher: GPT | Mapping[str, torch.Tensor], subnet: SubNet, t
         tied: True if the teacher's LM head is tied to its embedding; inferred from the weights by default.
 
     Returns:
-        The weights of `student_model(subnet)`, contiguous copies; a tied head shares its embedding's memory.
+        The weights of `student_model(subnet)`, as contiguous copies. A tied head is the same tensor as the embedding.
     """
     weights = teacher.state_dict() if isinstance(teacher, nn.Module) else teacher
     tied = is_tied(weights) if tied is None else tied
@@ -241,7 +248,7 @@ def tie(model: GPT) -> GPT:
 
 
 def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether the LM head is tied to the embedding: shared memory, or equal values."""
+    """Return whether the LM head is tied to the embedding: both share memory or have equal values."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     if head.data_ptr() == embedding.data_ptr() and head.device.type != "meta":
         return True
@@ -250,7 +257,7 @@ def is_tied(weights: Mapping[str, torch.Tensor]) -> bool:
 
 
 def shape_of(subnet: SubNet) -> SubNet:
-    """Return a layer-wise student's true shape as a sub-network of its padded config: leading parts of its tensors."""
+    """Return a layer-wise student's true shape as a sub-network of its padded config that keeps the first units."""
     layers = [subnet.layer(i) for i in range(len(subnet))]
     config = subnet.config
     width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
@@ -307,7 +314,7 @@ def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def unpad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
-    """Undo `pad`: return a layer-wise student's weights in their true shape from its padded stock weights."""
+    """Return a layer-wise student's weights in their true shape from its padded weights; the inverse of `pad`."""
     shape = shape_of(subnet)
     return _rescale_norms(shape, extract_weights(weights, shape), inverse=True)
 

@@ -37,13 +37,13 @@ class SupernetArgs:
     """Dimensions that may shrink, their limits and steps"""
     sampler: str | dict[str, dict[str, int | float]] = "sandwich"
     """Sampler of the networks of each step, by name in `litgpt_whittle.samplers`: standard, random, sandwich,
-    random_linear, alternate, in_place_distillation, size_weighted; or one with its settings: ``{sandwich: {n: 3}}``"""
+    random_linear, alternate, in_place_distillation, size_weighted; or a name with settings: ``{sandwich: {n: 3}}``"""
     per_rank: Literal["same", "different"] = "same"
-    """Train the same or different sub-networks on each device within a step"""
+    """Within a step, train the same sub-networks on all devices, or different ones on each"""
     distill: DistillArgs = field(default_factory=lambda: DistillArgs(alpha=0.0, beta=1.0, temperature=1.0))
     """Objective for distilling the full network into the sub-networks, with in_place_distillation"""
     n_validated: int = 3
-    """Number of random sub-networks, always the same, validated besides the full network and the smallest"""
+    """Number of fixed random sub-networks to validate in addition to the full and the smallest network"""
 
     def __post_init__(self) -> None:
         if self.per_rank not in ("same", "different"):
@@ -55,7 +55,7 @@ class SupernetArgs:
         """Return the sampler for the search space of a model.
 
         Raises:
-            UserError: If the sampler or space is unknown, or the sampler distils predictions and `distill` does not.
+            UserError: If the sampler or space is unknown, or the sampler distils predictions but `distill` does not.
         """
         space = Space(config, self.space, tied=tied, args=self.search_space)
         ((name, settings),) = with_settings(GROUP, self.sampler, "sampler", n_given=1).items()
@@ -76,7 +76,7 @@ class SupernetArgs:
 
 
 class SuperLossModel(LossModel):
-    """A super-network that returns the losses of its active sub-network, and can teach its own sub-networks.
+    """A super-network that returns the losses of its active sub-network, and can teach its sub-networks.
 
     Args:
         model: The super-network.
@@ -87,12 +87,12 @@ class SuperLossModel(LossModel):
     def __init__(self, model: SuperGPT) -> None:
         super().__init__(model)
         self.keeps = False
-        """If true, keep the head's input, so that this network teaches the following ones"""
+        """If true, keep the head's input, so that the active network teaches the networks that follow in this step"""
         self.kept: torch.Tensor | None = None
         """The head's input, detached, (B, T, n_embd)"""
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:  # type: ignore[override]
-        """Return the losses of one batch of shape (B, T); kept hidden states serve as the teacher if beta is not 0."""
+        """Return the losses of one batch, shape (B, T); kept hidden states give the teacher's logits if needed."""
         softcap, teacher = self.model.config.final_logit_softcapping, None
         head_input = hidden_states(self.model, input_ids)
         if self.keeps:
@@ -106,19 +106,20 @@ class SuperLossModel(LossModel):
 
 
 class SupernetStep:
-    """One micro-batch of super-network training: every network of the step in turn, forward and backward.
+    """One micro-batch of super-network training: forward and backward pass of every network of the step, in turn.
 
-    A step therefore needs the memory of its largest network. Its loss is the mean over the networks.
+    A step therefore needs no more memory than its largest network. The loss is the mean over the networks.
 
     Args:
         root: The module set up by Fabric, or the model itself.
         losses_of: The model inside `root`.
         sampler: Chooses the networks of each step.
-        objectives: Objective of networks taught by the full network, as a function of the fraction of training done.
+        objectives: Function from the fraction of training done to the objective of networks that the full network
+            teaches.
         seed: Seed of the sampled networks.
         n_iters: Number of micro-batches of the whole training.
         accumulation: Number of micro-batches per step; all of them train the same networks.
-        differs: If true, every process trains networks of its own.
+        differs: If true, every process trains different networks.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class SupernetStep:
     def __call__(
         self, input_ids: torch.Tensor, targets: torch.Tensor, backward: Backward, done: float
     ) -> dict[str, torch.Tensor]:
-        """Accumulate a batch's gradients; return the mean loss and the full network's, NaN if it is not trained."""
+        """Accumulate a batch's gradients; return the mean loss and the full network's loss (NaN if not trained)."""
         networks = self.networks(done)
         total, full = torch.zeros((), device=input_ids.device), torch.full((), torch.nan, device=input_ids.device)
         for network in networks:
@@ -182,5 +183,5 @@ def score_of(root: Any, losses_of: SuperLossModel, network: SubNet | None) -> Sc
 
 
 def running(model: SuperGPT, network: SubNet | None, trains: bool = False) -> AbstractContextManager[SuperGPT]:
-    """Return a context in which the super-network runs as `network`, `None` for the full one."""
+    """Return a context in which the super-network runs as `network`; `None` is the full network."""
     return nullcontext(model) if network is None else model.running(network, trains=trains)

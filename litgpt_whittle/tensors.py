@@ -23,7 +23,7 @@ def map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def save_tensors(tree: Any, file: Path | IO[bytes]) -> None:
-    """Save a tree with all tensors in CPU memory, so that a machine without the device can load it.
+    """Save a tree with all tensors moved to CPU memory, so that machines without the tensors' device can load it.
 
     `torch.save` stores each tensor's device, on which `torch.load` puts it by default. Tensors that are the same view
     of the same memory, such as tied weights, are stored once.
@@ -69,7 +69,7 @@ def in_sums_dtype(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a CPU tensor on a device, without waiting for the device's earlier work where the device allows that."""
+    """Copy a CPU tensor to a device; where possible, do not wait for the device's earlier work."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # a copy from other memory waits
     # on MPS, the tensor's memory may be reused before it is copied

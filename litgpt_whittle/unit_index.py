@@ -10,7 +10,7 @@ import numpy as np
 from litgpt_whittle.errors import UserError
 
 _SINGLE = re.compile(r"(?<![-\d])(\d+)(?![-\d])")
-"""An index in the output of `UnitIndex.to_yaml` that is not an end of a run"""
+"""Matches an index in the output of `UnitIndex.to_yaml` that is not part of a range"""
 
 
 class UnitIndex:
@@ -126,7 +126,8 @@ class UnitIndex:
 class Ordered(UnitIndex):
     """Permutation of all units of one dimension.
 
-    A `SubNet` with it yields the plan of a reordered teacher (`litgpt_whittle.ranking.order`); it has no YAML form.
+    A `SubNet` with such a field has the plan of a reordered teacher (`litgpt_whittle.ranking.order`). It has no YAML
+    form.
 
     Args:
         order: The units in their new order, a permutation of 0, 1, ….

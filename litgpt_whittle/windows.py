@@ -1,8 +1,8 @@
 """Sliding-window attention with a vectorised mask, which only sequences longer than the window need.
 
-In every layer and forward pass, litgpt fills the mask row by row, with one kernel per token, which `torch.compile`
-unrolls. Where the sequence fits the window, causal attention gives the same result without a mask, and flash attention
-is possible.
+In every layer and forward pass, litgpt fills the mask row by row, with one kernel per token, a loop that
+`torch.compile` unrolls. For sequences that fit into the window, causal attention gives the same result without a mask,
+so that flash attention is possible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def vectorize_windows(model: Model, masks: WindowMasks | None = None) -> Model:
 class WindowAttention(CausalSelfAttention):
     """litgpt's attention with a sliding window, whose mask does not come from litgpt's forward.
 
-    litgpt's flag for the window is off, so that its forward passes no mask on; only a KV cache needs the flag.
+    litgpt's flag for the window is off, so that litgpt's forward builds no mask; only a KV cache needs the flag.
     """
 
     masks: WindowMasks
@@ -49,7 +49,7 @@ class WindowAttention(CausalSelfAttention):
         return super().scaled_dot_product_attention(q, k, v, mask)
 
     def build_kv_cache(self, *args, **kwargs) -> nn.Module:
-        # the cache holds the window only, to which litgpt's forward then trims its mask
+        # the cache holds only the window, and the flag makes litgpt's forward trim its mask to that
         self.apply_sliding_window_attention = True
         return super().build_kv_cache(*args, **kwargs)
 

@@ -53,13 +53,13 @@ def test_bad_input(found, teacher, tmp_path):  # noqa: F811
         search(teacher, "14K", out_dir=tmp_path, iterationz=3)
     with pytest.raises(UserError, match="several need litgpt search"):
         search(teacher, "14K", out_dir=tmp_path, devices=2)
-    with pytest.raises(UserError, match="name it as checkpoint_dir"):
+    with pytest.raises(UserError, match="pass it as checkpoint_dir"):
         extract(found.best_path, out_dir=tmp_path / "out")
     with pytest.raises(UserError, match="there is no checkpoint directory 'nofolder'"):
         distill("nofolder", out_dir=tmp_path / "out")
     with pytest.raises(UserError, match="data must be a litgpt data module, .* got 3"):
         search(teacher, "14K", data=3, out_dir=tmp_path)
-    with pytest.raises(UserError, match="teacher_checkpoint_dir is called teacher here, got 'other'; give it as teac"):
+    with pytest.raises(UserError, match="teacher_checkpoint_dir is called teacher here, got 'other'; pass it as teac"):
         distill(teacher, out_dir=tmp_path / "out", teacher_checkpoint_dir="other")
     with pytest.raises(UserError, match="needs a teacher"):
         distill(teacher, out_dir=tmp_path / "out")

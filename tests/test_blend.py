@@ -153,7 +153,7 @@ def test_flags_and_settings_of_a_run_hold_the_blend(texts):
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ({}, "data.path must name text, got an empty blend"),
+        ({}, "data.path must name text, got an empty mix"),
         ({"a.txt": 0}, "each weight in data.path must be a positive number, got 0 for 'a.txt'"),
         ({"a.txt": -1.0}, "must be a positive number, got -1.0"),
         ({"a.txt": float("inf")}, "must be a positive number, got inf"),

@@ -184,7 +184,7 @@ def test_a_stream_is_read_as_it_comes(teacher_dir, tmp_path, monkeypatch, full):
     streamed = cache(teacher_dir, tmp_path / "cache", data=Streamed(n_train=20))
     assert shard_path(streamed, 0).read_bytes() == shard_path(full, 0).read_bytes()
     monkeypatch.setattr(command, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="several devices need data that can be read at any place, got 2 for the str"):
+    with pytest.raises(UserError, match="several devices need data with random access, got 2 for Streamed"):
         cache(teacher_dir, tmp_path / "two", data=Streamed(n_train=20))
 
 

@@ -64,7 +64,7 @@ def test_samples_without_a_token_that_counts_are_left_out():
 def test_a_validation_split_within_the_training_data_is_found(length):
     train, validation = text(40 * (length + 1), 0).view(40, -1), text(2 * (length + 1), 1).view(2, -1)
     mixed = torch.cat([train[:20], validation, train[20:]])
-    with pytest.raises(UserError, match="must not be validation data, and 100% of the text of one is in the other"):
+    with pytest.raises(UserError, match="must not be validation data, but 100% of the text of one is in the other"):
         calibration_windows(Given([mixed], [validation]), length, 10**6)
     assert calibration_windows(Given([train], [validation]), length, 10**6).shape == (40, length)
 

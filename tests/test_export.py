@@ -168,7 +168,7 @@ def test_tokenizer_special_tokens_and_provenance_come_along(tmp_path, capsys):
     save_checkpoint(tmp_path / "lit", LLAMA, weights, tmp_path / "tokenizer", {"provenance": origin})
     CLI(setup, args=[str(tmp_path / "lit"), "--format", "hf", "--out_dir", str(tmp_path / "hf")])
     printed = capsys.readouterr().out
-    assert "LlamaForCausalLM" in printed and "of the largest" in printed
+    assert "LlamaForCausalLM" in printed and "of the largest logit" in printed
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.decode(tokenizer("the quick brown fox")["input_ids"]) == "the quick brown fox"
     assert opened(tmp_path / "hf").config.eos_token_id == tokenizer.eos_token_id
@@ -228,7 +228,7 @@ def test_what_transformers_cannot_express_is_told_before_any_weight_is_read(conf
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dataclasses.replace(LLAMA, norm_qk=True), "knows no LlamaForCausalLM with .*norm_q"),
+        (dataclasses.replace(LLAMA, norm_qk=True), "does not support LlamaForCausalLM with .*norm_q"),
         (dataclasses.replace(LLAMA, scale_embeddings=True), "logits differ"),
         (dataclasses.replace(NEOX, bias=False), "missing keys"),
     ],

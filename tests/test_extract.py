@@ -152,7 +152,7 @@ def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
     (tmp_path / "notes/thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="replaces a checkpoint and nothing else"):
         setup(checkpoint, tmp_path / "s.yaml", tmp_path / "notes", overwrite=True)
-    with pytest.raises(UserError, match="must not hold what is read"):
+    with pytest.raises(UserError, match="must not contain input files"):
         setup(checkpoint, tmp_path / "s.yaml", checkpoint, overwrite=True)
 
 

@@ -215,7 +215,7 @@ def test_calibration_never_sees_validation_data(folder, tmp_path):
     [
         ({"data": None}, "a repair needs data to calibrate on"),
         ({"train": BatchArgs(max_seq_length=64)}, "at most the teacher's block_size 32, got 64"),
-        ({"devices": 2, "repair": False}, "only a repair is shared by several devices"),
+        ({"devices": 2, "repair": False}, "only a repair can use several devices"),
         ({"devices": 4096}, "devices must be at most"),
     ],
 )
@@ -337,7 +337,9 @@ def test_a_students_key_describes_the_data_module_before_it_is_connected(folder,
 def test_a_repair_without_a_cut_or_on_several_devices_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="repair needs a sub-network to repair; set --sub_network"):
         distilled(folder, tmp_path / "out", sub_network=None, initial_checkpoint_dir=folder / "teacher")
-    with pytest.raises(UserError, match="needs one device here, got 2; run 'litgpt extract --repair true --devices 2'"):
+    with pytest.raises(
+        UserError, match="needs one device in litgpt distill, got 2; run 'litgpt extract --repair true --devices 2'"
+    ):
         train = TrainArgs(global_batch_size=8, micro_batch_size=4, max_steps=1)
         distilled(folder, tmp_path / "out", devices=2, train=train)
     assert not (tmp_path / "out").exists()

@@ -52,7 +52,7 @@ def test_litgpts_help_lists_ours_and_strangers_and_names_the_broken(strangers):
         "cache_teacher",
         "greet",
         "Say hello.",
-        "Cut a sub-network out of a checkpoint.",
+        "Extract a sub-network from a checkpoint.",
     ):
         assert line in done.stdout
     assert "skipping the command 'lost'" in done.stderr and "nowhere" in done.stderr

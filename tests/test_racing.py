@@ -194,7 +194,7 @@ def test_races_need_windows_and_one_score():
         name = "nll"
 
     search = Search.begin(SPACE, NSGA2(), "nll", 1)
-    with pytest.raises(UserError, match="racing needs losses by window, which fitness 'plain' does not give"):
+    with pytest.raises(UserError, match="racing needs losses per window, which fitness 'plain' does not give"):
         check_can_race(Plain, "plain", search.strategy)
-    with pytest.raises(UserError, match="NSGA2 needs all of them"):
+    with pytest.raises(UserError, match="NSGA2 needs exact scores"):
         check_can_race(Windows, "windows", search.strategy)

@@ -506,7 +506,7 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
         ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
         (
             {"closed_form_tokens": 4096},
-            "repair.closed_form_tokens must be at least 1 and comes with repair.refine_passes",
+            "repair.closed_form_tokens must be at least 1 and needs repair.refine_passes above 0",
         ),
         ({"head_passes": -1}, "repair.head_passes must be 0 or more"),
     ],

@@ -179,7 +179,7 @@ OLD = {"version": 1, "teacher": {"name": "t"}, "settings": {}}
         ('{"some": "json"}\n', "is no journal of a search"),
         ("text\n", "line 1 of the journal .* is damaged"),
         (json.dumps(OLD) + "\n", "was written by another version"),
-        (json.dumps({"version": 2, **header(TEACHER)}) + "\n", "has no candidate with a score among its 0; wait"),
+        (json.dumps({"version": 2, **header(TEACHER)}) + "\n", "has no candidate with a score among its 0 evaluations"),
     ],
 )
 def test_folders_without_a_search_are_refused_in_one_line(tmp_path, content, message):

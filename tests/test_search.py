@@ -254,7 +254,7 @@ def test_resuming_by_another_importance_is_refused_by_name(checkpoint, importanc
     [
         ({"order": "importance"}, "needs --importance"),
         ({"order": "taste"}, "order must be given or importance, got 'taste'"),
-        ({"importance": Path("importance.pt")}, "read with --order importance only"),
+        ({"importance": Path("importance.pt")}, "used only with --order importance"),
         ({"order": "importance", "importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; make it with"),
         ({"search_space": SpaceArgs(layers="best")}, "'best' needs --order importance"),
     ],
@@ -327,7 +327,7 @@ def test_more_iterations_continue_a_finished_search(checkpoint, tmp_path):
     run(checkpoint, tmp_path / "whole", iterations=13)
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
     best = (tmp_path / "out/best.yaml").read_text()
-    with pytest.raises(UserError, match="iterations must be at least 13, which the journal has, got 4; raise it"):
+    with pytest.raises(UserError, match="at least 13, the journal's evaluations of a bin, got 4; raise it"):
         run(checkpoint, tmp_path / "out", iterations=4, resume=True)
     assert (tmp_path / "out/best.yaml").read_text() == best
 
@@ -346,7 +346,7 @@ def test_what_another_race_left_is_not_believed(checkpoint, tmp_path):
 
 def test_processes_that_read_other_text_are_told(monkeypatch):
     monkeypatch.setattr(batches, "gather", lambda digest: [digest, "other"])
-    with pytest.raises(UserError, match="all devices must read the same text, and Tokens gives each its own"):
+    with pytest.raises(UserError, match="all devices must read the same text, but Tokens gives each device"):
         batches.check_shared(Tokens(), "one")
 
 

@@ -463,7 +463,7 @@ def test_an_order_changes_which_units_are_kept_and_nothing_else():
     [
         (SpaceArgs(step=SizeArgs(n_embd=0)), "step.n_embd must be at least 1"),
         (SpaceArgs(smallest=SizeArgs(n_layer=5)), "smallest.n_layer must be at most the teacher's 4"),
-        (SpaceArgs(fixed=["n_head"]), "search_space.fixed names dimensions"),
+        (SpaceArgs(fixed=["n_head"]), "search_space.fixed must contain only dimensions"),
         (SpaceArgs(layers="last"), "'any', 'first' or 'best'"),
         (SpaceArgs(layers="best"), "'best' needs --order importance"),
         (SpaceArgs(convertible=True), "convertible needs a teacher with n_embd = n_head . head_size, got 40, 4 and 8"),

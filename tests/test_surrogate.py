@@ -222,7 +222,7 @@ def test_agreement_is_of_candidates_with_both():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must be a search's folder or journal, .* has none; correct it"),
+        (None, "must be a search's folder or journal, found none at .*; correct it"),
         ("text\n", "line 1 of the journal .* is damaged"),
         (json.dumps({"version": 1, "teacher": {"name": "t"}}) + "\n", "was written by another version"),
     ],
@@ -237,9 +237,7 @@ def test_folders_that_teach_nothing_are_refused_in_one_line(tmp_path, content, m
 
 def test_a_short_search_is_refused(tmp_path):
     folder = write_search(tmp_path / "short", sample(TEACHER, LEAST - 1))
-    with pytest.raises(
-        UserError, match=f"from {LEAST} candidates with a score or more, .* has {LEAST - 1}; name a longer"
-    ):
+    with pytest.raises(UserError, match=f"at least {LEAST} candidates with a score, .* has {LEAST - 1}; use a longer"):
         Examples.read(folder)
 
 

@@ -79,7 +79,7 @@ def test_a_filter_asks_for_the_best_of_several_proposals():
 def test_searching_on_predictions_knows_the_score_and_the_size_only():
     surrogate = Surrogate(TREES, contract.TEACHER)
     nsga2 = registry.lookup(GROUP, "NSGA2")
-    with pytest.raises(UserError, match="score and n_params alone, the strategy minimises flops; use surrogate.mode"):
+    with pytest.raises(UserError, match="only score and n_params, but the strategy minimises flops; use surr"):
         OnPredictions(nsga2(objectives=("score", "flops")), surrogate)
     for search in (partial(OnPredictions, n_inner=20), Filter):
         strategy = search(nsga2(population_size=8), surrogate, n_initial=12)

@@ -254,13 +254,13 @@ class WithoutATail(TopK):
         return found._replace(log_tail=torch.full_like(found.log_tail, -torch.inf))
 
 
-@breaks(codecs.check_predictions, "must be the teacher's at the temperature")
+@breaks(codecs.check_predictions, "must equal the teacher's at the temperature")
 class IgnoresTheTemperature(TopK):
     def encode(self, logits, uniform):
         return super().encode(logits * self.temperature, uniform)
 
 
-@breaks(codecs.check_predictions, "must be the teacher's at the temperature")
+@breaks(codecs.check_predictions, "must equal the teacher's at the temperature")
 class FewIds(TopK):
     def decode(self, stored):
         found = super().decode(stored)
@@ -350,7 +350,7 @@ class InDoublePrecision(Magnitude):
         return super().prune(weight, moments).double()
 
 
-@breaks(pruners.check_shares, "weights must be 0, of the map or of each output")
+@breaks(pruners.check_shares, "weights must be 0, of the layer or of each output")
 class OneTooMany(Magnitude):
     def prune(self, weight, moments):
         pruned = super().prune(weight, moments)
@@ -397,13 +397,13 @@ class Objects(Plain):
         return [SubNet.from_dict(teacher, c) if isinstance(c, dict) else c for c in choices]
 
 
-@breaks(surrogates.check_encodings, "must not depend on the others")
+@breaks(surrogates.check_encodings, "must not depend on other sub-networks")
 class ByPosition(Plain):
     def read(self, teacher, choices, ranking=None):
         return [features | {"i": float(i)} for i, features in enumerate(super().read(teacher, choices, ranking))]
 
 
-@breaks(surrogates.check_predictions, "a prediction must not depend on the others of the call")
+@breaks(surrogates.check_predictions, "a prediction must not depend on the call's other sub-networks")
 class CentredPredictions(Plain):
     def predict(self, unknown):
         found = super().predict(unknown)
@@ -453,7 +453,7 @@ class TensorScores(Perplexity):
         return {self.name: torch.tensor(1.0)}
 
 
-@breaks(fitness.check_repeatable, "a score must not depend on the candidates before")
+@breaks(fitness.check_repeatable, "a score must not depend on earlier candidates")
 class CountsCandidates(Perplexity):
     n_scored = 0
 
@@ -542,7 +542,7 @@ def test_every_rule_is_broken_once(kind):
 
 
 def test_a_formula_that_differs_is_found():
-    with pytest.raises(AssertionError, match="nll must be the formula's on the extracted student, 3.2, it is "):
+    with pytest.raises(AssertionError, match="nll must equal the formula's on the extracted student, 3.2, it is "):
         fitness.check_formula(Perplexity, lambda student, teacher, batches: {"nll": 3.2})
 
 

@@ -104,7 +104,7 @@ def test_it_learns_from_another_search_too(model, tmp_path):
 def test_descriptions_longer_than_a_models_context_are_refused(tmp_path):
     text = Text(args(make_model(tmp_path / "short", context=16)))
     with pytest.raises(
-        UserError, match="reads 16 tokens, a description of a sub-network has .*; name a model with a long"
+        UserError, match="has a context of 16 tokens, a description .* needs .*; choose a model with a long"
     ):
         text.fit(describe(TEACHER, sample(TEACHER, 4)), np.zeros(4), seed=0)
 

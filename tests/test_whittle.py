@@ -146,7 +146,7 @@ def test_students_of_a_tied_teacher_lie_in_their_bin_as_they_are_saved(teacher, 
     assert n in Bin.parse("14K") and model.lm_head.weight is model.transformer.wte.weight
     assert json.loads((final / "config.json").read_text())["tie_word_embeddings"]
     assert re.search(rf"14K +{n:,} ", capsys.readouterr().out), "it is reported as it is saved"
-    with pytest.raises(UserError, match="tie_embeddings must be true, as the teacher's LM head is, got false"):
+    with pytest.raises(UserError, match="tie_embeddings must be true, like the teacher's, got false"):
         run(tied, data, tmp_path / "other", "14K", **changed("distill", **{"train.tie_embeddings": False}))
 
 
@@ -302,7 +302,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             changed("distill", **{"train.max_tokens": 1000, "train.global_batch_size": 512}),
             "at least one step of 16,384 tokens, got train.max_tokens = 1000 ",
         ),
-        (changed("distill", **{"train.tie_embeddings": True}), "must be false, as the teacher's LM head is, got true"),
+        (changed("distill", **{"train.tie_embeddings": True}), "must be false, like the teacher's, got true"),
         (changed("distill", optimizer="Nope"), "distill: optimizer 'Nope' cannot be made"),
         (changed("search", iterations=0), "search: iterations must be at least 1, got 0"),
         (changed("search", **{"train.max_seq_length": 64}), "search: train.max_seq_length .* block_size 32, got 64"),
@@ -322,7 +322,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
             changed("distill", **{"distill.hidden.weight": 1}) | {"cache_teacher": True},
             "distill.hidden needs a teacher that runs, and the cache to come",
         ),
-        ({"cache_teacher": {"max_tokens": 10}}, "max_tokens must be at least the 768 that each student is trained on"),
+        ({"cache_teacher": {"max_tokens": 10}}, "must be at least the 768 tokens that each student is trained on"),
         (
             {"cache_teacher": {"temperature": 2.0}},
             "distill.temperature must be 2.0, at which the cache to come was made",

@@ -50,7 +50,7 @@ class WindowArgs(BatchArgs):
     """Micro batch size and sequence length for the teacher"""
 
     max_seq_length: int | None = None
-    """Length of samples, the same as in ``litgpt distill``; by default the teacher's block size"""
+    """Tokens per sample; must equal ``train.max_seq_length`` of ``litgpt distill``. Default: teacher's block size"""
 
 
 @dataclass
@@ -69,21 +69,21 @@ class CacheTeacherConfig(CommandConfig):
     """Directory of the cache."""
     codec: str | dict[str, dict[str, Any]] = "sampled"
     """Encoding of the teacher's predictions, by its name in ``litgpt_whittle.codecs``, or the name with settings:
-    ``sampled``, 12 random draws, unbiased (``{sampled: {draws: 12}}``); ``top_k``, the most likely tokens and the mass
-    of all others (``{top_k: {k: 64}}``); ``full``, all logits."""
+    ``sampled``, 12 random draws per token, unbiased (``{sampled: {draws: 12}}``); ``top_k``, the most likely tokens
+    and the total probability of all others (``{top_k: {k: 64}}``); ``full``, all logits."""
     temperature: float = DistillArgs.temperature  # type: ignore[assignment]
-    """Divisor of the logits before the softmax; the same as the students' ``distill.temperature``. The codec ``full``
-    serves any temperature."""
+    """Divisor of the logits before the softmax; must equal the students' ``distill.temperature``, unless the codec is
+    ``full``."""
     train: WindowArgs = field(default_factory=WindowArgs)
     """Micro batch size and sequence length for the teacher."""
     max_tokens: int | None = None
-    """Cache only the first tokens of training, up to this number; by default all."""
+    """Maximum number of tokens to cache, from the start of training; by default all."""
     precision: Literal["bf16-true", "16-true", "32-true", None] = None
     """The precision to compute in. By default bf16-true on a GPU, 32-true elsewhere."""
     devices: int | str = 1
     """Devices that share the work: GPUs, or processes on a CPU's cores. The cache does not depend on their number."""
     teacher_placement: Literal["replicated", "sharded"] = "replicated"
-    """``replicated``: each device holds the teacher. ``sharded``: the devices hold a part of it each (FSDP2), for a
+    """``replicated``: each device holds the teacher. ``sharded``: each device holds a part of it (FSDP2), for a
     teacher that does not fit in one device's memory."""
     shard_size: str = "64MB"
     """Size of a cache file; an interruption loses at most the unfinished file."""
@@ -100,10 +100,10 @@ class CacheTeacherConfig(CommandConfig):
             raise UserError("data must be chosen; for example --data HFText --data.path PATH")
         if not 0 < self.temperature < math.inf:
             raise UserError(
-                f"temperature must be above 0, got {self.temperature}; {DistillArgs.temperature} is distill's"
+                f"temperature must be above 0, got {self.temperature}; {DistillArgs.temperature} is the default"
             )
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}; leave it out for all")
+            raise UserError(f"max_tokens must be at least 1, got {self.max_tokens}; leave it out to cache all")
         check_seed(self.seed)
         teacher = check_checkpoint(self.checkpoint_dir)
         if self.length > teacher.block_size:
@@ -113,7 +113,7 @@ class CacheTeacherConfig(CommandConfig):
             )
         if n_devices(self.devices) == 1 and self.teacher_placement == "sharded":
             raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
-        _ = self.contents  # raises for an invalid codec, and for damaged weights before the data is read
+        _ = self.contents  # raises for an invalid codec or damaged weights, before the data is read
         check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
 
     @property
@@ -147,7 +147,7 @@ class CacheTeacherConfig(CommandConfig):
         )
 
     def run(self) -> Path | None:
-        """Cache the teacher.
+        """Cache the teacher's outputs.
 
         Returns:
             The cache's folder; None on all processes but the first.
@@ -188,8 +188,7 @@ def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
         )
     if whole.n_windows is None and world_size() > 1:
         raise UserError(
-            f"several devices need data that can be read at any place, got {world_size()} for the stream of {name}; "
-            "use --devices 1"
+            f"several devices need data with random access, got {world_size()} for {name}, a stream; use --devices 1"
         )
 
 

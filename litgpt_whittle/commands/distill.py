@@ -69,22 +69,22 @@ from litgpt_whittle.windows import vectorize_windows
 class DistillConfig(TrainingConfig):
     """Pretrain a student with its teacher's help.
 
-    The student is an extracted checkpoint (``initial_checkpoint_dir``), a sub-network cut from the teacher now
+    The student is an extracted checkpoint (``initial_checkpoint_dir``), a sub-network to extract from the teacher
     (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
     """
 
-    # the teacher's weights, or its cache's index, are compared instead of their folders; a resumed run has weights
+    # a resumed run has its own weights; of the teacher, the weights or the cache's index are compared, not the paths
     FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {
         *("teacher_checkpoint_dir", "teacher_cache", "random_weights", "compile", "teacher_placement"),
     }
 
     model_name: str | None = None
-    """A litgpt model to start from random weights, where no student is given. Use "list" to list them."""
+    """Name of a litgpt model to train from random weights, if no student is given. Use "list" to list them."""
     out_dir: Path = Path("out/distill")
     """Directory for checkpoints, logs, ``metrics.jsonl`` and ``training.png``."""
     precision: Literal["bf16-true", "bf16-mixed", "32-true", None] = None
-    """The precision to train in; if it is a bf16 one, the teacher runs in bf16. Determines a compatible precision
-    setting by default."""
+    """The precision to train in. With ``bf16-true`` or ``bf16-mixed``, the teacher runs in bf16. Determines a
+    compatible precision setting by default."""
     initial_checkpoint_dir: Path | None = None
     """The student's litgpt checkpoint directory, such as ``litgpt extract`` writes."""
     tokenizer_dir: Path | None = None
@@ -96,10 +96,10 @@ class DistillConfig(TrainingConfig):
     """Directory that ``litgpt cache_teacher`` wrote for this teacher and the same data. The teacher is then not run,
     except for one validation if ``teacher_checkpoint_dir`` is given too."""
     sub_network: Path | None = None
-    """A sub-network YAML, as ``litgpt search`` writes it, to cut the student from the teacher with."""
+    """YAML of a sub-network, such as ``litgpt search`` writes, to extract from the teacher as the student."""
     repair: bool | RepairArgs = False
-    """Repair the cut of ``sub_network`` first, as ``litgpt extract`` does, in ``out_dir/start``: ``true``, or
-    settings."""
+    """Repair the student of ``sub_network`` first, as ``litgpt extract`` does, and save it in ``out_dir/start``:
+    ``true``, or settings."""
     random_weights: bool = False
     """Use only the student's architecture and start from random weights, as a baseline."""
     distill: DistillArgs = field(default_factory=DistillArgs)
@@ -108,8 +108,8 @@ class DistillConfig(TrainingConfig):
     """If true, compile the student, and the teacher unless it is sharded or quantized. Without it, training starts
     about a minute earlier, which can pay off for small models."""
     teacher_placement: Literal["auto", "replicated", "sharded"] = "auto"
-    """Distribution of the teacher over several devices: replicated, sharded, or chosen by an estimate of the memory
-    that training needs; training does not start if the estimate fails."""
+    """Distribution of the teacher over several devices. ``auto`` shards it only if the planned memory does not suffice
+    otherwise; training does not start if memory cannot be planned."""
     teacher_quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", None] = None
     """Quantize the teacher's blocks, as ``litgpt generate --quantize`` does."""
 
@@ -132,13 +132,13 @@ class DistillConfig(TrainingConfig):
 
     def _check_repair(self) -> None:
         if self.repair and self.random_weights:
-            raise UserError("random_weights leaves nothing to repair; leave --repair or --random_weights out")
+            raise UserError("random weights cannot be repaired; remove --repair or --random_weights")
         if self.repair and self.sub_network is None:
             raise UserError("repair needs a sub-network to repair; set --sub_network, or remove --repair")
         if self.repair and self.world_size > 1:
             raise UserError(
-                f"repair needs one device here, got {self.world_size}; run 'litgpt extract --repair true --devices "
-                f"{self.world_size}' first and give its student as --initial_checkpoint_dir"
+                f"repair needs one device in litgpt distill, got {self.world_size}; run 'litgpt extract --repair true "
+                f"--devices {self.world_size}' first and pass its student as --initial_checkpoint_dir"
             )
 
     @property
@@ -172,7 +172,7 @@ class DistillConfig(TrainingConfig):
         return TrainingResult(self.out_dir)
 
     def memory_plan(self) -> str:
-        """Run all checks, and return a text on the memory that training needs.
+        """Run all checks, and return a description of the memory that training needs.
 
         Raises:
             UserError: For the first invalid argument.
@@ -187,7 +187,7 @@ class DistillConfig(TrainingConfig):
         return "replicated" if self.teacher_quantize else self.teacher_placement
 
     def _inputs(self, teacher: TeacherSource, resume_dir: Path | None) -> TrainingInputs:
-        """Check student, teacher and data against each other; repair the student's cut if asked to."""
+        """Check that student, teacher and data fit together, and repair the student if `repair` is set."""
         student_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
         student = self._student(student_dir, resume_dir)
         asked_dir = checkpoint_dir_of(self.tokenizer_dir)
@@ -241,7 +241,7 @@ class DistillConfig(TrainingConfig):
         return check_hidden(self.distill.hidden, student.config.n_layer, student.sub_network, config)
 
     def _repaired_student(self, seq_length: int, data: DataModule) -> ModelSource:
-        """Return the source of the repaired cut in `out_dir/start`; an interrupted run's repair is used again."""
+        """Repair the student in `out_dir/start`, unless an interrupted run has done so, and return its source."""
         assert self.teacher_dir is not None and self.sub_network is not None  # else there is nothing to repair
         seen, folder = BatchArgs(self.train.micro_batch_size, seq_length), self.out_dir / "start"
         cut = ExtractConfig(
@@ -250,7 +250,7 @@ class DistillConfig(TrainingConfig):
         if not (self.resume and cut.is_finished()):
             # training connects its own copy of the data
             replace(cut, overwrite=folder.exists(), data=copy.deepcopy(data)).run()
-            release_memory()  # the plan looks how much is free
+            release_memory()  # the memory plan measures free memory
         return ModelSource.choose(folder, None, None, None, None).with_tie(self.train.tie_embeddings)
 
 
@@ -266,7 +266,7 @@ class TeacherSource:
     cache: Cache | None
     config: Config | None
     is_tied: bool
-    """True if the LM head of the teacher in `folder` is its embedding"""
+    """True if the LM head and the embedding of the teacher in `folder` share weights"""
 
     @classmethod
     def of(cls, config: DistillConfig) -> TeacherSource:
@@ -293,19 +293,19 @@ class TeacherSource:
     def settings(self) -> dict[str, str]:
         """Fingerprints that must not change when the run is resumed."""
         if self.cache is not None:
-            # its checksums identify the content
+            # the checksums in the index identify the cache's contents
             return {"teacher_cache's index": file_fingerprint(self.cache.folder / INDEX)}
         if self.folder is not None:
             return {"teacher_checkpoint_dir's weights": weights_fingerprint(self.folder)}
         return {}
 
     def build(self) -> GPT:
-        """Return the model, with arbitrary weights."""
+        """Build the teacher's model with arbitrary weights."""
         model = vectorize_windows(GPT(self.config))
         return tie(model) if self.is_tied else model
 
     def saved_bytes(self, mode: str | None, precision: str) -> int:
-        """Return the memory that quantization saves in a teacher that runs."""
+        """Return the bytes that quantization saves; 0 if the teacher does not run on every batch."""
         return saved_bytes(self.config, mode, teacher_dtype(precision)) if self.is_live else 0
 
 
@@ -327,7 +327,7 @@ def build_run(
     fabric.print(f"Student: {num_parameters(model):,} parameters")
     hidden = None if step.build_hidden is None else step.build_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
-    # a CPU gains little, and waits 25 s for it
+    # on a CPU, compiling takes 25 s and gains little
     losses_of.compiles_scores = config.compile and fabric.device.type == "cuda"
     root = fabric.setup(cast(LossModel, torch.compile(losses_of)) if config.compile else losses_of)
     optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(step.build_optimizer(root.parameters())))
@@ -370,11 +370,11 @@ class Score:
     root: Any
     """The module that Fabric set up"""
     compiled_shape: torch.Size | None
-    """Shape of the training batches of a compiled student. Batches of other shapes, such as the last one of a
+    """Shape of the training batches if the student is compiled, else None. Other shapes, such as the last batch of a
     validation, run uncompiled, because each shape would be compiled separately"""
 
     def __call__(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy of one batch, (B, T)."""
+        """Return the mean cross-entropy of one batch of shape (B, T), in nats per token."""
         is_odd = self.compiled_shape is not None and input_ids.shape != self.compiled_shape
         with uncompiled() if is_odd else nullcontext():
             return self.root(input_ids, targets).ce
@@ -390,12 +390,12 @@ class DistillStep:
     """The loss model inside `root`"""
     teacher: Teacher | None
     objectives: Callable[[float], Objective]
-    """Objective for a given fraction of training done"""
+    """Returns the objective at a fraction of training, from 0 to 1"""
 
     def __call__(
         self, input_ids: torch.Tensor, targets: torch.Tensor, backward: Backward, done: float
     ) -> dict[str, torch.Tensor]:
-        """Add the gradients of one batch, (B, T), and return the losses by name."""
+        """Accumulate the gradients of one batch of shape (B, T), and return the losses by name."""
         self.losses_of.objective = self.objectives(done)
         teacher = None
         if self.teacher is not None and (self.losses_of.objective.beta or self.losses_of.hidden is not None):

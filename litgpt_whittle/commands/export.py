@@ -56,17 +56,18 @@ class ExportConfig(CommandConfig):
         )
         if exported.zero_heads:
             print(
-                f"Its heads have n_embd / n_head dimensions there: {exported.zero_heads} of zeros fill up each layer."
+                f"Its heads need n_embd / n_head dimensions there: each layer is padded with "
+                f"{exported.zero_heads} zero heads."
             )
         if exported.needs_eager_experts:
             print(
-                "Open it with experts_implementation='eager': the default needs rows of 16 bytes in the experts' "
-                "weights."
+                "Open it with experts_implementation='eager': the default needs rows of a multiple of 16 bytes in the "
+                "experts' weights."
             )
         if exported.difference is None:
             print("It was not compared with litgpt's model (--check false).")
         else:
-            print(f"Its logits differ from litgpt's by at most {exported.difference:.1e} of the largest.")
+            print(f"Its logits differ from litgpt's by at most {exported.difference:.1e} of the largest logit.")
         return self.out_dir
 
 

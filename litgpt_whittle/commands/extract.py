@@ -1,4 +1,4 @@
-"""`litgpt extract`: cut a sub-network out of its teacher and save it as a checkpoint that stock litgpt opens."""
+"""`litgpt extract`: extract a sub-network from its teacher and save it as a checkpoint that stock litgpt loads."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 from litgpt_whittle.training.model_source import BASIS
 
 NARROW = 1.5
-"""Ratio of the divergences on validation and on calibration tokens from which a note asks for more or broader text"""
+"""Ratio of the KL divergence on validation tokens to that on calibration tokens above which a note is printed"""
 
 
 @dataclass
 class ExtractConfig(CommandConfig):
-    """Cut a sub-network out of a checkpoint."""
+    """Extract a sub-network from a checkpoint."""
 
     # the teacher's weights and the sub-network are compared instead of their paths
     FREE: ClassVar[frozenset[str]] = frozenset(("checkpoint_dir", "sub_network", "out_dir", "overwrite", "devices"))
@@ -63,7 +63,7 @@ class ExtractConfig(CommandConfig):
     """YAML of the kept units, such as ``best.yaml`` of ``litgpt search``; or the folder of a search, to extract the
     best sub-network of each bin."""
     out_dir: Path = Path("out/extract")
-    """Directory of the student's checkpoint; for a search folder, each student goes to a folder in it."""
+    """Directory of the student's checkpoint; for a search folder, it gets one subdirectory per student."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Data type of the stored weights; by default the teacher's."""
     overwrite: bool = False
@@ -86,7 +86,7 @@ class ExtractConfig(CommandConfig):
         self.sub_network, self.out_dir = Path(self.sub_network), Path(self.out_dir)
 
     def validate(self) -> None:
-        """Check all but the sub-network, which may still have to be found.
+        """Check all arguments except the sub-network, whose file may not exist yet.
 
         Raises:
             UserError: For the first invalid argument.
@@ -94,9 +94,7 @@ class ExtractConfig(CommandConfig):
         check_seed(self.seed)
         n = n_devices(self.devices)
         if n > 1 and not self.repair:
-            raise UserError(
-                f"only a repair is shared by several devices, got devices = {n} without one; add --repair true"
-            )
+            raise UserError(f"only a repair can use several devices, got devices = {n} without it; add --repair true")
         teacher = check_checkpoint(self.checkpoint_dir)
         if self.repair:
             if self.data is None:
@@ -111,7 +109,7 @@ class ExtractConfig(CommandConfig):
 
     @property
     def length(self) -> int:
-        """Length of calibration samples."""
+        """Tokens per calibration sample."""
         return sequence_length(check_checkpoint(self.checkpoint_dir), self.train.max_seq_length)
 
     @property
@@ -132,7 +130,7 @@ class ExtractConfig(CommandConfig):
         """Extract the student, or the students of a search's folder.
 
         Returns:
-            The student's checkpoint, or the list of them; None on all processes but the first.
+            The student's checkpoint, or one per student of a search's folder; None on all processes but the first.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
@@ -145,7 +143,7 @@ class ExtractConfig(CommandConfig):
         paths = _best_of_search(self.sub_network)
         if n_devices(self.devices) > 1:
             raise UserError(
-                f"several students are cut out with one device, got devices = {self.devices}; use --devices 1"
+                f"several students can only be extracted on one device, got devices = {self.devices}; use --devices 1"
             )
         students = [replace(self, sub_network=path, out_dir=self.out_dir / path.stem) for path in paths]
         finished = [not self.overwrite and student.is_finished() for student in students]
@@ -157,7 +155,7 @@ class ExtractConfig(CommandConfig):
                 print(f"{student.out_dir} is finished already.")
             else:
                 student.run()
-                release_memory()  # the next repair looks how much is free
+                release_memory()  # the next repair measures free memory
             print()
         folders = [student.out_dir for student in students]
         print(_students_table(folders))
@@ -173,7 +171,7 @@ class ExtractConfig(CommandConfig):
         subnet = SubNet.load(self.sub_network, teacher)
         self.check_out_dir()
         weights = read_weights(self.checkpoint_dir)
-        # before the data module is connected, which may change its settings
+        # computed first, because connecting the data module may change its settings
         counts: dict[str, Any] = {"key": self.key, **_counts(subnet, is_tied(weights))}
         stored = self._stored_dtype(weights)
         n_stored = max(counts["n_params"], counts.get("n_params_padded", 0))
@@ -196,7 +194,7 @@ class ExtractConfig(CommandConfig):
         scratch = _open_scratch(self.checkpoint_dir, subnet, calibration.windows, args, self.out_dir)
         try:
             repaired = SequentialRepair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
-        except UserError:  # the same command could not resume from it
+        except UserError:  # the same command could not resume from this scratch folder
             scratch.remove()
             raise
         if not shutdown():
@@ -210,7 +208,7 @@ class ExtractConfig(CommandConfig):
         return saved
 
     def _read_calibration(self, subnet: SubNet) -> tuple[Calibration, int]:
-        """Start the processes, and return the calibration windows and their tokens, without held-out ones."""
+        """Launch the processes, and return the calibration data and its number of tokens, without validation tokens."""
         assert self.data is not None, "validate has checked it"
         args, length, size = self.repair_args, self.length, self.train.micro_batch_size
         fabric = launch(n_devices(self.devices))
@@ -238,7 +236,7 @@ class ExtractConfig(CommandConfig):
         save_checkpoint(self.out_dir.resolve(), subnet, student, self.checkpoint_dir, choice, extra)
         print(_summary(subnet, counts, self.sub_network, self.out_dir))
         if why := _why_not_convertible(subnet):
-            print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot hand it to transformers: {why}")
+            print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot convert it for transformers: {why}")
         if not has_tokenizer(self.out_dir):
             print(
                 f"Note: {self.checkpoint_dir} has no tokenizer, so neither has {self.out_dir}; `litgpt generate` "
@@ -251,7 +249,7 @@ setup = as_command(ExtractConfig)
 
 
 def _why_not_convertible(subnet: SubNet) -> str | None:
-    """Return the reason why the student's class in transformers cannot express it as saved; None if it can."""
+    """Return the reason why transformers cannot represent the saved student; None if it can."""
     try:
         fit_heads(subnet.config, check_expressible(subnet.config))
     except UserError as error:
@@ -281,7 +279,7 @@ def _students_table(folders: Sequence[Path]) -> str:
 
 
 def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
-    """Count the parameters of student and teacher, and of a non-uniform student's padded stock form."""
+    """Count the parameters of student, teacher and, if layers differ, the padded form that stock litgpt loads."""
     counts = {
         "n_params": n_params(subnet.teacher, subnet, tied),
         "n_params_teacher": n_params(subnet.teacher, SubNet.full(subnet.teacher), tied),
@@ -294,7 +292,7 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
 def _open_scratch(
     checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
 ) -> Scratch:
-    """Open the repair's scratch folder beside `out_dir`, the same one after an interruption."""
+    """Open the repair's scratch folder next to `out_dir`; after an interruption, open the existing one again."""
     keys = [weights_fingerprint(checkpoint_dir), repr(subnet), repr(args)]
     scratch = scratch_beside(out_dir, "repair", windows, keys)
     needed = scratch_bytes(subnet, windows.numel(), args.refine_passes > 0) - scratch.size
@@ -311,8 +309,8 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
     layers = repaired.layers
     before = sum(layer.before for layer in layers) / len(layers)
     lines = [
-        "Repaired. The student's stream differs from the teacher's, in squares relative to each token's size, by",
-        f"  {layers[-1].after:.1%} after the last block; a block left as cut would add up to {before:.1%} on average.",
+        "Repaired. Error of the student's hidden states, squared and relative to the teacher's at each token:",
+        f"  {layers[-1].after:.1%} after the last block; an unrepaired block would add up to {before:.1%} on average.",
     ]
     steps = {"the head was fitted to them": repaired.head, "all blocks were trained together": repaired.refined}
     if tried := {name: errors for name, errors in steps.items() if errors is not None}:
@@ -330,12 +328,12 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
                 "on broader text."
             )
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
-        lines.append(f"  Left as cut: {', '.join(left)}.")
+        lines.append(f"  Not repaired: {', '.join(left)}.")
     return "\n".join(lines)
 
 
 def _convert(weights: Weights, dtype: torch.dtype) -> None:
-    """Convert in place, a tensor at a time, so that memory never holds two students; tied weights stay tied."""
+    """Convert in place, one tensor at a time, so that memory never holds two students; tied weights stay tied."""
     done: dict[int, torch.Tensor] = {}
     for name in list(weights):
         tensor = weights[name]
@@ -355,7 +353,7 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
     ]
     lines += [f"  {name:<11} {of} -> {kept}" for name, of, kept in _sizes(subnet)]
     if not subnet.is_uniform:
-        heads = "Its heads do not fill its channels, as transformers asks for."
+        heads = "Its heads do not fill its channels, which transformers needs."
         lines += [
             f"{heads if subnet.layers_are_alike else 'Its layers differ in width.'} Stock litgpt",
             f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,}",

@@ -49,9 +49,9 @@ from litgpt_whittle.training.run import Job, Run, Schedule
 class SupernetConfig(TrainingConfig):
     """Pretrain, or continue to train, a model together with its sub-networks.
 
-    The result is a stock litgpt checkpoint, which search, extract, distill and generate accept like any other. One of
-    litgpt's instruction data modules makes it a finetuning. A token of ``train.max_tokens`` counts once, however many
-    networks are trained on it.
+    The result is a stock litgpt checkpoint, which search, extract, distill and generate accept like any other. With
+    one of litgpt's instruction data modules, training is finetuning. A token of ``train.max_tokens`` counts once,
+    however many networks are trained on it.
     """
 
     out_dir: Path = Path("out/pretrain_supernet")
@@ -125,8 +125,8 @@ def super_network(start_dir: Path | None, model_name: str | None, model_config: 
         config = built.shape.layer_config(0)
     if isinstance(built, LayerwiseGPT) and len({built.shape.layer(i).sizes for i in range(len(built.shape))}) > 1:
         raise UserError(
-            f"a super-network's layers must all have the same sizes, those of {str(start_dir)!r} differ; choose a "
-            "uniform one"
+            f"a super-network's layers must all have the same sizes, but those of {str(start_dir)!r} differ; "
+            "choose a uniform model"
         )
     return dataclasses.replace(model, config=config, build=lambda: SuperGPT(config))
 

@@ -57,7 +57,8 @@ NOTES = "pruning.yaml"
 class PruneConfig(CommandConfig):
     """Sparsify a checkpoint's linear layers.
 
-    Prunes the linear layers inside the blocks, one block at a time, on the outputs of the pruned blocks before it.
+    Prunes the linear layers inside the blocks, one block at a time. Each is calibrated on the outputs of
+    the pruned blocks before it.
     """
 
     checkpoint_dir: Path
@@ -69,14 +70,14 @@ class PruneConfig(CommandConfig):
     layer's smallest weights; ``wanda`` drops, for each output, the smallest products of weight and input;
     ``sparsegpt`` also updates the remaining weights (``{sparsegpt: {damp: 0.01, block_size: 128}}``)."""
     sparsity: float | None = None
-    """Fraction of weights that become zero; 0.5 if there is no pattern either."""
+    """Fraction of weights to set to zero; 0.5 if neither this nor ``pattern`` is given."""
     pattern: str | int | None = None
-    """Keep N of every M weights along the inputs: ``2:4``, which GPUs multiply faster, ``4:8``, …."""
+    """Keep N of every M weights along the input dimension, such as ``4:8`` or ``2:4``, which GPUs multiply faster."""
     targets: str = "attn,mlp"
     """Layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of layers such as ``attn.qkv`` and
     ``mlp.experts.proj``."""
     refit: bool = False
-    """Then refit each layer's remaining weights in closed form to the unpruned layer's outputs."""
+    """After pruning, refit each layer's remaining weights in closed form to the unpruned layer's outputs."""
     data: DataModule | None = None
     """Data for calibration and for measuring perplexity: any litgpt data module, or
     ``--data HFText --data.path PATH``. Only magnitude works without data."""
@@ -130,7 +131,7 @@ class PruneConfig(CommandConfig):
         with lock_output(self.out_dir):
             self.validate()
             model = ModelSource.choose(self.checkpoint_dir, None, None, None, None)
-            assert model.weights is not None  # they are the checkpoint's
+            assert model.weights is not None  # a checkpoint has weights
             shape, weights = _shape(model), model.weights()
             names = [name.strip() for name in self.targets.split(",")]
             maps = maps_to_prune(shape, names, self.pruner.sparsity)
@@ -163,7 +164,7 @@ class PruneConfig(CommandConfig):
         return Checkpoint(self.out_dir)
 
     def _read(self, config: Config) -> tuple[torch.Tensor | None, list[Batch]]:
-        """Return the calibration windows and the validation batches; none without data."""
+        """Return the calibration windows and the validation batches; None and an empty list without data."""
         if self.data is None:
             return None, []
         length, size = sequence_length(config, self.train.max_seq_length), self.train.micro_batch_size
@@ -189,7 +190,7 @@ setup = as_command(PruneConfig)
 
 
 def _shape(model: ModelSource) -> SubNet:
-    """Return the model's true shape, whose layers may differ."""
+    """Return the model's shape without padding; its layers may differ in size."""
     with torch.device("meta"):
         built = model.build()
     return built.shape if isinstance(built, LayerwiseGPT) else SubNet.full(model.config)
@@ -215,7 +216,7 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
     if notes["perplexity"] is not None:
         lines.append(f"perplexity {notes['perplexity_before']:.2f} -> {notes['perplexity']:.2f}")
     else:
-        lines.append("Perplexity was not measured, for which there is no data; add --data HFText --data.path PATH.")
+        lines.append("Perplexity was not measured, because there is no data; add --data HFText --data.path PATH.")
     if unseen := notes["saw_no_tokens"]:
         lines.append(f"No token was routed to these, which were pruned by magnitude: {', '.join(unseen)}.")
     return "\n".join([*lines, f"Saved {out_dir / WEIGHTS}. {try_next('generate', out_dir)}"])

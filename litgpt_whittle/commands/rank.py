@@ -47,7 +47,7 @@ class RankConfig(CommandConfig):
     tokens: int = 65_536
     """Number of tokens to measure importance on."""
     layer_tokens: int = 16_384
-    """Number of these tokens for the perplexity without a layer, measured once per layer; 0 skips it."""
+    """Number of these tokens for the perplexity without each layer; 0 skips this measurement."""
     train: BatchArgs = field(default_factory=BatchArgs)
     """Micro batch size and sequence length for the teacher. Smaller micro batches take less memory."""
     precision: Literal["bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true", None] = None
@@ -65,7 +65,7 @@ class RankConfig(CommandConfig):
         teacher = check_checkpoint(self.checkpoint_dir)
         length = sequence_length(teacher, self.train.max_seq_length)
         if self.data is None:
-            raise UserError("a ranking needs data to watch the teacher on; for example --data HFText --data.path PATH")
+            raise UserError("a ranking needs data to measure importance on; for example --data HFText --data.path PATH")
         if length < 2:
             raise UserError(f"train.max_seq_length must be at least 2, got {length}; raise it")
         choices = ("metric", self.metric, METRICS), ("layer_metric", self.layer_metric, LAYER_METRICS)
@@ -132,7 +132,7 @@ setup = as_command(RankConfig)
 
 
 def table(scores: Scores, layer_metric: str, n: int = 8) -> str:
-    """Return a text table of the n least important layers."""
+    """Return a text table of the n least important layers by `layer_metric`."""
     order = scores.layers[layer_metric].argsort(stable=True).tolist()
     rows = [["least important layers", *(LAYER_TITLES[name] for name in scores.layers)]]
     for layer in order[:n]:

@@ -23,7 +23,7 @@ class ReportConfig(CommandConfig):
         self.out_dir = init_out_dir(self.out_dir)
 
     def validate(self) -> None:
-        """Check nothing: the journal is read at once."""
+        """Check nothing, because `run` reads the journal first."""
 
     def run(self) -> SearchResult:
         """Write the report.
@@ -32,7 +32,7 @@ class ReportConfig(CommandConfig):
             UserError: If there is no journal.
         """
         print(write_report(self.out_dir))
-        print(f"The report is {self.out_dir / PAGE}, its pictures are beside it")
+        print(f"The report is {self.out_dir / PAGE}; its pictures are in the same folder")
         return SearchResult(self.out_dir)
 
 

@@ -83,11 +83,11 @@ class SearchConfig(CommandConfig):
     """The teacher's checkpoint directory."""
     bin: str | int | float | list[str | int | float] | None = None
     """Parameter count of the sub-networks: a range (385M-426M), a target with a tolerance (410M±5%, also written
-    410M+-5%), or a target, which means ±5%. Several bins are separated by commas. With a limit, it may be left out to
-    allow any parameter count."""
+    410M+-5%), or a target, which means ±5%. Several bins are separated by commas. It may be left out if there is a
+    limit; any parameter count is then allowed."""
     space: SpaceName = "fine_uniform"
-    """Coarse spaces keep the first n units of each dimension, fine ones any n; uniform ones make one choice for all
-    layers, layerwise ones one per layer. All of them also choose the kept layers."""
+    """Coarse spaces keep the first n units of each dimension, fine spaces any n units. Uniform spaces make one choice
+    for all layers, layerwise spaces one per layer. All spaces also choose the kept layers."""
     search_space: SpaceArgs = field(default_factory=SpaceArgs)
     """Dimensions that may shrink, their bounds and steps."""
     limit: LimitArgs = field(default_factory=LimitArgs)
@@ -95,21 +95,21 @@ class SearchConfig(CommandConfig):
     order: Literal["given", "importance"] = "given"
     """Order of units in coarse spaces, which keep the first n: as in the teacher, or by importance."""
     importance: Path | None = None
-    """The ``importance.pt`` of ``litgpt rank``. Some fitness measures need it too, and the simple starts of fine spaces
-    choose their units and layers by it."""
+    """The ``importance.pt`` of ``litgpt rank``, for ``order: importance`` and for fitness measures that need it. In
+    fine spaces, simple starts choose their units and layers by it."""
     strategy: Strategy | str = _DEFAULT_STRATEGY
     """Search strategy, by its name in ``litgpt_whittle.strategies``, with its settings below it."""
     surrogate: SurrogateArgs = field(default_factory=SurrogateArgs)
-    """Model that predicts scores from those of other candidates, and its use; by default none."""
+    """Model that predicts a candidate's score from the scores of others, and how to use it; by default none."""
     fitness: str = "repaired_perplexity"
     """Measure that scores candidates, by its name in ``litgpt_whittle.fitness``. By default the perplexity after a
-    repair such as ``litgpt extract --repair`` makes; ``perplexity`` is that of the plain cut, which takes less memory
-    and time."""
+    repair like that of ``litgpt extract --repair``; ``perplexity`` skips the repair, which takes less memory and
+    time."""
     iterations: int = 1000
     """Candidates to evaluate in each bin."""
     simple_starts: bool = True
-    """Begin with simple cuts that fit the bin: fewer neurons, fewer layers, fewer channels, and mixtures of these. They
-    count as evaluations, and the strategy learns from their scores. Fine spaces keep the most important units, by
+    """Begin with simple sub-networks in the bin: fewer neurons, fewer layers, fewer channels, and mixtures of these.
+    They count as evaluations, and the strategy learns from their scores. Fine spaces keep the most important units, by
     ``importance`` or by a quick measurement on the data."""
     data: DataModule | None = None
     """Data to score candidates on: the validation split of any litgpt data module, or
@@ -128,13 +128,13 @@ class SearchConfig(CommandConfig):
     selection: SelectionArgs = field(default_factory=SelectionArgs)
     """Final selection among the best candidates: by their score, or by short distillations in rungs."""
     devices: int | str = 1
-    """Devices that share the scoring: GPUs, or processes on a CPU's cores. The search does not depend on their
+    """Devices that share the scoring: GPUs, or processes on a CPU's cores. The result does not depend on their
     number."""
     num_nodes: int = 1
     """Number of machines, with ``devices`` devices each."""
     teacher_placement: Literal["replicated", "sharded"] = "replicated"
-    """``replicated``: each device holds the teacher and scores its own candidates. ``sharded``: the devices hold a part
-    of it each (FSDP2) and score every candidate together."""
+    """``replicated``: each device holds the teacher and scores its own candidates. ``sharded``: each device holds a
+    part of it (FSDP2), and all score every candidate together."""
     seed: int = 42
     """The random seed. The same seed gives the same search."""
     resume: bool = False
@@ -173,20 +173,20 @@ class SearchConfig(CommandConfig):
         parse_rungs(self.selection, to_come)
         read_weights(self.checkpoint_dir)  # damaged weights fail before the data is read
         check_data(self.data if measure.reads_data else None, self.checkpoint_dir, teacher.padded_vocab_size)
-        if is_first_started():  # a GPU's free memory can be read from a context there only
+        if is_first_started():  # reading a GPU's free memory creates a context there, so only one process does
             itemsize = DTYPES.get(self.used_precision, torch.float32).itemsize
             measure.check(teacher, own_device(), n_params(teacher, SubNet.full(teacher)) * itemsize)
 
     def _check_order(self) -> None:
-        """Check whether the order, the fitness or the simple starts use the importance."""
+        """Check the order, and that `importance` is given if it is needed and used if it is given."""
         if self.order not in ("given", "importance"):
             raise UserError(f"order must be given or importance, got {self.order!r}")
         is_fine = self.space.startswith("fine")
         needs = self.order == "importance" or self.measure.needs_importance
         if self.importance is not None and not needs and not (self.simple_starts and is_fine):
             raise UserError(
-                "importance is read with --order importance only, by a fitness that needs it, or for the simple starts "
-                "of fine spaces; choose one or leave it"
+                "importance is used only with --order importance, by a fitness that needs it, or for the simple "
+                "starts of fine spaces; choose one of these or remove --importance"
             )
         if self.importance is None and needs:
             who = "--order importance" if self.order == "importance" else f"--fitness {self.fitness}"
@@ -212,7 +212,7 @@ class SearchConfig(CommandConfig):
         """Return the teacher's ranking; None if there is none, or it is still to be written.
 
         Raises:
-            UserError: If the ranking is of other weights.
+            UserError: If the ranking was made for other weights.
         """
         if self.importance is None or self.importance in to_come:
             return None
@@ -226,7 +226,7 @@ class SearchConfig(CommandConfig):
 
     @property
     def bins(self) -> list[Bin | None]:
-        """The bins; one that is None allows any parameter count."""
+        """The bins; None stands for any parameter count."""
         return [None] if self.bin is None else [*parse_bins(self.bin)]
 
     @property
@@ -242,7 +242,7 @@ class SearchConfig(CommandConfig):
 
     @property
     def made_strategy(self) -> Strategy:
-        """The strategy, or one with default settings for a name."""
+        """The strategy; if only a name is given, the strategy with default settings."""
         if isinstance(self.strategy, str):  # from Python, or a name that is no class known to the command line
             return registry.lookup("litgpt_whittle.strategies", self.strategy)()
         return Evolution() if self.strategy is _DEFAULT_STRATEGY else self.strategy
@@ -262,7 +262,7 @@ class SearchConfig(CommandConfig):
 
     @property
     def is_sharded(self) -> bool:
-        """True if the devices hold a part of the teacher each."""
+        """True if each device holds a part of the teacher."""
         return self.teacher_placement == "sharded"
 
     def run(self) -> SearchResult | None:

@@ -111,7 +111,7 @@ class SearchPlan:
 
         Args:
             config: The command's arguments.
-            has_starts: True if the search begins with simple cuts.
+            has_starts: True if the search begins with simple starts.
         """
         measure, ranking, race = config.measure, self.ranking, config.racing_args
         return {
@@ -151,10 +151,10 @@ class ScoringText:
 
     @classmethod
     def read(cls, config: SearchConfig, plan: SearchPlan) -> ScoringText:
-        """Read the text that the fitness measure needs; all processes must read the same.
+        """Read the text that the fitness measure needs; all processes must read the same text.
 
         Raises:
-            UserError: If there is too little of it, or the processes have read different text.
+            UserError: If there is too little text, or the processes have read different text.
         """
         measure, data = config.measure, config.data
         if not measure.reads_data:
@@ -180,7 +180,7 @@ class RunningSearch:
     header: dict[str, Any]
     has_starts: bool
     selection: Selection | None
-    """Read before the search, which takes longer than an edit of its file"""
+    """Created before the search, so that edits of its config file during the search have no effect"""
 
     def run(self, fabric: L.Fabric) -> bool:
         """Search, select among the best candidates, and report; return False on all processes but the first.
@@ -213,7 +213,7 @@ class RunningSearch:
         return True
 
     def _search(self, fabric: L.Fabric) -> None:
-        """Score the candidates. Only this call refers to the teacher, so that a selection has its memory."""
+        """Score the candidates. Only this call refers to the teacher, so that its memory is free for a selection."""
         config, searches, out_dir = self.config, self.plan.searches, self.config.out_dir
         race = config.racing_args
         # notes of an earlier search in this folder are about other candidates
@@ -268,7 +268,7 @@ def convertible_note(teacher: Config) -> str:
     architecture = FAMILIES[family_name(teacher)].architecture
     return (
         f"Students stay convertible to {architecture} of transformers, with n_embd a multiple of {teacher.head_size} "
-        "(head_size) and no more heads than fit into it; --search_space.convertible false lifts that"
+        "(head_size) and at most n_embd / head_size heads; --search_space.convertible false lifts this restriction"
     )
 
 

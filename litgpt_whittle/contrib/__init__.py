@@ -1,1 +1,1 @@
-"""Features besides the road from a teacher to a smaller student."""
+"""Features in addition to the pipeline from a teacher to a smaller student."""

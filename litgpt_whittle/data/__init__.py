@@ -1,4 +1,4 @@
-"""Further data modules for litgpt."""
+"""Additional data modules for litgpt."""
 
 from litgpt_whittle.data.hf_text import HFText
 

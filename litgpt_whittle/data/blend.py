@@ -1,4 +1,4 @@
-"""Blend the windows of several texts in given shares."""
+"""Mix the windows of several texts, in given shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from litgpt_whittle.data.token_file import Shuffled
 from litgpt_whittle.errors import UserError
 
 Paths = dict[str, float] | str
-"""A path, or the paths of a blend with their weights"""
+"""A path, or the paths of a weighted mix of texts with their weights"""
 
 
 def weighted(paths: Paths, option: str) -> dict[str, Fraction]:
@@ -28,7 +28,7 @@ def weighted(paths: Paths, option: str) -> dict[str, Fraction]:
     if not isinstance(paths, Mapping):
         return {str(paths): Fraction(1)}
     if not paths:
-        raise UserError(f"{option} must name text, got an empty blend; try '{{wiki.jsonl: 0.7, code/: 0.3}}'")
+        raise UserError(f"{option} must name text, got an empty mix; try '{{wiki.jsonl: 0.7, code/: 0.3}}'")
     for path, weight in paths.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not 0 < weight < math.inf:
@@ -39,16 +39,17 @@ def weighted(paths: Paths, option: str) -> dict[str, Fraction]:
 
 
 def epoch_counts(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[int]:
-    """Return how many windows of each text an epoch has: the fewest that keep the shares and pass every text once."""
+    """Return the number of windows of each text in an epoch: the fewest that keep the shares and cover every text."""
     total = max(size / share for size, share in zip(sizes, shares))
     return [max(round(total * share), size) for size, share in zip(sizes, shares)]
 
 
 def interleaved(counts: Sequence[int], draw: np.random.Generator | None = None) -> np.ndarray:
-    """Return an order of texts, by index, in which the first n windows have the shares of all, for every n.
+    """Return an order of texts, as indices, in which every prefix has nearly the shares of the whole.
 
-    A text's windows lie in intervals of equal length, one each: in the middle, or at a place that `draw` picks. The
-    number of a text's windows among the first n therefore differs from its share of n by less than the number of texts.
+    A text with m windows divides the order into m equal intervals, and puts one window into each: in the middle, or at
+    random with `draw`. Among the first n windows, the number of a text's windows differs from its share of n by less
+    than the number of texts.
     """
     places = [(np.arange(count) + (0.5 if draw is None else draw.random(count))) / count for count in counts]
     texts = np.repeat(np.arange(len(counts)), counts)
@@ -56,7 +57,7 @@ def interleaved(counts: Sequence[int], draw: np.random.Generator | None = None) 
 
 
 def blended_once(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[int]:
-    """Return windows, none twice, in the given shares and in text order; indices count through all texts."""
+    """Return indices of windows in the given shares, without repetition and in text order, counted over all texts."""
     total = min(size / share for size, share in zip(sizes, shares))
     counts = [max(int(total * share), 1) for share in shares]
     return _in_order(interleaved(counts), sizes, [np.arange(count) for count in counts])
@@ -65,8 +66,8 @@ def blended_once(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[int]:
 class Blended(Shuffled):
     """Sampler that interleaves shuffled texts in given shares, in an order that depends only on seed and epoch.
 
-    An epoch passes every text at least once; texts that are short for their share are repeated. Indices count through
-    the windows of all texts.
+    An epoch covers every text at least once; texts that are short for their share are repeated. Indices are counted
+    over the windows of all texts.
 
     Args:
         sizes: Number of windows of each text.

@@ -28,7 +28,7 @@ from litgpt_whittle.data.sources import (
 from litgpt_whittle.errors import UserError
 
 HEAD = 2**16
-"""Bytes of a file to check before anything starts"""
+"""Bytes at the beginning of a file to check before anything starts"""
 
 MAX_NULS = 0.01
 """Fraction of NUL bytes above which a file is not text"""
@@ -79,7 +79,7 @@ def documents(
     streaming: bool,
     option: str,
 ) -> tuple[Iterator[str], int | None]:
-    """Return the documents that are not blank, and an upper bound of their number if known.
+    """Return the documents that are not blank, and an upper bound on their number, None if unknown.
 
     Args:
         layout: The files and splits to read from.

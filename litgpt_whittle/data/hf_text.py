@@ -36,8 +36,8 @@ class HFText(DataModule):
 
     path: Paths
     """A file, a folder or a pattern such as 'texts/**/*.jsonl': plain text, JSON (lines), CSV, TSV, parquet or arrow,
-    also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub. Or a blend of
-    several with their weights, such as '{wiki.jsonl: 0.7, code/: 0.3}', which are shares of tokens"""
+    also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub. Or a weighted
+    mix of several, such as '{wiki.jsonl: 0.7, code/: 0.3}', with their shares of tokens"""
     name: str | None = None
     """The configuration of a dataset, such as 'wikitext-103-raw-v1'"""
     text_column: str = "text"
@@ -49,7 +49,7 @@ class HFText(DataModule):
     """The split to validate on. By default the split 'validation' of a local folder if all of its files belong to
     splits, else a fraction of the training split"""
     val_path: Paths | None = None
-    """A file, folder, pattern, dataset or blend to validate on; by default, a blend is validated on its own blend"""
+    """A file, folder, pattern, dataset or weighted mix to validate on; by default the data of ``path``"""
     val_fraction: float = 0.02
     """The fraction of documents to hold out for validation, by a hash of their text, if there is no split or path"""
     streaming: bool = False
@@ -59,14 +59,14 @@ class HFText(DataModule):
     max_tokens: int | None = None
     """Maximum number of tokens to read of each path"""
     bos: bool | None = None
-    """Begin every block with the BOS token, without which some models predict badly. By default if the tokenizer begins
-    every text with it, as those of Gemma and Llama do"""
+    """If true, begin every block with the BOS token, without which some models predict badly. By default true if the
+    tokenizer begins every text with it, as the tokenizers of Gemma and Llama do"""
     seed: int = 42
     """The seed for shuffling the training blocks"""
     num_workers: int = 0
     """The number of workers to use for data loading"""
     cache_dir: Path | None = None
-    """Folder for the tokens; by default beside local data, else in the user's cache"""
+    """Folder for the tokens; by default next to local data if that is writable, else in the user's cache"""
 
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
@@ -96,7 +96,7 @@ class HFText(DataModule):
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None, **kwargs: Any
     ) -> None:
-        """Set the tokenizer, batch size and sequence length; a block has one more token, the last one's target."""
+        """Set the tokenizer, batch size and sequence length; a block has one more token, the target of the last."""
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.parts = PARTS
@@ -357,7 +357,7 @@ def _position(text: str) -> float:
 
 
 def largest_id(tokenizer: Tokenizer) -> int:
-    """Return a tokenizer's largest id, added tokens included."""
+    """Return a tokenizer's largest token id, including added tokens."""
     if tokenizer.backend != "huggingface":
         return tokenizer.vocab_size - 1
     return max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=0)

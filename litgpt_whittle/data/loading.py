@@ -25,7 +25,7 @@ _NEED_LITDATA = (TinyLlama, LitData, TextFiles, OpenWebText, TinyStories)
 
 
 def check_data(data: DataModule | None, tokenizer_dir: Path | None, vocab_size: int) -> None:
-    """Check that the data exists, and that tokenizer and models fit it.
+    """Check that the data exists, and that the tokenizer and the models fit the data.
 
     Args:
         data: Any data module; most checks are for this project's and litgpt's own.
@@ -130,7 +130,7 @@ def connect(
 
     on_rank_zero(prepare)
     if rank() > 0:
-        prepare()  # finds everything prepared, except on another machine with disks of its own
+        prepare()  # no work left, except on another machine that does not share the disk
     barrier()
     with explained(data):
         data.setup()

@@ -53,7 +53,7 @@ class Layout:
     """The file or folder; for a pattern, its leading folder"""
     files: tuple[Path, ...] = ()
     splits: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    """Files by split, all files in each if file names do not show the split; empty if there are no splits"""
+    """Files by split; each split has all files if the file names do not show the split. Empty without splits"""
     names: tuple[str, ...] = ()
     """Names of the configurations"""
 
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def is_certain(self) -> bool:
-        """True if the files are splits beyond doubt: each belongs to a split, and one split is for training."""
+        """True if the files clearly form splits: every file belongs to a split, and there is a training split."""
         named = {file for files in self.splits.values() for file in files}
         rest = (file for file in self.files if file not in named and not is_companion(file))
         return "train" in self.splits and (self.kind != "files" or not any(rest))

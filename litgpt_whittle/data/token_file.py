@@ -20,7 +20,7 @@ TOKENS, ABOUT = "tokens.bin", "about.json"
 def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, vocab_size: int, about: dict) -> None:
     """Write documents in sequence, each followed by EOS; `folder` appears once all are written.
 
-    If several processes write the same folder, the first one's is kept.
+    If several processes write the same folder, the folder that is finished first is kept.
 
     Raises:
         UserError: If the folder cannot be written, for instance because the disk is full.
@@ -50,9 +50,10 @@ def is_written(folder: Path) -> bool:
 
 
 class Windows(Dataset):
-    """Windows of a token file: window i holds tokens [i·T, i·T + T], so each token but the first is predicted once.
+    """Windows of a token file. Consecutive windows share a token, so each token but the first is predicted once.
 
-    With BOS, it holds BOS and tokens [i·T, i·T + T), so each token is predicted once.
+    Window i holds tokens i·T to i·T + T, inclusive. With BOS, it holds BOS and tokens i·T to i·T + T - 1, so each token
+    is predicted once.
 
     Args:
         folder: A folder that `write_tokens` wrote.
@@ -110,7 +111,7 @@ class Shuffled(Sampler):
 
 
 def default_cache(local: Path | None) -> Path:
-    """Return a folder beside local text if that is writable, else a folder in the user's cache.
+    """Return a folder next to local text if its location is writable, else a folder in the user's cache.
 
     Args:
         local: The text's file or folder; None for text on the hub.

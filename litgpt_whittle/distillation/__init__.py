@@ -1,1 +1,1 @@
-"""Distillation: losses, and the teacher's outputs, live or from a cache."""
+"""Distillation: losses, and the teacher's predictions, computed live or read from a cache."""

@@ -51,13 +51,13 @@ class HiddenArgs:
     attention: float = 0.0
     """Weight of the same loss on the attention outputs; 0 disables it"""
     loss: Literal["mse", "cosine"] = "mse"
-    """Squared difference relative to the square of the teacher's stream at the same token, or 1 - cosine similarity;
-    averaged over the tokens whose labels count"""
+    """``mse``: squared difference relative to the squared norm of the teacher's hidden state at the same token;
+    ``cosine``: 1 - cosine similarity. Averaged over the tokens whose labels count"""
     layers: list[int] | None = None
     """Student layers to match, counted from 0; by default all"""
     projection: bool = False
-    """If true, learn a linear map to the teacher's channels, for students that were not cut from the teacher; layers
-    are matched by relative depth"""
+    """If true, learn a linear map to the teacher's channels, for students that were not extracted from the teacher;
+    layers are matched by relative depth"""
 
     def __post_init__(self) -> None:
         for name in ("weight", "attention"):
@@ -66,7 +66,7 @@ class HiddenArgs:
 
     @property
     def is_used(self) -> bool:
-        """Return whether any weight is above 0."""
+        """True if any weight is above 0."""
         return bool(self.weight or self.attention)
 
 
@@ -80,8 +80,8 @@ class DistillArgs:
 
     loss: str | dict[str, float | dict[str, float]] = "forward_kl"
     """Distance between the teacher's and the student's predictions: a name in ``litgpt_whittle.losses``, or several
-    with weights: ``{forward_kl: 0.7, mse: 0.3}``, or with settings: ``{jensen_shannon: {beta: 0.1}}``, which may
-    include ``weight``"""
+    with weights: ``{forward_kl: 0.7, mse: 0.3}``, or with settings, including ``weight``:
+    ``{jensen_shannon: {beta: 0.1}}``"""
     alpha: float | RampArgs = 0.2
     """Weight of the cross-entropy with the true next tokens. Ignored without a teacher (beta 0 and no hidden loss): a
     lone cross-entropy is not scaled, so that such a run matches ``litgpt pretrain``. One difference: if micro-batches
@@ -107,11 +107,11 @@ class DistillArgs:
 
     @property
     def uses_teacher(self) -> bool:
-        """Return whether the teacher enters the loss at any time."""
+        """True if the loss depends on the teacher at any time of the training."""
         return any(_ends(self.beta)) or self.hidden.is_used
 
     def objectives(self) -> Callable[[float], Objective]:
-        """Return a function from the fraction of training done to the objective.
+        """Return a function that maps the completed fraction of training to the objective.
 
         Raises:
             UserError: If a loss is unknown or does not accept a setting.
@@ -152,7 +152,7 @@ def _try(name: str, loss: Loss, settings: dict[str, float]) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"distill.loss.{name} cannot be taken with {settings} ({error}); change them") from None
+        raise UserError(f"distill.loss.{name} cannot be computed with {settings} ({error}); change them") from None
 
 
 def _ends(number: float | RampArgs) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """A teacher's predictions for a corpus, on disk: windows of tokens and the teacher's targets for each.
 
-A cache is a folder of shards and an index. Windows are looked up by their content, a hash of their tokens, so that no
-order, batch size, epoch or number of devices can pair a window with another one's targets. The folder also holds the
-teacher's config and tokenizer, so that a student can be checked against them without the teacher itself. Nothing in it
-is ever executed or unpickled: the index is JSON, the shards are plain arrays.
+A cache is a folder of shards and an index. Windows are looked up by a hash of their tokens. A window therefore gets its
+targets for any data order, batch size, epoch or number of devices. The folder also holds the teacher's config and
+tokenizer, so that a student can be checked against them without the teacher itself. Nothing in the folder is ever
+executed or unpickled: the index is JSON, the shards are plain arrays.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VERSION = 1
 KEY_BYTES = 16
 
 EAGER_BYTES = 4 * 10**9
-"""Caches up to this size are checked completely when opened, which takes seconds, so that a damaged one stops a run
-before it begins. In larger ones each shard is checked before its first use, since reading all of them takes minutes."""
+"""Caches of up to this many bytes are checked completely when opened, which takes seconds, so that damage is found
+before training begins. In larger caches, each shard is checked at its first use, because reading all takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Contents:
     teacher: str
     """The teacher's name"""
     weights: str
-    """Fingerprint of its weights (`checkpoint.weights_fingerprint`)"""
+    """Fingerprint of the teacher's weights (`checkpoint.weights_fingerprint`)"""
     vocab_size: int
-    """Its padded vocabulary"""
+    """Size of the teacher's padded vocabulary"""
     codec: dict[str, dict[str, Any]]
     """The codec's name and settings"""
     temperature: float | None
@@ -54,13 +54,13 @@ class Contents:
     precision: str
     """Precision that the teacher ran in"""
     max_seq_length: int
-    """Maximum tokens of a window"""
+    """Maximum number of tokens per window"""
     max_tokens: int | None
     """Number of tokens after which caching stops; None for all the data"""
     micro_batch_size: int
-    """Windows per forward pass, on which rounding may depend"""
+    """Windows per forward pass; recorded because it may affect rounding"""
     shard_bytes: int
-    """Requested size of a shard"""
+    """Requested size of a shard in bytes"""
     data: dict[str, Any]
     """The data module and its settings, by name"""
 
@@ -84,7 +84,7 @@ class Index:
 
     contents: Contents
     length: int | None = None
-    """Tokens per window, T: `max_seq_length`, or fewer if the data's windows are shorter; None before the first one"""
+    """Tokens per window, T: at most `max_seq_length`; None before the first window"""
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
@@ -99,7 +99,7 @@ class Index:
         """Read the index of a folder.
 
         Raises:
-            UserError: If it is missing, damaged or of another version.
+            UserError: If the index is missing, damaged or of another version.
         """
         path = Path(folder) / INDEX
         try:
@@ -235,7 +235,7 @@ class Cache:
         folder: A folder written by `litgpt cache_teacher`.
 
     Raises:
-        UserError: If it is not a cache, unfinished, or damaged; the message names a damaged or missing shard.
+        UserError: If the folder is not a cache, or the cache is unfinished or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -261,15 +261,15 @@ class Cache:
 
     @property
     def n_windows(self) -> int:
-        """Return the number of distinct windows."""
+        """Number of distinct windows."""
         return int(self._starts[-1])
 
     @property
     def teacher_config(self) -> Config:
-        """Return the teacher's config.
+        """The teacher's config.
 
         Raises:
-            UserError: If it is missing or damaged, or its vocabulary does not match the targets.
+            UserError: If the config is missing or damaged, or if its vocabulary does not match the targets.
         """
         config = read_model_config(self.folder / MODEL_CONFIG)
         if config.padded_vocab_size != self.contents.vocab_size:
@@ -286,7 +286,7 @@ class Cache:
             input_ids: Token ids, shape (B, T), on the CPU.
 
         Returns:
-            A copy, shape (B · T, *codec.shape).
+            A copy of the encoded targets, shape (B · T, *codec.shape).
 
         Raises:
             UserError: If a window is missing or has another length, or its shard is damaged.

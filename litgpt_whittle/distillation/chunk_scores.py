@@ -1,4 +1,4 @@
-"""Losses of one chunk of logits, with their gradient."""
+"""Losses of one chunk of logits, and their gradient with respect to these logits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Scores:
     """One chunk's losses, and their gradient with respect to its logits.
 
     Args:
-        logits: (n, V), overwritten.
-        share: Each token's weight in the mean, 0 if it does not count, (n, 1).
-        with_grad: If true, compute `grad`, (n, V).
+        logits: The student's logits, shape (n, V); overwritten.
+        share: Weight of each token in the mean, shape (n, 1); 0 for tokens that do not count.
+        with_grad: If true, compute `grad`, shape (n, V).
     """
 
     def __init__(self, logits: torch.Tensor, share: torch.Tensor, with_grad: bool) -> None:
@@ -30,7 +30,7 @@ class Scores:
         self.ce = self.distill = logits.new_zeros(())
 
     def add_cross_entropy(self, targets: torch.Tensor, alpha: float) -> None:
-        """Add the cross-entropy with targets (n,), which must be valid token ids even for tokens that do not count."""
+        """Add the cross-entropy with targets, shape (n,); tokens that do not count need a valid token id, too."""
         targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
         self.ce = self._mean(-log_p.gather(1, targets))
@@ -42,7 +42,7 @@ class Scores:
         self._add_grad(grad)
 
     def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
-        """Add the distance over the first n entries, shared with the teacher; the others get no gradient from it."""
+        """Add the distance over the first n entries, which the teacher shares; other entries get no gradient."""
         logits = self.logits[:, :n]
         if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
             logits = with_empty_entry(logits, objective.temperature)
@@ -143,15 +143,15 @@ def dense_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cross-entropy and forward KL divergence of a chunk, and overwrite its logits by their gradient.
 
-    The results are those of `Scores`, from one compiled function, which reads and writes the logits a few times instead
-    of some forty.
+    The results equal those of `Scores`. A single compiled function reads and writes the logits a few times, instead of
+    about forty times.
 
     Args:
         logits: The student's logits (n, V), after the softcap.
         teacher: The teacher's logits (n, V).
-        targets: Next tokens (n,), valid ids also for tokens that do not count.
-        share: Each token's weight in the mean, 0 if it does not count, (n,).
-        objective: An objective for which `is_dense`.
+        targets: Next tokens (n,); tokens that do not count need a valid id, too.
+        share: Weight of each token in the mean, shape (n,); 0 for tokens that do not count.
+        objective: An objective for which `is_dense` is true.
         softcap: litgpt's `final_logit_softcapping`.
     """
     (term,) = objective.terms

@@ -24,7 +24,7 @@ CodecChoice = str | dict[str, dict[str, Any]]
 
 
 class Codec(ABC):
-    """Base class of codecs. A subclass takes its settings as keyword arguments after these.
+    """Base class of codecs. A subclass takes its settings as further keyword arguments.
 
     Args:
         vocab_size: The teacher's padded vocabulary, V.
@@ -32,8 +32,8 @@ class Codec(ABC):
     """
 
     gives: Literal["logits", "distributions", "samples"]
-    """Kind of targets that `decode` returns. Logits serve any temperature and any loss; distributions, over some
-    tokens and one event for all others, serve losses of probabilities; samples serve those linear in them."""
+    """Kind of targets that `decode` returns. Logits suit any temperature and any loss. Distributions, over some tokens
+    and one event for all others, suit losses of probabilities. Samples suit losses linear in the probabilities."""
     dtype: str
     """NumPy dtype of a token's array"""
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Codec(ABC):
 
     @property
     def n_bytes(self) -> int:
-        """Return the bytes per token."""
+        """Bytes per token."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
     @abstractmethod
@@ -130,7 +130,7 @@ class TopK(Codec):
 
 
 class Sampled(Codec):
-    """Random draws from the teacher's distribution, which equal it on average (arXiv 2503.16870): 1 to 3 bytes each.
+    """Random draws from the teacher's distribution, unbiased (arXiv 2503.16870): 1 to 3 bytes per draw.
 
     One draw comes from each of `draws` equal parts of the distribution (stratified sampling): unbiased like independent
     draws, and never of higher variance.

@@ -1,8 +1,8 @@
 """LM head and losses in chunks of tokens, so that the full logits of student and teacher never exist in memory.
 
-At 8,192 tokens and a vocabulary of 50k one set of logits takes 1.6 GB in fp32, and the plain formula stores several,
-including the teacher's. Here each chunk's logits are computed, scored, turned into their gradient and freed before the
-next chunk's: forward computes the gradients too, and backward only returns them (like Liger's fused loss).
+At 8,192 tokens and a vocabulary of 50k, one set of logits takes 1.6 GB in fp32, and a plain implementation stores
+several. Here the logits of a chunk are computed, scored, overwritten by their gradient and freed before the next chunk.
+Forward thus computes the gradients as well, and backward only returns them (like Liger's fused loss).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TILE = (512, 1024)
 
 
 class HeadInput(NamedTuple):
-    """An LM head's input, and its parameters during the forward pass, gathered even if the model is sharded."""
+    """Input and parameters of an LM head, captured in the forward pass, when sharded parameters are gathered."""
 
     hidden: torch.Tensor  # (B, T, n_embd)
     weight: torch.Tensor  # (V, n_embd)
@@ -49,9 +49,9 @@ class HeadInput(NamedTuple):
 
 
 class HeadTap(nn.Linear):
-    """Replaces an LM head, with its parameters under the same names, to capture the head's input.
+    """Replacement for an LM head that can capture the head's input; its parameters keep their names.
 
-    While `tapping`, it stores its input and returns no logits, so that litgpt's own forward ends at the hidden states.
+    While `tapping`, it stores its input and computes no logits.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -94,7 +94,7 @@ def tap_head(model: nn.Module) -> HeadTap:
 class SoftTargets(Protocol):
     """A teacher's targets for the tokens of one batch, flattened.
 
-    If the student's vocabulary may have another size, the attribute `n_entries` is the teacher's.
+    The optional attribute `n_entries` is the size of the teacher's vocabulary; by default, it equals the student's.
     """
 
     def chunk(self, start: int, stop: int) -> torch.Tensor | SparseTargets:
@@ -108,7 +108,7 @@ class SoftTargets(Protocol):
 class TeacherLogits:
     """A teacher's logits for one batch, computed chunk by chunk.
 
-    Deliberately opaque: Fabric would cast the tensors of a tuple or dataclass, head weights included, to the student's
+    Not a tuple or dataclass, because Fabric would cast their tensors, including the head's weights, to the student's
     precision at every step.
 
     Args:
@@ -131,7 +131,7 @@ class TeacherLogits:
 
 
 class HeadLosses(NamedTuple):
-    """Scalars: the loss to differentiate, and its parts, detached and without alpha, beta and T²."""
+    """Scalars: the loss to differentiate, and its detached parts, not multiplied by alpha, beta and T²."""
 
     loss: torch.Tensor
     ce: torch.Tensor
@@ -154,7 +154,7 @@ class LossModel(nn.Module):
     """The current objective. An attribute, because Fabric unpacks arguments, and not part of the compiled graph."""
 
     compiles_scores = False
-    """If true, the losses of a chunk's logits are compiled where `dense_scores` has them"""
+    """If true, use the compiled `dense_scores` where it computes the objective"""
 
     model: GPT
     hidden: HiddenLoss | None
@@ -201,7 +201,7 @@ def head_loss(
     chunk_size: int | None = None,
     compiles_scores: bool = False,
 ) -> HeadLosses:
-    """Apply the LM head and return the losses, means over the tokens that are not `IGNORE_INDEX`.
+    """Apply the LM head and return the losses, averaged over the tokens whose target is not `IGNORE_INDEX`.
 
     Under autocast the matmuls run in its dtype, as in litgpt's head; all else is fp32 (float64 if the hidden states
     are).
@@ -213,7 +213,7 @@ def head_loss(
         teacher: The teacher's targets; if None, the loss has no distillation term.
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; by default set by the vocabulary's size.
-        compiles_scores: If true, compile the losses of a chunk's logits where `dense_scores` has them.
+        compiles_scores: If true, use the compiled `dense_scores` where it computes the objective.
     """
     hidden, weight, bias = head_input
     hidden = hidden.reshape(-1, hidden.size(-1))

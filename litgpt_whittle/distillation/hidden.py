@@ -1,7 +1,7 @@
 """Layer-wise matching of a student's residual stream to its teacher's, in addition to their predictions.
 
-The layers and channels of a student that was cut from its teacher correspond to some of the teacher's, so that they are
-compared directly, without a learned projection.
+If the student was extracted from the teacher, its layers and channels correspond to some of the teacher's. They are
+then compared directly, without a learned projection.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class HiddenLoss(nn.Module):
         student: The student.
         teacher: The teacher's config.
         args: The settings of the loss.
-        subnet: Sub-network of the teacher that the student is; not needed with a learned projection.
-        basis: The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher), if they
-            are not a selection of them.
+        subnet: The student as a sub-network of the teacher; not needed with a learned projection.
+        basis: The student's channels as linear combinations of the teacher's, shape (n_embd_student, n_embd_teacher);
+            None if they are a selection of the teacher's channels.
     """
 
     channels: torch.Tensor
@@ -102,7 +102,7 @@ class HiddenLoss(nn.Module):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Return the weight of each kind of place."""
+        """Weight of each kind of place."""
         return {"block": self.args.weight, "attn": self.args.attention}
 
     def forward(self, teacher: Mapping[Place, torch.Tensor], counts: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,8 +129,8 @@ class HiddenLoss(nn.Module):
         if self.args.loss == "cosine":
             distances = 1 - nn.functional.cosine_similarity(student, target, dim=-1)
         else:
-            # relative to each token's size: the stream grows with depth, and the first tokens of a window can be a
-            # thousand times larger than all others
+            # relative to each token's norm: the residual stream grows with depth, and the first tokens of a window can
+            # be a thousand times larger than all others
             off, size = (x.square().sum(-1) for x in (student - target, target))
             distances = off / size.clamp(min=torch.finfo(size.dtype).tiny)
         return (distances * mask).sum() / mask.sum().clamp(min=1)

@@ -1,11 +1,11 @@
 """Distillation losses between a student's and its teacher's predictions.
 
-Each is a pure function of both for N tokens and returns one loss per token. Its inputs are log-probabilities of the
-tempered distributions, over the whole vocabulary or over the tokens stored by a cached teacher and a last entry for all
-others together; or logits, if it is marked with `on_logits`. All is fp32 (float64 stays). A token to which the teacher
-assigns probability 0, its logit being -inf, contributes nothing; a loss is infinite only if its definition is. The
-caller applies T² and the mean over tokens (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME`
-finds these losses, and those of other packages, in the entry-point group `litgpt_whittle.losses`.
+Each loss is a pure function of the predictions for N tokens and returns one value per token. Its inputs are tempered
+log-probabilities over the whole vocabulary, or, with a cached teacher, over the stored tokens and a last entry for all
+other tokens together. A loss marked with `on_logits` takes logits. Inputs are fp32 or float64. A token with teacher
+probability 0 (logit -inf) contributes nothing; a loss is infinite only if its definition is. The caller applies
+T² and the mean over tokens (`litgpt_whittle.distillation.head`). `litgpt distill --distill.loss NAME` finds these
+losses, and those of other packages, in the entry-point group `litgpt_whittle.losses`.
 """
 
 from __future__ import annotations

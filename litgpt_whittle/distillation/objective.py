@@ -1,4 +1,4 @@
-"""The training objective at a point of training: losses, weights and temperature."""
+"""The distillation objective at one point of the training: losses, weights and temperature."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def log_probabilities(
         temperature: Divides logits.
 
     Returns:
-        The student's and the teacher's, shape (n, V), or (n, K + 1) for sparse targets, (n, K) without a tail.
+        The student's and the teacher's log-probabilities, each of shape (n, V). For sparse targets: (n, K + 1), or
+            (n, K) without a tail.
     """
     student = torch.log_softmax(logits / temperature, dim=-1)
     if isinstance(teacher, torch.Tensor):

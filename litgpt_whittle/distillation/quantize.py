@@ -1,4 +1,4 @@
-"""Quantise a teacher with bitsandbytes; it only runs forward, so it need not be exact."""
+"""Quantise a teacher with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BITS = {
 
 
 def check_quantize(mode: str | None, placement: str) -> None:
-    """Raise UserError if the teacher cannot be quantised.
+    """Check that the teacher can be quantised.
 
     Raises:
         UserError: If the mode is unknown, bitsandbytes is not installed, or the teacher would be sharded.

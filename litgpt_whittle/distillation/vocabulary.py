@@ -1,9 +1,9 @@
 """Distil between padded vocabularies of different sizes, on the entries that teacher and student share.
 
 Embeddings are padded to more rows than the tokenizer has tokens, and not always to the same number (Qwen 2.5: 151,936
-and 152,064). Token i is row i of both, so that the first min(V_teacher, V_student) rows are shared. Distances compare
-the two distributions over these, each renormalised; logits are compared row by row. The cross-entropy uses the
-student's whole vocabulary.
+and 152,064). Token i has row i in both models, so the first min(V_teacher, V_student) rows are shared. Both
+distributions are renormalised over the shared rows before they are compared; logits are compared row by row. The
+cross-entropy uses the student's whole vocabulary.
 """
 
 from __future__ import annotations

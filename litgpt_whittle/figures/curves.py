@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 MOST_LABELS = 24
-"""Maximum number of layer labels along an axis; with more layers, only every second or third is labelled"""
+"""Maximum number of layer labels along an axis; with more layers, only every n-th layer is labelled"""
 
 
 def plot_training(metrics_path: Path, png_path: Path) -> None:
@@ -66,7 +66,7 @@ def _result(validations: Sequence[tuple[int, float]]) -> str:
 
 
 def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
-    """Plot each block's error on held-out tokens, as cut and after its repair.
+    """Plot each block's relative squared error on held-out tokens, without repair and after its repair.
 
     Leading blocks that are copies of the teacher's have no error and are left out.
     """

@@ -31,7 +31,7 @@ def save_figure(figure: Any, path: Path) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     if handles:
-        # an inch holds about 12 letters, and a column 6 beside its label
+        # an inch holds about 12 letters; a legend column needs the space of 6 more than its label
         n_columns = int(12 * figure.get_figwidth() / (max(map(len, handles)) + 6))
         figure.legend(
             handles.values(), handles, loc="outside lower center", ncols=min(max(n_columns, 1), 4), frameon=False

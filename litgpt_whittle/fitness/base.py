@@ -18,35 +18,35 @@ from litgpt_whittle.supergpt import SuperGPT
 class Fitness(ABC):
     """Scoring function for candidates, found by its name in the entry-point group `litgpt_whittle.fitness`.
 
-    Class attributes declare the inputs it needs and its capabilities.
+    Class attributes declare the inputs and the capabilities of the function.
 
     Args:
         model: The teacher.
-        batches: Batches that score all candidates; none unless `reads_data`.
+        batches: Batches to score all candidates on; empty unless `reads_data`.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
     """
 
     name: ClassVar[str]
     """Name of the score to minimise"""
     reads_data: ClassVar[bool] = True
-    """True if it scores on batches"""
+    """True if the function scores candidates on batches"""
     n_calibration: ClassVar[int] = 0
-    """Number of calibration tokens, passed to the constructor as `calibration`, shape (N, T)"""
+    """Number of calibration tokens N · T to pass to the constructor as `calibration`, shape (N, T); 0 for none"""
     needs_importance: ClassVar[bool] = False
     """True if the teacher's `Ranking` is passed to the constructor as `importance`"""
     can_shard: ClassVar[bool] = False
     """True if the teacher may be sharded over processes"""
     chooses_units: ClassVar[bool] = False
-    """True if only the numbers of units affect the score, except for experts"""
+    """True if the score depends on the numbers of units only, not on the choice of units, except for experts"""
 
     model: SuperGPT
     batches: Sequence[Any]
     """Batches on the model's device"""
     n_tokens: int
-    """Number of tokens that score each candidate"""
+    """Number of tokens that each candidate is scored on"""
     autocast: Callable[[], AbstractContextManager[Any]]
     is_sharded: bool = False
-    """True if the teacher is sharded over processes, which score every candidate together"""
+    """True if the teacher is sharded over processes; all of them then score every candidate together"""
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch] = (), autocast: Any = nullcontext) -> None:
         device = model.lm_head.weight.device
@@ -64,8 +64,8 @@ class Fitness(ABC):
 
         Args:
             teacher: The teacher's config.
-            device: Device that scores.
-            beside: Bytes of the teacher's weights.
+            device: Device that scores candidates.
+            beside: Bytes that the teacher's weights will take.
 
         Raises:
             UserError: If the measure cannot score candidates of this teacher.
@@ -73,7 +73,7 @@ class Fitness(ABC):
 
     @contextmanager
     def halved(self) -> Iterator[None]:
-        """Take less memory in this context, which is entered to score once more a candidate that ran out of it."""
+        """Use less memory inside this context, to score a candidate again after it ran out of memory."""
         yield
 
 
@@ -87,16 +87,16 @@ class WindowLosses(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Return the mean loss per token."""
+        """Mean loss per token."""
         return float(self.sums.sum() / self.n_tokens.sum())
 
 
 class WindowFitness(Fitness):
-    """Fitness that is a function of the mean loss over all tokens, which can be computed window by window, for racing.
+    """Fitness that depends only on the mean loss over all tokens; racing computes the loss on a part of the batches.
 
     Args:
         model: The teacher.
-        batches: Batches that score all candidates.
+        batches: Batches to score all candidates on.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
     """
 

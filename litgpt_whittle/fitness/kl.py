@@ -29,23 +29,22 @@ class TaughtBatch(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Return the number of tokens that are not ignored."""
+        """Number of tokens that are not ignored."""
         return Batch(self.input_ids, self.targets).n_tokens
 
 
 class KLDivergence(Perplexity):
-    """KL(teacher ‖ candidate) in nats per token, the mean over the same tokens for all candidates.
+    """KL(teacher ‖ candidate) in nats per token, averaged over the same tokens for all candidates.
 
-    Compares predictions over the whole vocabulary, whereas perplexity considers only the next token. The batches are
-    those of the perplexity: held-out data, on which the teacher predicts as it will in use, with the number of tokens
-    that `eval.max_iters` sets. Both measures are therefore recorded, raced and compared in the same way.
+    It compares predictions over the whole vocabulary, whereas perplexity considers only the next token. Both use the
+    same batches of held-out data, limited by `eval.max_iters`, and are recorded, raced and compared in the same way.
 
-    The teacher runs once. Only the inputs of its LM head are stored, n_tokens · n_embd numbers: its logits would be
-    n_tokens · vocabulary, and are recomputed in chunks for every candidate.
+    The teacher runs once. Only the inputs of its LM head are stored, n_tokens · n_embd numbers. Its logits would be
+    n_tokens · vocabulary numbers, so they are recomputed in chunks for every candidate.
 
     Args:
         model: The teacher.
-        batches: Batches to predict; stored on the model's device with the teacher's hidden states.
+        batches: Batches to score on; stored on the model's device with the teacher's hidden states.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
     """
 

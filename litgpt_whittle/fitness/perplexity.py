@@ -24,8 +24,8 @@ from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype
 from litgpt_whittle.training.sharding import is_sharded
 
 FORWARD_TOKENS = {"cpu": 2048}
-"""Maximum number of tokens per forward pass. More are no faster on a CPU, and their activations need more memory; a GPU
-runs whole batches."""
+"""Maximum number of tokens per forward pass, by device type. Longer passes are no faster on a CPU and need more memory.
+A GPU runs whole batches."""
 
 
 class Perplexity(WindowFitness):
@@ -66,11 +66,11 @@ class Perplexity(WindowFitness):
         If the teacher is sharded over processes, they score the sub-network together, each with a part of the batches.
         """
         batches = self.batches[which]
-        # a running super-network calls the head of its `head_owner`, a model that holds no weights of its own
+        # a running super-network calls the head of its `head_owner`, a model without weights
         if self.is_sharded:
             with torch.no_grad(), self.model.running(subnet):
                 return self._losses_together(batches)
-        # the weights are sliced once
+        # materialised, so that the weights are sliced only once
         with torch.inference_mode():
             n_intact = self._prepare_prefix(subnet, which)
             with self.model.running(subnet, materialize=True):
@@ -79,10 +79,10 @@ class Perplexity(WindowFitness):
                     return self._losses(self.model, shell, batches)
 
     def _prepare_prefix(self, subnet: SubNet, which: slice) -> int:
-        """Compute the teacher's stream after a sub-network's intact leading layers; return their number.
+        """Compute the teacher's hidden states after a sub-network's intact leading layers; return the number of layers.
 
-        0 for a part of the batches, which would take the teacher as much time as the sub-network, and for other forward
-        passes than the teacher's.
+        Return 0 for a part of the batches, on which running the teacher would save no time. Also return 0 if the
+        forward passes differ from the teacher's.
         """
         n_intact = subnet.n_intact if which == slice(None) and not self.is_halved else 0
         if n_intact:
@@ -93,7 +93,7 @@ class Perplexity(WindowFitness):
     def _losses_together(self, batches: Sequence[Batch]) -> WindowLosses:
         n = world_size()
         own = batches[rank() :: n]
-        # a process without a batch must still run a forward pass, because the others need its shard of the weights
+        # a process without a batch must still run, because the other processes need its shard of the weights
         wanted = [*own, *[batches[-1]] * (-(-len(batches) // n) - len(own))]
         parts = [self._losses(self.model, self.model.head_owner, [batch]) for batch in wanted]
         by_process = gather([tuple(part) for part in parts])
@@ -101,7 +101,7 @@ class Perplexity(WindowFitness):
         return WindowLosses(*(torch.cat(tensors) for tensors in zip(*in_order)))
 
     def _losses(self, model: GPT, owner_of_head: GPT, batches: Sequence[Batch]) -> WindowLosses:
-        """Return a model's losses, with logits computed in chunks that are not kept."""
+        """Return a model's losses; logits are computed in chunks and not kept."""
         tap = tap_head(owner_of_head)
         context: AbstractContextManager = self.autocast()
         with context:
@@ -135,7 +135,7 @@ class Perplexity(WindowFitness):
     def _rows(self, input_ids: torch.Tensor) -> Sequence[torch.Tensor]:
         """Split a batch into forward passes."""
         n_rows, n_tokens = input_ids.shape
-        # sharded processes must run the same number of forward passes, whatever their batches
+        # processes that share a sharded model must run the same number of forward passes, so batches stay whole
         most = None if self.is_sharded else FORWARD_TOKENS.get(input_ids.device.type)
         n = n_rows if most is None else min(max(most // n_tokens, 1), n_rows)
         return input_ids.split(-(-n // 2) if self.is_halved else n)
@@ -173,7 +173,7 @@ class RepairedPerplexity(Perplexity):
 
     @classmethod
     def check(cls, teacher: Config, device: torch.device, beside: int) -> None:
-        """Raise UserError if the moments of all layers do not fit in memory; distinct tokens are not known yet."""
+        """Check that the moments of all layers fit into memory."""
         check_memory(teacher, 0, device, beside)
 
     @torch.inference_mode()

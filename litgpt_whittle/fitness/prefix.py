@@ -1,6 +1,6 @@
-"""Reuse the teacher's leading layers for candidates that leave them as they are.
+"""Reuse the output of the teacher's leading layers for candidates in which these layers are unchanged.
 
-A measurement cuts a single layer, so half of its layers equal the teacher's on average.
+A candidate that changes a single layer shares on average half of its layers with the teacher.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from litgpt_whittle.blocks import stopping_before
 
 
 class Prefix:
-    """The teacher's residual stream before one of its layers, on the batches that score candidates.
+    """The teacher's residual stream before one of its layers, on the batches that candidates are scored on.
 
-    The stream is kept in main memory, for the latest layer only: later layers advance it, earlier ones start over.
+    Only the latest layer's residual stream is kept, in CPU memory. A request for a later layer continues from it; a
+    request for an earlier layer starts over.
 
     Args:
         teacher: The teacher.
@@ -31,7 +32,10 @@ class Prefix:
         self.streams: list[torch.Tensor] = []
 
     def before(self, layer: int) -> list[torch.Tensor]:
-        """Return the stream before a layer, or after the last one, shape (B, T, n_embd) for each forward pass."""
+        """Return the residual stream before layer `layer`, shape (B, T, n_embd), for each forward pass.
+
+        Layer n_layer stands for the output of the last layer.
+        """
         if layer < self.layer:
             self.layer, self.streams = 0, []
         if layer > self.layer:
@@ -49,12 +53,12 @@ class Prefix:
 
 @contextmanager
 def starting_at(model: GPT, layer: int, streams: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Replace a model's layers before `layer` by their known output.
+    """Replace a model's first `layer` layers by their known output, inside the context.
 
     Args:
         model: The model.
         layer: Number of layers to replace.
-        streams: Output of these layers, shape (B, T, n_embd) for each of the next forward passes, in order.
+        streams: Output of the last replaced layer, shape (B, T, n_embd), for each of the next forward passes, in order.
     """
     blocks = model.transformer.h
     replaced = list(blocks[:layer])

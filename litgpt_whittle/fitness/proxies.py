@@ -1,7 +1,7 @@
 """Data-free proxies of a candidate's fitness, from the kept share of the teacher's weights, units or layers.
 
 They rank candidates without a forward pass, but less accurately than a measured loss (arXiv 2510.07227). Each score is
-the lost share, from 0 for the whole teacher to nearly 1, so that lower is better as for all scores.
+the lost share: 0 for the whole teacher, up to nearly 1. Lower is better, as for all scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from litgpt_whittle.ranking.ranking import Ranking
 
 CHUNK_ELEMENTS = 2**22
-"""Number of weights per chunk, which limits the memory of their float32 copies"""
+"""Number of weights per chunk; limits the memory of their float32 copies"""
 
 _NEVER_CUT = {"vocab", "q_lora_rank", "kv_lora_rank"}
 
@@ -49,10 +49,10 @@ class _Proxy(Fitness):
 
 
 class WeightMagnitude(_Proxy):
-    """Share of the teacher's Σ |w| that a candidate lacks, over all parameters, with tied ones counted once.
+    """Share of Σ |w| over all of the teacher's parameters that a candidate lacks; tied weights count once.
 
-    The sum of each row or column of a weight depends only on the kept channels, which many candidates share. These sums
-    are cached for the latest choices of channels; a candidate's score adds up the sums of its units.
+    The sum of each row or column of a weight depends only on the kept channels, and many candidates keep the same
+    channels. These sums are therefore cached; a candidate's score adds up the sums of its units.
     """
 
     name = "magnitude_lost"
@@ -104,7 +104,7 @@ class _Weight(NamedTuple):
     summed: int | None
     """Dimension to sum over; None for a parameter with a single dimension"""
     over_channels: bool
-    """True if it is the channels' dimension, of which candidates keep a part"""
+    """True if `summed` is the dimension of the channels, of which candidates keep a part"""
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> _Weight:
@@ -118,15 +118,15 @@ class _Weight(NamedTuple):
 class ImportanceMass(_Proxy):
     """Share of the units' importance that a candidate lacks, averaged over the kinds of units.
 
-    Channels, query groups, heads within groups, neurons and experts each have a share, summed over the layers; a
-    dropped layer loses all of its units. Shares are averaged because scores of different kinds have different scales.
-    Kinds with a single unit per layer are skipped.
+    The kinds are channels, query groups, heads within groups, neurons and experts. The share of a kind sums over all
+    layers; a dropped layer loses all of its units. Shares are averaged, not scores, because the scores of different
+    kinds have different scales. Kinds with a single unit per layer are skipped.
 
     Args:
         model: The teacher.
         batches: Not used.
         autocast: Not used.
-        importance: Ranking from `litgpt rank`; its `metric` is used.
+        importance: Ranking from `litgpt rank`; the scores of its `metric` are used.
     """
 
     name = "importance_lost"

@@ -1,4 +1,4 @@
-"""Export a litgpt checkpoint as a Hugging Face directory whose model computes the same outputs."""
+"""Export a litgpt checkpoint as a Hugging Face model directory with the same outputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _STALE = (
     "_name_or_path",
     "_commit_hash",
 )
-"""Settings of the teacher's `config.json` to drop, since they are set again or invalid for the student"""
+"""Settings of the teacher's `config.json` to drop, because they are set again or invalid for the student"""
 
 _CHECKED_TOKENS = 64
 _TOLERANCE = 1e-3
@@ -57,9 +57,9 @@ class Exported:
 
     family: Family
     n_params: int
-    """Parameters, padding included"""
+    """Number of parameters, including padding"""
     zero_heads: int
-    """Number of zero heads per layer that pad the heads to the channels"""
+    """Number of zero heads added per layer, so that n_head · head_size equals n_embd"""
     needs_eager_experts: bool
     """True if transformers' default implementation of experts cannot run the model"""
     difference: float | None
@@ -72,12 +72,12 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = "
     Args:
         checkpoint_dir: A litgpt checkpoint. The layers of a layer-wise student are padded with zeros.
         out_dir: The output directory.
-        max_shard_size: Maximum bytes of a weights file, as a number or such as "5GB".
+        max_shard_size: Maximum size of a weights file: a number of bytes, or a text such as "5GB".
         check: If true, load the directory with `transformers` and compare the logits of random tokens with litgpt's.
 
     Raises:
-        UserError: If the checkpoint cannot be read, litgpt cannot convert it, the model's class in `transformers`
-            cannot express it, the disk is full, or the check finds a difference.
+        UserError: If the checkpoint cannot be read or converted by litgpt, if the model's class in `transformers`
+            cannot express it, if the disk is full, or if the check finds a difference.
     """
     n_bytes = int(parse_amount(max_shard_size, "bytes"))
     config = check_checkpoint(checkpoint_dir)
@@ -112,10 +112,10 @@ def _needs_eager_experts(config: Config, dtype: torch.dtype) -> bool:
 
 
 def fit_heads(config: Config, family: Family) -> SubNet:
-    """Return the model as a sub-network of one with the head size of its class in `transformers`.
+    """Return the model as a sub-network of a larger model whose head size its class in `transformers` permits.
 
-    Some classes fix the head size to `n_embd / n_head`. If the channels have room for more heads of the model's own
-    size, zero heads fill it, without changing the outputs.
+    Some classes fix the head size to `n_embd / n_head`. If the model has fewer heads than that, zero heads are added,
+    which do not change the outputs.
 
     Raises:
         UserError: If zero heads cannot fill the channels.
@@ -139,7 +139,7 @@ def hf_content(
     """Return the content of a model's `config.json`, in a layout that both `transformers` 4 and 5 read.
 
     Args:
-        original: The teacher's content, empty if unknown. Settings of litgpt's config take precedence.
+        original: Content of the teacher's `config.json`; empty if unknown. Settings of litgpt's config take precedence.
         config: litgpt's config.
         family: The model's family.
         tied: True if the LM head is tied to the embedding.
@@ -182,7 +182,7 @@ def _rope_scaling(config: Config) -> dict[str, Any] | None:
 
 
 def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tensor], tied: bool) -> Weights:
-    """Return a model's weights under the names of `transformers`, by litgpt's mapping, without a tied LM head.
+    """Return a model's weights, renamed for `transformers` by litgpt's mapping; a tied LM head is left out.
 
     Raises:
         UserError: If litgpt's mapping lacks one of the weights.
@@ -192,8 +192,8 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
         family.copy_weights(config, converted, dict(weights))
     except (KeyError, NotImplementedError) as error:
         raise UserError(
-            f"litgpt's converter knows no {family.architecture} with {error.args[0] if error.args else 'such norms'}, "
-            f"as {config.name!r} has; use the checkpoint in litgpt"
+            f"litgpt's converter does not support {family.architecture} with "
+            f"{error.args[0] if error.args else 'such norms'}, as {config.name!r} has; use the checkpoint in litgpt"
         ) from None
     head = "embed_out.weight" if "embed_out.weight" in converted else "lm_head.weight"
     if tied:
@@ -201,7 +201,7 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
     else:
         # litgpt leaves out the head in families that mostly tie it, though a student may have untied it
         converted.setdefault(head, weights["lm_head.weight"])
-    # safetensors does not accept views of a larger tensor, as queries, keys and values are here
+    # safetensors rejects views of a larger tensor, such as the queries, keys and values here
     return {
         name: part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
         for name, part in converted.items()
@@ -209,7 +209,7 @@ def hf_weights(config: Config, family: Family, weights: Mapping[str, torch.Tenso
 
 
 def _special_tokens(checkpoint_dir: Path, original: Mapping[str, Any]) -> dict[str, Any]:
-    """Return BOS, EOS and padding ids if there is no `config.json`; the class's default ids may not exist here."""
+    """Return BOS, EOS and padding ids if there is no `config.json`; the vocabulary may lack the class's default ids."""
     if original:
         return {}
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

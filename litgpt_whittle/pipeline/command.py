@@ -34,8 +34,8 @@ Section = dict
 class WhittleConfig(CommandConfig):
     """Turn a teacher into trained students: rank, search, extract and repair, distill, report.
 
-    Every stage runs the command of its name, and its section holds that command's settings; each stage may have its own
-    ``data``. Run the same command again to resume after an interruption.
+    Each stage runs the command of the same name with the settings in its section, which may include its own ``data``.
+    Run the same command again to resume after an interruption.
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "dry_run"))
@@ -44,24 +44,24 @@ class WhittleConfig(CommandConfig):
     """The teacher's checkpoint directory."""
     target: str | int | float | list[str | int | float] | None = None
     """Parameter count of the student, in the format of ``litgpt search --bin`` (410M±5%), or of several students,
-    separated by commas. They share the ranking and the cached teacher."""
+    separated by commas. Several students share the ranking and the cached teacher."""
     data: DataModule | None = None
     """Data of all stages: any litgpt data module, or ``--data HFText --data.path PATH``."""
     out_dir: Path = Path("out/whittle")
     """Directory of the stages' folders, the students and the report."""
     rank: bool | Section | None = None
-    """If true, rank the teacher's units first, by default for coarse search spaces, which then keep the most important
-    units; or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``."""
+    """If true, rank the teacher's units first. This is the default for coarse search spaces, which then keep the most
+    important units. Or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``."""
     search: Section | None = None
     """Settings such as ``--search.iterations 1000``, see ``litgpt search --help``."""
     extract: Section | None = None
     """Settings such as ``--extract.repair.tokens 100000``, see ``litgpt extract --help``. Students are repaired unless
     ``--extract.repair false``."""
     cache_teacher: bool | Section | None = None
-    """If true, cache the teacher, by default for several students; or settings such as
+    """If true, cache the teacher's outputs. This is the default for several students. Or settings such as
     ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``."""
     distill: Section | None = None
-    """Settings such as ``--distill.train.max_tokens 1000000000``, which is required, see ``litgpt distill --help``."""
+    """Settings such as ``--distill.train.max_tokens 1000000000``, which is required; see ``litgpt distill --help``."""
     baseline: bool = False
     """Also train each student's architecture from random weights, without the teacher, on as many tokens."""
     devices: int | str = 1
@@ -75,13 +75,15 @@ class WhittleConfig(CommandConfig):
         self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), init_out_dir(self.out_dir)
 
     def validate(self) -> None:
-        """Check the pipeline's own arguments; `run` checks the stages', which depend on one another.
+        """Check the pipeline's own arguments; `run` checks those of the stages, which depend on one another.
 
         Raises:
             UserError: For the first invalid argument.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("litgpt whittle runs on one machine, started once; on several, run the stages one by one")
+            raise UserError(
+                "litgpt whittle must be started once, on one machine; on several machines, run the stages one by one"
+            )
         if self.target is None:
             raise UserError(
                 "target must say how many parameters the student is to have; give one such as --target 410M"

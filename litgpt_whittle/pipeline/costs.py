@@ -21,7 +21,7 @@ class Cost:
     training: float = 0.0
     """FLOPs of forward and backward passes with gradients"""
     weights: int = 0
-    """Bytes of models and moments on each device, without activations, gradients and the optimizer"""
+    """Bytes of models and of a repair's moment matrices per device, without activations, gradients and the optimizer"""
 
     def seconds(self, speed: Speed) -> float:
         """Return the stage's time in seconds at a machine's speed."""

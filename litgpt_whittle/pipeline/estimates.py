@@ -42,9 +42,10 @@ def cache_bytes(stages: Stages) -> int:
 
 
 def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
-    """Time a block of the teacher forward, and one of the largest student forward and backward, a few times each.
+    """Measure the speed of a teacher block's forward pass, and of a student block's forward and backward pass.
 
-    Whole models would take more time and memory, and more blocks of the same kind have the same speed.
+    The student block is one of the largest student. Whole models would take more time and memory, but a model of many
+    such blocks has the same speed.
 
     Args:
         stages: The pipeline's stages.

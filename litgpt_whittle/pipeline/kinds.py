@@ -84,7 +84,7 @@ class RankStage(StageKind[RankConfig]):
 
     @property
     def path(self) -> Path:
-        """The ranking that it writes."""
+        """Path of the ranking that the stage writes."""
         return self.folder() / IMPORTANCE
 
     def costs(self, student: str = "") -> list[Cost]:
@@ -113,12 +113,12 @@ class SearchStage(StageKind[SearchConfig]):
 
     @cached_property
     def plain_section(self) -> Section[SearchConfig]:
-        """The section before the ranking's settings."""
+        """The section without the settings that depend on the ranking."""
         return self._plain_section()
 
     @cached_property
     def plain_args(self) -> SearchConfig:
-        """The config before the ranking's settings."""
+        """The config without the settings that depend on the ranking."""
         return self.plain_section.parse(checkpoint_dir=self.request.checkpoint_dir)
 
     @cached_property
@@ -192,7 +192,7 @@ class SearchStage(StageKind[SearchConfig]):
         args, stages = self.args, self.stages
         whole, parts = stages.teacher_flops, [stages.student_flops(name) for name in self.request.bins]
         n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or stages.length)
-        # measured sub-networks are the teacher with small cuts
+        # measured sub-networks are almost as large as the teacher
         tokens = n_each * (args.iterations * len(parts) + self.n_measurements)
         forward: float = n_each * (args.iterations * sum(parts) + self.n_measurements * whole)
         training = 0.0
@@ -239,12 +239,12 @@ class CacheTeacherStage(StageKind[CacheTeacherConfig]):
 
     @property
     def is_used(self) -> bool:
-        """True if the user asks for it, or by default for several students."""
+        """True if the user asks for it, or by default for several students whose losses can learn from it."""
         return self._suits and len(self.request.bins) > 1 if self.asked is None else self.asked is not False
 
     @property
     def _suits(self) -> bool:
-        """True if a cache of random draws suffices for the students' losses, and has a known end."""
+        """True if the students' losses can learn from random draws, and the number of tokens to cache is known."""
         distill = self.stages.distill
         args: DistillArgs = distill.args.distill
         is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
@@ -254,7 +254,7 @@ class CacheTeacherStage(StageKind[CacheTeacherConfig]):
 
     @cached_property
     def section(self) -> Section[CacheTeacherConfig]:
-        """The section, with the windows, the temperature and the tokens of the training."""
+        """The section, with the training's batch size, sequence length, temperature and number of tokens."""
         distill = self.stages.distill
         args = distill.args
         seen = {"micro_batch_size": args.train.micro_batch_size, "max_seq_length": args.train.max_seq_length}
@@ -274,7 +274,7 @@ class CacheTeacherStage(StageKind[CacheTeacherConfig]):
         contents, trained, needed = self.args.contents, self.stages.distill, self.stages.distill.n_tokens
         if contents.max_tokens is not None and contents.max_tokens < needed:
             raise UserError(
-                f"max_tokens must be at least the {needed:,} that each student is trained on, got "
+                f"max_tokens must be at least the {needed:,} tokens that each student is trained on, got "
                 f"{contents.max_tokens:,}; raise it or leave it out"
             )
         distill, terms = trained.args.distill, trained.args.distill.objectives()(0.0).terms
@@ -305,7 +305,7 @@ class ExtractStage(StageKind[ExtractConfig]):
 
     @cached_property
     def section(self) -> Section[ExtractConfig]:
-        """The section; only a repair is shared by devices."""
+        """The section; it uses several devices only for a repair."""
         section = self.new_section(repair=True, devices=self.request.devices)
         if not self._parse(section).repair and "devices" not in self.given:
             section.settings["devices"] = 1
@@ -313,7 +313,7 @@ class ExtractStage(StageKind[ExtractConfig]):
 
     @cached_property
     def args(self) -> ExtractConfig:
-        """The command's config, with a name in place of the sub-network that is still to be found."""
+        """The command's config, with a placeholder for the sub-network that the search has yet to find."""
         return self._parse(self.section)
 
     def _parse(self, section: Section[ExtractConfig]) -> ExtractConfig:
@@ -347,7 +347,7 @@ class DistillStage(StageKind[DistillConfig]):
 
     name, config, folder_name, is_per_student = "distill", DistillConfig, "distilled", True
     memory = ""
-    """A text on the memory per device for training the largest student, after `validate`"""
+    """Description of the memory per device that training the largest student needs; set by `validate`"""
 
     @cached_property
     def section(self) -> Section[DistillConfig]:
@@ -371,11 +371,13 @@ class DistillStage(StageKind[DistillConfig]):
         if args.train.tie_embeddings not in (None, tied):
             asked, needed = (str(value).lower() for value in (args.train.tie_embeddings, tied))
             raise UserError(
-                f"distill.train.tie_embeddings must be {needed}, as the teacher's LM head is, got {asked}, which would "
-                "change the sizes that are searched for; leave it out"
+                f"distill.train.tie_embeddings must be {needed}, like the teacher's, got {asked}, which would change "
+                "the parameter counts of the search; leave it out"
             )
         if args.repair:
-            raise UserError("distill.repair is the stage before it; set extract.repair instead")
+            raise UserError(
+                "distill.repair cannot be set, the extract stage repairs the student; set extract.repair instead"
+            )
         return args
 
     @property
@@ -393,7 +395,7 @@ class DistillStage(StageKind[DistillConfig]):
         return self.args.teacher_dir == self.request.checkpoint_dir
 
     def validate(self) -> None:
-        """Run the distillation's checks for the largest student, except those of the cache, and plan its memory."""
+        """Run the distillation's checks for the largest student, except the cache's checks, and plan its memory."""
         largest = max(self.stages.search.examples, key=lambda name: self.request.bins[name].hi)
         self.memory = self.section.run_check(lambda: self._plan_memory(largest))
 
@@ -407,7 +409,7 @@ class DistillStage(StageKind[DistillConfig]):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sub_network.yaml"
             subnet.save(path)
-            # another teacher's student was not cut from it
+            # if another teacher trains the student, it is not a sub-network of that teacher
             changes |= {"sub_network": path} if self.has_own_teacher else {"model_config": subnet.config}
             try:
                 plan = replace(self.args, out_dir=self.request.out_dir, **changes).memory_plan()
@@ -427,7 +429,7 @@ class DistillStage(StageKind[DistillConfig]):
         return found
 
     def costs(self, student: str = "") -> list[Cost]:
-        """Return the cost of the training, and of the teacher that runs beside it."""
+        """Return the cost of the training, teacher included, and of the baseline if there is one."""
         stages, args, n = self.stages, self.args, self.n_tokens
         runs_teacher = args.distill.uses_teacher and not stages.cache_teacher.is_used
         # activation checkpointing runs each block forward twice
@@ -458,7 +460,7 @@ class DistillStage(StageKind[DistillConfig]):
 
 
 KINDS: Sequence[type[StageKind]] = (RankStage, SearchStage, CacheTeacherStage, ExtractStage, DistillStage)
-"""All kinds of stages in the order of their runs; those for each student come last"""
+"""All kinds of stages in the order of their runs; kinds that run once per student come last"""
 
 KIND_OF: dict[str, type[StageKind]] = {kind.name: kind for kind in KINDS}
 """Kinds by the names of their commands and sections"""

@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """Pairs of tokens, those of the repair included, and validation loss."""
+        """(token count, validation loss) pairs; counts include the repair's calibration tokens, losses are in nats."""
         return [(self.start.calibration_tokens + tokens, loss) for tokens, loss in self.distilled.curve]
 
     def row(self, n_teacher: int) -> list[str]:

@@ -20,7 +20,7 @@ from litgpt_whittle.pipeline.stage import Stage
 from litgpt_whittle.processes import stop_with_parent
 
 RECORD = "stages.json"
-"""Name of the file that records the settings of the stages that have begun, and which of them are finished"""
+"""Name of the file with the settings of each stage that has begun, and a mark if it is finished"""
 
 SETTINGS = "whittle.yaml"
 """Name of the file with the pipeline's settings"""
@@ -52,7 +52,7 @@ class Pipeline:
         self.record: dict[str, dict[str, Any]] = _read(out_dir / RECORD)
 
     def check(self, stages: Sequence[Stage]) -> None:
-        """Check that the stages that have begun keep their settings; the settings of other stages may change.
+        """Check that stages that have begun keep their settings; stages that have not begun may change theirs.
 
         Args:
             stages: All stages in order.
@@ -132,7 +132,7 @@ class Pipeline:
             self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):
-                # the command's own error would recur; an end from outside may not
+                # the command's own error would recur; a kill from outside may not
                 remedy = "fix the error above and run the command again" if code in (1, 2) else _AGAIN
                 raise UserError(f"the stage {stage.name} ended with exit code {code}; {remedy} to resume from there")
             self._note(stage, is_done=True)

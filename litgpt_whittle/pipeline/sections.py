@@ -1,4 +1,4 @@
-"""Parse the settings of a command inside another command's, with its own parser, so that all names stay the same."""
+"""Parse a command's settings from a section of `litgpt whittle`, with the command's own parser and names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Section(Generic[C]):
     Args:
         name: Name of the section, for errors.
         config: The command's config class.
-        given: The settings, as in a YAML; dotted names such as ``eval.max_iters``, from a command line, override all
-            others.
+        given: The settings, as in a YAML. Dotted names such as ``eval.max_iters``, which come from a command line,
+            override the others.
         defaults: Settings to use where `given` has none.
     """
 
@@ -104,7 +104,7 @@ OWN_FLAGS = {name: name for name in ("data", "devices", "seed", "target")} | {
     "bin": "target",
     "codec": "cache_teacher.codec",
 }
-"""Flags of `litgpt whittle` itself, by the flags of its commands that they replace"""
+"""Flags of `litgpt whittle` itself, keyed by the commands' flags that they replace"""
 
 
 def own_flags(message: str, section: str) -> str:

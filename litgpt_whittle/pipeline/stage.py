@@ -74,7 +74,7 @@ class Stage:
 
     @property
     def config(self) -> Path:
-        """Path of the YAML, beside the stage's folder."""
+        """Path of the YAML, next to the stage's folder."""
         return self.folder.with_suffix(".yaml")
 
     @property
@@ -118,7 +118,7 @@ class StageKind(ABC, Generic[C]):
     folder_name: ClassVar[str]
     """Name of the folder of its output"""
     is_per_student: ClassVar[bool] = False
-    """True if it runs once for each student, in the student's folder"""
+    """True if the stage runs once for each student, in the student's folder"""
 
     def __init__(self, stages: Stages, given: Given) -> None:
         self.stages, self.request, self.asked = stages, stages.request, given
@@ -126,7 +126,7 @@ class StageKind(ABC, Generic[C]):
 
     @property
     def is_used(self) -> bool:
-        """True if the pipeline runs it."""
+        """True if the pipeline runs this stage."""
         return True
 
     @cached_property
@@ -173,11 +173,11 @@ class StageKind(ABC, Generic[C]):
         self.section.run_check(self.args.validate)
 
     def folder(self, student: str = "") -> Path:
-        """Return the folder of its output, for a student if it runs once for each."""
+        """Return the output folder; `student` matters only if the stage runs once for each student."""
         return self.request.out_dir / (student if self.is_per_student else "") / self.folder_name
 
     def runs(self, student: str = "") -> list[Stage]:
-        """Return its runs: one, or those for a student."""
+        """Return the stage's runs; if it runs once for each student, the runs for `student`."""
         return [self.new_run(self.folder(), self.request.checkpoint_dir)]
 
     def new_run(self, folder: Path, *inputs: Path, **more: Any) -> Stage:
@@ -186,7 +186,7 @@ class StageKind(ABC, Generic[C]):
         return Stage(self.name, folder, settings, self.section.flags, inputs, self.is_per_student)
 
     def files(self) -> dict[Path, str]:
-        """Return the contents of further files that it reads, by path."""
+        """Return the contents of further files that the stage reads, by path."""
         return {}
 
     @abstractmethod
@@ -195,17 +195,17 @@ class StageKind(ABC, Generic[C]):
 
     @classmethod
     def can_resume(cls, folder: Path) -> bool:
-        """Return whether it can resume from a folder; if not, it starts again."""
+        """Return whether the command can resume from a folder; if not, it starts again."""
         return False
 
     @classmethod
     def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flags that make it resume, or replace an unfinished output."""
+        """Return the flags that make the command resume, or replace an unfinished output."""
         if cls.can_resume(folder):
             return ["--resume=true"]
         return ["--overwrite=true"] if folder.exists() else []
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
-        """Return the titles and paths of the pictures in its output that the report shows, if they exist."""
+        """Return (title, path) pairs of the pictures in `folder` that the report shows if they exist."""
         return []

@@ -32,7 +32,7 @@ class Stages:
 
     Args:
         request: Inputs that concern all stages.
-        given: The user's sections by name; those that are missing have their defaults.
+        given: The user's sections by name; missing sections have their defaults.
 
     Raises:
         UserError: If a command does not accept its section.
@@ -52,7 +52,7 @@ class Stages:
         for kind in self.kinds:
             setattr(self, kind.name, kind)
         for kind in self.kinds:
-            kind.read()  # every section, also of stages that are not used
+            kind.read()  # including the sections of stages that are not used
 
     @property
     def used(self) -> list[StageKind[Any]]:
@@ -74,7 +74,7 @@ class Stages:
         """Run the checks of all commands that need no student.
 
         Returns:
-            A text on the memory per device for training the largest student, if it can be estimated.
+            A description of the memory per device that training the largest student needs, or why it cannot be planned.
 
         Raises:
             UserError: For the first invalid setting.
@@ -106,7 +106,7 @@ class Stages:
 
         Args:
             dtype: Type of the weights.
-            n_shards: Number of devices that share them, or "auto".
+            n_shards: Number of devices that share the weights, or "auto".
         """
         n = n_params(self.teacher, SubNet.full(self.teacher), self.tied)
         return n * dtype.itemsize // (1 if n_shards == 1 else n_devices(n_shards))

@@ -1,8 +1,8 @@
 """Order of a teacher's units by importance, and reordering of the teacher's weights.
 
 Permuting channels, query groups, heads within groups, neurons or experts does not change the function of a model. A
-teacher sorted by importance is therefore equivalent, and every prefix of its units is a good sub-network. Layers have
-an order of importance too, but are not moved.
+teacher sorted by importance is therefore equivalent, and its first n units of any kind form a good sub-network. Layers
+also have an order of importance, but are not moved.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Order:
 
     @property
     def reordered(self) -> SubNet:
-        """Return the whole teacher with its units in this order, as a sub-network that keeps all units."""
+        """The whole teacher with its units in this order, as a sub-network that keeps all units."""
         fields: dict[str, Any] = {}
         for name in PER_LAYER:
             if any(name in units for units in self.layers):
@@ -72,7 +72,7 @@ class Order:
 
 
 def reorder(teacher: GPT | Mapping[str, torch.Tensor], order: Order, tied: bool | None = None) -> Weights:
-    """Return the teacher's weights with the most important units first, which compute the same function.
+    """Return the teacher's weights with the most important units first; the model computes the same function.
 
     Args:
         teacher: The teacher, or its weights.

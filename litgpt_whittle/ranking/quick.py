@@ -1,8 +1,8 @@
 """Quick order of a teacher's units and layers, from one forward pass over a few thousand tokens.
 
-The score of a unit is the root mean square over tokens of its contribution to the residual stream; that of a channel,
-of its contribution to the outputs of the input projections and the LM head. For a neuron it is the activation times the
-norm of its column in the output projection. Layers are scored by block influence. `litgpt rank`
+The score of a unit is proportional to the root mean square over tokens of its contribution to the residual stream. A
+neuron's contribution is its activation times the norm of its column in the output projection. Channels are scored by
+their contributions to the input projections and the LM head, layers by block influence. `litgpt rank`
 (`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which takes more time and memory.
 """
 

@@ -1,4 +1,4 @@
-"""`importance.pt`: the scores of a teacher from `litgpt rank`, and the order that follows from them."""
+"""File `importance.pt` of `litgpt rank`: a teacher's scores, and the order of its units that follows from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Ranking:
 
     @cached_property
     def order(self) -> Order:
-        """Return the order with the most important units first."""
+        """The order with the most important units first."""
         units = self.scores.units[self.metric]
         own = tuple({name: scores.numpy() for name, scores in layer.items()} for layer in units.layers)
         layers = self.scores.layers[self.layer_metric]
@@ -45,7 +45,7 @@ class Ranking:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return sixteen hex digits that identify the order."""
+        """Sixteen hex digits that identify the order."""
         digest = hashlib.sha256()
         for order in (self.order.n_embd, self.order.n_layer, *(x for own in self.order.layers for x in own.values())):
             digest.update(order.astype("<i8").tobytes())
@@ -53,7 +53,7 @@ class Ranking:
 
     @cached_property
     def scores_fingerprint(self) -> str:
-        """Return sixteen hex digits that identify the scores, which can differ for the same order."""
+        """Sixteen hex digits that identify the scores; different scores can give the same order."""
         digest = hashlib.sha256(f"{self.metric} {self.layer_metric}".encode())
         units = self.scores.units[self.metric]
         own = [layer[name] for layer in units.layers for name in sorted(layer)]
@@ -90,7 +90,7 @@ class Ranking:
         """Load the ranking of `teacher`; `path` may be the file or its folder.
 
         Raises:
-            UserError: If the file is missing, damaged or of another version, or ranks another architecture.
+            UserError: If the file is missing, damaged, of another version, or for another architecture.
         """
         path = path / FILE if path.is_dir() else path
         content = _read(path)

@@ -1,18 +1,19 @@
 """Importance scores of a teacher's units, from activations on calibration tokens, weights and gradients.
 
-Three measures of channels, query groups, heads within groups, neurons and experts; higher is more important. The
-activation of a unit is its input to the output projection (the outputs of heads, the neurons after the gate), that of
-an expert its contribution to the residual stream, that of a channel the outputs of all norms over channels.
+There are three measures of channels, query groups, heads within groups, neurons and experts; higher is more important.
+The activation of a head or neuron is its input to the output projection (outputs of heads, neurons after the gate). The
+activation of an expert is its contribution to the residual stream. A channel's activations are the outputs of all norms
+over channels.
 
 - `activation`: L2 norm of the activation, averaged over the tokens of a sequence, then root of the sum of squares over
-  sequences: (batch = L2, sequence = mean), the best of Minitron (arXiv 2407.14679, section 2.2). Channels are summed
-  over the norms.
+  sequences. Minitron (arXiv 2407.14679, section 2.2) found this aggregation best (batch = L2, sequence = mean).
+  Channels are summed over the norms.
 - `magnitude`: L2 norm of the weights (not the biases) that belong only to this unit.
 - `taylor`: |gradient · activation|, the first-order change of a sequence's loss when the unit is set to zero (Molchanov
-  et al., arXiv 1611.06440), summed over the tokens before and averaged over sequences after taking the absolute value.
-  Channels are summed over the norms. In nats per token.
+  et al., arXiv 1611.06440), in nats per token. Summed over tokens before the absolute value, averaged over sequences
+  after it. Channels are summed over the norms.
 
-Two measures of layers:
+There are two measures of layers:
 
 - `block_influence`: one minus the cosine similarity of the residual stream before and after the layer, averaged over
   tokens (ShortGPT, arXiv 2403.03853).
@@ -61,7 +62,8 @@ class UnitScores:
     """Scores of all units by one measure, float64 on the CPU."""
 
     n_embd: torch.Tensor
-    """Channels per layer, with a last row for other modules, shape (n_layer + 1, n_embd); their sum is the score"""
+    """Terms of the channels' scores: a row per layer and a last row for other modules, shape (n_layer + 1, n_embd). The
+    sum over rows is the score"""
     layers: tuple[dict[str, torch.Tensor], ...]
     """Per-layer units, by the names of a `SubNet`'s fields, each of shape (n_units,)"""
 
@@ -95,8 +97,8 @@ def measure(
         model: The teacher; `requires_grad` is set to false for its parameters.
         windows: Token ids, shape (N, T), with T at least 2.
         n_layer_windows: Number of windows for the perplexity without each layer; 0 omits that measure.
-        micro_batch_size: Windows per batch. Units of models with experts are always scored with 1, because routing
-            loses track of the sequence that a token belongs to.
+        micro_batch_size: Windows per batch. Units of models with experts are always scored with one window per batch,
+            because routing loses track of the sequence that a token belongs to.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
         progress: If true, show a progress bar.
     """
@@ -120,7 +122,7 @@ def measure(
 
 
 def perplexities_without(teacher: Config, score: Perplexity, progress: bool = True) -> torch.Tensor:
-    """Return the teacher's perplexity without each of its layers, shape (n_layer,); infinite for an only layer."""
+    """Return the teacher's perplexity without each of its layers, shape (n_layer,); infinite if it has only one."""
     n_layer = teacher.n_layer
     found = torch.full((n_layer,), torch.inf, dtype=torch.float64)
     for layer in tqdm(range(n_layer if n_layer > 1 else 0), "layers", disable=not progress):
@@ -131,7 +133,7 @@ def perplexities_without(teacher: Config, score: Perplexity, progress: bool = Tr
 
 @torch.no_grad()
 def magnitudes(model: GPT) -> UnitScores:
-    """Return the L2 norm of the weights that belong only to each unit; tied weights are counted once."""
+    """Return, for each unit, the L2 norm of the weights that belong only to it; tied weights are counted once."""
     config = model.config
     channels = torch.zeros(config.n_layer + 1, config.n_embd, dtype=torch.float64)
     units = [units_of(config, layer) for layer in range(config.n_layer)]
@@ -274,7 +276,7 @@ def _by_unit(x: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
 
 
 class _Sums:
-    """Sums over sequences of a power of each sequence's total."""
+    """Sums over sequences of |x|^power, where x is the total of a sequence."""
 
     def __init__(self, power: int) -> None:
         self.power = power

@@ -12,10 +12,11 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.costs import widest_map
 
 LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
-"""Default number of calibration tokens: the minimum, and the number per input of the widest map; fewer would overfit"""
+"""Default number of calibration tokens: a minimum, and the number per input of the student's widest linear map; fewer
+would overfit"""
 
 LEAST_TOKENS_TO_REFINE, TOKENS_PER_INPUT_TO_REFINE = 16_384, 12
-"""The same for the closed form where passes that refine follow"""
+"""Default number of tokens for the closed form if `refine_passes` follow it: minimum, and number per input"""
 
 
 @dataclass
@@ -33,10 +34,10 @@ class RepairArgs:
     """Passes over the calibration tokens that train all blocks jointly on the teacher's predictions, after the closed
     form"""
     closed_form_tokens: int | None = None
-    """Number of calibration tokens that the closed form is fitted to where passes that refine follow, which gain more
-    from tokens that it has not been fitted to; by default 12 for each input of the widest map, and at least 16,384"""
+    """Number of calibration tokens for the closed form, if refine_passes is above 0. Refining gains more from tokens
+    outside this number. By default 12 per input of the student's widest linear map, and at least 16,384"""
     refine_lr: float = 3e-4
-    """Peak learning rate of these passes, annealed to zero"""
+    """Peak learning rate of refine_passes, annealed to zero"""
     head_passes: int = 1
     """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
 
@@ -47,7 +48,7 @@ class RepairArgs:
             raise UserError(f"repair.tokens must be at least 1, got {self.tokens}; 65536 suits small models")
         if self.closed_form_tokens is not None and not (self.closed_form_tokens > 0 and self.refine_passes):
             raise UserError(
-                f"repair.closed_form_tokens must be at least 1 and comes with repair.refine_passes, got "
+                f"repair.closed_form_tokens must be at least 1 and needs repair.refine_passes above 0, got "
                 f"{self.closed_form_tokens} and {self.refine_passes}; leave it out, or give repair.tokens"
             )
         if not 0 <= self.refine_passes < math.inf:

@@ -1,11 +1,11 @@
-"""Basis of the student's residual stream: directions of the teacher's stream that the student's channels represent.
+"""Basis of the student's residual stream: directions of the teacher's residual stream that student channels represent.
 
 The basis is either a subset of the teacher's channels, as in a plain slice, or the directions that matter most to the
 input projections. An RMSNorm commutes with rotations of its input once its weight is folded into the projections after
 it (SliceGPT, arXiv 2401.15024), so a student can use any orthonormal directions and stay a stock litgpt model. A
-LayerNorm first subtracts the mean over channels. Its student uses directions of the teacher's zero-mean subspace,
-mapped into its own zero-mean subspace, where subtracting the mean changes nothing: it loses one direction and stays a
-LayerNorm.
+LayerNorm first subtracts the mean over channels. Its student uses directions of the teacher's zero-mean subspace. They
+are mapped into the student's zero-mean subspace, where subtracting the mean changes nothing. The student thus loses one
+direction, and its norm stays a LayerNorm.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Basis:
         return self.kept is not None and len(self.kept) == self.matrix.shape[1]
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """Project the teacher's stream onto the student's channels: (…, n_embd_teacher) to (…, n_embd_student)."""
+        """Project the teacher's hidden states to the student's channels: (…, n_embd_teacher) to (…, n_embd_student)."""
         return stream[..., self.kept] if self.kept is not None else stream @ self.matrix.T
 
     def turn_norm(self, teacher: nn.Module, student: nn.Module) -> None:
@@ -71,17 +71,17 @@ class Basis:
         set_norm_weight(student, scale)
         bias = getattr(student, "bias", None)
         if bias is not None:
-            # a LayerNorm's output has zero mean: a constant added to it gives projections without a bias an intercept
+            # a LayerNorm's output has zero mean; adding a constant gives later projections without a bias an intercept
             bias.copy_(self.matrix @ teacher.get_parameter("bias") + scale)
 
     def reconstruction(self, norm: nn.Module, moments: Moments) -> torch.Tensor:
-        """Return the plain cut's estimate of the teacher's normalised stream from the student's, optimally scaled.
+        """Return the map from the student's normalised hidden states to the teacher's, before any fit.
 
-        The scale compensates for a norm over fewer channels, which divides by a different value.
+        It is the transposed basis, optimally scaled: a norm over fewer channels divides by a different value.
 
         Args:
             norm: The teacher's norm.
-            moments: Moments with the student's normalised stream as inputs and the teacher's as outputs.
+            moments: Moments with the student's normalised hidden states as inputs and the teacher's as outputs.
 
         Returns:
             R, shape (n_embd_teacher, n_embd_student), with teacher ≈ R · student.
@@ -97,11 +97,11 @@ class Basis:
 
 
 def principal_directions(worth: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Return orthonormal directions of the stream, the most important first, shape (n_embd, n_embd).
+    """Return orthonormal directions of the residual stream, the most important first, shape (n_embd, n_embd).
 
     Args:
-        worth: Symmetric matrix M that scores a direction v by vᵀMv, such as the normalised stream's covariance; shape
-            (n_embd, n_embd).
+        worth: Symmetric matrix M that scores a direction v by vᵀMv, such as the covariance of normalised hidden states;
+            shape (n_embd, n_embd).
         centred: True if the model's norms subtract the mean over channels. All directions then have zero mean, and the
             last one is zero.
     """
@@ -109,7 +109,7 @@ def principal_directions(worth: torch.Tensor, centred: bool) -> torch.Tensor:
         return torch.linalg.eigh(worth).eigenvectors.flip(1).T
     n = len(worth)
     centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
-    # centre again: rounding leaves a trace of the mean in the directions
+    # centre again, since rounding leaves small means in the directions
     return torch.linalg.eigh(centring @ worth @ centring).eigenvectors.flip(1).T @ centring
 
 
@@ -144,7 +144,7 @@ def scale_norm_weight(norm: nn.Module, by: torch.Tensor) -> None:
 
 
 def affine_part(norm: nn.Module, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight and bias of a norm over n channels; ones and zeros if it has none."""
+    """Return the weight and bias of a norm over n channels, each of shape (n,); ones or zeros if missing."""
     weight, bias = norm_weight(norm), getattr(norm, "bias", None)
     return torch.ones(n) if weight is None else weight, torch.zeros(n) if bias is None else bias.data
 
@@ -155,18 +155,18 @@ def is_centring(config: Config) -> bool:
 
 
 def standardised(stream: torch.Tensor, config: Config) -> torch.Tensor:
-    """Normalise the stream as a norm without weights does."""
+    """Normalise hidden states, shape (…, n_embd), as a norm without weights does."""
     if is_centring(config):
         stream = stream - stream.mean(-1, keepdim=True)
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + config.norm_eps)
 
 
 def token_weights(stream: torch.Tensor, config: Config) -> torch.Tensor:
-    """Return the weight of each token's error in a regression: 1 / the mean square of its stream.
+    """Return the weight of each token's error in a regression: 1 / (mean square of its hidden state).
 
-    Every projection reads the stream through a norm, so errors count relative to the stream's size at that token.
-    Pretrained models have a few tokens whose hidden states are a thousand times as large as the others' (massive
-    activations, arXiv 2402.17762); these tokens would dominate unweighted least squares.
+    Every input projection follows a norm, so errors matter relative to the size of the token's hidden state. In
+    pretrained models, a few tokens have hidden states a thousand times larger than usual (massive activations, arXiv
+    2402.17762). These tokens would dominate unweighted least squares.
 
     Args:
         stream: The teacher's residual stream, shape (…, n_embd).
@@ -191,12 +191,12 @@ def readers(block: Block, part: str) -> list[torch.Tensor]:
 
 
 class DirectionImportance:
-    """Importance of the normalised stream's directions for the projections that read them.
+    """Importance of directions of the normalised hidden states for the input projections.
 
-    With C the stream's uncentred covariance and G the weighted sum of WᵀW over the weights W of all input projections,
-    the leading eigenvectors of C^½ G C^½ are the directions that contribute most to the projections' outputs. They lie
-    in the span of C: a direction in which the stream is always zero has no importance, however large the weights along
-    it.
+    Let C be the uncentred covariance of these states, and G the weighted sum of WᵀW over the weights W of all input
+    projections. The leading eigenvectors of C^½ G C^½ are the directions that contribute most to the projections'
+    outputs. They lie in the span of C: a direction in which the states are always zero has no importance, however large
+    the weights are.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class DirectionImportance:
         """Add the input projections after one norm.
 
         Args:
-            moments: Moments of the stream, normalised without the norm's weights.
+            moments: Moments of the hidden states, normalised without the norm's weights.
             norm: The norm.
             weights: Weights of the projections after the norm, each of shape (n_out, n_embd).
             times: Total weight of these projections, relative to those after other norms.

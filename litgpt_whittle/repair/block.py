@@ -39,29 +39,29 @@ Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Streams:
-    """Residual streams of both models around a block, on the calibration tokens."""
+    """Residual streams (hidden states) of both models around a block, on the calibration tokens."""
 
     teacher: Activations
-    """The teacher's stream before the block"""
+    """The teacher's hidden states before the block"""
     student: Activations
-    """The student's stream before the block"""
+    """The student's hidden states before the block"""
     middle: Activations | None
-    """The teacher's stream before the block's MLP; None if attention and MLP read the same stream"""
+    """The teacher's hidden states before the block's MLP; None in a parallel block, where they are `teacher`"""
     ahead: Activations
-    """The teacher's stream after the block and the dropped blocks that follow it"""
+    """The teacher's hidden states after the block and the dropped blocks that follow it"""
     sizes: dict[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
 
     @property
     def before_mlp(self) -> Activations:
-        """The teacher's stream that the block's MLP reads."""
+        """The teacher's hidden states before the block's MLP."""
         return self.teacher if self.middle is None else self.middle
 
 
 def post_norm(block: Block, *parts: str) -> nn.Module | None:
     """Return the norm between a block's attention or MLP and the residual addition.
 
-    None if there is no such norm or it has no weight, for a single expert, and if attention and MLP are fitted jointly.
+    Return None if there is no such norm, if it has no weight, for a single expert, or for a joint fit of both parts.
     """
     norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 and parts[0] in POST_NORMS else None
     return None if norm is None or norm_weight(norm) is None else norm
@@ -74,7 +74,7 @@ class BlockRepair:
         block: The student's block, fitted in place.
         slices: The block's slices of the teacher's parameters.
         teacher: The teacher's block.
-        args: Arguments of the student's block besides the stream.
+        args: Arguments of the student's block besides the hidden states.
         streams: Residual streams of both models.
         basis: Basis of the student's residual stream.
         calibration: The calibration tokens.
@@ -100,7 +100,7 @@ class BlockRepair:
         self._of_attn, self._of_middle, self._of_mlp = (calibration.cache() for _ in range(3))
         self._is_fitted = False
         self._before: tuple[Moments, Moments] | None = None
-        """Moments of the streams before a parallel block, which attention and MLP both read"""
+        """Moments of the hidden states before a parallel block, the input of both attention and MLP"""
 
     def fit(self) -> None:
         """Fit all linear maps of the block, in place."""
@@ -117,7 +117,7 @@ class BlockRepair:
         self._is_fitted = True
 
     def output(self, batch: Batch) -> torch.Tensor:
-        """Return the student's stream after this block, shape (B, T, n_embd_student)."""
+        """Return the student's hidden states after this block, shape (B, T, n_embd_student)."""
         block = self.block
         if self.is_parallel or not self._is_fitted or hasattr(block.mlp, "experts"):
             return block(self._student(batch), *self.args)
@@ -130,10 +130,10 @@ class BlockRepair:
         self._is_fitted = False  # cached activations belong to the fitted weights
 
     def error(self, batches: Iterable[Batch]) -> float:
-        """Return the student's squared error after this block, relative to each token's stream.
+        """Return the student's squared error after this block, relative to the size of each token's hidden state.
 
         Args:
-            batches: The batches to evaluate: held-out ones for reports, tuning ones for decisions.
+            batches: The batches to evaluate: held-out batches for reports, tuning batches for decisions.
         """
         sums = torch.zeros(2, dtype=sums_dtype(self.calibration.device), device=self.calibration.device)
         for batch in batches:
@@ -148,7 +148,7 @@ class BlockRepair:
     def _read(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> None:
         """Fit all input projections of `attn` or `mlp`.
 
-        Experts share the regression as well, so each is fitted on more tokens than are routed to it.
+        Experts share the regression, so each expert is also fitted to tokens that are not routed to it.
         """
         moments = self._normalised(part, teacher_norm, student_norm)
         anchor = self.basis.reconstruction(teacher_norm, moments[0])
@@ -160,10 +160,10 @@ class BlockRepair:
             self._reported(found, name)
 
     def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
-        """Return the moments of both models' streams before `attn` or `mlp`, after these norms."""
+        """Return the moments of both models' inputs of `attn` or `mlp`: hidden states after these norms."""
         n_in, n_out = self.basis.matrix.shape
         if self.is_parallel:
-            # attention and MLP read the same stream, and their norms differ only in their weights
+            # attention and MLP have the same hidden states as input, and their norms differ only in the weights
             self._before = self._before or self.calibration.moments(
                 n_in,
                 n_out,
@@ -220,8 +220,8 @@ class BlockRepair:
         """Fit an output projection that is followed by a norm.
 
         A norm divides by the size of its input, so its output is not linear in the projection's inputs. It becomes
-        linear with the size taken from the teacher's norm at each token. The fit is kept unless it increases the error
-        after the student's own norm.
+        linear if each token is divided by the size at the teacher's norm instead. The fit is kept unless it increases
+        the error after the student's norm.
         """
         name = f"{part}.proj"
         module, kind = self.block.get_submodule(name), POST_NORMS[part]
@@ -254,7 +254,7 @@ class BlockRepair:
     def _refit_post_norm(self, norm: nn.Module, module: nn.Module, examples: Examples) -> None:
         """Fit the weight of the norm after an output projection, channel by channel.
 
-        A channel keeps its weight if the one fitted to the other tokens increases the error on the tuning tokens.
+        A channel keeps its weight unless the weight fitted to the fitting tokens decreases the error on tuning tokens.
         """
         sums = torch.zeros(
             2, 2, self.basis.matrix.shape[0], dtype=sums_dtype(self.calibration.device), device=self.calibration.device
@@ -271,7 +271,7 @@ class BlockRepair:
         scale_norm_weight(norm, torch.where(is_better, scale, 1.0))
 
     def _reported(self, found: Fit, *names: str) -> Fit:
-        """Record maps for which no ridge improves on the plain cut; return the fit."""
+        """Record maps for which no ridge improves on the sliced weights; return the fit."""
         if math.isinf(found.ridge):
             self.left_as_cut += names
         return found
@@ -279,9 +279,9 @@ class BlockRepair:
     def _write_experts(self) -> None:
         """Fit the output projections of the experts, then of the shared experts.
 
-        The target of each expert, on the tokens routed to it, is the output of the same teacher expert on the teacher's
-        stream, plus its share of the remaining residual to the teacher's stream. Shared experts, which see all tokens,
-        are fitted to the residual after that.
+        On the tokens routed to an expert, its target has two parts: the output of the same expert in the teacher, and a
+        share of the remaining difference to the teacher's hidden states. Shared experts, which process all tokens, are
+        fitted to the difference after that.
         """
         mlp, theirs = self.block.mlp, self.teacher.mlp
         if len(mlp.experts) > self.basis.matrix.shape[0]:  # `routing` needs a unit vector per expert
@@ -338,7 +338,7 @@ class BlockRepair:
             shared.proj.bias.copy_(found.bias)
 
     def _before_mlp(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the student's stream before its MLP, and the same after the norm."""
+        """Return the student's hidden states before its MLP, without and with the norm."""
         start = self._middle(batch)
         return start, self.block.norm_2(start)
 
@@ -352,7 +352,7 @@ class BlockRepair:
         return self._of_attn.get(batch, lambda batch: self._run(batch, ["attn.proj"])["attn.proj"])
 
     def _middle(self, batch: Batch) -> torch.Tensor:
-        """Return the student's stream between attention and MLP; attention must be fitted already."""
+        """Return the student's hidden states between attention and MLP; attention must be fitted already."""
 
         def compute(batch: Batch) -> torch.Tensor:
             attn, norm = self.block.attn, self.block.post_attention_norm
@@ -366,7 +366,7 @@ class BlockRepair:
         return self._of_mlp.get(batch, lambda batch: input_of(mlp.proj, mlp, norm(self._middle(batch))))
 
     def _weights(self, batch: Batch, stream: Activations | None = None) -> torch.Tensor:
-        """Return token weights from a teacher stream, by default the one after the block: shape (B, T)."""
+        """Return token weights from the teacher's hidden states, by default after the block: shape (B, T)."""
         stream = self.streams.ahead if stream is None else stream
         return token_weights(stream[batch], self.teacher.config)
 
@@ -374,5 +374,5 @@ class BlockRepair:
         return self.streams.student[batch]
 
     def _goal(self, batch: Batch, stream: Activations | None = None) -> torch.Tensor:
-        """Return a teacher stream in the student's basis, by default the one after the block."""
+        """Return the teacher's hidden states in the student's basis, by default after the block."""
         return self.basis.project((self.streams.ahead if stream is None else stream)[batch])

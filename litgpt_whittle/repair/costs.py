@@ -1,4 +1,4 @@
-"""Cost estimates of repairs: memory for moments, operations to collect them and to solve for a candidate."""
+"""Cost estimates of repairs: memory, disk space, and operations to collect moments and to solve for a candidate."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from litgpt_whittle.tensors import sums_dtype
 FP32 = torch.float32.itemsize
 
 SOLVING = 8
-"""Time of one operation of a solve, in operations of a forward pass; solves run in float64 and copy a lot. Measured on
-a teacher of 8M parameters"""
+"""Time of one operation of a solve, in operations of a forward pass, measured on a teacher of 8M parameters. Solves run
+in float64 and copy a lot"""
 
 SOLVE_COPIES = 8
-"""Matrices of a map's inputs that exist at once while it is fitted, or while its inputs are chosen: moments to fit and
-to tune, their sum, covariances, the damped ones, their factor or inverse, and temporaries"""
+"""Matrices over a map's inputs that exist at once while the map is fitted, or its inputs are chosen: moments for
+fitting and tuning, their sum, covariances, damped covariances, their factor or inverse, and temporaries"""
 
 LOGITS_COPIES = 8
 """Tensors as large as the logits that exist at once while a divergence and its gradient are computed"""
 
 CANDIDATE_COPIES = 7
-"""`SOLVE_COPIES` for one candidate of a repair from moments, besides the moments of all layers"""
+"""`SOLVE_COPIES` for one candidate of a repair from moments, in addition to the moments of all layers"""
 
 
 def widest_map(config: Config) -> int:
@@ -106,7 +106,7 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool
     largest = largest_block(teacher)
     # a block of the teacher and one of the student, which is at most as large, before and after the fit
     block = 3 * largest + sums_bytes(subnet, True, device)
-    # the teacher's principal directions come before the student exists, whose weights are then cut from a copy
+    # the principal directions are computed before the student exists; its weights are then sliced from a copy
     centred = 3 * FP32 * teacher.n_embd * teacher.padded_vocab_size  # the head, in float64, too
     begin = max(largest + centred + SOLVE_COPIES * teacher.n_embd**2 * torch.float64.itemsize, theirs) - ours
     head = _logits_bytes(subnet, TOKENS_PER_STEP) if tied else head_bytes(subnet)
@@ -115,7 +115,7 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool
 
 def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
     """Return the disk space of a repair in bytes: residual streams, finished layers, and the state of training."""
-    # both models' streams before and after a block, the teacher's within it, and the input of end-to-end training
+    # hidden states of both models before and after a block, the teacher's within it, and the input of joint training
     streams = n_tokens * (3 * subnet.teacher.n_embd + (2 + refines) * len(subnet.n_embd))
     return FP32 * (streams + (1 + 4 * refines) * n_params(subnet.teacher, subnet))
 
@@ -150,10 +150,10 @@ def moments_bytes(config: Config, n_tokens: int, device: torch.device) -> int:
 
 
 def candidate_bytes(config: Config, device: torch.device) -> int:
-    """Return the bytes that repairing one candidate takes beside the moments, without activations.
+    """Return the bytes for repairing one candidate in addition to the moments, without activations.
 
     Args:
-        config: The teacher's config; a candidate as large is assumed.
+        config: The teacher's config; the candidate is assumed to be as large as the teacher.
         device: Device of the moments.
     """
     full = SubNet.full(config)
@@ -165,19 +165,24 @@ def candidate_bytes(config: Config, device: torch.device) -> int:
 
 
 def streams_bytes(config: Config, n_calibration: int) -> int:
-    """Return an upper bound of the main memory for the teacher's stream before each layer and after the last."""
+    """Return an upper bound, in bytes, for the teacher's hidden states before each layer and after the last one.
+
+    Args:
+        config: The teacher's config.
+        n_calibration: Number of calibration tokens.
+    """
     return FP32 * (config.n_layer + 1) * n_calibration * config.n_embd
 
 
 def check_memory(config: Config, n_tokens: int, device: torch.device, beside: int = 0, n_calibration: int = 0) -> None:
-    """Check that the moments of all layers of a teacher fit into memory, and one candidate beside them.
+    """Check that the moments of all layers of a teacher and one candidate fit into memory.
 
     Args:
         config: The teacher's config.
         n_tokens: Number of distinct tokens in the calibration data; 0 if unknown.
         device: Device of the moments.
         beside: Bytes reserved for what is loaded later.
-        n_calibration: Number of calibration tokens, whose streams are kept in main memory.
+        n_calibration: Number of calibration tokens, whose hidden states are kept in main memory.
 
     Raises:
         UserError: If they do not fit.
@@ -188,13 +193,13 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
         needed += streams_bytes(config, n_calibration)
     if needed > free:
         raise UserError(
-            f"a repair from moments keeps those of all layers, {readable_size(needed)} for {config.name}, and "
+            f"a repair from moments keeps the moments of all layers, {readable_size(needed)} for {config.name}, but "
             f"{readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger device"
         )
 
 
 def collecting_flops(config: Config, n_tokens: int) -> float:
-    """Return the operations to collect the moments of `n_tokens` tokens and to order all units by them, once."""
+    """Return the operations to collect the moments of `n_tokens` tokens, and to order all units once by them."""
     # half of the products are mirrored, but float64 takes twice as long
     return 2 * n_tokens * _n_numbers(config) + SOLVING * 2 * sum(n**3 for sizes in _sizes(config) for n in sizes)
 

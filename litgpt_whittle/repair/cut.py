@@ -1,4 +1,4 @@
-"""Plain cut of a student in its own basis: the starting point of every repair."""
+"""Slice a student out of its teacher, in the student's basis: the starting point of every repair."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ KINDS = ("reading", "writing", "inner")
 
 
 def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Basis, tied: bool) -> Weights:
-    """Cut the weights outside the blocks: embedding, final norm and LM head.
+    """Return the student's sliced weights outside the blocks: embedding, final norm and LM head.
 
     Args:
         teacher: The teacher's config.
-        weights: The teacher's weights; those of its blocks are ignored.
+        weights: The teacher's weights; weights of its blocks are ignored.
         basis: Basis of the student's residual stream.
         tied: True if the LM head is tied to the embedding.
     """
     n_student, n_teacher = basis.matrix.shape
     embedding = basis.project(weights["transformer.wte.weight"])
-    if teacher.scale_embeddings:  # litgpt multiplies by the square root of each model's own width
+    if teacher.scale_embeddings:  # litgpt multiplies embeddings by the square root of the model's width
         embedding = embedding * math.sqrt(n_teacher / n_student)
     cut = {"transformer.wte.weight": embedding.contiguous()}
     for name, tensor in weights.items():
@@ -45,7 +45,7 @@ def cut_outside(teacher: Config, weights: Mapping[str, torch.Tensor], basis: Bas
 
 
 def cut_block(subnet: SubNet, index: int, keep: LayerUnits, basis: Basis, teacher: Block) -> tuple[Block, SlicePlan]:
-    """Cut a student's block out of the teacher's; return it with its slices of the teacher's parameters."""
+    """Return a student's block, sliced out of the teacher's, and its slices of the teacher's parameters."""
     slices = layer_plan(subnet.teacher, subnet.layers[index], subnet.n_embd, subnet.head_cut.dims, keep)
     (slices,) = on_device([slices], teacher.attn.proj.weight.device)
     tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
@@ -97,12 +97,12 @@ def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
 def not_finite(layer: int) -> UserError:
     """Return the error for a teacher layer whose outputs contain infinities or NaNs."""
     return UserError(
-        f"the teacher's layer {layer} gives activations that are not finite on calibration data: it is damaged"
+        f"the teacher's layer {layer} gives activations that are not finite on calibration data; the layer is damaged"
     )
 
 
 class FiniteCheck:
-    """Checks that a teacher layer's outputs are finite, once for all batches, so that no batch waits for a device."""
+    """Checks once for all batches that a teacher layer's outputs are finite, so that no batch waits for the device."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -120,10 +120,10 @@ class FiniteCheck:
 
 
 class TokenMeans:
-    """Mean of the teacher's residual stream per token, an embedding that replaces dropped first layers.
+    """Mean of the teacher's hidden states for each token id, as an embedding that replaces dropped first layers.
 
-    A student without the teacher's first layers starts from the stream after them, as far as the token alone predicts
-    it.
+    A student without the teacher's first layers then starts from the hidden states after these layers, as far as the
+    token alone predicts them.
 
     Args:
         tokens: Token ids that can occur, in ascending order, shape (n,).
@@ -139,7 +139,7 @@ class TokenMeans:
         self.count = torch.zeros(len(tokens), 1, device=tokens.device)
 
     def add(self, ids: torch.Tensor, stream: torch.Tensor) -> None:
-        """Add tokens, shape (…), with the stream at their positions, shape (…, n_embd)."""
+        """Add token ids, shape (…), with the hidden states at their positions, shape (…, n_embd)."""
         rows = torch.searchsorted(self.tokens, ids.flatten())
         self.total.index_add_(0, rows, stream.flatten(0, -2).float())
         self.count.index_add_(0, rows, self.count.new_ones(len(rows), 1))

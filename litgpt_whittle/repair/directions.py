@@ -28,7 +28,7 @@ def direction_importance(
         block_of: Returns one of the teacher's blocks.
         layers: The kept layers.
         calibration: The calibration tokens; 32 per channel, spread over them, are used.
-        stream: Holds the teacher's residual stream; overwritten.
+        stream: Buffer for the teacher's hidden states; overwritten.
 
     Raises:
         UserError: If activations are not finite.

@@ -1,9 +1,9 @@
 """Train all blocks of a repaired student jointly, on the calibration tokens.
 
 The closed form fits one linear map at a time, but nonlinear contributions of dropped layers and neurons can only be
-recovered by training the maps jointly. The targets are the teacher's predictions. The teacher does not run again,
-since its final hidden states lie in the scratch files of the sequential repair; nor do leading blocks of the student
-that are copies of the teacher's. The embedding, and with it a tied head, is frozen.
+recovered by training the maps jointly. The targets are the teacher's predictions. The teacher does not run again, since
+its final hidden states are in the scratch files of the sequential repair. Leading student blocks that are copies of the
+teacher's do not run again either. The embedding, and a head that is tied to it, are frozen.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class EndToEnd:
         ours: The student's modules outside the blocks, trained in place.
         theirs: The teacher's modules outside the blocks.
         blocks: The student's blocks except leading copies of the teacher's, trained in place.
-        args: Arguments of each block besides the stream.
-        start: The student's stream before the first of these blocks.
-        teacher: The teacher's stream after its last block.
+        args: Arguments of each block besides the hidden states.
+        start: The student's hidden states before the first of these blocks.
+        teacher: The teacher's hidden states after its last block.
         calibration: The calibration tokens.
         tied: True if the student's head is tied to its embedding.
     """
@@ -81,7 +81,7 @@ class EndToEnd:
             return refine(rates, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end")
 
     def error(self, windows: range | None = None) -> float:
-        """Return the divergence on these windows, by default the held-out ones."""
+        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token."""
         windows = windows or self.calibration.held_out_windows
         with torch.no_grad():
             return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)

@@ -1,9 +1,10 @@
-"""Repair candidates from the teacher's moments alone: collected once, they fit any candidate by linear solves.
+"""Repair candidates from the teacher's moments alone, which are collected once, and fit any candidate by linear solves.
 
 The full repair (`litgpt_whittle.repair.sequential`) runs the student to get the actual inputs of its maps. Here each
 map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is
-slightly worse than a full repair, but ranks candidates as full repairs do; the plain cut does not. Dropped layers are
-compensated as in a full repair: the maps before such a gap are fitted to the teacher's stream after it.
+slightly worse than a full repair, but ranks candidates as full repairs do; scores without any repair do not. Dropped
+layers are compensated as in a full repair: the maps before such a gap are fitted to the teacher's hidden states after
+the gap.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ RIDGE = 1e-4
 
 
 class MomentRepair:
-    """Creates repaired students of a teacher, in its precision; solves run in float32 or higher.
+    """Creates repaired students of a teacher, in the teacher's dtype; solves run in float32 or higher.
 
     Args:
         teacher: The teacher.
@@ -72,9 +73,9 @@ class MomentRepair:
         self.layers = [_LayerMoments(self, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
-        """Per-token means of the teacher's stream before each layer that can be a student's first, except layer 0"""
+        """Per-token means of the teacher's hidden states, by the layer (except 0) that can be a student's first"""
         self.streams: list[list[torch.Tensor]] = [[] for _ in range(self.config.n_layer + 1)]
-        """The teacher's stream before each layer and after the last, batch by batch, in main memory"""
+        """The teacher's hidden states before each layer and after the last, batch by batch, in main memory"""
         self.block_args: list[tuple] = [()] * self.config.n_layer
         watching = [handle for layer in self.layers for handle in layer.handles]
         for layer, module in enumerate([*teacher.transformer.h, teacher.transformer.ln_f]):
@@ -104,16 +105,15 @@ class MomentRepair:
             self.block_args[layer] = inputs[1:]
 
     def _measure_gap(self, layer: int, following: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the moments of a layer's last output projections with their target across a gap.
+        """Return the moments of a layer's last output projections, with targets after a gap of dropped layers.
 
         Args:
             layer: The layer before a gap of dropped layers.
             following: The next kept layer, or the number of layers.
 
         Returns:
-            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). z are the projections'
-            inputs, y is the difference between the teacher's stream after the gap and the stream before these
-            projections.
+            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). The projections' inputs
+            are z. The difference between the teacher's hidden states after the gap and before these projections is y.
         """
         moments, block = self.layers[layer], self.teacher.transformer.h[layer]
         names = moments.last_writers
@@ -146,13 +146,13 @@ class MomentRepair:
             return RIDGE
         warnings.warn(
             f"{self.final.n:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; repairs from "
-            "moments stay near the plain cut, give more text",
+            "moments hardly change the sliced weights, give more text",
             stacklevel=3,
         )
         return 1e-1
 
     def _add(self, moments: Moments, stream: torch.Tensor) -> None:
-        """Add the stream, normalised without the norm's weights."""
+        """Add hidden states to the moments, normalised without the norm's weights."""
         moments.add(standardised(stream.float(), self.config), no_outputs(stream))
 
     def _worth(self) -> DirectionImportance:
@@ -169,7 +169,7 @@ class MomentRepair:
     @exact_products()
     @torch.no_grad()
     def student(self, subnet: SubNet) -> GPT:
-        """Return a repaired student, with a principal basis if channels are cut, and with reselected units."""
+        """Return a repaired student with reselected units, in a principal basis if channels are removed."""
         basis = self._basis(len(subnet.n_embd))
         blocks: list[Block] = []
         for i, layer in enumerate(subnet.layers):
@@ -216,7 +216,7 @@ class MomentRepair:
 
 
 class _LayerMoments:
-    """Moments of one teacher block: of the streams it reads and of its output projections.
+    """Moments of one teacher block: of the hidden states before attention and MLP, and of its output projections.
 
     Args:
         repair: The repair that collects the moments.
@@ -225,7 +225,7 @@ class _LayerMoments:
     """
 
     _start: torch.Tensor
-    """Stream before the current output projections, which they add to"""
+    """Hidden states to which the current output projections add"""
 
     def __init__(self, repair: MomentRepair, layer: int, block: Block) -> None:
         self.config, self.device = repair.config, repair.device
@@ -258,7 +258,7 @@ class _LayerMoments:
         moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
         written: list[torch.Tensor] = []
-        is_expert = "experts" in names[0]  # unweighted: the streams of the tokens routed to it are not available here
+        is_expert = "experts" in names[0]  # unweighted: hidden states of the tokens routed to it are not available here
 
         def add(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
@@ -294,8 +294,8 @@ class _LayerMoments:
     ) -> None:
         """Fit all input and output projections of a student's block, in place.
 
-        Projections that lose nothing in the cut stay as they are: inputs if all channels are kept, outputs if all
-        their inputs are kept, too.
+        Projections that lose nothing by slicing do not change: input projections if all channels are kept, and output
+        projections if all of their inputs are kept, too.
 
         Args:
             block: The student's block.
@@ -378,10 +378,10 @@ def _post_norm(block: Block, names: tuple[str, ...]) -> nn.Module | None:
 def _writing_moments(
     moments: Moments, kept: torch.Tensor, basis: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> Moments:
-    """Return the moments of output projections' kept inputs and their targets in the student's stream.
+    """Return the moments of output projections' kept inputs, and of their targets in the student's channels.
 
     Args:
-        moments: Moments of all inputs, and of the targets in the teacher's stream if `weight` is None.
+        moments: Moments of all inputs, and of the targets in the teacher's channels if `weight` is None.
         kept: Indices of the kept inputs.
         basis: The student's channels, shape (n_embd_student, n_embd).
         weight: The teacher's map, shape (n_embd, n_in), if the targets are its outputs; otherwise None.
@@ -402,13 +402,13 @@ def _writing_moments(
 
 
 def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module) -> Moments:
-    """Return the moments of both models' normalised streams, with the student's stream approximated by the teacher's.
+    """Return moments with the student's normalised hidden states as inputs and the teacher's as outputs.
 
-    The student's stream is the teacher's projected onto its basis. A norm over fewer channels divides each token by a
-    different value; here a single factor, averaged over tokens, replaces it.
+    The student's hidden states are approximated by the teacher's, projected onto the basis. A norm over fewer channels
+    divides each token by a different value; here one factor, averaged over tokens, replaces it.
 
     Args:
-        stream: Moments of the teacher's stream, normalised without the norm's weights.
+        stream: Moments of the teacher's hidden states, normalised without the norm's weights.
         basis: Basis of the student's residual stream.
         theirs: The teacher's norm.
         ours: The student's norm.

@@ -1,9 +1,9 @@
 """Train the LM head on the teacher's predictions, after the closed-form fit to the teacher's logits.
 
 Least squares weighs the logit of an unlikely token as much as that of the most likely one. The quantity of interest,
-KL(teacher ‖ student), has no closed form, but is convex in the head: a few passes over the final hidden states, which
-lie in scratch files already, come close to the minimum without running any block. The teacher gives a probability for
-every token of the vocabulary, so even few calibration tokens are hard to overfit.
+KL(teacher ‖ student), has no closed-form minimum, but is convex in the head. A few passes over the final hidden states,
+which are in scratch files already, come close to the minimum without running any block. The teacher gives a probability
+for every token of the vocabulary, so even few calibration tokens are hard to overfit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class HeadRepair:
     Args:
         ours: The student's modules outside the blocks, trained in place.
         theirs: The teacher's modules outside the blocks.
-        student: The student's stream after its last block.
-        teacher: The teacher's stream after its last block.
+        student: The student's hidden states after its last block.
+        teacher: The teacher's hidden states after its last block.
         calibration: The calibration tokens.
         tied: True if the student's head is tied to its embedding.
     """
@@ -75,7 +75,7 @@ class HeadRepair:
             return refine(self.rates, loss, self.error, bar, scratch=scratch, name="head")
 
     def error(self, windows: range | None = None) -> float:
-        """Return the divergence on these windows, by default the held-out ones."""
+        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token."""
         windows, length = windows or self.calibration.held_out_windows, self.calibration.shape[1]
         n, end = windows.start * length, windows.stop * length
         parts = torch.arange(n, end).split(TOKENS_PER_STEP)
@@ -99,8 +99,8 @@ def divergence(
     Args:
         ours: The student's modules outside the blocks.
         theirs: The teacher's modules outside the blocks.
-        student: The student's stream after its last block, shape (…, n_embd_student).
-        teacher: The teacher's stream after its last block, shape (…, n_embd_teacher).
+        student: The student's hidden states after its last block, shape (…, n_embd_student).
+        teacher: The teacher's hidden states after its last block, shape (…, n_embd_teacher).
     """
     student_head, teacher_head = (
         HeadInput(outside.norm(stream), outside.head.weight, outside.head.bias)

@@ -1,8 +1,8 @@
 """Fit input projections: one regression per norm fits all projections after it.
 
-The targets are the outputs of the teacher's projections, linear functions of the teacher's normalised stream. So that
-stream is regressed once on the student's, and the weights of every projection are the teacher's times the solution.
-This includes the LM head, without computing any logits.
+The targets are the outputs of the teacher's projections, which are linear functions of the teacher's normalised hidden
+states. These states are regressed once on the student's; the weight of every projection is the teacher's weight times
+the solution. This includes the LM head, without computing any logits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from litgpt_whittle.repair.basis import norm_weight, scale_norm_weight
 from litgpt_whittle.repair.cut import linear_names, teacher_rows
 
 Find = Callable[[bool, torch.Tensor], Fit]
-"""Function that regresses the teacher's normalised stream on the student's, given whether to fit an intercept, and a
-metric for the errors"""
+"""Function that regresses the teacher's normalised hidden states on the student's. Its arguments are a flag to fit an
+intercept, and a metric for the errors, shape (n_embd, n_embd)"""
 
 
 def fit_readers(block: Block, slices: SlicePlan, teacher: Block, part: str, find: Find) -> dict[str, Fit]:
@@ -56,9 +56,9 @@ def fit_tied_norm(
 ) -> None:
     """Fit the weight of the final norm for a tied head, whose embedding stays fixed.
 
-    With E the student's embedding, V the teacher's, z and y their final normalised streams, the factor w of the norm's
-    weight that minimises ‖E diag(w) z − V y‖² solves (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ). If held-out moments are given,
-    w is applied only if it decreases the error on them.
+    Let E and V be the embeddings of student and teacher, and z and y their hidden states after the final norm. The
+    factor w of the norm's weight that minimises ‖E diag(w) z − V y‖² solves (EᵀE ∘ Σzzᵀ) w = diag(Eᵀ V Σyzᵀ). If
+    held-out moments are given, w is applied only if it decreases the error on them.
     """
     if norm_weight(norm) is None:
         return

@@ -41,7 +41,7 @@ def refine(
         rates: The parameters and their learning rates.
         loss: Returns the loss of a step, given its index.
         error: Returns the error on held-out tokens; the parameters are restored if it does not decrease.
-        bar: Progress bar over the steps; its total is their number.
+        bar: Progress bar over the steps; its total is the number of steps.
         warmup: Fraction of the steps in which the learning rates rise linearly.
         max_norm: Maximum norm for gradient clipping.
         scratch: Folder for the training state, saved once a minute, from which an interrupted run resumes.

@@ -17,11 +17,11 @@ class LayerReport:
 
     layer: int
     before: float
-    """Relative squared error of the student's stream after this block, as sliced"""
+    """Relative squared error of the student's hidden states after this block, as sliced, without repair"""
     after: float
-    """The same error, repaired"""
+    """Relative squared error after the repair"""
     left_as_cut: list[str] = field(default_factory=list)
-    """Maps that were not fitted"""
+    """Linear maps that keep their sliced weights"""
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Repaired:
     weights: Weights
     layers: list[LayerReport]
     head: Errors | None
-    """KL(teacher ‖ student) on held-out tokens before and after the head's passes, in nats per token"""
+    """KL(teacher ‖ student) on held-out tokens before and after training the head, in nats per token"""
     refined: Errors | None
-    """The same before and after the passes that train all blocks jointly"""
+    """KL(teacher ‖ student) on held-out tokens before and after training all blocks jointly, in nats per token"""
     fitted: float | None
-    """The same on as many fitted tokens, at the end"""
+    """Final KL(teacher ‖ student) on as many fitted tokens, in nats per token"""
     basis_name: str
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""

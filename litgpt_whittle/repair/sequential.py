@@ -5,16 +5,16 @@ teacher and student advance through their blocks side by side on the same calibr
 the student is fitted to the teacher's counterpart, given the actual inputs from the already repaired student:
 
 - The targets of input projections (queries, keys, values, the MLP's inputs, routers, the LM head) are the teacher's
-  pre-activations, which are linear in the teacher's normalised stream. So one regression of that stream on the
-  student's fits all projections after a norm, the LM head included, without computing logits.
-- The target of output projections is the difference between the teacher's stream after them and the student's stream
-  before them, so each block also corrects the error accumulated before it. Before a gap of dropped layers, the target
-  is the teacher's stream after the gap.
+  pre-activations, which are linear in the teacher's normalised hidden states. One regression of these states on the
+  student's therefore fits all projections after a norm, including the LM head, without computing logits.
+- The target of output projections is the difference between the teacher's hidden states after them and the student's
+  before them, so each block also corrects the error of earlier blocks. Before a gap of dropped layers, the target uses
+  the teacher's hidden states after the gap.
 - The LM head is then trained on the teacher's predictions (`litgpt_whittle.repair.head`), since squared errors of
   logits are only a proxy.
 
-Only moments are kept in memory (`litgpt_whittle.least_squares`), the streams lie in scratch files, and the teacher is
-read block by block.
+Only moments are kept in memory (`litgpt_whittle.least_squares`). The hidden states of both models, called streams in
+this package, are in scratch files, and the teacher is read block by block.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ from litgpt_whittle.unit_index import UnitIndex
 class SequentialRepair:
     """Fits a student to its teacher, one block at a time.
 
-    With several processes, each computes its share of the tokens, and all get the same student.
+    With several processes, each process computes its share of the tokens, and all processes get the same student.
 
     Args:
-        weights: The teacher's weights; memory-mapped ones are read a block at a time.
+        weights: The teacher's weights; memory-mapped weights are read one block at a time.
         subnet: The student's sub-network.
         calibration: The calibration tokens and the device; computation is in float32.
         args: Repair settings.
@@ -122,9 +122,9 @@ class SequentialRepair:
             )
 
     def _streams_budget(self) -> int:
-        """Return the bytes of the device's memory for streams: half of what the repair leaves.
+        """Return the bytes of the device's memory for streams: half of the memory that the repair does not need.
 
-        0 on a CPU, whose files are cached in main memory, and for several processes, which read one another's streams.
+        0 on a CPU, where files are cached in main memory, and for several processes, which share the files of streams.
         """
         if self.device.type == "cpu" or world_size() > 1:
             return 0
@@ -137,8 +137,8 @@ class SequentialRepair:
         if n_tokens >= widest:
             return RIDGES
         warnings.warn(
-            f"{n_tokens:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; the repair stays "
-            "near the plain cut, raise repair.tokens",
+            f"{n_tokens:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; the repair "
+            "hardly changes the sliced weights, raise repair.tokens",
             stacklevel=3,
         )
         return tuple(ridge for ridge in RIDGES if ridge >= 1e-2)
@@ -146,7 +146,7 @@ class SequentialRepair:
     @exact_products()
     @torch.no_grad()
     def run(self, progress: bool = True) -> Repaired:
-        """Run the repair, from the last finished layer on if it was interrupted."""
+        """Run the repair; after an interruption, resume after the last finished layer."""
         self.theirs = self._outside(self.teacher, read_outside(self.weights, self.device))
         self.basis = self._find_basis()
         cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
@@ -230,7 +230,7 @@ class SequentialRepair:
         """Set up both models' streams before the first unfinished block.
 
         Args:
-            finished: Weights of the student's finished blocks; streams that no file holds are computed again.
+            finished: Weights of the student's finished blocks, to recompute streams that are not in files.
         """
         n = len(finished)
         names, first = [f"teacher-{n}", f"student-{n}"], min(n, self.subnet.n_intact)
@@ -320,7 +320,7 @@ class SequentialRepair:
             self.student_stream[batch] = repair.output(batch)
         # the device holds one block at a time
         weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
-        # a cut without loss leaves nothing to fit
+        # if slicing loses nothing, there is nothing to fit
         left_as_cut = repair.left_as_cut if before > 1e-6 else []
         return keep, weights, LayerReport(layer, before, after, left_as_cut)
 
@@ -358,7 +358,7 @@ class SequentialRepair:
             for name in post_norms:
                 streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
             for name in wanted:
-                # errors count relative to the stream after the projection
+                # errors count relative to the hidden states after the projection
                 is_inside = name.startswith("attn") and streams.middle is not None
                 weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
@@ -380,7 +380,8 @@ class SequentialRepair:
         """Fit the LM head to the teacher's logits, from the moments of both final norms, then to its predictions.
 
         Returns:
-            Divergences on held-out tokens, and the final one on as many fitted tokens; None without passes.
+            KL(teacher ‖ student) in nats per token: before and after on held-out tokens, and the final value on as many
+            fitted tokens. None without passes.
         """
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
@@ -432,7 +433,7 @@ class SequentialRepair:
 
     @property
     def _start(self) -> str:
-        """Name of the student's stream before its first layer that is not a copy."""
+        """Name of the student's stream before its first layer that is not a copy of the teacher's."""
         return f"student-{self.subnet.n_intact}"
 
     def _chosen(self, keeps: list[LayerUnits]) -> SubNet:

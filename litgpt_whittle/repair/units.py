@@ -15,11 +15,11 @@ from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.unit_index import UnitIndex
 
 Orders = dict[tuple[str, bytes], list[int]]
-"""Elimination order of units, by the name of the map that reads them and their columns in it"""
+"""Elimination order of units, by the name of the map whose inputs they are, and the bytes of their column indices"""
 
 
 def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:
-    """Return the output projections of a student's layer whose inputs are cut."""
+    """Return the names of the output projections of a student's layer that lose inputs."""
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
     maps = []
     if (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group):

@@ -14,7 +14,7 @@ DROPPED: dict[str, Any] = dict(facecolor="white", edgecolor="#b9bfca", hatch="//
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers of units of one kind, in the teacher and kept, for each of the teacher's layers."""
+    """Unit counts of one kind in each of the teacher's layers: the teacher's and the kept ones."""
 
     name: str
     of: list[int]

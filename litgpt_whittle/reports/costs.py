@@ -1,4 +1,4 @@
-"""Plot the costs of each layer's alternatives: a heat map of layers and measured cuts."""
+"""Plot the costs of each layer's alternatives, smaller sizes of one layer: a heat map of layers and sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FEWEST = 3
 def read_costs(out_dir: Path, teacher: Config, score: str) -> tuple[dict[Alternative, float], str]:
     """Return the costs of the alternatives that a search has measured so far, and their unit.
 
-    Costs are relative to the whole teacher; without its score there are none.
+    A cost is the increase of the loss over the whole teacher's; without the teacher's score, the result is empty.
 
     Args:
         out_dir: The search's folder.
@@ -48,7 +48,7 @@ def read_costs(out_dir: Path, teacher: Config, score: str) -> tuple[dict[Alterna
 
 
 def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
-    """Plot the costs, with a row per layer, a column per cut and a panel per kind of unit.
+    """Plot the costs, with a row per layer, a column per size and a panel per kind of unit.
 
     Args:
         costs: Increase of the loss by each alternative.
@@ -66,7 +66,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     finite = [cost for cost in costs.values() if math.isfinite(cost)]
-    # a few cuts cost many times more than the others and are clipped to the darkest colour
+    # a few alternatives cost many times more than the rest and are clipped to the darkest colour
     norm = PowerNorm(0.5, 0.0, max(float(np.quantile(finite, 0.98)) if finite else 0.0, 1e-6), clip=True)
     for ax, (title, labels, grid) in zip(axes, panels):
         image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="Reds", norm=norm)

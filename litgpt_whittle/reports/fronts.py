@@ -57,5 +57,5 @@ def folder_name(bin: str, evaluations: Sequence[Evaluation]) -> str:
 
 
 def file_name(evaluation: Evaluation) -> str:
-    """Return the evaluation's file name; it uses the evaluation's index, so that it is stable while the front moves."""
+    """Return the evaluation's file name, which contains its index to be stable while the front changes."""
     return f"{evaluation.index:04d}.yaml"

@@ -28,7 +28,7 @@ LAYER_TITLES = {"block_influence": "block influence", "perplexity": "perplexity 
 
 
 def plot_importance(ranking: Ranking, path: Path) -> None:
-    """Plot the scores of units, most important on the left, and those of layers.
+    """Plot the scores of units, most important on the left, and the scores of layers.
 
     Colours are relative to the mean of each kind and layer, so that layers of any scale can be compared. Channels,
     which all layers share, have one order; other units are sorted in each layer.

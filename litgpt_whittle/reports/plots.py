@@ -88,7 +88,7 @@ def plot_candidates(evaluations: Sequence[Evaluation], path: Path, score: str = 
 
 
 def plot_front(evaluations: Sequence[Evaluation], path: Path, objectives: Sequence[str]) -> None:
-    """Plot the first objective over each of the others, and mark each bin's front.
+    """Plot the first objective over each other objective, and mark each bin's front.
 
     With more than two objectives, points of the front may look dominated in some panels.
     """
@@ -162,7 +162,7 @@ def _draw_dimension(
 
 
 def plot_predictions(evaluations: Sequence[Evaluation], path: Path, score: str = "perplexity") -> None:
-    """Plot measured scores over the surrogate's predictions before the evaluation.
+    """Plot measured scores over the scores that the surrogate predicted before the evaluation.
 
     Each of several bins has its own colour and its own τ, since differences between bins are easy to predict.
     """

@@ -49,7 +49,7 @@ IMPORTANCE = "importance.png"
 
 
 def write_report(out_dir: Path) -> str:
-    """Write `report.html` and its pictures beside a search's journal, which is only read; the search may be running.
+    """Write `report.html` and its pictures next to a search's journal; the search may still be running.
 
     Args:
         out_dir: The search's folder.
@@ -95,9 +95,13 @@ class Findings:
         try:
             teacher, score = Config(**header["teacher"].pop("architecture")), header["settings"]["score"]
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{str(path)!r} was written by another version; use that one for its report") from None
+            raise UserError(
+                f"{str(path)!r} was written by another version; draw its report with that version"
+            ) from None
         if not scored(evaluations, score):
-            raise UserError(f"{str(path)!r} has no candidate with a score among its {len(evaluations)}; wait for one")
+            raise UserError(
+                f"{str(path)!r} has no candidate with a score among its {len(evaluations)} evaluations; wait for one"
+            )
         return cls(teacher, score, header, evaluations)
 
     @property
@@ -130,7 +134,7 @@ class Findings:
 
 
 def draw(found: Findings, out_dir: Path) -> list[Section]:
-    """Draw all plots that there is data for, as PNG files in `out_dir`, and return the page's sections."""
+    """Draw all plots for which there is data as PNG files in `out_dir`, and return the page's sections."""
     evaluations, score = found.evaluations, found.score
 
     def drawn(title: str, text: str, name: str, plot: Plot, what: Any = evaluations, label: str = score) -> Section:

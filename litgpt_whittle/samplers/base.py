@@ -10,7 +10,7 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 
 Networks = list[SubNet | None]
-"""Sub-networks, and `None` for the full network"""
+"""Sub-networks; `None` stands for the full network"""
 
 
 class Sampler(ABC):
@@ -31,7 +31,8 @@ class Sampler(ABC):
         """Return the networks of one step.
 
         Args:
-            rng: The only source of randomness; a new generator for every step, so that a resumed run continues exactly.
+            rng: The only source of randomness, a new generator for every step, so that a resumed run draws the same
+                networks.
             step: Number of optimizer steps before this one.
-            done: Completed share of the training, from 0 to 1.
+            done: Completed fraction of the training, from 0 to 1.
         """

@@ -40,7 +40,7 @@ class Uniform(Sampler):
 
 
 class RandomLinear(Sampler):
-    """The full network or a random sub-network, with a linear schedule of its probability (arXiv 2405.02267).
+    """A random sub-network, with a probability that changes linearly, else the full network (arXiv 2405.02267).
 
     Args:
         space: Space of sub-networks.
@@ -91,12 +91,12 @@ class InPlaceDistillation(Sandwich):
 
 
 class SizeWeighted(Uniform):
-    """Random sub-networks with probability p ∝ 1 / parameters.
+    """Random sub-networks, with a probability inversely proportional to their number of parameters.
 
     Args:
         space: Space of sub-networks.
         n: Number of sub-networks per step.
-        n_drawn: Number of random sub-networks that each one is drawn from.
+        n_drawn: Number of random candidates from which each sub-network is chosen.
     """
 
     def __init__(self, space: Space, n: int = 1, n_drawn: int = 16) -> None:
@@ -105,7 +105,7 @@ class SizeWeighted(Uniform):
         self.n_drawn = n_drawn
 
     def networks(self, rng: np.random.Generator, step: int, done: float) -> Networks:
-        """Return n sub-networks, the smaller ones more often."""
+        """Return n sub-networks; smaller ones are more likely."""
         return [self._one(rng) for _ in range(self.n)]
 
     def _one(self, rng: np.random.Generator) -> SubNet:

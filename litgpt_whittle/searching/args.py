@@ -18,12 +18,12 @@ class RacingArgs:
     growth: float = 2.0
     """Growth factor of the number of validation batches per stage"""
     alpha: float = 0.05
-    """Significance level of the test that drops a candidate for being worse than the worst one to keep"""
+    """Significance level of the test that drops a candidate if it is worse than the worst candidate to keep"""
 
     def __post_init__(self) -> None:
         check_positive("racing", start=self.start)
         if not self.growth > 1:
-            raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles the windows per rung")
+            raise UserError(f"racing.growth must be more than 1, got {self.growth}; 2 doubles the batches per stage")
         if not 0 < self.alpha < 1:
             raise UserError(f"racing.alpha must be between 0 and 1, got {self.alpha}; 0.05 is usual")
 
@@ -36,6 +36,6 @@ class SelectionArgs:
     """Students x tokens per rung, with fewer students and more tokens each time, such as [8x200k, 2x1M]; by default the
     best score wins"""
     config: Path | None = None
-    """YAML config of litgpt distill for their training: data, batch sizes, optimizer and losses"""
+    """YAML config of litgpt distill for training the students: data, batch sizes, optimizer and losses"""
     repair: bool = True
     """If true, repair students before training"""

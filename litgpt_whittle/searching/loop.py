@@ -81,7 +81,7 @@ class Search:
 
     @property
     def origin(self) -> str | None:
-        """Return the simple idea of the next candidate to record; None for a proposal of the strategy."""
+        """Name of the simple start that is recorded next; None if the next candidate is the strategy's proposal."""
         return self.starts[self.n_reported].origin if self.n_reported < len(self.starts) else None
 
     def tell(self, candidate: SubNet, evaluation: Evaluation) -> None:
@@ -90,7 +90,7 @@ class Search:
         self.n_reported += 1
 
     def update_best(self, evaluation: Evaluation) -> bool:
-        """Make an evaluation the best one if its score is lower than the best so far; return whether it is."""
+        """Replace the best evaluation if the new score is lower; return whether it was replaced."""
         score = evaluation.score(self.score)
         better = not evaluation.dropped and score < (math.inf if self.best is None else self.best.score(self.score))
         if better:
@@ -98,13 +98,13 @@ class Search:
         return better
 
     def costs(self, candidate: SubNet) -> tuple[dict[str, float], str | None]:
-        """Return a candidate's additional measures, and the reason if one of them is outside its limit."""
+        """Return a candidate's additional measures, and an error message if one of them is outside its limit."""
         costs = {name: measure(candidate) for name, measure in self.measures.items()}
         return costs, self.space.limits.excess(costs)
 
     @property
     def standing(self) -> str:
-        """Return the best score so far, for the progress bar."""
+        """The best score so far, as a text for the progress bar."""
         return f"best {self.best.score(self.score):.4g}" if self.best is not None else "none yet"
 
 
@@ -138,7 +138,8 @@ class Loop:
         """Run until every bin has `iterations` evaluations or is exhausted.
 
         Raises:
-            UserError: If the journal has more evaluations, or its candidates differ from the proposals of this search.
+            UserError: If the journal has more evaluations of a bin, or its candidates differ from the proposals of this
+                search.
         """
         self.known: dict[str, list[Evaluation]] = {str(search.space.bin): [] for search in self.searches}
         for evaluation in self.record.evaluations:
@@ -146,8 +147,8 @@ class Loop:
         n_known = max(map(len, self.known.values()))
         if n_known > self.iterations:
             raise UserError(
-                f"iterations must be at least {n_known}, which the journal has, got {self.iterations}; raise it, or "
-                "begin in another out_dir"
+                f"iterations must be at least {n_known}, the journal's evaluations of a bin, got {self.iterations}; "
+                "raise it, or begin in another out_dir"
             )
         total = max(self.iterations * len(self.searches), len(self.record.evaluations))
         with tqdm(total=total, unit="candidate", dynamic_ncols=True, disable=rank() > 0) as self.bar:
@@ -220,7 +221,7 @@ def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> 
     A candidate fails if it is outside a limit, or its loss is not finite.
 
     Raises:
-        UserError: If memory runs out, also with half as many windows per forward pass.
+        UserError: If memory runs out even with half as many windows per forward pass.
     """
     started = time.perf_counter()
     costs, error = ({}, None) if search is None else search.costs(candidate)
@@ -235,8 +236,8 @@ def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> 
 def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:
     """Return the result of a function that scores a candidate.
 
-    If memory runs out, memory kept for reuse is released, and the function is called once more, with half as many
-    windows per forward pass where the fitness supports that. A failure is not recorded as a candidate's score, because
+    If memory runs out, cached memory is released, and the function is called once more. If the fitness supports it,
+    the second call has half as many windows per forward pass. A failure is not recorded as a candidate's score, because
     it depends on the device, and would bias the search towards small candidates.
 
     Raises:
@@ -251,9 +252,9 @@ def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:
     if found is None:
         device = own_device()
         raise UserError(
-            "each candidate must fit into memory, and one did not at half of train.micro_batch_size, with "
+            "each candidate must fit into memory, but one did not even at half of train.micro_batch_size, with "
             f"{readable_size(free_memory(device, n_sharing(device)))} free; search in another out_dir with a smaller "
-            "one, or continue with --resume true where more memory is free"
+            "train.micro_batch_size, or continue with --resume true where more memory is free"
         )
     return found[0]
 

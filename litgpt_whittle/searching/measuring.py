@@ -38,7 +38,7 @@ def measurement_names(searches: Sequence[Search]) -> list[str]:
     """
     if not searches[0].strategy.needs_measurements:
         return []
-    # every strategy prepares its own, and all of one space need the same
+    # each call prepares its strategy; all strategies on a space need the same measurements
     measurements = [list(search.strategy.measurements()) for search in searches]
     return measurements[0]
 
@@ -59,7 +59,7 @@ def take_measurements(
         path: Journal of the measurements.
         header: Header of the search's journal.
         fitness: Scores a sub-network.
-        order: Returns the units by importance, on all processes; None if the first units are kept.
+        order: Returns the order of units by importance, called on all processes; None if the first units are kept.
         seed: Seed of the search, for the record.
         parallel_map: Distributes work over processes.
 
@@ -76,8 +76,8 @@ def take_measurements(
         missing = [name for name in names if name not in known]
         if missing and rank() == 0:
             print(
-                f"{len(missing)} measurements come first, each of the teacher with one cut, once for all bins; they do "
-                "not count as iterations"
+                f"{len(missing)} measurements come first, each of the teacher with one part made smaller. All bins "
+                "share them, and they do not count as iterations"
             )
         subnets = searches[0].strategy.measurements(order()) if missing else {}
         outcomes = parallel_map(lambda name: score(fitness, subnets[name]), missing)

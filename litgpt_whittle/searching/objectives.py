@@ -23,7 +23,7 @@ def objective_names(objectives: Sequence[str], score: str) -> list[str]:
 def objective_measures(
     objectives: Sequence[str], score: str, teacher: Config, seq_length: int, tied: bool = False
 ) -> Measures:
-    """Return the measures that a strategy's objectives need in addition to those of every evaluation.
+    """Return the measures that a strategy's objectives need in addition to the measures of every evaluation.
 
     Args:
         objectives: Names of the strategy's objectives.

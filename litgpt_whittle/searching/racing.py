@@ -62,9 +62,9 @@ def estimate(losses: Losses, n_tokens: np.ndarray, yardstick: Losses) -> float:
     """Estimate a dropped candidate's loss on all windows: the yardstick's loss plus the mean difference so far.
 
     Args:
-        losses: Losses of the candidate.
-        n_tokens: Tokens of all windows.
-        yardstick: Losses of a candidate evaluated on all windows.
+        losses: The dropped candidate's mean loss on each window so far, shape (n_windows_seen,).
+        n_tokens: Tokens of each window, shape (n_windows,).
+        yardstick: Mean losses of a candidate evaluated on all windows, shape (n_windows,).
     """
     seen = n_tokens[: len(losses)]
     behind = np.average(losses - yardstick[: len(losses)], weights=seen)

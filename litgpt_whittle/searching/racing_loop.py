@@ -44,7 +44,7 @@ class Leg(NamedTuple):
 
 
 class RaceNotes:
-    """Legs of the current race, kept on disk so that a killed search does not repeat them.
+    """Finished legs of the current race, kept on disk so that a killed search does not repeat them.
 
     Args:
         path: The file; deleted after every race.
@@ -88,10 +88,10 @@ class RacingLoop(Loop):
     """Loop that evaluates every batch of proposals in a race (`litgpt_whittle.searching.racing`).
 
     Args:
-        rest: As for `Loop`; the fitness must provide losses per window.
+        rest: Positional arguments of `Loop`; the fitness must provide losses per window.
         racing: Settings of the race.
         notes: Stores intermediate results of the current race.
-        more: As for `Loop`.
+        more: Keyword arguments of `Loop`.
     """
 
     fitness: WindowFitness
@@ -172,7 +172,7 @@ class RacingLoop(Loop):
                 loss = float(np.average(losses, weights=self.n_tokens[: len(losses)]))
             else:
                 loss = estimate(losses, self.n_tokens, finished[0])
-                # the test found it worse than these, so its estimate must not be better
+                # the test found it worse than the kept candidates, so its estimate must not be better
                 kept = finished[:n_kept][-1]
                 loss = max(loss, float(np.average(kept, weights=self.n_tokens)) + LEAST_BEHIND)
             found = self.fitness.scores(loss) | found
@@ -217,8 +217,9 @@ def check_can_race(fitness: type, name: str, strategy: Strategy) -> None:
         UserError: If the fitness has no losses per window, or the strategy needs exact scores of all candidates.
     """
     if not issubclass(fitness, WindowFitness):
-        raise UserError(f"racing needs losses by window, which fitness {name!r} does not give; leave racing out")
+        raise UserError(f"racing needs losses per window, which fitness {name!r} does not give; leave racing out")
     if strategy.n_kept is None:
         raise UserError(
-            f"racing finds the best by one score, and {type(strategy).__name__} needs all of them; leave racing out"
+            f"racing estimates the scores of dropped candidates, but {type(strategy).__name__} needs exact scores; "
+            "leave racing out"
         )

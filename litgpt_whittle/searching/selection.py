@@ -1,4 +1,4 @@
-"""Select among the best candidates of a search by short distillations in rungs, with fewer and longer ones per rung.
+"""Select among a search's best candidates by short distillations in rungs; each rung has fewer and longer ones.
 
 Training can change the ranking of candidates, which motivates training-aware selection (DarwinLM, arXiv 2502.07780).
 Every rung trains its students from scratch, so that each gets a complete learning-rate schedule of the rung's length.
@@ -113,9 +113,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class Selection:
-    """Training of the best candidates of a search, which ranks them by their validation loss.
+    """Trains the best candidates of a search and ranks them by their validation loss.
 
-    Each student is extracted and trained by `litgpt extract` and `litgpt distill` in processes of their own. Finished
+    Each student is extracted and trained by `litgpt extract` and `litgpt distill` in separate processes. Finished
     steps are reused after an interruption.
 
     Args:

@@ -24,27 +24,27 @@ from litgpt_whittle.spaces.starts import Start, simple_starts
 from litgpt_whittle.subnet import SubNet
 
 STARTS = "starts.json"
-"""File name in a search's folder"""
+"""File name of the simple starts in a search's folder"""
 
 _WIDE = 1.25
-"""Minimum ratio of a bin's ends for which a search that trades sizes for scores starts at several sizes"""
+"""Minimum ratio of a bin's ends at which a search that also minimises size or latency starts at several sizes"""
 
 
 def has_no_starts(journal: Path) -> bool:
-    """Return whether a journal's search ran without simple starts, because they were off or the version is older."""
+    """Return whether a journal's search ran without simple starts: they were off, or an older version ran it."""
     return not read_header(journal).get("settings", {}).get("simple_starts", False)
 
 
 def text_to_measure(
     data: DataModule | None, seq_length: int, batches: Sequence[Batch], calibration: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Return tokens to measure units on, token ids of shape (B, T) each.
+    """Return batches of token ids to measure units on, each of shape (B, T).
 
     The batches that score candidates would favour units chosen on them, so they are used only as a last resort.
 
     Args:
         data: The connected data module; None if the fitness reads no data.
-        seq_length: Length of samples.
+        seq_length: Tokens per sample.
         batches: Batches that score candidates.
         calibration: Calibration tokens, shape (N, T), if they were read.
     """

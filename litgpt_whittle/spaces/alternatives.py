@@ -1,7 +1,7 @@
-"""Alternatives: cuts of a single layer that a search can combine, by dropping it or keeping fewer units of one kind.
+"""Alternatives to a layer of the teacher, for a search to combine: drop it, or keep fewer units of one kind.
 
-Each alternative is measured on its own, as the teacher with this one cut. Channels and head size are not cut, so that
-the parameters of a combination, and its other costs in closed form, are sums over its layers.
+Each alternative is measured by itself, as the teacher with this single change. Channels and head size stay at the
+teacher's sizes. The parameter count and other closed-form costs of a combination are therefore sums over its layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(\w+) (\d+))")
 
 
 class Alternative(NamedTuple):
-    """One cut of the teacher."""
+    """A single change of the teacher: a dropped layer, or fewer units of one kind."""
 
     layer: int
     """The teacher's layer; `EVERY` for experts, because all layers have the same number of them"""
@@ -59,19 +59,19 @@ class Alternatives:
 
     Args:
         space: The space.
-        shares: Shares of a layer's units to measure, in addition to all of them.
-        n_between: Numbers of neurons to offer between two measured ones, without a measurement of their own.
+        shares: Shares of a layer's units to measure, in addition to the full layer.
+        n_between: Number of unmeasured MLP widths to offer between two adjacent measured widths.
     """
 
     def __init__(self, space: Space, shares: Sequence[float], n_between: int = 0) -> None:
         self.space, self.teacher, self.shares, self.n_between = space, space.teacher, tuple(shares), n_between
         self.sizes = [layer_sizes(self.teacher, layer) for layer in range(self.teacher.n_layer)]
         self.units: dict[Alternative, Mapping[int, UnitIndex]] = {}
-        """Kept units by layer of the measured alternatives; others use the space's order, or the first units"""
+        """Kept units of each measured alternative, by layer; `_keep` chooses the units of all other sizes"""
 
     @cached_property
     def levels(self) -> dict[str, list[int]]:
-        """Return the measured sizes of each kind of units, the teacher's first."""
+        """Measured sizes of each kind of units, the teacher's size first."""
         grids, levels = self.space.sizes, {}
         for name in dict.fromkeys(name for sizes in self.sizes for name in sizes):
             grid = grids.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
@@ -81,7 +81,7 @@ class Alternatives:
 
     @cached_property
     def offered(self) -> dict[str, list[int]]:
-        """Return the sizes of each kind of units that combinations may have, the teacher's first."""
+        """Sizes of each kind of units that combinations may have, the teacher's size first."""
         offered = {name: list(levels) for name, levels in self.levels.items()}
         for name in offered:
             if name.endswith("intermediate_size"):
@@ -94,7 +94,7 @@ class Alternatives:
 
     @cached_property
     def droppable(self) -> set[int]:
-        """Return the layers that the space may drop."""
+        """Layers that the space may drop."""
         sizes, n_layer = self.space.sizes, self.teacher.n_layer
         n_kept = sizes.grids["n_layer"][0]
         if n_kept == n_layer:
@@ -103,7 +103,7 @@ class Alternatives:
 
     @cached_property
     def all(self) -> list[Alternative]:
-        """Return all alternatives, layer by layer."""
+        """All alternatives, layer by layer; alternatives for experts come last."""
         found = []
         for layer, sizes in enumerate(self.sizes):
             found += [Alternative(layer, DROPPED, 0)] if layer in self.droppable else []
@@ -113,17 +113,17 @@ class Alternatives:
 
     @cached_property
     def index(self) -> dict[Alternative, int]:
-        """Return the position of each alternative in `all`."""
+        """Position of each alternative in `all`."""
         return {alternative: i for i, alternative in enumerate(self.all)}
 
     # sub-networks -----------------------------------------------------------------------------------------------------
 
     def alone(self, alternative: Alternative, order: Order | None = None) -> SubNet:
-        """Return the teacher with this one cut.
+        """Return the teacher with this single change.
 
         Args:
-            alternative: The cut.
-            order: The teacher's units by importance; by default the first ones are kept.
+            alternative: The change.
+            order: The teacher's units by importance; by default the first units are kept.
         """
         n_layer = self.teacher.n_layer
         if alternative.name == DROPPED:
@@ -140,7 +140,7 @@ class Alternatives:
         return SubNet(self.teacher, **fields)
 
     def note_units(self, alternative: Alternative, alone: SubNet) -> None:
-        """Record the units of a measured alternative, so that combinations keep the same ones."""
+        """Record the units of a measured alternative, so that combinations keep the same units."""
         if alternative.name != DROPPED:
             layers = range(self.teacher.n_layer) if alternative.layer == EVERY else [alternative.layer]
             field = "intermediate_size" if alternative.name.endswith("intermediate_size") else alternative.name
@@ -149,7 +149,7 @@ class Alternatives:
             }
 
     def combined(self, choices: Sequence[LayerChoice]) -> SubNet:
-        """Return the sub-network with the given sizes of the teacher's layers."""
+        """Return the sub-network that combines the choices, one for each layer of the teacher."""
         kept = {layer: choice for layer, choice in enumerate(choices) if choice is not None}
         fields: dict[str, Any] = {"n_layer": UnitIndex(list(kept))}
         for i, (layer, choice) in enumerate(kept.items()):
@@ -163,7 +163,7 @@ class Alternatives:
             return measured
         if self.space.order is not None:
             return self.space.order.best(name, layer, size)
-        # a size between two measured ones has all units of the smaller, and the first ones that only the larger has
+        # between two measured sizes: all units of the smaller one, then the first units that only the larger one has
         units: dict[int, None] = {}
         for level in reversed(self.levels[name]):
             known = self.units.get(Alternative(at, name, level), {}).get(layer)
@@ -175,8 +175,8 @@ class Alternatives:
     def weights(self, subnet: SubNet) -> np.ndarray | None:
         """Return the weight of each alternative in a sub-network, shape (n_alternatives,).
 
-        Sizes between two levels are interpolated. None if alternatives cannot describe the sub-network: it has fewer
-        channels, a smaller head size, or lacks a layer that the space always keeps.
+        Sizes between two levels are interpolated. None if alternatives cannot describe the sub-network, because it has
+        fewer channels or a smaller head size than the teacher, or lacks a layer that the space always keeps.
         """
         if len(subnet.n_embd) < self.teacher.n_embd or len(subnet.head_size) < self.teacher.head_size:
             return None

@@ -21,29 +21,29 @@ class SizeArgs:
     head_size: int = 1
     """Dimensions of each head"""
     n_query_groups: int = 1
-    """Query groups of a layer (heads, if each has its own keys and values)"""
+    """Query groups of a layer (its heads, if each head has its own keys and values)"""
     heads_per_group: int = 1
     """Query heads within each group"""
     intermediate_size: int = 1
     """Neurons of an MLP"""
     moe_intermediate_size: int = 1
-    """Neurons of an expert, for teachers that set it"""
+    """Neurons of an expert, for teachers whose config sets it"""
     n_expert: int = 1
     """Experts of a layer"""
 
 
 @dataclass
 class StepArgs(SizeArgs):
-    """Steps of the dimensions. By default one unit, and 32 to 128 for the widths of teachers with at least 512
-    channels, since GPUs multiply matrices of odd widths slowly and quantisers refuse them"""
+    """Step of each dimension. By default one unit, but 32 to 128 for the widths of teachers with at least 512
+    channels: GPUs multiply matrices of odd widths slowly, and quantisers refuse them"""
 
     n_embd: int | None = None  # type: ignore[assignment]
-    """Channels of the residual stream; by default 128 for more than 2,048, else 64 or 32, if it divides the teacher's
-    and leaves 16 sizes"""
+    """Channels of the residual stream; by default the largest of 128 (above 2,048 channels), 64 and 32 that divides the
+    teacher's number and leaves at least 16 sizes, else 1"""
     intermediate_size: int | None = None  # type: ignore[assignment]
-    """Neurons of an MLP; by default as for channels"""
+    """Neurons of an MLP; same default rule as `n_embd`"""
     moe_intermediate_size: int | None = None  # type: ignore[assignment]
-    """Neurons of an expert; by default as for channels"""
+    """Neurons of an expert; same default rule as `n_embd`"""
 
 
 @dataclass
@@ -51,17 +51,17 @@ class SpaceArgs:
     """Dimensions that may shrink, with their smallest sizes and steps"""
 
     step: StepArgs = field(default_factory=StepArgs)
-    """Step of each dimension: sizes are its multiples; the teacher's own size is always allowed"""
+    """Step of each dimension: sizes are multiples of it; the teacher's size is also allowed"""
     smallest: SizeArgs = field(default_factory=SizeArgs)
     """Smallest size of each dimension"""
     fixed: list[str] = field(default_factory=lambda: ["head_size"])
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     layers: Literal["any", "first", "best"] = "any"
-    """Layers to keep: any, in their order; only the first ones; or only the most important ones (best)"""
+    """Layers to keep: `any` subset in the original order, only the `first` ones, or only the most important (`best`)"""
     convertible: bool | None = None
-    """If true, the heads fit within the channels and can be padded to fill them, as transformers' classes for Pythia
-    (GPT-NeoX), StableLM and Falcon require: `n_embd` stays a multiple of the teacher's `head_size`. By default true for
-    a search with such a teacher, else false"""
+    """If true, keep sub-networks convertible to transformers' classes for Pythia (GPT-NeoX), StableLM and Falcon:
+    `n_embd` stays a multiple of the teacher's `head_size`, and the heads can be padded to fill the channels. By default
+    true for a search with such a teacher, else false"""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class LimitArgs:
     """Limits on the costs of sub-networks: a maximum (800M) or a range (600M-800M)"""
 
     n_params: str | int | float | None = None
-    """Parameters. Without ``--bin``, candidates are built to this range as to a bin"""
+    """Number of parameters. Without ``--bin``, this range serves as the bin"""
     flops: str | int | float | None = None
     """FLOPs per token of a forward pass, as in 1.5G"""
     kv_cache_bytes: str | int | float | None = None
@@ -77,10 +77,11 @@ class LimitArgs:
     weight_bytes: str | int | float | None = None
     """Bytes of the weights in bfloat16, as in 2GB"""
     latency_prefill: str | int | float | None = None
-    """Seconds from a prompt to the first new token on this machine, as in 50ms. Candidates are timed before scoring,
-    which takes some seconds for a large one; one that is too slow is not scored, but counts as an evaluation"""
+    """Seconds from a prompt to the first new token on this machine, as in 50ms. Each candidate is timed before it is
+    scored, which takes some seconds if it is large. A candidate that is too slow is not scored, but counts as an
+    evaluation"""
     latency_decode: str | int | float | None = None
-    """Seconds for each further token on this machine, as in 5ms; measured together with the other latency"""
+    """Seconds for each further token on this machine, as in 5ms; measured together with `latency_prefill`"""
 
     def __post_init__(self) -> None:
         self.ranges()

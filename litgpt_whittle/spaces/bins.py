@@ -11,7 +11,7 @@ from fractions import Fraction
 from litgpt_whittle.errors import UserError
 
 TOLERANCE = Fraction(5, 100)
-"""Relative half-width of a bin given as a single target, the same as around the paper's reference models."""
+"""Relative half-width of a bin given as a single target, as in the bins of arXiv 2510.07227."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NUMBER = r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)"
@@ -28,9 +28,9 @@ class Bin:
 
     def __post_init__(self) -> None:
         if self.lo > self.hi:
-            raise UserError(f"a bin runs upwards, got {short(self.lo)}-{short(self.hi)}; swap its ends")
+            raise UserError(f"a bin starts with its lower end, got {short(self.lo)}-{short(self.hi)}; swap its ends")
         if self.hi < 1:
-            raise UserError(f"a bin holds parameter counts of 1 or more, got {self.lo}-{self.hi}")
+            raise UserError(f"a bin must contain a parameter count of 1 or more, got {self.lo}-{self.hi}")
 
     def __contains__(self, n_params: int) -> bool:
         return self.lo <= n_params <= self.hi
@@ -58,8 +58,8 @@ class Bin:
             middle = _number(target, unit)
             if middle < 1:
                 raise UserError(
-                    f"a bin counts parameters, of which there is at least 1, got {given!r}; give one such as 410M "
-                    "(commas separate several)"
+                    f"a bin counts parameters, so its target must be 1 or more, got {given!r}; give one such as 410M "
+                    "(commas separate several bins)"
                 )
             if by is None:
                 slack = middle * TOLERANCE
@@ -74,7 +74,7 @@ def parse_bins(value: str | int | float | Sequence[str | int | float]) -> list[B
     """Parse one or more bins, separated by commas or as a list.
 
     Raises:
-        UserError: If there is none, one cannot be parsed, or two are the same.
+        UserError: If there is no bin, a bin cannot be parsed, or two bins are equal.
     """
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
     bins = [Bin.parse(part) for part in parts]

@@ -1,8 +1,8 @@
 """Draw the sizes of a sub-network whose parameter count lies in a bin by construction.
 
-The count is affine and increasing in every single size. Sizes are therefore drawn one after the other, each from the
-values for which the remaining sizes can still reach the bin; the range of the last size is solved for exactly. If sizes
-are too coarse for that, the draw backtracks, depth first. There is no rejection sampling.
+The count is affine and increasing in each size. Sizes are therefore drawn one after the other, each from the values for
+which the remaining sizes can still reach the bin; the range of the last size is solved for exactly. If the sizes are
+too coarse to meet the bin, the draw backtracks, depth first. There is no rejection sampling.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, GLOBAL, Key, Sizes, SizeSpace
 
 _TRIES = (500,) * 12 + (30_000,)
-"""Maximum number of nodes per attempt. A draw that backtracks often is stuck below an unlucky first choice, so
-restarting succeeds sooner; the last attempt is longer, so that it can prove that there are no such sizes."""
+"""Maximum number of search-tree nodes per attempt. A draw that backtracks often is stuck below an unlucky first choice,
+so restarting succeeds sooner. The last attempt is longer, so that it can prove that no sizes meet the bin."""
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Wish:
     spread: bool = True
     """If true, all per-layer target sizes are shifted together to meet the bin; if false, as few as needed change"""
     evenness: float | None = None
-    """Concentration of the per-layer sizes without a target around equal shares of the remaining parameters; None draws
-    each from its whole range"""
+    """Concentration of the per-layer sizes without a target: higher values draw them closer to equal shares of the
+    remaining parameters; None draws each from its whole range"""
 
 
 def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish | None = None) -> Sizes | None:
@@ -50,7 +50,11 @@ def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish 
 
 
 def check_reachable(space: SizeSpace, bin: Bin) -> None:
-    """Raise UserError, with the nearest possible parameter counts, if no sub-network lies in the bin."""
+    """Check that a sub-network lies in the bin.
+
+    Raises:
+        UserError: If none does; the message contains the nearest possible parameter counts.
+    """
     if draw_sizes(space, np.random.default_rng(0), bin) is None:
         near = " and ".join(f"{n:,}" for n in nearest(space, bin) if n is not None)
         hint = "" if bin.lo <= space.largest else f" (the teacher has {space.largest:,})"
@@ -85,7 +89,7 @@ class _Draw:
         self.depths = np.arange(len(space.depths))
 
     def run(self) -> Sizes | None:
-        """Return the sizes, or None: if nodes remain, no sizes exist; otherwise the search was cut off."""
+        """Return the sizes, or None if there are none or the node limit is reached (`nodes` is then 0 or less)."""
         names = [*GLOBAL, "n_layer"]
         wished = [
             (name, EVERY) in self.wish.values or (name == "n_layer" and self.wish.layers is not None) for name in names
@@ -145,7 +149,7 @@ class _Draw:
         return iter(depths[np.lexsort((-keys, np.array([place[total] for total in totals.tolist()])))].tolist())
 
     def _ordered(self, grid: list[int], first: int, stop: int, wished: float | None) -> Iterator[int]:
-        """Yield the values grid[first:stop], nearest to the wish first, or in random order without a wish."""
+        """Yield the values grid[first:stop], nearest to the target first, or in random order without a target."""
         for i in _random_order(self.rng, first, stop) if wished is None else _outwards(grid, first, stop, wished):
             self.nodes -= 1
             if self.nodes <= 0:
@@ -153,7 +157,7 @@ class _Draw:
             yield grid[i]
 
     def _choose_layers(self) -> tuple[int, ...]:
-        """Choose as many layers of each kind as were drawn: the wished ones first, then random ones."""
+        """Choose as many layers of each kind as were drawn: first wished layers, then random layers."""
         space = self.space
         if space.layer_order is not None:
             return tuple(sorted(space.layer_order[: int(space.depths[self.depths[0]].sum())]))
@@ -169,7 +173,7 @@ class _Draw:
         return tuple(sorted(chosen))
 
     def _per_layer(self) -> Sizes | None:
-        """Draw the per-layer sizes, given the shared ones."""
+        """Draw the per-layer sizes, given the shared sizes."""
         layers = self._choose_layers()
         table = _LayerTable(self.space, layers, self.lo)
         values = _Descent(self, table).run()
@@ -182,7 +186,7 @@ class _Draw:
 
 
 class _LayerTable:
-    """Cost of the chosen layers as a function of their per-layer sizes, given the shared ones."""
+    """Cost of the chosen layers as a function of their per-layer sizes, given the shared sizes."""
 
     def __init__(self, space: SizeSpace, layers: tuple[int, ...], shared: list[int]) -> None:
         self.root = space.root_count(shared[0])
@@ -231,7 +235,7 @@ class _Descent:
         self.wishes = self._wishes()
 
     def _order(self) -> list[Key]:
-        """Return the order of the draws: free sizes, then wished ones, in random order; the finest grid comes last."""
+        """Return the order of the draws: sizes without a target, then sizes with one; the finest grid comes last."""
         rng, keys = self.draw.rng, list(self.table.users)
         order = [keys[i] for i in rng.permutation(len(keys)).tolist()]
         # the neurons of an MLP have the finest grid unless they are fixed
@@ -342,7 +346,7 @@ class _Descent:
 
 
 def _random_order(rng: np.random.Generator, first: int, stop: int) -> Iterator[int]:
-    """Yield first … stop - 1 from a uniform start with a random stride, in constant time per value."""
+    """Yield the indices first … stop - 1 from a uniform start with a random stride, in constant time per value."""
     n = stop - first
     if n < 1:
         return
@@ -359,7 +363,7 @@ def _random_order(rng: np.random.Generator, first: int, stop: int) -> Iterator[i
 
 
 def _outwards(grid: list[int], first: int, stop: int, wished: float) -> Iterator[int]:
-    """Yield first … stop - 1, nearest value to the wish first."""
+    """Yield the indices first … stop - 1, the one with the value nearest to the target first."""
     above = min(max(bisect_left(grid, wished), first), stop)
     below = above - 1
     while below >= first or above < stop:

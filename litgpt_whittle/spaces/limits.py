@@ -23,11 +23,11 @@ _DRAWS = 500
 class Limits:
     """Ranges of costs, by the names of their measures.
 
-    Costs in closed form are cheap, so sub-networks outside are rejected before they become candidates (`admits`).
-    Latencies vary between measurements, but proposals must depend only on the seed and the scores, or a journal could
-    not be resumed. Latency is therefore measured once, when a candidate is evaluated, and a candidate outside the range
-    counts as failed (`excess`). That uses up an evaluation of the budget and the time of six answers to a prompt, but
-    not the time of scoring.
+    Closed-form costs are cheap, so sub-networks outside their ranges are rejected before they become candidates
+    (`admits`). Latencies vary between measurements, but proposals must depend only on the seed and the scores;
+    otherwise a journal could not be resumed. Latency is therefore measured once, when a candidate is evaluated, and a
+    candidate outside the range counts as failed (`excess`). A failed candidate uses up one evaluation and the time of
+    six generations from a prompt, but is not scored.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -38,20 +38,20 @@ class Limits:
 
     @property
     def settings(self) -> dict[str, list[float]]:
-        """Return the ranges as plain values."""
+        """Ranges as plain values, by the names of their measures."""
         return {name: list(amounts) for name, amounts in self.ranges.items()}
 
     def admits(self, subnet: SubNet) -> bool:
-        """Return whether a sub-network is within all limits in closed form."""
+        """Return whether all closed-form costs of a sub-network are within their limits."""
         return all(_within(cost, self.ranges[name]) for name, cost in self.costs(subnet).items())
 
     def fits(self, subnet: SubNet) -> bool:
-        """Return whether a sub-network is within the upper ends of all limits in closed form."""
+        """Return whether no closed-form cost of a sub-network exceeds the upper end of its limit."""
         return all(cost <= self.ranges[name][1] for name, cost in self.costs(subnet).items())
 
     @property
     def is_timed(self) -> bool:
-        """Return whether a limit requires a timed measurement."""
+        """True if a limit requires a timed measurement."""
         return any(MEASURES[name].is_timed for name in self.ranges)
 
     def excess(self, measured: Mapping[str, float]) -> str | None:
@@ -62,20 +62,20 @@ class Limits:
         return None
 
     def bin(self, smallest: int, largest: int) -> Bin:
-        """Return the default bin: all possible counts within the limits, or all possible counts if none is."""
+        """Return the default bin: possible counts within the limit on `n_params`, or all possible counts if none is."""
         least, most = self.ranges.get("n_params", (0, math.inf))
         lo, hi = max(math.ceil(least), smallest), math.floor(min(most, largest))
         return Bin(lo, hi) if lo <= hi else Bin(smallest, largest)
 
     def check_reachable(self, sample: Callable[[np.random.Generator], SubNet], bin: Bin) -> None:
-        """Check that a random sub-network is within the limits.
+        """Check that at least one of 500 random sub-networks is within the limits.
 
         Args:
             sample: Draws a sub-network of the bin.
             bin: The bin, for the error message.
 
         Raises:
-            UserError: If none of 500 sub-networks is, with the range of their costs.
+            UserError: If none is; the message contains the range of their costs.
         """
         rng = np.random.default_rng(0)
         seen: dict[str, list[float]] = {name: [] for name in self.ranges}
@@ -98,7 +98,7 @@ class Limits:
             )
 
     def costs(self, subnet: SubNet) -> dict[str, float]:
-        """Return a sub-network's costs that have a limit in closed form, by name."""
+        """Return the closed-form costs of a sub-network that have a limit, by name."""
         closed = [name for name in self.ranges if not MEASURES[name].is_timed]
         return {name: MEASURES[name](self.teacher, subnet, self.args) for name in closed}
 

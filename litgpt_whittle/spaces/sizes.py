@@ -1,7 +1,7 @@
 """Allowed sizes of a teacher's sub-networks, and their parameter counts in closed form.
 
-The count is a polynomial that is affine and increasing in every single size, so that the smallest and largest counts of
-a partial choice follow without enumeration (see `litgpt_whittle.spaces.draw`).
+The count is a polynomial, affine and increasing in each size. The smallest and largest counts of a partial choice
+therefore follow without enumeration (see `litgpt_whittle.spaces.draw`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIDTHS = ("n_embd", "intermediate_size", "moe_intermediate_size")
 """Dimensions that are sides of large matrix products"""
 
 SMALL = 512
-"""Teachers with fewer channels keep steps of one unit"""
+"""Number of channels below which the default step of all dimensions is one unit"""
 
 EVERY = -1
 """Layer index of a key that applies to all layers"""
@@ -73,7 +73,7 @@ class SizeSpace:
         best_layers: All layers, the most important one first.
 
     Raises:
-        UserError: If `args` are out of range, or require `convertible` of a teacher that does not satisfy it.
+        UserError: If `args` are out of range, or set `convertible` for a teacher whose heads do not fill its channels.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class SizeSpace:
         _check_args(args)
         orders = {"any": None, "first": range(teacher.n_layer), "best": best_layers}
         self.layer_order = orders[args.layers]
-        """Order of layers of which the first n are kept; None if any n may be kept"""
+        """Order of layers, of which a sub-network keeps the first n; None if it may keep any n layers"""
         self.limits = _limits(teacher)
         self.grids = {name: self._grid(name, limit) for name, limit in self.limits.items()}
         self.sharing = _sharing(teacher) if args.convertible else None
-        """Constraint of heads to the channels; None if the number of heads is independent of the number of channels"""
+        """Constraint that the heads fit into the channels; None if there is no such constraint"""
         if self.sharing is not None:
             self._keep_convertible(self.sharing)
         self.root = [root_params(teacher, n, tied) for n in (1, 2)]
@@ -100,7 +100,7 @@ class SizeSpace:
         self._find_depths()
 
     def _grid(self, name: str, limit: int) -> list[int]:
-        """Return the allowed sizes of a dimension, ascending; the teacher's own is always the last."""
+        """Return the allowed sizes of a dimension, ascending; the last one is always the teacher's."""
         if name in self.args.fixed:
             return [limit]
         step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
@@ -111,11 +111,11 @@ class SizeSpace:
         return [n for n in (*range(-(-least // step) * step, limit, step), limit) if n in legal]
 
     def _keep_convertible(self, sharing: _Sharing) -> None:
-        """Remove numbers of channels and head sizes with which heads could not fill the channels.
+        """Remove the numbers of channels and the head sizes for which padded heads could not fill the channels.
 
-        The remaining values can be combined freely: all head sizes divide the teacher's, and all numbers of channels
-        are multiples of it. The maximum number of heads that fit is then always in the heads' grid, and the largest
-        layer grows with the channels and with the head size, as the closed form of the reachable counts requires.
+        The remaining values can be combined freely: head sizes divide the teacher's head size, and numbers of channels
+        are multiples of it. The maximum number of heads that fit is then always in the heads' grid. The largest layer
+        grows with the channels and with the head size, as the closed form of the reachable counts requires.
         """
         size, heads = self.teacher.head_size, set(self.grids[sharing.name])
         each = size * sharing.groups
@@ -167,13 +167,13 @@ class SizeSpace:
             allowed = set(self.grids["n_layer"])
             depths = [d for d in itertools.product(*(range(t + 1) for t in totals)) if sum(d) in allowed]
         self.depths = np.array(sorted(depths, key=sum))  # (n_depths, n_kinds)
-        # number of sets of layers with these depths, so that all sets of n layers are equally likely
+        # each depth is weighted by its number of sets of layers, so that all sets of n layers are equally likely
         ways = [math.prod(math.comb(t, d) for t, d in zip(totals, depth)) for depth in self.depths.tolist()]
         most = max(ways)
         self.depth_weights = np.array([way / most for way in ways]).clip(1e-300)
 
     def count(self, sizes: Sizes) -> int:
-        """Return the number of parameters."""
+        """Return the number of parameters of a sub-network with these sizes."""
         shared = [sizes.values.get((name, EVERY), 0) for name in GLOBAL]
         total = self.root_count(shared[0])
         for layer in sizes.layers:
@@ -183,17 +183,18 @@ class SizeSpace:
         return total
 
     def root_count(self, n_embd: int) -> int:
+        """Return the number of parameters outside the layers."""
         return self.root[0] + (n_embd - 1) * (self.root[1] - self.root[0])
 
     @property
     def smallest(self) -> int:
-        """Return the number of parameters of the smallest sub-network."""
+        """Number of parameters of the smallest sub-network."""
         lo = [self.grids.get(name, [0])[0] for name in GLOBAL]
         return self.count_range(lo, lo, self.depths)[0]
 
     @property
     def largest(self) -> int:
-        """Return the number of parameters of the largest sub-network, the teacher."""
+        """Number of parameters of the largest sub-network, the teacher."""
         hi = [self.grids.get(name, [0])[-1] for name in GLOBAL]
         return self.count_range(hi, hi, self.depths)[1]
 
@@ -201,15 +202,15 @@ class SizeSpace:
         """Return the smallest and largest number of parameters.
 
         Args:
-            lo: Smallest values of the shared sizes.
+            lo: Smallest values of the shared sizes, in the order of `GLOBAL`.
             hi: Largest values of the shared sizes.
-            depths: Numbers of layers of each kind, one allowed combination per row.
+            depths: Allowed numbers of layers of each kind, shape (n_depths, n_kinds).
         """
         lows, highs = self.count_ranges(lo, hi, depths)
         return int(lows.min()), int(highs.max())
 
     def count_ranges(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return `count_range` of each row of `depths`, two arrays of shape (len(depths),)."""
+        """Return the smallest and the largest count for each row of `depths`, both of shape (n_depths,)."""
         low = [_contract(kind.low, [*lo[:2], lo[2] if kind.has_experts else 0]) for kind in self.kinds]
         high = [self._highest(kind, [*hi[:2], hi[2] if kind.has_experts else 0]) for kind in self.kinds]
         return depths @ np.array(low) + self.root_count(lo[0]), depths @ np.array(high) + self.root_count(hi[0])
@@ -223,7 +224,7 @@ class SizeSpace:
 
 @dataclass(frozen=True)
 class _Sharing:
-    """Constraint of heads to the channels: `n_embd >= groups * size * head_size`."""
+    """Constraint that the heads fit into the channels: `n_embd >= groups * size * head_size`."""
 
     name: str
     """Name of the size, one of `ATTENTION`"""
@@ -266,7 +267,7 @@ def multi_affine(function, bounds: list[tuple[int, int]]) -> np.ndarray:
 
 
 def nearest_size(grid: Sequence[int], share: float) -> int:
-    """Return the size nearest to a share of the largest; in a tie, the smaller one."""
+    """Return the size of a grid nearest to a share of its largest size; in a tie, the smaller one."""
     aim = share * grid[-1]
     at = bisect_left(grid, aim)
     return min(grid[max(at - 1, 0) : at + 1], key=lambda size: abs(size - aim))
@@ -275,7 +276,7 @@ def nearest_size(grid: Sequence[int], share: float) -> int:
 def default_step(teacher: Config, name: str, limit: int) -> int:
     """Return the default step of a dimension, of which the teacher has `limit` units.
 
-    The largest of 128 (for teachers with more than 2,048 channels), 64 and 32 that divides the teacher's size and
+    It is the largest of 128 (for teachers with more than 2,048 channels), 64 and 32 that divides the teacher's size and
     leaves at least 16 sizes; 1 for small teachers and for dimensions other than widths.
     """
     if name not in WIDTHS or teacher.n_embd < SMALL:
@@ -291,7 +292,7 @@ def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:
 
 
 def _sharing(teacher: Config) -> _Sharing | None:
-    """Return the constraint of heads to the channels; None if the teacher's class in transformers has none.
+    """Return the constraint that the heads fit into the channels; None if the teacher's class in transformers has none.
 
     Raises:
         UserError: If the teacher itself violates it.
@@ -344,6 +345,6 @@ def _check_args(args: SpaceArgs) -> None:
                 raise UserError(f"search_space.{section}.{name} must be at least 1, got {value}")
     for name in args.fixed:
         if name not in names:
-            raise UserError(f"search_space.fixed names dimensions ({', '.join(names)}), got {name!r}")
+            raise UserError(f"search_space.fixed must contain only dimensions ({', '.join(names)}), got {name!r}")
     if args.layers not in ("any", "first", "best"):
         raise UserError(f"search_space.layers must be 'any', 'first' or 'best', got {args.layers!r}")

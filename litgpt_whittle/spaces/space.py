@@ -24,8 +24,9 @@ from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
-"""Coarse: the first n units of each dimension, or the most important n of each layer; fine: any n. Uniform: the same
-sizes in all layers, and random candidates also keep the same units in all of them; layerwise: a choice per layer."""
+"""Coarse spaces keep the first n units of each dimension, or the n most important units of each layer; fine spaces keep
+any n units. Layerwise spaces choose sizes and units per layer. Uniform spaces use the same sizes in all layers, and
+their random candidates also the same units."""
 
 Sets = dict[Key, np.ndarray]
 """Indices of kept units, by the key of their size"""
@@ -40,9 +41,9 @@ class Space:
         bin: Range of parameter counts; by default all possible counts within the limits.
         tied: If true, the teacher's LM head shares the embedding's weights, which then count once.
         args: Dimensions that may shrink, with their smallest sizes and steps.
-        order: The teacher's units by importance: coarse spaces keep the best n instead of the first n.
-        limits: Limits on costs. Sub-networks drawn here are in the bin, but a strategy must check them against the
-            limits with `admits`.
+        order: The teacher's units by importance, of which a coarse space keeps the best n instead of the first n.
+        limits: Limits on costs. Sub-networks drawn from the space lie in the bin, but a strategy must check them
+            against the limits with `admits`.
 
     Raises:
         UserError: If the space is unknown, `args` are out of range or need an order, or no sub-network is in the bin or
@@ -77,7 +78,7 @@ class Space:
         return n_params(self.teacher, subnet, self.tied)
 
     def admits(self, subnet: SubNet) -> bool:
-        """Return whether a sub-network is within the limits in closed form."""
+        """Return whether all closed-form costs of a sub-network are within their limits."""
         return self.limits.admits(subnet)
 
     def smallest(self) -> SubNet:
@@ -89,16 +90,16 @@ class Space:
     def sample(self, rng: np.random.Generator) -> SubNet:
         """Draw a random sub-network: first sizes from the values that can reach the bin, then units.
 
-        Half of the draws give all layers nearly equal shares of the remaining parameters. The others rarely do in a
-        deep teacher: the sizes drawn first use up the bin, and the rest ends at the smallest values.
+        Half of the draws give all layers nearly equal shares of the remaining parameters. Without this rule, draws
+        rarely do so in a deep teacher: the first sizes use up the bin, and later ones end at their smallest values.
         """
         evenness = 2.0 ** rng.uniform(-1, 6) if rng.random() < 0.5 else None
         return self._build(rng, Wish(spread=evenness is not None, evenness=evenness), {}, {})
 
     def split(self, n: int) -> list[Space]:
-        """Split the space into n equal parts of its bin, in ascending order.
+        """Split the space into n spaces with equal parts of its bin, in ascending order.
 
-        Parts without sub-networks are omitted; if all are, the only part is the space itself.
+        Parts without sub-networks are omitted; if all parts are omitted, the result is the space itself.
         """
         lo, hi = max(self.bin.lo, self.sizes.smallest), min(self.bin.hi, self.sizes.largest)
         edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
@@ -110,13 +111,13 @@ class Space:
         return parts or [self]
 
     def mutate(self, rng: np.random.Generator, parent: SubNet, probability: float) -> SubNet:
-        """Change some of a sub-network's choices; the others change only as much as the bin requires.
+        """Change some of a sub-network's choices; all other choices change only as much as the bin requires.
 
         Args:
             rng: Random generator.
             parent: A sub-network of this space.
-            probability: Probability that a size, a set of units or the choice of layers changes; at least one of them
-                does.
+            probability: Probability of a change for each choice (a size, a set of units, or the set of layers); at
+                least one choice changes.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -137,7 +138,7 @@ class Space:
         return self._build(rng, Wish(layers, self._at_layers(values, layers), spread), sets, swaps)
 
     def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
-        """Combine two sub-networks: each size, with its units, is a random parent's, as closely as the bin allows."""
+        """Combine two sub-networks: take each size and its units from a random parent, as closely as the bin allows."""
         parents = [(self.sizes_of(parent), self._sets_of(parent)) for parent in (mother, father)]
         values: dict[Key, int] = {}
         sets: Sets = {}
@@ -159,10 +160,10 @@ class Space:
     def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
         """Change one choice and compensate with another size, so that the parameter count stays nearly the same.
 
-        The level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The change
-        is, with equal probability, a step of one size, a change of layers, or an exchange of units in a set, which
-        costs nothing. The target is the parent's count within a tenth of the bin's width; if one size cannot
-        compensate, others change too.
+        This is the level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. With
+        equal probability, the change is a step of one size, a change of layers, or an exchange of units in a set; an
+        exchange needs no compensation. The target is the parent's count, plus or minus a tenth of the bin's width. If
+        one size cannot compensate, other sizes change too.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -197,21 +198,21 @@ class Space:
 
         Args:
             rng: Random generator.
-            sizes: Layers, and a size for each key that applies to them; they need not be legal.
-            units_of: Sub-network whose units a fine space keeps, as far as their number allows; by default random ones.
-            exchange: Probability that some units of a set are exchanged for others.
+            sizes: Layers, and a size for each key that applies to them. Sizes need not be legal.
+            units_of: Sub-network whose units a fine space keeps, as far as the sizes allow; by default random units.
+            exchange: Probability, for each set of units, that some of its units are exchanged for others.
         """
         sets = {} if units_of is None else self._sets_of(units_of)
         swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
         return self._build(rng, Wish(sizes.layers, sizes.values), sets, swaps)
 
     def build(self, sizes: Sizes, order: Order | None = None) -> SubNet:
-        """Return the sub-network of legal sizes whose units are the most important ones.
+        """Return the sub-network with the given sizes and the most important units.
 
         Args:
-            sizes: Layers and sizes, which are not adjusted to the bin.
-            order: The teacher's units by importance, for a fine space, in which each layer keeps its own best ones; by
-                default the first ones are kept. A coarse space uses its own order.
+            sizes: Layers and legal sizes, which are not adjusted to the bin.
+            order: The teacher's units by importance, of which each layer of a fine space keeps the best; by default the
+                first units are kept. A coarse space uses its attribute `order` instead.
         """
         sets: Sets = {}
 
@@ -238,7 +239,7 @@ class Space:
         return [key for key in sets if len(sets[key]) < self.sizes.limits[key[0]]]
 
     def _change_size(self, rng: np.random.Generator, values: dict[Key, int], key: Key) -> None:
-        """Remove the wish for a size, so that any is drawn, or change it to a nearby value, each half of the time."""
+        """With equal probability, remove a size's target, so that any value is drawn, or move the target nearby."""
         if rng.random() < 0.5:
             del values[key]
             return
@@ -268,7 +269,7 @@ class Space:
         return wished
 
     def complete(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
-        """Return the sizes of exactly these layers: the given ones, else the nearest layer's, else the teacher's."""
+        """Return the sizes of exactly these layers: the given size, else the nearest layer's, else the teacher's."""
         wished = self._at_layers(values, layers)
         keys = {(name, EVERY) for name in ("n_embd", "head_size")}
         for layer in layers:
@@ -280,6 +281,7 @@ class Space:
     # between sub-networks and sizes -----------------------------------------------------------------------------------
 
     def sizes_of(self, subnet: SubNet) -> Sizes:
+        """Return the sizes of a sub-network."""
         values = {("n_embd", EVERY): len(subnet.n_embd), ("head_size", EVERY): len(subnet.head_size)}
         for i, layer in enumerate(subnet.layers):
             for name, keep in self._own(subnet, i).items():
@@ -298,7 +300,7 @@ class Space:
         return sets
 
     def _own(self, subnet: SubNet, index: int) -> dict[str, UnitIndex]:
-        """Return the kept units of the student's layer `index`, by the names of a sub-network's fields."""
+        """Return the kept units of the sub-network's layer `index`, by the names of their sizes."""
         keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
         own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
         own[kind.width] = keep.intermediate_size
@@ -315,7 +317,7 @@ class Space:
         return self._keep_units(rng, sizes, sets, swaps)
 
     def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draw units for sizes: the parents' `sets`, as far as their number and the shares to swap allow."""
+        """Draw units for the sizes, from the parents' `sets` as far as the sizes and the shares to swap allow."""
         chosen: dict[Key, UnitIndex] = {}
 
         def keep(name: str, layer: int) -> UnitIndex:
@@ -352,7 +354,7 @@ class Space:
 
 
 def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:
-    """Draw n of `limit` units and sort them: `wished` ones first, a share `swap` of which is exchanged for others."""
+    """Draw n of `limit` units, sorted: first the `wished` units, of which a share `swap` is exchanged for others."""
     if wished is None:
         return np.sort(rng.permutation(limit)[:n])
     is_wished = np.zeros(limit, dtype=bool)

@@ -1,7 +1,8 @@
-"""Simple starts of a search: sub-networks with cuts in only a few dimensions, as large as the bin allows.
+"""Simple starts of a search: sub-networks reduced in only a few dimensions, as large as the bin allows.
 
-Random mixtures of all dimensions lose too much of a real pretrained model, while cutting only neurons or only layers
-does not. Each idea meets the bin by construction: all dimensions but one are set, and the last one is solved for.
+A sub-network reduced at random in all dimensions loses too much of a real pretrained model. One with only fewer neurons
+or only fewer layers does not. Each idea meets the bin by construction: all dimensions but one are set, and the last
+dimension is solved for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DIMENSIONS = {
     "channels": ("n_embd",),
     "experts": ("n_expert",),
 }
-"""Names of sizes, by the names of an idea's dimensions"""
+"""Names of the sizes that belong to each dimension of an idea"""
 
 Layers = tuple[int, ...]
 
@@ -34,12 +35,15 @@ class Start(NamedTuple):
     """A sub-network to evaluate at the start of a search."""
 
     origin: str
-    """Name of its idea"""
+    """Name of the idea that it implements"""
     subnet: SubNet
 
 
 class Idea(NamedTuple):
-    """A way to cut: part of the excess by dropping layers, the rest in other dimensions, to about the same share."""
+    """A way to remove the excess parameters: a portion by dropping layers, the rest by reducing other dimensions.
+
+    The other dimensions are reduced to about the same share of the teacher's sizes.
+    """
 
     dimensions: tuple[str, ...] = ()
     """Names in `DIMENSIONS`; the last one that may shrink is solved for"""
@@ -59,7 +63,7 @@ def ideas(best: str) -> list[Idea]:
     """Return all ideas, the most different ones first, because a short search tries only the first of them.
 
     Args:
-        best: Method of choosing layers for ideas that use only one.
+        best: Method of choosing layers for the ideas that are tried with a single method.
     """
     ways = dict.fromkeys((best, "evenly", "middle", "evenly inside"))
     second = next(way for way in ways if way != best)
@@ -86,9 +90,9 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
     """Build the simple starts of a space; ideas that cannot meet its bin are omitted.
 
     Args:
-        space: The space. Coarse ones keep the first units, or the best ones of their own order.
+        space: The space. A coarse space keeps the first units, or the best units by its `order`.
         order: The teacher's layers and units by importance, if known.
-        by_units: If true, choose units by `order`, not only layers.
+        by_units: If true, choose units by `order`; if false, only layers.
         n_sizes: Number of target sizes per idea, evenly spaced from the bin's upper end downwards.
 
     Returns:
@@ -112,7 +116,7 @@ class Builder:
         space: The space.
         most: Maximum number of parameters.
         order: The teacher's layers and units by importance.
-        by_units: If true, choose units by `order`, not only layers.
+        by_units: If true, choose units by `order`; if false, only layers.
     """
 
     def __init__(self, space: Space, most: int, order: Order | None, by_units: bool) -> None:
@@ -122,7 +126,7 @@ class Builder:
 
     @cached_property
     def choosers(self) -> dict[str, Callable[[int], Layers]]:
-        """Return the methods of choosing n layers, by name."""
+        """Methods of choosing n layers, by name."""
         if (prescribed := self.space.sizes.layer_order) is not None:
             return {self.space.sizes.args.layers: lambda n: tuple(sorted(prescribed[:n]))}
         ways: dict[str, Callable[[int], Layers]] = {
@@ -136,7 +140,7 @@ class Builder:
 
     @property
     def best(self) -> str:
-        """Return the method of choosing layers for ideas that use only one."""
+        """Name of the method of choosing layers for the ideas that are tried with a single method."""
         return next(way for way in ("importance", "middle", *self.choosers) if way in self.choosers)
 
     def build(self, idea: Idea) -> SubNet | None:
@@ -168,12 +172,12 @@ class Builder:
         return (0, 1, *inside.tolist(), self.n_layer - 2, self.n_layer - 1)
 
     def _around_middle(self, n: int) -> Layers:
-        """Drop consecutive layers, with two fifths of the kept ones before them."""
+        """Drop consecutive layers, with two fifths of the kept layers before them."""
         before = round(0.4 * n)
         return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
 
     def _fewer_layers(self, idea: Idea) -> Layers | None:
-        """Return the kept layers of an idea; None if it cannot drop enough."""
+        """Return the kept layers of an idea; None if it cannot drop enough layers."""
         choose = self.choosers.get(idea.layers)
         options = [choose(n) for n in self.grids["n_layer"][:-1]] if choose else []
         if not idea.dimensions:
@@ -185,7 +189,7 @@ class Builder:
     # other dimensions -------------------------------------------------------------------------------------------------
 
     def _solve(self, layers: Layers, free: Sequence[str]) -> dict[str, float] | None:
-        """Return the largest shares of some dimensions that fit, all about the same; None if none fit."""
+        """Return the largest shares of the `free` dimensions that fit, all about equal; None if no shares fit."""
         if not free:
             return {} if self._fits(layers, {}) else None
         *others, last = free
@@ -193,7 +197,7 @@ class Builder:
         if together is None:
             return None
         shares = {}
-        for name in others:  # each is cut by at least one step, or this would be another idea
+        for name in others:  # reduced by at least one step, or this would be another idea
             options = self._shares(name)[:-1]
             shares[name] = min(options, key=lambda share: abs(share - together))
         found = self._largest(self._shares(last), layers, [last], shares)
@@ -202,9 +206,9 @@ class Builder:
     def _largest(
         self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: dict[str, float]
     ) -> float | None:
-        """Return the largest share of some dimensions that fits, given the others' shares.
+        """Return the largest option that fits as the share of the dimensions `names`, given the `fixed` shares.
 
-        Costs grow with the share, so bisection applies: the options that fit come before those that do not.
+        Costs grow with the share, so bisection applies: all options that fit come before the first that does not.
         """
 
         def exceeds(share: float) -> bool:
@@ -231,7 +235,7 @@ class Builder:
         return sorted({n / grid[-1] for grid in self._grids(dimension).values() for n in grid})
 
     def _sizes(self, layers: Layers, shares: Mapping[str, float]) -> Sizes:
-        """Return the legal sizes nearest to the shares of the teacher's; sizes without a share are not cut."""
+        """Return the legal sizes nearest to the shares of the teacher's sizes; sizes without a share stay whole."""
         of = {size: share for name, share in shares.items() for size in DIMENSIONS[name]}
         values = self.space.complete({}, layers)
         for key in values:

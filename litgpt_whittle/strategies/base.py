@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 
 class Strategy(ABC):
-    """Search strategy, which proposes sub-networks of a space, guided by the scores of earlier ones.
+    """Search strategy, which proposes sub-networks of a space, guided by the scores of earlier sub-networks.
 
     A subclass takes its settings as keyword arguments of `__init__` (they become flags of `litgpt search`) and
     implements `propose`. Its state must depend only on the seed and the reported scores, so that replaying a journal
@@ -49,7 +49,7 @@ class Strategy(ABC):
     needs_measurements: bool = False
     """True if the strategy needs scores of other sub-networks (`measurements`) before the search"""
     n_kept: int | None = 1
-    """Number of best candidates that the search continues from, the only ones that need exact scores; None for all"""
+    """Number of best candidates that the search continues from, and that therefore need exact scores; None if all do"""
 
     def start(self, space: Space, seed: int) -> None:
         """Start a new search and discard any earlier state."""
@@ -69,14 +69,14 @@ class Strategy(ABC):
         """
 
     def expects(self, subnet: SubNet) -> dict[str, float]:
-        """Return predictions for a candidate that has no score yet, by name; recorded with its measured scores."""
+        """Return predictions for a candidate without a score, by name; they are recorded with its measured scores."""
         return {}
 
     def measurements(self, order: Order | None = None) -> dict[str, SubNet]:
         """Return the sub-networks to score before the search, by name; none by default.
 
-        They are not candidates and need not lie in the bin. If several bins are searched together, those of the first
-        bin are used for all, so the names must not depend on the bin.
+        These sub-networks are not candidates and need not lie in the bin. If several bins are searched together, the
+        measurements of the first bin serve all bins, so their names must not depend on the bin.
 
         Args:
             order: The teacher's units by importance, if the space does not prescribe the kept units.
@@ -91,23 +91,23 @@ class Strategy(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `__init__` that are stored as attributes of the same name."""
+        """Arguments of `__init__` that are stored as attributes of the same name."""
         names = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @property
     def ready(self) -> int:
-        """Return the number of further candidates that can be proposed before pending scores are reported."""
+        """Number of further candidates that can be proposed before pending scores are reported."""
         return 2**31
 
     @property
     def n_asked(self) -> int:
-        """Return the number of candidates that were proposed or reported."""
+        """Number of candidates that were proposed or reported."""
         return len(self._asked)
 
     @property
     def best(self) -> Scored | None:
-        """Return the best sub-network so far, the earliest in a tie; None while all have failed."""
+        """Best sub-network so far, the earliest in a tie; None while all have failed."""
         best = min(self.history, key=lambda scored: scored.score, default=None)
         return None if best is None or math.isinf(best.score) else best
 
@@ -130,8 +130,8 @@ class Strategy(ABC):
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
         """Report the score of a candidate, which need not be a proposal of this strategy.
 
-        Other candidates, such as the simple starts of a search, are treated like the strategy's own: it learns from
-        them and does not propose them again.
+        Candidates from elsewhere, such as the simple starts of a search, are treated like proposals of the strategy: it
+        learns from them and does not propose them again.
 
         Args:
             subnet: The candidate.

@@ -12,10 +12,10 @@ from litgpt_whittle.subnet import SubNet, layer_sizes
 
 
 class Choices:
-    """Parameters of a space: integers between two bounds, such as `n_embd` or `intermediate_size.3`.
+    """Search parameters of a space: integers between two bounds, such as `n_embd` or `intermediate_size.3`.
 
-    Kept layers are encoded as one integer of 0 or 1 per layer, `layer.3`, or, if only the first or the best ones may be
-    kept, as their number, `n_layer`. The kept units are not encoded.
+    Kept layers are encoded as 0 or 1 per layer, such as `layer.3`. If only the first or the best layers may be kept,
+    their number is encoded instead, as `n_layer`. The kept units are not encoded.
 
     Args:
         space: The space.
@@ -26,7 +26,7 @@ class Choices:
         self._keys = {_name(key): key for key in _keys(space)}
         grids = space.sizes.grids
         self.bounds = {name: (grids[size][0], grids[size][-1]) for name, (size, _) in self._keys.items()}
-        """Smallest and largest value, by name"""
+        """Smallest and largest value of each search parameter, by name"""
         depths = grids["n_layer"]
         if len(depths) > 1 and space.sizes.layer_order is not None:
             self.bounds["n_layer"] = depths[0], depths[-1]
@@ -34,7 +34,7 @@ class Choices:
             self.bounds |= {f"layer.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
 
     def of(self, subnet: SubNet) -> dict[str, int]:
-        """Return all parameters of a sub-network; a dropped layer gets the sizes of the nearest kept one."""
+        """Return the search parameters of a sub-network; a dropped layer gets the sizes of the nearest kept layer."""
         every = tuple(range(self.space.teacher.n_layer))
         values = self.space.complete(self.space.sizes_of(subnet).values, every)
         numbers = {name: values[key] for name, key in self._keys.items()}
@@ -44,7 +44,7 @@ class Choices:
     def build(
         self, rng: np.random.Generator, numbers: Mapping[str, int], units_of: SubNet | None = None, exchange: float = 0
     ) -> SubNet:
-        """Return the sub-network closest to the parameters within the bin (see `Space.near`)."""
+        """Return the sub-network within the bin that is closest to the search parameters (see `Space.near`)."""
         order = self.space.sizes.layer_order
         if order is not None and "n_layer" in numbers:
             layers = sorted(order[: numbers["n_layer"]])

@@ -1,4 +1,4 @@
-"""The evolutionary search of arXiv 2510.07227, with candidates built within the bin instead of by rejection."""
+"""The evolutionary search of arXiv 2510.07227, with candidates built within the bin, not by rejection sampling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Evolution(Generations):
         elites: Number of best sub-networks to keep as parents.
         n_offspring: Number of new sub-networks per generation.
         crossover_probability: Probability that a child combines two parents instead of mutating one.
-        mutation_probability: Probability that a choice of the parent (a size, a set of units, the layers) changes.
+        mutation_probability: Probability of a change for each choice of the parent: a size, a set of units, the layers.
         random_fraction: Share of random sub-networks in each generation, against premature convergence.
     """
 
@@ -56,21 +56,21 @@ class Evolution(Generations):
 
     @property
     def n_kept(self) -> int:  # type: ignore[override]
-        """Return the number of elites."""
+        """Number of elites."""
         return self.elites
 
     @property
     def generation_size(self) -> int:
-        """Return the number of random sub-networks for the first generation, then of offspring."""
+        """Number of random sub-networks in the first generation, number of offspring in later ones."""
         return self.n_offspring if self.history else self.population_size
 
     def select(self, generation: list[Scored]) -> None:
-        """Keep the best of parents and offspring as the next parents."""
+        """Keep the best of the parents and the offspring as the next parents."""
         ranked = sorted([*self.parents, *generation], key=lambda scored: scored.score)
         self.parents = [scored for scored in ranked if np.isfinite(scored.score)][: self.elites]
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Propose a random sub-network in the first generation, later mostly a child of the best ones."""
+        """Propose a random sub-network in the first generation, later mostly a child of the best sub-networks."""
         if not self.parents or rng.random() < self.random_fraction:
             return self.space.sample(rng)
         mother = self._parent(rng)

@@ -14,15 +14,16 @@ from litgpt_whittle.subnet import SubNet
 
 
 class EvoPress(Generations):
-    """Evolution of a single parent, whose offspring trade the size of one part for another, so that the budget is kept.
+    """Evolution of a single parent: offspring trade the size of one part for another, keeping the parameter count.
 
-    The paper selects offspring in stages with more and more tokens; racing (`litgpt_whittle.searching.racing`) does
-    that for any strategy, and makes this one cheap.
+    The paper selects offspring in stages with more and more tokens. Racing (`litgpt_whittle.searching.racing`) does
+    that for any strategy, and makes EvoPress cheap.
 
     Args:
-        n_initial: Number of random sub-networks to start with, the best of which becomes the first parent.
+        n_initial: Number of random sub-networks to start with; the best one becomes the first parent.
         n_children: Number of offspring per generation, λ.
-        max_trades: Maximum number of trades per offspring; the number is the smaller of two uniform draws from 1 up.
+        max_trades: Maximum number of trades per offspring. The actual number is the smaller of two uniform draws
+            from 1 to this maximum.
     """
 
     def __init__(self, n_initial: int = 32, n_children: int = 16, max_trades: int = 3) -> None:
@@ -38,17 +39,17 @@ class EvoPress(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Return the number of random sub-networks for the first generation, then of offspring."""
+        """Number of random sub-networks in the first generation, number of offspring in later ones."""
         return self.n_children if self.history else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
-        """Select the best of offspring and parent as the next parent, an offspring in a tie."""
+        """Select the best of the offspring and the parent as the next parent; in a tie, prefer an offspring."""
         candidates = [*generation, *([self.parent] if self.parent else [])]
         best = min(candidates, key=lambda scored: scored.score)
         self.parent = best if math.isfinite(best.score) else None
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Propose an offspring of the parent, or a random sub-network while there is none."""
+        """Propose an offspring of the parent, or a random sub-network while there is no parent."""
         if self.parent is None:
             return self.space.sample(rng)
         child = self.parent.subnet

@@ -1,4 +1,4 @@
-"""Base class of strategies with generations: the next one starts when all scores of the last one are reported."""
+"""Base class of strategies with generations: each starts when all scores of the previous generation are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Generations(Strategy):
     @property
     @abstractmethod
     def generation_size(self) -> int:
-        """Return the number of candidates in the next generation."""
+        """Number of candidates in the next generation."""
 
     @abstractmethod
     def select(self, generation: list[Scored]) -> None:
@@ -33,11 +33,11 @@ class Generations(Strategy):
 
     @property
     def ready(self) -> int:
-        """Return the number of remaining candidates of this generation; the next one needs all of its scores."""
+        """Number of candidates of this generation still to propose; the next generation needs all of its scores."""
         return self._ends - self.n_asked
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Report the score of a candidate; the last one of a generation starts the next."""
+        """Report the score of a candidate; the last score of a generation starts the next generation."""
         super().tell(subnet, score, measures)
         if len(self.history) == self._ends:
             self.select(self.history[self._begins :])

@@ -1,4 +1,4 @@
-"""Combine measured alternatives of every layer by an integer program, as in Puzzle (arXiv 2411.19146)."""
+"""Combine measured alternatives to every layer by an integer program, as in Puzzle (arXiv 2411.19146)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.subnet import SubNet
 
 WHOLE = "teacher"
-"""Name of the measurement of the whole teacher, the reference of all others"""
+"""Name of the measurement of the whole teacher, with which all other measurements are compared"""
 
 _NOISE = 0.05
 """Standard deviation of a candidate's cost around the fitted one, relative to the cost"""
@@ -37,18 +37,18 @@ _TRIES = 20
 
 
 class IntegerProgram(Generations):
-    """Search by an integer program for the combination of layers' alternatives with the lowest total cost.
+    """Search by an integer program for the combination of per-layer alternatives with the lowest total cost.
 
-    Before the search, the teacher is scored with one alternative of one layer at a time: the layer dropped, or a share
-    of its units kept. The increase of the loss is the alternative's cost. The first candidate is the combination in the
-    bin with the lowest total cost. Scores of candidates then correct the costs by ridge regression. Each further batch
-    starts with the best combination by the corrected costs; the others are the best ones by costs drawn from their
-    posterior. Channels and head size are not cut.
+    Before the search, the teacher is scored with a single layer replaced by an alternative: the layer dropped, or a
+    share of its units kept. The increase of the loss is the alternative's cost. The first candidate is the combination
+    in the bin with the lowest total cost. Scores of candidates then correct the costs by ridge regression. Each further
+    batch starts with the best combination by the corrected costs; its other candidates are the best combinations by
+    costs drawn from the posterior. Channels and head size stay at the teacher's sizes.
 
     Args:
-        shares: Shares of a layer's neurons, heads or experts to measure, in addition to all of them.
-        n_between: Numbers of neurons to offer between two measured ones, at costs in proportion.
-        batch_size: Candidates between two corrections, which can be scored in parallel.
+        shares: Shares of a layer's neurons, heads or experts to measure, in addition to the full layer.
+        n_between: Number of unmeasured MLP widths to offer between two adjacent measured widths, at interpolated costs.
+        batch_size: Candidates between two corrections of the costs; these can be scored in parallel.
         uncertainty: Prior standard deviation of the corrections, relative to the costs.
     """
 
@@ -84,14 +84,14 @@ class IntegerProgram(Generations):
 
     @property
     def program(self) -> Program:
-        """Return the integer program of the space, built on first use."""
+        """Integer program of the space, built on first use."""
         if self._program is None:
             self._program = Program(self.alternatives)
         return self._program
 
     @property
     def generation_size(self) -> int:
-        """Return the number of candidates between two corrections."""
+        """Number of candidates between two corrections of the costs."""
         return self.batch_size
 
     def measurements(self, order: Order | None = None) -> dict[str, SubNet]:
@@ -103,15 +103,17 @@ class IntegerProgram(Generations):
         if self.program.solve(self.costs) is None:
             raise UserError(
                 f"strategy IntegerProgram found no combination of layers' alternatives in the bin {self.space.bin} "
-                "within the limits, channels being whole; change the bin, --strategy.shares or the strategy"
+                "within the limits (channels are never reduced); change the bin, --strategy.shares or the strategy"
             )
         alone = {str(each): self.alternatives.alone(each, order or self.space.order) for each in self.alternatives.all}
         return {WHOLE: SubNet.full(self.space.teacher), **alone}
 
     def take_measurements(self, measured: Mapping[str, Scored]) -> None:
-        """Set the costs to the increases of the loss over the whole teacher's; failures cost more than all others."""
+        """Set each cost to the increase over the whole teacher's loss; a failure costs more than all the rest."""
         if not math.isfinite(measured[WHOLE].score):
-            raise UserError("the whole teacher could not be scored, without which nothing has a cost; see the journal")
+            raise UserError(
+                "the whole teacher could not be scored, and all costs are relative to its loss; see the journal"
+            )
         self.base = _loss(measured[WHOLE])
         for alternative in self.alternatives.all:
             self.alternatives.note_units(alternative, measured[str(alternative)].subnet)
@@ -121,7 +123,7 @@ class IntegerProgram(Generations):
         self._posterior = None
 
     def select(self, generation: list[Scored]) -> None:
-        """Mark the costs for correction by all scores so far, which the next proposal does."""
+        """Mark the costs as outdated; the next proposal corrects them by all scores so far."""
         self._is_new, self._posterior = True, None
 
     def propose(self, rng: np.random.Generator) -> SubNet:
@@ -158,7 +160,8 @@ class IntegerProgram(Generations):
 class _Posterior:
     """Posterior of the alternatives' costs under a Gaussian process of linear functions (ridge regression).
 
-    All costs share a common factor, because costs of cuts rarely add up, and each has a correction of its own.
+    All costs share a common factor, because the costs of alternatives rarely add up. Each cost also has a separate
+    correction.
     Residuals are relative to the candidates' costs, so that bad candidates do not outweigh good ones.
 
     Args:
@@ -184,7 +187,7 @@ class _Posterior:
 
     @property
     def mean(self) -> np.ndarray:
-        """Return the posterior mean of the costs."""
+        """Posterior mean of the costs, shape (n_alternatives,)."""
         return self._corrected(self.features.T @ (self.inverse @ (self.residuals / self.units)))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -201,9 +204,9 @@ class _Posterior:
 
 
 def costs_of(measured: Mapping[str, Scored], alternatives: list[Alternative]) -> np.ndarray:
-    """Return the increase of the loss over the whole teacher's by each alternative, shape (n_alternatives,).
+    """Return the increase over the whole teacher's loss due to each alternative, shape (n_alternatives,).
 
-    Infinite if an alternative failed or has not been scored yet.
+    The increase is infinite if an alternative failed or has not been scored yet.
     """
     base = _loss(measured[WHOLE])
     return np.array([_loss(measured[str(each)]) - base if str(each) in measured else math.inf for each in alternatives])

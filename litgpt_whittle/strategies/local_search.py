@@ -20,10 +20,11 @@ class LocalSearch(Generations):
     """Hill climbing: move to a mutation of the current sub-network if it is at least as good, and restart when stuck.
 
     Args:
-        n_starts: Random sub-networks at the start of each climb, which starts at the best of them.
+        n_starts: Random sub-networks to score before each climb, which starts at the best of them.
         n_neighbours: Mutations per step; more allow more parallel scoring, fewer climb faster.
         patience: Number of neighbours in a row without an improvement before a restart.
-        mutation_probability: Probability that a choice (a size, a set of units, the layers) changes; at least one does.
+        mutation_probability: Probability of a change for each choice (a size, a set of units, the layers); at least one
+            choice changes.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class LocalSearch(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Return the number of random sub-networks at the start of a climb, then of neighbours."""
+        """Number of random sub-networks at the start of a climb, number of neighbours in later steps."""
         return self.n_starts if self.at is None else self.n_neighbours
 
     def select(self, generation: list[Scored]) -> None:
-        """Move to the best neighbour unless it is worse; restart when the patience is exhausted."""
+        """Move to the best neighbour unless it is worse; restart after `patience` neighbours without an improvement."""
         found = min(generation, key=lambda scored: scored.score)
         height = math.inf if self.at is None else self.at.score
         self.n_in_vain = 0 if found.score < height else self.n_in_vain + len(generation)
@@ -61,7 +62,7 @@ class LocalSearch(Generations):
             self._restart()
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Propose a neighbour of the current sub-network, or a random one at the start of a climb."""
+        """Propose a neighbour of the current sub-network, or a random sub-network at the start of a climb."""
         if self.at is None:
             return self.space.sample(rng)
         return self.space.mutate(rng, self.at.subnet, self.mutation_probability)

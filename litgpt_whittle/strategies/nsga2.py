@@ -23,9 +23,9 @@ class NSGA2(Generations):
 
     Args:
         objectives: Objectives to minimise: `score` for the fitness, and measures by name, such as `n_params`.
-        population_size: Number of sub-networks per generation, and of parents.
+        population_size: Number of sub-networks per generation, and maximum number of parents.
         crossover_probability: Probability that a child combines two parents instead of mutating one.
-        mutation_probability: Probability that a choice of the parent (a size, a set of units, the layers) changes.
+        mutation_probability: Probability of a change for each choice of the parent: a size, a set of units, the layers.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class NSGA2(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Return the population size."""
+        """Population size."""
         return self.population_size
 
     @property
     def front(self) -> list[Scored]:
-        """Return the non-dominated sub-networks in the order in which they were reported."""
+        """Non-dominated sub-networks, in the order in which they were reported."""
         from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
         pool = self._successful(self.history)
@@ -96,7 +96,7 @@ class NSGA2(Generations):
         return self.parents[int(rng.integers(len(self.parents), size=2).min())].subnet
 
     def _successful(self, scored: list[Scored]) -> list[Scored]:
-        """Return those with a finite score and finite objectives."""
+        """Return the sub-networks with a finite score and finite objectives."""
         return [one for one in scored if math.isfinite(one.score) and np.isfinite(self._values([one])).all()]
 
     def _values(self, scored: list[Scored]) -> np.ndarray:
@@ -104,5 +104,5 @@ class NSGA2(Generations):
         known = [{**one.measures, "score": one.score} for one in scored]
         for name in self.objectives:
             if any(name not in measures for measures in known):
-                raise UserError(f"strategy.objectives names {name!r}, which was not measured; tell it with the score")
+                raise UserError(f"strategy.objectives names {name!r}, which was not measured; pass it to `tell`")
         return np.array([[measures[name] for name in self.objectives] for measures in known])

@@ -1,8 +1,8 @@
-"""Integer program for the cheapest combination of layers' alternatives within a bin and its limits.
+"""Integer program for the cheapest combination of per-layer alternatives within a bin and its limits.
 
-A layer has one binary variable for each set of sizes of its attention, one for each of its MLP, and one for dropping
-it. Sizes shared by all layers (experts; in uniform spaces every size) have a variable per level, which bounds the
-layers' variables.
+A layer has a binary variable for each combination of its attention's sizes, one for each combination of its MLP's
+sizes, and one for dropping the layer. A size shared by all layers (the number of experts; in uniform spaces every size)
+has a variable per level, which bounds the layers' variables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAGNITUDE = 1e4
 """Largest coefficient of a row after scaling, so that the solver's tolerance of 1e-6 is far below one parameter"""
 
 Part = tuple[int, tuple[str, ...]]
-"""A layer, and the names of sizes that are chosen together: those of its attention or its MLP"""
+"""A layer, and the names of the sizes that are chosen together: the sizes of its attention or of its MLP"""
 
 Row = dict[int, float]
 """Coefficients of a constraint by variable"""
@@ -60,18 +60,18 @@ class Program:
         self.costs = self._cost_matrix()
 
     def solve(self, costs: np.ndarray, others: Sequence[Sequence[LayerChoice]] = ()) -> list[LayerChoice] | None:
-        """Return the cheapest combination, or None if there is none or the solver found none.
+        """Return the cheapest combination, or None if none exists or the solver found none within its node limit.
 
         Args:
             costs: Cost of each alternative, shape (n_alternatives,).
             others: Combinations to exclude.
 
         Returns:
-            The sizes of each of the teacher's layers, None for a dropped one.
+            The sizes of each layer of the teacher; None for a dropped layer.
         """
         objective = self.costs @ costs
         largest = abs(objective).max(initial=0.0) or 1.0
-        # rounded, so that the last bits of a fit, which depend on the number of threads, do not affect the solution
+        # the last bits of fitted costs depend on the number of threads; rounding keeps them from affecting the solution
         objective = np.round(objective / largest, 9)
         rows = [*self.rows, *map(self._cut, others)]
         at = [(i, j, value) for i, (row, _, _) in enumerate(rows) for j, value in row.items()]
@@ -137,7 +137,7 @@ class Program:
         return shared
 
     def _bound_depth(self) -> None:
-        """Constrain the number of layers to the space's, and dropped layers to the space's order if it has one."""
+        """Constrain the number of layers to the space's grid, and dropped layers to the space's order if it has one."""
         grid, order = self.space.sizes.grids["n_layer"], self.space.sizes.layer_order
         if not self.dropped:
             return
@@ -169,7 +169,7 @@ class Program:
     def _quantities(self, names: Sequence[str]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Return the costs outside of the layers, and the costs that each variable adds, each of shape (n_names,).
 
-        Computed as differences between the costs of sub-networks with one or two layers.
+        They are differences between the costs of sub-networks with one or two layers.
         """
         teacher = self.alternatives.teacher
 

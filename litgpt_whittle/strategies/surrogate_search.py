@@ -1,7 +1,7 @@
 """Wrappers that combine any strategy with a surrogate to reduce the number of evaluations.
 
-Both uses are from *Transferrable surrogates in expressive NAS spaces* (2025): candidates with bad predictions are not
-evaluated, or the search itself runs on predictions. Both implement the interface of a strategy.
+Both wrappers are from *Transferrable surrogates in expressive NAS spaces* (2025) and implement the interface of a
+strategy. `Filter` does not evaluate candidates with bad predictions; `OnPredictions` runs the search on predictions.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def with_surrogate(
         seed: Seed of the search.
 
     Returns:
-        The strategy, with the surrogate if requested, and the surrogate's settings that determine the search; empty
-        without a surrogate.
+        The strategy, with the surrogate if requested, and the settings of the surrogate that affect the search (empty
+        without a surrogate).
 
     Raises:
         UserError: If the surrogate is unknown, the strategy needs measurements, or the files to learn from are invalid.
@@ -59,8 +59,8 @@ def with_surrogate(
         return strategy, {}
     if strategy.needs_measurements:
         raise UserError(
-            f"strategy {type(strategy).__name__} predicts by its own measurements; leave surrogate.mode "
-            f"{args.mode} out or choose another strategy"
+            f"strategy {type(strategy).__name__} predicts by its own measurements; remove surrogate.mode "
+            f"{args.mode} or choose another strategy"
         )
     make = partial(registry.lookup("litgpt_whittle.surrogates", args.kind), args)
     examples = None if args.path is None else Examples.read(args.path)
@@ -69,7 +69,7 @@ def with_surrogate(
     if examples is not None:
         print(
             f"A surrogate learnt from {len(examples)} candidates of {args.path}: "
-            f"Kendall's τ {surrogate.examples_tau():.2f} on held-out ones"
+            f"Kendall's τ {surrogate.examples_tau():.2f} on held-out candidates"
         )
     depends_on = asdict(args) | {
         "path": None if examples is None else examples.fingerprint,
@@ -81,9 +81,9 @@ def with_surrogate(
 
 
 class SurrogateSearch(Generations):
-    """A strategy with a surrogate, which is fitted between generations and constant within them.
+    """Strategy with a surrogate that is refitted between generations and constant within each generation.
 
-    The strategy's own proposals are used until the surrogate can predict.
+    Until the surrogate can predict, the proposals of the wrapped strategy are used unchanged.
 
     Args:
         strategy: The strategy.
@@ -107,11 +107,11 @@ class SurrogateSearch(Generations):
         self.inner._asked = self._asked  # both share one set of proposed candidates
 
     def select(self, generation: list[Scored]) -> None:
-        """Mark the surrogate for a new fit, which the next proposal does."""
+        """Mark the surrogate as outdated; the next proposal refits it."""
         self._is_stale = True
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Propose the surrogate's preferred candidate, or the strategy's while the surrogate is not fitted."""
+        """Propose a candidate with a good prediction, or the wrapped strategy's proposal before the first fit."""
         self.fit()
         return self.prefer(rng) if self.predictor.is_fitted else self.inner.propose(rng)
 
@@ -139,10 +139,10 @@ class SurrogateSearch(Generations):
 
 
 class Filter(SurrogateSearch):
-    """Strategy whose proposals are filtered: only the best of several, by prediction, is evaluated.
+    """Strategy whose proposals are filtered: of several proposals, only the one with the best prediction is evaluated.
 
-    Only scores of evaluated candidates are reported to the strategy. With several objectives, the filter uses the
-    score.
+    Only scores of evaluated candidates are reported to the strategy. If the strategy has several objectives, the filter
+    predicts only the score.
 
     Args:
         strategy: The strategy.
@@ -168,16 +168,16 @@ class Filter(SurrogateSearch):
 
     @property
     def generation_size(self) -> int:
-        """Return the number of evaluations between two fits, which grows with their total to limit the cost of fits."""
+        """Number of evaluations between two fits, which grows with their total to limit the cost of fits."""
         return max(math.ceil(self.refit * len(self.history)), _LEAST_GROWTH) if self.history else self.n_initial
 
     @property
     def ready(self) -> int:
-        """Return the number of candidates until the next fit, or until the strategy needs pending scores."""
+        """Number of candidates until the next fit, or until the strategy needs pending scores."""
         return min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
-        """Return the best of several proposals, by prediction."""
+        """Return the proposal with the best prediction, out of several."""
         proposals = list(dict.fromkeys(self.inner.propose(rng) for _ in range(self.n_proposals)))
         new = [subnet for subnet in proposals if subnet not in self._asked and self.space.admits(subnet)]
         if not new:
@@ -185,7 +185,7 @@ class Filter(SurrogateSearch):
         return new[int(self.predictor.predict(new, self.optimism).argmin())]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Report the score of a candidate, also to the strategy."""
+        """Report the score of a candidate, also to the wrapped strategy."""
         self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)
 
@@ -197,7 +197,7 @@ class OnPredictions(SurrogateSearch):
         strategy: The strategy, which starts from scratch in each search on predictions.
         surrogate: The surrogate.
         n_initial: Evaluations before the first fit of the surrogate, proposed by the strategy.
-        n_inner: Predictions per search.
+        n_inner: Predictions per search on predictions.
         n_evaluated: Candidates to evaluate after each search.
         optimism: κ in the lower confidence bound μ − κσ.
 
@@ -219,7 +219,7 @@ class OnPredictions(SurrogateSearch):
         self.n_inner, self.n_evaluated = n_inner, n_evaluated
         if unknown := [name for name in strategy.objectives if name not in ("score", "n_params")]:
             raise UserError(
-                f"surrogate.mode objective knows score and n_params alone, the strategy minimises {unknown[0]}; "
+                f"surrogate.mode objective supports only score and n_params, but the strategy minimises {unknown[0]}; "
                 "use surrogate.mode filter"
             )
 
@@ -231,16 +231,16 @@ class OnPredictions(SurrogateSearch):
 
     @property
     def generation_size(self) -> int:
-        """Return the number of initial evaluations, then of evaluations per search on predictions."""
+        """Number of evaluations before the first fit, then after each search on predictions."""
         return self.n_evaluated if self.history or self.predictor.is_fitted else self.n_initial
 
     @property
     def ready(self) -> int:
-        """Return the number of remaining candidates; before the first fit, the strategy's own number limits it too."""
+        """Number of candidates still to propose in this generation; before the first fit, at most the strategy's."""
         return super().ready if self.predictor.is_fitted else min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
-        """Return the next of the best candidates of a search on predictions; a random one if there are too few."""
+        """Return the next of the best candidates of a search on predictions; a random candidate if none is left."""
         if self._queue_for != self._begins:
             self._queue, self._queue_for = self._search(int(rng.integers(2**31))), self._begins
         return next((subnet for subnet in self._queue if subnet not in self._asked), None) or self.space.sample(rng)
@@ -259,7 +259,7 @@ class OnPredictions(SurrogateSearch):
         return [scored.subnet for scored in ranked if scored.subnet not in self._asked][: self.n_evaluated]
 
     def tell(self, subnet: SubNet, score: float, measures: Mapping[str, float] | None = None) -> None:
-        """Report the score of a candidate, also to the strategy before the first fit."""
+        """Report the score of a candidate; before the first fit, also to the wrapped strategy."""
         if not self.predictor.is_fitted:
             self.inner.tell(subnet, score, measures)
         super().tell(subnet, score, measures)

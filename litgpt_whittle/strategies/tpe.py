@@ -20,19 +20,19 @@ from litgpt_whittle.subnet import SubNet
 
 
 class TPE(Generations):
-    """TPE: models of the densities of good and of other sub-networks' sizes, whose ratio the proposals maximise.
+    """TPE: model the densities of sizes among good and other sub-networks, and propose sizes that maximise their ratio.
 
-    Each proposal is the best sub-network so far with a few random parameters sampled from the model: proposals that
-    change all of them are rarely good if every layer has its own. The result is adjusted to the bin, and the model
-    learns from the adjusted sizes. It models sizes and layers, not the kept units: those are the best sub-network's, a
-    few of them exchanged.
+    Each proposal is the best sub-network so far, with new values of a few random sizes or layers sampled from the
+    model. Proposals that change all sizes are rarely good if every layer has its own. The result is adjusted to the
+    bin, and the model learns from the adjusted sizes. The model does not cover the kept units: proposals keep the units
+    of the best sub-network, with a few exchanged.
 
     Args:
         n_initial: Number of random sub-networks to start with.
         batch_size: Sub-networks per update of the model; more allow more parallel scoring, fewer learn faster.
         n_modelled: Number of parameters (sizes, kept layers) to sample from the model per proposal.
-        n_ei_candidates: Samples from the model per proposal, of which the most promising is taken.
-        exchange_probability: Probability that some units of a set are exchanged for others.
+        n_ei_candidates: Samples from the model per proposal; the most promising one is used.
+        exchange_probability: Probability, for each set of units, that some of its units are exchanged for others.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TPE(Generations):
 
     @property
     def generation_size(self) -> int:
-        """Return the number of random sub-networks for the first generation, then the batch size."""
+        """Number of random sub-networks in the first generation, the batch size in later ones."""
         return self.batch_size if self.history else self.n_initial
 
     def select(self, generation: list[Scored]) -> None:
@@ -83,10 +83,11 @@ class TPE(Generations):
                 trial = optuna.trial.create_trial(params=numbers, distributions=self._distributions, value=score)
                 self._study.add_trial(trial)
         if self.best is not None:
-            self._best = self.best.subnet  # of complete generations only, whatever the batch sizes of `ask`
+            # set after complete generations only, so that the batch sizes of `ask` have no effect
+            self._best = self.best.subnet
 
     def propose(self, rng: np.random.Generator) -> SubNet:
-        """Propose the best sub-network with some parameters from the model; at first a random one."""
+        """Propose the best sub-network with some parameters from the model; in the first generation, a random one."""
         if self._best is None:
             return self.space.sample(rng)
         numbers = self.choices.of(self._best) | self._promising(rng)

@@ -23,18 +23,18 @@ class SurrogateArgs:
     """Regressor, by its name in `litgpt_whittle.surrogates`: trees (a forest on features of sub-networks), or text (a
     language model that reads a description of them)"""
     path: Path | None = None
-    """Another search's folder or journal, of any teacher and data, to pretrain on"""
+    """Folder or journal of another search to pretrain on; its teacher and data may differ"""
     importance: Path | None = None
-    """The teacher's `importance.pt` of `litgpt rank`: adds the kept shares of its scores as features"""
+    """The teacher's `importance.pt`, written by `litgpt rank`: adds the kept shares of importance scores as features"""
     n_initial: int = 20
     """Evaluations before the first predictions, if no `path` is given"""
     refit: float = 0.1
-    """Relative growth of the number of evaluations between two fits, with filter; at least ten evaluations"""
+    """With filter, the number of evaluations grows by this fraction between two fits, and by at least ten"""
     n_proposals: int = 30
     """Candidates proposed per evaluation, with filter"""
     optimism: float = 1.0
-    """κ in the lower confidence bound μ − κσ that ranks candidates: of equal predictions it prefers the most uncertain,
-    which makes a search explore. No effect for regressors without a standard deviation"""
+    """κ in the lower confidence bound μ − κσ that ranks candidates. Among equal predictions, the bound prefers the most
+    uncertain one, so that the search explores. No effect for regressors without a standard deviation"""
     n_inner: int = 500
     """Predictions per search on predictions, with objective"""
     n_evaluated: int = 10

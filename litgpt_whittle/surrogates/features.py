@@ -26,7 +26,7 @@ N_PARTS = 8
 """Number of parts of equal depth that any teacher is divided into, for features by depth"""
 
 Choice = SubNet | Mapping[str, Any]
-"""A sub-network, or the output of `SubNet.to_dict`, which is faster to read than to build"""
+"""A sub-network, or the output of `SubNet.to_dict`, which is read faster than a `SubNet` is built from it"""
 
 Units = int | np.ndarray
 """Kept units: the first n, or ranges as returned by `litgpt_whittle.unit_index.ranges`"""
@@ -59,7 +59,7 @@ class Features:
     def __init__(self, teacher: Config, ranking: Ranking | None = None) -> None:
         self.teacher = teacher
         self._limits = [layer_sizes(teacher, layer) for layer in range(teacher.n_layer)]
-        # a layer has only one of the two
+        # each layer has only one of the two widths
         widths = [own.get("moe_intermediate_size", own.get("intermediate_size")) for own in self._limits]
         self._widths = np.array(widths, dtype=np.float64)
         self._masses = None if ranking is None else _Masses(ranking)
@@ -71,7 +71,7 @@ class Features:
         self._parts = overlap.clip(0) * N_PARTS
 
     def __call__(self, choices: Sequence[Choice]) -> dict[str, np.ndarray]:
-        """Return the features of n sub-networks, each of shape (n,), by name; a teacher's names are always the same."""
+        """Return the features of n sub-networks, each of shape (n,), by name; the names do not depend on `choices`."""
         teacher, read = self.teacher, self.read(choices)
         found = {
             "depth": read.is_kept.mean(1),
@@ -133,7 +133,7 @@ class Features:
         return [units if name in self._limits[layer] else 0 for layer, units in zip(layers, values)]
 
     def _in_groups(self, experts: Units) -> Units:
-        """Convert the first n experts to the first ones of each group; other choices are returned unchanged."""
+        """Convert the first n experts to the first experts of each group; return other choices unchanged."""
         is_prefix = isinstance(experts, int) and experts > 0
         return _units(UnitIndex(experts_of(self.teacher, UnitIndex(experts)))) if is_prefix else experts
 
@@ -142,7 +142,7 @@ class Features:
         return {f"{name}_at_{i}": part for i, part in enumerate(self._parts @ kept.T.astype(np.float64))}
 
     def _param_shares(self, read: Read) -> dict[str, np.ndarray]:
-        """Return parameters relative to the teacher's, by part, and the shares of parts in the sub-network's own."""
+        """Return the parameters of attention and MLPs relative to the teacher's, and shares within the sub-network."""
         attention, mlp = self._params(read)
         layers = attention + mlp
         return {
@@ -166,7 +166,7 @@ class Features:
 
 
 def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the closed forms of the parameters of attention and MLP for each kind of layers.
+    """Return the closed forms of the parameter counts of attention and MLP for each kind of layers.
 
     Returns:
         Per kind, the coefficients of polynomials that are affine in channels, head size, query groups, heads per group,
@@ -189,7 +189,7 @@ def _part_costs(teacher: Config) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _gaps(is_kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Return features of dropped layers: before the first kept one, after the last one, and between them."""
+    """Return features of the dropped layers before the first kept layer, after the last, and in between."""
     _n, depth = is_kept.shape
     first, behind = is_kept.argmax(1), is_kept[:, ::-1].argmax(1)
     before = np.maximum.accumulate(np.where(is_kept, np.arange(depth), -1), axis=1)[:, :-1]
@@ -220,14 +220,14 @@ def _spread(name: str, share: np.ndarray, is_kept: np.ndarray) -> dict[str, np.n
 
 
 def _moments(values: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return means and standard deviations along rows of the values selected by the mask `of`; 0 if none is."""
+    """Return means and standard deviations along rows of the values selected by the mask `of`; 0 if no value is."""
     n = np.maximum(of.sum(1), 1)
     mean = (values * of).sum(1) / n
     return mean, np.sqrt((((values - mean[:, None]) * of) ** 2).sum(1) / n)
 
 
 class _Masses:
-    """Kept shares of a ranking's scores: of channels, of layers, and of units averaged over the layers."""
+    """Kept shares of a ranking's scores: of channels, of layers, and of other units, averaged over the layers."""
 
     def __init__(self, ranking: Ranking) -> None:
         self.units: dict[str, dict[str, list[np.ndarray | None]]] = {}
@@ -251,7 +251,7 @@ class _Masses:
 
 
 def _running_share(scores: np.ndarray) -> np.ndarray:
-    """Return the share of the first n units in all scores, n = 0 … len(scores); units are equal if all scores are 0."""
+    """Return the first n units' share of the total score, n = 0 … len(scores); all units count equally if it is 0."""
     shares = np.clip(scores.astype(np.float64), 0, None)
     shares = shares if shares.sum() > 0 else np.ones(len(scores))
     return np.concatenate(([0.0], np.cumsum(shares / shares.sum())))

@@ -1,9 +1,8 @@
-"""Predict the scores of sub-networks from evaluations of the same search or of another one.
+"""Predict the scores of sub-networks from evaluations of the same search or of another search.
 
-The uses of *Transferrable surrogates in expressive NAS spaces* (2025) are in
-`litgpt_whittle.strategies.surrogate_search`. Scores are fitted as logarithms, standardised within each bin of a search,
-so that a surrogate can learn from other teachers, data and measures. Fitted regressors are never loaded; they are
-fitted again from a journal, so that untrusted files cannot run code.
+`litgpt_whittle.strategies.surrogate_search` uses the predictions. Scores are fitted as logarithms, standardised within
+each bin of a search, so that a surrogate can learn from other teachers, data and measures. Fitted regressors are never
+loaded from a file; they are fitted again from a journal, so that untrusted files cannot run code.
 """
 
 from __future__ import annotations
@@ -50,15 +49,17 @@ class Examples:
 
     @classmethod
     def read(cls, path: Path) -> Examples:
-        """Read a journal, or the one in a search's folder.
+        """Read a journal, or the journal in a search's folder.
 
         Raises:
-            UserError: If there is none, another version wrote it, or too few of its candidates have a score.
+            UserError: If there is no journal, another version wrote it, or too few of its candidates have a score.
         """
         path = Path(path)
         file = path / JOURNAL if path.is_dir() else path
         if not file.is_file():
-            raise UserError(f"surrogate.path must be a search's folder or journal, {str(path)!r} has none; correct it")
+            raise UserError(
+                f"surrogate.path must be a search's folder or journal, found none at {str(path)!r}; correct it"
+            )
         header, evaluations = read_journal(file)
         try:
             teacher, score = Config(**header["teacher"]["architecture"]), header["settings"]["score"]
@@ -67,8 +68,8 @@ class Examples:
         found = scored(evaluations, score)
         if len(found) < LEAST:
             raise UserError(
-                f"a surrogate learns from {LEAST} candidates with a score or more, {str(file)!r} has {len(found)}; "
-                "name a longer search"
+                f"a surrogate needs at least {LEAST} candidates with a score, {str(file)!r} has {len(found)}; "
+                "use a longer search"
             )
         bins: list[tuple[list[Mapping[str, Any]], np.ndarray]] = []
         for bin in bins_of(found):
@@ -82,12 +83,12 @@ class Examples:
 
     @property
     def choices(self) -> list[Mapping[str, Any]]:
-        """Return the sub-networks of all bins."""
+        """Sub-networks of all bins."""
         return [choice for choices, _ in self.bins for choice in choices]
 
     @property
     def targets(self) -> np.ndarray:
-        """Return the scores of all bins, standardised within each bin, shape (n,)."""
+        """Scores of all bins, standardised within each bin, shape (n,)."""
         return np.concatenate([Scale.of(scores).standardised(scores) for _, scores in self.bins])
 
 
@@ -118,9 +119,8 @@ class Scale(NamedTuple):
 class Surrogate:
     """Predictor of scores (lower is better) in their original unit.
 
-    With examples of another search, a regressor fitted to them is the prior: its predictions are mapped to this
-    search's scale by linear regression, and a second regressor is fitted to the residuals, which corrects an unsuitable
-    prior.
+    With examples of another search, a regressor fitted to them is the prior. Linear regression maps its predictions to
+    the scale of this search. A second regressor is fitted to the residuals, which corrects an unsuitable prior.
 
     Args:
         make: Returns an unfitted regressor.
@@ -161,7 +161,7 @@ class Surrogate:
 
     @property
     def is_fitted(self) -> bool:
-        """Return whether the surrogate can predict."""
+        """True if the surrogate can predict."""
         return self._is_own or self.prior is not None
 
     def fit(self, choices: Sequence[Choice], scores: Sequence[float]) -> None:
@@ -191,7 +191,7 @@ class Surrogate:
             choices: Sub-networks.
             optimism: κ in the lower confidence bound μ − κσ; no effect for regressors without a standard deviation.
         """
-        assert self._scale is not None, "there was nothing to learn from yet"
+        assert self._scale is not None, "the surrogate must be fitted before it predicts"
         read = self.regressor.read(self.teacher, choices, self.ranking)
         expected = np.zeros(len(read))
         if self.prior is not None:
@@ -207,8 +207,8 @@ class Surrogate:
         return (self.regressor if self._is_own else self.prior or self.regressor).save(folder)
 
     def examples_tau(self) -> float:
-        """Return Kendall's τ of cross-validated predictions of the examples."""
-        assert self.examples is not None and self.prior is not None, "there are examples to try"
+        """Return Kendall's τ between the scores of the examples and their cross-validated predictions."""
+        assert self.examples is not None and self.prior is not None, "only a surrogate with examples has this τ"
         read = self._read_examples(self.examples, self.prior)
         return held_out_tau(self.make, read, self.examples.targets, self.seed)
 

@@ -35,7 +35,7 @@ class Text(Regressor):
         UserError: If no model is named, or it cannot be loaded.
     """
 
-    n_folds = 2  # each fold is a fine-tuning
+    n_folds = 2  # each fold fine-tunes a model
 
     def __init__(self, args: SurrogateArgs) -> None:
         super().__init__(args)
@@ -89,13 +89,13 @@ class Text(Regressor):
         return True
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize descriptions; raise UserError if one exceeds the model's context length."""
+        """Tokenize descriptions; raise UserError if a description exceeds the model's context length."""
         rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
         most, limit = max(map(len, rows)), getattr(self.model.config, "max_position_embeddings", None) or math.inf
         if most > limit:
             raise UserError(
-                f"surrogate.model {self.args.model!r} reads {limit} tokens, a description of a sub-network has {most}; "
-                "name a model with a longer context"
+                f"surrogate.model {self.args.model!r} has a context of {limit} tokens, a description of a sub-network "
+                f"needs {most}; choose a model with a longer context"
             )
         return rows
 
@@ -116,11 +116,11 @@ class Text(Regressor):
                 model = AutoModelForSequenceClassification.from_pretrained(
                     self.name, num_labels=1, problem_type="regression", use_safetensors=True
                 )
-        except Exception as error:  # of many types: a missing folder, an unknown architecture, a wrong size
+        except Exception as error:  # exceptions of many types: a missing folder, an unknown architecture, a wrong size
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
                 f"surrogate.model {self.args.model!r} cannot be loaded for sequence classification ({reason}); "
-                "name the folder of another one"
+                "choose another model"
             ) from None
         finally:
             logging.set_verbosity(verbosity)
@@ -134,7 +134,7 @@ def describe(teacher: Config, choices: Sequence[Choice]) -> list[str]:
     """Describe sub-networks in percent of the teacher, so that descriptions mean the same for any teacher.
 
     For example `width 58 head 100 | heads 50 neurons 39 | - | heads 100 neurons 20`: channels and head size, then one
-    part per layer of the teacher, `-` for a dropped one. Groups and experts are included only if the teacher has
+    part per layer of the teacher, `-` for a dropped layer. Groups and experts are included only if the teacher has
     grouped heads or experts.
     """
     features = Features(teacher)

@@ -20,13 +20,13 @@ N_TREES = 100
 class Trees(Regressor):
     """scikit-learn's `ExtraTreesRegressor` on `litgpt_whittle.surrogates.features`.
 
-    Shares of importance scores are used only if all training examples have them, that is, their teachers are ranked.
+    Kept shares of importance scores are features only if all training examples have them (their teachers are ranked).
 
     Args:
         args: The settings.
 
     Raises:
-        UserError: If a model is named, which only kind text reads.
+        UserError: If `args.model` is set, which only kind text uses.
     """
 
     def __init__(self, args: SurrogateArgs) -> None:

@@ -1,7 +1,7 @@
-"""Checks for extensions: the rules that strategies, losses and other parts of any package have to keep.
+"""Checks for extensions: the rules that strategies, losses and other extensions must follow.
 
 As with scikit-learn's `check_estimator`, one call runs all rules of a kind, and raises an `AssertionError` that names
-the broken one. The modules have a tuple `CHECKS` of the rules, to run them as separate tests:
+the broken one. Each module has a tuple `CHECKS` of its rules, to run them as separate tests:
 
     @pytest.mark.parametrize("check", litgpt_whittle.testing.strategies.CHECKS)
     def test_strategy(check):

@@ -21,7 +21,7 @@ Make = Callable[[int, float], Codec]
 
 N, V, T = 23, 101, 0.9
 TOLERANCE = 0.05
-"""Maximum error of a log-probability, for tokens with a probability of at least 0.001"""
+"""Maximum error of a log-probability in nats, for tokens with a probability of at least 0.001"""
 N_DRAWS = 50_000
 """Number of independent samples that are averaged"""
 
@@ -45,7 +45,7 @@ def encoded(codec: Codec, logits: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def probabilities(targets: SparseTargets, vocab_size: int = V) -> torch.Tensor:
-    """Return the probability of each token, 0 for those that are not stored, shape (n, vocab_size)."""
+    """Return each token's probability, 0 if it is not stored, shape (n, vocab_size)."""
     seen = torch.zeros(len(targets.ids), vocab_size, dtype=torch.float64)
     return seen.scatter_add_(1, targets.ids, targets.log_p.exp().double())
 
@@ -66,7 +66,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def check_storage(make: Make) -> None:
-    """Check that `encode` returns arrays of the shape and type that the codec declares, for each token on its own."""
+    """Check that `encode` returns arrays of the declared shape and type, and encodes each token independently."""
     for logits in (random_logits(N, V), random_logits(N, V).float()):
         codec = make(V, T)
         stored = encoded(codec, logits)
@@ -122,7 +122,7 @@ def check_predictions(make: Make) -> None:
         if codec.gives == "samples":
             return
         logits = random_logits(N, vocab_size, scale=scale)
-        logits[:, -1] = logits.amax(1) + 1  # the last id must fit, too
+        logits[:, -1] = logits.amax(1) + 1  # the last token id must be representable, too
         expected = torch.log_softmax(logits / T, -1)
         found = codec.decode(encoded(codec, logits))
         if isinstance(found, torch.Tensor):
@@ -135,7 +135,7 @@ def check_predictions(make: Make) -> None:
             errors = (ours - theirs).abs().masked_fill(theirs <= math.log(1e-3), 0.0)
             error = float(errors.max())
             assert error <= TOLERANCE, (
-                f"decoded log-probabilities must be the teacher's at the temperature, off by {error:.2g}"
+                f"decoded log-probabilities must equal the teacher's at the temperature, off by {error:.2g}"
             )
 
 
@@ -153,12 +153,12 @@ def check_unbiased(make: Make) -> None:
         p = torch.softmax(logits / T, -1)[0]
         targets = codec.decode(encoded(codec, logits.expand(N_DRAWS, V), seed))
         assert isinstance(targets, SparseTargets)
-        functions = torch.cat((torch.eye(V, dtype=torch.float64), logits))  # of tokens, (V + 1, V)
+        functions = torch.cat((torch.eye(V, dtype=torch.float64), logits))  # functions of a token, shape (V + 1, V)
         expected, found = functions @ p, functions @ probabilities(targets).mean(0)
         # the variance of a function's mean over samples is at most that of one draw
         variance = (functions**2) @ p - expected**2
         width = functions.amax(1) - functions.amin(1)
-        level = math.log(2 * 2 * (V + 1) / 1e-4) / N_DRAWS  # of both distributions, and either sign
+        level = math.log(2 * 2 * (V + 1) / 1e-4) / N_DRAWS  # a union bound over both distributions and both signs
         bound = width * level / 3 + ((width * level / 3) ** 2 + 2 * level * variance).sqrt()
         worst = int(((found - expected).abs() / bound).argmax())
         name = f"the probability of token {worst}" if worst < V else "the mean logit"

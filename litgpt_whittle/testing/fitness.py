@@ -70,7 +70,7 @@ def make(
 
 
 def candidates(config: Config, n: int = 2) -> list[SubNet]:
-    """Return n random sub-networks of all sizes, and one that starts with the teacher's first layer."""
+    """Return n random sub-networks of any size, and the teacher without its last layer."""
     space, rng = Space(config, "fine_layerwise"), np.random.default_rng(3)
     return [*(space.sample(rng) for _ in range(n)), SubNet(config, n_layer=f"0-{config.n_layer - 2}")]
 
@@ -79,7 +79,7 @@ def candidates(config: Config, n: int = 2) -> list[SubNet]:
 
 
 def check_scores(fitness: type[Fitness]) -> None:
-    """Check that a fitness returns finite scores by name, its own among them, for all kinds of sub-networks."""
+    """Check that finite scores by name, including one with the fitness's name, are returned for all sub-networks."""
     for teacher in TEACHERS:
         model = super_network(teacher)
         score = make(fitness, model)
@@ -91,7 +91,7 @@ def check_scores(fitness: type[Fitness]) -> None:
 
 
 def check_repeatable(fitness: type[Fitness]) -> None:
-    """Check that scores do not depend on the candidates before, and that the teacher stays as it was."""
+    """Check that scores do not depend on earlier candidates, and that the teacher is not changed."""
     model = super_network(LEAN)
     ids = random_tokens((2,), LENGTH)[0]
     names, before = list(model.state_dict()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -101,7 +101,9 @@ def check_repeatable(fitness: type[Fitness]) -> None:
     expected = score(first)
     for subnet in others:
         score(subnet)
-    assert score(first) == expected, "a score must not depend on the candidates before, the second one differs"
+    assert score(first) == expected, (
+        "a score must not depend on earlier candidates, the same candidate's second score differs"
+    )
     assert make(fitness, model)(first) == expected, "a score must depend on the inputs only, a second fitness differs"
     same = list(model.state_dict()) == names and all(
         torch.equal(model.state_dict()[name], before[name]) for name in names
@@ -113,7 +115,7 @@ def check_repeatable(fitness: type[Fitness]) -> None:
 
 
 def check_ignored_tokens(fitness: type[Fitness]) -> None:
-    """Check that `n_tokens` counts the targets that are not ignored, and that ignored ones do not count."""
+    """Check that `n_tokens` counts the targets that are not ignored, and that ignored targets do not change scores."""
     model = super_network(LEAN)
     batches = random_batches(LENGTH)
     score = make(fitness, model, batches)
@@ -130,7 +132,7 @@ def check_ignored_tokens(fitness: type[Fitness]) -> None:
 
 
 def check_windows(fitness: type[Fitness]) -> None:
-    """Check the losses per window, for racing: their form, their sum, and that parts of the batches add up.
+    """Check the losses per window, for racing: shape, type, token counts, and independence of other batches.
 
     Not required of a fitness without `losses` and `scores`.
     """
@@ -154,7 +156,7 @@ def check_windows(fitness: type[Fitness]) -> None:
 
 
 def check_halved(fitness: type[Fitness]) -> None:
-    """Check that within `halved`, the scores are the same.
+    """Check that scores do not change within `halved`.
 
     Not required of a fitness without `halved`.
     """
@@ -226,4 +228,6 @@ def check_formula(fitness: type[Fitness], formula: Formula, teacher: Config = LE
         found = score(subnet)
         for name, value in expected.items():
             same = math.isclose(found[name], value, rel_tol=rel, abs_tol=1e-7)
-            assert same, f"{name} must be the formula's on the extracted student, {value:.7g}, it is {found[name]:.7g}"
+            assert same, (
+                f"{name} must equal the formula's on the extracted student, {value:.7g}, it is {found[name]:.7g}"
+            )

@@ -1,6 +1,6 @@
 """Checks of distillation losses.
 
-Each check takes a loss without further settings.
+Each check takes a loss with its settings bound, such as a `functools.partial`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_loss(loss: Loss, **settings: Any) -> None:
 
     Args:
         loss: The loss.
-        **settings: Its settings, by default its own.
+        **settings: Settings of the loss; the others keep the loss's defaults.
 
     Raises:
         AssertionError: If the loss breaks a rule, which the message names.
@@ -43,7 +43,7 @@ def of_logits(loss: Loss, student: torch.Tensor, teacher: torch.Tensor | SparseT
 
 
 def top_k(logits: torch.Tensor, k: int) -> SparseTargets:
-    """Return the k most likely tokens of each row, and the rest, at a temperature of 0.9."""
+    """Return each row's k most likely tokens, and the total probability of the rest, at a temperature of 0.9."""
     probs, ids = torch.softmax(logits / T, -1).topk(k)
     return SparseTargets(ids, probs.log(), (1 - probs.sum(-1, keepdim=True)).clamp(min=0).log())
 
@@ -105,11 +105,11 @@ def check_gradient(loss: Loss) -> None:
 
 
 def check_impossible_tokens(loss: Loss) -> None:
-    """Check that tokens to which both give no probability, their logits being -inf, contribute nothing."""
+    """Check that tokens whose logits are -inf for both student and teacher contribute nothing."""
     student, teacher = random_logits(2 * N, V).split(N)
     impossible, possible = [0, 4, V - 1], [i for i in range(V) if i not in (0, 4, V - 1)]
     teacher[:, impossible] = -math.inf
-    if not getattr(loss, "on_logits", False):  # losses of logits ignore what the student says there
+    if not getattr(loss, "on_logits", False):  # losses of logits ignore the student's logits there
         student[:, impossible] = -math.inf
     expected = of_logits(loss, student[:, possible], teacher[:, possible])
     same = _near(of_logits(loss, student, teacher), expected)
@@ -121,7 +121,7 @@ def check_impossible_tokens(loss: Loss) -> None:
 
 
 def check_known_tokens(loss: Loss) -> None:
-    """Check that a loss works on the tokens that a cached teacher stores, in any order, and one event for the others.
+    """Check that a loss accepts the tokens that a cached teacher stores, in any order, and one event for the rest.
 
     Not required of losses with `on_logits`.
     """

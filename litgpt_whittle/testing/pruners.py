@@ -14,7 +14,7 @@ from litgpt_whittle.contrib.prune import Pruner, Sparsity
 from litgpt_whittle.least_squares import Moments, no_outputs
 
 Make = Callable[[Sparsity], Pruner]
-"""Returns a pruner to a sparsity: its class, or a `functools.partial` with settings"""
+"""Returns a pruner for a sparsity: its class, or a `functools.partial` with settings"""
 
 N_CASES = 25
 
@@ -23,7 +23,7 @@ def check_pruner(make: Make) -> None:
     """Run all checks of `CHECKS` on a pruner.
 
     Args:
-        make: Returns a pruner to a sparsity: its class, or a `functools.partial` with settings.
+        make: Returns a pruner for a sparsity: its class, or a `functools.partial` with settings.
 
     Raises:
         AssertionError: If the pruner breaks a rule, which the message names.
@@ -40,7 +40,7 @@ def moments_of(x: torch.Tensor) -> Moments:
 
 
 def problem(n_out: int, n_in: int, n: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a weight matrix, and correlated inputs of different sizes."""
+    """Return weights (n_out, n_in), and correlated inputs (n, n_in) of different scales."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(n_in, n_in, generator=generator) + 2 * torch.randn(n_in, 1, generator=generator)
     x = torch.randn(n, n_in, generator=generator) @ mix * 10 ** (torch.rand(n_in, generator=generator) - 0.5)
@@ -63,7 +63,7 @@ def _pruned(make: Make, sparsity: Sparsity, weight: torch.Tensor, moments: Momen
 
 
 def check_patterns(make: Make) -> None:
-    """Check that exactly n weights of every m of an output stay, for patterns n:m."""
+    """Check that a pattern n:m keeps exactly n of every m weights of each output."""
     rng = np.random.default_rng(0)
     for _ in range(N_CASES):
         n_out, n_groups, m = (int(rng.integers(lo, hi + 1)) for lo, hi in ((1, 9), (1, 7), (2, 9)))
@@ -77,7 +77,7 @@ def check_patterns(make: Make) -> None:
 
 
 def check_shares(make: Make) -> None:
-    """Check that exactly the share of weights is dropped, of the whole map or of each output."""
+    """Check that exactly the given share of weights is dropped, of the whole layer or of each output."""
     rng = np.random.default_rng(1)
     for _ in range(N_CASES):
         n_out, n_in, share = int(rng.integers(1, 10)), int(rng.integers(1, 41)), float(rng.uniform(0.01, 0.99))
@@ -86,20 +86,20 @@ def check_shares(make: Make) -> None:
         of_all = int(is_zero.sum()) == round(share * n_out * n_in)
         of_each = bool((is_zero.sum(1) == round(share * n_in)).all())
         assert of_all or of_each, (
-            f"the share {share:.3f} of {n_out} x {n_in} weights must be 0, of the map or of each output; "
+            f"the share {share:.3f} of {n_out} x {n_in} weights must be 0, of the layer or of each output; "
             f"{int(is_zero.sum())} are"
         )
 
 
 def check_ties(make: Make) -> None:
-    """Check that of equal weights, with equal inputs, no more than the share are dropped."""
+    """Check that exactly the given share is dropped of equal weights with equal inputs."""
     for sparsity in (Sparsity(0.25), Sparsity.parse(None, "3:4")):
         n = int((_pruned(make, sparsity, torch.ones(4, 8), moments_of(torch.ones(3, 8))) == 0).sum())
         assert n == 8, f"a quarter of 32 equal weights must be 0, {n} are"
 
 
 def check_inputs(make: Make) -> None:
-    """Check that any calibration data serves: unused and equal inputs, few tokens; none without `reads_data`."""
+    """Check unused inputs, equal inputs and few tokens; without `reads_data`, also no calibration data."""
     weight, x = problem(4, 16)
     x[:, 3] = 0  # an input that is never used
     x[:, 5] = x[:, 6]

@@ -44,7 +44,7 @@ def networks(sampler: Sampler, step: int) -> Networks:
 
 
 def check_networks(make: Make) -> None:
-    """Check that each step has networks, which are sub-networks of the space or the full one."""
+    """Check that each step has networks: sub-networks of the space or the full network."""
     for space in SPACES:
         sampler = make(space)
         for step in range(N_STEPS):
@@ -63,7 +63,7 @@ def check_resume(make: Make) -> None:
     for space in SPACES:
         whole = make(space)
         expected = [networks(whole, step) for step in range(N_STEPS)]
-        np.random.seed(0)  # global generators are not the sampler's
+        np.random.seed(0)  # a sampler must not use global generators
         resumed = make(space)
         for step in range(N_STEPS - 1, -1, -1):
             same = networks(resumed, step) == expected[step]

@@ -62,7 +62,7 @@ def start(strategy: Strategy, space: Space = SPACE, seed: int = 1) -> None:
     """Start a search, with scores of the strategy's `measurements` if it needs them."""
     strategy.start(space, seed)
     if strategy.needs_measurements:
-        with suppress(UserError):  # it cannot search this space, so it has to do without
+        with suppress(UserError):  # a strategy that cannot search this space runs without
             subnets = strategy.measurements().items()
             strategy.take_measurements({name: Scored(each, loss(each), measures(each)) for name, each in subnets})
 
@@ -80,7 +80,7 @@ def measures(subnet: SubNet) -> dict[str, float]:
 
 
 def run(strategy: Strategy, n: int, score: Callable[[SubNet], float] = loss, ask: int = 1) -> list[Scored]:
-    """Ask for n candidates, a few at a time, and report their scores and measures."""
+    """Ask for n candidates, `ask` at a time, and report their scores and measures to the strategy."""
     told: list[Scored] = []
     while len(told) < n and (candidates := strategy.ask(min(ask, n - len(told)))):
         for candidate in candidates:
@@ -168,7 +168,7 @@ def check_failures(make: Make) -> None:
 
 
 def check_others_first(make: Make) -> None:
-    """Check that candidates that were not proposed, such as a search's simple starts, count and are not proposed."""
+    """Check reported candidates that were not proposed, such as simple starts: they count, and are not proposed."""
 
     def begun() -> Strategy:
         strategy = begin(make)
@@ -230,13 +230,15 @@ def check_limits(make: Make) -> None:
 
 
 def check_settings(make: Make) -> None:
-    """Check that all arguments of `__init__` are stored under their names, and make the same strategy again."""
+    """Check that all arguments of `__init__` are stored under their names, and recreate the strategy."""
     strategy = begin(make)
     missing = inspect.signature(type(strategy)).parameters.keys() - strategy.settings.keys()
     assert not missing, f"__init__ must store each argument under its own name, {sorted(missing)} are not stored"
     again = type(strategy)(**strategy.settings)
     start(again)
-    assert run(again, 20) == run(strategy, 20), "stored settings must be those given, another strategy came of them"
+    assert run(again, 20) == run(strategy, 20), (
+        "stored settings must be those given, a strategy made from them behaves differently"
+    )
 
 
 CHECKS: tuple[Callable[[Make], None], ...] = (
@@ -263,14 +265,14 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
 def check_learns(make: Make) -> None:
     """Check that a strategy finds better candidates than random search; not part of `check_strategy`.
 
-    The mean distance of its best candidates to several hidden ones must be at most 0.9 times that of random search.
+    The mean distance of its best candidates to several hidden targets must be at most 0.9 times that of random search.
     """
     ours, rivals = mean_distance(make), _random_distance()
     assert ours < 0.9 * rivals, f"a strategy that learns must get closer than random search, {ours:.3g} of {rivals:.3g}"
 
 
 def mean_distance(make: Make) -> float:
-    """Return the mean distance of a strategy's best sub-networks to several hidden ones; one could be found by luck."""
+    """Return the mean distance of a strategy's best sub-networks to hidden targets; one could be hit by luck."""
     choices, best = Choices(LEAN_SPACE), []
     for seed in range(15, 19):
         goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(seed)))

@@ -53,7 +53,7 @@ def _fitted(regressor: Regressor, n: int = N_KNOWN) -> Regressor:
 
 
 def check_encodings(make: Make) -> None:
-    """Check that sub-networks are read one by one, in either form, to plain numbers or text."""
+    """Check that sub-networks, as objects or dictionaries, are encoded independently as plain numbers or text."""
     chosen = sub_networks(N_KNOWN)
     read = make().read(LEAN, chosen)
     assert len(read) == N_KNOWN, f"read must return one encoding per sub-network, {len(read)} of {N_KNOWN}"
@@ -62,11 +62,11 @@ def check_encodings(make: Make) -> None:
     same = make().read(LEAN, [subnet.to_dict() for subnet in chosen]) == read
     assert same, "read must accept the output of SubNet.to_dict like the sub-network itself"
     same = [make().read(LEAN, [subnet])[0] for subnet in chosen[:3]] == read[:3]
-    assert same, "the encoding of a sub-network must not depend on the others"
+    assert same, "the encoding of a sub-network must not depend on other sub-networks"
 
 
 def check_predictions(make: Make) -> None:
-    """Check that there is one finite prediction, and one deviation, per sub-network, whatever the others are."""
+    """Check that each sub-network gets one finite prediction and one deviation, independent of other sub-networks."""
     regressor = _fitted(make())
     unknown = regressor.read(LEAN, sub_networks(N_UNKNOWN, seed=1))
     found, deviation = regressor.predict(unknown), regressor.deviation(unknown)
@@ -75,15 +75,15 @@ def check_predictions(make: Make) -> None:
     is_right = deviation.shape == (N_UNKNOWN,) and bool((deviation >= 0).all())
     assert is_right, f"deviation must return one number of 0 or more per encoding, got {deviation.shape}"
     one = regressor.predict(unknown[3:4])
-    assert np.allclose(one, found[3:4], atol=1e-5), "a prediction must not depend on the others of the call"
+    assert np.allclose(one, found[3:4], atol=1e-5), "a prediction must not depend on the call's other sub-networks"
 
 
 def check_determinism(make: Make) -> None:
-    """Check that predictions depend only on the seed and the examples, and that a new fit leaves no trace."""
+    """Check that predictions depend only on the seed and the examples, and that a fit discards the earlier one."""
     one = _fitted(make())
     unknown = one.read(LEAN, sub_networks(N_UNKNOWN, seed=1))
     expected = one.predict(unknown)
-    torch.manual_seed(5), np.random.seed(5)  # global generators are not the regressor's
+    torch.manual_seed(5), np.random.seed(5)  # a regressor must not use global generators
     state = torch.get_rng_state()
     same = np.array_equal(_fitted(make()).predict(unknown), expected)
     assert same, "predictions must depend only on the seed and the examples, a second regressor differs"

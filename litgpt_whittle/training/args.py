@@ -12,7 +12,7 @@ from litgpt_whittle.errors import UserError
 
 @dataclass
 class TrainArgs(litgpt.args.TrainArgs):
-    """Training-related arguments: litgpt's and further ones"""
+    """Training-related arguments: those of litgpt, and a few more"""
 
     lr_schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning-rate schedule after the warm-up: a half cosine, or wsd (warm-up, stable, decay): constant, then linear
@@ -20,8 +20,8 @@ class TrainArgs(litgpt.args.TrainArgs):
     lr_decay_fraction: float = 0.1
     """Fraction of training over which the learning rate decays, with wsd"""
     tie_embeddings: bool | None = None
-    """If true, the LM head shares the embedding matrix. By default as in the checkpoint that training starts from;
-    ``false`` unties them. Random weights are untied by default, as in ``litgpt pretrain``; ``true`` ties them"""
+    """If true, the LM head shares the embedding matrix; if false, it has its own. By default as in the checkpoint that
+    training starts from; random weights are untied by default, as in ``litgpt pretrain``"""
     skip_nan: bool = False
     """If true, skip the update of a step whose loss or gradient is not finite, and continue"""
 

@@ -39,7 +39,7 @@ RunTeacher = Callable[[torch.Tensor], SoftTargets]
 
 
 class Window(NamedTuple):
-    """A sequence of tokens that the teacher is run on."""
+    """A sequence of tokens to run the teacher on."""
 
     key: bytes
     ids: np.ndarray
@@ -51,17 +51,17 @@ class Pass(NamedTuple):
 
     batches: Iterable[Any]
     n_windows: int | None
-    """Number of windows, including repeated ones; None if unknown before reading"""
+    """Number of windows, including repeated ones; None if it is unknown before the data is read"""
     begins_alike: bool
-    """True if training begins with the same windows"""
+    """True if training begins with the same windows as this pass"""
 
 
 def whole_pass(loader: Any) -> Pass:
     """Return a pass over all windows that a training dataloader may yield in any epoch.
 
-    A loader that shuffles and drops the last batch leaves out different windows in each epoch. Its whole dataset is
-    therefore read, in the order of the first epoch if that depends only on a seed, otherwise in the dataset's order.
-    Iterable datasets and loaders other than PyTorch's are read unchanged.
+    A loader that shuffles and drops the last batch leaves out different windows in each epoch. The pass therefore reads
+    its whole dataset: in the order of the first epoch if that depends only on a seed, else in the dataset's order.
+    Iterable datasets, and loaders other than PyTorch's, are read unchanged.
     """
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return Pass(loader, None, True)
@@ -75,7 +75,7 @@ def whole_pass(loader: Any) -> Pass:
 
 
 def unique_windows(batches: Iterable[Any], seq_length: int, max_tokens: int | None = None) -> Iterator[Window]:
-    """Yield the distinct windows of training batches, in the order of first appearance.
+    """Yield the distinct windows of training batches, in order of first appearance.
 
     Args:
         batches: Batches of a data module's dataloader.
@@ -114,30 +114,30 @@ def write_cache(
     in_step: bool = False,
     begin: Callable[[], None] = lambda: None,
 ) -> Index:
-    """Fill a cache, with each process writing shards of its own; existing shards are kept.
+    """Fill a cache; each process writes different shards, and existing shards are kept.
 
-    A shard's windows, and the batches in which the teacher sees them, depend on the data alone. The files are therefore
-    the same for any number of processes, interrupted or not.
+    The data alone determines the windows of each shard and their batches. The files are therefore identical for any
+    number of processes, even after an interruption.
 
     Args:
         folder: The cache's folder, with its index.
-        index: The folder's index; the finished shards that it lists are not read again for their checksums.
-        teacher: The teacher.
-        data: The training data.
+        index: The folder's index; for the finished shards in it, checksums are not computed again.
+        teacher: Function that runs the teacher on token ids.
+        data: One pass over the training data.
         device: The teacher's device.
         progress: If true, show a progress bar with the remaining time.
         in_step: If true, all processes must run the teacher at the same time, each on its own windows.
-        begin: Called by the first process before the first shard, once data and disk have been checked.
+        begin: Called by the first process after the checks of data and disk, before the first shard.
 
     Returns:
         The complete index.
 
     Raises:
-        UserError: If there is no data, finished shards were made from other data, or the disk is too small.
+        UserError: If there is no data, if finished shards were made from other data, or if the disk is too small.
     """
     contents = index.contents
     windows = unique_windows(data.batches, contents.max_seq_length, contents.max_tokens)
-    starting = list(islice(windows, 2))  # two show whether lengths differ, before anything is written
+    starting = list(islice(windows, 2))  # two, to detect different lengths before anything is written
     if not starting:
         raise UserError("the training data is empty, so there is nothing to cache; give more data")
     length = len(starting[0].ids)
@@ -156,7 +156,7 @@ def write_cache(
         while group := list(islice(chunks, world_size())):
             fill = _Filler(folder, layout, teacher, device, index, lambda n: bar.update(n * len(group)))
             if bar.total is not None and shard_path(folder, group[0][0]).is_file():
-                bar.total -= length * sum(len(chunk) for _, chunk in group)  # done already, by an earlier run
+                bar.total -= length * sum(len(chunk) for _, chunk in group)  # written by an earlier run
             for (i, _), shard in zip(group, _fill_in_step(fill, group) if in_step else list(parallel_map(fill, group))):
                 shards[i : i + 1] = [shard]
             n_chunks += len(group)
@@ -176,7 +176,10 @@ def write_cache(
 
 
 def _fill_in_step(fill: _Filler, group: list[tuple[int, tuple[Window, ...]]]) -> list[Shard]:
-    """Write one shard on each process; processes with fewer batches run the teacher on dummy input to stay in step."""
+    """Write one shard on each process, with the same number of teacher calls on all.
+
+    Processes with fewer batches run the teacher on dummy input.
+    """
     own = group[rank()] if rank() < len(group) else None
     n_own = 0 if own is None else fill.n_batches(own)
     n_most = max(gather(n_own))
@@ -220,7 +223,7 @@ class _Filler:
         teacher: The teacher.
         device: The teacher's device.
         index: The index so far.
-        tell: Called with the number of tokens after each batch of the teacher.
+        tell: Called after each batch of the teacher, with the number of its tokens.
     """
 
     def __init__(
@@ -264,14 +267,14 @@ class _Filler:
 
 
 def uniform_numbers(seed: int, window: Window, codec: Codec) -> np.ndarray:
-    """Draw uniform numbers in [0, 1) that depend only on the seed and the window, shape (T, codec.n_uniform)."""
+    """Return random numbers in [0, 1), shape (T, codec.n_uniform), that depend only on the seed and the window."""
     rng = np.random.default_rng([seed, *np.frombuffer(window.key, "<u4").tolist()])
     return rng.random((len(window.ids), codec.n_uniform))
 
 
 @torch.no_grad()
 def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Encode a batch's targets chunk by chunk, so that its logits never exist whole.
+    """Encode a batch's targets in chunks of tokens, so that its full logits are never in memory.
 
     Args:
         codec: The codec.
@@ -290,10 +293,10 @@ def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch
     for start in range(0, len(uniform), size):
         rows = slice(start, min(start + size, len(uniform)))
         logits = cast(torch.Tensor, said.chunk(rows.start, rows.stop))
-        # -inf is a probability of 0; a row must have other entries as well
+        # -inf stands for a probability of 0; a row must have other entries, too
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
             raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")
-        # sampled codecs need float64, which the CPU has
+        # the codec `sampled` needs float64, which this device may lack
         logits = logits.cpu() if sums_dtype(device) != torch.float64 else logits
         parts.append(codec.encode(logits, uniform[rows].to(logits.device)).cpu())
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Checks before a training run starts anything expensive; invalid input fails with a one-line error."""
+"""Checks that run before training starts anything expensive; invalid input raises a one-line error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_arguments(
     initial_checkpoint_dir: Path | None,
     resume: bool | Literal["auto"] | Path,
 ) -> None:
-    """Raise UserError if arguments contradict each other or are not supported by the loop.
+    """Check that the training loop supports the arguments, and that they do not contradict each other.
 
     Raises:
         UserError: For the first invalid argument.
@@ -71,7 +71,9 @@ def check_arguments(
 
 
 def read_optimizer(optimizer: str | dict) -> str | dict:
-    """Move settings such as `--optimizer.lr` into `init_args`; the parser puts them outside, where litgpt ignores them.
+    """Return the optimizer with settings such as `--optimizer.lr` moved into `init_args`.
+
+    The parser puts them next to `init_args`, where litgpt ignores them.
 
     Raises:
         UserError: If the optimizer cannot be instantiated.
@@ -106,8 +108,8 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     """Return the number of devices to train on.
 
     Raises:
-        UserError: If fewer are available, if they cannot share a batch evenly, or if the machines cannot find each
-            other.
+        UserError: If fewer devices are available, if they cannot share a batch evenly, or if the machines cannot find
+            each other.
     """
     devices = n_devices(devices)
     samples = train.micro_batch_size * devices * num_nodes
@@ -117,7 +119,7 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
             f"{train.global_batch_size} and {train.micro_batch_size} * {devices} * {num_nodes}; change it to "
             f"{max(1, round(train.global_batch_size / samples)) * samples}"
         )
-    # SLURM and torchrun set variables of their own
+    # SLURM and torchrun set these variables; NODE_RANK is set by hand
     if num_nodes > 1 and not any(name in os.environ for name in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK")):
         raise UserError(
             f"num_nodes = {num_nodes} needs every machine to know its part; start each with torchrun or by SLURM, or "
@@ -135,7 +137,7 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
         max_seq_length: The requested length, if any.
 
     Raises:
-        UserError: If the length exceeds a model's block size.
+        UserError: If the length exceeds the block size of the student or the teacher.
     """
     seq_length = max_seq_length or student.block_size
     for name, config in (("student", student), ("teacher", teacher)):
@@ -148,16 +150,16 @@ def check_pair(student: Config, teacher: Config | None, max_seq_length: int | No
 
 
 def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | None, teacher_dir: Path | None) -> None:
-    """Raise UserError if padded vocabularies differ in size, unless they belong to the same tokenizer.
+    """Check that the padded vocabularies have the same size, or belong to the same tokenizer.
 
     Args:
         student: The student's config.
         teacher: The teacher's config, if a teacher is used.
-        own_dir: Directory of the student's tokenizer; `None` for a new model, which uses the teacher's.
-        teacher_dir: Directory of the teacher's tokenizer. `check_tokenizers` has compared the two.
+        own_dir: Directory of the student's tokenizer; `None` for a new model, which uses the teacher's tokenizer.
+        teacher_dir: Directory of the teacher's tokenizer; call `check_tokenizers` first, to compare the tokenizers.
 
     Raises:
-        UserError: If they cannot be compared, or if a token lacks a row in one of the vocabularies.
+        UserError: If the tokenizers cannot be compared, or if a token has no row in one of the vocabularies.
     """
     if teacher is None or student.padded_vocab_size == teacher.padded_vocab_size:
         return
@@ -184,7 +186,12 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
 
 
 def warn_of_small_teacher(ours: int, theirs: int) -> None:
-    """Warn if the teacher has no more parameters than the student, as after swapping the two."""
+    """Warn if the teacher has no more parameters than the student, for instance because the two are swapped.
+
+    Args:
+        ours: Number of the student's parameters.
+        theirs: Number of the teacher's parameters.
+    """
     if theirs <= ours:
         warnings.warn(
             f"the teacher has {theirs:,} parameters, no more than the student's {ours:,}; if the two are swapped, swap "
@@ -197,7 +204,7 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
     """Return the first directory that has a tokenizer: `tokenizer_dir`, the student's or the teacher's.
 
     Raises:
-        UserError: If `tokenizer_dir` has none, or if the directories' tokenizers differ.
+        UserError: If `tokenizer_dir` has no tokenizer, or if the tokenizers in the directories differ.
     """
     if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
         raise UserError(
@@ -221,7 +228,7 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
 
 
 def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
-    """Describe the token with the lowest id that differs; empty for tokenizers that are not JSON."""
+    """Describe the differing token with the lowest id; empty for tokenizers that are not JSON."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return ""
     differing = [token for token in one | other if one.get(token) != other.get(token)]
@@ -231,7 +238,7 @@ def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
 
 
 def _vocabulary(folder: Path) -> dict | bytes | None:
-    """Return the token ids of a tokenizer.json, the bytes of a tokenizer.model, or None; no tokenizer is loaded."""
+    """Return the token ids of a tokenizer.json, the bytes of a tokenizer.model, or None if there is neither file."""
     if (folder / "tokenizer.json").is_file():
         try:
             content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -248,15 +255,15 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
 
 
 def _check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
-    """Raise UserError if a loss needs more of a teacher than a codec stores.
+    """Check that a codec stores all that the losses need of the teacher's predictions.
 
     Args:
         terms: The losses.
-        gives: The codec's output (`Codec.gives`).
+        gives: Kind of targets that the codec returns (`Codec.gives`).
         where: Name of the cache in messages.
 
     Raises:
-        UserError: For the first such loss.
+        UserError: For the first loss that needs more.
     """
     for loss in (term.loss for term in terms if term.weight):
         if gives != "logits" and getattr(loss, "on_logits", False):
@@ -279,7 +286,7 @@ def check_cache(
     max_seq_length: int,
     teacher_dir: Path | None,
 ) -> None:
-    """Raise UserError if a teacher's cache does not fit the run.
+    """Check that a teacher's cache fits the run.
 
     Args:
         contents: Settings that the cache was made with.
@@ -287,7 +294,7 @@ def check_cache(
         terms: The losses.
         distill: The distillation objective.
         max_seq_length: The run's sequence length.
-        teacher_dir: The teacher itself, if it is given too.
+        teacher_dir: The teacher's checkpoint directory, if it is given in addition to the cache.
 
     Raises:
         UserError: If a loss needs more than the cache stores, or if window length, temperature or teacher differ.
@@ -314,14 +321,15 @@ def check_cache(
 
 
 def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
-    """Raise UserError if the cache holds fewer tokens than training needs.
+    """Check that the cache holds enough tokens for the training.
 
     Args:
         cache: The cache.
         n_tokens: Number of training tokens.
 
     Raises:
-        UserError: If `max_tokens` stopped the cache earlier; a cache of all the data serves any number of epochs.
+        UserError: If caching stopped at `max_tokens`, before that number. A cache of all the data suffices for any
+            number of epochs.
     """
     length = cache.index.length
     assert length is not None, "a cache that can be read has windows"
@@ -336,7 +344,7 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
 def check_hidden(
     args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
 ) -> SubNet | None:
-    """Return the sub-network that matches the student's hidden states to the teacher's; None if none is needed.
+    """Return the student's sub-network, which maps its layers and channels to the teacher's; None if not needed.
 
     Args:
         args: The hidden-state loss.
@@ -345,7 +353,8 @@ def check_hidden(
         teacher: The teacher's config.
 
     Raises:
-        UserError: If a layer does not exist, or the student was not cut from this teacher and no projection is learned.
+        UserError: If a layer does not exist; or if the student was not extracted from this teacher and no projection is
+            learned.
     """
     if not args.is_used:
         return None
@@ -366,7 +375,7 @@ def default_data() -> DataModule:
     """Return litgpt's default data module.
 
     Raises:
-        UserError: If litdata, which it needs, is not installed.
+        UserError: If the package litdata, which this module needs, is not installed.
     """
     if importlib.util.find_spec("litdata") is None:
         raise UserError(
@@ -384,7 +393,7 @@ def check_logger(logger_name: str) -> None:
 
 
 def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train: TrainArgs, log: LogArgs) -> Logger:
-    """Return litgpt's logger of that name. Its default, tensorboard, falls back to csv if it is not installed."""
+    """Return litgpt's logger of the given name; tensorboard, the default, falls back to csv if not installed."""
 
     def choose(logger_name: str) -> Logger:
         return choose_logger(
@@ -396,6 +405,6 @@ def make_logger(logger_name: str, out_dir: Path, name: str, resume: bool, train:
     except ModuleNotFoundError:
         if logger_name != "tensorboard":
             raise
-    # litgpt's default, rarely chosen on purpose: it should not end the run
+    # tensorboard is litgpt's default and rarely chosen on purpose, so its absence should not end the run
     warnings.warn("tensorboard is not installed, logging to csv instead (--logger_name csv)", stacklevel=2)
     return choose("csv")

@@ -1,4 +1,4 @@
-"""Check the tools that `torch.compile` calls, so that a missing one is reported before anything expensive starts."""
+"""Check the tools that `torch.compile` needs, so that a missing one is reported before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from litgpt_whittle.processes import own_device
 
 
 def check_compiler(device: torch.device | None = None) -> None:
-    """Raise UserError if a tool that `torch.compile` needs is missing.
+    """Check that the tools that `torch.compile` needs are installed.
 
     Args:
-        device: Device of the compiled model; by default this process's.
+        device: Device of the compiled model; by default this process's device.
 
     Raises:
-        UserError: Naming what is missing.
+        UserError: If a tool is missing; the message names it.
     """
     if "1" in (os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("TORCH_COMPILE_DISABLE")):
         return
@@ -37,14 +37,14 @@ def check_compiler(device: torch.device | None = None) -> None:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Return a context in which compiled modules run uncompiled, for inputs of shapes that are not worth compiling."""
+    """Return a context in which compiled modules run uncompiled, for input shapes that are not worth compiling."""
     return torch.compiler.set_stance("force_eager")
 
 
 def _missing_on_cpu() -> tuple[str, str] | None:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
-    except ImportError:  # another PyTorch version, which reports a missing compiler itself
+    except ImportError:  # other PyTorch versions, which report a missing compiler themselves
         return None
     try:
         get_cpp_compiler()
@@ -56,7 +56,7 @@ def _missing_on_cpu() -> tuple[str, str] | None:
 def _missing_on_cuda() -> tuple[str, str] | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton", "found none"
-    # the same search as triton's, for the compiler of its kernel launchers
+    # triton searches the compiler of its kernel launchers in this way
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang", "cl"))):
         return "a C compiler (gcc, clang, or the one that the environment variable CC names)", "found none"
     return None

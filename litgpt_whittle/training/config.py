@@ -41,7 +41,7 @@ def _default_train() -> TrainArgs:
 
 @dataclass
 class TrainingConfig(CommandConfig):
-    """Arguments shared by the commands that train: first those of `litgpt pretrain`, in its order."""
+    """Arguments shared by the commands that train: those of `litgpt pretrain` in its order, then further ones."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
         ("out_dir", "precision", "initial_checkpoint_dir", "resume", "eval", "log", "devices", "num_nodes")
@@ -60,7 +60,7 @@ class TrainingConfig(CommandConfig):
     """A pretrained litgpt checkpoint directory to start from."""
     resume: bool | Literal["auto"] | Path = False
     """Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in ``out_dir``, or
-    ``'auto'`` to resume only if there is one. All settings must be those of the run."""
+    ``'auto'`` to resume only if there is one. All settings must be those of the interrupted run."""
     data: DataModule | None = None
     """Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``."""
     train: TrainArgs = field(default_factory=_default_train)
@@ -77,7 +77,7 @@ class TrainingConfig(CommandConfig):
     num_nodes: int = 1
     """How many nodes the code is being run on."""
     tokenizer_dir: Path | None = None
-    """Tokenizer for the data module, copied into the checkpoints. By default the checkpoint's."""
+    """Tokenizer for the data module, copied into the checkpoints. By default that of the checkpoint."""
     logger_name: LoggerChoice = "tensorboard"
     """The name of the logger to send metrics to."""
     seed: int = 42
@@ -86,10 +86,10 @@ class TrainingConfig(CommandConfig):
     """Distribution of the trained model over several devices: ``fsdp`` shards its weights (FSDP2) and is the default;
     ``ddp`` replicates them, which is faster for small models."""
     activation_checkpointing: bool = False
-    """If true, recompute activations in the backward pass: slower, with less memory."""
+    """If true, recompute activations in the backward pass: slower, but takes less memory."""
     checkpoint_type: Literal["full", "sharded"] = "full"
-    """Format of intermediate checkpoints: ``full``, a stock litgpt checkpoint, for which the first process gathers all
-    weights and the optimizer state, or ``sharded``, one part per process. The final checkpoint is full."""
+    """Format of intermediate checkpoints. ``full``: the first process gathers all weights and the optimizer state and
+    writes a stock litgpt checkpoint. ``sharded``: every process writes a part. The final checkpoint is always full."""
     dry_run: bool = False
     """If true, check all settings, print the memory that training needs, and stop."""
 
@@ -108,7 +108,7 @@ class TrainingConfig(CommandConfig):
         return super().arguments() | {"optimizer": describe(read_optimizer(self.optimizer))}
 
     def run_settings(self, model: Config) -> dict[str, Any]:
-        """Return the settings that determine a run's final weights, which must not change when it is resumed.
+        """Return the settings that determine a run's final weights; a resumed run must not change them.
 
         Save and log intervals, the time limit and the number of data workers may change.
 
@@ -123,7 +123,7 @@ class TrainingConfig(CommandConfig):
 
     @property
     def used_precision(self) -> str:
-        """The precision, or the device's default."""
+        """Training precision: `precision`, or the device's default."""
         return self.precision or get_default_supported_precision(training=True)
 
     @property
@@ -143,13 +143,13 @@ class TrainingConfig(CommandConfig):
             seq_length: Tokens per sample.
 
         Raises:
-            UserError: If they do not suffice for one optimizer step.
+            UserError: If there are too few tokens for one optimizer step.
         """
         n = n_iters(self.train, seq_length, self.n_local, self.num_nodes)
         return n * self.world_size * self.train.micro_batch_size * seq_length
 
     def step(self, source: ModelSource, seq_length: int, objective: Objective, **rest: Any) -> Step:
-        """Return the training step whose memory is planned.
+        """Return the training step for the memory plan.
 
         Args:
             source: Source of the trained model.

@@ -28,11 +28,11 @@ class DataStream:
     """Cycles through a dataloader and can resume at any batch of any epoch.
 
     Dataloaders draw their order from random generators when an epoch starts. The state dict holds the generators'
-    state at that moment; resuming restores it and skips the batches already trained on, for any data module.
+    state at that moment. Resuming restores that state and skips the batches already trained on, with any data module.
 
     Args:
-        loader: A dataloader with at least one batch; if it can skip batches (`skipping`), those of other processes are
-            never read.
+        loader: A dataloader with at least one batch. If it can skip batches (`skipping`), the batches of other
+            processes are never read.
         rank: Rank of this process.
         world_size: Number of processes that share the batches.
     """
@@ -42,7 +42,7 @@ class DataStream:
         self.epoch = 0
         sampler = getattr(loader, "batch_sampler", None)
         self._skip = sampler if isinstance(sampler, SkippingBatches) else None
-        self._batch = 0  # of all processes, in this epoch
+        self._batch = 0  # next batch of this epoch, counted over all processes
         self._start: dict[str, Any] = {}
         self._iterator: Iterator | None = None
 
@@ -93,15 +93,15 @@ class DataStream:
 
     @property
     def position(self) -> str:
-        """Return the position as text: the epoch, from 1, and the number of batches read from it."""
+        """Position as text: the epoch, counted from 1, and the number of its batches that have been read."""
         return f"epoch {self.epoch + 1}, batch {self._batch}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, loadable by `torch.load(weights_only=True)` and the same for any number of processes."""
+        """Return the position, equal for any number of processes, loadable by `torch.load(weights_only=True)`."""
         return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position. Changes the global random generators, which the caller restores afterwards."""
+        """Restore the position. The caller must restore the global random generators afterwards."""
         if not state["start"]:
             return
         self.epoch = state["epoch"]
@@ -118,7 +118,9 @@ class DataStream:
 
 
 class SkippingBatches(Sampler[list[int]]):
-    """Every `step`-th batch of another batch sampler, from batch `first` on; samples of skipped batches are not read.
+    """Sampler of every `step`-th batch of another batch sampler, from batch `first` on.
+
+    Samples of skipped batches are not read.
 
     Args:
         batch_sampler: The batch sampler to wrap.
@@ -141,7 +143,7 @@ class SkippingBatches(Sampler[list[int]]):
         yield from islice(chain(self._drawn, self._all), self.first, None, self.step)
 
     def draw(self) -> None:
-        """Draw the epoch's order, so that all processes draw it at the same time, whichever takes the first batch."""
+        """Draw the epoch's order, so that all processes draw random numbers at the same time."""
         if not self._drawn:
             self._drawn = list(islice(self._all, 1))
 
@@ -150,11 +152,11 @@ class SkippingBatches(Sampler[list[int]]):
 
 
 def skipping(loader: Any) -> Any:
-    """Return an equivalent dataloader whose batches a `DataStream` can skip unread, or the same one if not possible."""
+    """Return an equivalent dataloader that lets a `DataStream` skip batches unread; `loader` itself if impossible."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return loader
     if not (hasattr(loader.batch_sampler, "sampler") and hasattr(loader.batch_sampler, "__len__")):
-        return loader  # a batch sampler of another kind, which only has to be iterable
+        return loader  # a custom batch sampler need only be iterable
     names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
     names += ["generator", "prefetch_factor", "persistent_workers", "pin_memory_device"]
     same = {name: getattr(loader, name) for name in names}
@@ -165,8 +167,8 @@ def skipping(loader: Any) -> Any:
 def shared_batches(loader: Iterable, most: int, rank: int, world_size: int) -> Iterator[tuple[Any, bool]]:
     """Yield this process's share of the first `most` batches, each with a flag that is true if the batch counts.
 
-    All processes get equally many batches, because they work on each together: if the last ones are too few, some
-    processes get a copy of another's batch, which does not count for them.
+    All processes get equally many batches, because sharded models run on all processes at once. If the last batches are
+    fewer than the processes, some processes get a copy of another's batch, flagged as not counting.
     """
     turn: list[Any] = []
     for i, batch in enumerate(loader):

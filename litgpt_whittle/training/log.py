@@ -29,7 +29,7 @@ class TrainLog:
         self.started = self.last_time = time.perf_counter()
         self.last_iter = run.progress.iter_num
         self.sums: dict[str, torch.Tensor] = {}
-        """Weighted sum of the values and sum of their weights, shape (2,), by name"""
+        """By name of a scalar: weighted sum of its values and sum of their weights, shape (2,)"""
         is_main = run.fabric.global_rank == 0
         self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
 
@@ -38,14 +38,14 @@ class TrainLog:
 
         Args:
             scalars: Means over the tokens that count.
-            weight: Weight in the logged means, proportional to the number of these tokens.
+            weight: Weight of this micro-batch in the logged means, proportional to the number of these tokens.
         """
         for name, value in scalars.items():
             one = torch.stack([value.nan_to_num(0.0, torch.inf, -torch.inf), ~value.isnan()])
             self.sums[name] = self.sums.get(name, 0) + one * weight
 
     def train_step(self) -> None:
-        """Log the means since the last report, every `log_interval` optimizer steps."""
+        """Log the means since the last report; no-op except at every `log_interval`-th optimizer step."""
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
@@ -96,7 +96,7 @@ class TrainLog:
         )
 
     def validation(self, val_loss: float, more: Mapping[str, float], final: bool = False) -> None:
-        """Log the validation loss of the model and further validation losses (`more`), by name."""
+        """Log validation losses in nats per token: the model's, and further ones (`more`) by name."""
         progress = self.run.progress
         progress.val_loss = val_loss
         row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
@@ -111,11 +111,11 @@ class TrainLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last step from the next step's time."""
+        """Restart the clock, so that the next report excludes the time until now."""
         self.last_time = time.perf_counter()
 
     def teacher_validation(self, val_loss: float) -> None:
-        """Log the teacher's validation loss."""
+        """Log the teacher's validation loss in nats per token."""
         row = {"teacher_val_loss": val_loss, "teacher_val_ppl": perplexity(val_loss)}
         self.run.fabric.print(f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}")
         self._write({"iter": 0, "tokens": 0} | row, 0, {}, row)
@@ -140,5 +140,5 @@ class TrainLog:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), infinity where it would overflow."""
+    """Return exp(loss) for a loss in nats per token; infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

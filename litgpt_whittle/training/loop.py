@@ -1,9 +1,8 @@
 """Training loop of `litgpt distill` and of every other command that trains on next tokens.
 
-A `Job` defines how a batch becomes gradients, how it is scored and how the weights are saved. The loop adds
-accumulation, clipping, learning rate, validation, logging, checkpoints, stopping and resuming. Operations shared with
-`litgpt pretrain` run in the same order, so that the random generators, and with them weights and data order, match
-litgpt's.
+A `Job` computes the gradients and scores of a batch, and saves the weights. The loop adds accumulation, clipping,
+learning rate, validation, logging, checkpoints, stopping and resuming. Operations shared with `litgpt pretrain` run in
+the same order, so that random numbers, and thus initial weights and data order, match litgpt's.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def load_data(
     """Connect a data module and return its training dataloader and its first `n_val` validation batches.
 
     Raises:
-        UserError: If there is less than one batch of either.
+        UserError: If the training or the validation data does not fill one batch.
     """
     connect(data, tokenizer_dir, batch_size, seq_length)
     loaders = train_loader(data), val_loader(data)
@@ -61,7 +60,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
 
     Raises:
         UserError: If a loss is not finite (unless `train.skip_nan`), or a checkpoint cannot be written.
-        SystemExit: After SIGTERM, with the run's state saved.
+        SystemExit: After SIGTERM, once the run's state is saved.
     """
     fabric, schedule, progress = run.fabric, run.schedule, run.progress
     log = TrainLog(run, train.log_interval)
@@ -69,7 +68,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     started, seconds_before = time.perf_counter(), progress.seconds
     with Termination() as termination:
         while progress.iter_num < schedule.max_iters:
-            # the clocks of several processes differ
+            # broadcast, because the clocks of several processes differ
             if train.max_time is not None and fabric.broadcast(progress.seconds) >= train.max_time:
                 fabric.print(f"Stopping after {progress.seconds:.0f} s: train.max_time is {train.max_time:.0f} s")
                 break
@@ -105,8 +104,8 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
 def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
     """Return the number of counted tokens of each micro-batch in a step, and the divisor of its mean loss.
 
-    The step's gradient, averaged over the processes, becomes the mean over the counted tokens of all micro-batches on
-    all processes. If all have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
+    With these divisors, the step's gradient is that of the mean loss over all counted tokens on all processes. If all
+    micro-batches have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
     """
     counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
     total, n_processes = sum(counts), run.fabric.world_size
@@ -133,7 +132,7 @@ def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]
 
 
 def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) -> None:
-    """Update the weights unless the loss, or with `train.max_norm` a gradient, is not finite on any process."""
+    """Update the weights if the loss, and with `train.max_norm` also the gradient, is finite on all processes."""
     fabric, job, progress = run.fabric, run.job, run.progress
     if train.max_norm is not None:
         norm = fabric.clip_gradients(job.module, job.optimizer, max_norm=train.max_norm, error_if_nonfinite=False)
@@ -171,7 +170,7 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
 
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
-    """Validate the teacher, and the model once before training, so that errors in validation show at once."""
+    """Validate the teacher, then the model, before training, so that errors in validation appear early."""
     teacher_score, run.job.teacher_score = run.job.teacher_score, None
     if run.validation is None or run.progress.iter_num > 0:
         return
@@ -201,10 +200,10 @@ def validate(run: Run, score: Score, only: int | None = None) -> float:
     Args:
         run: The run.
         score: Returns a batch's mean cross-entropy.
-        only: Number of batches to score on each process; by default all.
+        only: Maximum number of batches to score on each process; by default all.
 
     Raises:
-        UserError: If there is no batch, or no token with a label.
+        UserError: If there is no batch, or if no token has a label.
     """
     assert run.validation is not None, "there is no validation data"
     barrier()

@@ -1,8 +1,8 @@
 """Estimate the memory that training needs on each device, before anything is allocated.
 
-One training step, with sharding, optimizer and teacher, runs on tensors that have shapes but no data
-(`FakeTensorMode`), and the memory they would take is added up. A mixture of experts needs the number of tokens that
-its router sends to each expert: the plan assumes the worst case (`RoutesToFirst`).
+The plan runs one training step, with sharding, optimizer and teacher, on tensors that have shapes but no data
+(`FakeTensorMode`), and adds up the memory that they would take. The memory of a mixture of experts depends on the
+router's choices, for which the plan assumes the worst case (`RoutesToFirst`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WEIGHTS_DTYPE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 LITTLE = 0.01
-"""Fraction of the free memory; if weights, gradients and AdamW's state need less, planning is skipped"""
+"""Planning is skipped if weights, gradients and AdamW's state need less than this fraction of the free memory"""
 
 
 class NoPlan(UserError):
@@ -74,11 +74,11 @@ class MemoryPlan:
     checkpoint: int = 0
     """CPU memory that the first process needs to assemble a checkpoint"""
     on_cpu: bool = False
-    """True if the device is the CPU, so that the checkpoint takes its memory, too"""
+    """True if training runs on the CPU, so that assembling a checkpoint adds to the device's memory"""
 
     @property
     def total(self) -> int:
-        """Return the peak memory, without the interpreter and the device's driver."""
+        """Peak memory in bytes, without that of the Python interpreter and the device's driver."""
         saved = self.weights + self.optimizer + self.teacher + (self.checkpoint if self.on_cpu else 0)
         return max(self.weights + self.gradients + self.optimizer + self.teacher + self.step, saved)
 
@@ -116,15 +116,15 @@ class Step:
     objective: Objective
     activation_checkpointing: bool = False
     tie_embeddings: bool = False
-    """True if the student's LM head is its embedding"""
+    """True if the student's LM head shares the embedding matrix"""
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
     quantized_bytes: int = 0
-    """Teacher memory that quantisation saves"""
+    """Bytes that quantisation of the teacher saves"""
     build_hidden: Callable[[GPT], HiddenLoss] | None = None
     """Makes the hidden-state loss from the student"""
     is_elsewhere: bool = False
-    """True if training will run on GPUs that this machine does not have; `device` is then the CPU in their place"""
+    """True if training will run on GPUs that this machine lacks; `device` is then the CPU as a stand-in"""
 
     @classmethod
     def of(
@@ -169,7 +169,10 @@ class Step:
 
 
 def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
-    """Print the planned memory, and return whether the teacher must be sharded; arguments as for `choose_placement`."""
+    """Print the planned memory, and return whether the teacher must be sharded.
+
+    See `choose_placement` for the arguments.
+    """
     is_sharded, text = choose_placement(step, placement, n_local, is_final)
     if text:
         print(text)
@@ -177,19 +180,20 @@ def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) 
 
 
 def choose_placement(step: Step, placement: str, n_local: int, is_final: bool = False) -> tuple[bool, str]:
-    """Return whether the teacher must be sharded over the devices, and a text on the planned memory.
+    """Return whether the teacher must be sharded over the devices, and a text that shows the planned memory.
 
-    Planning is skipped, without a text, if memory is plentiful, unless `is_final`.
+    If memory is plentiful and `is_final` is false, planning is skipped and the text is empty.
 
     Args:
         step: A step of the training run.
-        placement: Placement of the teacher: "replicated", "sharded", or "auto", sharded if it does not fit otherwise.
+        placement: Placement of the teacher: "replicated", "sharded", or "auto", which shards it only if it does not fit
+            otherwise.
         n_local: Number of devices on this machine.
-        is_final: True if only the plan is wanted.
+        is_final: True if the command ends after the plan, as with `--dry_run`.
 
     Raises:
-        NoPlan: If planning fails and `is_final`, or the teacher's placement depends on the plan. Otherwise a failure is
-            a warning.
+        NoPlan: If planning fails, and `is_final` is true or the teacher's placement depends on the plan. Otherwise a
+            failure only causes a warning.
     """
     placements = {"replicated": [False], "sharded": [True], "auto": [False, True]}[placement]
     if step.n_devices == 1 or step.build_teacher is None:
@@ -227,7 +231,7 @@ def choose_placement(step: Step, placement: str, n_local: int, is_final: bool = 
 
 
 def _weights_alone(step: Step) -> int:
-    """Return the fp32 bytes of weights, gradients and AdamW's state, unsharded, and of the teacher's weights."""
+    """Return the unsharded fp32 bytes of weights, gradients and AdamW state, and of the teacher's weights."""
     with torch.device("meta"):
         student = sum(weight.numel() for weight in step.build_student().parameters())
         teacher = step.build_teacher and sum(weight.numel() for weight in step.build_teacher().parameters())
@@ -235,15 +239,15 @@ def _weights_alone(step: Step) -> int:
 
 
 def plan_memory(step: Step) -> MemoryPlan:
-    """Return the memory plan of a step, from running it without data and with the optimizer's state already made.
+    """Return the memory plan of a step, by running it on tensors without data after the optimizer has made its state.
 
-    No process group may exist yet; a fake one is created if devices share a model, and destroyed in the end.
+    No process group may exist yet: if devices share a model, a fake one is created and destroyed in the end.
 
     Args:
         step: The step to run.
     """
     for dtype in (torch.bfloat16, torch.float16):
-        accumulates_products(step.device.type, dtype)  # can be tried on a real device only
+        accumulates_products(step.device.type, dtype)  # tried now, because it needs tensors with data
     shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
     live = LiveBytes()
     devices = _pretended_devices(step) if shared else nullcontext()
@@ -280,7 +284,7 @@ def plan_memory(step: Step) -> MemoryPlan:
 
 
 def _checkpoint_bytes(weights: int, state: int, step: Step) -> int:
-    """Return the CPU memory that saving takes, from the bytes of weights and optimizer state on each device."""
+    """Return the CPU bytes that saving takes, given the bytes of weights and optimizer state on each device."""
     if step.n_devices > 1 and step.is_sharded:
         return (weights + state) * step.n_devices
     return 0 if _is_on_cpu(step) else max(weights, state)  # copied from the device one file at a time
@@ -376,7 +380,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _n_bytes(tensors: Iterable[Any]) -> int:
-    """Return the bytes of tensors, counting shared memory once, such as that of a block's sharded gradients."""
+    """Return the bytes of tensors; memory that several share, such as a block's sharded gradients, counts once."""
     storages = [_own(tensor).untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -432,8 +436,8 @@ class RoutesToFirst(TorchDispatchMode):
     """Routes every token of a mixture of experts to the first experts, for tensors without data.
 
     litgpt's `LLaMAMoE` looks up each expert's tokens in turn, by `torch.where` on a mask of shape (tokens,
-    experts per token). Sending all tokens to the same experts takes most memory at a time; the activations stored for
-    the backward pass have the same size under any routing.
+    experts per token). Peak memory is highest if all tokens go to the same experts. The activations stored for the
+    backward pass have the same size under any routing.
     """
 
     def __init__(self) -> None:

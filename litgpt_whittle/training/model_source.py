@@ -1,4 +1,4 @@
-"""Source of the trained model: a checkpoint, a cut from its teacher, or random weights."""
+"""Source of the trained model: a checkpoint, a sub-network sliced from its teacher, or random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, is_tied, stud
 from litgpt_whittle.windows import vectorize_windows
 
 BASIS = "basis.pth"
-"""File with a repaired student's channels as combinations of the teacher's, (n_embd_student, n_embd_teacher)"""
+"""File with the matrix that expresses a repaired student's channels as linear combinations of the teacher's, shape
+(n_embd_student, n_embd_teacher)"""
 
 
 @dataclass
@@ -30,19 +31,20 @@ class ModelSource:
 
     config: Config
     build: Callable[[], GPT]
-    """Makes the model; its weights are arbitrary"""
+    """Makes the model, with arbitrary weights"""
     weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
-    """Reads the weights; `None` for random ones"""
+    """Reads the weights; `None` for random weights"""
     sub_network: dict[str, Any] | None = None
-    """Sub-network of the teacher that the student is, if known"""
+    """Content of the student's `sub_network.yaml`: its layers and units within the teacher; None if unknown"""
     basis: torch.Tensor | None = None
-    """Its channels as combinations of the teacher's, if they are not a selection of them"""
+    """Student's channels as linear combinations of the teacher's, shape (n_embd_student, n_embd_teacher); None if they
+    are a selection of them"""
     is_tied: bool = False
-    """True if its LM head is its embedding: one matrix, trained and saved once"""
+    """True if the LM head shares the embedding matrix, which is then trained and saved once"""
 
     @property
     def n_params(self) -> int:
-        """Return the number of parameters, with per-layer sizes respected and a tied matrix counted once."""
+        """Number of parameters, with the actual sizes of each layer; a tied matrix counts once."""
         with torch.device("meta"):
             model = self.build()
         return num_parameters(model) - (model.lm_head.weight.numel() if self.is_tied else 0)
@@ -56,10 +58,12 @@ class ModelSource:
         model_name: str | None,
         model_config: Config | None,
     ) -> ModelSource:
-        """Return the student given by the arguments; a checkpoint precedes a sub-network, and that a model's name.
+        """Return the student that the arguments define.
+
+        A checkpoint takes precedence over a sub-network, and a sub-network over a model's config or name.
 
         Raises:
-            UserError: If no student is given, or it does not exist.
+            UserError: If no student is given, or if it does not exist.
         """
         if checkpoint_dir is not None:
             return cls._from_checkpoint(checkpoint_dir)
@@ -85,7 +89,7 @@ class ModelSource:
         return replace(self, weights=None, sub_network=shape, basis=None)
 
     def with_tie(self, tie_embeddings: bool | None) -> ModelSource:
-        """Return the student with its LM head and embedding tied or untied as asked; untying prints both sizes.
+        """Return the student with its LM head and embedding tied or untied; untying prints the sizes before and after.
 
         Args:
             tie_embeddings: `train.tie_embeddings`; `None` changes nothing.

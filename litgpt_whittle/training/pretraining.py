@@ -1,4 +1,4 @@
-"""Shared steps of the training commands: build the model, launch the processes, begin or resume, save."""
+"""Steps shared by the training commands: build the model, launch the processes, begin or resume, save."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from litgpt_whittle.training.validation import ValidationBatches
 
 
 def checkpoint_dir_of(path: Path | None) -> Path | None:
-    """Return a checkpoint directory, given by its path or its name under `checkpoints/`."""
+    """Return the path of a checkpoint directory, given as a path or as a name under `checkpoints/`."""
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
 def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activation_checkpointing: bool) -> GPT:
-    """Return the model with its weights; random ones equal those of `litgpt pretrain` with the same seed."""
-    # weights to be sharded are first whole, in CPU memory
+    """Return the model with its weights; random weights equal those of `litgpt pretrain` with the same seed."""
+    # a model to be sharded is first built whole, in CPU memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
     with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
         model = student.build()
@@ -64,16 +64,16 @@ def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activat
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Inputs of a training run that are known, and checked, before its processes start."""
+    """Inputs of a training run, checked before its processes start."""
 
     source: ModelSource
     """Source of the trained model"""
     tokenizer_dir: Path | None
     data: DataModule
     arguments: dict[str, Any]
-    """The command's arguments, before training has used them"""
+    """The command's arguments, recorded before training modifies them"""
     step: Step
-    """The step whose memory was planned"""
+    """The training step of the memory plan"""
     settings: dict[str, Any]
     """Settings that must not change when the run is resumed"""
     state: dict[str, Any] | None
@@ -122,8 +122,8 @@ def begin(
 
     Args:
         fabric: The Fabric.
-        job: The model, its step and its scores.
-        loaders: The training dataloader, and the validation batches.
+        job: The model with its optimizer, training step and scores.
+        loaders: The training dataloader, and the validation batches, if any.
         schedule: Length and learning rates.
         inputs: The run's other inputs.
         out_dir: Folder of the checkpoints.
@@ -171,7 +171,10 @@ def save_student(
     weights: dict[str, torch.Tensor] | None = None,
     training_state: dict[str, Any] | None = None,
 ) -> None:
-    """Fill a folder with a student's config and training arguments; with weights it is a stock litgpt checkpoint."""
+    """Write a student's config and training arguments into a folder, and its weights if given.
+
+    With weights, the folder is a stock litgpt checkpoint.
+    """
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     extra = {} if training_state is None else {TRAINING_STATE: training_state}
     source = inputs.source
@@ -184,8 +187,8 @@ def save_student(
 def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iterable[Config] = ()) -> int:
     """Count the floating-point operations of one micro-batch: forward and backward of the model, forward of `frozen`.
 
-    Nothing is run, because a mixture of experts needs its router's choices. Only the throughput monitor reads the
-    count; for an architecture that cannot be counted it is 0, and the monitor reports no FLOPs.
+    The count is computed from the configs, because running a mixture of experts would need its router's choices. Only
+    the throughput monitor uses it. For architectures that cannot be counted it is 0, and no FLOPs are reported.
     """
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     try:

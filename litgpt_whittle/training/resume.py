@@ -1,7 +1,7 @@
-"""Find and load the state that a training resumes from, and check that its settings are the same.
+"""Find and load the training state to resume from, and check that the settings have not changed.
 
-`Run.training_state` and `Run.restore` (`litgpt_whittle.training.run`) save and restore it. A resumed training has the
-same weights, data and random numbers as an uninterrupted one.
+`Run.training_state` and `Run.restore` (`litgpt_whittle.training.run`) create and restore the state. A resumed run has
+the same weights, data and random numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
     """Return the checkpoint directory to resume from; None for a new run.
 
     Args:
-        resume: As in `litgpt pretrain`: `True` for the latest in `out_dir`, "auto" for the same if there is one, or a
-            checkpoint directory.
+        resume: As in `litgpt pretrain`: a checkpoint directory, `True` for the latest one in `out_dir`, or "auto" for
+            the latest one if there is any.
         out_dir: The run's output folder.
 
     Raises:
@@ -81,7 +81,7 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
 
 
 def _check_unused(out_dir: Path) -> None:
-    """Raise UserError if `out_dir` has another run's checkpoints, which litgpt would mix with the new run's."""
+    """Raise UserError if `out_dir` has another run's checkpoints, so that those of two runs are never mixed."""
     if (out_dir / WEIGHTS).is_file():
         raise UserError(
             f"out_dir must not be a checkpoint, into which training would write, got {str(out_dir)!r}; choose another"
@@ -114,7 +114,7 @@ def state_to_resume(folder: Path | None, settings: dict[str, Any]) -> dict[str, 
     """Return the training state in the checkpoint directory to resume from; None for a new run.
 
     Raises:
-        UserError: If the state belongs to a run with other settings.
+        UserError: If the state cannot be read, or if it belongs to a run with other settings.
     """
     if folder is None:
         return None

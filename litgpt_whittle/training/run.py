@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from lightning.fabric.wrappers import _FabricModule
 
 Backward = Callable[[torch.Tensor], None]
-"""Adds a loss's gradients to those of the optimizer step; may be called several times per batch."""
+"""Accumulates a loss's gradients for the next optimizer step; may be called several times per batch."""
 
 TrainingStep = Callable[[torch.Tensor, torch.Tensor, Backward, float], Mapping[str, torch.Tensor]]
-"""(input_ids (B, T), targets (B, T), backward, fraction of training done) -> scalars to log, including "loss", without
-gradients. The names are the same at every step; NaN marks a scalar without a value."""
+"""(input_ids (B, T), targets (B, T), backward, completed fraction of training) -> scalars to log by name, including
+"loss". The names are the same at every step; NaN marks a scalar without a value."""
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(input_ids (B, T), targets (B, T)) -> mean cross-entropy over the targets that count."""
+"""(input_ids (B, T), targets (B, T)) -> mean cross-entropy in nats over the targets that are not ignored."""
 
 
 @dataclass
 class Job:
-    """A model to train, with its optimizer and the functions for a step, for scoring and for saving."""
+    """A model to train, with its optimizer and the functions that run a step, score a batch and save the weights."""
 
     module: _FabricModule
     """Root module, set up by Fabric"""
     optimizer: torch.optim.Optimizer
-    """Set up by Fabric"""
+    """Optimizer, set up by Fabric"""
     step: TrainingStep
     score: Score
     save: Callable[[Path, dict[str, Any], bool], None]
-    """(folder, training state, is_final) -> None; writes a checkpoint directory atomically, weights included. All
+    """(folder, training state, is_final) -> None; writes a checkpoint directory with the weights, atomically. All
     processes must call it"""
     look_up: Callable[[torch.Tensor], None] | None = None
-    """Called before each `step` with its token ids (B, T) while they are still in CPU memory"""
+    """Called before each `step` with the token ids (B, T) in CPU memory, to look up cached targets"""
     teacher_score: Score | None = None
     helper: nn.Module | None = None
-    """Trained with the model but not saved with its weights: learned projections between two models"""
+    """Module that is trained with the model but not saved with its weights, such as learned projections"""
     more_scores: Mapping[str, Score] = field(default_factory=dict)
     """Further scores to compute at each validation, by name"""
     flops_per_iter: int = 0
@@ -69,7 +69,7 @@ class Schedule:
     max_lr: float
     min_lr: float
     decay_iters: int | None = None
-    """Length of the final decay of a warm-up–stable–decay schedule; None for a cosine"""
+    """Length of the final decay of a warm-up–stable–decay schedule, in micro-batches; None for a cosine"""
 
     @classmethod
     def of(cls, train: TrainArgs, seq_length: int, lr: float, devices: int, num_nodes: int, loader: Any) -> Schedule:
@@ -87,7 +87,7 @@ class Schedule:
         return cls(max_iters, warmup, accumulation, tokens_per_iter, lr, train.min_lr, decay)
 
     def lr(self, iteration: int) -> float:
-        """Return the learning rate: linear warm-up, then a half cosine to `min_lr`, or constant with a linear decay."""
+        """Return the learning rate: linear warm-up, then a half cosine, or constant and a final linear decay."""
         if iteration < self.warmup_iters:
             return self.max_lr * iteration / self.warmup_iters
         if self.decay_iters is not None:
@@ -101,7 +101,7 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
     """Return the number of micro-batches that each device trains on.
 
     Raises:
-        UserError: If that is less than one optimizer step, so that nothing would be learned.
+        UserError: If these are fewer than one optimizer step needs, so that nothing would be learned.
     """
     accumulation = train.gradient_accumulation_iters(devices, num_nodes)
     limits, n_tokens = [], train.micro_batch_size * seq_length
@@ -120,14 +120,14 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
 
 @dataclass
 class Progress:
-    """Progress of a run, including the time before it was resumed."""
+    """Progress of a run, including the part before it was resumed."""
 
     iter_num: int = 0
     step_count: int = 0
     seconds: float = 0.0
     val_loss: float | None = None
     n_skipped: int = 0
-    """Steps without an update, because the loss or a gradient was not finite"""
+    """Number of steps without an update, because the loss or a gradient was not finite"""
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def training_state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint needs besides the weights; sharded tensors stay sharded."""
+        """Return the state to save in addition to the weights; sharded tensors stay sharded."""
         return {
             "optimizer": self.job.optimizer.state_dict(),
             "helper": {} if self.job.helper is None else self.job.helper.state_dict(),

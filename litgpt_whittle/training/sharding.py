@@ -24,12 +24,13 @@ from litgpt_whittle.tensors import map_tensors
 
 
 def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossModel:
-    """Shard a trained model over the processes: each block, and the root with the rest and the losses.
+    """Shard a trained model over the processes: each block separately, all other parameters with the root.
 
     Args:
         root: The unsharded model.
         mesh: The device mesh.
-        precision: Fabric's name. With bf16-mixed, weights are gathered and used in bf16, gradients reduced in fp32.
+        precision: Fabric's name of the precision. With bf16-mixed, weights are gathered and used in bf16, and gradients
+            are reduced in fp32.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # a cast would round positions
     if precision == "bf16-mixed":
@@ -41,10 +42,10 @@ def shard_student(root: LossModel, mesh: DeviceMesh, precision: str) -> LossMode
 
 
 def shard_frozen(model: GPT, mesh: DeviceMesh | None = None, keep_root: bool = False) -> None:
-    """Shard a frozen model over the processes: each block, and the rest.
+    """Shard a frozen model over the processes: each block separately, all other parameters together.
 
     Args:
-        model: The unsharded model, with or without data.
+        model: The unsharded model; its tensors may be without data.
         mesh: The device mesh; by default all devices.
         keep_root: If true, embedding, last norm and head stay gathered after the first forward pass, so that the head
             can be used outside of it.
@@ -62,9 +63,9 @@ def checkpoint_activations(model: GPT) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Gather a sharded tensor in the first process's CPU memory, `None` on the others; all processes must call it.
+    """Gather a sharded tensor in CPU memory on the first process; return `None` on all other processes.
 
-    Other tensors are returned unchanged.
+    All processes must call it. Tensors that are not sharded are returned unchanged.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -94,9 +95,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(value: Any, parameter: torch.Tensor) -> Any:
-    """Return a value sharded like a parameter of the same shape; all other values whole."""
+    """Return a value, sharded like the parameter if it has the parameter's shape, else whole."""
     if isinstance(value, Rows) and isinstance(parameter, DTensor):
-        # FSDP gives every process equally many rows, until none are left
+        # FSDP gives each process equally many rows; the last processes may get fewer or none
         n_rows = -(-len(parameter) // parameter.device_mesh.size())
         own = value[rank() * n_rows : (rank() + 1) * n_rows].to(parameter.device)
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -117,9 +118,9 @@ def load_sharded(
     max_seq_length: int,
     keep_root: bool = False,
 ) -> GPT:
-    """Load a litgpt checkpoint with each block, and the rest of the model, sharded over all processes.
+    """Load a litgpt checkpoint, sharded over all processes as by `shard_frozen`.
 
-    Weights are read one at a time, and each process keeps its own part, so that at most one tensor is whole in memory.
+    Each process reads the weights one at a time and keeps its part, so that at most one whole tensor is in memory.
 
     Args:
         checkpoint_dir: The checkpoint directory.

@@ -1,4 +1,4 @@
-"""A teacher's soft targets for a batch, from running it or from its cache."""
+"""A teacher's soft targets for a batch, computed by running the teacher or read from its cache."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class LiveTeacher:
         max_seq_length: Length of the longest input sequence.
         dtype: Type of weights and activations; no autocast is needed.
         device: The teacher's device.
-        is_sharded: If true, shard the weights over the processes (FSDP2), which then run the teacher together.
-        quantized: Quantisation mode of the blocks, if any (`litgpt_whittle.distillation.quantize`).
+        is_sharded: If true, shard the weights over the processes (FSDP2); all processes must then call the teacher at
+            the same time.
+        quantized: Quantisation mode of the blocks (a key of `litgpt_whittle.distillation.quantize.BITS`), if any.
     """
 
     _watch: Watch | None = None
@@ -74,12 +75,12 @@ class LiveTeacher:
         self.model.max_seq_length = max_seq_length
 
     def watch(self, places: Iterable[Place]) -> None:
-        """Record the hidden states at some places; later calls return them with the logits."""
+        """Record the hidden states at some places, so that later calls return them with the logits."""
         self._watch = Watch(self.model, set(places))
         self._watch.is_on = True
 
     def compile(self, batch_size: int, seq_length: int) -> None:
-        """Compile the model for training batches; no-op for a sharded or quantized one.
+        """Compile the model for training batches; no-op for a sharded or quantized model.
 
         Batches of other shapes, as in validation, run uncompiled, because each shape would be compiled separately.
         """
@@ -94,18 +95,18 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> TeacherLogits:
-        """Return the teacher's logits, computed chunk by chunk on request."""
+        """Return the teacher's logits, which are computed in chunks of tokens on request."""
         head_input = self._head_input(input_ids)
         streams = None if self._watch is None else self._watch.take()
         return TeacherLogits(head_input, self.model.config.final_logit_softcapping, streams)
 
     @torch.no_grad()
     def losses(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:
-        """Return the teacher's own cross-entropy on a batch."""
+        """Return the losses of the teacher itself on a batch: the cross-entropy in nats, without distillation."""
         softcap = self.model.config.final_logit_softcapping
         losses = head_loss(self._head_input(input_ids), targets, softcap=softcap)
         if self._watch is not None:
-            self._watch.take()  # frees them, and the next call finds none, as the compiled model expects
+            self._watch.take()  # clears the recorded hidden states, as the compiled model expects at its next call
         return losses
 
 
@@ -122,9 +123,9 @@ class CachedTeacher:
         self._next: torch.Tensor | None = None
 
     def look_up(self, input_ids: torch.Tensor) -> None:
-        """Look up the targets of the next call's batch, from its token ids in CPU memory, shape (B, T).
+        """Look up the targets for the batch of the next call, given its token ids in CPU memory, shape (B, T).
 
-        Reading the token ids from the device would wait for all of its earlier work.
+        Copying the token ids back from the device would wait for all of its earlier work.
 
         Raises:
             UserError: As in `Cache.targets`.
@@ -132,7 +133,7 @@ class CachedTeacher:
         self._next = to_device(self.cache.targets(input_ids), self.device)
 
     def __call__(self, input_ids: torch.Tensor) -> CachedTargets:
-        """Return the cached targets of the batch's windows, decoded chunk by chunk on request.
+        """Return the cached targets of the batch, which are decoded in chunks of tokens on request.
 
         Raises:
             UserError: As in `Cache.targets`.

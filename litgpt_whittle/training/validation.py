@@ -1,4 +1,4 @@
-"""Validation batches of a run: the same at every pass, independent of the data module's order."""
+"""Validation batches of a run: the same batches at every pass, even if the data module shuffles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from litgpt_whittle.training.resume import (
 )
 
 KEPT_BYTES = 512 * 2**20
-"""Maximum bytes of validation batches that a process keeps in memory; more are read again at every pass"""
+"""Maximum bytes of validation batches that a process keeps in memory; a larger set is read again at every pass"""
 
 SEED = 0
 """Seed of the batches' order if the data module shuffles; the same in every command, so that all validate on the same
@@ -35,7 +35,7 @@ def fixed_randomness(loader: Any = None) -> Iterator[None]:
     """Draw random numbers from a fixed seed inside the context, and restore the generators' states on exit.
 
     Args:
-        loader: A dataloader whose own generators are included.
+        loader: A dataloader; its random generators are set and restored, too.
     """
     before, own = rng_state(), generator_states(loader)
     random.seed(SEED)
@@ -51,9 +51,9 @@ def fixed_randomness(loader: Any = None) -> Iterator[None]:
 
 
 class ValidationBatches:
-    """The first validation batches of a data module, shared by the processes, the same at every pass.
+    """The first validation batches of a data module, divided among the processes; every pass has the same batches.
 
-    They are read once and kept in memory, so that a loader may change their order from epoch to epoch.
+    They are read once and kept in memory, because a loader may change their order from epoch to epoch.
 
     Args:
         loader: A validation dataloader, not iterated over yet.
@@ -71,7 +71,7 @@ class ValidationBatches:
         self._twin = _without_data(loader)
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        """Iterate over this process's share of the batches, each with its flag as in `shared_batches`."""
+        """Iterate over this process's share of the batches, with flags as in `shared_batches`."""
         if not self._is_read:
             self._kept, self._is_read = self._read(), True
             self._loader = None  # also ends its worker processes
@@ -95,21 +95,21 @@ class ValidationBatches:
             yield from shared_batches(loader, self.n, self.rank, self.world_size)
 
     def draw(self) -> None:
-        """Draw the random numbers that a pass over the dataloader draws, to match `litgpt pretrain`."""
+        """Draw as many random numbers as a pass over the dataloader, to match `litgpt pretrain`."""
         if self._twin is not None:
             next(iter(self._twin), None)
 
     def state_dict(self) -> list[torch.Tensor]:
-        """Return the state of the dataloader's own random generators."""
+        """Return the states of the dataloader's random generators."""
         return generator_states(self._twin)
 
     def load_state_dict(self, state: list[torch.Tensor]) -> None:
-        """Restore the state of the dataloader's own random generators."""
+        """Restore the states of the dataloader's random generators."""
         set_generator_states(self._twin, state)
 
 
 def _without_data(loader: Any) -> DataLoader | None:
-    """Return a dataloader that draws the same order and reads no data; None if `loader` does not permit it."""
+    """Return a dataloader that draws the order of `loader` without reading data; None if that is impossible."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         return None
     return DataLoader(

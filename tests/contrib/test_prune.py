@@ -351,9 +351,9 @@ def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pattern": "4:2"}, "pattern must be N:M, N kept of every M, with 0 < N < M, got '4:2'; try 2:4"),
+        ({"pattern": "4:2"}, "pattern must be N:M .keep N of every M. with 0 < N < M, got '4:2'; try 2:4"),
         ({"pattern": "half"}, "pattern must be N:M"),
-        ({"pattern": "3:5"}, "pattern 3:5 needs multiples of 5 inputs, attn.qkv of layer 0 has 32; choose another"),
+        ({"pattern": "3:5"}, "pattern 3:5 needs a multiple of 5 inputs, attn.qkv of layer 0 has 32; choose another"),
         ({"sparsity": 1.2}, "sparsity must lie between 0 and 1, got 1.2"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "sparsity and pattern both set the share of pruned weights"),
         ({"method": "wanda", "data": None}, "the method wanda needs data to calibrate on; for example --data HFText"),
@@ -367,7 +367,7 @@ def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_pat
             {"method": {"sparsegpt": {"block_size": "x"}}},
             "method.block_size must be a whole number, at least 1, got 'x'",
         ),
-        ({"sparsity": 1e-8}, "sparsity must make some weight of a map zero, got 1e-08 of at most"),
+        ({"sparsity": 1e-8}, "sparsity must make a weight of some layer zero, got 1e-08 of at most"),
         ({"targets": "head"}, "targets must be attn, mlp or some of attn.qkv, attn.proj, mlp.fc_1, .* got 'head'"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"train": BatchArgs(max_seq_length=65)}, "at most the teacher's block_size 64, got 65"),

@@ -1,4 +1,4 @@
-"""Pruners choose the weights of a linear layer to drop; found by name in the group `litgpt_whittle.pruners`."""
+"""Pruners, which choose the weights of a linear layer to drop; they register in the group `litgpt_whittle.pruners`."""
 
 from litgpt_whittle.contrib.prune.base import Pruner, Sparsity
 from litgpt_whittle.contrib.prune.magnitude import Magnitude

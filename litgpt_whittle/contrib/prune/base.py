@@ -23,7 +23,7 @@ class Sparsity:
 
     @classmethod
     def parse(cls, sparsity: float | None, pattern: str | int | None) -> Sparsity:
-        """Parse the command line's options; without any, the sparsity is 0.5.
+        """Parse the command line's options; if both are None, the sparsity is 0.5.
 
         Raises:
             UserError: If both are given, or one is invalid.
@@ -42,7 +42,7 @@ class Sparsity:
         found = re.fullmatch(r"(\d+):(\d+)", pattern)
         n, m = map(int, found.groups()) if found else (0, 0)
         if not 0 < n < m:
-            raise UserError(f"pattern must be N:M, N kept of every M, with 0 < N < M, got {pattern!r}; try 2:4")
+            raise UserError(f"pattern must be N:M (keep N of every M) with 0 < N < M, got {pattern!r}; try 2:4")
         return cls((m - n) / m, (n, m))
 
     @property
@@ -51,7 +51,7 @@ class Sparsity:
         return self.pattern[1] if self.pattern else 1
 
     def dropped(self, scores: torch.Tensor, per_row: bool = False) -> torch.Tensor:
-        """Return the mask of weights to drop: those with the lowest scores, to the exact sparsity.
+        """Return the mask of the weights with the lowest scores, to drop exactly as many as the sparsity requires.
 
         Args:
             scores: Shape (n_out, n_in). With a pattern, n_in is a multiple of m.
@@ -78,7 +78,9 @@ def lowest(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class Pruner(ABC):
-    """Chooses the weights to drop, and may update the others. Settings are keyword arguments after the sparsity.
+    """Method that chooses the weights to drop, and may update the remaining ones.
+
+    A subclass takes its settings as keyword arguments after `sparsity`.
 
     Args:
         sparsity: The sparsity of each linear layer.
@@ -95,8 +97,8 @@ class Pruner(ABC):
         """Prune a linear layer.
 
         Args:
-            weight: Shape (n_out, n_in), float32, not modified.
-            moments: Moments of the inputs, of at least one token; may be None if `reads_data` is false.
+            weight: The layer's weight, shape (n_out, n_in), float32; it is not modified.
+            moments: Moments of the inputs over at least one token; may be None if `reads_data` is false.
 
         Returns:
             The pruned weight, of the same shape and type, with exact zeros.

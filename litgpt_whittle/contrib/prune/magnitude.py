@@ -9,7 +9,7 @@ from litgpt_whittle.least_squares import Moments
 
 
 class Magnitude(Pruner):
-    """Drops the weights of the smallest absolute value, without a pattern among all weights of a linear layer."""
+    """Drops the weights with the smallest absolute values; without a pattern, it compares all weights of a layer."""
 
     reads_data = False
 

@@ -1,8 +1,9 @@
-"""Prune a model's linear layers block by block, each on the outputs of the pruned blocks before it.
+"""Prune a model's linear layers block by block; each block receives the outputs of the pruned blocks before it.
 
-Wanda and SparseGPT proceed in the same way. A block's layers are pruned on their inputs in the unpruned block; then the
-pruned block runs again to produce the next block's inputs. All calibration tokens are used. Only moments are kept in
-memory (`litgpt_whittle.least_squares`), hidden states are in scratch files, and weights are read block by block.
+The papers of Wanda and SparseGPT use the same procedure. A block's linear layers are pruned on their inputs in the
+unpruned block; then the pruned block runs again to produce the next block's inputs. All calibration tokens are used.
+Only moments are kept in memory (`litgpt_whittle.least_squares`); hidden states are kept in scratch files, and weights
+are read block by block.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ class MapReport:
     """Result of pruning one linear layer."""
 
     layer: int
+    """Index of the block"""
     name: str
     """Name within the block"""
     n_zero: int
     n_weights: int
     error: float | None
-    """‖(W' − W) X‖² / ‖W X‖² on the calibration inputs X; None without any"""
+    """‖(W' − W) X‖² / ‖W X‖² on the calibration inputs X; None without calibration inputs"""
     saw_tokens: bool
-    """True if calibration tokens reached the layer; experts without any are pruned by magnitude"""
+    """True if calibration tokens reached the layer; experts that no token reached are pruned by magnitude"""
 
     @property
     def kind(self) -> str:
@@ -64,8 +66,8 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
         sparsity: The sparsity of each linear layer.
 
     Raises:
-        UserError: If a target matches nothing, no weight would become zero, or inputs cannot be divided into the
-            pattern's groups.
+        UserError: If a target matches no linear layer, no weight would become zero, or a layer's inputs cannot be
+            divided into the pattern's groups.
     """
     layers = []
     for i in range(len(shape)):
@@ -83,14 +85,14 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
     largest = max(module.weight.numel() for maps in chosen for module in maps.values())
     if round(sparsity.share * largest) == 0:
         raise UserError(
-            f"sparsity must make some weight of a map zero, got {sparsity.share} of at most {largest:,}; raise it"
+            f"sparsity must make a weight of some layer zero, got {sparsity.share} of at most {largest:,}; raise it"
         )
     for i, maps in enumerate(chosen):
         for name, module in maps.items():
             if module.in_features % sparsity.group:
                 raise UserError(
-                    f"pattern {sparsity} needs multiples of {sparsity.group} inputs, {name} of layer {i} has "
-                    f"{module.in_features}; choose another pattern, or targets without it"
+                    f"pattern {sparsity} needs a multiple of {sparsity.group} inputs, {name} of layer {i} has "
+                    f"{module.in_features}; choose another pattern, or targets without this linear layer"
                 )
     return [list(maps) for maps in chosen]
 
@@ -104,7 +106,7 @@ def _matches(kind: str, target: str) -> bool:
 
 
 def refit(weight: torch.Tensor, pruned: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """Refit the nonzero weights of a pruned layer to the unpruned layer's outputs, by least squares per output.
+    """Refit the nonzero weights of a pruned linear layer to the unpruned layer's outputs, by least squares per output.
 
     Args:
         weight: The unpruned weight, shape (n_out, n_in).
@@ -128,13 +130,13 @@ class Pruning:
 
     Args:
         shape: Shape of the model.
-        weights: The model's weights, in their true shape; memory-mapped weights are read a block at a time.
+        weights: The model's weights, without padding; memory-mapped weights are read a block at a time.
         maps: Names of the linear layers to prune in each block (`maps_to_prune`).
         pruner: The pruner.
         scratch: Folder of the hidden states and finished blocks, from which interrupted pruning resumes.
-        windows: Calibration tokens, shape (N, T); may be None if the pruner reads no data.
+        windows: Token ids for calibration, shape (N, T); may be None if the pruner needs no data and `refit` is false.
         micro_batch_size: Windows per batch.
-        refit: If true, refit each layer's remaining weights in closed form.
+        refit: If true, refit the remaining weights of each linear layer in closed form.
 
     Raises:
         UserError: If activations are not finite.
@@ -164,7 +166,7 @@ class Pruning:
         """Prune all blocks.
 
         Returns:
-            All weights, pruned or unchanged, and a report for each pruned layer.
+            All weights, pruned or unchanged, and a report for each pruned linear layer.
         """
         finished = list(self._finished())
         if self.batches:
@@ -220,13 +222,13 @@ class Pruning:
             weight, report = self._prune_map(module.weight, moments.get(name))
             pruned[full_name] = weight.to(self.weights[full_name].dtype).cpu()
             reports.append(MapReport(i, name, **report))
-            # the block continues with the saved weights; the old ones may be memory-mapped and are not overwritten
+            # continue with the weights as saved, in a new tensor: the old weights may be memory-mapped
             module.weight = nn.Parameter(pruned[full_name].to(self.device, torch.float32), requires_grad=False)
         self._advance(i, block)
         return pruned, reports
 
     def _moments(self, i: int, block: Block) -> dict[str, Moments]:
-        """Return the moments of each layer's inputs over all batches; layers with the same inputs share them."""
+        """Return the moments of each linear layer's inputs over all batches; layers with the same inputs share them."""
         found: dict[str, Moments] = {}
         for batch in self.batches:
             seen = run_block(block, self.stream[batch], self.block_args[i], self.maps[i])
@@ -245,7 +247,7 @@ class Pruning:
         return found
 
     def _prune_map(self, weight: torch.Tensor, moments: Moments | None) -> tuple[torch.Tensor, dict]:
-        """Return a layer's pruned weight, and the fields of its report."""
+        """Return a linear layer's pruned weight, and the fields of its report."""
         seen = moments if moments is not None and moments.n > 0 else None
         pruner = self.pruner
         if pruner.reads_data and seen is None:

@@ -23,13 +23,13 @@ class SparseGPT(Pruner):
     Args:
         sparsity: Sparsity of each block of inputs, among all of its weights; a pattern holds for each output.
         damp: Added to the diagonal of H, relative to its mean.
-        block_size: Inputs per block. Weights are compared within a block; the others are updated at the end of it.
+        block_size: Inputs per block. Weights are compared within a block; later blocks are updated at its end.
     """
 
     def __init__(self, sparsity: Sparsity, damp: float = 0.01, block_size: int = 128) -> None:
         super().__init__(sparsity)
         if not (is_number(damp) and damp > 0):
-            raise UserError(f"method.damp must be above 0, got {damp!r}; 0.01 is the paper's")
+            raise UserError(f"method.damp must be above 0, got {damp!r}; 0.01 is the paper's value")
         check_positive("method", block_size=block_size)
         self.damp = damp
         # blocks never split a group
@@ -72,7 +72,7 @@ class SparseGPT(Pruner):
             n_drop: Number of weights to drop, without a pattern.
 
         Returns:
-            Update of the weights to the right for each dropped weight, in units of U's row, shape (n_out, n).
+            Coefficients of the dropped weights, shape (n_out, n); their product with U updates weights to the right.
         """
         pattern, diagonal = self.sparsity.pattern, factor.diagonal()
         size = self.sparsity.group if pattern else w.shape[1]
@@ -87,5 +87,5 @@ class SparseGPT(Pruner):
                     drop[:, group] = lowest(costs.flatten(), n_drop).view_as(costs)
             errors[:, j] = torch.where(drop[:, j], w[:, j] / diagonal[j], 0)
             w[:, j:] -= torch.outer(errors[:, j], factor[j, j:])
-            w[:, j].masked_fill_(drop[:, j], 0)  # exactly, despite rounding; a masked index would wait for a GPU
+            w[:, j].masked_fill_(drop[:, j], 0)  # exactly 0 despite rounding; indexing by a mask would wait for the GPU
         return errors

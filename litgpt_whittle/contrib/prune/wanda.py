@@ -9,7 +9,7 @@ from litgpt_whittle.least_squares import Moments
 
 
 class Wanda(Pruner):
-    """Drops each output's weights of the smallest |W_ij| · ‖x_j‖₂, without updating the others (equation 1)."""
+    """Drops each output's weights with the smallest |W_ij| · ‖x_j‖₂, without updating the others (equation 1)."""
 
     def prune(self, weight: torch.Tensor, moments: Moments | None) -> torch.Tensor:
         """Return the pruned weight."""
