@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, get_type_hints
 
-from litgpt_whittle.settings import describe
+from litgpt_whittle.settings import describe, flatten
 
 
 class CommandConfig(ABC):
@@ -21,7 +21,8 @@ class CommandConfig(ABC):
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset()
-    """Names of arguments that do not change the result, so that they may change when a run is resumed"""
+    """Names of arguments that do not change the result, so that they may change when a run is resumed; those inside a
+    section have dotted names, such as ``train.log_interval``"""
 
     @abstractmethod
     def validate(self) -> None:
@@ -47,8 +48,9 @@ class CommandConfig(ABC):
         return {name: describe(getattr(self, name)) for name in _fields(type(self))}
 
     def determining_arguments(self) -> dict[str, Any]:
-        """Return the `arguments` that can change the result: all but those in `FREE`."""
-        return {name: value for name, value in self.arguments().items() if name not in self.FREE}
+        """Return the arguments that can change the result, which are all but those in `FREE`, by dotted names."""
+        free = tuple(f"{name}." for name in self.FREE)
+        return {name: value for name, value in flatten(self.arguments()).items() if not f"{name}.".startswith(free)}
 
 
 def as_command(config: type[CommandConfig]) -> Callable[..., Any]:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.settings import flatten
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe each setting that differs between two manifests, as "name was x and is y"."""
-    then, now = _flat(saved), _flat(now)
+    then, now = flatten(dict(saved)), flatten(dict(now))
     names = [*now, *(name for name in then if name not in now)]
     return [f"{name} was {then.get(name)} and is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
@@ -38,13 +39,4 @@ def check_unchanged(work: str, saved: Mapping[str, Any], now: Mapping[str, Any],
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """Return sixteen hex digits that identify a manifest."""
-    return hashlib.sha256(repr(_flat(manifest)).encode()).hexdigest()[:16]
-
-
-def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings as `flatten` does, but keep empty ones, whose names matter."""
-    flat: dict[str, Any] = {}
-    for name, value in manifest.items():
-        is_nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
-    return flat
+    return hashlib.sha256(repr(sorted(flatten(dict(manifest)).items())).encode()).hexdigest()[:16]

@@ -69,5 +69,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts: `{"train": {"seed": 1}}` becomes `{"train.seed": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

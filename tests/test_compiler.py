@@ -14,7 +14,7 @@ from test_train import run
 
 from litgpt_whittle.checkpoint import load_model
 from litgpt_whittle.commands import distill
-from litgpt_whittle.commands.distill import Score
+from litgpt_whittle.commands.distill import StudentScore
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import Place
 from litgpt_whittle.errors import UserError
@@ -116,7 +116,7 @@ def test_the_compiled_teacher_is_one_graph_with_the_outputs_of_litgpts_model(gra
 
 def test_validation_batches_of_other_shapes_are_not_compiled(graphs):
     stock = GPT(LLAMA).eval()
-    score = Score(torch.compile(LossModel(stock)).eval(), torch.Size((4, 16)))
+    score = StudentScore(torch.compile(LossModel(stock)).eval(), torch.Size((4, 16)))
     for shape in ((4, 16), (2, 16), (4, 9), (4, 16), (1, 5)):
         ids = torch.randint(61, shape, generator=torch.Generator().manual_seed(0))
         expected = torch.nn.functional.cross_entropy(stock(ids).flatten(0, 1), ids.flatten())

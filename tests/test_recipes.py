@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from recipes import HUB, Recipe, open_recipe, recipes
 
 from litgpt_whittle.fitness.perplexity import Perplexity
-from litgpt_whittle.pipeline.kinds import KIND_OF
+from litgpt_whittle.pipeline.kinds import STAGE_OF
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.searching.racing_loop import check_can_race
@@ -131,15 +131,15 @@ def test_a_pipelines_sections_are_the_commands_own_recipes(path):
     name, content = path.relative_to(HUB / "whittle").with_suffix("").as_posix(), yaml.safe_load(path.read_text())
     assert open_recipe(path).args.target == content["target"]
     for command, section in content.items():
-        if command in KIND_OF and section and name != "demo":
+        if command in STAGE_OF and section and name != "demo":
             file = f"{name if command in PROVIDED else name.split('/')[0]}.yaml"
             own = yaml.safe_load((HUB / command / file).read_text())
             assert section == {key: own[key] for key in own.keys() - PROVIDED.get(command, {"out_dir"})}
             if command == "search":
                 assert content["target"] == own["bin"]
-        elif command in KIND_OF and section:
+        elif command in STAGE_OF and section:
             inputs = {"checkpoint_dir": "teacher", "sub_network": "best.yaml"} if command == "extract" else {}
-            Section(command, KIND_OF[command].config, section).parse(**inputs)
+            Section(command, STAGE_OF[command].config, section).parse(**inputs)
 
 
 @pytest.mark.slow

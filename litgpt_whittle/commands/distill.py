@@ -352,7 +352,7 @@ def build_run(
         module=root,
         optimizer=optimizer,
         step=DistillStep(root, losses_of, outputs, config.distill.objectives()),
-        score=Score(root, torch.Size((train.micro_batch_size, step.seq_length)) if config.compile else None),
+        score=StudentScore(root, torch.Size((train.micro_batch_size, step.seq_length)) if config.compile else None),
         save=Saver(fabric, model, inputs, config.checkpoint_type),
         look_up=outputs.look_up if isinstance(outputs, CachedTeacher) else None,
         teacher_score=None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce,
@@ -364,7 +364,7 @@ def build_run(
 
 
 @dataclass(frozen=True)
-class Score:
+class StudentScore:
     """Cross-entropy of the student on a validation batch."""
 
     root: Any

@@ -118,7 +118,7 @@ class ExtractConfig(CommandConfig):
         inputs = {"weights": weights_fingerprint(self.checkpoint_dir), "sub_network": self.sub_network.read_text()}
         settings = self.determining_arguments()
         if not self.repair:  # only a repair reads data
-            del settings["data"], settings["train"]
+            settings = {name: value for name, value in settings.items() if name.split(".")[0] not in ("data", "train")}
         return digest(inputs | settings)
 
     def is_finished(self) -> bool:

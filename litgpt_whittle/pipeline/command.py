@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
@@ -17,7 +16,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.pipeline.costs import cost_table
 from litgpt_whittle.pipeline.estimates import cache_bytes, costs, measure_speed
-from litgpt_whittle.pipeline.kinds import KIND_OF
+from litgpt_whittle.pipeline.kinds import STAGE_OF
 from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
@@ -37,8 +36,6 @@ class WhittleConfig(CommandConfig):
     Each stage runs the command of the same name with the settings in its section, which may include its own ``data``.
     Run the same command again to resume after an interruption.
     """
-
-    FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "dry_run"))
 
     checkpoint_dir: Path
     """The teacher's checkpoint directory."""
@@ -101,8 +98,8 @@ class WhittleConfig(CommandConfig):
             UserError: For the first invalid argument, before the first stage; or if a stage fails.
         """
         self.validate()
-        teacher = {"teacher": weights_fingerprint(self.checkpoint_dir)}
-        pipeline = Pipeline(self.out_dir, self.determining_arguments() | teacher)
+        settings = {name: value for name, value in self.arguments().items() if name not in ("out_dir", "dry_run")}
+        pipeline = Pipeline(self.out_dir, settings | {"teacher": weights_fingerprint(self.checkpoint_dir)})
         request = Request(
             self.checkpoint_dir,
             _targets(self.target),
@@ -112,7 +109,7 @@ class WhittleConfig(CommandConfig):
             self.seed,
             self.baseline,
         )
-        stages = Stages(request, {name: getattr(self, name) for name in KIND_OF})
+        stages = Stages(request, {name: getattr(self, name) for name in STAGE_OF})
         pipeline.check(stages.all())
         memory = stages.check()
         if self.dry_run:

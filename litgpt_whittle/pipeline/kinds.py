@@ -27,7 +27,7 @@ from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.metrics import BACKWARD, MeasureArgs
 from litgpt_whittle.pipeline.costs import Cost, default_precision, weights_dtype
 from litgpt_whittle.pipeline.sections import Section
-from litgpt_whittle.pipeline.stage import Stage, StageKind
+from litgpt_whittle.pipeline.stage import Stage, StageRun
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.repair.costs import (
@@ -68,7 +68,7 @@ REPAIR_PASSES = 3
 """Upper bound of a repair's cost, in forward passes of the teacher over its tokens; see benchmarks/repair.py"""
 
 
-class RankStage(StageKind[RankConfig]):
+class RankStage(Stage[RankConfig]):
     """`litgpt rank`, by default for coarse spaces: they keep the first units, which should be the most important."""
 
     name, config, folder_name = "rank", RankConfig, "rank"
@@ -101,7 +101,7 @@ class RankStage(StageKind[RankConfig]):
         return [("What matters in the teacher", folder / "importance.png")]
 
 
-class SearchStage(StageKind[SearchConfig]):
+class SearchStage(Stage[SearchConfig]):
     """`litgpt search`, once for all students."""
 
     name, config, folder_name = "search", SearchConfig, "search"
@@ -232,7 +232,7 @@ class SearchStage(StageKind[SearchConfig]):
         return found
 
 
-class CacheTeacherStage(StageKind[CacheTeacherConfig]):
+class CacheTeacherStage(Stage[CacheTeacherConfig]):
     """`litgpt cache_teacher`, by default for several students, if their losses can learn from it."""
 
     name, config, folder_name = "cache_teacher", CacheTeacherConfig, "teacher_cache"
@@ -298,7 +298,7 @@ class CacheTeacherStage(StageKind[CacheTeacherConfig]):
         return ["--resume=true"] if cls.can_resume(folder) else []
 
 
-class ExtractStage(StageKind[ExtractConfig]):
+class ExtractStage(Stage[ExtractConfig]):
     """`litgpt extract`, with a repair unless the user does not want it."""
 
     name, config, folder_name, is_per_student = "extract", ExtractConfig, "start", True
@@ -319,7 +319,7 @@ class ExtractStage(StageKind[ExtractConfig]):
     def _parse(self, section: Section[ExtractConfig]) -> ExtractConfig:
         return section.parse(checkpoint_dir=self.request.checkpoint_dir, sub_network="best.yaml")
 
-    def runs(self, student: str = "") -> list[Stage]:
+    def runs(self, student: str = "") -> list[StageRun]:
         """Return the extraction of a student's sub-network."""
         bins = self.request.bins
         best = self.stages.search.folder() / ("best.yaml" if len(bins) == 1 else f"best-{bins[student]}.yaml")
@@ -342,7 +342,7 @@ class ExtractStage(StageKind[ExtractConfig]):
         return [("the repair", folder / "repair.png")]
 
 
-class DistillStage(StageKind[DistillConfig]):
+class DistillStage(Stage[DistillConfig]):
     """`litgpt distill` of a student, and the training of its baseline."""
 
     name, config, folder_name, is_per_student = "distill", DistillConfig, "distilled", True
@@ -417,7 +417,7 @@ class DistillStage(StageKind[DistillConfig]):
                 return f"Training {student}: {error}"
         return f"Training {student}, as a random sub-network of its size. {plan}"
 
-    def runs(self, student: str = "") -> list[Stage]:
+    def runs(self, student: str = "") -> list[StageRun]:
         """Return the distillation of a student, and the training of its baseline if asked for."""
         start = {"initial_checkpoint_dir": str(self.stages.extract.folder(student))}
         cache = self.stages.cache_teacher
@@ -459,8 +459,8 @@ class DistillStage(StageKind[DistillConfig]):
         return [("the training", folder / "training.png")]
 
 
-KINDS: Sequence[type[StageKind]] = (RankStage, SearchStage, CacheTeacherStage, ExtractStage, DistillStage)
+STAGES: Sequence[type[Stage]] = (RankStage, SearchStage, CacheTeacherStage, ExtractStage, DistillStage)
 """All kinds of stages in the order of their runs; kinds that run once per student come last"""
 
-KIND_OF: dict[str, type[StageKind]] = {kind.name: kind for kind in KINDS}
+STAGE_OF: dict[str, type[Stage]] = {kind.name: kind for kind in STAGES}
 """Kinds by the names of their commands and sections"""

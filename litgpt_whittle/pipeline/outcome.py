@@ -15,7 +15,7 @@ from litgpt_whittle.figures.style import (
     save_figure,
 )
 from litgpt_whittle.files import write_text
-from litgpt_whittle.pipeline.kinds import KINDS
+from litgpt_whittle.pipeline.kinds import STAGES
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
 from litgpt_whittle.reports.plots import score_axis
@@ -98,9 +98,9 @@ def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> l
 
 
 def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
-    found = [each for kind in KINDS if not kind.is_per_student for each in kind.pictures(out_dir / kind.folder_name)]
+    found = [each for kind in STAGES if not kind.is_per_student for each in kind.pictures(out_dir / kind.folder_name)]
     for name in names:
-        own = [kind.pictures(out_dir / name / kind.folder_name) for kind in KINDS if kind.is_per_student]
+        own = [kind.pictures(out_dir / name / kind.folder_name) for kind in STAGES if kind.is_per_student]
         found += [(f"{name}: {title}", path) for pictures in own for title, path in pictures]
     return found
 

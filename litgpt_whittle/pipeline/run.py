@@ -15,8 +15,8 @@ from typing import IO, Any
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock_dir, to_yaml, write_text
 from litgpt_whittle.manifest import changes
-from litgpt_whittle.pipeline.kinds import KIND_OF
-from litgpt_whittle.pipeline.stage import Stage
+from litgpt_whittle.pipeline.kinds import STAGE_OF
+from litgpt_whittle.pipeline.stage import StageRun
 from litgpt_whittle.processes import stop_with_parent
 
 RECORD = "stages.json"
@@ -51,7 +51,7 @@ class Pipeline:
             )
         self.record: dict[str, dict[str, Any]] = _read(out_dir / RECORD)
 
-    def check(self, stages: Sequence[Stage]) -> None:
+    def check(self, stages: Sequence[StageRun]) -> None:
         """Check that stages that have begun keep their settings; stages that have not begun may change theirs.
 
         Args:
@@ -77,15 +77,15 @@ class Pipeline:
             folders = ", ".join(str(stage.folder) for stage in left)
             raise UserError(f"the stage {stage.name} {why} delete {folders}, or choose another out_dir")
 
-    def _options_of(self, stage: Stage) -> dict[str, str]:
+    def _options_of(self, stage: StageRun) -> dict[str, str]:
         # the pipeline's folder may be given by another path
         options = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.options.items()}
         return options | {"teacher's weights": str(self.settings.get("teacher"))}
 
-    def _has_begun(self, stage: Stage, stages: Sequence[Stage]) -> bool:
+    def _has_begun(self, stage: StageRun, stages: Sequence[StageRun]) -> bool:
         """Return whether a stage is finished or can resume; later stages then depend on its settings."""
         if not self._is_noted_done(stage):
-            return stage.name in self.record and KIND_OF[stage.command].can_resume(stage.folder)
+            return stage.name in self.record and STAGE_OF[stage.command].can_resume(stage.folder)
         if stage.folder.exists():
             return True
         # a user who deletes an output that every later stage has used does not want it again
@@ -93,14 +93,14 @@ class Pipeline:
         have_used = bool(users) and all(self._is_noted_done(other) and other.folder.exists() for other in users)
         return have_used and self.record[stage.name]["options"] == self._options_of(stage)
 
-    def _is_noted_done(self, stage: Stage) -> bool:
+    def _is_noted_done(self, stage: StageRun) -> bool:
         return self.record.get(stage.name, {}).get("is_done", False)
 
-    def _note(self, stage: Stage, is_done: bool) -> None:
+    def _note(self, stage: StageRun, is_done: bool) -> None:
         self.record[stage.name] = {"options": self._options_of(stage), "is_done": is_done}
         write_text(self.out_dir / RECORD, json.dumps(self.record, indent=1))
 
-    def run(self, stages: Sequence[Stage], files: Mapping[Path, str]) -> None:
+    def run(self, stages: Sequence[StageRun], files: Mapping[Path, str]) -> None:
         """Run the stages that are not finished.
 
         Args:
@@ -114,13 +114,13 @@ class Pipeline:
             self.record = _read(self.out_dir / RECORD)  # another process may have finished stages in the meantime
             self._run(stages, files, lock_file)
 
-    def _run(self, stages: Sequence[Stage], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
+    def _run(self, stages: Sequence[StageRun], files: Mapping[Path, str], lock_file: IO[Any]) -> None:
         write_text(self.out_dir / SETTINGS, to_yaml(self.settings))
         lines = [f"litgpt {shlex.join(stage.arguments())}" for stage in stages]
         write_text(self.out_dir / COMMANDS, "\n".join([*lines, ""]))
         for stage in stages:
             stage.folder.parent.mkdir(parents=True, exist_ok=True)
-            files = {**files, stage.config: to_yaml(stage.settings)}
+            files = {**files, stage.config_path: to_yaml(stage.settings)}
         for path, text in files.items():
             write_text(path, text)
         for i, stage in enumerate(stages, 1):
@@ -128,7 +128,7 @@ class Pipeline:
             if self._is_noted_done(stage) and self._has_begun(stage, stages):
                 print(f"{title}: done already", flush=True)
                 continue
-            arguments = stage.arguments(KIND_OF[stage.command].resume_flags(stage.folder))
+            arguments = stage.arguments(STAGE_OF[stage.command].resume_flags(stage.folder))
             self._note(stage, is_done=False)
             print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):

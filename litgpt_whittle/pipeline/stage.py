@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRun:
     """One run of a command, with the settings of its YAML and its command line."""
 
     command: str
@@ -73,7 +73,7 @@ class Stage:
         return f"{self.folder.parent.name}/{own}" if self.is_per_student else own
 
     @property
-    def config(self) -> Path:
+    def config_path(self) -> Path:
         """Path of the YAML, next to the stage's folder."""
         return self.folder.with_suffix(".yaml")
 
@@ -88,7 +88,7 @@ class Stage:
         """Return the name of a command's argument on the pipeline's command line."""
         return "target" if name == "bin" else f"{self.command}.{name}"
 
-    def needs(self, other: Stage) -> bool:
+    def needs(self, other: StageRun) -> bool:
         """Return whether this stage reads the output of another one."""
         return any(Path(value).is_relative_to(other.folder) for value in self.options.values())
 
@@ -99,13 +99,13 @@ class Stage:
             more: Further flags, such as those that resume an interrupted run.
         """
         inputs = [str(path) for path in self.inputs]
-        return [self.command, *inputs, f"--config={self.config}", *self.flags, f"--out_dir={self.folder}", *more]
+        return [self.command, *inputs, f"--config={self.config_path}", *self.flags, f"--out_dir={self.folder}", *more]
 
 
-class StageKind(ABC, Generic[C]):
+class Stage(ABC, Generic[C]):
     """A command as a part of the pipeline: its section, its runs, its checks, its costs and its pictures.
 
-    Kinds are listed in `litgpt_whittle.pipeline.kinds.KINDS`, in the order of their runs.
+    Kinds are listed in `litgpt_whittle.pipeline.kinds.STAGES`, in the order of their runs.
 
     Args:
         stages: All kinds, which may depend on one another.
@@ -176,14 +176,14 @@ class StageKind(ABC, Generic[C]):
         """Return the output folder; `student` matters only if the stage runs once for each student."""
         return self.request.out_dir / (student if self.is_per_student else "") / self.folder_name
 
-    def runs(self, student: str = "") -> list[Stage]:
+    def runs(self, student: str = "") -> list[StageRun]:
         """Return the stage's runs; if it runs once for each student, the runs for `student`."""
         return [self.new_run(self.folder(), self.request.checkpoint_dir)]
 
-    def new_run(self, folder: Path, *inputs: Path, **more: Any) -> Stage:
+    def new_run(self, folder: Path, *inputs: Path, **more: Any) -> StageRun:
         """Return a run into a folder, with the positional arguments and further settings given."""
         settings = merge(self.section.settings, more)
-        return Stage(self.name, folder, settings, self.section.flags, inputs, self.is_per_student)
+        return StageRun(self.name, folder, settings, self.section.flags, inputs, self.is_per_student)
 
     def files(self) -> dict[Path, str]:
         """Return the contents of further files that the stage reads, by path."""

@@ -14,14 +14,14 @@ from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import flops
 from litgpt_whittle.pipeline.kinds import (
-    KINDS,
+    STAGES,
     CacheTeacherStage,
     DistillStage,
     ExtractStage,
     RankStage,
     SearchStage,
 )
-from litgpt_whittle.pipeline.stage import Given, Request, Stage, StageKind
+from litgpt_whittle.pipeline.stage import Given, Request, Stage, StageRun
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
@@ -48,18 +48,18 @@ class Stages:
         self.request = request
         self.teacher = check_checkpoint(request.checkpoint_dir)
         self.tied = is_tied(read_weights(request.checkpoint_dir))
-        self.kinds: list[StageKind[Any]] = [kind(self, given.get(kind.name)) for kind in KINDS]
+        self.kinds: list[Stage[Any]] = [kind(self, given.get(kind.name)) for kind in STAGES]
         for kind in self.kinds:
             setattr(self, kind.name, kind)
         for kind in self.kinds:
             kind.read()  # including the sections of stages that are not used
 
     @property
-    def used(self) -> list[StageKind[Any]]:
+    def used(self) -> list[Stage[Any]]:
         """The kinds that run."""
         return [kind for kind in self.kinds if kind.is_used]
 
-    def all(self) -> list[Stage]:
+    def all(self) -> list[StageRun]:
         """Return all runs in order."""
         runs = [run for kind in self.used if not kind.is_per_student for run in kind.runs()]
         for student in self.request.bins:

@@ -18,7 +18,7 @@ from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.setting_checks import check_seed
-from litgpt_whittle.settings import describe, flatten
+from litgpt_whittle.settings import describe
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import check_arguments, check_devices, check_logger, read_optimizer
 from litgpt_whittle.training.memory_plan import Step
@@ -46,6 +46,7 @@ class TrainingConfig(CommandConfig):
     FREE: ClassVar[frozenset[str]] = frozenset(
         ("out_dir", "precision", "initial_checkpoint_dir", "resume", "eval", "log", "devices", "num_nodes")
         + ("tokenizer_dir", "logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
+        + ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers")
     )
 
     model_name: str | None = None
@@ -115,11 +116,8 @@ class TrainingConfig(CommandConfig):
         Args:
             model: Config of the trained model.
         """
-        settings = flatten(self.determining_arguments())
-        for name in ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers"):
-            settings.pop(name, None)
         size = f"{model.n_layer} layers, {model.n_embd} channels"
-        return settings | {"precision": self.used_precision, "student's parameters": size}
+        return self.determining_arguments() | {"precision": self.used_precision, "student's parameters": size}
 
     @property
     def used_precision(self) -> str:
