@@ -216,7 +216,7 @@ class DistillConfig(TrainingConfig):
         step = self.step(
             student,
             seq_length,
-            self.distill.objectives()(0.0),
+            self.distill.first_objective,
             build_teacher=teacher.build if teacher.is_live else None,
             quantized_bytes=teacher.saved_bytes(self.teacher_quantize, self.used_precision),
             build_hidden=make_hidden if self.distill.hidden.is_used else None,
@@ -233,7 +233,7 @@ class DistillConfig(TrainingConfig):
 
     def _check_cache(self, cache: Cache, seq_length: int, n_tokens: int) -> None:
         where, teacher_dir = f"cache {str(cache.folder)!r}", self.teacher_dir
-        check_cache(cache.contents, where, self.distill.objectives()(0.0).terms, self.distill, seq_length, teacher_dir)
+        check_cache(cache.contents, where, self.distill.first_objective.terms, self.distill, seq_length, teacher_dir)
         check_cache_reaches(cache, n_tokens)
 
     def _origin(self, student: ModelSource) -> SubNet | None:

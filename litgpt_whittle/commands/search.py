@@ -285,8 +285,7 @@ class SearchConfig(CommandConfig):
         text = ScoringText.read(self, plan)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         has_starts = self.simple_starts and not (self.resume and has_no_starts(self.out_dir / JOURNAL))
-        settings = plan.settings(self, has_starts)
-        header = journal_header(self.checkpoint_dir, plan.teacher, text, settings)
+        header = journal_header(self.checkpoint_dir, plan.teacher, text, plan.settings(self, has_starts))
         with open_record(self.out_dir / JOURNAL, header, self.resume) as record:
             if rank() == 0:
                 save_hyperparameters(setup, self.out_dir)
@@ -294,7 +293,7 @@ class SearchConfig(CommandConfig):
             selection = (
                 Selection(self.checkpoint_dir, self.out_dir, self.selection, n) if self.selection.rungs else None
             )
-            running = RunningSearch(self, plan, text, record, settings, header, has_starts, selection)
+            running = RunningSearch(self, plan, text, record, header, selection)
             return SearchResult(self.out_dir, self.checkpoint_dir) if running.run(fabric) else None
 
 

@@ -176,9 +176,8 @@ class RunningSearch:
     plan: SearchPlan
     text: ScoringText
     record: Record
-    settings: dict[str, Any]
     header: dict[str, Any]
-    has_starts: bool
+    """Header of the journal"""
     selection: Selection | None
     """Created before the search, so that edits of its config file during the search have no effect"""
 
@@ -221,7 +220,7 @@ class RunningSearch:
         fitness = load_fitness(fabric, config, self.plan, self.text)
         seen = self.text.data, self.plan.seq_length, self.text.batches, self.text.calibration
         text, ranking, sharded = partial(text_to_measure, *seen), self.plan.ranking, config.is_sharded
-        if self.has_starts:
+        if self.header["settings"].get("simple_starts"):
             give_starts(searches, out_dir / STARTS, config.resume, fitness, text, ranking, sharded)
         rest: dict[str, Any] = {"parallel_map": each if sharded else parallel_map}
         order = partial(order_of_units, searches[0].space, fitness, text, ranking, sharded)
@@ -234,7 +233,7 @@ class RunningSearch:
         loop.run()
 
     def _save(self, evaluation: Evaluation, path: Path) -> None:
-        save_subnet(self.plan.teacher, self.config.checkpoint_dir, self.settings, evaluation, path)
+        save_subnet(self.plan.teacher, self.config.checkpoint_dir, self.header["settings"], evaluation, path)
 
     def _save_best(self, search: Search, evaluation: Evaluation) -> None:
         if rank() == 0:
@@ -257,7 +256,7 @@ class RunningSearch:
 
     def _report(self) -> None:
         out_dir, evaluations, searches = self.config.out_dir, self.record.evaluations, self.plan.searches
-        save_fronts(out_dir, evaluations, self.settings["objectives"], self._save)
+        save_fronts(out_dir, evaluations, self.header["settings"]["objectives"], self._save)
         print(write_report(out_dir))
         report_surrogates(searches, evaluations, out_dir)
         hint = try_next("extract", self.config.checkpoint_dir, self._best_path(searches[0]))

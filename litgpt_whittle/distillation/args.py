@@ -110,6 +110,11 @@ class DistillArgs:
         """True if the loss depends on the teacher at any time of the training."""
         return any(_ends(self.beta)) or self.hidden.is_used
 
+    @property
+    def first_objective(self) -> Objective:
+        """The objective at the beginning of training."""
+        return self.objectives()(0.0)
+
     def objectives(self) -> Callable[[float], Objective]:
         """Return a function that maps the completed fraction of training to the objective.
 

@@ -68,10 +68,15 @@ REPAIR_PASSES = 3
 """Upper bound of a repair's cost, in forward passes of the teacher over its tokens; see benchmarks/repair.py"""
 
 
+def _n_shards(args: SearchConfig | CacheTeacherConfig | DistillConfig) -> int | str:
+    """Return the number of devices that share the teacher's weights, as the user gives it."""
+    return args.devices if args.teacher_placement == "sharded" else 1
+
+
 class RankStage(Stage[RankConfig]):
     """`litgpt rank`, by default for coarse spaces: they keep the first units, which should be the most important."""
 
-    name, config, folder_name = "rank", RankConfig, "rank"
+    name, config, folder_name, restart_flag = "rank", RankConfig, "rank", "--overwrite=true"
 
     @property
     def is_used(self) -> bool:
@@ -200,7 +205,7 @@ class SearchStage(Stage[SearchConfig]):
             tokens += rung.n * rung.tokens * len(parts)
             forward += rung.n * rung.tokens * whole * len(parts)
             training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-        weights = stages.teacher_bytes(weights_dtype(args.precision), args.devices if args.is_sharded else 1)
+        weights = stages.teacher_bytes(weights_dtype(args.precision), _n_shards(args))
         n_calibration, teacher = args.measure.n_calibration, stages.teacher
         tokens += n_calibration
         forward += n_calibration * whole
@@ -216,11 +221,6 @@ class SearchStage(Stage[SearchConfig]):
     def can_resume(cls, folder: Path) -> bool:
         """Return whether there is a journal."""
         return (folder / JOURNAL).is_file()
-
-    @classmethod
-    def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flag to resume, if there is a journal."""
-        return ["--resume=true"] if cls.can_resume(folder) else []
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
@@ -250,7 +250,7 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
         is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
         if not (args.uses_teacher and distill.has_own_teacher and is_plain and distill.n_tokens < NO_LIMIT):
             return False
-        return all(getattr(term.loss, "is_linear", False) for term in args.objectives()(0.0).terms)
+        return all(getattr(term.loss, "is_linear", False) for term in args.first_objective.terms)
 
     @cached_property
     def section(self) -> Section[CacheTeacherConfig]:
@@ -277,14 +277,13 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
                 f"max_tokens must be at least the {needed:,} tokens that each student is trained on, got "
                 f"{contents.max_tokens:,}; raise it or leave it out"
             )
-        distill, terms = trained.args.distill, trained.args.distill.objectives()(0.0).terms
+        distill, terms = trained.args.distill, trained.args.distill.first_objective.terms
         check_cache(contents, "cache to come", terms, distill, self.stages.length, trained.args.teacher_dir)
 
     def costs(self, student: str = "") -> list[Cost]:
         """Return the cost of running the teacher once over the training tokens."""
         n = self.args.max_tokens or self.stages.distill.n_tokens
-        n_shards = self.args.devices if self.args.teacher_placement == "sharded" else 1
-        weights = self.stages.teacher_bytes(weights_dtype(self.args.precision), n_shards)
+        weights = self.stages.teacher_bytes(weights_dtype(self.args.precision), _n_shards(self.args))
         return [Cost("cache_teacher", n, n * self.stages.teacher_flops, weights=weights)]
 
     @classmethod
@@ -292,16 +291,12 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
         """Return whether there is an index."""
         return (folder / INDEX).is_file()
 
-    @classmethod
-    def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flag to resume, if there is an index."""
-        return ["--resume=true"] if cls.can_resume(folder) else []
-
 
 class ExtractStage(Stage[ExtractConfig]):
     """`litgpt extract`, with a repair unless the user does not want it."""
 
-    name, config, folder_name, is_per_student = "extract", ExtractConfig, "start", True
+    name, config, folder_name, restart_flag = "extract", ExtractConfig, "start", "--overwrite=true"
+    is_per_student = True
 
     @cached_property
     def section(self) -> Section[ExtractConfig]:
@@ -437,8 +432,7 @@ class DistillStage(Stage[DistillConfig]):
         size = n_params(stages.teacher, stages.search.examples[student], stages.tied)
         alone, beside = size * weights_dtype(args.precision).itemsize, 0
         if runs_teacher:
-            n_shards = args.devices if args.teacher_placement == "sharded" else 1
-            beside = stages.teacher_bytes(teacher_dtype(args.precision or default_precision()), n_shards)
+            beside = stages.teacher_bytes(teacher_dtype(args.precision or default_precision()), _n_shards(args))
         forward = n * stages.teacher_flops * runs_teacher
         found = [Cost(f"{student}/{self.folder_name}", n, forward, training, alone + beside)]
         return found + [Cost(f"{student}/baseline", n, 0.0, training, alone)] * self.request.has_baseline

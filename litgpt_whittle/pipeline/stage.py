@@ -117,6 +117,8 @@ class Stage(ABC, Generic[C]):
     config: ClassVar[type[CommandConfig]]
     folder_name: ClassVar[str]
     """Name of the folder of its output"""
+    restart_flag: ClassVar[str] = ""
+    """Flag to replace an unfinished output, for a command that cannot resume"""
     is_per_student: ClassVar[bool] = False
     """True if the stage runs once for each student, in the student's folder"""
 
@@ -200,10 +202,10 @@ class Stage(ABC, Generic[C]):
 
     @classmethod
     def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flags that make the command resume, or replace an unfinished output."""
+        """Return the flags that make it resume, or replace an unfinished output."""
         if cls.can_resume(folder):
             return ["--resume=true"]
-        return ["--overwrite=true"] if folder.exists() else []
+        return [cls.restart_flag] if cls.restart_flag and folder.exists() else []
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
