@@ -38,7 +38,10 @@ def _few_trees(monkeypatch):
     monkeypatch.setattr(trees, "N_TREES", 20)
 
 
-@EACH
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "RandomSearch filtered" else pytest.mark.slow) for n in SURROGATE],
+)
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 def test_it_keeps_the_rules_of_strategies(name, check):
     check(partial(unstarted, name))
