@@ -22,7 +22,6 @@ SURROGATE = {
     "LocalSearch on predictions": partial(OnPredictions, n_initial=15, n_inner=20, n_evaluated=10),
     "Evolution on predictions": partial(OnPredictions, n_initial=12, n_inner=30, n_evaluated=5),
 }
-EACH = pytest.mark.parametrize("name", SURROGATE)
 
 
 def unstarted(name: str) -> SurrogateSearch:
