@@ -1,4 +1,4 @@
-"""Trees of tensors: map a function over them, save them for any machine, and send them to a device."""
+"""Trees of tensors: map a function over them, save them for any machine, send them to a device; types of weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
@@ -82,3 +82,13 @@ IGNORE_INDEX = -100
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """Cast to fp32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def default_precision() -> Literal["bf16-true", "32-true"]:
+    """Return the precision in which commands that do not train compute by default."""
+    return "bf16-true" if torch.cuda.is_available() else "32-true"
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """Return the type of a model's weights in one of Fabric's precisions."""
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
-import torch
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
@@ -33,6 +32,7 @@ from litgpt_whittle.settings import (
     describe,
     flatten,
 )
+from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.tokenizer_files import (
     copy_contents,
     copy_tokenizer,
@@ -138,7 +138,7 @@ class CacheTeacherConfig(CommandConfig):
             codec=with_settings(self.codec),
             temperature=None if gives == "logits" else float(self.temperature),
             seed=self.seed,
-            precision=self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true"),
+            precision=self.precision or default_precision(),
             max_seq_length=self.length,
             max_tokens=self.max_tokens,
             micro_batch_size=self.train.micro_batch_size,
@@ -167,7 +167,7 @@ class CacheTeacherConfig(CommandConfig):
             whole = whole_pass(train_loader(self.data))
             on_rank_zero(lambda: _check_pass(whole, self.max_tokens, type(self.data).__name__))
             begin = partial(_write_index, self.out_dir, index, self.checkpoint_dir, teacher)
-            dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(contents.precision, torch.float32)
+            dtype = weights_dtype(contents.precision)
             is_sharded = self.teacher_placement == "sharded"
             live = LiveTeacher(self.checkpoint_dir, self.length, dtype, fabric.device, is_sharded)
             index = write_cache(self.out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)

@@ -30,7 +30,7 @@ from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import file_fingerprint
 from litgpt_whittle.index_plan import n_params
-from litgpt_whittle.processes import is_first_started, lock_dir_for_all, own_device, release_memory
+from litgpt_whittle.processes import is_first_started, own_device, release_memory
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.subnet import SubNet
@@ -46,7 +46,7 @@ from litgpt_whittle.training.checks import (
     warn_of_small_teacher,
 )
 from litgpt_whittle.training.compiler import check_compiler, uncompiled
-from litgpt_whittle.training.config import TrainingConfig, list_models
+from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import choose_placement, show_plan, teacher_dtype
 from litgpt_whittle.training.model_source import ModelSource
@@ -146,29 +146,15 @@ class DistillConfig(TrainingConfig):
         """The teacher's checkpoint directory, given by its path or its name under `checkpoints/`."""
         return checkpoint_dir_of(self.teacher_checkpoint_dir)
 
-    def run(self) -> TrainingResult | None:
-        """Train the student.
-
-        Returns:
-            The folder of the run; None after a dry run.
-
-        Raises:
-            UserError: For the first invalid argument, before anything expensive starts.
-        """
-        if self.model_name == "list":
-            list_models()
+    def train_model(self, resume_dir: Path | None) -> TrainingResult | None:
+        teacher = TeacherSource.of(self)
+        inputs = self._inputs(teacher, resume_dir, repairs=not self.dry_run)
+        is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local, self.dry_run)
+        if self.dry_run:
             return None
-        self.validate()
-        with nullcontext() if self.dry_run else lock_dir_for_all(self.out_dir):
-            resume_dir = find_resume(self.resume, self.out_dir)
-            teacher = TeacherSource.of(self)
-            inputs = self._inputs(teacher, resume_dir)
-            is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local, self.dry_run)
-            if self.dry_run:
-                return None
-            fabric = launch_training(self, inputs, f"distill-{inputs.source.config.name}")
-            run = build_run(fabric, self, inputs, teacher, is_sharded=fabric.broadcast(is_sharded))
-            fit(run, self.train, self.eval)
+        fabric = launch_training(self, inputs, f"distill-{inputs.source.config.name}")
+        run = build_run(fabric, self, inputs, teacher, is_sharded=fabric.broadcast(is_sharded))
+        fit(run, self.train, self.eval)
         return TrainingResult(self.out_dir)
 
     def memory_plan(self) -> str:
@@ -179,15 +165,15 @@ class DistillConfig(TrainingConfig):
             NoPlan: If the memory cannot be planned.
         """
         self.validate()
-        inputs = replace(self, dry_run=True)._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir))
+        inputs = self._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir), repairs=False)
         return choose_placement(inputs.step, self._placement, self.n_local, is_final=True)[1]
 
     @property
     def _placement(self) -> str:
         return "replicated" if self.teacher_quantize else self.teacher_placement
 
-    def _inputs(self, teacher: TeacherSource, resume_dir: Path | None) -> TrainingInputs:
-        """Check that student, teacher and data fit together, and repair the student if `repair` is set."""
+    def _inputs(self, teacher: TeacherSource, resume_dir: Path | None, repairs: bool) -> TrainingInputs:
+        """Check that student, teacher and data fit together, and with `repairs`, repair the student if asked for."""
         student_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
         student = self._student(student_dir, resume_dir)
         asked_dir = checkpoint_dir_of(self.tokenizer_dir)
@@ -206,7 +192,7 @@ class DistillConfig(TrainingConfig):
         check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
         settings = self.run_settings(student.config) | teacher.settings
         state = state_to_resume(resume_dir, settings)
-        if self.repair and resume_dir is None and not self.dry_run:
+        if self.repair and resume_dir is None and repairs:
             student = self._repaired_student(seq_length, data)
             origin = self._origin(student)
 

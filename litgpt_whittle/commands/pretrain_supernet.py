@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -17,7 +16,7 @@ from litgpt_whittle.command_config import as_command
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.processes import is_first_started, lock_dir_for_all
+from litgpt_whittle.processes import is_first_started
 from litgpt_whittle.results import TrainingResult
 from litgpt_whittle.samplers import Sampler
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT
@@ -28,7 +27,7 @@ from litgpt_whittle.supernet import (
     score_of,
 )
 from litgpt_whittle.training.checks import check_pair, check_tokenizers, default_data
-from litgpt_whittle.training.config import TrainingConfig, list_models
+from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.loop import fit, load_data
 from litgpt_whittle.training.memory_plan import show_plan
 from litgpt_whittle.training.model_source import ModelSource
@@ -41,7 +40,7 @@ from litgpt_whittle.training.pretraining import (
     count_flops,
     launch_training,
 )
-from litgpt_whittle.training.resume import find_resume, state_to_resume
+from litgpt_whittle.training.resume import state_to_resume
 from litgpt_whittle.training.run import Job, Run, Schedule
 
 
@@ -63,32 +62,18 @@ class SupernetConfig(TrainingConfig):
         super().validate()
         self.supernet.distill.objectives()
 
-    def run(self) -> TrainingResult | None:
-        """Train the super-network.
-
-        Returns:
-            The folder of the run; None after a dry run.
-
-        Raises:
-            UserError: For the first invalid argument, before anything expensive starts.
-        """
-        if self.model_name == "list":
-            list_models()
+    def train_model(self, resume_dir: Path | None) -> TrainingResult | None:
+        start_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
+        source = super_network(start_dir, self.model_name, self.model_config)
+        source = source.with_tie(self.train.tie_embeddings)
+        sampler = self.supernet.make_sampler(source.config, source.is_tied)
+        inputs = self._inputs(source, start_dir, resume_dir)
+        if is_first_started():
+            show_plan(inputs.step, "replicated", self.n_local, self.dry_run)
+        if self.dry_run:
             return None
-        self.validate()
-        with nullcontext() if self.dry_run else lock_dir_for_all(self.out_dir):
-            resume_dir = find_resume(self.resume, self.out_dir)
-            start_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
-            source = super_network(start_dir, self.model_name, self.model_config)
-            source = source.with_tie(self.train.tie_embeddings)
-            sampler = self.supernet.make_sampler(source.config, source.is_tied)
-            inputs = self._inputs(source, start_dir, resume_dir)
-            if is_first_started():
-                show_plan(inputs.step, "replicated", self.n_local, self.dry_run)
-            if self.dry_run:
-                return None
-            fabric = launch_training(self, inputs, f"supernet-{source.config.name}")
-            fit(build_run(fabric, self, inputs, sampler), self.train, self.eval)
+        fabric = launch_training(self, inputs, f"supernet-{source.config.name}")
+        fit(build_run(fabric, self, inputs, sampler), self.train, self.eval)
         return TrainingResult(self.out_dir)
 
     def _inputs(self, source: ModelSource, start_dir: Path | None, resume_dir: Path | None) -> TrainingInputs:

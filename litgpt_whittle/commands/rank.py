@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-import torch
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
@@ -26,6 +25,7 @@ from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
 from litgpt_whittle.setting_checks import check_seed
+from litgpt_whittle.tensors import default_precision, weights_dtype
 
 
 @dataclass
@@ -108,11 +108,10 @@ class RankConfig(CommandConfig):
         assert self.data is not None, "validate has checked it"
         teacher, size = check_checkpoint(self.checkpoint_dir), self.train.micro_batch_size
         length = sequence_length(teacher, self.train.max_seq_length)
-        precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        precision = self.precision or default_precision()
         fabric = L.Fabric(devices=1, precision=precision)
         windows = read_calibration(self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
-        dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-        model = load_model(self.checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
+        model = load_model(self.checkpoint_dir, "SuperGPT", dtype=weights_dtype(precision), device=fabric.device)
         model.max_seq_length = length
         layer_windows = windows[: math.ceil(self.layer_tokens / windows.shape[1])]
         scores = measure(model, windows, len(layer_windows), size, fabric.autocast)

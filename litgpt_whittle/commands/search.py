@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from jsonargparse import lazy_instance
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
@@ -23,7 +23,6 @@ from litgpt_whittle.batches import (
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.commands.search_run import (
-    DTYPES,
     RunningSearch,
     ScoringText,
     SearchPlan,
@@ -69,6 +68,7 @@ from litgpt_whittle.spaces.space import SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.args import SurrogateArgs
+from litgpt_whittle.tensors import default_precision, weights_dtype
 
 registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by name
 
@@ -174,7 +174,7 @@ class SearchConfig(CommandConfig):
         read_weights(self.checkpoint_dir)  # damaged weights fail before the data is read
         check_data(self.data if measure.reads_data else None, self.checkpoint_dir, teacher.padded_vocab_size)
         if is_first_started():  # reading a GPU's free memory creates a context there, so only one process does
-            itemsize = DTYPES.get(self.used_precision, torch.float32).itemsize
+            itemsize = weights_dtype(self.used_precision).itemsize
             measure.check(teacher, own_device(), n_params(teacher, SubNet.full(teacher)) * itemsize)
 
     def _check_order(self) -> None:
@@ -229,7 +229,7 @@ class SearchConfig(CommandConfig):
         """The bins; None stands for any parameter count."""
         return [None] if self.bin is None else [*parse_bins(self.bin)]
 
-    @property
+    @cached_property
     def measure(self) -> type[Fitness]:
         """The class of the fitness measure."""
         found = registry.lookup("litgpt_whittle.fitness", self.fitness)
@@ -253,7 +253,7 @@ class SearchConfig(CommandConfig):
     @property
     def used_precision(self) -> str:
         """The precision, or the device's default."""
-        return self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        return self.precision or default_precision()
 
     @property
     def racing_args(self) -> RacingArgs | None:

@@ -64,6 +64,7 @@ from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.sharding import load_sharded
 
 if TYPE_CHECKING:
@@ -292,12 +293,9 @@ def journal_header(
     }
 
 
-DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-
-
 def load_fitness(fabric: L.Fabric, config: SearchConfig, plan: SearchPlan, text: ScoringText) -> Fitness:
     """Load the teacher as a super-network, in the precision of the scoring, and return its fitness measure."""
-    dtype = DTYPES.get(fabric._precision.precision, torch.float32)
+    dtype = weights_dtype(fabric._precision.precision)
     if config.is_sharded:
         # the head is used after the forward pass, when FSDP would have resharded the root module
         model = load_sharded(config.checkpoint_dir, "SuperGPT", dtype, fabric.device, plan.seq_length, keep_root=True)

@@ -99,7 +99,7 @@ def documents(
             texts = (read_text(file, option) for file in files)
             return (text for text in texts if text.strip()), len(files)
     try:
-        with _told_in_one_line(layout, option):
+        with _errors_in_one_line(layout, option):
             if layout.kind == "files":
                 data = _open_files(kind, files)
             elif layout.kind == "hub":
@@ -147,7 +147,7 @@ def _texts_of(data: Iterable[dict[str, Any]], layout: Layout, column: str, optio
         _check_column(column, column_names, layout.path)
     rows = iter(data)
     while True:
-        with _told_in_one_line(layout, option):
+        with _errors_in_one_line(layout, option):
             row = next(rows, None)
         if row is None:
             return
@@ -169,7 +169,7 @@ def _check_column(column: str, columns: Iterable[str], path: str) -> None:
 
 
 @contextmanager
-def _told_in_one_line(layout: Layout, option: str) -> Iterator[None]:
+def _errors_in_one_line(layout: Layout, option: str) -> Iterator[None]:
     """Convert exceptions of `datasets` to `UserError`."""
     try:
         yield

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from litgpt_whittle.files import readable_size
-from litgpt_whittle.training.memory_plan import WEIGHTS_DTYPE
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def default_precision() -> str:
-    """Return the precision that commands compute in by default."""
-    return "bf16-true" if torch.cuda.is_available() else "32-true"
-
-
-def weights_dtype(precision: str | None) -> torch.dtype:
-    """Return the type of weights in a precision; by default in `default_precision`."""
-    return WEIGHTS_DTYPE.get(precision or default_precision(), torch.float32)

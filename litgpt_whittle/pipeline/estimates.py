@@ -13,11 +13,12 @@ from litgpt_whittle.distillation.cache import Layout
 from litgpt_whittle.distillation.codecs import make_codec
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.metrics import BACKWARD, flops
-from litgpt_whittle.pipeline.costs import Cost, Speed, default_precision, weights_dtype
+from litgpt_whittle.pipeline.costs import Cost, Speed
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices, own_device
 from litgpt_whittle.subnet import FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
+from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.memory_plan import AUTOCAST, teacher_dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from litgpt_whittle.fitness.perplexity import RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.metrics import BACKWARD, MeasureArgs
-from litgpt_whittle.pipeline.costs import Cost, default_precision, weights_dtype
+from litgpt_whittle.pipeline.costs import Cost
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.pipeline.stage import Stage, StageRun
 from litgpt_whittle.processes import own_device
@@ -45,6 +46,7 @@ from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.checks import check_cache
 from litgpt_whittle.training.memory_plan import NoPlan, teacher_dtype
 from litgpt_whittle.training.resume import has_training_state
@@ -97,7 +99,7 @@ class RankStage(Stage[RankConfig]):
         args, whole = self.args, self.stages.teacher_flops
         n_layer_passes = self.stages.teacher.n_layer * args.layer_tokens
         training, tokens = (1 + BACKWARD) * args.tokens * whole, args.tokens + n_layer_passes
-        weights = self.stages.teacher_bytes(weights_dtype(args.precision))
+        weights = self.stages.teacher_bytes(weights_dtype(args.precision or default_precision()))
         return [Cost("rank", tokens, n_layer_passes * whole, training, weights)]
 
     @classmethod
@@ -111,15 +113,12 @@ class SearchStage(Stage[SearchConfig]):
 
     name, config, folder_name = "search", SearchConfig, "search"
 
-    def _plain_section(self) -> Section[SearchConfig]:
-        section = self.new_section(devices=self.request.devices)
-        section.settings["bin"] = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
-        return section
-
     @cached_property
     def plain_section(self) -> Section[SearchConfig]:
         """The section without the settings that depend on the ranking."""
-        return self._plain_section()
+        section = self.new_section(devices=self.request.devices)
+        section.settings["bin"] = [f"{bin.lo}-{bin.hi}" for bin in self.request.bins.values()]
+        return section
 
     @cached_property
     def plain_args(self) -> SearchConfig:
@@ -129,7 +128,7 @@ class SearchStage(Stage[SearchConfig]):
     @cached_property
     def section(self) -> Section[SearchConfig]:
         """The section, with the ranking and the config of the selection's trainings."""
-        section, args = self._plain_section(), self.plain_args
+        section, args = copy.deepcopy(self.plain_section), self.plain_args
         if args.selection.rungs and args.selection.config is None:
             section.flags.append(f"--selection.config={self.request.out_dir / SELECTION_CONFIG}")
         if not self.stages.rank.is_used:
@@ -205,7 +204,7 @@ class SearchStage(Stage[SearchConfig]):
             tokens += rung.n * rung.tokens * len(parts)
             forward += rung.n * rung.tokens * whole * len(parts)
             training += (1 + BACKWARD) * rung.n * rung.tokens * sum(parts)
-        weights = stages.teacher_bytes(weights_dtype(args.precision), _n_shards(args))
+        weights = stages.teacher_bytes(weights_dtype(args.precision or default_precision()), _n_shards(args))
         n_calibration, teacher = args.measure.n_calibration, stages.teacher
         tokens += n_calibration
         forward += n_calibration * whole
@@ -283,7 +282,9 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
     def costs(self, student: str = "") -> list[Cost]:
         """Return the cost of running the teacher once over the training tokens."""
         n = self.args.max_tokens or self.stages.distill.n_tokens
-        weights = self.stages.teacher_bytes(weights_dtype(self.args.precision), _n_shards(self.args))
+        weights = self.stages.teacher_bytes(
+            weights_dtype(self.args.precision or default_precision()), _n_shards(self.args)
+        )
         return [Cost("cache_teacher", n, n * self.stages.teacher_flops, weights=weights)]
 
     @classmethod
@@ -430,7 +431,7 @@ class DistillStage(Stage[DistillConfig]):
         # activation checkpointing runs each block forward twice
         training = (1 + BACKWARD + args.activation_checkpointing) * n * stages.student_flops(student)
         size = n_params(stages.teacher, stages.search.examples[student], stages.tied)
-        alone, beside = size * weights_dtype(args.precision).itemsize, 0
+        alone, beside = size * weights_dtype(args.precision or default_precision()).itemsize, 0
         if runs_teacher:
             beside = stages.teacher_bytes(teacher_dtype(args.precision or default_precision()), _n_shards(args))
         forward = n * stages.teacher_flops * runs_teacher

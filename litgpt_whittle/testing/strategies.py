@@ -81,12 +81,12 @@ def measures(subnet: SubNet) -> dict[str, float]:
 
 def run(strategy: Strategy, n: int, score: Callable[[SubNet], float] = loss, ask: int = 1) -> list[Scored]:
     """Ask for n candidates, `ask` at a time, and report their scores and measures to the strategy."""
-    told: list[Scored] = []
-    while len(told) < n and (candidates := strategy.ask(min(ask, n - len(told)))):
+    evaluated: list[Scored] = []
+    while len(evaluated) < n and (candidates := strategy.ask(min(ask, n - len(evaluated)))):
         for candidate in candidates:
-            told.append(Scored(candidate, score(candidate), measures(candidate)))
-            strategy.tell(*told[-1])
-    return told
+            evaluated.append(Scored(candidate, score(candidate), measures(candidate)))
+            strategy.tell(*evaluated[-1])
+    return evaluated
 
 
 def others(n: int) -> list[SubNet]:
@@ -151,8 +151,10 @@ def check_best(make: Make) -> None:
     """Check that `best` is the candidate with the lowest score."""
     strategy = begin(make)
     assert strategy.best is None, "best must be None before the first score"
-    told = run(strategy, 50)
-    assert strategy.best == min(told, key=lambda scored: scored.score), "best must be the earliest of the lowest scores"
+    evaluated = run(strategy, 50)
+    assert strategy.best == min(evaluated, key=lambda scored: scored.score), (
+        "best must be the earliest of the lowest scores"
+    )
 
 
 def check_failures(make: Make) -> None:
@@ -180,12 +182,12 @@ def check_others_first(make: Make) -> None:
         strategy = begun()
         best = None if strategy.best is None else strategy.best.subnet
         assert best == min(given, key=loss), "best must include reported candidates that were not proposed"
-        told = run(strategy, 40)
-        candidates = [scored.subnet for scored in told]
+        evaluated = run(strategy, 40)
+        candidates = [scored.subnet for scored in evaluated]
         assert len(candidates) == 40, f"a strategy must go on after {len(given)} candidates that it did not propose"
         is_new = len({*candidates, *given}) == 40 + len(given)
         assert is_new, "a strategy must not propose what was reported without having been proposed"
-        assert run(begun(), 40, ask=100) == told, "candidates must not depend on how many are asked for at a time"
+        assert run(begun(), 40, ask=100) == evaluated, "candidates must not depend on how many are asked for at a time"
         assert strategy.best is not None and strategy.best.score == min(map(loss, [*candidates, *given])), (
             "best must be the lowest score of all reported candidates"
         )
@@ -221,10 +223,10 @@ def check_limits(make: Make) -> None:
         "kv_cache_bytes": (0.0, 0.6 * full["kv_cache_bytes"]),
     }
     space = Space(LEAN, "coarse_layerwise", None, limits=Limits(ranges, LEAN, _ARGS))
-    told = run(begin(make, space), 30, lambda subnet: float(space.n_params(subnet)), ask=5)
-    assert len({scored.subnet for scored in told}) == 30, "candidates within limits must be new ones"
+    evaluated = run(begin(make, space), 30, lambda subnet: float(space.n_params(subnet)), ask=5)
+    assert len({scored.subnet for scored in evaluated}) == 30, "candidates within limits must be new ones"
     for name, (lo, hi) in ranges.items():
-        costs = [MEASURES[name](LEAN, scored.subnet, _ARGS) for scored in told]
+        costs = [MEASURES[name](LEAN, scored.subnet, _ARGS) for scored in evaluated]
         within = all(lo <= cost <= hi for cost in costs)
         assert within, f"candidates must keep to the limit of {name}, {lo:g} to {hi:g}; they have up to {max(costs):g}"
 

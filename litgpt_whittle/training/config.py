@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,13 +18,14 @@ import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by i
 from litgpt_whittle.command_config import CommandConfig
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
-from litgpt_whittle.processes import own_device
+from litgpt_whittle.processes import lock_dir_for_all, own_device
 from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.settings import describe
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import check_arguments, check_devices, check_logger, read_optimizer
 from litgpt_whittle.training.memory_plan import Step
 from litgpt_whittle.training.model_source import ModelSource
+from litgpt_whittle.training.resume import find_resume
 from litgpt_whittle.training.run import n_iters
 
 
@@ -105,6 +108,33 @@ class TrainingConfig(CommandConfig):
         check_logger(self.logger_name)
         check_devices(self.devices, self.num_nodes, self.train)
 
+    def run(self) -> Any:
+        """Train the model.
+
+        Returns:
+            The folder of the run, as a `TrainingResult`; None after a dry run.
+
+        Raises:
+            UserError: For the first invalid argument, before anything expensive starts.
+        """
+        if self.model_name == "list":
+            print("Available values:\n" + "\n".join(sorted(name_to_config)))
+            return None
+        self.validate()
+        with nullcontext() if self.dry_run else lock_dir_for_all(self.out_dir):
+            return self.train_model(find_resume(self.resume, self.out_dir))
+
+    @abstractmethod
+    def train_model(self, resume_dir: Path | None) -> Any:
+        """Train, with `out_dir` locked; in a dry run, only plan the memory.
+
+        Args:
+            resume_dir: Checkpoint directory to resume from; None for a new run.
+
+        Returns:
+            As for `run`.
+        """
+
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"optimizer": describe(read_optimizer(self.optimizer))}
 
@@ -169,8 +199,3 @@ class TrainingConfig(CommandConfig):
             tie_embeddings=source.is_tied,
             **rest,
         )
-
-
-def list_models() -> None:
-    """Print the names of litgpt's models, as `--model_name list` of `litgpt pretrain` does."""
-    print("Available values:\n" + "\n".join(sorted(name_to_config)))

@@ -88,11 +88,11 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
                 _validate(run, log)
                 run.validation.draw()
             is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
-            is_told_to_stop = stepped and termination.agreed(fabric)
-            if stepped and (is_due or is_told_to_stop):
+            must_stop = stepped and termination.agreed(fabric)
+            if stepped and (is_due or must_stop):
                 _save(run, run.out_dir / f"step-{progress.step_count:08d}")
                 log.restart_clock()
-            if is_told_to_stop:
+            if must_stop:
                 fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume auto")
                 raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
     if eval.final_validation and run.validation is not None:

@@ -41,11 +41,11 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.supergpt import tie
+from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.sharding import checkpoint_activations, shard_frozen, shard_student
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-WEIGHTS_DTYPE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 LITTLE = 0.01
 """Planning is skipped if weights, gradients and AdamW's state need less than this fraction of the free memory"""
@@ -295,7 +295,7 @@ def _is_on_cpu(step: Step) -> bool:
 
 
 def _student(step: Step, mesh: Any) -> LossModel:
-    with _default_dtype(WEIGHTS_DTYPE.get(step.precision, torch.float32)):
+    with _default_dtype(weights_dtype(step.precision)):
         model = step.build_student()
     if step.tie_embeddings:
         tie(model)
