@@ -29,9 +29,12 @@ from litgpt_whittle.data.loading import connect
 from litgpt_whittle.figures.style import COLORS, new_figure, save_figure
 from litgpt_whittle.fitness.perplexity import Perplexity, RepairedPerplexity
 from litgpt_whittle.ranking.quick import quick_order
+from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
+from litgpt_whittle.spaces.sizes import decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start, simple_starts
+from litgpt_whittle.supergpt import is_tied
 
 LENGTH = 512
 N_FITNESS = 8
@@ -73,8 +76,10 @@ def score(args: argparse.Namespace) -> list[Start]:
     model = load_model(args.teacher, "SuperGPT").eval()
     model.max_seq_length = LENGTH
     order = quick_order(model, [batch.input_ids for batch in batches])
-    space = Space(Config.from_checkpoint(args.teacher), "fine_uniform", Bin.parse(args.bin))
-    starts, rng = simple_starts(space, order)[: args.n], np.random.default_rng(0)
+    config, tied = Config.from_checkpoint(args.teacher), is_tied(model.state_dict(keep_vars=True))
+    space = Space(config, "fine_uniform", Bin.parse(args.bin), tied, decided(SpaceArgs(), config))
+    # as in a search by this fitness, candidates do not list their units; the repair chooses them
+    starts, rng = simple_starts(space, order, by_units=False)[: args.n], np.random.default_rng(0)
     parents = [start.subnet for start in starts]
     while len(starts) < args.n:
         parent = int(rng.integers(len(parents)))
