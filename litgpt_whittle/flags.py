@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from litgpt_whittle.errors import UserError
+from litgpt_whittle.errors import find_user_error
 
 
 def install(commands: set[str]) -> None:
@@ -19,25 +20,26 @@ def install(commands: set[str]) -> None:
     def error(parser: Any, message: str, ex: Exception | None = None) -> Any:
         if not parser.exit_on_error or not commands & set(sys.argv[1:2]):
             return tell_at_length(parser, message, ex)
-        print(f"error: {in_one_line(message, sys.argv[1], names_of(parser, sys.argv[1]))}", file=sys.stderr)
+        print(f"error: {in_one_line(message, sys.argv[1], names_of(parser, sys.argv[1]), ex)}", file=sys.stderr)
         sys.exit(2)
 
     ArgumentParser.error = error  # type: ignore[assignment, method-assign]
+    keep_causes()
     _name_choices()
     _replace_whole()
 
 
-def in_one_line(message: str, command: str, flags: list[str]) -> str:
+def in_one_line(message: str, command: str, flags: list[str], error: BaseException | None = None) -> str:
     """Return a one-line version of a parser's message, without the list of types that it tried.
 
     Args:
         message: jsonargparse's message.
         command: Name of the command, such as "search".
         flags: All flags of the command, such as "--out_dir".
+        error: The exception with this message. If a UserError caused it, its message is returned.
     """
-    sentence = UserError.inside(message)
-    if sentence is not None:
-        return str(sentence)
+    if (cause := find_user_error(error)) is not None:
+        return str(cause)
     if (why := why_not_made(message)) is not None:
         return why
     if unknown := re.fullmatch(r"[Uu]nrecognized arguments: (.+)", message):
@@ -155,6 +157,28 @@ def _is_known(message: str) -> bool:
 
 
 _KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+
+
+@cache
+def keep_causes() -> None:
+    """Make a UserError the cause of the parser's error about a union of types.
+
+    jsonargparse tries all types of the union, and otherwise names the first one's error as the cause.
+    """
+    from jsonargparse import _typehints
+
+    refuse = getattr(_typehints, "raise_union_unexpected_value", None)
+    if refuse is None:  # another version of jsonargparse; the UserError is then one of several errors in the message
+        return
+
+    def refuse_with_cause(subtypes: Any, value: Any, errors: list[Exception]) -> Any:
+        try:
+            refuse(subtypes, value, errors)
+        except ValueError as error:
+            causes = [cause for cause in map(find_user_error, errors) if cause is not None]
+            raise error from (causes[-1] if causes else errors[0])
+
+    _typehints.raise_union_unexpected_value = refuse_with_cause  # type: ignore[assignment]
 
 
 def _name_choices() -> None:

@@ -146,11 +146,12 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     show_traceback = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        from litgpt_whittle.errors import UserError
+        from litgpt_whittle.errors import find_user_error
 
-        message: UserError | str | None = error if isinstance(error, UserError) else None
+        message = None
         if isinstance(error, ValueError):
-            message = message or UserError.inside(error) or flags.why_not_made(str(error))
+            cause = find_user_error(error)
+            message = str(cause) if cause else flags.why_not_made(str(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             name = error.filename or "a file"
             message = f"{name} cannot be written ({error.strerror}); make room, or choose another folder"

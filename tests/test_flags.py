@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from jsonargparse import ArgumentParser
 from litgpt.data import DataModule
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.flags import in_one_line, why_not_made
+from litgpt_whittle.flags import in_one_line, keep_causes, why_not_made
 from litgpt_whittle.training.checks import read_optimizer
 
 CASES = [
@@ -86,10 +88,35 @@ def test_commands_of_litgpt_keep_their_messages(printed):
     assert printed("pretrain", "--zzz=3")[1].startswith("usage: litgpt")
 
 
-def test_a_mistake_with_a_message_of_its_own_keeps_it():
-    mistake = UserError("a rule, a value, a remedy")
-    union = f"Parser key \"x\":\n  Errors:\n    - Expected a <class 'int'>\n    - {mistake}\n  Given value: 3"
-    assert in_one_line(union, "search", []) == str(mistake)
+@dataclass
+class Even:
+    """A section that accepts even numbers."""
+
+    n: int = 0
+
+    def __post_init__(self):
+        if self.n % 2:
+            raise UserError(f"n must be even, got {self.n}; add 1")
+
+
+@pytest.mark.parametrize("kind", [Even, Even | None, bool | Even, int | None | Even])
+def test_the_message_of_a_section_is_found_whichever_types_the_parser_tried(kind):
+    keep_causes()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    with pytest.raises((ValueError, TypeError, ArgumentError)) as error:
+        parser.instantiate_classes(parser.parse_args(["--x.n=3"]))
+    assert in_one_line(str(error.value), "search", [], error.value) == "n must be even, got 3; add 1"
+
+
+def test_an_earlier_user_error_is_not_taken_for_the_cause():
+    with pytest.raises(UserError):
+        Even(3)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=int | None)
+    with pytest.raises(ArgumentError) as error:
+        parser.parse_args(["--x=n must be even, got 3; add 1"])
+    assert in_one_line(str(error.value), "search", [], error.value).startswith("x must be a whole number")
 
 
 def test_a_class_tells_what_it_has_against_its_settings():

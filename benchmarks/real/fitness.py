@@ -158,7 +158,9 @@ def report(args: argparse.Namespace) -> None:
             (x, y), lambda a, b: kendalltau(a, b).statistic, paired=True, vectorized=False, random_state=0
         ).confidence_interval
         tau = kendalltau(x, y).statistic
-        print(f"τ of {first} with {second}: {tau:.2f} ({interval.low:.2f} to {interval.high:.2f}), {len(rows)} students")
+        print(
+            f"τ of {first} with {second}: {tau:.2f} ({interval.low:.2f} to {interval.high:.2f}), {len(rows)} students"
+        )
         ax.scatter(x, y, s=20, color=COLORS[0])
         ax.set(xlabel=f"NLL, {first}", ylabel=f"NLL, {second}", title=f"Kendall's τ {tau:.2f}")
     save_figure(figure, args.out / "fitness.png")

@@ -14,7 +14,7 @@ from jsonargparse import CLI, ArgumentParser, Namespace, capture_parser, set_par
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import to_yaml
-from litgpt_whittle.flags import in_one_line, names_of
+from litgpt_whittle.flags import in_one_line, keep_causes, names_of
 
 C = TypeVar("C", bound=CommandConfig)
 
@@ -67,13 +67,12 @@ class Section(Generic[C]):
         return read
 
     def _in_one_line(self, read: Callable[[], Any]) -> Any:
-        UserError.last = None
         try:
             return read()
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
         except Exception as error:
-            message = in_one_line(str(error), self.name, names_of(self.parser, self.name))
+            message = in_one_line(str(error), self.name, names_of(self.parser, self.name), error)
             raise UserError(f"the section {self.name} cannot be read: {message}") from None
 
     def run_check(self, check: Callable[[], Any]) -> Any:
@@ -90,6 +89,7 @@ class Section(Generic[C]):
 
 @cache
 def _parser_of(config: type[CommandConfig]) -> ArgumentParser:
+    keep_causes()
     # parsing help texts takes most of the time, and they are not shown here
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     try:
