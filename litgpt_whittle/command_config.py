@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, get_type_hints
 
+from litgpt_whittle.manifest import without
 from litgpt_whittle.settings import describe, flatten
 
 
@@ -23,6 +24,10 @@ class CommandConfig(ABC):
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Names of arguments that do not change the result, so that they may change when a run is resumed; those inside a
     section have dotted names, such as ``train.log_interval``"""
+
+    RESOLVED: ClassVar[frozenset[str]] = frozenset()
+    """Names of arguments that a manifest records in another form, such as a checkpoint by the fingerprint of its
+    weights, not by its path"""
 
     @abstractmethod
     def validate(self) -> None:
@@ -48,9 +53,8 @@ class CommandConfig(ABC):
         return {name: describe(getattr(self, name)) for name in _fields(type(self))}
 
     def determining_arguments(self) -> dict[str, Any]:
-        """Return the arguments that can change the result, which are all but those in `FREE`, by dotted names."""
-        free = tuple(f"{name}." for name in self.FREE)
-        return {name: value for name, value in flatten(self.arguments()).items() if not f"{name}.".startswith(free)}
+        """Return the arguments that can change the result, by dotted names: all but those in `FREE` and `RESOLVED`."""
+        return without(flatten(self.arguments()), self.FREE | self.RESOLVED)
 
 
 def as_command(config: type[CommandConfig]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ mappings are compared setting by setting.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from litgpt_whittle.errors import UserError
@@ -35,6 +35,12 @@ def check_unchanged(work: str, saved: Mapping[str, Any], now: Mapping[str, Any],
     """
     if found := changes(saved, now):
         raise UserError(f"{work} must keep its settings: {', '.join(found)}; change back, or {remedy}")
+
+
+def without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return settings, by dotted names, without those in `names`; a section's name covers all of its settings."""
+    omitted = tuple(f"{name}." for name in names)
+    return {name: value for name, value in settings.items() if not f"{name}.".startswith(omitted)}
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -180,6 +180,12 @@ def test_after_a_failure_the_settings_of_what_has_not_begun_may_change(teacher, 
     again("14K/start was started from the output of search, which must run again; delete .*distilled, or", **shorter)
     shutil.rmtree(tmp_path / "out/14K")
     again("ended with exit code -9", **shorter)
+    (tmp_path / "out/14K/distilled/step-00000002").mkdir()
+    (tmp_path / "out/14K/distilled/step-00000002/training_state.pth").touch()
+    # as `litgpt distill --resume`, the pipeline accepts other settings of validation and logging
+    often = changed("distill", **longer["distill"] | {"eval.interval": 1, "train.log_interval": 1, "compile": False})
+    again("ended with exit code -9", **shorter | often)
+    again("distill.precision was 32-true and is bf16-true", **shorter | changed("distill", precision="bf16-true"))
     codes |= {"search": 1, "extract": 1, "distill": 0}
     monkeypatch.setattr(whittle, "write_outcome", lambda *_: [["a student"]])
     run(teacher, data, tmp_path / "out", **settings | shorter)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 from litgpt.config import Config
@@ -59,6 +59,10 @@ class CacheTeacherConfig(CommandConfig):
 
     Train with ``litgpt distill --teacher_cache``, with the same data, tokenizer and ``train.max_seq_length``.
     """
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        ("out_dir", "resume", "devices", "teacher_placement", "data.init_args.num_workers")
+    )
 
     checkpoint_dir: Path
     """The teacher's checkpoint directory."""

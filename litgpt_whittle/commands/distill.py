@@ -73,9 +73,10 @@ class DistillConfig(TrainingConfig):
     (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
     """
 
-    # a resumed run has its own weights; of the teacher, the weights or the cache's index are compared, not the paths
-    FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {
-        *("teacher_checkpoint_dir", "teacher_cache", "random_weights", "compile", "teacher_placement"),
+    FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {"compile", "teacher_placement"}
+    # `TeacherSource.settings` has fingerprints of the teacher's weights or of the cache's index
+    RESOLVED: ClassVar[frozenset[str]] = TrainingConfig.RESOLVED | {
+        *("teacher_checkpoint_dir", "teacher_cache", "random_weights"),
     }
 
     model_name: str | None = None

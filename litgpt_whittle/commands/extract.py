@@ -55,7 +55,8 @@ class ExtractConfig(CommandConfig):
     """Extract a sub-network from a checkpoint."""
 
     # the teacher's weights and the sub-network are compared instead of their paths
-    FREE: ClassVar[frozenset[str]] = frozenset(("checkpoint_dir", "sub_network", "out_dir", "overwrite", "devices"))
+    FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "overwrite", "devices", "data.init_args.num_workers"))
+    RESOLVED: ClassVar[frozenset[str]] = frozenset(("checkpoint_dir", "sub_network"))
 
     checkpoint_dir: Path
     """The teacher's checkpoint directory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning as L
 from litgpt.data import DataModule
@@ -31,6 +31,8 @@ from litgpt_whittle.tensors import default_precision, weights_dtype
 @dataclass
 class RankConfig(CommandConfig):
     """Rank a checkpoint's channels, heads, neurons, experts and layers by importance."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "overwrite", "data.init_args.num_workers"))
 
     checkpoint_dir: Path
     """The teacher's checkpoint directory."""

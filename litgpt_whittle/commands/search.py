@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from jsonargparse import lazy_instance
@@ -78,6 +78,10 @@ _DEFAULT_STRATEGY = lazy_instance(Evolution)  # shown with its settings in --hel
 @dataclass
 class SearchConfig(CommandConfig):
     """Search a checkpoint for its best sub-networks of a given size."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        ("out_dir", "resume", "devices", "num_nodes", "teacher_placement", "data.init_args.num_workers")
+    )
 
     checkpoint_dir: Path
     """The teacher's checkpoint directory."""

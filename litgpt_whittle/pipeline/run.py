@@ -79,7 +79,7 @@ class Pipeline:
 
     def _options_of(self, stage: StageRun) -> dict[str, str]:
         # the pipeline's folder may be given by another path
-        options = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.options.items()}
+        options = {name: value.removeprefix(f"{self.out_dir}/") for name, value in stage.determining_options.items()}
         return options | {"teacher's weights": str(self.settings.get("teacher"))}
 
     def _has_begun(self, stage: StageRun, stages: Sequence[StageRun]) -> bool:

@@ -13,6 +13,7 @@ from litgpt.data import DataModule
 
 from litgpt_whittle.command_config import CommandConfig
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.manifest import without
 from litgpt_whittle.pipeline.costs import Cost
 from litgpt_whittle.pipeline.sections import Section, merge
 from litgpt_whittle.settings import describe, flatten
@@ -31,9 +32,6 @@ PROVIDED = (
     *("initial_checkpoint_dir", "model_name", "model_config", "teacher_cache"),
 )
 """Arguments of the commands that the pipeline itself provides"""
-
-_FREE = ("devices", "data.init_args.num_workers")
-"""Arguments that may change between runs"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class StageRun:
     """The command's positional arguments"""
     is_per_student: bool = False
     """True if each student has its own run"""
+    free: frozenset[str] = frozenset()
+    """Names of arguments that may change after the run has begun (`CommandConfig.FREE`)"""
 
     @property
     def name(self) -> str:
@@ -78,11 +78,16 @@ class StageRun:
         return self.folder.with_suffix(".yaml")
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Settings that determine the output, by the names of the command's arguments."""
+    def options(self) -> dict[str, str]:
+        """All settings, by the names of the command's arguments."""
         options = flatten(self.settings) | dict(flag.removeprefix("--").split("=", 1) for flag in self.flags)
         options |= dict(zip(("checkpoint_dir", "sub_network"), self.inputs))
-        return {name: str(value) for name, value in options.items() if name not in _FREE}
+        return {name: str(value) for name, value in options.items()}
+
+    @property
+    def determining_options(self) -> dict[str, str]:
+        """Settings that can change the output."""
+        return without(self.options, self.free)
 
     def option(self, name: str) -> str:
         """Return the name of a command's argument on the pipeline's command line."""
@@ -185,7 +190,8 @@ class Stage(ABC, Generic[C]):
     def new_run(self, folder: Path, *inputs: Path, **more: Any) -> StageRun:
         """Return a run into a folder, with the positional arguments and further settings given."""
         settings = merge(self.section.settings, more)
-        return StageRun(self.name, folder, settings, self.section.flags, inputs, self.is_per_student)
+        free = self.config.FREE
+        return StageRun(self.name, folder, settings, self.section.flags, inputs, self.is_per_student, free)
 
     def files(self) -> dict[Path, str]:
         """Return the contents of further files that the stage reads, by path."""

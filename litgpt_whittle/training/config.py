@@ -47,10 +47,12 @@ class TrainingConfig(CommandConfig):
     """Arguments shared by the commands that train: those of `litgpt pretrain` in its order, then further ones."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        ("out_dir", "precision", "initial_checkpoint_dir", "resume", "eval", "log", "devices", "num_nodes")
+        ("out_dir", "resume", "eval", "log", "devices", "num_nodes")
         + ("tokenizer_dir", "logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
         + ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers")
     )
+    # `run_settings` has the precision in use; a resumed run has its own weights
+    RESOLVED: ClassVar[frozenset[str]] = frozenset(("precision", "initial_checkpoint_dir"))
 
     model_name: str | None = None
     """A litgpt model to start from random weights. Use "list" to list them."""
