@@ -370,9 +370,9 @@ def refuse(folder, match, **kwargs):
         (
             SAMPLED,
             {"loss": "mse"},
-            "mse needs all logits, but the cache .* has only samples; choose a loss",
+            "mse needs all logits, got only samples from the cache .*; choose a loss",
         ),
-        (TOP_K, {"loss": {"forward_kl": 1, "l1": 0.1}}, "l1 needs all logits, but the cache .* has only distributions"),
+        (TOP_K, {"loss": {"forward_kl": 1, "l1": 0.1}}, "l1 needs all logits, got only distributions from the cache"),
         (SAMPLED, {"loss": "reverse_kl"}, "reverse_kl is biased on the samples of the cache .*; choose forward_kl"),
         (SAMPLED, {"loss": {"jensen_shannon": {"beta": 0.2}}}, "jensen_shannon is biased"),
         (SAMPLED, {"temperature": 2.0}, "must be 0.9, at which the cache .* was made, got 2.0; set --distill.temperat"),

@@ -9,8 +9,9 @@ from litgpt import GPT, Config
 
 from litgpt_whittle.distillation import chunk_scores, head, losses
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss, hidden_states
-from litgpt_whittle.distillation.losses import forward_kl
+from litgpt_whittle.distillation.losses import forward_kl, l1, mse
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term
+from litgpt_whittle.errors import UserError
 
 N, V, E, E_TEACHER = 23, 37, 8, 12
 
@@ -282,6 +283,14 @@ def known_of(teacher, k, temperature, with_tail=True):
     if not with_tail:
         return SparseTargets(ids, (probs / probs.sum(-1, keepdim=True)).log(), None)
     return SparseTargets(ids, probs.log(), (1 - probs.sum(-1, keepdim=True)).clamp(min=0).log())
+
+
+@pytest.mark.parametrize("loss", [mse, l1])
+def test_a_loss_of_logits_refuses_sparse_targets(loss):
+    student, teacher, targets = tensors()
+    known = Known(known_of(teacher, 3, 1.0))
+    with pytest.raises(UserError, match=f"{loss.__name__} needs all logits, got only distributions .*forward_kl"):
+        head_loss(student, targets, Objective(0.2, 0.8, 1.0, (Term(forward_kl), Term(loss))), known)
 
 
 def gradients(student, targets, objective, teacher, chunk_size=5):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from litgpt_whittle.distillation.losses import forward_kl
-from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, log_probabilities
+from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, check_losses, log_probabilities
 from litgpt_whittle.distillation.vocabulary import with_empty_entry
 from litgpt_whittle.tensors import upcast
 
@@ -53,7 +53,13 @@ class Scores:
             self._add_grad(F.pad(part.grad[:, :n], (0, self.logits.size(1) - n)))
 
     def add_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets) -> None:
+        """Add the distance to the teacher.
+
+        Raises:
+            UserError: If the targets are sparse and a loss needs all logits.
+        """
         if isinstance(teacher, SparseTargets):
+            check_losses(objective.terms, "distributions", "teacher's sparse targets")
             teacher = teacher.to(self.logits.dtype)
         by_autograd = [term for term in objective.terms if term.loss is not forward_kl]
         if by_autograd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from litgpt_whittle.distillation.losses import (
     Loss,
     forward_kl,
 )
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.tensors import upcast
 
 
@@ -53,6 +55,31 @@ class SparseTargets(NamedTuple):
         ids, log_p = self.ids.split(n), self.log_p.split(n)
         log_tail = [None] * len(ids) if self.log_tail is None else self.log_tail.split(n)
         return [SparseTargets(*parts) for parts in zip(ids, log_p, log_tail)]
+
+
+def check_losses(terms: Sequence[Term], gives: str, where: str) -> None:
+    """Check that the losses can learn from the teacher's targets.
+
+    Args:
+        terms: The losses.
+        gives: Kind of the targets (`litgpt_whittle.distillation.codecs.Codec.gives`).
+        where: Name of the targets' source in messages.
+
+    Raises:
+        UserError: For the first loss that needs more of the teacher's predictions.
+    """
+    for loss in (term.loss for term in terms):
+        name = getattr(loss, "__name__", repr(loss))
+        if gives != "logits" and getattr(loss, "on_logits", False):
+            raise UserError(
+                f"{name} needs all logits, got only {gives} from the {where}; choose a loss of probabilities such as "
+                "forward_kl, or cache the teacher with --codec full"
+            )
+        if gives == "samples" and not getattr(loss, "is_linear", False):
+            raise UserError(
+                f"{name} is biased on the samples of the {where}; choose forward_kl or soft_cross_entropy, or cache "
+                "the teacher with --codec top_k"
+            )
 
 
 def log_probabilities(

@@ -26,7 +26,7 @@ from litgpt_whittle.distillation.args import (
     HiddenArgs,
 )
 from litgpt_whittle.distillation.cache import Cache, Contents
-from litgpt_whittle.distillation.objective import Term
+from litgpt_whittle.distillation.objective import Term, check_losses
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import from_yaml
 from litgpt_whittle.processes import n_devices
@@ -254,30 +254,6 @@ def _vocabulary(folder: Path) -> dict | bytes | None:
     return None
 
 
-def _check_learnable(terms: Sequence[Term], gives: str, where: str) -> None:
-    """Check that a codec stores all that the losses need of the teacher's predictions.
-
-    Args:
-        terms: The losses.
-        gives: Kind of targets that the codec returns (`Codec.gives`).
-        where: Name of the cache in messages.
-
-    Raises:
-        UserError: For the first loss that needs more.
-    """
-    for loss in (term.loss for term in terms if term.weight):
-        if gives != "logits" and getattr(loss, "on_logits", False):
-            raise UserError(
-                f"{loss.__name__} needs all logits, but the {where} has only {gives}; choose a loss of "
-                "probabilities such as forward_kl, or cache the teacher with --codec full"
-            )
-        if gives == "samples" and not getattr(loss, "is_linear", False):
-            raise UserError(
-                f"{loss.__name__} is biased on the samples of the {where}; choose forward_kl or "
-                "soft_cross_entropy, or cache the teacher with --codec top_k"
-            )
-
-
 def check_cache(
     contents: Contents,
     where: str,
@@ -302,7 +278,7 @@ def check_cache(
     temperature = distill.temperature
     if distill.hidden.is_used:
         raise UserError(f"distill.hidden needs a teacher that runs, and the {where} has its predictions only")
-    _check_learnable(terms, contents.make_codec().gives, where)
+    check_losses(terms, contents.make_codec().gives, where)
     if contents.temperature is not None and temperature != contents.temperature:
         raise UserError(
             f"distill.temperature must be {contents.temperature}, at which the {where} was made, got "
