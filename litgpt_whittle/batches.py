@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from litgpt_whittle.processes import gather, rank
 from litgpt_whittle.setting_checks import check_positive
 from litgpt_whittle.tensors import IGNORE_INDEX
 from litgpt_whittle.training.validation import fixed_randomness
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -121,7 +124,9 @@ def validation_batches(data: DataModule, seq_length: int, n: int) -> list[Batch]
     with fixed_randomness(loader):
         batches = fixed_batches(loader, n, seq_length)
     if len(batches) < n:
-        print(f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used")
+        logger.info(
+            f"The validation data fills {len(batches)} batches, fewer than eval.max_iters = {n}; all of it is used"
+        )
     return batches
 
 
@@ -162,7 +167,7 @@ def read_calibration(
     connect(data, checkpoint_dir, batch_size, seq_length)
     windows = calibration_windows(data, seq_length, n_tokens)
     if windows.numel() < n_tokens and rank() == 0:
-        print(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
+        logger.info(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
     check_shared(data, fingerprint([(windows,)]))
     return windows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import yaml
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.tokenizer_files import TEMPLATES
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """Name of the file that locks a folder against other processes"""
@@ -262,6 +265,6 @@ def _claim(folder: Path, out_dir: Path) -> IO[Any]:
         if time.monotonic() >= deadline:
             raise UserError(f"another process is at work in out_dir {str(out_dir)!r}; wait for it, or choose another")
         if not is_announced:
-            print("Another process is at work in out_dir and may still be saving; waiting for it", flush=True)
+            logger.info("Another process is at work in out_dir and may still be saving; waiting for it")
             is_announced = True
         time.sleep(1)

@@ -139,8 +139,9 @@ def show_user_errors_in_one_line(commands: set[str]) -> None:
     Args:
         commands: Names of the commands whose parser errors are also printed on one line.
     """
-    from litgpt_whittle import flags, recipes
+    from litgpt_whittle import console, flags, recipes
 
+    console.show_log()
     flags.install(commands)
     recipes.install()
     show_traceback = sys.excepthook

@@ -24,6 +24,7 @@ from torch import distributed
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, lock_dir
+from litgpt_whittle.watchdog import end, end_silently, watch
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -89,40 +90,8 @@ def launch(
     fabric.launch()
     if distributed.is_initialized():
         _patient()  # while all processes are here
-    _watch(getattr(fabric._strategy.launcher, "procs", []))
+    watch(fabric)
     return fabric
-
-
-def _watch(processes: Sequence[Any]) -> None:
-    """End this process with a message when one of the processes that it started has failed."""
-    if not processes:
-        return
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":  # Lightning's, which would kill this process without a message
-            thread._run = lambda: True  # type: ignore[attr-defined]
-
-    def watch() -> None:
-        while any(code is None for code in [process.poll() for process in processes]):
-            _check(processes)
-            time.sleep(0.2)
-        _check(processes)
-
-    threading.Thread(target=watch, daemon=True, name="process-watch").start()
-
-
-def _check(processes: Sequence[Any]) -> None:
-    for i, process in enumerate(processes, 1):
-        if process.returncode:
-            _end(f"process {i} of {len(processes) + 1} ended with exit code {process.returncode}", processes)
-
-
-def _end(what: str, processes: Sequence[Any] = ()) -> None:
-    resume = "run the same command again to resume (add --resume true where the command has it)"
-    print(f"Error: {what}; finished work is kept, {resume}", file=sys.stderr, flush=True)
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)  # it may hang in a collective
-    os._exit(1)
 
 
 def is_first_started() -> bool:
@@ -331,8 +300,8 @@ def gather(value: T) -> list[T]:
 
 def _lost(error: Exception) -> None:
     if rank() == 0:
-        time.sleep(2)  # `_watch` reports which process ended, and how
-    _end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
+        time.sleep(2)  # `watch` reports which process ended, and how
+    end(f"the connection to another process broke ({str(error).splitlines()[0][:100]})")
 
 
 def parallel_map(function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T]:
@@ -384,17 +353,5 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if failed:
-        os._exit(0)
+        end_silently()
     return result
-
-
-# looked up at import, since little is allowed between fork and exec
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
-"""Constant of linux/prctl.h"""
-
-
-def stop_with_parent() -> None:
-    """Make Linux send SIGTERM to this process when its parent ends."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

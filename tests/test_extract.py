@@ -89,11 +89,12 @@ def test_the_command_line_takes_two_paths(checkpoint, tmp_path, capsys):
     assert "channels    32 -> 16" in capsys.readouterr().out and (tmp_path / "student/lit_model.pth").is_file()
 
 
-def test_it_says_what_transformers_cannot_open(checkpoint, tmp_path, capsys):
+def test_it_says_what_transformers_cannot_open(checkpoint, tmp_path, caplog):
     for choice, is_open in ((dict(n_embd=20), False), (dict(n_embd=16, n_query_groups=[1, 2, 1, 1]), True)):
         SubNet(TEACHER, **choice).save(tmp_path / "s.yaml")
         setup(checkpoint, tmp_path / "s.yaml", tmp_path / "student", overwrite=True)
-        note = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: litgpt evaluate")]
+        note = [message for message in caplog.messages if message.startswith("Note: litgpt evaluate")]
+        caplog.clear()
         assert len(note) == int(not is_open) and all("n_embd = 20, n_head = 4 and head_size = 8" in n for n in note)
 
 
@@ -165,7 +166,7 @@ def test_a_full_disk_is_told_before_anything_is_cut(checkpoint, tmp_path, monkey
     assert not (tmp_path / "student").exists()
 
 
-def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, tmp_path, capsys):
+def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, tmp_path, capsys, caplog):
     (tmp_path / "search").mkdir()
     counts = {}
     for name, perplexity in (("best-1M", 12.5), ("best-2M", 8.25), ("best-1M-by-score", 1.0)):
@@ -181,7 +182,7 @@ def test_the_best_of_all_bins_of_a_search_are_cut_out_with_a_table(checkpoint, t
     # the same command resumes; other settings or another search are rejected before anything is cut
     shutil.rmtree(tmp_path / "out" / "best-2M")
     setup(checkpoint, tmp_path / "search", tmp_path / "out")
-    assert f"{tmp_path / 'out' / 'best-1M'} is finished already" in capsys.readouterr().out
+    assert f"{tmp_path / 'out' / 'best-1M'} is finished already" in caplog.text
     assert (tmp_path / "out" / "best-2M" / "lit_model.pth").is_file()
     shutil.rmtree(tmp_path / "out" / "best-1M")
     with pytest.raises(UserError, match="out_dir must be empty or new, got .*best-2M"):

@@ -153,9 +153,9 @@ def test_a_student_that_is_far_better_on_its_calibration_text_asks_for_other_tex
     assert "Note: on calibration tokens it is only" in printed and "broader text" in printed
 
 
-def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, capsys):
+def test_the_whole_teacher_is_left_unchanged(folder, tmp_path, caplog):
     extract(folder, tmp_path / "s", "full.yaml")
-    assert "nothing to repair" in capsys.readouterr().out
+    assert "nothing to repair" in caplog.text
     same = weights(tmp_path / "s")
     assert all(torch.equal(same[name], tensor) for name, tensor in weights(folder / "teacher").items())
 
@@ -246,9 +246,9 @@ def test_a_repair_that_cannot_be_leaves_nothing_behind(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_little_data_is_said(folder, tmp_path, capsys):
+def test_little_data_is_said(folder, tmp_path, caplog):
     extract(folder, tmp_path / "s", repair=RepairArgs(tokens=10**6))
-    assert "fewer than repair.tokens = 1,000,000" in capsys.readouterr().out
+    assert "fewer than repair.tokens = 1,000,000" in caplog.text
 
 
 # -- as the first stage of `litgpt distill`

@@ -58,11 +58,11 @@ def whole(checkpoint, tmp_path_factory):
     return out_dir
 
 
-def test_each_cut_is_measured_once_for_all_bins_by_the_searchs_own_fitness(checkpoint, tmp_path, monkeypatch, capsys):
+def test_each_cut_is_measured_once_for_all_bins_by_the_searchs_own_fitness(checkpoint, tmp_path, monkeypatch, caplog):
     scored, score = [], Perplexity.__call__
     monkeypatch.setattr(Perplexity, "__call__", lambda self, subnet: scored.append(subnet) or score(self, subnet))
     search(checkpoint, tmp_path / "out")
-    assert f"{N_MEASURED} measurements come first" in capsys.readouterr().out
+    assert f"{N_MEASURED} measurements come first" in caplog.text
     assert len(scored) == N_MEASURED + 2 * 6 and len(set(scored[:N_MEASURED])) == N_MEASURED
     _, evaluations = read_journal(tmp_path / "out" / MEASUREMENTS)
     assert [e.subnet for e in evaluations] == [subnet.to_dict() for subnet in scored[:N_MEASURED]]
@@ -103,12 +103,12 @@ def stopped_after(n: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, N_MEASURED)), N_MEASURED + 7])
-def test_a_search_resumes_from_any_measurement_to_the_same_result(checkpoint, whole, tmp_path, n, capsys):
+def test_a_search_resumes_from_any_measurement_to_the_same_result(checkpoint, whole, tmp_path, n, caplog):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(test_search.search_run, "write_report", lambda out_dir: "the report")
         stopped_after(n, patch)
         search(checkpoint, tmp_path / "out")
-    assert stop.value.code == 130 and "continue with --resume true" in capsys.readouterr().out
+    assert stop.value.code == 130 and "continue with --resume true" in caplog.text
     assert len(measured(tmp_path / "out")) == 1 + min(n - 1, N_MEASURED)
     search(checkpoint, tmp_path / "out", resume=True)
     assert lines(tmp_path / "out") == lines(whole) and measured(tmp_path / "out") == measured(whole)
@@ -122,22 +122,22 @@ def test_two_processes_measure_what_one_does(checkpoint, tmp_path, is_killed):
         killed = Run(checkpoint, tmp_path / "two", pause=0.02, devices=2, **settings)
         killed.wait_for(random.Random(0).randint(3, 20), MEASUREMENTS)
         killed.kill()
-    code, out, err = Run(checkpoint, tmp_path / "two", devices=2, resume=is_killed, **settings).finish()
-    assert code == 0 and out.count("measurements come first") == 1, err
+    code, _, err = Run(checkpoint, tmp_path / "two", devices=2, resume=is_killed, **settings).finish()
+    assert code == 0 and err.count("measurements come first") == 1, err
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     assert measured(tmp_path / "two") == measured(tmp_path / "one")
 
 
-def test_a_copy_of_the_measurements_serves_other_bins(checkpoint, whole, tmp_path, capsys):
+def test_a_copy_of_the_measurements_serves_other_bins(checkpoint, whole, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     shutil.copy(whole / MEASUREMENTS, tmp_path / "out")
     search(checkpoint, tmp_path / "out", bin="14K-15K", iterations=3, seed=5)
-    assert "measurements" not in capsys.readouterr().out
+    assert "measurements" not in caplog.text
     assert measured(tmp_path / "out") == measured(whole)
     # missing cuts are added
     shutil.copytree(tmp_path / "out", tmp_path / "more", ignore=shutil.ignore_patterns("journal*"))
     search(checkpoint, tmp_path / "more", iterations=3, strategy=IntegerProgram(shares=(0.75, 0.5)))
-    assert "8 measurements come first" in capsys.readouterr().out
+    assert "8 measurements come first" in caplog.text
     shutil.copytree(tmp_path / "out", tmp_path / "other", ignore=shutil.ignore_patterns("journal*"))
     with pytest.raises(UserError, match=r"measurements.jsonl' must keep its settings: data.batches was 2 and is 1"):
         search(checkpoint, tmp_path / "other", eval=BudgetArgs(max_iters=1))

@@ -114,11 +114,12 @@ def lines(out_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
 
 
-def test_students_are_convertible_unless_told_otherwise(checkpoint, tmp_path, capsys):
+def test_students_are_convertible_unless_told_otherwise(checkpoint, tmp_path, caplog):
     for convertible in (None, False):
         out = tmp_path / str(convertible)
         run(checkpoint, out, search_space=SpaceArgs(convertible=convertible), space="fine_uniform")
-        assert ("--search_space.convertible false" in capsys.readouterr().err) == (convertible is None)
+        assert ("--search_space.convertible false" in caplog.text) == (convertible is None)
+        caplog.clear()
         header, evaluations = read_journal(out / "journal.jsonl")
         configs = [SubNet.from_dict(TEACHER, e.subnet).config for e in evaluations]
         fits = [config.n_head * config.head_size == config.n_embd for config in configs]
@@ -176,11 +177,11 @@ def test_several_bins_each_have_their_best_and_do_not_disturb_each_other(checkpo
     assert not (tmp_path / "both/best.yaml").exists()
 
 
-def test_an_exhausted_space_ends_the_search_early(checkpoint, tmp_path, capsys):
+def test_an_exhausted_space_ends_the_search_early(checkpoint, tmp_path, caplog):
     args = SpaceArgs(fixed=["head_size", "n_embd", "n_query_groups", "intermediate_size"])
     run(checkpoint, tmp_path / "out", bin="5K-40K", space="coarse_uniform", search_space=args, iterations=40)
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 15
-    assert "no further sub-networks: 15 evaluated" in capsys.readouterr().out
+    assert "no further sub-networks: 15 evaluated" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +452,7 @@ def test_a_candidate_out_of_memory_is_scored_once_more_and_never_recorded_as_fai
     assert kept("out") == kept("whole")
 
 
-def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, caplog):
     score, calls = Perplexity.__call__, []
 
     def interrupted(self, subnet):
@@ -464,7 +465,7 @@ def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, c
         patch.setattr(Perplexity, "__call__", interrupted)
         with pytest.raises(SystemExit) as end:
             run(checkpoint, tmp_path / "out")
-    assert end.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert end.value.code == 130 and "--resume" in caplog.text
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 3
 
 

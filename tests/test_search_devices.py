@@ -23,11 +23,13 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_search
 from litgpt_whittle.commands import search_run
+from litgpt_whittle.console import show_log
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.batches import BudgetArgs
 from litgpt_whittle.searching.args import RacingArgs
 search_run.write_report = lambda out_dir: "the report"
+show_log()
 losses = Perplexity.losses
 Perplexity.losses = lambda self, *args: time.sleep({pause}) or losses(self, *args)
 try:

@@ -72,11 +72,11 @@ def test_bins_have_surrogates_of_their_own(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("Kendall's τ") == 3
 
 
-def test_another_search_is_learnt_from(checkpoint, tmp_path, capsys):
+def test_another_search_is_learnt_from(checkpoint, tmp_path, caplog):
     run(checkpoint, tmp_path / "other", strategy=RandomSearch(), iterations=20, seed=7)
     surrogate = args(path=tmp_path / "other")
     run(checkpoint, tmp_path / "out", surrogate=surrogate)
-    assert f"learnt from 20 candidates of {tmp_path / 'other'}: Kendall's τ" in capsys.readouterr().out
+    assert f"learnt from 20 candidates of {tmp_path / 'other'}: Kendall's τ" in caplog.text
     assert None not in predictions(tmp_path / "out")
     # after that search has continued, the surrogate would be fitted to different data
     run(checkpoint, tmp_path / "other", strategy=RandomSearch(), iterations=22, seed=7, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -45,6 +46,8 @@ from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
 from litgpt_whittle.supergpt import Weights, extract_weights, is_tied
 from litgpt_whittle.training.model_source import BASIS
+
+logger = logging.getLogger(__name__)
 
 NARROW = 1.5
 """Ratio of the KL divergence on validation tokens to that on calibration tokens above which a note is printed"""
@@ -153,7 +156,7 @@ class ExtractConfig(CommandConfig):
                 student.check_out_dir()
         for student, is_finished in zip(students, finished):
             if is_finished:
-                print(f"{student.out_dir} is finished already.")
+                logger.info(f"{student.out_dir} is finished already.")
             else:
                 student.run()
                 release_memory()  # the next repair measures free memory
@@ -180,7 +183,7 @@ class ExtractConfig(CommandConfig):
         if self.repair and subnet != SubNet.full(teacher):
             return self._repair(weights, subnet, counts)
         if self.repair:
-            print("The sub-network is the whole teacher, so there is nothing to repair.")
+            logger.info("The sub-network is the whole teacher, so there is nothing to repair.")
         student = extract_weights(weights, subnet, is_tied(weights))
         if self.dtype:
             _convert(student, stored)
@@ -214,7 +217,7 @@ class ExtractConfig(CommandConfig):
         args, length, size = self.repair_args, self.length, self.train.micro_batch_size
         fabric = launch(n_devices(self.devices))
         n_tokens = args.n_tokens(subnet.config)
-        fabric.print(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
+        logger.info(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
         windows = read_calibration(self.data, self.checkpoint_dir, size, length, n_tokens, self.seed, "repair.tokens")
         n_closed_form = -(-args.n_closed_form(subnet.config) // length)
         held_out = held_out_windows(self.data, length, windows.shape[1], n_held_out(*windows.shape))
@@ -237,9 +240,11 @@ class ExtractConfig(CommandConfig):
         save_checkpoint(self.out_dir.resolve(), subnet, student, self.checkpoint_dir, choice, extra)
         print(_summary(subnet, counts, self.sub_network, self.out_dir))
         if why := _why_not_convertible(subnet):
-            print(f"Note: litgpt evaluate, convert_from_litgpt and export cannot convert it for transformers: {why}")
+            logger.info(
+                f"Note: litgpt evaluate, convert_from_litgpt and export cannot convert it for transformers: {why}"
+            )
         if not has_tokenizer(self.out_dir):
-            print(
+            logger.info(
                 f"Note: {self.checkpoint_dir} has no tokenizer, so neither has {self.out_dir}; `litgpt generate` "
                 "needs one."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,6 +69,8 @@ from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.tensors import default_precision, weights_dtype
+
+logger = logging.getLogger(__name__)
 
 registry.load_all("litgpt_whittle.strategies")  # lets --strategy find them by name
 
@@ -285,7 +287,7 @@ class SearchConfig(CommandConfig):
         fabric = launch(n_devices(self.devices), self.used_precision, self.num_nodes)
         L.seed_everything(self.seed, verbose=False)
         if plan.search_space != self.search_space and rank() == 0:
-            print(convertible_note(plan.teacher), file=sys.stderr)
+            logger.info(convertible_note(plan.teacher))
         text = ScoringText.read(self, plan)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         has_starts = self.simple_starts and not (self.resume and has_no_starts(self.out_dir / JOURNAL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -69,6 +70,8 @@ from litgpt_whittle.training.sharding import load_sharded
 
 if TYPE_CHECKING:
     from litgpt_whittle.commands.search import SearchConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class RunningSearch:
         if found_any:
             self._report()
         if stopped:
-            print(f"Stopped after {len(self.record.evaluations)} evaluations; continue with --resume true")
+            logger.info(f"Stopped after {len(self.record.evaluations)} evaluations; continue with --resume true")
             raise SystemExit(130)
         if not found_any:
             raise UserError(

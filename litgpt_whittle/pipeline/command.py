@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
+
+logger = logging.getLogger(__name__)
 
 Section = dict
 
@@ -116,7 +119,7 @@ class WhittleConfig(CommandConfig):
             print(memory)
             if stages.cache_teacher.is_used:
                 print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
-            print("Measuring the speed of this machine on single blocks …", flush=True)
+            logger.info("Measuring the speed of this machine on single blocks …")
             print(as_text(cost_table(costs(stages), measure_speed(stages))))
             return None
         try:

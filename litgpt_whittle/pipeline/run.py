@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import signal
@@ -17,7 +18,9 @@ from litgpt_whittle.files import lock_dir, to_yaml, write_text
 from litgpt_whittle.manifest import changes
 from litgpt_whittle.pipeline.kinds import STAGE_OF
 from litgpt_whittle.pipeline.stage import StageRun
-from litgpt_whittle.processes import stop_with_parent
+from litgpt_whittle.watchdog import stop_with_parent
+
+logger = logging.getLogger(__name__)
 
 RECORD = "stages.json"
 """Name of the file with the settings of each stage that has begun, and a mark if it is finished"""
@@ -126,11 +129,11 @@ class Pipeline:
         for i, stage in enumerate(stages, 1):
             title = f"== {i}/{len(stages)} {stage.name}"
             if self._is_noted_done(stage) and self._has_begun(stage, stages):
-                print(f"{title}: done already", flush=True)
+                logger.info(f"{title}: done already")
                 continue
             arguments = stage.arguments(STAGE_OF[stage.command].resume_flags(stage.folder))
             self._note(stage, is_done=False)
-            print(f"\n{title}\n$ litgpt {shlex.join(arguments)}", flush=True)
+            logger.info(f"\n{title}\n$ litgpt {shlex.join(arguments)}")
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):
                 # the command's own error would recur; a kill from outside may not
                 remedy = "fix the error above and run the command again" if code in (1, 2) else _AGAIN

@@ -7,6 +7,7 @@ same loop and make the same decisions. Scoring is distributed over them; rank 0 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start
 from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.subnet import SubNet
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -157,7 +160,7 @@ class Loop:
                     self._round(search, candidates)
         for search in self.searches if rank() == 0 else ():
             if search.strategy.exhausted:
-                print(f"The bin {search.space.bin} has no further sub-networks: {search.n_reported} evaluated")
+                logger.info(f"The bin {search.space.bin} has no further sub-networks: {search.n_reported} evaluated")
 
     def _round(self, search: Search, candidates: list[SubNet]) -> None:
         """Evaluate one batch of proposals, replaying those in the journal."""

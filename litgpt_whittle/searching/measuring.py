@@ -6,6 +6,7 @@ journal names no bin, so a copy of it can be reused by searches of other bins.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.searching.loop import Search, score
 from litgpt_whittle.strategies.base import Scored
 from litgpt_whittle.subnet import SubNet
+
+logger = logging.getLogger(__name__)
 
 MEASUREMENTS = "measurements.jsonl"
 """File name of the measurements' journal in a search's folder"""
@@ -75,7 +78,7 @@ def take_measurements(
         known = {evaluation.origin for evaluation in record.evaluations}
         missing = [name for name in names if name not in known]
         if missing and rank() == 0:
-            print(
+            logger.info(
                 f"{len(missing)} measurements come first, each of the teacher with one part made smaller. All bins "
                 "share them, and they do not count as iterations"
             )

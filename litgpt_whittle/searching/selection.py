@@ -24,11 +24,11 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import scored
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.journal import Evaluation
-from litgpt_whittle.processes import stop_with_parent
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.recipes import find_recipe
 from litgpt_whittle.searching.args import SelectionArgs
 from litgpt_whittle.training.compiler import check_compiler
+from litgpt_whittle.watchdog import stop_with_parent
 
 FOLDER = "selection"
 """Folder of the students and their training in a search's folder"""

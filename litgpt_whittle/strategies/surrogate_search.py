@@ -7,6 +7,7 @@ strategy. `Filter` does not evaluate candidates with bad predictions; `OnPredict
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from litgpt_whittle.strategies.generations import Generations
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.surrogates.surrogate import Examples, Surrogate
+
+logger = logging.getLogger(__name__)
 
 _LEAST_GROWTH = 10
 """Minimum number of evaluations between two fits of a filter"""
@@ -67,7 +70,7 @@ def with_surrogate(
     ranking = ranking if args.importance is None else Ranking.load(args.importance, teacher)
     surrogate = Surrogate(make, teacher, ranking, examples, seed)
     if examples is not None:
-        print(
+        logger.info(
             f"A surrogate learnt from {len(examples)} candidates of {args.path}: "
             f"Kendall's τ {surrogate.examples_tau():.2f} on held-out candidates"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,8 @@ from litgpt_whittle.processes import is_first_started
 from litgpt_whittle.subnet import SubNet, read_choice
 from litgpt_whittle.supergpt import LayerwiseGPT, extract_weights, is_tied, student_model
 from litgpt_whittle.windows import vectorize_windows
+
+logger = logging.getLogger(__name__)
 
 BASIS = "basis.pth"
 """File with the matrix that expresses a repaired student's channels as linear combinations of the teacher's, shape
@@ -109,7 +112,7 @@ class ModelSource:
             return changed
         n = changed.n_params
         if is_first_started():
-            print(f"train.tie_embeddings false unties the LM head: {self.n_params:,} parameters become {n:,}")
+            logger.info(f"train.tie_embeddings false unties the LM head: {self.n_params:,} parameters become {n:,}")
         shape = self.sub_network or {}
         origin = shape.get("provenance")
         if origin and "n_params" in origin:
