@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, cast
 import lightning as L
 import torch
 from litgpt.config import Config
-from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.utils import num_parameters
 
@@ -47,8 +46,8 @@ from litgpt_whittle.training.checks import (
 )
 from litgpt_whittle.training.compiler import check_compiler, uncompiled
 from litgpt_whittle.training.config import TrainingConfig
-from litgpt_whittle.training.loop import fit, load_data
-from litgpt_whittle.training.memory_plan import choose_placement, show_plan, teacher_dtype
+from litgpt_whittle.training.loop import fit
+from litgpt_whittle.training.memory_plan import Step, choose_placement, show_plan, teacher_dtype
 from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
     Saver,
@@ -58,9 +57,10 @@ from litgpt_whittle.training.pretraining import (
     checkpoint_dir_of,
     count_flops,
     launch_training,
+    prepare,
 )
 from litgpt_whittle.training.resume import find_resume, state_to_resume
-from litgpt_whittle.training.run import Backward, Job, Run, Schedule
+from litgpt_whittle.training.run import Backward, Job, Run
 from litgpt_whittle.training.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.windows import vectorize_windows
 
@@ -149,7 +149,10 @@ class DistillConfig(TrainingConfig):
 
     def train_model(self, resume_dir: Path | None) -> TrainingResult | None:
         teacher = TeacherSource.of(self)
-        inputs = self._inputs(teacher, resume_dir, repairs=not self.dry_run)
+        inputs = self._inputs(teacher, resume_dir)
+        if self.repair and resume_dir is None and not self.dry_run:
+            student, seq_length = self._repaired_student(inputs), inputs.step.seq_length
+            inputs = replace(inputs, source=student, step=self._step(student, teacher, seq_length))
         is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local, self.dry_run)
         if self.dry_run:
             return None
@@ -166,15 +169,15 @@ class DistillConfig(TrainingConfig):
             NoPlan: If the memory cannot be planned.
         """
         self.validate()
-        inputs = self._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir), repairs=False)
+        inputs = self._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir))
         return choose_placement(inputs.step, self._placement, self.n_local, is_final=True)[1]
 
     @property
     def _placement(self) -> str:
         return "replicated" if self.teacher_quantize else self.teacher_placement
 
-    def _inputs(self, teacher: TeacherSource, resume_dir: Path | None, repairs: bool) -> TrainingInputs:
-        """Check that student, teacher and data fit together, and with `repairs`, repair the student if asked for."""
+    def _inputs(self, teacher: TeacherSource, resume_dir: Path | None) -> TrainingInputs:
+        """Check that student, teacher and data fit together, and return the inputs of the run, before any repair."""
         student_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
         student = self._student(student_dir, resume_dir)
         asked_dir = checkpoint_dir_of(self.tokenizer_dir)
@@ -187,20 +190,23 @@ class DistillConfig(TrainingConfig):
         n_tokens = self.n_tokens(seq_length)
         if teacher.cache is not None:
             self._check_cache(teacher.cache, seq_length, n_tokens)
-        origin = self._origin(student)
+        step = self._step(student, teacher, seq_length)
         data = default_data() if self.data is None else self.data
         configs = [config for config in (student.config, teacher.config) if config is not None]
         check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
         settings = self.run_settings(student.config) | teacher.settings
         state = state_to_resume(resume_dir, settings)
-        if self.repair and resume_dir is None and repairs:
-            student = self._repaired_student(seq_length, data)
-            origin = self._origin(student)
+        return TrainingInputs(student, tokenizer_dir, data, self.arguments(), step, settings, state)
+
+    def _step(self, student: ModelSource, teacher: TeacherSource, seq_length: int) -> Step:
+        """Return the training step of the memory plan, after checking the hidden states to match."""
+        config = None if self.teacher_dir is None else check_checkpoint(self.teacher_dir)
+        origin = check_hidden(self.distill.hidden, student.config.n_layer, student.sub_network, config)
 
         def make_hidden(model: GPT) -> HiddenLoss:
             return HiddenLoss(model, teacher.config, self.distill.hidden, origin, student.basis)
 
-        step = self.step(
+        return self.step(
             student,
             seq_length,
             self.distill.first_objective,
@@ -208,7 +214,6 @@ class DistillConfig(TrainingConfig):
             quantized_bytes=teacher.saved_bytes(self.teacher_quantize, self.used_precision),
             build_hidden=make_hidden if self.distill.hidden.is_used else None,
         )
-        return TrainingInputs(student, tokenizer_dir, data, self.arguments(), step, settings, state)
 
     def _student(self, student_dir: Path | None, resume_dir: Path | None) -> ModelSource:
         student = ModelSource.choose(
@@ -223,14 +228,11 @@ class DistillConfig(TrainingConfig):
         check_cache(cache.contents, where, self.distill.first_objective.terms, self.distill, seq_length, teacher_dir)
         check_cache_reaches(cache, n_tokens)
 
-    def _origin(self, student: ModelSource) -> SubNet | None:
-        config = None if self.teacher_dir is None else check_checkpoint(self.teacher_dir)
-        return check_hidden(self.distill.hidden, student.config.n_layer, student.sub_network, config)
-
-    def _repaired_student(self, seq_length: int, data: DataModule) -> ModelSource:
+    def _repaired_student(self, inputs: TrainingInputs) -> ModelSource:
         """Repair the student in `out_dir/start`, unless an interrupted run has done so, and return its source."""
         assert self.teacher_dir is not None and self.sub_network is not None  # else there is nothing to repair
-        seen, folder = BatchArgs(self.train.micro_batch_size, seq_length), self.out_dir / "start"
+        seen, folder = BatchArgs(self.train.micro_batch_size, inputs.step.seq_length), self.out_dir / "start"
+        data = inputs.data
         cut = ExtractConfig(
             self.teacher_dir, self.sub_network, folder, repair=self.repair, data=data, train=seen, seed=self.seed
         )
@@ -309,20 +311,15 @@ def build_run(
         is_sharded: If true, shard the teacher over the devices.
     """
     train, step = config.train, inputs.step
-    fabric.seed_everything(config.seed)
-    model = build_model(fabric, inputs.source, step.seq_length, config.activation_checkpointing)
+    model = build_model(fabric, config, inputs)
     fabric.print(f"Student: {num_parameters(model):,} parameters")
     hidden = None if step.build_hidden is None else step.build_hidden(model).to(fabric.device)
     losses_of = LossModel(model, hidden)
     # on a CPU, compiling takes 25 s and gains little
     losses_of.compiles_scores = config.compile and fabric.device.type == "cuda"
-    root = fabric.setup(cast(LossModel, torch.compile(losses_of)) if config.compile else losses_of)
-    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(step.build_optimizer(root.parameters())))
-    loaders = load_data(
-        fabric, inputs.data, inputs.tokenizer_dir, train.micro_batch_size, step.seq_length, config.eval.max_iters
-    )
-    lr = optimizer.defaults["lr"]
-    schedule = Schedule.of(train, step.seq_length, lr, config.n_local, config.num_nodes, loaders[0])
+    module = cast(LossModel, torch.compile(losses_of)) if config.compile else losses_of
+    prepared = prepare(fabric, config, inputs, module)
+    root = prepared.root
     live = None
     # a cached teacher runs only for its validation, before training
     if teacher.folder is not None and (teacher.cache is None or inputs.state is None):
@@ -337,7 +334,7 @@ def build_run(
     outputs = live if teacher.cache is None else CachedTeacher(teacher.cache, fabric.device)
     job = Job(
         module=root,
-        optimizer=optimizer,
+        optimizer=prepared.optimizer,
         step=DistillStep(root, losses_of, outputs, config.distill.objectives()),
         score=StudentScore(root, torch.Size((train.micro_batch_size, step.seq_length)) if config.compile else None),
         save=Saver(fabric, model, inputs, config.checkpoint_type),
@@ -347,7 +344,7 @@ def build_run(
     )
     frozen = [live.model.config] if live is not None and teacher.is_live else []
     job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length, frozen)
-    return begin(fabric, job, loaders, schedule, inputs, config.out_dir)
+    return begin(fabric, job, prepared, inputs, config.out_dir)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import torch
@@ -28,7 +27,7 @@ from litgpt_whittle.supernet import (
 )
 from litgpt_whittle.training.checks import check_pair, check_tokenizers, default_data
 from litgpt_whittle.training.config import TrainingConfig
-from litgpt_whittle.training.loop import fit, load_data
+from litgpt_whittle.training.loop import fit
 from litgpt_whittle.training.memory_plan import show_plan
 from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
@@ -39,9 +38,10 @@ from litgpt_whittle.training.pretraining import (
     checkpoint_dir_of,
     count_flops,
     launch_training,
+    prepare,
 )
 from litgpt_whittle.training.resume import state_to_resume
-from litgpt_whittle.training.run import Job, Run, Schedule
+from litgpt_whittle.training.run import Job, Run
 
 
 @dataclass
@@ -125,19 +125,13 @@ def build_run(fabric: L.Fabric, config: SupernetConfig, inputs: TrainingInputs, 
         inputs: The run's inputs.
         sampler: Chooses the networks of each step.
     """
-    train, step, supernet = config.train, inputs.step, config.supernet
-    fabric.seed_everything(config.seed)
-    model = build_model(fabric, inputs.source, step.seq_length, config.activation_checkpointing)
+    supernet = config.supernet
+    model = build_model(fabric, config, inputs)
     smallest = sampler.space.smallest()
     fabric.print(f"{num_parameters(model):,} parameters, the smallest sub-network {sampler.space.n_params(smallest):,}")
     losses_of = SuperLossModel(model)
-    root = fabric.setup(losses_of)
-    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(step.build_optimizer(root.parameters())))
-    loaders = load_data(
-        fabric, inputs.data, inputs.tokenizer_dir, train.micro_batch_size, step.seq_length, config.eval.max_iters
-    )
-    lr = optimizer.defaults["lr"]
-    schedule = Schedule.of(train, step.seq_length, lr, config.n_local, config.num_nodes, loaders[0])
+    prepared = prepare(fabric, config, inputs, losses_of)
+    root, schedule = prepared.root, prepared.schedule
     train_step = SupernetStep(
         root,
         losses_of,
@@ -150,13 +144,13 @@ def build_run(fabric: L.Fabric, config: SupernetConfig, inputs: TrainingInputs, 
     )
     job = Job(
         module=root,
-        optimizer=optimizer,
+        optimizer=prepared.optimizer,
         step=train_step,
         score=score_of(root, losses_of, None),
         save=Saver(fabric, model, inputs, config.checkpoint_type),
         more_scores={
             name: score_of(root, losses_of, subnet) for name, subnet in supernet.validated(sampler.space).items()
         },
-        flops_per_iter=count_flops(model, train.micro_batch_size, step.seq_length),
+        flops_per_iter=count_flops(model, config.train.micro_batch_size, inputs.step.seq_length),
     )
-    return begin(fabric, job, loaders, schedule, inputs, config.out_dir)
+    return begin(fabric, job, prepared, inputs, config.out_dir)

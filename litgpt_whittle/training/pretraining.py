@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.pretrain import initialize_weights
 from litgpt.utils import extend_checkpoint_dir
+from torch import nn
 
 from litgpt_whittle.checkpoint import save_checkpoint
 from litgpt_whittle.errors import UserError
@@ -32,6 +33,7 @@ from litgpt_whittle.supergpt import LayerwiseGPT, tie
 from litgpt_whittle.training.checks import make_logger
 from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.data_stream import DataStream
+from litgpt_whittle.training.loop import load_data
 from litgpt_whittle.training.memory_plan import Step
 from litgpt_whittle.training.model_source import BASIS, ModelSource
 from litgpt_whittle.training.resume import TRAINING_STATE
@@ -45,8 +47,10 @@ def checkpoint_dir_of(path: Path | None) -> Path | None:
     return None if path is None else extend_checkpoint_dir(Path(path))
 
 
-def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activation_checkpointing: bool) -> GPT:
+def build_model(fabric: L.Fabric, config: TrainingConfig, inputs: TrainingInputs) -> GPT:
     """Return the model with its weights; random weights equal those of `litgpt pretrain` with the same seed."""
+    fabric.seed_everything(config.seed)
+    student = inputs.source
     # a model to be sharded is first built whole, in CPU memory
     device = torch.device("cpu") if isinstance(fabric.strategy, ModelParallelStrategy) else fabric.device
     with Strategy.module_init_context(fabric.strategy, empty_init=True), device:
@@ -54,12 +58,40 @@ def build_model(fabric: L.Fabric, student: ModelSource, seq_length: int, activat
     initialize_weights(fabric, model, n_layer=model.config.n_layer, n_embd=model.config.n_embd)
     if student.is_tied:
         tie(model)
-    model.max_seq_length = seq_length
+    model.max_seq_length = inputs.step.seq_length
     if student.weights is not None:
         model.load_state_dict(student.weights())
-    if activation_checkpointing:
+    if config.activation_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+class Prepared(NamedTuple):
+    """A module that is ready for training, with its data."""
+
+    root: Any
+    """The module that Fabric set up"""
+    optimizer: torch.optim.Optimizer
+    loaders: tuple[Any, ValidationBatches | None]
+    """The training dataloader, and the validation batches, if any"""
+    schedule: Schedule
+
+
+def prepare(fabric: L.Fabric, config: TrainingConfig, inputs: TrainingInputs, module: nn.Module) -> Prepared:
+    """Set up a module and its optimizer in Fabric, then the data and the schedule, in litgpt's order.
+
+    Raises:
+        UserError: If the training or the validation data does not fill one batch.
+    """
+    train, seq_length = config.train, inputs.step.seq_length
+    root = fabric.setup(module)
+    optimizer = cast(torch.optim.Optimizer, fabric.setup_optimizers(inputs.step.build_optimizer(root.parameters())))
+    loaders = load_data(
+        fabric, inputs.data, inputs.tokenizer_dir, train.micro_batch_size, seq_length, config.eval.max_iters
+    )
+    lr = optimizer.defaults["lr"]
+    schedule = Schedule.of(train, seq_length, lr, config.n_local, config.num_nodes, loaders[0])
+    return Prepared(root, optimizer, loaders, schedule)
 
 
 @dataclass(frozen=True)
@@ -110,26 +142,20 @@ def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
     )
 
 
-def begin(
-    fabric: L.Fabric,
-    job: Job,
-    loaders: tuple[Any, ValidationBatches | None],
-    schedule: Schedule,
-    inputs: TrainingInputs,
-    out_dir: Path,
-) -> Run:
+def begin(fabric: L.Fabric, job: Job, prepared: Prepared, inputs: TrainingInputs, out_dir: Path) -> Run:
     """Return a new run, or one restored from the checkpoint to resume from.
 
     Args:
         fabric: The Fabric.
         job: The model with its optimizer, training step and scores.
-        loaders: The training dataloader, and the validation batches, if any.
-        schedule: Length and learning rates.
+        prepared: Data and schedule.
         inputs: The run's other inputs.
         out_dir: Folder of the checkpoints.
     """
-    stream = DataStream(loaders[0], fabric.global_rank, fabric.world_size)
-    run = Run(fabric, job, stream, loaders[1], schedule, inputs.step.seq_length, out_dir, inputs.settings)
+    train_loader, val_batches = prepared.loaders
+    stream = DataStream(train_loader, fabric.global_rank, fabric.world_size)
+    seq_length = inputs.step.seq_length
+    run = Run(fabric, job, stream, val_batches, prepared.schedule, seq_length, out_dir, inputs.settings)
     if inputs.state is not None:
         run.restore(inputs.state)
         fabric.print(f"Resuming at step {run.progress.step_count}")
