@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt_whittle.manifest import digest
 from litgpt_whittle.processes import barrier, rank
 from litgpt_whittle.registry import version
 from litgpt_whittle.tensors import save_tensors, to_device
@@ -212,16 +213,16 @@ class Scratch:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def scratch_beside(out_dir: Path, kind: str, windows: torch.Tensor, keys: Any) -> Scratch:
+def scratch_beside(out_dir: Path, kind: str, windows: torch.Tensor, inputs: Mapping[str, Any]) -> Scratch:
     """Open a hidden scratch folder next to `out_dir`, whose content is reused only for the same inputs and settings.
 
     Args:
         out_dir: Output directory of the work.
         kind: Name of the work, used as the folder's suffix.
         windows: Token ids that the work depends on, of any shape.
-        keys: Other inputs and settings that the work depends on, compared by their `repr`.
+        inputs: Manifest of the other inputs and settings that the work depends on (`litgpt_whittle.manifest`).
     """
-    digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(repr([keys, tuple(windows.shape), version()]).encode())
+    tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    manifest = {**inputs, "tokens": tokens, "shape": list(windows.shape), "version": version()}
     folder = Path(out_dir).resolve()
-    return Scratch(folder.with_name(f".{folder.name}.{kind}"), digest.hexdigest())
+    return Scratch(folder.with_name(f".{folder.name}.{kind}"), digest(manifest))

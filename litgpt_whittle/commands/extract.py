@@ -298,9 +298,14 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
 def _open_scratch(
     checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
 ) -> Scratch:
-    """Open the repair's scratch folder next to `out_dir`; after an interruption, open the existing one again."""
-    keys = [weights_fingerprint(checkpoint_dir), repr(subnet), repr(args)]
-    scratch = scratch_beside(out_dir, "repair", windows, keys)
+    """Open the repair's scratch folder next to `out_dir`, new or from an interrupted repair."""
+    inputs = {
+        "weights": weights_fingerprint(checkpoint_dir),
+        "teacher": fingerprint(subnet.teacher),
+        "sub_network": subnet.to_dict(),
+        "repair": asdict(args),
+    }
+    scratch = scratch_beside(out_dir, "repair", windows, inputs)
     needed = scratch_bytes(subnet, windows.numel(), args.refine_passes > 0) - scratch.size
     try:
         check_space(out_dir, needed, "the repair's scratch files")

@@ -142,8 +142,8 @@ class PruneConfig(CommandConfig):
             before = _perplexity(self.checkpoint_dir, None, batches, device)
             release_memory()  # of the model
             notes = self._notes(windows)
-            keys = [weights_fingerprint(self.checkpoint_dir), notes]
-            scratch = scratch_beside(self.out_dir, "prune", torch.empty(0) if windows is None else windows, keys)
+            inputs = {"weights": weights_fingerprint(self.checkpoint_dir), **notes}
+            scratch = scratch_beside(self.out_dir, "prune", torch.empty(0) if windows is None else windows, inputs)
             size = self.train.micro_batch_size
             scratch.device = device
             pruning = Pruning(shape, weights, maps, self.pruner, scratch, windows, size, self.refit)
