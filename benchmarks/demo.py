@@ -196,7 +196,7 @@ def report(tokens_per_step: int, data: dict[str, str]) -> None:
     best = min(loss for _, loss in baseline)
     rows = [
         ("teacher", "", teacher),
-        ("sub-network as cut", "", validation_loss("cut", data)),
+        ("plain cut", "", validation_loss("cut", data)),
         ("sub-network repaired", "", distilled[0][1]),
         ("repaired and distilled", tokens_to_reach(distilled, best), min(loss for _, loss in distilled)),
         ("the same from random weights", tokens_to_reach(baseline, best), best),

@@ -9,7 +9,7 @@ baseline    tokens until distilled students match random weights trained on --ba
 repairs     closed-form repair alone, and with the LM head fitted to the teacher's predictions; with and without the
             teacher
 strategies  evolution, random search, or importance alone, before and after training
-fitness     candidates scored as cut, or repaired from moments; an eighth and a third of the teacher's size
+fitness     candidates scored as plain cuts, or repaired from moments; an eighth and a third of the teacher's size
 spaces      the four search spaces, a small and a middle student
 evaluations number of evaluations that a layer-wise and a uniform space need, up to the default number
 losses      weights, temperature and kind of the distillation loss
@@ -59,7 +59,7 @@ Curve = list[tuple[int, float]]
 """Tokens and validation losses of training, in order"""
 
 REPAIRED = "--fitness=repaired_perplexity"
-"""Flag to score candidates after a repair; without it they are scored as cut"""
+"""Flag to score candidates after a repair; without it they are scored as plain cuts"""
 DEFAULT_ITERATIONS = inspect.signature(search_command).parameters["iterations"].default
 """Default number of evaluations of a search"""
 CALIBRATION = 16_384
@@ -230,8 +230,8 @@ def strategies(bench: Bench, seed: int) -> dict[str, Student]:
     few = bench.found(1 / 3, seed, "--strategy=RandomSearch", *ranked, iterations=5)
     plain = {name: Student(path) for name, path in found.items()} | {"importance alone (Minitron)": Student(few)}
     return plain | {
-        "importance alone, as cut": Student(few, False),
-        "EvoPress, as cut": Student(found["EvoPress"], False),
+        "importance alone, plain cut": Student(few, False),
+        "EvoPress, plain cut": Student(found["EvoPress"], False),
     }
 
 

@@ -1,7 +1,7 @@
 """Measure how well losses before training predict the ranking of students after training.
 
 Draws sub-networks of one bin, repairs each (`litgpt extract --repair`) and trains each on a million tokens. Kendall's τ
-compares the final ranking with the rankings before training (as cut, repaired from the teacher's moments, repaired) and
+compares the final ranking with the rankings before training (plain cut, repaired from moments, repaired) and
 during it (training losses; all students see the same batches in the same order). Finished students are kept, so an
 interrupted run resumes; students whose losses are in the report's CSV are only scored again, not trained.
 
@@ -102,7 +102,7 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
                 continue
             on_the_way = {f"after {row['tokens']:,} tokens": row["loss"] for row in run.rows if "loss" in row}
             known[i] = {"repaired": run.curve[0][1]} | on_the_way | {"trained": run.val_loss}
-        before = {"as cut": cut(subnet)["nll"], "repaired from moments": repaired(subnet)["nll"]}
+        before = {"plain cut": cut(subnet)["nll"], "repaired from moments": repaired(subnet)["nll"]}
         known[i] = before | {name: loss for name, loss in known[i].items() if name not in before}
     if not known:
         sys.exit("none of the sub-networks is trained yet")
@@ -117,8 +117,8 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
         low, high = interval(losses, columns["trained"])
         shown = f"{tau(columns, name):.2f} ({low:.2f} to {high:.2f})"
         print(f"{name:24}{min(losses):>8.3f}{max(losses):>8.3f}{shown:>34}")
-    agreed = kendalltau(columns["as cut"], columns["repaired from moments"]).statistic
-    print(f"tau of as cut with repaired from moments: {agreed:.2f}")
+    agreed = kendalltau(columns["plain cut"], columns["repaired from moments"]).statistic
+    print(f"tau of plain cut with repaired from moments: {agreed:.2f}")
     plot(columns, path.with_suffix(".png"))
 
 
@@ -136,7 +136,7 @@ def plot(columns: dict[str, list[float]], path: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     figure, [axes] = new_figure((11, 4.3), n_columns=3, sharey=False)
-    for ax, name in zip(axes, ("as cut", "repaired from moments")):
+    for ax, name in zip(axes, ("plain cut", "repaired from moments")):
         ax.scatter(columns[name], columns["trained"], s=18, color=COLORS[0])
         ax.set(xlabel=f"loss {name}, nats per token", title=f"Kendall's τ {tau(columns, name):.2f}")
     axes[0].set_ylabel("loss after training")
@@ -144,7 +144,7 @@ def plot(columns: dict[str, list[float]], path: Path) -> None:
     on_the_way = [(int(name.split()[1].replace(",", "")), name) for name in columns if name.startswith("after")]
     points = [(0, tau(columns, "repaired")), *((tokens, tau(columns, name)) for tokens, name in on_the_way)]
     axes[2].plot(*zip(*points), marker="o", ms=4, color=COLORS[0], label="repaired, then trained")
-    for color, name in zip(COLORS[1:], ("repaired from moments", "as cut")):
+    for color, name in zip(COLORS[1:], ("repaired from moments", "plain cut")):
         axes[2].axhline(tau(columns, name), color=color, linestyle="--", label=name)
     axes[2].set(xlabel="tokens of training", ylabel="τ with the last ranking", title="On the way", ylim=(0, 1.03))
     axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -116,7 +116,7 @@ class Bench:
             f"student of {self.share:.1%}, {windows.numel():,} tokens to calibrate; teacher NLL {self.teacher_nll:.3f}"
         )
         first = validate(cut, self.validation)
-        print(f"{'as cut (first entries)':40}{first:>8.3f}", flush=True)
+        print(f"{'plain cut (first entries)':40}{first:>8.3f}", flush=True)
         for name, args in {
             "repaired, coordinates": {"basis": "coordinates", "choose_units": False, "head_passes": 0},
             "repaired, coordinates, units chosen": {"basis": "coordinates", "head_passes": 0},

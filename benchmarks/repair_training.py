@@ -44,7 +44,7 @@ class Start(NamedTuple):
 REPAIR = ("--repair=true", f"--repair.tokens={CALIBRATION}")
 STARTS = {
     "random weights": Start(10_000_000, every=480, warmup=100, extract=None),
-    "as cut": Start(2_000_000, every=60),
+    "plain cut": Start(2_000_000, every=60),
     "repaired": Start(400_000, every=20, lr=1e-3, extract=REPAIR),
     "repaired and refined": Start(
         400_000, every=20, lr=1e-3, extract=(*REPAIR, "--repair.refine_passes=1", "--repair.refine_lr=1e-3")
@@ -98,7 +98,7 @@ def train(data: Data, subnet: SubNet, name: str, seed: int) -> Curve:
 def report(curves: dict[str, list[Curve]]) -> None:
     """Print how many times fewer tokens the repaired students need."""
     for name in ("repaired", "repaired and refined"):
-        for rival, goal in (("random weights", 20), ("as cut", 5)):
+        for rival, goal in (("random weights", 20), ("plain cut", 5)):
             ratios = []
             for ours, theirs in zip(curves[name], curves[rival]):
                 end, target = theirs[-1]
@@ -112,8 +112,8 @@ def report(curves: dict[str, list[Curve]]) -> None:
 
 def same_tokens(data: Data) -> None:
     """Compare uses of the calibration tokens."""
-    cut, calibration = student(data, "as cut", STARTS["as cut"], 1), f"{CALIBRATION:,} tokens"
-    for name in ("as cut", "repaired", "repaired and refined"):
+    cut, calibration = student(data, "plain cut", STARTS["plain cut"], 1), f"{CALIBRATION:,} tokens"
+    for name in ("plain cut", "repaired", "repaired and refined"):
         ((_, loss), *_) = val_losses(OUT / f"{name.replace(' ', '-')}-1/trained")
         print(f"{name + (f' on {calibration}' if STARTS[name].extract else ''):48}{loss:.3f}")
     found = {}

@@ -58,7 +58,7 @@ def litgpt(*arguments: str | Path) -> str:
 def search(data: Data, out_dir: Path, iterations: int, *flags: str, size: int | None = None) -> list[Evaluation]:
     """Return the evaluations of `litgpt search` around a size, by default a third of the teacher's.
 
-    Candidates are scored as cut unless the flags set another fitness. An interrupted search resumes.
+    Candidates are scored as plain cuts unless the flags set another fitness. An interrupted search resumes.
     """
     path = out_dir / JOURNAL
     n_done = len(read_journal(path)[1]) if path.is_file() else 0

@@ -202,7 +202,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
     length = max((len(sample.input_ids) for sample in samples), default=0)
     if not length:
         raise UserError(
-            "the training data holds no token that counts, so there is nothing to calibrate on; give more data, or "
+            "the training data has no unmasked labels to calibrate on; give more data, or "
             "raise train.max_seq_length so that samples keep their answers"
         )
     windows = _concatenated(samples, length)[: -(-n_tokens // length)]
@@ -258,7 +258,7 @@ def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_lengt
     theirs = _read_samples(val_loader(data) or (), seq_length, 10_000_000)  # enough to detect an overlap
     if (share := common_share(samples, theirs, seq_length)) > 0.1:
         raise UserError(
-            f"calibration data must not be validation data, but {share:.0%} of the text of one is in the other; "
+            f"calibration and validation data must not overlap, but {share:.0%} of one is in the other; "
             "give the data module another validation split, or raise train.max_seq_length if it truncates samples "
             "before they differ"
         )

@@ -189,7 +189,7 @@ def stopping_at(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def stopping_before(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Stop a forward pass before this module, whose input is added to the yielded list."""
+    """Stop a forward pass before this module, and append the module's input to the yielded list."""
     seen: list[torch.Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple) -> None:

@@ -89,16 +89,14 @@ def read_weights(checkpoint_dir: Path) -> MappedWeights:
         expected = GPT(config).state_dict()
     for name, tensor in expected.items():
         if name not in weights:
-            raise UserError(
-                f"{str(path)!r} lacks {name}, which its model_config.yaml asks for; use the files that match"
-            )
+            raise UserError(f"{str(path)!r} lacks {name}, which its model_config.yaml requires; use matching files")
         if weights[name].shape != tensor.shape:
             raise UserError(
-                f"{str(path)!r} has {name} of shape {tuple(weights[name].shape)}, its model_config.yaml says "
-                f"{tuple(tensor.shape)}; use the files that match"
+                f"{str(path)!r} has {name} of shape {tuple(weights[name].shape)}, its model_config.yaml requires "
+                f"{tuple(tensor.shape)}; use matching files"
             )
     if extra := sorted(set(weights) - set(expected)):
-        raise UserError(f"{str(path)!r} has {extra[0]}, which its model_config.yaml does not know; use matching files")
+        raise UserError(f"{str(path)!r} has {extra[0]}, which its model_config.yaml does not have; use matching files")
     return weights
 
 

@@ -79,7 +79,7 @@ def _scores(config: Config) -> dict[str, Any]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-    """Return the settings of sliding windows, in which `student_hf_config` then marks the layers that have one.
+    """Return the settings of sliding windows, without any layer that uses one; `student_hf_config` adds these layers.
 
     Without sliding windows, the size is `block_size`, which has no effect.
     """

@@ -166,7 +166,7 @@ def check_out_dir(out_dir: Path, overwrite: bool, needed: Iterable[Path], marker
         if path.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(f"out_dir must not contain input files, got {shown} with {str(path)!r}; choose another")
     if not any(out_dir.glob(marker)) or any(entry.is_dir() and entry.name != TEMPLATES for entry in out_dir.iterdir()):
-        raise UserError(f"--overwrite replaces a checkpoint and nothing else, got {shown}; choose another out_dir")
+        raise UserError(f"--overwrite only replaces checkpoints, got {shown}; choose another out_dir")
 
 
 def check_space(folder: Path, n_bytes: int, what: str) -> None:

@@ -201,7 +201,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
                 return records[0], records[1:], len(content) - len(line) - 1
             raise UserError(f"line {number} of the journal {str(path)!r} is damaged; restore it from a copy") from None
     if not records or not isinstance(records[0], dict) or "version" not in records[0]:
-        raise UserError(f"{str(path)!r} is no journal of a search; choose another out_dir")
+        raise UserError(f"{str(path)!r} is not the journal of a search; choose another out_dir")
     for number, evaluation in enumerate(records[1:]):
         if evaluation.index != number:
             raise UserError(f"the journal {str(path)!r} lacks evaluation {number}; restore it from a copy")

@@ -18,7 +18,7 @@ from litgpt_whittle.processes import all_reduce_sum
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
-"""Candidate ridge strengths, relative to the mean squares of the inputs; infinity returns the anchor"""
+"""Candidate ridge strengths, relative to the mean squares of the inputs; an infinite ridge gives the anchor"""
 
 
 @contextmanager
@@ -104,10 +104,10 @@ class Moments:
         size = z.shape[1]
         step = max(size // 4, 64)
         for i in range(0, size, step):  # z zᵀ is symmetric: blocks below the diagonal are mirrored
-            rows, behind = slice(i, i + step), slice(i + step, size)
+            rows, later = slice(i, i + step), slice(i + step, size)
             products = z[:, rows].T @ z[:, i:]
             self.zz[rows, i:] += products
-            self.zz[behind, rows] += products[:, step:].T
+            self.zz[later, rows] += products[:, step:].T
         self.yz += y.T @ z
         self.z += root @ z
         self.y += root @ y

@@ -63,7 +63,7 @@ def parse_range(text: str | float, unit: Unit) -> Range:
     lo, lo_suffix, hi, hi_suffix = match.groups()
     least, most = parse_amount(lo + (lo_suffix or hi_suffix), unit), parse_amount(hi + hi_suffix, unit)
     if least > most:
-        raise UserError(f"a range runs upwards, got {text!r}; swap its ends")
+        raise UserError(f"a range must ascend, got {text!r}; swap its ends")
     return least, most
 
 

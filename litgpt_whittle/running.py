@@ -139,7 +139,7 @@ class Delegate(nn.Module):
     """Calls a block of the super-network from within the sub-network's model, without owning its weights.
 
     Args:
-        blocks: Dropped blocks, which return the hidden states unchanged, followed by the block itself.
+        blocks: Any dropped blocks, which return the hidden states unchanged, then the block to call.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:

@@ -350,7 +350,7 @@ def read_choice(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{str(path)!r} is not YAML; a sub-network has lines such as 'n_embd: 512'") from None
     if not isinstance(choice, dict) or not isinstance(choice.get("provenance") or {}, dict):
-        raise UserError(f"{str(path)!r} is not a sub-network; it has lines such as 'n_embd: 512'")
+        raise UserError(f"{str(path)!r} is not a sub-network, which has lines such as 'n_embd: 512'; check the path")
     return choice
 
 
@@ -402,7 +402,9 @@ def experts_of(teacher: Config, keep: UnitIndex) -> np.ndarray:
         raise UserError(f"n_expert must be a multiple of n_expert_groups = {groups}, got {n}; keep {n - n % groups}")
     least = max(teacher.n_topk_scores_per_group, -(-per_token // teacher.n_topk_groups))
     if n // groups < least:
-        raise UserError(f"each group needs {least} experts to route to, got {n // groups}; keep {least * groups}")
+        raise UserError(
+            f"each expert group must have at least {least} experts, got {n // groups}; keep {least * groups}"
+        )
     if keep.is_prefix:
         return (np.arange(groups)[:, None] * group_size + np.arange(n // groups)).ravel()
     if (counts := np.bincount(keep.indices // group_size, minlength=groups)).min() != counts.max():

@@ -62,7 +62,7 @@ class SupernetArgs:
         sampler = lookup(GROUP, name)(space, **settings)
         if sampler.teaches and (not self.distill.uses_teacher or self.distill.hidden.is_used):
             raise UserError(
-                f"the sampler {name} teaches predictions; set supernet.distill.beta above 0 and leave "
+                f"the sampler {name} distills predictions; set supernet.distill.beta above 0 and leave "
                 "supernet.distill.hidden out, or choose another sampler"
             )
         return sampler

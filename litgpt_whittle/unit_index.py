@@ -53,7 +53,7 @@ class UnitIndex:
         if isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
             return cls(int(value))
         if not isinstance(value, str):
-            raise UserError(f"units are given as a number or as ranges such as '0-511,640-767', got {value!r}")
+            raise UserError(f"units must be a number or ranges such as '0-511,640-767', got {value!r}")
         text = value.strip()
         if text.isdigit():
             return cls(int(text))
@@ -63,7 +63,7 @@ class UnitIndex:
             if not first.isdigit() or (dash and not last.isdigit()):
                 raise UserError(f"ranges look like '0-511,640-767', got {value!r}; correct {part!r}")
             if dash and int(last) < int(first):
-                raise UserError(f"a range runs upwards, got {part!r} in {value!r}; swap its ends")
+                raise UserError(f"a range must ascend, got {part!r} in {value!r}; swap its ends")
             parts.append(np.arange(int(first), int(last if dash else first) + 1))
         return cls(np.concatenate(parts))
 
@@ -151,9 +151,9 @@ class Ordered(UnitIndex):
 
 def _check_sorted(indices: np.ndarray) -> None:
     if indices.ndim != 1:
-        raise UserError(f"kept indices form one list, got an array of shape {indices.shape}")
+        raise UserError(f"kept indices must be a flat list, got an array of shape {indices.shape}")
     if len(indices) and indices[0] < 0:
-        raise UserError(f"kept indices start at 0, got {indices[0]}; remove the negative ones")
+        raise UserError(f"kept indices must be 0 or more, got {indices[0]}; remove the negative ones")
     steps = np.diff(indices)
     if (steps == 0).any():
         raise UserError(f"kept indices must be distinct, got {indices[:-1][steps == 0][0]} twice; remove one")

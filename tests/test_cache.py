@@ -273,7 +273,7 @@ def test_an_index_that_is_none_is_refused_in_one_line(folder, change, message):
 
 
 def test_a_folder_without_an_index_is_no_cache(tmp_path):
-    with pytest.raises(UserError, match="holds no teacher's cache, it has no index.json; make one with"):
+    with pytest.raises(UserError, match="is not a teacher's cache, it has no index.json; make one with"):
         Cache(tmp_path)
 
 

@@ -375,8 +375,16 @@ def refuse(folder, match, **kwargs):
         (TOP_K, {"loss": {"forward_kl": 1, "l1": 0.1}}, "l1 needs all logits, got only distributions from the cache"),
         (SAMPLED, {"loss": "reverse_kl"}, "reverse_kl is biased on the samples of the cache .*; choose forward_kl"),
         (SAMPLED, {"loss": {"jensen_shannon": {"beta": 0.2}}}, "jensen_shannon is biased"),
-        (SAMPLED, {"temperature": 2.0}, "must be 0.9, at which the cache .* was made, got 2.0; set --distill.temperat"),
-        (TOP_K, {"temperature": RampArgs(0.9, 1.0)}, r"must be 0.9, at which the cache .* got RampArgs\(start=0.9"),
+        (
+            SAMPLED,
+            {"temperature": 2.0},
+            "must be 0.9, the temperature of the cache .*, got 2.0; set --distill.temp",
+        ),
+        (
+            TOP_K,
+            {"temperature": RampArgs(0.9, 1.0)},
+            r"the temperature of the cache .* got RampArgs\(start=0.9",
+        ),
     ],
 )
 def test_a_loss_that_the_cache_has_too_little_for_is_refused(teacher_dir, tmp_path, codec, distill, match):
@@ -400,7 +408,7 @@ def test_a_cache_that_ends_before_the_training_is_refused(corpus, tmp_path):
     batch = 8 * SEQ
     student = {"data": HFText(str(path), seed=3), "model_config": config(padded_vocab_size=300, vocab_size=300)}
     refuse(
-        tmp_path, f"must have the {3 * batch} tokens that are trained on, it has {2 * batch}; lower train.max_tokens, "
+        tmp_path, f"must have the {3 * batch} tokens of the training, got {2 * batch}; lower train.max_tokens, "
         f"or cache the teacher with --max_tokens {3 * batch}",
         teacher_cache=store, train=train_args(max_steps=3), **student,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def test_samples_of_different_lengths_follow_each_other_without_padding():
 
 def test_samples_without_a_token_that_counts_are_left_out():
     empty = {"input_ids": text(66, 0).view(2, 33), "labels": torch.full((2, 33), -100)}
-    with pytest.raises(UserError, match="the training data holds no token that counts"):
+    with pytest.raises(UserError, match="the training data has no unmasked labels"):
         calibration_windows(Given([empty]), 32, 100)
 
 
@@ -64,14 +64,14 @@ def test_samples_without_a_token_that_counts_are_left_out():
 def test_a_validation_split_within_the_training_data_is_found(length):
     train, validation = text(40 * (length + 1), 0).view(40, -1), text(2 * (length + 1), 1).view(2, -1)
     mixed = torch.cat([train[:20], validation, train[20:]])
-    with pytest.raises(UserError, match="must not be validation data, but 100% of the text of one is in the other"):
+    with pytest.raises(UserError, match="must not overlap, but 100% of one is in the other"):
         calibration_windows(Given([mixed], [validation]), length, 10**6)
     assert calibration_windows(Given([train], [validation]), length, 10**6).shape == (40, length)
 
 
 def test_calibrating_on_a_part_of_the_validation_split_is_found():
     validation = text(40 * 65, 0).view(40, -1)
-    with pytest.raises(UserError, match="must not be validation data"):
+    with pytest.raises(UserError, match="must not overlap"):
         calibration_windows(Given([validation[:3]], [validation]), 64, 10**6)
 
 
@@ -111,7 +111,7 @@ def test_samples_that_both_sides_have_are_found_whatever_the_template(n_template
     template, shared = text(n_template, 10**9), max(1, round(share * n))
     train = instructions(range(seed, seed + 3 * n), template, masked, answer)
     validation = instructions(range(seed + 3 * n - shared, seed + 4 * n - shared), template, masked, answer)
-    with pytest.raises(UserError, match="calibration data must not be validation data"):
+    with pytest.raises(UserError, match="calibration and validation data must not overlap"):
         calibration_windows(Given([train], [validation]), 2048, 10**6)
 
 
@@ -127,16 +127,16 @@ def test_templates_in_packed_text_are_no_overlap_and_documents_are(n_template):
     several = [text(n_template, 10**9 + i) for i in range(2)]
     train, validation = packed(range(80), several[0], 65), packed(range(200, 230), several[0], 65)
     assert len(calibration_windows(Given([train], [validation]), 64, 10**6)) == len(train)
-    with pytest.raises(UserError, match="must not be validation data"):
+    with pytest.raises(UserError, match="must not overlap"):
         calibration_windows(Given([train], [packed(range(70, 90), several[0], 65)]), 64, 10**6)
     # a different template does not hide them
-    with pytest.raises(UserError, match="must not be validation data"):
+    with pytest.raises(UserError, match="must not overlap"):
         calibration_windows(Given([train], [packed(range(70, 80), several[1], 65)]), 64, 10**6)
 
 
 def test_text_that_repeats_itself_is_found_too():
     text_ = text(50, 0).repeat(40)[: 20 * 65].view(20, 65)
-    with pytest.raises(UserError, match="must not be validation data"):
+    with pytest.raises(UserError, match="must not overlap"):
         calibration_windows(Given([text_], [text_[:5]]), 64, 10**6)
 
 

@@ -107,9 +107,9 @@ def test_what_is_wrong_with_a_checkpoint_is_told_in_one_line(checkpoint):
     save_config(dataclasses.replace(LLAMA, n_layer=5), checkpoint)
     problem(r"lacks transformer\.h\.4")
     save_config(dataclasses.replace(LLAMA, n_layer=3), checkpoint)
-    problem(r"has transformer\.h\.3\.\S+, which its model_config.yaml does not know")
+    problem(r"has transformer\.h\.3\.\S+, which its model_config.yaml does not have")
     save_config(dataclasses.replace(LLAMA, intermediate_size=25), checkpoint)
-    problem(r"of shape \(24, 32\), its model_config.yaml says \(25, 32\)")
+    problem(r"of shape \(24, 32\), its model_config.yaml requires \(25, 32\)")
     for text, message in (("a: [", "not YAML"), ("unknown_field: 1", "is refused by litgpt"), ("", "not a mapping")):
         config.write_text(text)
         problem(message, check_checkpoint)

@@ -247,7 +247,7 @@ def test_only_an_exported_model_is_overwritten(tmp_path):
         setup(tmp_path / "lit", out_dir=tmp_path / "hf")
     setup(tmp_path / "lit", out_dir=tmp_path / "hf", overwrite=True, check=False)
     save(tmp_path / "other", LLAMA)
-    with pytest.raises(UserError, match="replaces a checkpoint and nothing else"):
+    with pytest.raises(UserError, match="--overwrite only replaces checkpoints"):
         setup(tmp_path / "lit", out_dir=tmp_path / "other", overwrite=True)
 
 

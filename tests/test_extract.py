@@ -110,7 +110,7 @@ def test_it_says_what_transformers_cannot_open(checkpoint, tmp_path, caplog):
         ("n_embd: 3,3", "must be distinct"),
         ("n_embd: 0", "at least one unit"),
         ("n_embd: ''", "ranges look like"),
-        ("n_layer: 7-3", "a range runs upwards"),
+        ("n_layer: 7-3", "a range must ascend"),
         ("n_query_groups: [1, 2]", "2 entries for 4 kept layers"),
         ("heads_per_group: 2", "heads_per_group must lie within the teacher's 1"),
         ("head_size: 1", "head_size"),
@@ -151,7 +151,7 @@ def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
     assert Config.from_checkpoint(out).n_embd == 8
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="replaces a checkpoint and nothing else"):
+    with pytest.raises(UserError, match="--overwrite only replaces checkpoints"):
         setup(checkpoint, tmp_path / "s.yaml", tmp_path / "notes", overwrite=True)
     with pytest.raises(UserError, match="must not contain input files"):
         setup(checkpoint, tmp_path / "s.yaml", checkpoint, overwrite=True)

@@ -206,7 +206,7 @@ def test_calibration_never_sees_validation_data(folder, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", texts)
     write_jsonl(tmp_path / "same.jsonl", texts[::-1])  # the same texts in another order
     same = HFText(path=str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "same.jsonl"))
-    with pytest.raises(UserError, match="calibration data must not be validation data"):
+    with pytest.raises(UserError, match="calibration and validation data must not overlap"):
         extract(folder, tmp_path / "s", data=same)
 
 

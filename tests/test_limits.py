@@ -85,7 +85,7 @@ def test_without_a_bin_a_limit_on_parameters_is_the_bin():
     ("ranges", "bin", "message"),
     [
         ({"flops": (0, 100)}, None, "limit.flops 100 "),
-        ({"flops": (1e9, 2e9)}, Bin(9_000, 20_000), "bin 9K-20K keeps to limit.flops 1G-2G "),
+        ({"flops": (1e9, 2e9)}, Bin(9_000, 20_000), "bin 9K-20K meets limit.flops 1G-2G "),
         ({"n_params": (1, 2)}, None, "limit.n_params 1-2 "),
         ({"kv_cache_bytes": (0, 1), "weight_bytes": (0, 1e9)}, None, "kv_cache_bytes 1B .* and limit.weight_bytes 1GB"),
     ],
@@ -154,8 +154,8 @@ def test_resuming_within_other_limits_is_refused_by_name(checkpoint, tmp_path):
     [
         ({"flops": "fast"}, "limit.flops: an amount in FLOPs per token looks like 800M"),
         ({"latency_decode": "2GB"}, "limit.latency_decode: an amount in seconds looks like 10ms"),
-        ({"weight_bytes": "2GB-1GB"}, "limit.weight_bytes: a range runs upwards"),
-        ({"flops": 10}, r"none of 500 random sub-networks of the bin 8K-10K keeps to limit.flops 10 \(they have"),
+        ({"weight_bytes": "2GB-1GB"}, "limit.weight_bytes: a range must ascend"),
+        ({"flops": 10}, r"none of 500 random sub-networks of the bin 8K-10K meets limit.flops 10 \(they have"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(checkpoint, tmp_path, limit, message):

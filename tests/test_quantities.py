@@ -39,7 +39,7 @@ def test_unreadable_ranges_are_refused(text):
 
 
 def test_a_reversed_range_is_refused():
-    with pytest.raises(UserError, match="a range runs upwards, got '2ms-1ms'; swap its ends"):
+    with pytest.raises(UserError, match="a range must ascend, got '2ms-1ms'; swap its ends"):
         parse_range("2ms-1ms", "seconds")
 
 

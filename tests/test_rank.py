@@ -169,7 +169,7 @@ def test_text_that_the_student_will_be_judged_on_is_refused(folder, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", texts)
     write_jsonl(tmp_path / "same.jsonl", texts[::-1])
     same = HFText(path=str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "same.jsonl"))
-    with pytest.raises(UserError, match="calibration data must not be validation data"):
+    with pytest.raises(UserError, match="calibration and validation data must not overlap"):
         run(folder, tmp_path / "out", data=same)
 
 
@@ -202,7 +202,7 @@ def test_scores_that_are_not_finite_are_told(folder, tmp_path):
 
 def test_files_that_are_no_ranking_of_this_teacher_are_refused(folder, tmp_path):
     path = tmp_path / "out/importance.pt"
-    with pytest.raises(UserError, match="there is no .* make it with 'litgpt rank'"):
+    with pytest.raises(UserError, match="there is no .* create it with 'litgpt rank'"):
         Ranking.load(path, TEACHER)
     run(folder, tmp_path / "out", layer_tokens=0)
     with pytest.raises(UserError, match=r"ranks 'Llama-3.2-1B' \(.*\), not 'phi-2'"):
@@ -212,7 +212,7 @@ def test_files_that_are_no_ranking_of_this_teacher_are_refused(folder, tmp_path)
     with pytest.raises(UserError, match="has format 9, this version reads 1; rank again"):
         Ranking.load(path, TEACHER)
     torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="is no file of 'litgpt rank'"):
+    with pytest.raises(UserError, match="is not a file of 'litgpt rank'"):
         Ranking.load(path, TEACHER)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(UserError, match="is damaged or no file"):

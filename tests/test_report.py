@@ -174,9 +174,9 @@ OLD = {"version": 1, "teacher": {"name": "t"}, "settings": {}}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no search, it has no journal.jsonl"),
-        ("", "is no journal of a search"),
-        ('{"some": "json"}\n', "is no journal of a search"),
+        (None, "is not a search, it has no journal.jsonl"),
+        ("", "is not the journal of a search"),
+        ('{"some": "json"}\n', "is not the journal of a search"),
         ("text\n", "line 1 of the journal .* is damaged"),
         (json.dumps(OLD) + "\n", "was written by another version"),
         (json.dumps({"version": 2, **header(TEACHER)}) + "\n", "has no candidate with a score among its 0 evaluations"),

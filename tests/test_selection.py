@@ -195,7 +195,7 @@ def test_rungs_are_read():
         ({"rungs": ["8x1k", "8x2k"]}, "fewer students and more tokens than the one before, got 8x1000 and then 8x2000"),
         ({"rungs": ["8x1k", "2x1k"]}, "fewer students and more tokens"),
         ({"rungs": ["8x1k"], "config": None}, "need selection.config"),
-        ({"rungs": []}, "is read for selection.rungs only"),
+        ({"rungs": []}, "has no effect without selection.rungs"),
         ({"rungs": ["8x1k"], "config": "nowhere.yaml"}, "cannot read selection.config 'nowhere.yaml'"),
     ],
 )

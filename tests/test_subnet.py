@@ -145,7 +145,7 @@ LATENT, MIXTRAL = ARCHITECTURES["latent"], ARCHITECTURES["Mixtral-8x7B-v0.1"]
         (PYTHIA, {"n_layer": "2,1"}, "must be sorted, got 2 before 1"),
         (PYTHIA, {"n_layer": "1,1"}, "must be distinct, got 1 twice"),
         (PYTHIA, {"n_layer": ""}, "ranges look like"),
-        (PYTHIA, {"n_layer": "3-1"}, "runs upwards"),
+        (PYTHIA, {"n_layer": "3-1"}, "must ascend"),
         (PYTHIA, {"n_layer": [0, 1]}, "number or as ranges"),
         (PYTHIA, {"n_embd": 1.5}, "number or as ranges"),
         (PYTHIA, {"n_embd": True}, "number or as ranges"),

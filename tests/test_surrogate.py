@@ -222,7 +222,7 @@ def test_agreement_is_of_candidates_with_both():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must be a search's folder or journal, found none at .*; correct it"),
+        (None, "must be the folder or journal of a search, got .*; correct it"),
         ("text\n", "line 1 of the journal .* is damaged"),
         (json.dumps({"version": 1, "teacher": {"name": "t"}}) + "\n", "was written by another version"),
     ],

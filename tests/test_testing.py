@@ -47,7 +47,7 @@ class IgnoresTheBin(RandomSearch):
         return strategies.Space(self.space.teacher, "fine_layerwise").sample(rng)
 
 
-@breaks(strategies.check_candidates, "must go on proposing in a large space, it stopped at 50")
+@breaks(strategies.check_candidates, "must keep proposing in a large space, it stopped at 50")
 class EndsEarly(RandomSearch):
     @property
     def ready(self):
@@ -81,7 +81,7 @@ class RemembersEarlierSearches(RandomSearch):
         return self.space.sample(np.random.default_rng((self.seed, self.n_proposed)))
 
 
-@breaks(strategies.check_replay, "a search must go on the same after a replay of 1 scores")
+@breaks(strategies.check_replay, "a search must be the same after a replay of 1 scores")
 class ComparesByIdentity(RandomSearch):
     def start(self, space, seed):
         self.asked, self.n_known = [], 0
@@ -117,7 +117,9 @@ class IgnoresOthers(RandomSearch):
             super().tell(subnet, score, measures)
 
 
-@breaks(strategies.check_others_any_time, "must go on when candidates that it did not propose are reported in between")
+@breaks(
+    strategies.check_others_any_time, "must continue when candidates that it did not propose are reported in between"
+)
 class WaitsForItsOwn(RandomSearch):
     @property
     def ready(self):

@@ -1,4 +1,4 @@
-"""Measure the speed of scoring candidates, as cut and repaired, against the extracted model; and generation latency."""
+"""Measure the speed of scoring candidates, plain and repaired, against the extracted model; and generation latency."""
 
 from __future__ import annotations
 

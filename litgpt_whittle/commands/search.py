@@ -159,9 +159,7 @@ class SearchConfig(CommandConfig):
             UserError: For the first invalid argument.
         """
         if self.bin is None and not self.limit.ranges():
-            raise UserError(
-                "bin must say how many parameters to search for; give one such as --bin 410M±5%, or a limit"
-            )
+            raise UserError("the target size is missing; set a bin such as --bin 410M±5%, or a limit")
         if self.iterations < 1:
             raise UserError(f"iterations must be at least 1, got {self.iterations}; raise it")
         check_seed(self.seed)
@@ -207,7 +205,7 @@ class SearchConfig(CommandConfig):
         if self.teacher_placement != "sharded":
             return
         if n == 1:
-            raise UserError("teacher_placement sharded spreads the teacher over devices, got 1; raise --devices")
+            raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices")
         if not self.measure.can_shard:
             raise UserError(
                 f"fitness {self.fitness!r} needs the whole teacher on each device; use --teacher_placement replicated, "

@@ -57,7 +57,7 @@ def interleaved(counts: Sequence[int], draw: np.random.Generator | None = None) 
 
 
 def blended_once(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[int]:
-    """Return indices of windows in the given shares, without repetition and in text order, counted over all texts."""
+    """Return window indices, counted over all texts, so that texts have the given shares; no window is repeated."""
     total = min(size / share for size, share in zip(sizes, shares))
     counts = [max(int(total * share), 1) for share in shares]
     return _in_order(interleaved(counts), sizes, [np.arange(count) for count in counts])

@@ -61,7 +61,7 @@ def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[P
         )
     kept = [file for file in kinds if file.stat().st_size]
     if not kept:
-        raise UserError(f"{option} {path!r} is empty; name data that has text")
+        raise UserError(f"{option} {path!r} is empty; choose data that contains text")
     _check_zstd(kept)
     if found[0] not in ("parquet", "arrow"):
         for file in kept[:: -(-len(kept) // MAX_CHECKED)]:
@@ -110,7 +110,7 @@ def documents(
             else:
                 data = open_configuration(layout.path, name, layout.names, option).as_streaming_dataset(split)
     except StopIteration:
-        raise UserError(f"{option} {layout.path!r} is empty; name data that has text") from None
+        raise UserError(f"{option} {layout.path!r} is empty; choose data that contains text") from None
     total = len(data) if hasattr(data, "__len__") else None
     return _texts_of(data, layout, column, option), total
 
@@ -255,7 +255,7 @@ def opened(file: Path, option: str) -> Iterator[IO[bytes]]:
             yield stream
     except _READ_ERRORS as error:
         raise UserError(
-            f"{option}: {str(file)!r} cannot be read ({reason(error)}); mend the file, or name another"
+            f"{option}: {str(file)!r} cannot be read ({reason(error)}); correct the file, or name another"
         ) from None
 
 

@@ -117,7 +117,7 @@ class HFText(DataModule):
                 continue
             texts, _ = self._read(source, streaming=True)
             if next(texts, None) is None:
-                raise UserError(f"{source.option} {source.layout.path!r} is empty; name data that has text")
+                raise UserError(f"{source.option} {source.layout.path!r} is empty; choose data that contains text")
 
     def prepare_data(self) -> None:
         """Tokenise the parts that have not been tokenised yet.
@@ -301,12 +301,12 @@ class HFText(DataModule):
             first = next(ids, None)
             if first is None and source.is_shared and next(read()[0], None) is not None:
                 raise UserError(
-                    f"none of the few documents of {path!r} fell into its {part} part, with val_fraction = "
-                    f"{self.val_fraction}; set data.val_path to another text, or change data.val_fraction"
+                    f"{path!r} has too few documents for a {part} split with val_fraction = {self.val_fraction}; "
+                    "set data.val_path to another text, or change data.val_fraction"
                 )
             if first is None:
                 raise UserError(
-                    f"the {part} data of {path!r} is empty; name data that has text in {self.text_column!r}"
+                    f"the {part} data of {path!r} is empty; choose data that contains text in {self.text_column!r}"
                 )
             vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, largest_id(tokenizer) + 1)
             write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)

@@ -89,7 +89,7 @@ def _check_records(records: Iterable[Any], part: str) -> None:
     """Raise UserError for instruction data that would make litgpt fail in the middle of an epoch."""
     for i, record in enumerate(records):
         if not isinstance(record, Mapping):
-            raise UserError(f"JSON data must be a list of records, got a {type(record).__name__} in it; mend the file")
+            raise UserError(f"JSON data must be a list of records, got also a {type(record).__name__}; correct it")
         for key in ("instruction", "output"):
             if not isinstance(record.get(key), str):
                 raise UserError(

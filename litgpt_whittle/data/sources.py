@@ -125,7 +125,7 @@ def find_layout(path: str, name: str | None = None, option: str = "data.path") -
     if local.is_dir():
         files = tuple(_walk(local))
         if not files:
-            raise UserError(f"{option} {path!r} holds no files; name a file or folder that has text")
+            raise UserError(f"{option} {path!r} holds no files; name a file or folder that contains text")
         return _folder_layout(path, local, files, name, option)
     if glob.has_magic(path):
         found = sorted(Path(match) for match in glob.glob(str(local), recursive=True))
@@ -206,7 +206,7 @@ def open_configuration(path: str, name: str | None, names: tuple[str, ...], opti
             raise UserError(
                 f"data.name must be chosen for {path!r}; its configurations are {', '.join(names)}"
             ) from None
-        raise UserError(f"{option} {path!r} cannot be read ({reason(error)}); mend its README.md") from None
+        raise UserError(f"{option} {path!r} cannot be read ({reason(error)}); correct its README.md") from None
 
 
 def kind_of(file: Path) -> tuple[str, str | None]:

@@ -32,7 +32,7 @@ class RampArgs:
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
-            raise UserError(f"until must be a share of the training, above 0 and at most 1, got {self.until}")
+            raise UserError(f"until must be a fraction of the training, above 0 and at most 1, got {self.until}")
 
     def at(self, done: float) -> float:
         """Return the value when a fraction `done` of training is done."""

@@ -116,7 +116,7 @@ class Index:
             _natural(contents.max_seq_length)
         except OSError:
             raise UserError(
-                f"{str(folder)!r} holds no teacher's cache, it has no {INDEX}; make one with litgpt cache_teacher"
+                f"{str(folder)!r} is not a teacher's cache, it has no {INDEX}; make one with litgpt cache_teacher"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):

@@ -95,11 +95,11 @@ class Scores:
         if teacher.log_tail is not None and teacher.ids.size(1) < q.size(1):
             # the known tokens' entries of q are no longer needed; with them zeroed, q sums to the tail
             tail = q.scatter_(1, teacher.ids, 0.0).sum(-1, keepdim=True)
-            behind = teacher.log_tail - tail.clamp(min=torch.finfo(tail.dtype).tiny).log()
-            kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * behind, 0.0)
+            gap = teacher.log_tail - tail.clamp(min=torch.finfo(tail.dtype).tiny).log()
+            kl += torch.where(teacher.log_tail > -torch.inf, teacher.log_tail.exp() * gap, 0.0)
             if self.with_grad:
                 # tail tokens' probabilities are rescaled to the teacher's tail; if q_tail underflows, so do its tokens'
-                q.mul_((1 - behind.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
+                q.mul_((1 - gap.clamp(max=80.0).exp()) * scale).scatter_(1, teacher.ids, (known.exp() - p) * scale)
         elif self.with_grad:
             q.mul_(p.sum(-1, keepdim=True) * scale).scatter_add_(1, teacher.ids, -p * scale)
         self.distill = self.distill + weight * self._mean(kl)

@@ -131,7 +131,7 @@ class TeacherLogits:
 
 
 class HeadLosses(NamedTuple):
-    """Scalars: the loss to differentiate, and its detached parts, not multiplied by alpha, beta and T²."""
+    """Scalar losses: `loss` to differentiate, and its parts, detached and without the factors alpha, beta and T²."""
 
     loss: torch.Tensor
     ce: torch.Tensor
@@ -239,7 +239,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_):
         if ctx.grads is None:
-            raise RuntimeError("the chunked head's gradients were already handed out; call it again")
+            raise RuntimeError("the chunked head's gradients were used already; call it again")
         # in place, because with a large vocabulary the head's gradient is as large as a chunk's logits
         grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.grads)
         ctx.grads = None

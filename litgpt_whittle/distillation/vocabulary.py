@@ -40,7 +40,7 @@ class SharedTargets:
 
 
 def shared_targets(targets: SoftTargets | None, n_student: int) -> SoftTargets | None:
-    """Return the targets unchanged if both vocabularies have the same size, otherwise those of the shared entries."""
+    """Return the targets of the entries that both vocabularies share, which are all if their sizes are equal."""
     if targets is None:
         return None
     n_teacher = getattr(targets, "n_entries", n_student)

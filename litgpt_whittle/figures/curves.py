@@ -76,7 +76,7 @@ def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
     shown = layers[n_copies:]
     figure, [[axes]] = new_figure((8.5, 4.8))
     places = range(len(shown))
-    axes.plot(places, [layer.before for layer in shown], "o--", color=GRAY, label="this block as cut")
+    axes.plot(places, [layer.before for layer in shown], "o--", color=GRAY, label="this block, plain cut")
     axes.plot(places, [layer.after for layer in shown], "o-", color=COLORS[0], label="repaired")
     step = -(-len(shown) // MOST_LABELS)
     axes.set_xticks(places[::step], [str(layer.layer) for layer in shown[::step]])
@@ -90,7 +90,7 @@ def plot_repair(layers: Sequence[LayerReport], png_path: Path) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         # a tick below and above all points
         axes.set_ylim(_mark_below(min(errors)), 1 / _mark_below(1 / max(errors)))
-    axes.set_title("The student's stream after each block, against the teacher's", loc="left")
+    axes.set_title("Error of the student's residual stream after each block", loc="left")
     save_figure(figure, png_path)
 
 

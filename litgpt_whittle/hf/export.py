@@ -269,7 +269,7 @@ def _open(folder: Path) -> torch.nn.Module:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             raise UserError(
-                f"transformers finds {kind.replace('_', ' ')} in the exported model, such as {min(info[kind])}, so "
+                f"transformers reports {kind.replace('_', ' ')} in the exported model, such as {min(info[kind])}, so "
                 "nothing was exported; the checkpoint's model_config.yaml has a setting that its class does not support"
             )
     return model.float().eval()

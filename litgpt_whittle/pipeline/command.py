@@ -50,8 +50,8 @@ class WhittleConfig(CommandConfig):
     out_dir: Path = Path("out/whittle")
     """Directory of the stages' folders, the students and the report."""
     rank: bool | Section | None = None
-    """If true, rank the teacher's units first. This is the default for coarse search spaces, which then keep the most
-    important units. Or settings such as ``--rank.tokens 100000``, see ``litgpt rank --help``."""
+    """If true, rank the teacher's units first, so that coarse search spaces keep the most important ones. True by
+    default for coarse spaces. Or settings such as ``--rank.tokens 100000``; see ``litgpt rank --help``."""
     search: Section | None = None
     """Settings such as ``--search.iterations 1000``, see ``litgpt search --help``."""
     extract: Section | None = None
@@ -85,9 +85,7 @@ class WhittleConfig(CommandConfig):
                 "litgpt whittle must be started once, on one machine; on several machines, run the stages one by one"
             )
         if self.target is None:
-            raise UserError(
-                "target must say how many parameters the student is to have; give one such as --target 410M"
-            )
+            raise UserError("the target size is missing; set the student's number of parameters, such as --target 410M")
         check_writable(self.out_dir)
         check_checkpoint(self.checkpoint_dir)
 
@@ -145,5 +143,5 @@ def _targets(target: str | int | float | list[str | int | float] | None) -> dict
         raise UserError(f"target: {own_flags(str(error), 'search')}") from None
     named = dict(zip((folder_of(str(text)) for text in texts), bins))
     if len(named) < len(bins):
-        raise UserError(f"targets must differ before their tolerance, got {target!r}; give ranges instead")
+        raise UserError(f"targets must differ in the size before '±', got {target!r}; give ranges instead")
     return named

@@ -61,10 +61,10 @@ BASELINE = [
 """Flags that turn distillation into plain pretraining from random weights"""
 
 NO_LIMIT = 3_000_000_000_000
-"""litgpt's default number of training tokens"""
+"""litgpt's default of train.max_tokens, which means that the user has set no limit"""
 
 SELECTION_CONFIG = "selection-distill.yaml"
-"""Name of the training config for a selection's students, unless the search's settings name one"""
+"""File name of the training config that a selection uses by default"""
 
 REPAIR_PASSES = 3
 """Upper bound of a repair's cost, in forward passes of the teacher over its tokens; see benchmarks/repair.py"""
@@ -363,7 +363,7 @@ class DistillStage(Stage[DistillConfig]):
         given = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
         names = {name.removeprefix("--train.") for name in given}
         if not any(name in names and getattr(args.train, name) for name in ("max_tokens", "max_steps")):
-            raise UserError("the distillation must end somewhere; set --distill.train.max_tokens")
+            raise UserError("the distillation has no end; set --distill.train.max_tokens")
         if args.train.tie_embeddings not in (None, tied):
             asked, needed = (str(value).lower() for value in (args.train.tie_embeddings, tied))
             raise UserError(

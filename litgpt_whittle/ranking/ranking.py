@@ -108,13 +108,13 @@ class Ranking:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"there is no {str(path)!r}; make it with 'litgpt rank'")
+        raise UserError(f"there is no {str(path)!r}; create it with 'litgpt rank'")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-        raise UserError(f"{str(path)!r} is damaged or no file of 'litgpt rank'; make it again") from None
+        raise UserError(f"{str(path)!r} is damaged, or not a file of 'litgpt rank'; create it again") from None
     if not isinstance(content, dict) or not {"version", "metric", "units"} <= set(content):
-        raise UserError(f"{str(path)!r} is no file of 'litgpt rank'; name its {FILE}")
+        raise UserError(f"{str(path)!r} is not a file of 'litgpt rank'; name its {FILE}")
     if content["version"] != VERSION:
         raise UserError(f"{str(path)!r} has format {content['version']}, this version reads {VERSION}; rank again")
     return content

@@ -12,8 +12,8 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.repair.costs import widest_map
 
 LEAST_TOKENS, TOKENS_PER_INPUT = 65_536, 32
-"""Default number of calibration tokens: a minimum, and the number per input of the student's widest linear map; fewer
-would overfit"""
+"""Default number of calibration tokens: at least the first number, and at least the second per input of the widest
+linear map; fewer would overfit"""
 
 LEAST_TOKENS_TO_REFINE, TOKENS_PER_INPUT_TO_REFINE = 16_384, 12
 """Default number of tokens for the closed form if `refine_passes` follow it: minimum, and number per input"""
@@ -34,8 +34,8 @@ class RepairArgs:
     """Passes over the calibration tokens that train all blocks jointly on the teacher's predictions, after the closed
     form"""
     closed_form_tokens: int | None = None
-    """Number of calibration tokens for the closed form, if refine_passes is above 0. Refining gains more from tokens
-    outside this number. By default 12 per input of the student's widest linear map, and at least 16,384"""
+    """Number of calibration tokens for the closed form, if refine_passes is above 0. The refinement gains
+    most from the remaining tokens. By default 12 per input of the student's widest linear map, and at least 16,384"""
     refine_lr: float = 3e-4
     """Peak learning rate of refine_passes, annealed to zero"""
     head_passes: int = 1

@@ -70,7 +70,7 @@ def head_bytes(subnet: SubNet) -> int:
 
 
 def _logits_bytes(subnet: SubNet, n_tokens: int) -> int:
-    """Return the bytes of the temporary tensors while the divergence of both models' predictions is computed."""
+    """Return the bytes of temporary tensors in the computation of the divergence between both models' predictions."""
     return FP32 * LOGITS_COPIES * n_tokens * subnet.teacher.padded_vocab_size
 
 

@@ -1,4 +1,4 @@
-"""Repair candidates from the teacher's moments alone, which are collected once, and fit any candidate by linear solves.
+"""Repair candidates by linear solves, from moments of the teacher that are collected once.
 
 The full repair (`litgpt_whittle.repair.sequential`) runs the student to get the actual inputs of its maps. Here each
 map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is

@@ -15,7 +15,7 @@ from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.unit_index import UnitIndex
 
 Orders = dict[tuple[str, bytes], list[int]]
-"""Elimination order of units, by the name of the map whose inputs they are, and the bytes of their column indices"""
+"""Elimination orders of units, keyed by the name of the map that reads them and by the bytes of its column indices"""
 
 
 def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plot the costs of each layer's alternatives, smaller sizes of one layer: a heat map of layers and sizes."""
+"""Heat map of the costs of each layer's alternatives, which are smaller sizes of one layer."""
 
 from __future__ import annotations
 

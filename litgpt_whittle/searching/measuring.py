@@ -112,6 +112,6 @@ def as_scored(evaluations: Sequence[Evaluation], name: str, teacher: Any) -> dic
 
 
 def measurements_header(header: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the header of the measurements' journal: settings that the scores of all bins' candidates depend on."""
+    """Return the header of the measurements' journal: the settings that affect scores in every bin."""
     settings = {name: value for name, value in header["settings"].items() if name in _SETTINGS}
     return {**header, "settings": settings}

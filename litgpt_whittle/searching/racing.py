@@ -67,5 +67,5 @@ def estimate(losses: Losses, n_tokens: np.ndarray, yardstick: Losses) -> float:
         yardstick: Mean losses of a candidate evaluated on all windows, shape (n_windows,).
     """
     seen = n_tokens[: len(losses)]
-    behind = np.average(losses - yardstick[: len(losses)], weights=seen)
-    return float(np.average(yardstick, weights=n_tokens) + behind)
+    margin = np.average(losses - yardstick[: len(losses)], weights=seen)
+    return float(np.average(yardstick, weights=n_tokens) + margin)

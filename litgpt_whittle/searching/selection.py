@@ -94,7 +94,7 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
             "selection.rungs need selection.config, a YAML file of litgpt distill with data and batch sizes"
         )
     if args.config is not None and not rungs:
-        raise UserError("selection.config is read for selection.rungs only; add rungs such as [8x200k, 2x1M]")
+        raise UserError("selection.config has no effect without selection.rungs; add rungs such as [8x200k, 2x1M]")
     if args.config is not None and args.config not in to_come and _read_config(args.config).get("compile", True):
         check_compiler()
     return rungs

@@ -126,7 +126,7 @@ def _names_units(space: Space, fitness: Fitness, ranking: Ranking | None) -> boo
 def _order(
     fitness: Fitness, text: Callable[[], list[torch.Tensor]], ranking: Ranking | None, sharded: bool
 ) -> Order | None:
-    """Return the ranking's order, or a measured one, identical on all processes."""
+    """Return the order of the ranking if there is one, else a measured order; the same on all processes."""
 
     def order() -> Order | None:
         return _measured(fitness, text()) if ranking is None else ranking.order

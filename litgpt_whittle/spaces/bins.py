@@ -28,7 +28,7 @@ class Bin:
 
     def __post_init__(self) -> None:
         if self.lo > self.hi:
-            raise UserError(f"a bin starts with its lower end, got {short(self.lo)}-{short(self.hi)}; swap its ends")
+            raise UserError(f"a bin must ascend, got {short(self.lo)}-{short(self.hi)}; swap its ends")
         if self.hi < 1:
             raise UserError(f"a bin must contain a parameter count of 1 or more, got {self.lo}-{self.hi}")
 

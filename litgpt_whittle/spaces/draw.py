@@ -259,7 +259,7 @@ class _Descent:
         return wishes
 
     def _shift(self, sizes: Mapping[Key, float], by: float) -> dict[Key, float]:
-        """Move all sizes by a fraction of the way to their smallest (by < 0) or largest value."""
+        """Move all sizes towards their smallest (by < 0) or largest values, by the fraction |by| of the distance."""
         ends = {key: self.table.grids[key][-1 if by > 0 else 0] for key in sizes}
         return {key: size + abs(by) * (ends[key] - size) for key, size in sizes.items()}
 

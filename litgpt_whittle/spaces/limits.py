@@ -93,7 +93,7 @@ class Limits:
                 clauses.append(f"limit.{name} {format_range(self.ranges[name], unit)} (they have {ends})")
         if clauses:
             raise UserError(
-                f"none of {_DRAWS} random sub-networks of the bin {bin} keeps to {' and '.join(clauses)}; "
+                f"none of {_DRAWS} random sub-networks of the bin {bin} meets {' and '.join(clauses)}; "
                 "change the limits or the bin"
             )
 

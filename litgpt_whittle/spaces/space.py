@@ -354,7 +354,7 @@ class Space:
 
 
 def _choose(rng: np.random.Generator, n: int, limit: int, wished: np.ndarray | None, swap: float) -> np.ndarray:
-    """Draw n of `limit` units, sorted: first the `wished` units, of which a share `swap` is exchanged for others."""
+    """Draw n of `limit` units, sorted: the `wished` units, a share `swap` of which is replaced by others."""
     if wished is None:
         return np.sort(rng.permutation(limit)[:n])
     is_wished = np.zeros(limit, dtype=bool)

@@ -40,8 +40,8 @@ class SurrogateArgs:
     n_evaluated: int = 10
     """Candidates to evaluate after each search on predictions, with objective"""
     model: str | None = None
-    """Folder or name of a Hugging Face model for sequence classification, such as the folder `surrogate` that a search
-    with kind text writes. For kind text"""
+    """Folder or name of a Hugging Face model for sequence classification, for kind text only; for example the
+    folder `surrogate` that an earlier search with kind text has written"""
     epochs: int = 10
     """Training epochs per fit. For kind text"""
     learning_rate: float = 5e-5

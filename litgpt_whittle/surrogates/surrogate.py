@@ -57,9 +57,7 @@ class Examples:
         path = Path(path)
         file = path / JOURNAL if path.is_dir() else path
         if not file.is_file():
-            raise UserError(
-                f"surrogate.path must be a search's folder or journal, found none at {str(path)!r}; correct it"
-            )
+            raise UserError(f"surrogate.path must be the folder or journal of a search, got {str(path)!r}; correct it")
         header, evaluations = read_journal(file)
         try:
             teacher, score = Config(**header["teacher"]["architecture"]), header["settings"]["score"]

@@ -79,7 +79,7 @@ def candidates(config: Config, n: int = 2) -> list[SubNet]:
 
 
 def check_scores(fitness: type[Fitness]) -> None:
-    """Check that finite scores by name, including one with the fitness's name, are returned for all sub-networks."""
+    """Check that every sub-network gets finite scores by name, one of them with the fitness's own name."""
     for teacher in TEACHERS:
         model = super_network(teacher)
         score = make(fitness, model)
@@ -95,7 +95,7 @@ def check_repeatable(fitness: type[Fitness]) -> None:
     model = super_network(LEAN)
     ids = random_tokens((2,), LENGTH)[0]
     names, before = list(model.state_dict()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    said = model(ids).detach()
+    expected = model(ids).detach()
     score = make(fitness, model)
     first, *others = candidates(model.config)
     expected = score(first)
@@ -109,7 +109,7 @@ def check_repeatable(fitness: type[Fitness]) -> None:
         torch.equal(model.state_dict()[name], before[name]) for name in names
     )
     assert same, "scoring must leave the teacher's weights as they were"
-    assert torch.equal(model(ids), said), "scoring must leave the teacher as it was, its outputs differ"
+    assert torch.equal(model(ids), expected), "scoring must leave the teacher as it was, its outputs differ"
     has_no_gradient = all(parameter.grad is None for parameter in model.parameters())
     assert has_no_gradient, "scoring must not leave gradients in the teacher"
 

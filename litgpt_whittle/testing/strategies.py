@@ -101,7 +101,7 @@ def others(n: int) -> list[SubNet]:
 def check_candidates(make: Make) -> None:
     """Check that candidates lie in the bin, and none is proposed twice."""
     candidates = [scored.subnet for scored in run(begin(make), 60)]
-    assert len(candidates) == 60, f"a strategy must go on proposing in a large space, it stopped at {len(candidates)}"
+    assert len(candidates) == 60, f"a strategy must keep proposing in a large space, it stopped at {len(candidates)}"
     n_repeated = 60 - len(set(candidates))
     assert not n_repeated, f"a strategy must not propose a candidate twice, {n_repeated} of 60 were"
     outside = [n for n in map(SPACE.n_params, candidates) if n not in SPACE.bin]
@@ -144,7 +144,7 @@ def check_replay(make: Make) -> None:
             assert replayed.ask(1) == [subnet], f"a replay of {n} scores must propose what the journal has"
             replayed.tell(SubNet.from_dict(TEACHER, subnet.to_dict()), score, known)
         assert replayed.best == unbroken.best, f"a replay of {n} scores must have the same best candidate"
-        assert run(replayed, 20) == run(unbroken, 20), f"a search must go on the same after a replay of {n} scores"
+        assert run(replayed, 20) == run(unbroken, 20), f"a search must be the same after a replay of {n} scores"
 
 
 def check_best(make: Make) -> None:
@@ -158,10 +158,10 @@ def check_best(make: Make) -> None:
 
 
 def check_failures(make: Make) -> None:
-    """Check that a search goes on after failed candidates, whose scores are NaN or infinite."""
+    """Check that a search continues after failed candidates, whose scores are NaN or infinite."""
     strategy = begin(make)
     failed = run(strategy, 20, score=lambda _: math.nan)
-    assert len(failed) == 20, f"a strategy must go on after failed candidates, it stopped at {len(failed)}"
+    assert len(failed) == 20, f"a strategy must continue after failed candidates, it stopped at {len(failed)}"
     assert strategy.best is None, "best must be None while all candidates have failed"
     scores = iter([math.inf, -math.inf, math.nan, 5.0, 4.0] * 10)
     run(strategy, 50, score=lambda _: next(scores))
@@ -184,7 +184,7 @@ def check_others_first(make: Make) -> None:
         assert best == min(given, key=loss), "best must include reported candidates that were not proposed"
         evaluated = run(strategy, 40)
         candidates = [scored.subnet for scored in evaluated]
-        assert len(candidates) == 40, f"a strategy must go on after {len(given)} candidates that it did not propose"
+        assert len(candidates) == 40, f"a strategy must continue after {len(given)} candidates that it did not propose"
         is_new = len({*candidates, *given}) == 40 + len(given)
         assert is_new, "a strategy must not propose what was reported without having been proposed"
         assert run(begun(), 40, ask=100) == evaluated, "candidates must not depend on how many are asked for at a time"
@@ -198,7 +198,7 @@ def check_others_any_time(make: Make) -> None:
     strategy, more = begin(make), iter(others(40))
     for _ in range(15):
         asked = strategy.ask(3)
-        assert asked, "a strategy must go on when candidates that it did not propose are reported in between"
+        assert asked, "a strategy must continue when candidates that it did not propose are reported in between"
         for candidate in (next(more), *asked, next(more)):
             strategy.tell(candidate, loss(candidate), measures(candidate))
 

@@ -247,7 +247,7 @@ class _Filler:
         is_whole = path.stat().st_size == len(keys) * self.layout.window_bytes
         if not is_whole or self.layout.keys(path, len(keys)).tobytes() != b"".join(keys):
             raise UserError(
-                f"{str(path)!r} is not what the training data gives: the data changed, or the file is damaged; choose "
+                f"{str(path)!r} differs from the training data: the data changed, or the file is damaged; choose "
                 "another out_dir, or remove the file to have it written again"
             )
         return self.known[i] if i < len(self.known) else Shard(len(keys), checksum_of(path))
@@ -273,12 +273,12 @@ def uniform_numbers(seed: int, window: Window, codec: Codec) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch.device) -> torch.Tensor:
+def encode(codec: Codec, targets: SoftTargets, uniform: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Encode a batch's targets in chunks of tokens, so that its full logits are never in memory.
 
     Args:
         codec: The codec.
-        said: The teacher's soft targets for the batch.
+        targets: The teacher's soft targets for the batch.
         uniform: Random numbers in [0, 1), shape (B · T, n_uniform).
         device: The teacher's device.
 
@@ -292,7 +292,7 @@ def encode(codec: Codec, said: SoftTargets, uniform: torch.Tensor, device: torch
     parts = []
     for start in range(0, len(uniform), size):
         rows = slice(start, min(start + size, len(uniform)))
-        logits = cast(torch.Tensor, said.chunk(rows.start, rows.stop))
+        logits = cast(torch.Tensor, targets.chunk(rows.start, rows.stop))
         # -inf stands for a probability of 0; a row must have other entries, too
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
             raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")

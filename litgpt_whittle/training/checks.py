@@ -50,7 +50,7 @@ def check_arguments(
     if eval.max_new_tokens is not None:
         raise UserError(f"eval.max_new_tokens is not supported, got {eval.max_new_tokens}; leave it out")
     if train.max_tokens is None and train.max_steps is None:
-        raise UserError("training must end somewhere; set train.max_tokens or train.max_steps")
+        raise UserError("training has no end; set train.max_tokens or train.max_steps")
     counts = {
         "train.micro_batch_size": train.micro_batch_size,
         "train.global_batch_size": train.global_batch_size,
@@ -94,7 +94,7 @@ def read_optimizer(optimizer: str | dict) -> str | dict:
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"optimizer {optimizer!r} cannot be made ({reason}); change its settings, or name another such as AdamW"
+            f"optimizer {optimizer!r} cannot be created ({reason}); change its settings, or name another such as AdamW"
         ) from None
     return optimizer
 
@@ -122,7 +122,7 @@ def check_devices(devices: int | str, num_nodes: int, train: TrainArgs) -> int:
     # SLURM and torchrun set these variables; NODE_RANK is set by hand
     if num_nodes > 1 and not any(name in os.environ for name in ("SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK")):
         raise UserError(
-            f"num_nodes = {num_nodes} needs every machine to know its part; start each with torchrun or by SLURM, or "
+            f"num_nodes = {num_nodes} needs every machine to know its rank; start each with torchrun or by SLURM, or "
             "set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
     return devices
@@ -165,7 +165,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
         return
     n = min(student.padded_vocab_size, teacher.padded_vocab_size)
     sizes = (
-        "teacher and student must have the same vocabulary, or the same tokenizer where it is padded differently, got "
+        "teacher and student must have the same number of vocabulary entries, or the same tokenizer, got "
         f"{teacher.padded_vocab_size} and {student.padded_vocab_size} entries"
     )
     assert teacher_dir is not None, "a teacher comes with a directory"
@@ -173,7 +173,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
     known = [_vocabulary(folder) for folder in folders]
     for folder, vocabulary in zip(folders, known):
         if vocabulary is None:
-            raise UserError(f"{sizes} and no tokenizer in {str(folder)!r} to compare; copy it there")
+            raise UserError(f"{sizes}, and {str(folder)!r} has no tokenizer to compare; copy one there")
     if type(known[0]) is not type(known[1]):
         raise UserError(
             f"{sizes}, and a tokenizer.json cannot be compared with a tokenizer.model; have the same kind of file in "
@@ -182,7 +182,9 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
     tokens = known[0] if isinstance(known[0], dict) else {"the last": Tokenizer(teacher_dir).vocab_size - 1}
     token = max(tokens, key=tokens.__getitem__)
     if tokens[token] >= n:
-        raise UserError(f"{sizes}, and the token {token!r} with id {tokens[token]} has no row in both; choose others")
+        raise UserError(
+            f"{sizes}, and the token {token!r} with id {tokens[token]} is missing from one of them; choose other models"
+        )
 
 
 def warn_of_small_teacher(ours: int, theirs: int) -> None:
@@ -208,7 +210,7 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
     """
     if tokenizer_dir is not None and _vocabulary(tokenizer_dir) is None:
         raise UserError(
-            f"tokenizer_dir must hold a tokenizer.json or tokenizer.model, got {str(tokenizer_dir)!r}; choose another"
+            f"tokenizer_dir must contain a tokenizer.json or tokenizer.model, got {str(tokenizer_dir)!r}; change it"
         )
     known: dict[Path, dict | bytes] = {}
     for folder in (tokenizer_dir, student_dir, teacher_dir):
@@ -233,8 +235,8 @@ def _first_difference(one: dict | bytes, other: dict | bytes) -> str:
         return ""
     differing = [token for token in one | other if one.get(token) != other.get(token)]
     token = min(differing, key=lambda token: min(ids[token] for ids in (one, other) if token in ids))
-    said = [f"the id {ids[token]}" if token in ids else "no id" for ids in (one, other)]
-    return f", first in the token {token!r}, which has {said[0]} and {said[1]}"
+    ids_of = [f"the id {ids[token]}" if token in ids else "no id" for ids in (one, other)]
+    return f", first in the token {token!r}, which has {ids_of[0]} and {ids_of[1]}"
 
 
 def _vocabulary(folder: Path) -> dict | bytes | None:
@@ -277,16 +279,16 @@ def check_cache(
     """
     temperature = distill.temperature
     if distill.hidden.is_used:
-        raise UserError(f"distill.hidden needs a teacher that runs, and the {where} has its predictions only")
+        raise UserError(f"distill.hidden needs the running teacher, but the {where} has only predictions")
     check_losses(terms, contents.make_codec().gives, where)
     if contents.temperature is not None and temperature != contents.temperature:
         raise UserError(
-            f"distill.temperature must be {contents.temperature}, at which the {where} was made, got "
+            f"distill.temperature must be {contents.temperature}, the temperature of the {where}, got "
             f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher at another"
         )
     if max_seq_length != contents.max_seq_length:
         raise UserError(
-            f"train.max_seq_length must be {contents.max_seq_length}, as the {where} was made with, got "
+            f"train.max_seq_length must be {contents.max_seq_length}, as for the {where}, got "
             f"{max_seq_length}; set --train.max_seq_length {contents.max_seq_length}"
         )
     if teacher_dir is not None and weights_fingerprint(teacher_dir) != contents.weights:
@@ -312,7 +314,7 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
     asked, held = cache.contents.max_tokens, cache.n_windows * length
     if asked is not None and asked <= held < n_tokens:
         raise UserError(
-            f"the cache {str(cache.folder)!r} must have the {n_tokens:,} tokens that are trained on, it has {held:,}; "
+            f"the cache {str(cache.folder)!r} must have the {n_tokens:,} tokens of the training, got {held:,}; "
             f"lower train.max_tokens, or cache the teacher with --max_tokens {n_tokens}"
         )
 
@@ -336,7 +338,7 @@ def check_hidden(
         return None
     missing = [layer for layer in args.layers or () if not 0 <= layer < n_layer]
     if missing:
-        raise UserError(f"distill.hidden.layers must be among the student's 0 … {n_layer - 1}, got {missing[0]}")
+        raise UserError(f"distill.hidden.layers must be student layers from 0 to {n_layer - 1}, got {missing[0]}")
     if args.projection:
         return None
     if sub_network is None:

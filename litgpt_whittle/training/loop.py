@@ -146,7 +146,7 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
     else:
         raise UserError(
             f"the loss or a gradient is not finite at step {progress.step_count} ({begin} to {run.stream.position}); "
-            f"{_last_good(run)}; lower the learning rate, or leave such steps out with --train.skip_nan true"
+            f"{_last_good(run)}; lower the learning rate, or skip such steps with --train.skip_nan true"
         )
     job.optimizer.zero_grad()
 

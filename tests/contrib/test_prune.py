@@ -367,7 +367,7 @@ def test_the_command_line_takes_patterns_and_settings_of_methods(folder, tmp_pat
             {"method": {"sparsegpt": {"block_size": "x"}}},
             "method.block_size must be a whole number, at least 1, got 'x'",
         ),
-        ({"sparsity": 1e-8}, "sparsity must make a weight of some layer zero, got 1e-08 of at most"),
+        ({"sparsity": 1e-8}, "sparsity must prune at least one weight, got 1e-08 of at most"),
         ({"targets": "head"}, "targets must be attn, mlp or some of attn.qkv, attn.proj, mlp.fc_1, .* got 'head'"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"train": BatchArgs(max_seq_length=65)}, "at most the teacher's block_size 64, got 65"),

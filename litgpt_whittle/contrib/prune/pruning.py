@@ -85,7 +85,7 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
     largest = max(module.weight.numel() for maps in chosen for module in maps.values())
     if round(sparsity.share * largest) == 0:
         raise UserError(
-            f"sparsity must make a weight of some layer zero, got {sparsity.share} of at most {largest:,}; raise it"
+            f"sparsity must prune at least one weight, got {sparsity.share} of at most {largest:,}; raise it"
         )
     for i, maps in enumerate(chosen):
         for name, module in maps.items():
