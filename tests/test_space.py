@@ -18,7 +18,7 @@ from litgpt_whittle.families import (
     FAMILIES,
     family_name,
 )
-from litgpt_whittle.hf.export import fit_heads
+from litgpt_whittle.hf.padded import fit_heads
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.spaces.args import (
     SizeArgs,

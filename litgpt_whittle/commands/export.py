@@ -9,19 +9,23 @@ from typing import Literal
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir
-from litgpt_whittle.hf.export import export_hf
+from litgpt_whittle.hf.export import Exported, export_hf
+from litgpt_whittle.hf.gguf import export_gguf, find_converter
+from litgpt_whittle.hf.hub import check_hub, push
 from litgpt_whittle.processes import lock_output
 
 
 @dataclass
 class ExportConfig(CommandConfig):
-    """Export a checkpoint as a Hugging Face directory, for transformers and tools that build on it."""
+    """Export a checkpoint for transformers, vLLM, llama.cpp and tools that build on them."""
 
     checkpoint_dir: Path
     """The litgpt checkpoint's directory."""
-    format: Literal["hf"] = "hf"
-    """Output format: ``hf`` writes ``config.json``, safetensors and the tokenizer's files."""
+    format: Literal["hf", "deci", "gguf"] = "hf"
+    """Output format: ``hf`` writes a Hugging Face directory, with layers that differ in width padded to the widest;
+    ``deci`` writes such layers of a Llama in their true shapes, for vLLM; ``gguf`` writes a file for llama.cpp."""
     out_dir: Path = Path("out/export")
     """Output directory."""
     max_shard_size: str = "5GB"
@@ -29,6 +33,14 @@ class ExportConfig(CommandConfig):
     check: bool = True
     """Load the exported model with transformers and compare its logits with litgpt's, one model after the other in
     float32; if they differ, nothing is exported."""
+    converter: Path | None = None
+    """llama.cpp's ``convert_hf_to_gguf.py``, for ``gguf``; by default the one on ``PATH``."""
+    gguf_type: Literal["auto", "f32", "f16", "bf16"] = "auto"
+    """Data type of the matrices in a GGUF file; ``auto`` is the 16-bit type closest to the checkpoint's."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face Hub to upload the directory to, such as ``user/model``."""
+    private: bool = False
+    """Make a new repository private."""
     overwrite: bool = False
     """Replace the model in ``out_dir``."""
 
@@ -36,7 +48,16 @@ class ExportConfig(CommandConfig):
         self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), Path(self.out_dir)
 
     def validate(self) -> None:
-        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir,), "model*.safetensors")
+        marker = "*.gguf" if self.format == "gguf" else "model*.safetensors"
+        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir,), marker)
+        if self.format == "gguf":
+            find_converter(self.converter)
+        elif self.converter is not None:
+            raise UserError(f"only gguf needs a converter, got --format {self.format}; leave --converter out")
+        if self.push_to_hub is not None:
+            check_hub(self.push_to_hub)
+        elif self.private:
+            raise UserError("private concerns a repository, and there is none; add --push_to_hub or leave it out")
 
     def run(self) -> Path:
         """Export the checkpoint.
@@ -45,30 +66,30 @@ class ExportConfig(CommandConfig):
             The exported folder.
 
         Raises:
-            UserError: If the family cannot be exported, or the logits differ.
+            UserError: If the model cannot be exported in this format, or the logits differ.
         """
         with lock_output(self.out_dir):
             self.validate()
-            exported = export_hf(self.checkpoint_dir, self.out_dir.resolve(), self.max_shard_size, self.check)
+            exported = self._export()
         print(
-            f"Exported {self.checkpoint_dir} to {self.out_dir}: {exported.family.architecture}, "
-            f"{exported.n_params:,} parameters"
+            f"Exported {self.checkpoint_dir} to {self.out_dir}: {exported.architecture}, {exported.n_params:,} "
+            "parameters"
         )
-        if exported.zero_heads:
-            print(
-                f"Its heads need n_embd / n_head dimensions there: each layer is padded with "
-                f"{exported.zero_heads} zero heads."
-            )
-        if exported.needs_eager_experts:
-            print(
-                "Open it with experts_implementation='eager': the default needs rows of a multiple of 16 bytes in the "
-                "experts' weights."
-            )
+        for note in exported.notes:
+            print(note)
         if exported.difference is None:
             print("It was not compared with litgpt's model (--check false).")
         else:
             print(f"Its logits differ from litgpt's by at most {exported.difference:.1e} of the largest logit.")
+        if self.push_to_hub is not None:
+            print(f"Uploaded to {push(self.out_dir, self.push_to_hub, self.private)}")
         return self.out_dir
+
+    def _export(self) -> Exported:
+        source, out_dir = self.checkpoint_dir, self.out_dir.resolve()
+        if self.format == "gguf":
+            return export_gguf(source, out_dir, self.converter, self.gguf_type, self.check)
+        return export_hf(source, out_dir, self.max_shard_size, self.check, self.format, self.push_to_hub)
 
 
 setup = as_command(ExportConfig)

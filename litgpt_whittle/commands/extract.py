@@ -30,7 +30,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.families import check_expressible
 from litgpt_whittle.figures.curves import plot_repair
 from litgpt_whittle.files import check_out_dir, check_space, readable_size
-from litgpt_whittle.hf.export import fit_heads
+from litgpt_whittle.hf.padded import fit_heads
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.manifest import digest

@@ -1,0 +1,50 @@
+"""A Llama whose layers differ in width, made of the layers of `transformers`."""
+
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from .configuration_decilm import DeciLMConfig
+
+
+class NoNorm(nn.Module):
+    """The norm before a sub-layer that is left out."""
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+class NoAttention(nn.Module):
+    """Attention that adds nothing."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states.new_zeros(()), None
+
+
+class NoMLP(nn.Module):
+    """An MLP that adds nothing."""
+
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(())
+
+
+class DeciLMForCausalLM(LlamaForCausalLM):
+    """A Llama with a language-modelling head and sizes for each layer.
+
+    Args:
+        config: The config.
+    """
+
+    config_class = DeciLMConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for i, block in enumerate(config.block_configs):
+            layer = LlamaDecoderLayer(config.layer_config(i), i)
+            layer.self_attn.config = config  # a later choice of the attention's implementation concerns all layers
+            if block.attention.no_op:
+                layer.input_layernorm, layer.self_attn = NoNorm(), NoAttention()
+            if block.ffn.no_op:
+                layer.post_attention_layernorm, layer.mlp = NoNorm(), NoMLP()
+            self.model.layers[i] = layer
+        self.post_init()

@@ -1,0 +1,100 @@
+"""Export a checkpoint as a GGUF file, by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.extras import require
+from litgpt_whittle.families import family_name
+from litgpt_whittle.files import check_space, new_folder, write_text
+from litgpt_whittle.hf.card import model_card
+from litgpt_whittle.hf.export import Exported, export_hf
+from litgpt_whittle.hf.narrow import narrow_layers
+from litgpt_whittle.hf.student import Student
+
+_CONVERTER = "convert_hf_to_gguf.py"
+
+
+def export_gguf(
+    checkpoint_dir: Path, out_dir: Path, converter: Path | None = None, dtype: str = "auto", check: bool = True
+) -> Exported:
+    """Write a directory with a GGUF file atomically, replacing an older one.
+
+    The converter reads a Hugging Face directory, which is written next to the file and removed in the end. That
+    directory is padded if layers differ in width. The padding is then removed from the file of a Llama
+    (`narrow_layers`); other architectures of llama.cpp have equal layers.
+
+    Args:
+        checkpoint_dir: A litgpt checkpoint.
+        out_dir: The output directory. The file has its name.
+        converter: Path of llama.cpp's `convert_hf_to_gguf.py`; None looks for it on `PATH`.
+        dtype: Data type of the matrices: "f32", "f16", "bf16", or "auto" for the 16-bit type closest to the
+            checkpoint's.
+        check: If true, compare the logits of the Hugging Face directory with litgpt's before it is converted.
+
+    Raises:
+        UserError: As `export_hf`, if there is no converter, if it fails, or if the package gguf is missing.
+    """
+    converter = find_converter(converter)
+    student = Student.open(checkpoint_dir)
+    is_narrowed = not student.shape.layers_are_alike and family_name(student.config) == "Llama"
+    if is_narrowed:
+        require("gguf", "gguf", "a GGUF file of layers that differ in width")
+    check_space(out_dir, 3 * student.n_params * student.dtype.itemsize, "the exported model, before its conversion")
+    name = out_dir.name
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out_dir) as folder:
+        padded, file = folder / "hf", folder / f"{name}.gguf"
+        exported = export_hf(checkpoint_dir, padded, check=check)
+        _convert(converter, padded, file, dtype, student.config.name)
+        shutil.rmtree(padded)
+        if is_narrowed:
+            narrow_layers(file, student.shape)
+        write_text(folder / "README.md", model_card(student, "gguf", file.name))
+    notes = () if is_narrowed or student.shape.layers_are_alike else ("Its layers are padded to one width.",)
+    n_params = student.n_params if is_narrowed else exported.n_params
+    return Exported(f"{name}.gguf", n_params, notes, exported.difference)
+
+
+def find_converter(converter: Path | None = None) -> Path:
+    """Return the path of llama.cpp's converter.
+
+    Args:
+        converter: The path given by the user; None looks for `convert_hf_to_gguf.py` on `PATH`.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    if converter is None:
+        found = shutil.which(_CONVERTER)
+        if found is None:
+            raise UserError(
+                f"--format gguf needs llama.cpp's {_CONVERTER}, which is not on PATH; clone "
+                f"https://github.com/ggml-org/llama.cpp and set --converter llama.cpp/{_CONVERTER}"
+            )
+        return Path(found)
+    if not converter.is_file():
+        raise UserError(f"converter must be llama.cpp's {_CONVERTER}, got {str(converter)!r}; check the path")
+    return converter
+
+
+def _convert(converter: Path, model_dir: Path, file: Path, dtype: str, name: str) -> None:
+    """Run the converter.
+
+    Raises:
+        UserError: If it fails; the message has the last line of its output.
+    """
+    command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", dtype]
+    print(f"Converting by {converter}")
+    done = subprocess.run([*command, "--model-name", name], capture_output=True, text=True)
+    if done.returncode != 0 or not file.is_file():
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise UserError(
+            f"llama.cpp's converter failed ({reason}), so nothing was exported; update llama.cpp and the packages that "
+            "its converter needs, or use --format hf"
+        )
