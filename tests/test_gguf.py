@@ -16,6 +16,7 @@ import torch
 from litgpt.utils import CLI
 from test_deci import LAYERWISE, TEACHER, WIDE, save_student
 from test_export import IDX
+from texts import write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from litgpt_whittle.checkpoint import load_model
@@ -97,6 +98,18 @@ def test_the_package_gguf_is_required_for_unequal_layers_only(tmp_path, monkeypa
     converter = write_converter(tmp_path / "convert.py", "")
     save_student(tmp_path / "lit", TEACHER, **UNEQUAL)
     with pytest.raises(UserError, match=re.escape("pip install 'litgpt-whittle[gguf]'")):
+        setup(tmp_path / "lit", format="gguf", converter=converter, out_dir=tmp_path / "out")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_rejected(tmp_path):
+    converter = write_converter(tmp_path / "convert.py", "")
+    tokenizer_dir = write_tokenizer(tmp_path / "tokenizer")
+    save_student(tmp_path / "lit", TEACHER, tokenizer_dir=tokenizer_dir, n_layer=1)
+    with pytest.raises(UserError, match="got [0-9]{3} tokens in the tokenizer and 64 in the model") as error:
+        setup(tmp_path / "lit", format="gguf", converter=converter, out_dir=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    (tmp_path / "lit/tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="does not open the tokenizer"):
         setup(tmp_path / "lit", format="gguf", converter=converter, out_dir=tmp_path / "out")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.extras import require
 from litgpt_whittle.families import family_name
@@ -37,10 +38,12 @@ def export_gguf(
         check: If true, compare the logits of the Hugging Face directory with litgpt's before it is converted.
 
     Raises:
-        UserError: As `export_hf`, if there is no converter, if it fails, or if the package gguf is missing.
+        UserError: As `export_hf`, if there is no converter, if it fails, if the package gguf is missing, or if the
+            tokenizer has tokens that the model does not have.
     """
     converter = find_converter(converter)
     student = Student.open(checkpoint_dir)
+    _check_vocabulary(student)
     is_narrowed = not student.shape.layers_are_alike and family_name(student.config) == "Llama"
     if is_narrowed:
         require("gguf", "gguf", "a GGUF file of layers that differ in width")
@@ -80,6 +83,30 @@ def find_converter(converter: Path | None = None) -> Path:
     if not converter.is_file():
         raise UserError(f"converter must be llama.cpp's {_CONVERTER}, got {str(converter)!r}; check the path")
     return converter
+
+
+def _check_vocabulary(student: Student) -> None:
+    """Check that the model has all tokens of its tokenizer; llama.cpp does not load the file otherwise.
+
+    Raises:
+        UserError: If it has not, or if `transformers` cannot open the tokenizer, which the converter does as well.
+    """
+    if not has_tokenizer(student.checkpoint_dir):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        n = len(AutoTokenizer.from_pretrained(student.checkpoint_dir, local_files_only=True))
+    except Exception as error:  # any error of the tokenizer's own class
+        raise UserError(
+            f"transformers does not open the tokenizer in {str(student.checkpoint_dir)!r} ({type(error).__name__}); "
+            "fetch its files again"
+        ) from error
+    if n > student.config.padded_vocab_size:
+        raise UserError(
+            f"llama.cpp needs an embedding for each token, got {n:,} tokens in the tokenizer and "
+            f"{student.config.padded_vocab_size:,} in the model; remove the added tokens from tokenizer_config.json"
+        )
 
 
 def _convert(converter: Path, model_dir: Path, file: Path, dtype: str, name: str) -> None:

@@ -1,8 +1,8 @@
 """Remove the padding of a layer-wise Llama from a GGUF file.
 
 llama.cpp's architecture `llama` has equal layers. Its architecture `deci` is the same model with sizes for each layer,
-and takes the same tensors. llama.cpp's converter only writes it for tokenizers and widths like those of NVIDIA's
-Llama-Nemotron, so the padded file is rewritten here.
+and takes the same tensors. llama.cpp's converter writes it only with heads of `n_embd / n_head` dimensions, MLPs of a
+multiple of 256 neurons, and a tokenizer like Llama 2's or of 128,256 tokens, so the padded file is rewritten here.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def narrow_layers(file: Path, shape: SubNet) -> None:
     layers = [_Layer(shape, i) for i in range(len(shape))]
     for name, field in reader.fields.items():
         setting = name.removeprefix("llama.")
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue  # the writer sets them
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.size_label"):
+            continue  # the writer sets them, or they hold for the padded model
         if setting in _PER_LAYER:
             writer.add_array(f"deci.{setting}", [layer.settings[setting] for layer in layers])
             continue
