@@ -15,14 +15,27 @@ from torch import nn
 
 from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.meta import meta_modules
+from litgpt_whittle.student_block import student_block
+from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import BlocksGPT, Weights
 from litgpt_whittle.windows import vectorize_windows
 
 
 def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) -> Block:
-    """Build a litgpt block that shares the given weights."""
+    """Build one of a model's litgpt blocks that shares the given weights."""
     with meta_modules():
         block = Block(config, layer)
+    return _with_weights(block, weights)
+
+
+def load_student_block(subnet: SubNet, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
+    """Build the block of a student's layer `index` in its true shape that shares the given weights."""
+    with meta_modules():
+        block = student_block(subnet, index)
+    return _with_weights(block, weights)
+
+
+def _with_weights(block: Block, weights: Mapping[str, torch.Tensor]) -> Block:
     block.load_state_dict(weights, assign=True)
     return vectorize_windows(block).eval().requires_grad_(False)
 

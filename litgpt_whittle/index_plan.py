@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -179,41 +179,65 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Slicing rules: the axis of each dimension of a litgpt module's weight."""
 
+SUBLAYERS = {"attn": ("norm_1", "post_attention_norm"), "mlp": ("norm_2", "post_mlp_norm")}
+"""litgpt's names of a block's two sub-layers, each with the norms before and after it"""
+
 ATTENTION_AXES = {axis for name, axes in RULES.items() if name.startswith("attn.") for axis in axes}
 """Axes along which attention heads can own indices."""
 
 
+def dropped_modules(teacher: Config, parts: Collection[str]) -> set[str]:
+    """Return the modules that a block lacks with only these of its `SUBLAYERS`: the others, and the norms for them."""
+    dropped: set[str] = set()
+    for name, (before, after) in SUBLAYERS.items():
+        if name not in parts:
+            dropped |= {name, after} if teacher.shared_attention_norm else {name, before, after}
+    return dropped
+
+
 def kept_indices(teacher: Config, layer: int, head_dims: np.ndarray, keep: LayerUnits) -> dict[str, np.ndarray]:
     """Return the kept teacher indices along every axis of `RULES` that this layer has, except `n_embd`."""
-    per_group = teacher.n_head // teacher.n_query_groups
-    groups = keep.n_query_groups.indices
-    # litgpt orders query heads by group
-    heads = (groups[:, None] * per_group + keep.heads_per_group.indices).ravel()
+    return _mlp_indices(teacher, keep) | _attention_indices(teacher, head_dims, keep)
 
-    def rows(units: np.ndarray, size: int, dims: np.ndarray, offset: int = 0) -> np.ndarray:
-        return (offset + units[:, None] * size + dims).ravel()
 
+def _rows(units: np.ndarray, size: int, dims: np.ndarray, offset: int = 0) -> np.ndarray:
+    return (offset + units[:, None] * size + dims).ravel()
+
+
+def _mlp_indices(teacher: Config, keep: LayerUnits) -> dict[str, np.ndarray]:
+    if keep.intermediate_size is None:
+        return {}
     axes = {"neurons": keep.intermediate_size.indices}
     if keep.n_expert is not None:
         axes["n_expert"] = experts_of(teacher, keep.n_expert)
         width = teacher.moe_intermediate_size or teacher.intermediate_size
         # litgpt's shared expert is n_shared_expert experts side by side
-        axes["shared_neurons"] = rows(np.arange(teacher.n_shared_expert or 0), width, keep.intermediate_size.indices)
+        axes["shared_neurons"] = _rows(np.arange(teacher.n_shared_expert or 0), width, keep.intermediate_size.indices)
+    return axes
+
+
+def _attention_indices(teacher: Config, head_dims: np.ndarray, keep: LayerUnits) -> dict[str, np.ndarray]:
+    if keep.n_query_groups is None or keep.heads_per_group is None:
+        return {}
+    per_group = teacher.n_head // teacher.n_query_groups
+    groups = keep.n_query_groups.indices
+    # litgpt orders query heads by group
+    heads = (groups[:, None] * per_group + keep.heads_per_group.indices).ravel()
     if teacher.latent_attention:
         qk, v, k_v = teacher.qk_head_dim, teacher.v_head_dim, teacher.qk_nope_head_dim + teacher.v_head_dim
-        return axes | {
+        return {
             "q_lora_rank": np.arange(teacher.q_lora_rank),
             "kv_lora_rank": np.arange(teacher.kv_lora_rank),
             "latent_kv": np.arange(teacher.kv_lora_rank + teacher.qk_rope_head_dim),
-            "latent_q": rows(heads, qk, np.arange(qk)),
-            "latent_k_v": rows(groups, k_v, np.arange(k_v)),
-            "attention": rows(heads, v, np.arange(v)),
+            "latent_q": _rows(heads, qk, np.arange(qk)),
+            "latent_k_v": _rows(groups, k_v, np.arange(k_v)),
+            "attention": _rows(heads, v, np.arange(v)),
         }
     size = teacher.head_size
-    q, k = rows(heads, size, head_dims), rows(groups, size, head_dims)
+    q, k = _rows(heads, size, head_dims), _rows(groups, size, head_dims)
     k_offset, v_offset = teacher.n_head * size, (teacher.n_head + teacher.n_query_groups) * size
     over_all_heads = teacher.norm_qk_type == "olmo2"
-    return axes | {
+    return {
         "qkv": np.concatenate((q, k + k_offset, k + v_offset)),
         "attention": q,
         "norm_q": q if over_all_heads else head_dims,
@@ -229,7 +253,7 @@ def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
         (n_units, size). Indices shared by all units, such as a group's keys for the heads within it, are excluded.
     """
     dims, full = np.arange(teacher.head_size), SubNet.full(teacher).layer(layer)
-    axes, width = kept_indices(teacher, layer, dims, full), len(full.intermediate_size)
+    axes, width = kept_indices(teacher, layer, dims, full), full.sizes[2]
     units: dict[str, dict[str, np.ndarray]] = {}
     for kind in layer_sizes(teacher, layer):
         if kind == "n_expert":
@@ -269,8 +293,11 @@ def _layer_plan(
 ) -> SlicePlan:
     axes = kept_indices(teacher, layer, head_dims, keep) | {"n_embd": n_embd.indices}
     indices = {name: _index(units) for name, units in axes.items()}
+    dropped = dropped_modules(teacher, keep.parts)
     slices = {}
     for name, is_buffer in tensors:
+        if name.partition(".")[0] in dropped:
+            continue
         module, _, leaf = name.rpartition(".")
         if module.startswith("mlp.experts."):
             expert, _, part = module.removeprefix("mlp.experts.").partition(".")
@@ -375,9 +402,9 @@ def layer_params(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> int:
-    """Count one layer's parameters at these sizes; the count is affine and increasing in each of them.
+    """Count one layer's parameters at these sizes; above 0, the count is affine and increasing in each of them.
 
-    A dense layer has `n_expert` 0.
+    A dense layer has `n_expert` 0, a layer without attention has no query groups, and one without an MLP no neurons.
     """
     sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
     return _layer_params(ConfigKey(teacher), layer, *sizes)
@@ -399,8 +426,8 @@ def layer_takes(
     n_expert: int = 0,
 ) -> SlicePlan:
     """Return the plan of one layer that keeps the first units of each kind, for counting and shapes."""
-    widths = UnitIndex(n_query_groups), UnitIndex(heads_per_group), UnitIndex(intermediate_size)
-    keep = LayerUnits(*widths, UnitIndex(n_expert) if n_expert else None)
+    sizes = n_query_groups, heads_per_group, intermediate_size, n_expert
+    keep = LayerUnits(*(UnitIndex(size) if size else None for size in sizes))
     return layer_plan(teacher, layer, UnitIndex(n_embd), np.arange(head_size), keep)
 
 

@@ -160,4 +160,5 @@ class _DecodingGraph:
 
 def _window(model: GPT) -> int:
     """Return the maximum number of tokens that the caches of all layers accept at a time."""
-    return min(block.attn.kv_cache.max_cache_len for block in model.transformer.h)
+    caches = (block.attn.kv_cache for block in model.transformer.h)
+    return min(cache.max_cache_len for cache in caches if cache is not None)  # None for a dropped attention

@@ -40,15 +40,16 @@ def flops(teacher: Config, subnet: SubNet, seq_length: int) -> int:
     per_token = teacher.padded_vocab_size * len(subnet.n_embd)
     query_and_value = sum(_key_and_value_sizes(teacher, subnet))
     for i, (multiply_adds, _) in enumerate(_layers(teacher, subnet)):
-        n_head = len(subnet.layer(i).n_query_groups) * len(subnet.layer(i).heads_per_group)
-        per_token += multiply_adds + n_head * query_and_value * seq_length
+        groups, per_group, *_ = subnet.layer(i).sizes
+        per_token += multiply_adds + groups * per_group * query_and_value * seq_length
     return 2 * per_token
 
 
 def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length: int, dtype: torch.dtype) -> int:
     """Count the bytes of the KV cache that `GPT.set_kv_cache` allocates.
 
-    A sliding-window layer only caches its window. A layer-wise student is counted in its true shape.
+    A sliding-window layer only caches its window, a layer without attention nothing. A layer-wise student is counted in
+    its true shape.
 
     Args:
         teacher: The teacher's config.
@@ -63,7 +64,7 @@ def kv_cache_bytes(teacher: Config, subnet: SubNet, batch_size: int, seq_length:
     heads_and_positions = 0
     for i, layer in enumerate(subnet.layers):
         length = min(seq_length, window) if slides and slides[layer] else seq_length
-        heads_and_positions += len(subnet.layer(i).n_query_groups) * length
+        heads_and_positions += subnet.layer(i).sizes[0] * length
     return batch_size * heads_and_positions * sum(_key_and_value_sizes(teacher, subnet)) * dtype.itemsize
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from litgpt_whittle.index_plan import ParamSlice, take_along
 from litgpt_whittle.meta import meta_modules
+from litgpt_whittle.student_block import student_block
 from litgpt_whittle.subnet import LAYER_SETTINGS, SubNet
 from litgpt_whittle.windows import WindowMasks, vectorize_windows
 
@@ -50,7 +51,7 @@ class EmptyModules:
         teacher, layer = subnet.teacher, subnet.layers[index]
         settings = tuple(values[layer] for name in LAYER_SETTINGS if (values := getattr(teacher, name)) is not None)
         key = len(subnet.n_embd), subnet.head_cut.dims.tobytes(), subnet.layer(index).sizes, settings
-        return self.get(key, lambda: vectorize_windows(Block(subnet.layer_config(index), index), self._masks))
+        return self.get(key, lambda: vectorize_windows(student_block(subnet, index), self._masks))
 
 
 class Running:

@@ -31,7 +31,13 @@ from litgpt_whittle.unit_index import UnitIndex
 PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_intermediate_size", "n_expert")
 """The fields of a `SubNet` that may differ from layer to layer."""
 
-FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER)
+ATTENTION = ("n_query_groups", "heads_per_group")
+"""The per-layer fields of attention; the others belong to the MLP"""
+
+DROPS = ("drop_attention", "drop_mlp")
+"""The fields of a `SubNet` that list kept layers of the teacher without one of their sub-layers"""
+
+FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER, *DROPS)
 """All fields of a `SubNet`, in the order of the YAML file."""
 
 LAYER_SETTINGS = ("sliding_window_indices", "rope_indices")
@@ -40,30 +46,38 @@ LAYER_SETTINGS = ("sliding_window_indices", "rope_indices")
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """Kept units of one layer."""
+    """Kept units of one layer. A dropped sub-layer has None for each of its kinds of units."""
 
-    n_query_groups: UnitIndex
+    n_query_groups: UnitIndex | None
     """Query groups (the heads, if each head is a group of its own)"""
-    heads_per_group: UnitIndex
+    heads_per_group: UnitIndex | None
     """Query heads within each group"""
-    intermediate_size: UnitIndex
+    intermediate_size: UnitIndex | None
     """Neurons of the MLP, or of each expert"""
     n_expert: UnitIndex | None
     """Experts; None in a dense layer"""
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The kept sub-layers, by litgpt's names: `attn` and `mlp`, or only one of them."""
+        kept = {"attn": self.n_query_groups, "mlp": self.intermediate_size}
+        return tuple(name for name, units in kept.items() if units is not None)
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Numbers of query groups, heads per group, neurons and experts (0 in a dense layer)."""
-        n_expert = len(self.n_expert) if self.n_expert is not None else 0
-        return len(self.n_query_groups), len(self.heads_per_group), len(self.intermediate_size), n_expert
+        """Numbers of query groups, heads per group, neurons and experts; 0 for units that the layer does not have."""
+        units = self.n_query_groups, self.heads_per_group, self.intermediate_size, self.n_expert
+        groups, per_group, neurons, n_expert = (0 if keep is None else len(keep) for keep in units)
+        return groups, per_group, neurons, n_expert
 
 
 class SubNet:
     """A sub-network of a teacher, validated against the teacher's config at construction.
 
     Every field takes a number (the first n), ranges such as `"0-511,640-767"`, or a `UnitIndex`; None keeps all units.
-    Per-layer fields also take a list with one entry per *kept* layer (None for layers without such units). A list of
-    equal entries gives the same sub-network as a single value. Instances are immutable, hashable and compared by value.
+    Per-layer fields also take a list with one entry per *kept* layer (None for layers without such units; entries for
+    dropped sub-layers are ignored). A list of equal entries gives the same sub-network as a single value. Instances are
+    immutable, hashable and compared by value.
 
     Args:
         teacher: The teacher's litgpt config.
@@ -75,6 +89,8 @@ class SubNet:
         intermediate_size: MLP neurons (of each expert, if the teacher has no `moe_intermediate_size`).
         moe_intermediate_size: Neurons of each expert, for teachers that set it; also applied to shared experts.
         n_expert: Experts. All layers must keep the same number of experts, but may keep different ones.
+        drop_attention: Layers of the teacher that are kept without their attention; by default none.
+        drop_mlp: Layers of the teacher that are kept without their MLP, or mixture of experts; by default none.
 
     Raises:
         UserError: If the sub-network is invalid for this teacher.
@@ -83,11 +99,13 @@ class SubNet:
     n_embd: UnitIndex
     n_layer: UnitIndex
     head_size: UnitIndex
-    n_query_groups: UnitIndex | tuple[UnitIndex, ...]
-    heads_per_group: UnitIndex | tuple[UnitIndex, ...]
+    n_query_groups: UnitIndex | tuple[UnitIndex | None, ...]
+    heads_per_group: UnitIndex | tuple[UnitIndex | None, ...]
     intermediate_size: UnitIndex | tuple[UnitIndex | None, ...] | None
     moe_intermediate_size: UnitIndex | tuple[UnitIndex | None, ...] | None
     n_expert: UnitIndex | tuple[UnitIndex | None, ...] | None
+    drop_attention: UnitIndex | None
+    drop_mlp: UnitIndex | None
 
     def __init__(
         self,
@@ -101,11 +119,18 @@ class SubNet:
         intermediate_size: int | str | UnitIndex | list | tuple | None = None,
         moe_intermediate_size: int | str | UnitIndex | list | tuple | None = None,
         n_expert: int | str | UnitIndex | list | tuple | None = None,
+        drop_attention: int | str | UnitIndex | None = None,
+        drop_mlp: int | str | UnitIndex | None = None,
     ) -> None:
         self.teacher = teacher
         self.n_embd = _keep("n_embd", n_embd, teacher.n_embd)
         self.n_layer = _keep("n_layer", n_layer, teacher.n_layer)
         self.head_size = _keep("head_size", head_size, teacher.head_size)
+        self.drop_attention, self.drop_mlp = (
+            None if layers is None else _keep(name, layers, teacher.n_layer)
+            for name, layers in zip(DROPS, (drop_attention, drop_mlp))
+        )
+        self._check_drops()
         given = dict(
             zip(PER_LAYER, (n_query_groups, heads_per_group, intermediate_size, moe_intermediate_size, n_expert))
         )
@@ -117,19 +142,40 @@ class SubNet:
 
     def _per_layer(self, name: str, value: Any) -> UnitIndex | tuple[UnitIndex | None, ...] | None:
         """Return one `UnitIndex` if all layers agree, else one per kept layer; None if no kept layer has such units."""
-        limits = [layer_sizes(self.teacher, layer).get(name) for layer in self.layers]
-        values = list(value) if isinstance(value, list | tuple) else [value] * len(limits)
-        if len(values) != len(limits):
-            raise UserError(f"{name} has {len(values)} entries for {len(limits)} kept layers; give one for each")
+        theirs = [layer_sizes(self.teacher, layer).get(name) for layer in self.layers]
+        values = list(value) if isinstance(value, list | tuple) else [value] * len(theirs)
+        if len(values) != len(theirs):
+            raise UserError(f"{name} has {len(values)} entries for {len(theirs)} kept layers; give one for each")
         if isinstance(value, list | tuple):
-            for i, (entry, limit) in enumerate(zip(values, limits)):
+            for i, (entry, limit) in enumerate(zip(values, theirs)):
                 if entry is not None and limit is None:
                     raise UserError(f"layer {self.layers[i]} of the teacher has no {name}; write null for it")
-        elif value is not None and all(limit is None for limit in limits):
+        elif value is not None and all(limit is None for limit in theirs):
             raise UserError(f"no kept layer of the teacher has {name}, got {value!r}; leave it out")
+        limits = [None if layer in self._without(name) else n for layer, n in zip(self.layers, theirs)]
         keeps = [None if limit is None else _keep(name, v, limit) for v, limit in zip(values, limits)]
         distinct = {keep for keep in keeps if keep is not None}
         return tuple(keeps) if len(distinct) > 1 else next(iter(distinct), None)
+
+    def _without(self, name: str) -> frozenset[int]:
+        """Return the teacher's layers whose sub-layer with units `name` is dropped."""
+        dropped = self.drop_attention if name in ATTENTION else self.drop_mlp
+        return frozenset() if dropped is None else frozenset(dropped.indices.tolist())
+
+    def _check_drops(self) -> None:
+        dropped = {name: set(keep.indices.tolist()) for name in DROPS if (keep := getattr(self, name)) is not None}
+        layers = set(self.layers)
+        for name, own in dropped.items():
+            if others := own - layers:
+                raise UserError(f"{name} lists layer {min(others)}, which n_layer does not keep; remove it from {name}")
+        if both := set.intersection(*dropped.values()) if len(dropped) > 1 else set():
+            raise UserError(
+                f"layer {min(both)} has neither attention nor MLP; drop the layer instead: remove it from n_layer, "
+                "drop_attention and drop_mlp"
+            )
+        for name, own in dropped.items():
+            if own == layers:
+                raise UserError(f"{name} lists all {len(layers)} kept layers; leave at least one out")
 
     def _check_experts(self) -> None:
         keeps = {keep for i in range(len(self)) if (keep := self.layer(i).n_expert) is not None}
@@ -149,10 +195,16 @@ class SubNet:
     def layer(self, index: int) -> LayerUnits:
         """Return the kept units of the student's layer `index`."""
         at = {name: value[index] if isinstance(value := getattr(self, name), tuple) else value for name in PER_LAYER}
-        sizes = layer_sizes(self.teacher, self.layers[index])
+        layer = self.layers[index]
+        sizes = layer_sizes(self.teacher, layer)
         width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
-        n_expert = at["n_expert"] if "n_expert" in sizes else None
-        return LayerUnits(at["n_query_groups"], at["heads_per_group"], at[width], n_expert)
+        names = (*ATTENTION, width, "n_expert")
+        return LayerUnits(*(at[name] if name in sizes and layer not in self._without(name) else None for name in names))
+
+    @property
+    def drops_sublayers(self) -> bool:
+        """True if a kept layer lacks its attention or its MLP."""
+        return self.drop_attention is not None or self.drop_mlp is not None
 
     @cached_property
     def n_intact(self) -> int:
@@ -161,10 +213,24 @@ class SubNet:
         if (self.n_embd, self.head_size) != (full.n_embd, full.head_size):
             return 0
         layers, n = [*self.layers, self.teacher.n_layer], 0
-        # a repair makes the layer before dropped ones compensate for them
+        # a repair makes the layer before a dropped layer or attention compensate for it
         while n < len(self) and layers[n : n + 2] == [n, n + 1] and self.layer(n) == full.layer(n):
+            if n + 1 < len(self) and self.begins_inside(n + 1):
+                return n
             n += 1
         return n
+
+    def begins_inside(self, index: int) -> bool:
+        """Return whether the student's layer `index` has only the second of two sub-layers that run one by one.
+
+        The hidden states before it correspond to the teacher's between its attention and its MLP.
+        """
+        return not self.teacher.parallel_residual and self.layer(index).parts == ("mlp",)
+
+    @property
+    def begins_late(self) -> bool:
+        """True if sub-layers before the student's first one are dropped; a repair replaces them by the embedding."""
+        return self.layers[0] > 0 or self.begins_inside(0)
 
     @cached_property
     def head_cut(self) -> HeadCut:
@@ -182,6 +248,8 @@ class SubNet:
     @cached_property
     def layers_are_alike(self) -> bool:
         """True if all layers have the same sizes; only MLPs of dense layers may differ from those with experts."""
+        if self.drops_sublayers:
+            return False
         sizes = [self.layer(i).sizes for i in range(len(self))]
         dense = {s for s in sizes if s[3] == 0}
         experts = {s for s in sizes if s[3] > 0}
@@ -204,34 +272,21 @@ class SubNet:
     @cached_property
     def _widest(self) -> Config:
         """Config of the smallest model into which each of the student's layers fits."""
-        layers = [self.layer(i) for i in range(len(self))]
-        dense = [len(k.intermediate_size) for k in layers if k.n_expert is None]
-        experts = [len(k.intermediate_size) for k in layers if k.n_expert is not None]
-        return self._config(
-            n_query_groups=max(len(k.n_query_groups) for k in layers),
-            heads_per_group=max(len(k.heads_per_group) for k in layers),
-            dense=max(dense, default=None),
-            experts=max(experts, default=None),
-            n_expert=max((len(k.n_expert) for k in layers if k.n_expert is not None), default=None),
-        )
+        return self._config([self.layer(i).sizes for i in range(len(self))])
 
     def layer_config(self, index: int) -> Config:
-        """Return the config for litgpt's `Block` to build the student's layer `index` in its true shape."""
-        keep = self.layer(index)
-        width = len(keep.intermediate_size)
-        is_dense = keep.n_expert is None
-        return self._config(
-            n_query_groups=len(keep.n_query_groups),
-            heads_per_group=len(keep.heads_per_group),
-            dense=width if is_dense else None,
-            experts=None if is_dense else width,
-            n_expert=None if keep.n_expert is None else len(keep.n_expert),
-        )
+        """Return the config for litgpt's `Block` to build the student's layer `index` in its true shape.
 
-    def _config(
-        self, n_query_groups: int, heads_per_group: int, dense: int | None, experts: int | None, n_expert: int | None
-    ) -> Config:
+        A dropped sub-layer gets the smallest or the teacher's size (see `litgpt_whittle.student_block`).
+        """
+        return self._config([self.layer(index).sizes])
+
+    def _config(self, sizes: list[tuple[int, int, int, int]]) -> Config:
+        """Return the student's config with layers as large as the largest of `sizes` (see `LayerUnits.sizes`)."""
         teacher, layers = self.teacher, self.layers
+        n_query_groups, heads_per_group = (max(1, *(own[i] for own in sizes)) for i in range(2))
+        dense = max((neurons for _, _, neurons, n_expert in sizes if not n_expert), default=0)
+        experts = max((neurons for _, _, neurons, n_expert in sizes if n_expert), default=0)
         changes: dict[str, Any] = dict(
             n_embd=len(self.n_embd),
             n_layer=len(layers),
@@ -244,11 +299,11 @@ class SubNet:
                 changes[name] = [getattr(teacher, name)[layer] for layer in layers]
         if teacher.first_k_dense_replace is not None:
             changes["first_k_dense_replace"] = sum(layer < teacher.first_k_dense_replace for layer in layers)
-        if dense is not None:
+        if dense:
             changes["intermediate_size"] = dense
-        if experts is not None:
+        if experts:
             width = "moe_intermediate_size" if teacher.moe_intermediate_size is not None else "intermediate_size"
-            changes |= {width: experts, "n_expert": n_expert}
+            changes |= {width: experts, "n_expert": max(n_expert for *_, n_expert in sizes)}
         return dataclasses.replace(teacher, **changes)
 
     @classmethod

@@ -18,7 +18,9 @@ from litgpt_whittle.files import MappedWeights
 from litgpt_whittle.index_plan import ParamSlice, on_device, plan, plans
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.running import Delegate, EmptyModules, Lookup, Running, Weights, pass_on
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.student_block import student_block
+from litgpt_whittle.subnet import DROPS, SubNet
+from litgpt_whittle.unit_index import UnitIndex
 from litgpt_whittle.windows import vectorize_windows
 
 KEPT_BYTES = {"cpu": 256 * 2**20}
@@ -38,7 +40,7 @@ class BlocksGPT(GPT):
 
 
 class LayerwiseGPT(BlocksGPT):
-    """A litgpt GPT whose layers differ in width, which no single litgpt `Config` describes.
+    """A litgpt GPT whose layers differ in width or lack sub-layers, which no single litgpt `Config` describes.
 
     Its `config` describes a stock GPT padded to the widest layer, as which `pad` prepares it for saving. The class also
     serves students with equal layers if `SubNet.config` adds heads to them.
@@ -48,7 +50,7 @@ class LayerwiseGPT(BlocksGPT):
     """
 
     def __init__(self, subnet: SubNet) -> None:
-        super().__init__(subnet.config, (Block(subnet.layer_config(i), i) for i in range(len(subnet))))
+        super().__init__(subnet.config, (student_block(subnet, i) for i in range(len(subnet))))
         self.shape = shape_of(subnet)
 
     @classmethod
@@ -262,12 +264,16 @@ def shape_of(subnet: SubNet) -> SubNet:
     config = subnet.config
     width = "moe_intermediate_size" if config.moe_intermediate_size is not None else "intermediate_size"
     sizes: dict[str, Any] = {"intermediate_size": [None] * len(layers)}
-    sizes["n_query_groups"] = [len(keep.n_query_groups) for keep in layers]
-    sizes["heads_per_group"] = [len(keep.heads_per_group) for keep in layers]
+    sizes["n_query_groups"] = [keep.sizes[0] or None for keep in layers]
+    sizes["heads_per_group"] = [keep.sizes[1] or None for keep in layers]
     for i, keep in enumerate(layers):
         name = "intermediate_size" if keep.n_expert is None else width
-        sizes.setdefault(name, [None] * len(layers))[i] = len(keep.intermediate_size)
-    return SubNet(config, **{k: v for k, v in sizes.items() if any(n is not None for n in v)})
+        sizes.setdefault(name, [None] * len(layers))[i] = keep.sizes[2] or None
+    sizes = {name: own for name, own in sizes.items() if any(n is not None for n in own)}
+    for name in DROPS:
+        if (dropped := getattr(subnet, name)) is not None:
+            sizes[name] = UnitIndex([i for i, layer in enumerate(subnet.layers) if layer in dropped.indices])
+    return SubNet(config, **sizes)
 
 
 def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
@@ -275,7 +281,8 @@ def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 
     Padded neurons and query groups output zero and get no gradient. A padded head of a kept group outputs zero as well,
     but shares that group's values, so training the padded model in stock litgpt can activate it. A norm over all heads
-    (OLMo 2) would average over the padding too; its inputs and weight are rescaled to compensate.
+    (OLMo 2) would average over the padding too; its inputs and weight are rescaled to compensate. A dropped sub-layer
+    and its norms are zero, which get no gradient either, except for the output projection's bias.
 
     Args:
         subnet: The student's sub-network.
@@ -308,6 +315,9 @@ def fill_up(shape: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
         if sum(not isinstance(i, slice) for i in index) > 1:
             index = torch.meshgrid(*(_as_tensor(i, part.device) for i in index), indexing="ij")
         filled[name][tuple(index)] = part
+    for name, tensor in stock.items():  # dropped sub-layers
+        if name not in filled:
+            filled[name] = weights["lm_head.weight"].new_zeros(tensor.shape)
     if is_tied(weights):
         filled["lm_head.weight"] = filled["transformer.wte.weight"]
     return filled
@@ -329,9 +339,10 @@ def _rescale_norms(shape: SubNet, weights: Weights, inverse: bool) -> Weights:
     if not (config.norm_qk and config.norm_qk_type == "olmo2") or shape.is_uniform:
         return weights
     for i in range(len(shape)):
-        keep = shape.layer(i)
-        groups, size = len(keep.n_query_groups), config.head_size
-        heads = groups * len(keep.heads_per_group)
+        (groups, per_group, *_), size = shape.layer(i).sizes, config.head_size
+        if not groups:
+            continue
+        heads = groups * per_group
         prefix = f"transformer.h.{i}.attn."
         n_q, n_k = heads * size, groups * size
         for leaf, padded, true, start, stop in (

@@ -10,7 +10,7 @@ from litgpt.config import Config, configs
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.rope import legal_head_sizes
-from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.subnet import DROPS, SubNet, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 SIZES = {
@@ -144,6 +144,14 @@ def experts(draw, teacher: Config, n: int) -> UnitIndex:
 
 
 @st.composite
+def drops(draw, layers: list[int]) -> dict[str, UnitIndex]:
+    """Draw which layers lack their attention or their MLP; one of at least two layers keeps each of them."""
+    what = {layer: draw(st.sampled_from(["", *DROPS])) for layer in layers}
+    chosen = {name: [layer for layer in layers if what[layer] == name][: len(layers) - 1] for name in DROPS}
+    return {name: UnitIndex(own) for name, own in chosen.items() if own}
+
+
+@st.composite
 def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
     """Draw any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers, or possibly not."""
     n_layer = draw(keeps(teacher.n_layer))
@@ -164,6 +172,8 @@ def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
             choice[field] = draw(keeps(next(size for size in sizes if size is not None)))
         else:
             choice[field] = [None if size is None else draw(keeps(size)) for size in sizes]
+    if not uniform and len(layers) > 1 and draw(st.booleans()):
+        choice |= draw(drops(layers))
     try:
         return SubNet(teacher, **choice)
     except UserError as error:  # the strategy itself must draw only legal ones

@@ -117,7 +117,7 @@ def test_dropped_layers_are_made_up_for_as_in_a_repair(name, tmp_path):
 def test_the_moments_of_a_gap_are_those_of_its_tokens():
     config = ARCHITECTURES["Llama-3.1-8B"]
     teacher, ids = model(config, std=0.1), windows(config)
-    yz, y = MomentRepair(super_gpt(teacher), ids, micro_batch_size=3)._gap(0, 2)
+    yz, y = MomentRepair(super_gpt(teacher), ids, micro_batch_size=3)._gap(0, ("mlp.proj",), 2, False)
     seen = watched(teacher, ids)
     z, middle = seen["transformer.h.0.mlp.proj"][0], seen["transformer.h.0.norm_2"][0]
     after, wanted = seen["transformer.h.1"][0], seen["transformer.h.2"][0]

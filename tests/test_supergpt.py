@@ -127,7 +127,7 @@ def _assert_padding_has_no_gradient(stock: GPT, student: LayerwiseGPT) -> None:
     slices = plan(stock.config, student.shape)
     for i in range(len(student.shape)):
         # a padded head of a kept group attends to that group's values, so its output projection gets a gradient
-        if len(student.shape.layer(i).heads_per_group) < stock.config.n_head // stock.config.n_query_groups:
+        if 0 < student.shape.layer(i).sizes[1] < stock.config.n_head // stock.config.n_query_groups:
             del slices[f"transformer.h.{i}.attn.proj.weight"]
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters() if parameter.grad is not None}
     for take in slices.values():
@@ -230,8 +230,8 @@ def test_layers_that_keep_the_same_units_share_their_plan():
 
 def test_modules_are_built_once_for_layers_and_candidates_of_the_same_sizes(monkeypatch):
     built = []
-    block = running.Block
-    monkeypatch.setattr(running, "Block", lambda config, i: built.append(i) or block(config, i))
+    block = running.student_block
+    monkeypatch.setattr(running, "student_block", lambda subnet, i: built.append(i) or block(subnet, i))
     teacher = ARCHITECTURES["Gemma-2-2b"]  # every second layer has a sliding window
     model, idx = supergpt(teacher).eval(), tokens(teacher)
     sizes = [9, 9, 9, 9], [9, 9, 12, 9], ["1-9", "0-8", "2-10", 9]

@@ -364,9 +364,8 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
     ]
     lines += [f"  {name:<11} {of} -> {kept}" for name, of, kept in _sizes(subnet)]
     if not subnet.is_uniform:
-        heads = "Its heads do not fill its channels, which transformers needs."
         lines += [
-            f"{heads if subnet.layers_are_alike else 'Its layers differ in width.'} Stock litgpt",
+            f"{_why_padded(subnet)} Stock litgpt",
             f"opens it with the same outputs: {WEIGHTS} is padded with zeros to {counts['n_params_padded']:,}",
             f"parameters. litgpt_whittle.load_model opens its {after:,}.",
         ]
@@ -375,23 +374,33 @@ def _summary(subnet: SubNet, counts: dict[str, int], sub_network: Path, out_dir:
     return "\n".join([*lines, f"Saved {weights} ({readable_size(weights.stat().st_size)}). {hint}"])
 
 
+def _why_padded(subnet: SubNet) -> str:
+    if subnet.drops_sublayers:
+        return "Some of its layers lack attention or MLP."
+    if subnet.layers_are_alike:
+        return "Its heads do not fill its channels, which transformers needs."
+    return "Its layers differ in width."
+
+
 def _sizes(subnet: SubNet) -> list[tuple[str, Any, str]]:
     """Return name, teacher's size and kept size of every dimension that shrank."""
     teacher = subnet.teacher
     keeps = [subnet.layer(i) for i in range(len(subnet))]
-    dense = [keep for keep in keeps if keep.n_expert is None]
-    experts = [keep for keep in keeps if keep.n_expert is not None]
+    attentions = [keep.sizes[:2] for keep in keeps if "attn" in keep.parts]
+    mlps = [keep.sizes[2:] for keep in keeps if "mlp" in keep.parts]
     width = teacher.moe_intermediate_size or teacher.intermediate_size
     rows = [
+        ("attentions", len(keeps), [len(attentions)]),
+        ("MLPs", len(keeps), [len(mlps)]),
         ("channels", teacher.n_embd, [len(subnet.n_embd)]),
-        ("heads", teacher.n_head, [len(k.n_query_groups) * len(k.heads_per_group) for k in keeps]),
+        ("heads", teacher.n_head, [groups * per_group for groups, per_group in attentions]),
         ("head size", teacher.head_size, [len(subnet.head_size)]),
-        ("neurons", teacher.intermediate_size, [len(k.intermediate_size) for k in dense]),
-        ("experts", teacher.n_expert, [len(k.n_expert) for k in keeps if k.n_expert is not None]),
-        ("per expert", width, [len(k.intermediate_size) for k in experts]),
+        ("neurons", teacher.intermediate_size, [neurons for neurons, n_expert in mlps if not n_expert]),
+        ("experts", teacher.n_expert, [n_expert for _, n_expert in mlps if n_expert]),
+        ("per expert", width, [neurons for neurons, n_expert in mlps if n_expert]),
     ]
     if teacher.n_query_groups != teacher.n_head:
-        rows.insert(2, ("groups", teacher.n_query_groups, [len(k.n_query_groups) for k in keeps]))
+        rows.insert(4, ("groups", teacher.n_query_groups, [groups for groups, _ in attentions]))
     return [(name, of, _span(kept)) for name, of, kept in rows if kept and set(kept) != {of}]
 
 

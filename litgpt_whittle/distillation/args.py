@@ -49,7 +49,7 @@ class HiddenArgs:
     weight: float = 0.0
     """Weight of the loss on the residual stream after each layer, averaged over the layers; 0 disables it"""
     attention: float = 0.0
-    """Weight of the same loss on the attention outputs; 0 disables it"""
+    """Weight of the same loss on the attention outputs, in layers that have attention; 0 disables it"""
     loss: Literal["mse", "cosine"] = "mse"
     """``mse``: squared difference relative to the squared norm of the teacher's hidden state at the same token;
     ``cosine``: 1 - cosine similarity. Averaged over the tokens whose labels count"""

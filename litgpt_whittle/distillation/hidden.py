@@ -15,6 +15,8 @@ from litgpt.model import GPT
 from torch import nn
 
 from litgpt_whittle.distillation.args import HiddenArgs
+from litgpt_whittle.errors import UserError
+from litgpt_whittle.student_block import NoSublayer
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.tensors import upcast
 
@@ -69,6 +71,9 @@ class HiddenLoss(nn.Module):
         subnet: The student as a sub-network of the teacher; not needed with a learned projection.
         basis: The student's channels as linear combinations of the teacher's, shape (n_embd_student, n_embd_teacher);
             None if they are a selection of the teacher's channels.
+
+    Raises:
+        UserError: If attention outputs are to be matched, and none of the layers to match has attention.
     """
 
     channels: torch.Tensor
@@ -93,7 +98,14 @@ class HiddenLoss(nn.Module):
             self.register_buffer("channels", rows, persistent=False)
         chosen = range(n_layer) if args.layers is None else args.layers
         kinds = [kind for kind, weight in self.weights.items() if weight]
-        self.pairs = {Place(i, kind): Place(above[i], kind) for kind in kinds for i in chosen}
+        lacking = {i for i, block in enumerate(student.transformer.h) if isinstance(block.attn, NoSublayer)}
+        if "attn" in kinds and lacking.issuperset(chosen):
+            raise UserError(
+                f"distill.hidden.attention has nothing to match: the student's layers {sorted(chosen)} have no "
+                "attention; name others in distill.hidden.layers, or set distill.hidden.attention 0"
+            )
+        places = [Place(i, kind) for kind in kinds for i in chosen if kind != "attn" or i not in lacking]
+        self.pairs = {place: Place(above[place.layer], place.kind) for place in places}
         self.watch = Watch(student, self.pairs)
         if args.projection:
             self.projections = nn.ModuleDict(

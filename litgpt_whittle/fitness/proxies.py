@@ -152,14 +152,12 @@ class ImportanceMass(_Proxy):
         rows = [*subnet.layers, self.config.n_layer]  # the last row is for modules outside of the layers
         mass = {"n_embd": float(self._channels[rows][:, subnet.n_embd.indices].sum())}
         for i, layer in enumerate(subnet.layers):
-            keep = subnet.layer(i)
+            own = subnet.layer(i)
             for kind, scores in self._units[layer].items():
-                if kind == "n_expert":
-                    assert keep.n_expert is not None
-                    indices = experts_of(self.config, keep.n_expert)
-                else:
-                    width = "intermediate_size" if kind == "moe_intermediate_size" else kind
-                    indices = getattr(keep, width).indices
+                keep = getattr(own, "intermediate_size" if kind == "moe_intermediate_size" else kind)
+                if keep is None:  # of a dropped sub-layer
+                    continue
+                indices = experts_of(self.config, keep) if kind == "n_expert" else keep.indices
                 mass[kind] = mass.get(kind, 0.0) + float(scores[indices].sum())
         return mass
 

@@ -16,7 +16,7 @@ from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.pipeline.costs import Cost, Speed
 from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices, own_device
-from litgpt_whittle.subnet import FIELDS, SubNet
+from litgpt_whittle.subnet import DROPS, FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.memory_plan import AUTOCAST, teacher_dtype
@@ -74,7 +74,7 @@ def _one_block(subnet: SubNet) -> SubNet:
     """Return the last layer of a sub-network, with a small vocabulary; it has experts if any layer has."""
     teacher = copy.copy(subnet.teacher)
     teacher.vocab_size = teacher.padded_vocab_size = min(1024, teacher.vocab_size)
-    kept = {name: getattr(subnet, name) for name in FIELDS}
+    kept = {name: getattr(subnet, name) for name in FIELDS if name not in DROPS}
     kept = {name: value[-1] if isinstance(value, tuple) else value for name, value in kept.items()}
     return SubNet(teacher, **kept | {"n_layer": f"{subnet.layers[-1]}-{subnet.layers[-1]}"})
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from litgpt_whittle.blocks import input_of, routing, run_block
 from litgpt_whittle.calibration import Batch, Calibration
-from litgpt_whittle.index_plan import SlicePlan
+from litgpt_whittle.index_plan import SUBLAYERS, SlicePlan
 from litgpt_whittle.least_squares import Fit, Moments, fit
 from litgpt_whittle.processes import all_reduce_sum
 from litgpt_whittle.repair.basis import (
@@ -26,9 +26,10 @@ from litgpt_whittle.repair.basis import (
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
 from litgpt_whittle.scratch import ActivationFile, DeviceActivations
+from litgpt_whittle.student_block import NoSublayer
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
-POST_NORMS = {"attn": "post_attention_norm", "mlp": "post_mlp_norm"}
+POST_NORMS = {name: after for name, (_, after) in SUBLAYERS.items()}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
 
 Activations = ActivationFile | DeviceActivations
@@ -42,13 +43,13 @@ class Streams:
     """Residual streams (hidden states) of both models around a block, on the calibration tokens."""
 
     teacher: Activations
-    """The teacher's hidden states before the block"""
+    """The teacher's hidden states before the block; before its MLP, if its attention is dropped (unless parallel)"""
     student: Activations
     """The student's hidden states before the block"""
     middle: Activations | None
     """The teacher's hidden states before the block's MLP; None in a parallel block, where they are `teacher`"""
     ahead: Activations
-    """The teacher's hidden states after the block and the dropped blocks that follow it"""
+    """The teacher's hidden states after the block and the dropped sub-layers that follow it"""
     sizes: dict[tuple[str, int], torch.Tensor]
     """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
 
@@ -95,6 +96,8 @@ class BlockRepair:
         self.block, self.slices, self.teacher, self.args = block, slices, teacher, args
         self.streams, self.basis, self.calibration, self.ridges = streams, basis, calibration, ridges
         self.is_parallel = streams.middle is None
+        self.parts = [part for part in SUBLAYERS if not isinstance(getattr(block, part), NoSublayer)]
+        """The student's sub-layers"""
         self.left_as_cut = linear_names(slices, "inner")
         # cached while they fit into memory, since several maps need them
         self._of_attn, self._of_middle, self._of_mlp = (calibration.cache() for _ in range(3))
@@ -105,15 +108,15 @@ class BlockRepair:
     def fit(self) -> None:
         """Fit all linear maps of the block, in place."""
         block, teacher = self.block, self.teacher
-        self._read("attn", teacher.norm_1, block.norm_1)
+        for part in self.parts:
+            before = "norm_1" if part == "attn" or block.config.shared_attention_norm else "norm_2"
+            self._read(part, getattr(teacher, before), getattr(block, before))
+            if part == "mlp" and hasattr(block.mlp, "experts"):
+                self._write_experts()
+            elif not self.is_parallel:
+                self._write(part)
         if self.is_parallel:
-            shared = block.config.shared_attention_norm
-            self._read("mlp", *((teacher.norm_1, block.norm_1) if shared else (teacher.norm_2, block.norm_2)))
-            self._write("attn", "mlp")
-        else:
-            self._write("attn")
-            self._read("mlp", teacher.norm_2, block.norm_2)
-            self._write_experts() if hasattr(block.mlp, "experts") else self._write("mlp")
+            self._write(*self.parts)
         self._is_fitted = True
 
     def output(self, batch: Batch) -> torch.Tensor:
@@ -121,6 +124,8 @@ class BlockRepair:
         block = self.block
         if self.is_parallel or not self._is_fitted or hasattr(block.mlp, "experts"):
             return block(self._student(batch), *self.args)
+        if "mlp" not in self.parts:
+            return self._middle(batch)
         norm = block.post_mlp_norm
         return self._middle(batch) + norm(block.mlp.proj(self._mlp_inputs(batch)))
 
@@ -187,15 +192,18 @@ class BlockRepair:
     # output projections -----------------------------------------------------------------------------------------------
 
     def _write(self, *parts: str) -> None:
-        """Fit the output projection of `attn` or `mlp`, or both jointly."""
+        """Fit the output projection of `attn` or `mlp`, or both jointly.
+
+        The last one also makes up for dropped sub-layers that follow it in the teacher.
+        """
         names = [f"{part}.proj" for part in parts]
         modules = [self.block.get_submodule(name) for name in names]
-        inside = parts == ("mlp",)
+        inside = parts == ("mlp",) and not self.is_parallel
 
-        stream = self.streams.middle if parts == ("attn",) else self.streams.ahead
+        stream = self.streams.ahead if parts[-1] == self.parts[-1] else self.streams.middle
 
         def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            if len(parts) > 1:
+            if self.is_parallel:
                 seen = self._run(batch, names)
                 z = torch.cat([seen[name] for name in names], -1)
             else:
@@ -353,6 +361,8 @@ class BlockRepair:
 
     def _middle(self, batch: Batch) -> torch.Tensor:
         """Return the student's hidden states between attention and MLP; attention must be fitted already."""
+        if "attn" not in self.parts:
+            return self._student(batch)
 
         def compute(batch: Batch) -> torch.Tensor:
             attn, norm = self.block.attn, self.block.post_attention_norm

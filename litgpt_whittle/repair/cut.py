@@ -9,7 +9,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import Block
 
-from litgpt_whittle.blocks import load_block
+from litgpt_whittle.blocks import load_student_block
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import SlicePlan, axes_of, layer_plan, on_device
 from litgpt_whittle.repair.basis import Basis
@@ -50,7 +50,7 @@ def cut_block(subnet: SubNet, index: int, keep: LayerUnits, basis: Basis, teache
     (slices,) = on_device([slices], teacher.attn.proj.weight.device)
     tensors = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     weights = {name: take(tensors[take.name]).clone().contiguous() for name, take in slices.items()}
-    block = load_block(subnet.layer_config(index), index, weights)
+    block = load_student_block(subnet, index, weights)
     if not basis.is_coordinates:
         for name in ("norm_1", "norm_2", "post_attention_norm", "post_mlp_norm"):
             if getattr(teacher, name, None) is not None:

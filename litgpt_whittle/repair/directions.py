@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 
 from litgpt.model import Block
 
@@ -12,12 +12,13 @@ from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.repair.basis import DirectionImportance, readers, standardised
 from litgpt_whittle.repair.cut import FiniteCheck
 from litgpt_whittle.scratch import ActivationFile, DeviceActivations
+from litgpt_whittle.subnet import LayerUnits
 
 
 def direction_importance(
     teacher: NonBlockModules,
     block_of: Callable[[int], Block],
-    layers: Container[int],
+    kept: Mapping[int, LayerUnits],
     calibration: Calibration,
     stream: ActivationFile | DeviceActivations,
 ) -> DirectionImportance:
@@ -26,7 +27,7 @@ def direction_importance(
     Args:
         teacher: The teacher's modules outside the blocks.
         block_of: Returns one of the teacher's blocks.
-        layers: The kept layers.
+        kept: Kept units of the kept layers, by layer.
         calibration: The calibration tokens; 32 per channel, spread over them, are used.
         stream: Buffer for the teacher's hidden states; overwritten.
 
@@ -51,10 +52,14 @@ def direction_importance(
                 middle.add(standardised(seen["norm_2"], config), no_outputs(x))
             stream[batch] = finite(seen["out"])
         finite.finish()
-        if layer in layers:
-            before.over_processes()
-            mlp_norm = block.norm_1 if config.shared_attention_norm else block.norm_2
+        if layer not in kept:
+            continue
+        parts = kept[layer].parts
+        before.over_processes()
+        if "attn" in parts:
             worth.add(before, block.norm_1, readers(block, "attn"))
+        if "mlp" in parts:
+            mlp_norm = block.norm_1 if config.shared_attention_norm else block.norm_2
             worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
     final = Moments(config.n_embd, 0, device)
     for batch in batches:
@@ -62,5 +67,5 @@ def direction_importance(
     final.over_processes()  # also waits until all processes have read the stream
     head = teacher.head.weight
     # half the weight of all layers' projections: the best of 1, 1/2, 1/4 and 1/8 on a teacher of 8 layers
-    worth.add(final, teacher.norm, [head - head.mean(0)], times=sum(i in layers for i in range(config.n_layer)))
+    worth.add(final, teacher.norm, [head - head.mean(0)], times=len(kept))
     return worth

@@ -3,14 +3,15 @@
 The full repair (`litgpt_whittle.repair.sequential`) runs the student to get the actual inputs of its maps. Here each
 map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is
 slightly worse than a full repair, but ranks candidates as full repairs do; scores without any repair do not. Dropped
-layers are compensated as in a full repair: the maps before such a gap are fitted to the teacher's hidden states after
-the gap.
+layers and sub-layers are compensated as in a full repair: the maps before such a gap are fitted to the teacher's hidden
+states after the gap.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import numpy as np
@@ -38,6 +39,7 @@ from litgpt_whittle.repair.costs import check_memory, sites
 from litgpt_whittle.repair.cut import TokenMeans, cut_block, cut_outside, not_finite, on
 from litgpt_whittle.repair.readers import Find, fit_head, fit_readers, fit_tied_norm
 from litgpt_whittle.repair.units import Orders, choose_units, maps_to_choose_for
+from litgpt_whittle.student_block import NoSublayer
 from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
 
@@ -98,38 +100,67 @@ class MomentRepair:
         self._directions = principal_directions(self._worth().form, is_centring(self.config))
         self._basis = lru_cache(maxsize=16)(self._make_basis)
         self._gap = lru_cache(maxsize=GAPS_KEPT)(self._measure_gap)
+        self._windows, self._micro_batch_size = windows, micro_batch_size
+        self._inside = lru_cache(maxsize=2)(self._means_inside)
 
     def _keep_stream(self, layer: int, _: nn.Module, inputs: tuple) -> None:
         self.streams[layer].append(inputs[0].cpu())
         if layer < self.config.n_layer:
             self.block_args[layer] = inputs[1:]
 
-    def _measure_gap(self, layer: int, following: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the moments of a layer's last output projections, with targets after a gap of dropped layers.
+    def _measure_gap(
+        self, layer: int, names: tuple[str, ...], following: int, inside: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the moments of a layer's output projections, with targets after a gap of dropped sub-layers.
 
         Args:
-            layer: The layer before a gap of dropped layers.
+            layer: The layer before the gap.
+            names: The last output projections before the gap.
             following: The next kept layer, or the number of layers.
+            inside: True if that layer begins with its MLP.
 
         Returns:
             Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). The projections' inputs
             are z. The difference between the teacher's hidden states after the gap and before these projections is y.
         """
         moments, block = self.layers[layer], self.teacher.transformer.h[layer]
-        names = moments.last_writers
-        start_at = [] if self.config.parallel_residual else ["norm_2"]
+        middle_at = [] if self.config.parallel_residual else ["norm_2"]
         total = Moments(len(moments.moments[names].z), self.config.n_embd, self.device)
         yz, y, dtype = total.yz, total.y, total.product_dtype
-        for before, after, wanted in zip(self.streams[layer], self.streams[layer + 1], self.streams[following]):
+        goals = self._middles(following) if inside else self.streams[following]
+        for before, after, wanted in zip(self.streams[layer], self.streams[layer + 1], goals):
             before, after, wanted = (x.to(self.device) for x in (before, after, wanted))
-            seen = run_block(block, before, self.block_args[layer], [*names, *start_at], stop=True)
+            seen = run_block(block, before, self.block_args[layer], [*names, *middle_at], stop=True)
             z = torch.cat([seen[name].flatten(0, -2) for name in names], -1).to(dtype)
-            off = (wanted.float() - seen.get("norm_2", before).float()).flatten(0, -2).to(dtype)
+            start = seen.get("norm_2", before)
+            if names == ("attn.proj",):
+                start, after = before, seen["norm_2"]
+            off = (wanted.float() - start.float()).flatten(0, -2).to(dtype)
             # same weights as the layer's own moments, whose sums over the inputs are used again
             off = off * token_weights(after.float(), self.config).flatten()[:, None].to(dtype)
             yz += off.T @ z
             y += off.sum(0)
         return yz, y
+
+    def _middles(self, layer: int) -> Iterator[torch.Tensor]:
+        """Yield the teacher's hidden states between a layer's attention and its MLP, batch by batch."""
+        block, args = self.teacher.transformer.h[layer], self.block_args[layer]
+        for before in self.streams[layer]:
+            yield run_block(block, before.to(self.device), args, ["norm_2"], stop=True)["norm_2"]
+
+    def _means_inside(self, layer: int) -> TokenMeans:
+        """Return per-token means of the teacher's hidden states between a layer's attention and its MLP."""
+        means = TokenMeans(self._windows.unique().to(self.device), self.config.n_embd)
+        for ids, middle in zip(self._windows.split(self._micro_batch_size), self._middles(layer)):
+            means.add(ids.to(self.device), middle)
+        return means
+
+    def _replace_embedding(self, embedding: torch.Tensor, subnet: SubNet, basis: Basis) -> None:
+        """Write the hidden states after dropped first sub-layers into an untied embedding, as far as tokens predict."""
+        layer = subnet.layers[0]
+        if subnet.begins_late and not self.teacher.tied:
+            means = self._inside(layer) if subnet.begins_inside(0) else self.before[layer]
+            means.into(embedding, basis, self.config)
 
     def block(self, layer: int) -> Block:
         """Return one of the teacher's blocks in float32."""
@@ -178,21 +209,27 @@ class MomentRepair:
                 blocks.append(theirs)
                 continue
             block, slices = cut_block(subnet, i, moments.choose(subnet, i, theirs), basis, theirs)
-            following = subnet.layers[i + 1] if i + 1 < len(subnet) else self.config.n_layer
-            gap = self._gap(layer, following) if following > layer + 1 and moments.last_writers else None
-            moments.fit(block, theirs, slices, basis, self.ridge, gap)
+            writers = moments.last_writers(subnet.layer(i))
+            moments.fit(block, theirs, slices, basis, self.ridge, writers, self._gap_after(subnet, i, writers))
             blocks.append(block)
         weights = read_outside(self.weights, self.device)
         with meta_modules():
             shell = BlocksGPT(subnet.config, [])
         shell.load_state_dict(cut_outside(self.config, weights, basis, self.teacher.tied), assign=True)
-        if subnet.layers[0] in self.before:
-            self.before[subnet.layers[0]].into(shell.transformer.wte.weight, basis, self.config)
+        self._replace_embedding(shell.transformer.wte.weight, subnet, basis)
         shell.transformer["h"] = nn.ModuleList(blocks)
         shell.max_seq_length = self.teacher.max_seq_length
         shell.cos, shell.sin = shell.rope_cache(device=self.device)
         self._fit_head(shell, basis)
         return shell.eval().requires_grad_(False).to(self.teacher.lm_head.weight.dtype)
+
+    def _gap_after(self, subnet: SubNet, i: int, writers: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the moments of the gap of dropped sub-layers after the student's layer `i`; None if there is none."""
+        layer, is_last = subnet.layers[i], i + 1 == len(subnet)
+        following = self.config.n_layer if is_last else subnet.layers[i + 1]
+        inside = not is_last and subnet.begins_inside(i + 1)
+        is_gap = following > layer + 1 or inside or writers == ("attn.proj",)
+        return self._gap(layer, writers, following, inside) if writers and is_gap else None
 
     def _make_basis(self, n_embd: int) -> Basis:
         if n_embd == self.config.n_embd:
@@ -245,8 +282,6 @@ class _LayerMoments:
         """Input columns of each projection in a joint regression"""
         for names in sites(self.config, layer):
             self._watch(block, names)
-        self.last_writers = next((names for names in self.moments if "mlp.proj" in names), ())
-        """The block's last output projections, which compensate for dropped layers; empty for experts"""
         self._orders: Orders = {}
 
     def _watch(self, block: Block, names: tuple[str, ...]) -> None:
@@ -273,6 +308,10 @@ class _LayerMoments:
         # the MLP computes last
         self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
+    def last_writers(self, keep: LayerUnits) -> tuple[str, ...]:
+        """Return the last output projections, which compensate for dropped sub-layers; none for experts."""
+        return next((names for names in self.moments if f"{keep.parts[-1]}.proj" in names), ())
+
     def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerUnits:
         """Select as many units as a candidate keeps of this layer, those with the largest OBS saliency."""
         covariances = {}
@@ -290,6 +329,7 @@ class _LayerMoments:
         slices: SlicePlan,
         basis: Basis,
         ridge: float,
+        writers: tuple[str, ...] = (),
         gap: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Fit all input and output projections of a student's block, in place.
@@ -303,21 +343,22 @@ class _LayerMoments:
             slices: The student block's slices of the teacher's parameters.
             basis: Basis of the student's residual stream.
             ridge: Relative strength of the ridge.
-            gap: Moments of the gap of dropped layers after this one, as `MomentRepair._measure_gap` returns them.
+            writers: The block's last output projections.
+            gap: Moments of the gap of dropped sub-layers after them, as `MomentRepair._measure_gap` returns them.
         """
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
             ("attn", self.before_attn, "norm_1"),
             ("mlp", self.before_mlp, "norm_1" if shared else "norm_2"),
         ):
-            if basis.is_whole:
-                break
+            if basis.is_whole or isinstance(block.get_submodule(part), NoSublayer):
+                continue
             norms = theirs.get_submodule(norm), block.get_submodule(norm)
             moments = normalised(stream, basis, *norms)
             anchor = basis.reconstruction(norms[0], moments)
             fit_readers(block, slices, theirs, part, _solution(moments, anchor, ridge))
         for names in self.moments:
-            self._write(names, block, theirs, slices, basis, ridge, gap if names == self.last_writers else None)
+            self._write(names, block, theirs, slices, basis, ridge, gap if names == writers else None)
 
     def _write(
         self,
@@ -330,9 +371,10 @@ class _LayerMoments:
         gap: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in slices.items()}
-        if names[0] not in ours:  # an expert that is not kept
+        kept_names = [name for name in names if name in ours]
+        if not kept_names:  # of an expert or a sub-layer that is not kept
             return
-        students, moments = [block.get_submodule(ours[name]) for name in names], self.moments[names]
+        students, moments = [block.get_submodule(ours[name]) for name in kept_names], self.moments[names]
         wide = [theirs.get_submodule(name) for name in names]
         # in coordinates, the norm after the map is the teacher's: the target is its input, which is linear
         is_linear = basis.is_coordinates and gap is None
@@ -340,7 +382,8 @@ class _LayerMoments:
         if gap is not None:
             moments = moments.with_outputs(*gap)
         kept = []
-        for name, columns in self.columns[names].items():
+        for name in kept_names:
+            columns = self.columns[names][name]
             index = on(slices[f"{ours[name]}.weight"].index[1], moments.zz)
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
         if is_linear and basis.is_whole and sum(map(len, kept)) == len(moments.z):

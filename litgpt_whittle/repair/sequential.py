@@ -8,8 +8,8 @@ the student is fitted to the teacher's counterpart, given the actual inputs from
   pre-activations, which are linear in the teacher's normalised hidden states. One regression of these states on the
   student's therefore fits all projections after a norm, including the LM head, without computing logits.
 - The target of output projections is the difference between the teacher's hidden states after them and the student's
-  before them, so each block also corrects the error of earlier blocks. Before a gap of dropped layers, the target uses
-  the teacher's hidden states after the gap.
+  before them, so each block also corrects the error of earlier blocks. Before a gap of dropped layers or sub-layers,
+  the target uses the teacher's hidden states after the gap.
 - The LM head is then trained on the teacher's predictions (`litgpt_whittle.repair.head`), since squared errors of
   logits are only a proxy.
 
@@ -24,14 +24,14 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from litgpt.config import Config
 from litgpt.model import Block
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_block, load_student_block, read_block, read_outside, run_block
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
@@ -57,6 +57,7 @@ from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.repaired import LayerReport, Repaired
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
 from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
+from litgpt_whittle.student_block import part_of
 from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
 from litgpt_whittle.unit_index import UnitIndex
@@ -175,7 +176,7 @@ class SequentialRepair:
         student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
-        if self.tied and self.subnet.layers[0]:  # not replaced by token means, since it is the head, too
+        if self.tied and self.subnet.begins_late:  # not replaced by token means, since it is the head, too
             reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
         return Repaired(chosen, student, reports, head, refined, fitted, self.basis_name, self.basis.matrix.cpu())
 
@@ -214,8 +215,9 @@ class SequentialRepair:
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
         centred = is_centring(self.teacher)
-        stream, layers = self._stream("directions", self.teacher.n_embd), set(self.subnet.layers)
-        worth = direction_importance(self.theirs, self._teacher_block, layers, self.calibration, stream)
+        stream = self._stream("directions", self.teacher.n_embd)
+        kept = {layer: self.subnet.layer(i) for i, layer in enumerate(self.subnet.layers)}
+        worth = direction_importance(self.theirs, self._teacher_block, kept, self.calibration, stream)
         self.scratch.remove_stream("directions")
         basis = Basis.principal(principal_directions(worth.form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
@@ -253,7 +255,8 @@ class SequentialRepair:
         layers = self.subnet.layers
         for layer in range(layers[n_finished] if n_finished < len(layers) else self.teacher.n_layer):
             self._advance(self.teacher_stream, layer)
-        if layers[0] and n_finished == 0 and not self.tied:
+        self._enter(self.teacher_stream, n_finished)
+        if self.subnet.begins_late and n_finished == 0 and not self.tied:
             self._repair_embedding()
 
     def _begin_student(self, finished: list[Weights]) -> None:
@@ -267,21 +270,29 @@ class SequentialRepair:
                 for batch in self.calibration.teacher_batches:
                     start[batch] = self.student_stream[batch]
             weights = {name: weight.to(self.device) for name, weight in weights.items()}
-            block = load_block(self.subnet.layer_config(i), i, weights)
+            block = load_student_block(self.subnet, i, weights)
             is_copy = i < n_intact
             args = (self.theirs if is_copy else self.ours).block_args[i]
             for batch in self.calibration.teacher_batches if is_copy else self.calibration.batches:
                 self.student_stream[batch] = block(self.student_stream[batch], *args)
 
-    def _advance(self, stream: ActivationFile | DeviceActivations, layer: int) -> None:
-        """Run one of the teacher's blocks on its stream, in place."""
+    def _advance(
+        self, stream: ActivationFile | DeviceActivations, layer: int, part: Literal["attn", "mlp"] | None = None
+    ) -> None:
+        """Run one of the teacher's blocks, or one of its sub-layers, on its stream, in place."""
         block, finite = self._teacher_block(layer), FiniteCheck(layer)
+        block = block if part is None else part_of(block, part)
         for batch in self.calibration.teacher_batches:
             stream[batch] = finite(block(stream[batch], *self.theirs.block_args[layer]))
         finite.finish()
 
+    def _enter(self, stream: ActivationFile | DeviceActivations, i: int) -> None:
+        """Run the teacher's attention that the student's layer `i` dropped, if the layer begins with its MLP."""
+        if i < len(self.subnet) and self.subnet.begins_inside(i):
+            self._advance(stream, self.subnet.layers[i], "attn")
+
     def _repair_embedding(self) -> None:
-        """Replace dropped first layers by per-token means in the embedding."""
+        """Replace dropped first sub-layers by per-token means in the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.training_batches:
@@ -297,7 +308,10 @@ class SequentialRepair:
         teacher = self._teacher_block(layer)
         if i < self.subnet.n_intact:
             return self._copy_layer(i, teacher)
-        middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
+        if self.subnet.begins_inside(i):
+            middle = self.teacher_stream
+        else:
+            middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
         streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
         keep = self._walk_teacher(i, teacher, streams)
@@ -336,11 +350,13 @@ class SequentialRepair:
         return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
 
     def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerUnits:
-        """Run the teacher's block and the dropped blocks after it on its stream; select the student's units."""
+        """Run the teacher's block and the dropped sub-layers after it on its stream; select the student's units."""
         layers = self.subnet.layers
         layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
-        post_norms = [POST_NORMS[part] for part in POST_NORMS if post_norm(teacher, part) is not None]
+        block = part_of(teacher, "mlp") if self.subnet.begins_inside(i) else teacher
+        kept = self.subnet.layer(i).parts
+        post_norms = [POST_NORMS[part] for part in kept if post_norm(teacher, part) is not None]
         moments = {
             name: Moments(teacher.get_submodule(name).in_features, 0, self.device, fp32_products=True)
             for name in chosen
@@ -352,8 +368,8 @@ class SequentialRepair:
             n_before = batch.start * self.calibration.shape[1]
             wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
             inside = [] if streams.middle is None else ["norm_2"]
-            seen = run_block(teacher, stream, self.theirs.block_args[layer], inside + wanted + post_norms)
-            if streams.middle is not None:
+            seen = run_block(block, stream, self.theirs.block_args[layer], inside + wanted + post_norms)
+            if streams.middle is not None and streams.middle is not streams.teacher:
                 streams.middle[batch] = seen["norm_2"]
             for name in post_norms:
                 streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
@@ -364,10 +380,11 @@ class SequentialRepair:
                 moments[name].add(seen[name], no_outputs(seen[name]), weights)
             streams.ahead[batch] = finite(seen["out"])
         for batch in self.calibration.further_batches:
-            streams.ahead[batch] = finite(teacher(streams.teacher[batch], *self.theirs.block_args[layer]))
+            streams.ahead[batch] = finite(block(streams.teacher[batch], *self.theirs.block_args[layer]))
         finite.finish()
         for dropped in range(layer + 1, behind):
             self._advance(streams.ahead, dropped)
+        self._enter(streams.ahead, i + 1)
         covariances = {
             name: sums.over_processes().covariances(teacher.get_submodule(name).bias is not None)[0]
             for name, sums in moments.items()
@@ -409,7 +426,7 @@ class SequentialRepair:
         """Train all blocks except leading copies jointly; return their weights and the divergences."""
         first = self.subnet.n_intact
         blocks = [
-            load_block(subnet.layer_config(i), i, {name: w.to(self.device) for name, w in layers[i].items()})
+            load_student_block(subnet, i, {name: w.to(self.device) for name, w in layers[i].items()})
             for i in range(first, len(subnet))
         ]
         start = self._stream(self._start, self.n_embd)
@@ -438,7 +455,6 @@ class SequentialRepair:
 
     def _chosen(self, keeps: list[LayerUnits]) -> SubNet:
         """Return the sub-network with the selected units."""
-        subnet = self.subnet
         width = "moe_intermediate_size" if self.teacher.moe_intermediate_size is not None else "intermediate_size"
         fields: dict[str, list[UnitIndex | None]] = {}
         for i, keep in enumerate(keeps):
@@ -448,4 +464,4 @@ class SequentialRepair:
                 values["n_expert"] = keep.n_expert
             for name, value in values.items():
                 fields.setdefault(name, [None] * len(keeps))[i] = value
-        return SubNet(self.teacher, n_embd=subnet.n_embd, n_layer=subnet.n_layer, head_size=subnet.head_size, **fields)
+        return self.subnet.replace(**fields)

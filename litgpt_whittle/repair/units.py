@@ -22,10 +22,11 @@ def maps_to_choose_for(subnet: SubNet, index: int) -> list[str]:
     """Return the names of the output projections of a student's layer that lose inputs."""
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
     maps = []
-    if (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group):
+    loses_heads = (keep.n_query_groups, keep.heads_per_group) != (full.n_query_groups, full.heads_per_group)
+    if "attn" in keep.parts and loses_heads:
         maps.append("attn.proj")
     # no selection within experts or among them: the experts that run depend on the token
-    if keep.n_expert is None and keep.intermediate_size != full.intermediate_size:
+    if "mlp" in keep.parts and keep.n_expert is None and keep.intermediate_size != full.intermediate_size:
         maps.append("mlp.proj")
     return maps
 
@@ -50,6 +51,7 @@ def choose_units(
         orders: Cache of complete elimination orders, for callers that try many numbers of units.
     """
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
+    (n_groups, n_per_group, n_neurons, _), theirs = keep.sizes, full.sizes
 
     def best(name: str, units: np.ndarray, n: int) -> UnitIndex:
         """Select the best n units; each row of `units` holds the columns of one unit in the map."""
@@ -78,13 +80,13 @@ def choose_units(
         return kept_indices(subnet.teacher, 0, subnet.head_cut.dims, of)["attention"]
 
     if "attn.proj" in covariances:
-        rows = [columns_of(UnitIndex([group]), full.heads_per_group) for group in full.n_query_groups.indices]
-        groups = best("attn.proj", np.stack(rows), len(keep.n_query_groups))
+        rows = [columns_of(UnitIndex([group]), UnitIndex(theirs[1])) for group in range(theirs[0])]
+        groups = best("attn.proj", np.stack(rows), n_groups)
         # a head's position within its group is kept or dropped in all groups
-        rows = [columns_of(groups, UnitIndex([head])) for head in full.heads_per_group.indices]
-        heads = best("attn.proj", np.stack(rows), len(keep.heads_per_group))
+        rows = [columns_of(groups, UnitIndex([head])) for head in range(theirs[1])]
+        heads = best("attn.proj", np.stack(rows), n_per_group)
         keep = dataclasses.replace(keep, n_query_groups=groups, heads_per_group=heads)
     if "mlp.proj" in covariances:
-        neurons = best("mlp.proj", np.arange(len(full.intermediate_size))[:, None], len(keep.intermediate_size))
+        neurons = best("mlp.proj", np.arange(theirs[2])[:, None], n_neurons)
         keep = dataclasses.replace(keep, intermediate_size=neurons)
     return keep

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from litgpt_whittle.ranking.order import Order
-from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, nearest_size
+from litgpt_whittle.spaces.sizes import EVERY, nearest_size
 from litgpt_whittle.spaces.space import Space
-from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.subnet import ATTENTION, SubNet, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 DROPPED = "n_layer"

@@ -16,7 +16,8 @@ import numpy as np
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.spaces.bins import Bin
-from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, GLOBAL, Key, Sizes, SizeSpace
+from litgpt_whittle.spaces.sizes import EVERY, GLOBAL, Key, Sizes, SizeSpace
+from litgpt_whittle.subnet import ATTENTION
 
 _TRIES = (500,) * 12 + (30_000,)
 """Maximum number of search-tree nodes per attempt. A draw that backtracks often is stuck below an unlucky first choice,

@@ -27,13 +27,11 @@ from litgpt_whittle.spaces.args import (
     SizeArgs,
     SpaceArgs,
 )
-from litgpt_whittle.subnet import experts_of, layer_sizes
+from litgpt_whittle.subnet import ATTENTION, experts_of, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 GLOBAL = ("n_embd", "head_size", "n_expert")
 """Sizes that all layers share in every space"""
-
-ATTENTION = ("n_query_groups", "heads_per_group")
 
 WIDTHS = ("n_embd", "intermediate_size", "moe_intermediate_size")
 """Dimensions that are sides of large matrix products"""

@@ -19,8 +19,8 @@ from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
 from litgpt_whittle.spaces.limits import Limits
-from litgpt_whittle.spaces.sizes import ATTENTION, EVERY, Key, Sizes, SizeSpace
-from litgpt_whittle.subnet import SubNet, experts_of, layer_sizes
+from litgpt_whittle.spaces.sizes import EVERY, Key, Sizes, SizeSpace
+from litgpt_whittle.subnet import ATTENTION, SubNet, experts_of, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
@@ -302,11 +302,9 @@ class Space:
     def _own(self, subnet: SubNet, index: int) -> dict[str, UnitIndex]:
         """Return the kept units of the sub-network's layer `index`, by the names of their sizes."""
         keep, kind = subnet.layer(index), self.sizes.kinds[self.sizes.kind_of[subnet.layers[index]]]
-        own = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
-        own[kind.width] = keep.intermediate_size
-        if keep.n_expert is not None:
-            own["n_expert"] = keep.n_expert
-        return own
+        names = (*ATTENTION, kind.width, "n_expert")
+        units = keep.n_query_groups, keep.heads_per_group, keep.intermediate_size, keep.n_expert
+        return {name: own for name, own in zip(names, units) if own is not None}
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
         """Draw sizes within the bin, then units."""

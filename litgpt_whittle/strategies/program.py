@@ -18,8 +18,8 @@ from scipy.sparse import csr_array
 from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.quantities import Range
 from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice
-from litgpt_whittle.spaces.sizes import ATTENTION, EVERY
-from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.spaces.sizes import EVERY
+from litgpt_whittle.subnet import ATTENTION, SubNet
 from litgpt_whittle.unit_index import UnitIndex
 
 N_NODES = 20_000

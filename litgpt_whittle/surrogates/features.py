@@ -19,7 +19,7 @@ from litgpt_whittle.index_plan import layer_takes
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.sizes import SizeSpace, multi_affine
-from litgpt_whittle.subnet import FIELDS, PER_LAYER, SubNet, experts_of, layer_sizes
+from litgpt_whittle.subnet import ATTENTION, FIELDS, PER_LAYER, SubNet, experts_of, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex, ranges
 
 N_PARTS = 8
@@ -122,7 +122,7 @@ class Features:
         return Read(n_embd, head_size, is_kept, sizes, masses)
 
     def _own(self, choice: Mapping[str, Any], name: str, layers: list[int]) -> list[Units]:
-        """Return the kept units of one kind in each kept layer; 0 if a layer has no such units."""
+        """Return the kept units of one kind in each kept layer; 0 if a layer has no such units, or dropped them."""
         # `to_dict` omits heads per group if each head is a group, and other units if no kept layer has them
         value = choice.get(name, 1 if name == "heads_per_group" else 0)
         values = (
@@ -130,7 +130,11 @@ class Features:
         )
         if name == "n_expert" and self.teacher.n_expert_groups:
             values = [self._in_groups(units) for units in values]
-        return [units if name in self._limits[layer] else 0 for layer, units in zip(layers, values)]
+        dropped = choice.get("drop_attention" if name in ATTENTION else "drop_mlp")
+        without = set() if dropped is None else set(UnitIndex.parse(dropped).indices.tolist())
+        return [
+            units if name in self._limits[layer] and layer not in without else 0 for layer, units in zip(layers, values)
+        ]
 
     def _in_groups(self, experts: Units) -> Units:
         """Convert the first n experts to the first experts of each group; return other choices unchanged."""
@@ -159,9 +163,9 @@ class Features:
         experts = read.sizes["n_expert"].max(1)
         counts = np.zeros((2, len(read.n_embd)))
         for costs, layers in self._costs:
-            of = read.is_kept & layers
+            of = np.stack((read.sizes["n_query_groups"], read.sizes["neurons"])).astype(bool) & layers
             n_expert = np.stack((np.ones_like(experts), experts))
-            counts += np.einsum("puvabcw,un,vn,anl,bnl,cnl,wn,nl->pn", costs, *powers, n_expert, of, optimize=True)
+            counts += np.einsum("puvabcw,un,vn,anl,bnl,cnl,wn,pnl->pn", costs, *powers, n_expert, of, optimize=True)
         return counts
 
 

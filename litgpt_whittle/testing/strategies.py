@@ -69,7 +69,7 @@ def start(strategy: Strategy, space: Space = SPACE, seed: int = 1) -> None:
 
 def loss(subnet: SubNet) -> float:
     """Return a loss to minimise: it prefers many wide layers early in the network."""
-    return 10 - sum(len(subnet.layer(i).intermediate_size) / (64 * (i + 1)) for i in range(len(subnet)))
+    return 10 - sum(subnet.layer(i).sizes[2] / (64 * (i + 1)) for i in range(len(subnet)))
 
 
 def measures(subnet: SubNet) -> dict[str, float]:

@@ -18,12 +18,13 @@ from litgpt.model import Block
 from torch import nn
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import NonBlockModules, load_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_student_block, read_block, read_outside, run_block
 from litgpt_whittle.contrib.prune.base import Pruner, Sparsity
 from litgpt_whittle.contrib.prune.magnitude import Magnitude
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.least_squares import Moments, exact_products, no_outputs, solve
 from litgpt_whittle.scratch import Scratch
+from litgpt_whittle.student_block import student_block
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import Weights
 
@@ -72,7 +73,7 @@ def maps_to_prune(shape: SubNet, targets: Sequence[str], sparsity: Sparsity) -> 
     layers = []
     for i in range(len(shape)):
         with torch.device("meta"):
-            block = Block(shape.layer_config(i), i)
+            block = student_block(shape, i)
         layers.append({name: module for name, module in block.named_modules() if _is_prunable(name, module)})
     kinds = dict.fromkeys(kind_of(name) for maps in layers for name in maps)
     for target in targets:
@@ -214,7 +215,7 @@ class Pruning:
     # one layer --------------------------------------------------------------------------------------------------------
 
     def _prune_layer(self, i: int) -> tuple[Weights, list[MapReport]]:
-        block = load_block(self.shape.layer_config(i), i, read_block(self.weights, i, self.device))
+        block = load_student_block(self.shape, i, read_block(self.weights, i, self.device))
         moments = self._moments(i, block)
         pruned, reports = {}, []
         for name in self.maps[i]:

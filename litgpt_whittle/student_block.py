@@ -1,0 +1,43 @@
+"""Blocks of students, which may lack their attention or their MLP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import torch
+from litgpt.model import Block
+from torch import nn
+
+from litgpt_whittle.index_plan import SUBLAYERS, dropped_modules
+from litgpt_whittle.subnet import SubNet
+
+
+class NoSublayer(nn.Module):
+    """Replacement for a block's dropped attention or MLP. litgpt's forward of the block adds its output, zero."""
+
+    kv_cache: None = None
+
+    def forward(self, x: torch.Tensor, *args: object) -> torch.Tensor:
+        return x.new_zeros(())
+
+    def build_kv_cache(self, *args: object) -> None:
+        """Return no cache, as litgpt asks every block's attention for one."""
+
+
+def student_block(subnet: SubNet, index: int) -> Block:
+    """Return litgpt's block for the student's layer `index` in its true shape, with newly initialised weights."""
+    return _keep_parts(Block(subnet.layer_config(index), index), subnet.layer(index).parts)
+
+
+def part_of(block: Block, part: str) -> Block:
+    """Return a block with only the attention (`attn`) or only the MLP (`mlp`) of another one, and its weights."""
+    half = copy.copy(block)
+    half._modules = dict(block._modules)
+    return _keep_parts(half, (part,))
+
+
+def _keep_parts(block: Block, parts: Collection[str]) -> Block:
+    for name in dropped_modules(block.config, parts):
+        setattr(block, name, NoSublayer() if name in SUBLAYERS else nn.Identity())
+    return block
