@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -62,12 +62,18 @@ class Running:
         slices: Slices of the teacher module's parameters.
         constants: Tensors that are not sliced from the teacher.
         in_place: If true, add gradients in place to the `grad` of the teacher's parameters.
+        idle: Names of the teacher module's submodules whose unused weights get zero gradients.
     """
 
     def __init__(
-        self, module: nn.Module, slices: Mapping[str, ParamSlice], constants: Weights, in_place: bool = False
+        self,
+        module: nn.Module,
+        slices: Mapping[str, ParamSlice],
+        constants: Weights,
+        in_place: bool = False,
+        idle: Collection[str] = (),
     ) -> None:
-        self.module = module
+        self.module, self.idle = module, idle
         self.in_place = in_place
         self.slices = slices
         self.constants = constants
@@ -75,6 +81,9 @@ class Running:
 
     def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         weights = self._take(owner) if self.weights is None else self.weights
+        if self.idle:
+            unused = [weight for name in self.idle for weight in owner.get_submodule(name).parameters()]
+            args = (_PassOn.apply(args[0], *unused), *args[1:])
         return functional_call(self.module, weights | self.constants, args, kwargs)
 
     @torch.no_grad()

@@ -34,8 +34,8 @@ PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_inte
 ATTENTION = ("n_query_groups", "heads_per_group")
 """The per-layer fields of attention; the others belong to the MLP"""
 
-DROPS = ("drop_attention", "drop_mlp")
-"""The fields of a `SubNet` that list kept layers of the teacher without one of their sub-layers"""
+DROPS = {"drop_attention": "attn", "drop_mlp": "mlp"}
+"""The fields of a `SubNet` that list kept layers without a sub-layer, with litgpt's name of that sub-layer"""
 
 FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER, *DROPS)
 """All fields of a `SubNet`, in the order of the YAML file."""
@@ -320,7 +320,9 @@ class SubNet:
         choice = {}
         for name in FIELDS:
             value = getattr(self, name)
-            if isinstance(value, tuple):
+            if name in DROPS and value is not None:
+                choice[name] = value.to_ranges()  # a number of first layers would look like the index of one layer
+            elif isinstance(value, tuple):
                 choice[name] = [None if keep is None else keep.to_yaml() for keep in value]
             elif value is not None:
                 choice[name] = value.to_yaml()

@@ -15,7 +15,7 @@ from litgpt.model import GPT, Block
 from torch import nn
 
 from litgpt_whittle.files import MappedWeights
-from litgpt_whittle.index_plan import ParamSlice, on_device, plan, plans
+from litgpt_whittle.index_plan import ParamSlice, dropped_modules, on_device, plan, plans
 from litgpt_whittle.processes import free_memory
 from litgpt_whittle.running import Delegate, EmptyModules, Lookup, Running, Weights, pass_on
 from litgpt_whittle.student_block import student_block
@@ -122,9 +122,10 @@ class SuperGPT(BlocksGPT):
             materialize: If true, slice the weights once, without gradients, instead of in every forward pass; for
                 scoring a candidate on many batches. Contiguous runs are views, which take no memory. Gathered weights
                 are cached within `kept_bytes`.
-            trains: If true, the weights of dropped layers get zero gradients instead of None. With several processes,
-                the dropped layers' modules are called as well, so that wrappers (FSDP2, DDP) see every module used on
-                every process. A single process adds gradients in place to those of the full weights.
+            trains: If true, the weights of dropped layers and sub-layers get zero gradients instead of None. With
+                several processes, the dropped layers' modules are called as well, so that wrappers (FSDP2, DDP) see
+                every module used on every process. A single process adds gradients in place to those of the full
+                weights.
 
         Raises:
             UserError: If `subnet` was made for another teacher.
@@ -145,7 +146,8 @@ class SuperGPT(BlocksGPT):
             outer[_EMBEDDING] = ParamSlice(_EMBEDDING, ())
         active: list[tuple[Any, Callable[..., torch.Tensor]]] = [(self, Running(shell, outer, constants, in_place))]
         for i, layer in enumerate(subnet.layers):
-            running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place)
+            idle = dropped_modules(self.config, subnet.layer(i).parts) if calls_all else ()
+            running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place, idle)
             active.append((self.transformer.h[layer], running))
         if calls_all:
             left_out = set(range(self.config.n_layer)) - set(subnet.layers)

@@ -108,8 +108,10 @@ class UnitIndex:
         return self._hash
 
     def __str__(self) -> str:
-        if self._indices is None:
-            return str(self._n)
+        return str(self._n) if self._indices is None else self.to_ranges()
+
+    def to_ranges(self) -> str:
+        """Return inclusive ranges such as `0-511,640-767`, also for a prefix."""
         ranges = self.ranges
         # a single index is written as a range, since "7" means the first seven
         if len(ranges) == 1:

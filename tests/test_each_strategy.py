@@ -134,10 +134,10 @@ def test_stratified_random_passes_over_empty_strata():
 
 def test_stratified_random_works_where_no_stratum_seems_reachable(monkeypatch):
     whole, strategy = SPACE.bin, StratifiedRandom(n_strata=3)
-    draw = space_module.draw_sizes
+    draw = space_module.draw
     monkeypatch.setattr(
         space_module,
-        "draw_sizes",
+        "draw",
         lambda sizes, rng, bin, *wish: draw(sizes, rng, bin, *wish) if bin == whole else None,
     )
     strategy.start(SPACE, seed=1)

@@ -14,7 +14,7 @@ from litgpt.config import Config
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import MEASURES, MeasureArgs
-from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives
+from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, sublayer_sizes
 from litgpt_whittle.spaces.args import (
     SizeArgs,
     SpaceArgs,
@@ -27,7 +27,7 @@ from litgpt_whittle.strategies import Evolution, IntegerProgram, Scored
 from litgpt_whittle.strategies.integer_program import WHOLE, _Posterior
 from litgpt_whittle.strategies.program import Program
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
-from litgpt_whittle.subnet import SubNet, layer_sizes
+from litgpt_whittle.subnet import DROPS, SubNet, layer_sizes
 from litgpt_whittle.surrogates.args import SurrogateArgs
 from litgpt_whittle.testing.inputs import random_ranking
 from litgpt_whittle.unit_index import UnitIndex
@@ -42,6 +42,7 @@ EXPERTS = Config.from_name(
     "Mixtral-8x7B-v0.1", n_layer=2, n_embd=16, n_head=4, n_query_groups=2, head_size=8, intermediate_size=24,
     n_expert=8, n_expert_per_token=2, **SMALL,
 )  # fmt: skip
+DROP = ["layer", "attention", "mlp"]
 SPACES = {
     "dense": Space(DENSE, "coarse_layerwise"),
     "grouped": Space(GQA, "fine_layerwise"),
@@ -51,6 +52,8 @@ SPACES = {
     "first layers": Space(DENSE, "coarse_layerwise", args=SpaceArgs(layers="first")),
     "steps of layers": Space(DENSE, "coarse_layerwise", args=SpaceArgs(step=SizeArgs(n_layer=2))),
     "all layers": Space(DENSE, "coarse_layerwise", args=SpaceArgs(fixed=["head_size", "n_layer"])),
+    "sub-layers": Space(GQA, "fine_layerwise", args=SpaceArgs(drop=DROP, fixed=["head_size", "heads_per_group"])),
+    "sub-layers of experts": Space(EXPERTS, "coarse_layerwise", args=SpaceArgs(drop=DROP[1:], fixed=["head_size"])),
 }
 EACH = pytest.mark.parametrize("name", SPACES)
 
@@ -63,9 +66,15 @@ def everything(name: str) -> tuple[list[SubNet], np.ndarray, np.ndarray, np.ndar
     found: dict[SubNet, list[Alternative]] = {}
     options = []
     for layer in range(teacher.n_layer):
-        names = layer_sizes(teacher, layer)
-        levels = [dict.fromkeys([n, *(max(int(share * n), 1) for share in SHARES)]) for n in names.values()]
-        options.append([None, *(dict(zip(names, sizes)) for sizes in itertools.product(*levels))])
+        parts = []
+        for field in DROPS:
+            names = sublayer_sizes(field, layer_sizes(teacher, layer))
+            grids = space.sizes.grids
+            shares = {name: SHARES if len(grids[name]) > 1 else () for name in names}
+            levels = [dict.fromkeys([n, *(max(int(s * n), 1) for s in shares[name])]) for name, n in names.items()]
+            found_ = [dict(zip(names, sizes)) for sizes in itertools.product(*levels)]
+            parts.append(found_ + ([dict.fromkeys(names, 0)] if field in Alternatives(space, SHARES).sublayers else []))
+        options.append([None, *(attention | mlp for attention, mlp in itertools.product(*parts))])
     for choices in itertools.product(*options):
         layers = [layer for layer, choice in enumerate(choices) if choice]
         kept = [choice for choice in choices if choice]
@@ -73,13 +82,18 @@ def everything(name: str) -> tuple[list[SubNet], np.ndarray, np.ndarray, np.ndar
         if len(layers) not in space.sizes.grids["n_layer"] or ("uniform" in name and not is_uniform):
             continue
         is_first = name != "first layers" or layers == list(range(len(layers)))
-        if len({choice.get("n_expert") for choice in kept}) > 1 or not is_first:
+        if len({choice.get("n_expert") for choice in kept} - {0}) > 1 or not is_first:
             continue
-        fields = {size: [choice[size] for choice in kept] for size in kept[0]}
+        lacking = {field: [i for i in layers if not all(sublayer_sizes(field, choices[i]).values())] for field in DROPS}
+        if layers in lacking.values() or set.intersection(*map(set, lacking.values())):
+            continue
+        fields = {size: [choice[size] or None for choice in kept] for size in kept[0]}
+        fields |= {field: UnitIndex(own) for field, own in lacking.items() if own}
         subnet = SubNet(teacher, n_layer=UnitIndex(np.array(layers)), **fields)
         used = [Alternative(layer, DROPPED, 0) for layer, choice in enumerate(choices) if not choice]
         for layer in layers:
             used += [Alternative(EVERY if s == "n_expert" else layer, s, n) for s, n in choices[layer].items()]
+            used += [Alternative(layer, field, 0) for field, own in lacking.items() if layer in own]
         found[subnet] = used
     weights = np.array([[each in used for each in alternatives] for used in found.values()], dtype=float)
     counts = np.array([n_params(teacher, subnet) for subnet in found])

@@ -25,7 +25,8 @@ from litgpt_whittle.spaces.args import (
     SpaceArgs,
 )
 from litgpt_whittle.spaces.bins import Bin, parse_bins, short
-from litgpt_whittle.spaces.draw import check_reachable, draw_sizes, nearest
+from litgpt_whittle.spaces.draw import draw_sizes
+from litgpt_whittle.spaces.drops import check_reachable, nearest
 from litgpt_whittle.spaces.sizes import EVERY, SizeSpace, decided
 from litgpt_whittle.spaces.space import Space, SpaceName
 from litgpt_whittle.subnet import SubNet
@@ -382,7 +383,7 @@ def test_parts_share_all_but_the_bin():
 
 def test_a_space_whose_parts_seem_empty_is_one_part(monkeypatch):
     space = Space(PYTHIA, "coarse_uniform", whole(PYTHIA))
-    monkeypatch.setattr("litgpt_whittle.spaces.space.draw_sizes", lambda *_: None)
+    monkeypatch.setattr("litgpt_whittle.spaces.space.draw", lambda *_: None)
     assert space.split(5) == [space]
 
 

@@ -9,13 +9,16 @@ from litgpt.model import GPT
 from litgpt.utils import num_parameters
 from test_quick_repair import cut_of, super_gpt
 from test_repair import distance, model, repair, student_of, watched, windows
+from test_train import checkpoint, config, run, train_args
 
+from litgpt_whittle import supergpt as super_network
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.checkpoint import load_model, save_checkpoint
-from litgpt_whittle.distillation.args import HiddenArgs
+from litgpt_whittle.distillation.args import DistillArgs, HiddenArgs
 from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness.perplexity import RepairedPerplexity
+from litgpt_whittle.fitness.proxies import BlockInfluence
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.latency import latency
@@ -24,6 +27,7 @@ from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.repair.sequential import SequentialRepair
 from litgpt_whittle.subnet import DROPS, SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT, SuperGPT, extract_weights, pad, student_model
+from litgpt_whittle.testing.inputs import random_ranking
 
 LLAMA = ARCHITECTURES["Llama-3.1-8B"]
 FAMILIES = [*KINDS, "stablelm-base-alpha-3b", "OLMo-2-1124-7B", "Gemma-2-2b"]
@@ -128,6 +132,18 @@ def test_transformers_opens_the_padded_form(tmp_path):
     assert exported.difference < 1e-5 and exported.n_params == n_params(config, SubNet.full(config))
 
 
+@torch.no_grad()
+def test_a_dropped_sub_layer_gets_zero_gradients_on_every_process(monkeypatch):
+    """Processes that train other sub-networks in the same step need a gradient for each weight of a called block."""
+    net, idx = super_gpt(model(LLAMA, std=0.1)).requires_grad_(True), windows(LLAMA, 2)
+    monkeypatch.setattr(super_network.dist, "is_initialized", lambda: True)
+    with torch.enable_grad(), net.running(SubNet(LLAMA, **BOTH), trains=True):
+        net(idx).square().mean().backward()
+    for part, is_used in (("2.attn", False), ("2.norm_1", False), ("1.mlp", False), ("2.mlp", True), ("1.attn", True)):
+        own = [weight for name, weight in net.named_parameters() if name.startswith(f"transformer.h.{part}")]
+        assert own and all(weight.grad is not None and bool(weight.grad.any()) == is_used for weight in own)
+
+
 # repair ---------------------------------------------------------------------------------------------------------------
 
 
@@ -197,3 +213,28 @@ def test_hidden_states_are_matched_where_there_is_attention():
     assert sum(place.kind == "block" for place in loss.pairs) == 4
     with pytest.raises(UserError, match=r"nothing to match: the student's layers \[1\] have no attention"):
         HiddenLoss(student, LLAMA, HiddenArgs(attention=1, layers=[1]), subnet)
+
+
+def test_a_student_without_some_sub_layers_is_distilled(tmp_path):
+    teacher = checkpoint(tmp_path / "teacher", n_layer=3, n_embd=48)
+    subnet = SubNet(config(n_layer=3, n_embd=48), drop_attention="1-1", drop_mlp="2-2")
+    subnet.save(tmp_path / "sub_network.yaml")
+    run(
+        tmp_path / "out",
+        teacher_checkpoint_dir=teacher,
+        sub_network=tmp_path / "sub_network.yaml",
+        distill=DistillArgs(hidden=HiddenArgs(weight=1.0, attention=1.0)),
+        train=train_args(),
+    )
+    student = load_model(tmp_path / "out/final")
+    assert isinstance(student, LayerwiseGPT) and num_parameters(student) == n_params(subnet.teacher, subnet)
+    assert student.shape.drop_attention == subnet.drop_attention and student.shape.drop_mlp == subnet.drop_mlp
+    cut = extract_weights(load_model(teacher), subnet)
+    assert all(not torch.equal(weight, cut[name]) for name, weight in student.named_parameters())
+
+
+def test_block_influence_counts_sub_layers_half():
+    net = SuperGPT(LLAMA)
+    of = BlockInfluence(net, importance=random_ranking(LLAMA))
+    without_2, without_1 = (of(SubNet(LLAMA, n_layer=layers))["influence_lost"] for layers in ("0-1,3", "0,2-3"))
+    assert of(SubNet(LLAMA, **BOTH))["influence_lost"] == pytest.approx((without_1 + without_2) / 2)

@@ -120,8 +120,12 @@ class SearchPlan:
         measure, ranking, race = config.measure, self.ranking, config.racing_args
         return {
             "space": config.space,
-            # older journals lack `convertible`, and their spaces did not have it
-            "search_space": {k: v for k, v in asdict(self.search_space).items() if k != "convertible" or v},
+            # older journals lack `convertible` and `drop`, and their spaces did not have them
+            "search_space": {
+                k: v
+                for k, v in asdict(self.search_space).items()
+                if (k != "convertible" or v) and (k != "drop" or v != SpaceArgs().drop)
+            },
             "order": config.order,
             "importance": ranking and (ranking.scores_fingerprint if measure.needs_importance else ranking.fingerprint),
             "bin": [str(search.space.bin) for search in self.searches],

@@ -165,6 +165,8 @@ class ImportanceMass(_Proxy):
 class BlockInfluence(_Proxy):
     """Share of the layers' block influence (ShortGPT) that a candidate lacks, regardless of its layers' widths.
 
+    A layer without its attention or its MLP counts half.
+
     Args:
         model: The teacher.
         batches: Not used.
@@ -183,4 +185,5 @@ class BlockInfluence(_Proxy):
 
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's `influence_lost`."""
-        return {self.name: 1 - float(self._influence[list(subnet.layers)].sum() / self._influence.sum())}
+        parts = [len(subnet.layer(i).parts) / 2 for i in range(len(subnet))]
+        return {self.name: 1 - float(self._influence[list(subnet.layers)] @ parts / self._influence.sum())}

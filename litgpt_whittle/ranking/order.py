@@ -8,7 +8,8 @@ also have an order of importance, but are not moved.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ class Order:
     """Layers"""
     layers: tuple[dict[str, np.ndarray], ...]
     """Per-layer units, by the names of a `SubNet`'s fields"""
+    sublayers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Layers by the importance of their attention (`attn`) and of their MLP (`mlp`), if known"""
 
     def __post_init__(self) -> None:
         for layer, units in enumerate(self.layers):
@@ -42,7 +45,12 @@ class Order:
 
     @classmethod
     def by(
-        cls, teacher: Config, n_embd: np.ndarray, n_layer: np.ndarray, layers: tuple[Mapping[str, np.ndarray], ...]
+        cls,
+        teacher: Config,
+        n_embd: np.ndarray,
+        n_layer: np.ndarray,
+        layers: tuple[Mapping[str, np.ndarray], ...],
+        sublayers: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> Order:
         """Sort units by descending score, experts within their groups; ties keep their order."""
 
@@ -53,7 +61,8 @@ class Order:
             return (best_first + np.arange(groups)[:, None] * each).ravel()
 
         own = tuple({name: sort(name, scores) for name, scores in units.items()} for units in layers)
-        return cls(teacher, sort("n_embd", n_embd), sort("n_layer", n_layer), own)
+        parts = {part: sort("n_layer", scores) for part, scores in sublayers.items()}
+        return cls(teacher, sort("n_embd", n_embd), sort("n_layer", n_layer), own, parts)
 
     def best(self, name: str, layer: int, n: int) -> UnitIndex:
         """Return the n most important units of a layer; `layer` is ignored for channels, which all layers share."""

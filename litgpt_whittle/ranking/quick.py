@@ -2,8 +2,8 @@
 
 The score of a unit is proportional to the root mean square over tokens of its contribution to the residual stream. A
 neuron's contribution is its activation times the norm of its column in the output projection. Channels are scored by
-their contributions to the input projections and the LM head, layers by block influence. `litgpt rank`
-(`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which takes more time and memory.
+their contributions to the input projections and the LM head, layers and their sub-layers by block influence. `litgpt
+rank` (`litgpt_whittle.ranking.scores`) also measures gradients and perplexities, which takes more time and memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from litgpt.model import GPT
 from torch import nn
 
 from litgpt_whittle.distillation.head import hidden_states
-from litgpt_whittle.index_plan import axes_of, units_of
+from litgpt_whittle.index_plan import SUBLAYERS, axes_of, units_of
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.scores import Autocast
 from litgpt_whittle.subnet import layer_sizes
@@ -52,7 +52,8 @@ def quick_order(
             head = hidden_states(model, ids.to(model.transformer.wte.weight.device))
         sums.n_embd += _squares(head.hidden, head.weight)
     own = tuple({kind: score.sqrt().numpy() for kind, score in units.items()} for units in sums.layers)
-    return Order.by(model.config, sums.n_embd.sqrt().numpy(), sums.influence.numpy(), own)
+    sublayers = {part: influence.numpy() for part, influence in sums.sublayers.items()}
+    return Order.by(model.config, sums.n_embd.sqrt().numpy(), sums.influence.numpy(), own, sublayers)
 
 
 class _Sums:
@@ -62,6 +63,9 @@ class _Sums:
         self.model, config = model, model.config
         zeros = partial(torch.zeros, dtype=torch.float64)
         self.n_embd, self.influence = zeros(config.n_embd), zeros(config.n_layer)
+        self.sublayers = {part: zeros(config.n_layer) for part in SUBLAYERS}
+        self._added: dict[str, torch.Tensor] = {}
+        """What the sub-layers of the current block add to the residual stream"""
         self.layers = [{k: zeros(n) for k, n in layer_sizes(config, i).items()} for i in range(config.n_layer)]
         self.units = [units_of(config, i) for i in range(config.n_layer)]
 
@@ -70,6 +74,8 @@ class _Sums:
         handles = []
         for layer, block in enumerate(self.model.transformer.h):
             handles.append(block.register_forward_hook(partial(self._add_block, layer)))
+            for part, (_, after) in SUBLAYERS.items():
+                handles.append(block.get_submodule(after).register_forward_hook(partial(self._note_added, part)))
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
                     handles.append(module.register_forward_pre_hook(partial(self._add_inputs, layer, axes_of(name))))
@@ -98,9 +104,20 @@ class _Sums:
     def _add_expert(self, layer: int, expert: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.layers[layer]["n_expert"][expert] += upcast(output).square().sum().cpu().double()
 
+    def _note_added(self, part: str, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._added[part] = output
+
     def _add_block(self, layer: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(upcast(inputs[0]), upcast(output), dim=-1)
-        self.influence[layer] += in_sums_dtype(1 - cosine).sum().cpu()
+        before, after = inputs[0], output
+        self.influence[layer] += _influence(before, after)
+        self.sublayers["attn"][layer] += _influence(before, before + self._added["attn"])
+        self.sublayers["mlp"][layer] += _influence(after - self._added["mlp"], after)
+
+
+def _influence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return one minus the cosine similarity of two residual streams, summed over tokens."""
+    cosine = F.cosine_similarity(upcast(before), upcast(after), dim=-1)
+    return in_sums_dtype(1 - cosine).sum().cpu()
 
 
 def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ class Row:
     of: list[int]
     """The teacher's units per layer, 0 in a layer without such units"""
     kept: list[int]
-    """The student's units per layer of the teacher, 0 in a dropped layer"""
+    """The student's units per layer of the teacher, 0 in a dropped layer or sub-layer"""
 
     @property
     def span(self) -> str:
@@ -42,7 +42,7 @@ def rows(subnet: SubNet) -> list[Row]:
 
 
 def plot_architecture(subnet: SubNet, path: Path, title: str = "") -> None:
-    """Draw the teacher's and the kept units of every layer; dropped layers are hatched."""
+    """Draw the teacher's and the kept units of every layer; dropped layers and sub-layers are hatched."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     teacher, panels = subnet.teacher, rows(subnet)
@@ -51,7 +51,7 @@ def plot_architecture(subnet: SubNet, path: Path, title: str = "") -> None:
     shares, *grid = figure.subplots(len(panels) + 1, 1, height_ratios=[0.75] + [1] * len(panels))
     _draw_shares(shares, subnet)
     for axes, row in zip(grid, panels):
-        _draw_row(axes, row, set(subnet.layers))
+        _draw_row(axes, row)
         axes.sharex(grid[-1])
         axes.tick_params(labelbottom=axes is grid[-1])
     grid[-1].set_xlabel("the teacher's layer")
@@ -90,11 +90,11 @@ def _draw_shares(axes: Any, subnet: SubNet) -> None:
     axes.tick_params(length=0)
 
 
-def _draw_row(axes: Any, row: Row, layers: set[int]) -> None:
+def _draw_row(axes: Any, row: Row) -> None:
     """Draw one kind of unit: the student's bars in front of the teacher's."""
     places = range(len(row.of))
-    stays = [i for i in places if i in layers]
-    goes = [i for i in places if i not in layers]
+    stays = [i for i in places if row.kept[i]]
+    goes = [i for i in places if not row.kept[i]]
     axes.bar(stays, [row.of[i] for i in stays], color=CUT)
     axes.bar(goes, [row.of[i] for i in goes], **DROPPED)
     axes.bar(stays, [row.kept[i] for i in stays], color=KEPT)
@@ -133,5 +133,5 @@ def _legend() -> list[Any]:
     return [
         Patch(color=KEPT, label="kept"),
         Patch(color=CUT, label="cut away"),
-        Patch(**DROPPED, label="dropped layer"),
+        Patch(**DROPPED, label="dropped"),
     ]

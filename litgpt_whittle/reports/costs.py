@@ -16,7 +16,7 @@ from litgpt_whittle.journal import (
 )
 from litgpt_whittle.reports.heat_map import MANY_LAYERS, unit_titles
 from litgpt_whittle.searching.measuring import MEASUREMENTS, as_scored
-from litgpt_whittle.spaces.alternatives import DROPPED, Alternative
+from litgpt_whittle.spaces.alternatives import DROPPED, SUBLAYER_TITLES, Alternative
 from litgpt_whittle.spaces.sizes import EVERY
 from litgpt_whittle.strategies.integer_program import WHOLE, costs_of
 
@@ -92,7 +92,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
 
 def _panels(costs: Costs, teacher: Config) -> list[tuple[str, list[str], np.ndarray]]:
     """Return each panel's title, column labels and costs, shape (n_layer or 1, n_columns), NaN if not measured."""
-    titles = {DROPPED: "layer", **unit_titles(teacher)}
+    titles = {DROPPED: "layer", **SUBLAYER_TITLES, **unit_titles(teacher)}
     titles["n_expert"] = "experts of all layers"
     panels = []
     for name, title in titles.items():
@@ -105,7 +105,7 @@ def _panels(costs: Costs, teacher: Config) -> list[tuple[str, list[str], np.ndar
         for each, cost in own.items():
             row = 0 if each.layer == EVERY else each.layer
             grid[row, sizes.index(each.size)] = cost if math.isfinite(cost) else math.nan
-        panels.append((title, ["dropped"] if name == DROPPED else [f"{size:,}" for size in sizes], grid))
+        panels.append((title, ["dropped"] if sizes == [0] else [f"{size:,}" for size in sizes], grid))
     return panels
 
 

@@ -79,7 +79,7 @@ def give_starts(
     if found is None:
         spaces = [search.space for search in searches]
         by_units = _names_units(spaces[0], fitness, ranking)
-        is_needed = by_units or _may_drop_any_layer(spaces[0])
+        is_needed = by_units or _may_drop_any_layer(spaces[0]) or spaces[0].sizes.may_drop
         known = _order(fitness, text, ranking, sharded) if is_needed or ranking is not None else None
 
         def build() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Alternatives to a layer of the teacher, for a search to combine: drop it, or keep fewer units of one kind.
+"""Alternatives to a layer of the teacher, for a search to combine: drop it or a sub-layer, or keep fewer units.
 
 Each alternative is measured by itself, as the teacher with this single change. Channels and head size stay at the
 teacher's sizes. The parameter count and other closed-form costs of a combination are therefore sums over its layers.
@@ -15,30 +15,37 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from litgpt_whittle.ranking.order import Order
+from litgpt_whittle.spaces.drops import drops_of
 from litgpt_whittle.spaces.sizes import EVERY, nearest_size
 from litgpt_whittle.spaces.space import Space
-from litgpt_whittle.subnet import ATTENTION, SubNet, layer_sizes
+from litgpt_whittle.subnet import ATTENTION, DROPS, SubNet, layer_sizes
 from litgpt_whittle.unit_index import UnitIndex
 
 DROPPED = "n_layer"
 """Name of the alternative that drops a layer"""
 
-_TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(\w+) (\d+))")
+SUBLAYER_TITLES = {"drop_attention": "attention", "drop_mlp": "MLP"}
+"""Titles of the alternatives that drop a sub-layer, by their names, fields of `SubNet`"""
+
+_TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(attention|MLP) dropped|(\w+) (\d+))")
 
 
 class Alternative(NamedTuple):
-    """A single change of the teacher: a dropped layer, or fewer units of one kind."""
+    """A single change of the teacher: a dropped layer or sub-layer, or fewer units of one kind."""
 
     layer: int
     """The teacher's layer; `EVERY` for experts, because all layers have the same number of them"""
     name: str
-    """Name of the reduced size, or `DROPPED`"""
+    """Name of the reduced size, `DROPPED`, or one of `SUBLAYER_TITLES`"""
     size: int
     """Number of kept units"""
 
     def __str__(self) -> str:
         where = "all layers" if self.layer == EVERY else f"layer {self.layer}"
-        return f"{where}: dropped" if self.name == DROPPED else f"{where}: {self.name} {self.size}"
+        if self.name == DROPPED:
+            return f"{where}: dropped"
+        title = SUBLAYER_TITLES.get(self.name)
+        return f"{where}: {self.name} {self.size}" if title is None else f"{where}: {title} dropped"
 
     @classmethod
     def parse(cls, text: str) -> Alternative | None:
@@ -46,12 +53,19 @@ class Alternative(NamedTuple):
         match = _TITLE.fullmatch(text)
         if match is None:
             return None
-        layer, name, size = match.groups()
+        layer, sublayer, name, size = match.groups()
+        if sublayer is not None:
+            name = next(field for field, title in SUBLAYER_TITLES.items() if title == sublayer)
         return cls(EVERY if layer is None else int(layer), name or DROPPED, int(size or 0))
 
 
 LayerChoice = dict[str, int] | None
-"""Sizes of a layer, by the names of `layer_sizes`; None if the layer is dropped"""
+"""Sizes of a layer, by the names of `layer_sizes`, 0 in a dropped sub-layer; None if the layer is dropped"""
+
+
+def sublayer_sizes(field: str, choice: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of a layer's attention (`drop_attention`) or of its MLP (`drop_mlp`)."""
+    return {name: size for name, size in choice.items() if (name in ATTENTION) == (field == "drop_attention")}
 
 
 class Alternatives:
@@ -102,11 +116,18 @@ class Alternatives:
         return set(range(n_layer)) - set(sizes.layer_order[:n_kept] if sizes.layer_order is not None else ())
 
     @cached_property
+    def sublayers(self) -> tuple[str, ...]:
+        """Names of the alternatives that drop a sub-layer, if the space may drop it."""
+        space = self.space.sizes
+        return tuple(name for name, part in DROPS.items() if space.may_drop and part in space.args.sublayers)
+
+    @cached_property
     def all(self) -> list[Alternative]:
         """All alternatives, layer by layer; alternatives for experts come last."""
         found = []
         for layer, sizes in enumerate(self.sizes):
             found += [Alternative(layer, DROPPED, 0)] if layer in self.droppable else []
+            found += [Alternative(layer, name, 0) for name in self.sublayers]
             for name in sizes:
                 found += [Alternative(layer, name, n) for n in self.levels[name][1:] if name != "n_expert"]
         return found + [Alternative(EVERY, "n_expert", n) for n in self.levels.get("n_expert", [])[1:]]
@@ -128,6 +149,8 @@ class Alternatives:
         n_layer = self.teacher.n_layer
         if alternative.name == DROPPED:
             return SubNet(self.teacher, n_layer=UnitIndex(np.delete(np.arange(n_layer), alternative.layer)))
+        if alternative.name in DROPS:
+            return SubNet.full(self.teacher).replace(**{alternative.name: UnitIndex([alternative.layer])})
         keeps: list[UnitIndex | None] = []
         for layer, sizes in enumerate(self.sizes):
             if alternative.layer not in (layer, EVERY) or alternative.name not in sizes:
@@ -141,7 +164,7 @@ class Alternatives:
 
     def note_units(self, alternative: Alternative, alone: SubNet) -> None:
         """Record the units of a measured alternative, so that combinations keep the same units."""
-        if alternative.name != DROPPED:
+        if alternative.name != DROPPED and alternative.name not in DROPS:
             layers = range(self.teacher.n_layer) if alternative.layer == EVERY else [alternative.layer]
             field = "intermediate_size" if alternative.name.endswith("intermediate_size") else alternative.name
             self.units[alternative] = {
@@ -154,7 +177,11 @@ class Alternatives:
         fields: dict[str, Any] = {"n_layer": UnitIndex(list(kept))}
         for i, (layer, choice) in enumerate(kept.items()):
             for name, size in choice.items():
-                fields.setdefault(name, [None] * len(kept))[i] = self._keep(name, layer, size)
+                if size:
+                    fields.setdefault(name, [None] * len(kept))[i] = self._keep(name, layer, size)
+        for field in DROPS:
+            lacking = [layer for layer, choice in kept.items() if not all(sublayer_sizes(field, choice).values())]
+            fields |= {field: UnitIndex(lacking)} if lacking else {}
         return SubNet(self.teacher, **fields)
 
     def _keep(self, name: str, layer: int, size: int) -> UnitIndex:
@@ -176,7 +203,8 @@ class Alternatives:
         """Return the weight of each alternative in a sub-network, shape (n_alternatives,).
 
         Sizes between two levels are interpolated. None if alternatives cannot describe the sub-network, because it has
-        fewer channels or a smaller head size than the teacher, or lacks a layer that the space always keeps.
+        fewer channels or a smaller head size than the teacher, or lacks a layer or sub-layer that the space always
+        keeps.
         """
         if len(subnet.n_embd) < self.teacher.n_embd or len(subnet.head_size) < self.teacher.head_size:
             return None
@@ -185,12 +213,17 @@ class Alternatives:
             if (at := self.index.get(Alternative(layer, DROPPED, 0))) is None:
                 return None
             weights[at] = 1.0
+        for layer, part in drops_of(subnet).items():
+            name = next(name for name, own in DROPS.items() if own == part)
+            if (at := self.index.get(Alternative(layer, name, 0))) is None:
+                return None
+            weights[at] = 1.0
         for i, layer in enumerate(subnet.layers):
             names = [*ATTENTION, next(name for name in self.sizes[layer] if name.endswith("intermediate_size"))]
             names += ["n_expert"] if "n_expert" in self.sizes[layer] else []
             for name, size in zip(names, subnet.layer(i).sizes):
                 at = EVERY if name == "n_expert" else layer
-                for level, part in self.between(name, size):
+                for level, part in self.between(name, size) if size else ():
                     if level < self.levels[name][0]:
                         weights[self.index[Alternative(at, name, level)]] = part
         return weights

@@ -8,6 +8,10 @@ from typing import Literal
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.quantities import Range
+from litgpt_whittle.subnet import DROPS
+
+SUBLAYER_NAMES = {name.removeprefix("drop_"): part for name, part in DROPS.items()}
+"""litgpt's names of the sub-layers in `SpaceArgs.drop`"""
 
 
 @dataclass
@@ -56,12 +60,20 @@ class SpaceArgs:
     """Smallest size of each dimension"""
     fixed: list[str] = field(default_factory=lambda: ["head_size"])
     """Dimensions that stay at the teacher's size, by their names in `step`"""
+    drop: list[str] = field(default_factory=lambda: ["layer"])
+    """What may be dropped: whole layers (`layer`), the attention of layers that stay (`attention`), or their MLP
+    (`mlp`)"""
     layers: Literal["any", "first", "best"] = "any"
     """Layers to keep: `any` subset in the original order, only the `first` ones, or only the most important (`best`)"""
     convertible: bool | None = None
     """If true, keep sub-networks convertible to transformers' classes for Pythia (GPT-NeoX), StableLM and Falcon:
     `n_embd` stays a multiple of the teacher's `head_size`, and the heads can be padded to fill the channels. By default
     true for a search with such a teacher, else false"""
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        """Sub-layers that may be dropped, by litgpt's names."""
+        return tuple(part for name, part in SUBLAYER_NAMES.items() if name in self.drop)
 
 
 @dataclass

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from litgpt_whittle.errors import UserError
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.spaces.sizes import EVERY, GLOBAL, Key, Sizes, SizeSpace
 from litgpt_whittle.subnet import ATTENTION
@@ -30,6 +29,8 @@ class Wish:
 
     layers: tuple[int, ...] | None = None
     values: Mapping[Key, int] = field(default_factory=dict)
+    drops: Mapping[int, str] | None = None
+    """Dropped sub-layer of layers that lack one; random if None"""
     spread: bool = True
     """If true, all per-layer target sizes are shifted together to meet the bin; if false, as few as needed change"""
     evenness: float | None = None
@@ -48,36 +49,6 @@ def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish 
         if (sizes := draw.run()) is not None or draw.nodes > 0:
             return sizes
     return None
-
-
-def check_reachable(space: SizeSpace, bin: Bin) -> None:
-    """Check that a sub-network lies in the bin.
-
-    Raises:
-        UserError: If none does; the message contains the nearest possible parameter counts.
-    """
-    if draw_sizes(space, np.random.default_rng(0), bin) is None:
-        near = " and ".join(f"{n:,}" for n in nearest(space, bin) if n is not None)
-        hint = "" if bin.lo <= space.largest else f" (the teacher has {space.largest:,})"
-        raise UserError(f"no sub-network lies in the bin {bin}{hint}; the nearest have {near} parameters, change --bin")
-
-
-def nearest(space: SizeSpace, bin: Bin) -> tuple[int | None, int | None]:
-    """Return the nearest possible counts below and above an empty bin; None if there is none."""
-    rng, below, above = np.random.default_rng(0), None, None
-    if bin.lo > space.largest:
-        return space.largest, None
-    if bin.hi < space.smallest:
-        return None, space.smallest
-    if bin.lo > space.smallest:
-        below = space.smallest
-        while below < bin.lo - 1 and (sizes := draw_sizes(space, rng, Bin(below + 1, bin.lo - 1))) is not None:
-            below = space.count(sizes)
-    if bin.hi < space.largest:
-        above = space.largest
-        while above > bin.hi + 1 and (sizes := draw_sizes(space, rng, Bin(bin.hi + 1, above - 1))) is not None:
-            above = space.count(sizes)
-    return below, above
 
 
 class _Draw:
@@ -210,6 +181,8 @@ class _LayerTable:
             self.coefficients.append(forms[kind])
             self.multiples.append(1)
             for axis, name in enumerate((*ATTENTION, space.kinds[kind].width)):
+                if name not in space.kinds[kind].names:
+                    continue
                 self.users.setdefault((name, at), []).append((term, axis))
         self.grids = {key: space.own_grid(key[0], *shared[:2]) for key in self.users}
 
@@ -227,7 +200,7 @@ class _Descent:
 
     def __init__(self, draw: _Draw, table: _LayerTable) -> None:
         self.draw, self.table, self.bin = draw, table, draw.bin
-        grids: list[list[list[int]]] = [[[]] * 3 for _ in table.multiples]
+        grids: list[list[list[int]]] = [[[0]] * 3 for _ in table.multiples]
         for key, users in table.users.items():
             for term, axis in users:
                 grids[term][axis] = table.grids[key]

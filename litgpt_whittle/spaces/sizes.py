@@ -6,11 +6,12 @@ therefore follow without enumeration (see `litgpt_whittle.spaces.draw`).
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from litgpt.config import Config
@@ -24,6 +25,7 @@ from litgpt_whittle.families import (
 from litgpt_whittle.index_plan import layer_params, root_params
 from litgpt_whittle.rope import legal_head_sizes
 from litgpt_whittle.spaces.args import (
+    SUBLAYER_NAMES,
     SizeArgs,
     SpaceArgs,
 )
@@ -53,6 +55,8 @@ class Sizes:
     layers: tuple[int, ...]
     """Kept layers of the teacher"""
     values: dict[Key, int]
+    drops: dict[int, str] = field(default_factory=dict)
+    """Dropped sub-layer (`attn` or `mlp`) of kept layers that lack one, by the teacher's layer"""
 
     def get(self, name: str, layer: int) -> int:
         """Return the size `name` of the teacher's layer `layer`."""
@@ -99,7 +103,7 @@ class SizeSpace:
 
     def _grid(self, name: str, limit: int) -> list[int]:
         """Return the allowed sizes of a dimension, ascending; the last one is always the teacher's."""
-        if name in self.args.fixed:
+        if name in self.args.fixed or (name == "n_layer" and "layer" not in self.args.drop):
             return [limit]
         step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
         step = default_step(self.teacher, name, limit) if step is None else step
@@ -142,16 +146,54 @@ class SizeSpace:
                 seen[key] = len(self.kinds)
                 self.kinds.append(self._kind(layer, sizes))
             self.kind_of.append(seen[key])
+        self._kinds_without: dict[tuple[int, str], _Kind] = {}
 
-    def _kind(self, layer: int, sizes: Mapping[str, int]) -> _Kind:
+    def _kind(self, layer: int, sizes: Mapping[str, int], dropped: str = "") -> _Kind:
         width = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
+        own = (*(() if dropped == "attn" else ATTENTION), *(() if dropped == "mlp" else (width,)))
         names = ("n_embd", "head_size", "n_expert", *ATTENTION, width)
-        grids = [self.grids[name] if name != "n_expert" or name in sizes else [0] for name in names]
+        has_experts = "n_expert" in sizes and dropped != "mlp"
+        kept = ("n_embd", "head_size", *own, *(["n_expert"] if has_experts else []))
+        grids = [self.grids[name] if name in kept else [0] for name in names]
 
         def cost(n_embd: int, head_size: int, n_expert: int, groups: int, per_group: int, neurons: int) -> int:
             return layer_params(self.teacher, layer, n_embd, head_size, groups, per_group, neurons, n_expert)
 
-        return _Kind(width, "n_expert" in sizes, multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
+        return _Kind(width, has_experts, own, multi_affine(cost, [(g[0], g[-1]) for g in grids]), grids)
+
+    def kind(self, layer: int, dropped: str = "") -> _Kind:
+        """Return the kind of the teacher's layer `layer`, whole or without its attention (`attn`) or MLP (`mlp`)."""
+        base = self.kind_of[layer]
+        if not dropped:
+            return self.kinds[base]
+        if (base, dropped) not in self._kinds_without:
+            self._kinds_without[base, dropped] = self._kind(layer, layer_sizes(self.teacher, layer), dropped)
+        return self._kinds_without[base, dropped]
+
+    @property
+    def may_drop(self) -> bool:
+        """True if sub-layers may be dropped; one layer keeps its attention, and one its MLP."""
+        return bool(self.args.sublayers) and self.teacher.n_layer > 1
+
+    @property
+    def whole(self) -> SizeSpace:
+        """The same space without dropped sub-layers."""
+        whole = copy.copy(self)
+        whole.args = replace(self.args, drop=[name for name in self.args.drop if name not in SUBLAYER_NAMES])
+        return whole
+
+    def without(self, drops: Mapping[int, str]) -> SizeSpace:
+        """Return the space in which these layers lack a sub-layer (`attn` or `mlp`) if they are kept."""
+        if not drops:
+            return self
+        less, keys = copy.copy(self), {}
+        for layer, base in enumerate(self.kind_of):
+            keys.setdefault((base, drops.get(layer, "")), layer)
+        less.kinds = [self.kind(layer, dropped) for (_, dropped), layer in keys.items()]
+        place = {key: i for i, key in enumerate(keys)}
+        less.kind_of = [place[base, drops.get(layer, "")] for layer, base in enumerate(self.kind_of)]
+        less._find_depths()
+        return less
 
     def _find_depths(self) -> None:
         """Find all allowed numbers of layers of each kind."""
@@ -175,8 +217,8 @@ class SizeSpace:
         shared = [sizes.values.get((name, EVERY), 0) for name in GLOBAL]
         total = self.root_count(shared[0])
         for layer in sizes.layers:
-            kind = self.kinds[self.kind_of[layer]]
-            own = [sizes.get(name, layer) for name in (*ATTENTION, kind.width)]
+            kind = self.kind(layer, sizes.drops.get(layer, ""))
+            own = [sizes.get(name, layer) if name in kind.names else 0 for name in (*ATTENTION, kind.width)]
             total += int(kind.at(*shared[:2], shared[2] if kind.has_experts else 0, *own))
         return total
 
@@ -186,15 +228,31 @@ class SizeSpace:
 
     @property
     def smallest(self) -> int:
-        """Number of parameters of the smallest sub-network."""
-        lo = [self.grids.get(name, [0])[0] for name in GLOBAL]
-        return self.count_range(lo, lo, self.depths)[0]
+        """Number of parameters of the smallest sub-network; a lower bound if sub-layers may be dropped."""
+        return min(self.without(drops).extent[0] for drops in self._most_drops())
+
+    def _most_drops(self) -> list[dict[int, str]]:
+        """Return the ways to drop as many sub-layers as possible, and none: one layer keeps each kind of sub-layer."""
+        ways: list[dict[int, str]] = [{}]
+        last = self.teacher.n_layer - 1
+        for part in self.args.sublayers if self.may_drop else ():
+            drops = dict.fromkeys(range(last), part)
+            for other in self.args.sublayers:
+                drops |= {last: other} if other != part else {}
+            ways.append(drops)
+        return ways
 
     @property
     def largest(self) -> int:
         """Number of parameters of the largest sub-network, the teacher."""
-        hi = [self.grids.get(name, [0])[-1] for name in GLOBAL]
-        return self.count_range(hi, hi, self.depths)[1]
+        return self.extent[1]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Smallest and largest number of parameters if no more sub-layers are dropped."""
+        grids = [self.grids.get(name, [0]) for name in GLOBAL]
+        lo, hi = [grid[0] for grid in grids], [grid[-1] for grid in grids]
+        return self.count_range(lo, lo, self.depths)[0], self.count_range(hi, hi, self.depths)[1]
 
     def count_range(self, lo: list[int], hi: list[int], depths: np.ndarray) -> tuple[int, int]:
         """Return the smallest and largest number of parameters.
@@ -217,7 +275,8 @@ class SizeSpace:
         """Return the cost of the largest layer of a kind, given the shared sizes."""
         if self.sharing is None:
             return _contract(kind.high, shared)
-        return kind.at(*shared, *(self.own_grid(name, *shared[:2])[-1] for name in (*ATTENTION, kind.width)))
+        names = (*ATTENTION, kind.width)
+        return kind.at(*shared, *(self.own_grid(name, *shared[:2])[-1] if name in kind.names else 0 for name in names))
 
 
 @dataclass(frozen=True)
@@ -233,8 +292,12 @@ class _Sharing:
 class _Kind:
     """Kind of layers with equal cost, a polynomial that is affine in each of six sizes."""
 
-    def __init__(self, width: str, has_experts: bool, coefficients: np.ndarray, grids: list[list[int]]) -> None:
+    def __init__(
+        self, width: str, has_experts: bool, names: tuple[str, ...], coefficients: np.ndarray, grids: list[list[int]]
+    ) -> None:
         self.width, self.has_experts, self.coefficients = width, has_experts, coefficients
+        self.names = names
+        """The per-layer sizes that these layers have, except the number of experts"""
         # polynomials of the three shared sizes, with the per-layer sizes at their smallest and at their largest
         own = grids[len(GLOBAL) :]
         reverse = coefficients.transpose(3, 4, 5, 0, 1, 2)
@@ -344,5 +407,8 @@ def _check_args(args: SpaceArgs) -> None:
     for name in args.fixed:
         if name not in names:
             raise UserError(f"search_space.fixed must contain only dimensions ({', '.join(names)}), got {name!r}")
+    for name in args.drop:
+        if name not in ("layer", *SUBLAYER_NAMES):
+            raise UserError(f"search_space.drop must contain only layer, attention and mlp, got {name!r}")
     if args.layers not in ("any", "first", "best"):
         raise UserError(f"search_space.layers must be 'any', 'first' or 'best', got {args.layers!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,10 +18,11 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.spaces.args import SpaceArgs
 from litgpt_whittle.spaces.bins import Bin
-from litgpt_whittle.spaces.draw import Wish, check_reachable, draw_sizes
+from litgpt_whittle.spaces.draw import Wish
+from litgpt_whittle.spaces.drops import change_drops, check_reachable, draw, drops_of
 from litgpt_whittle.spaces.limits import Limits
 from litgpt_whittle.spaces.sizes import EVERY, Key, Sizes, SizeSpace
-from litgpt_whittle.subnet import ATTENTION, SubNet, experts_of, layer_sizes
+from litgpt_whittle.subnet import ATTENTION, DROPS, SubNet, experts_of
 from litgpt_whittle.unit_index import UnitIndex
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
@@ -82,9 +84,13 @@ class Space:
         return self.limits.admits(subnet)
 
     def smallest(self) -> SubNet:
-        """Return a sub-network with the fewest parameters; a fine space keeps random units, from a fixed seed."""
+        """Return a sub-network with the fewest parameters; a fine space keeps random units, from a fixed seed.
+
+        All kept layers have attention and MLP.
+        """
         least = copy.copy(self)
-        least.bin = Bin(self.sizes.smallest, self.sizes.smallest)
+        least.sizes = self.sizes.whole
+        least.bin = Bin(least.sizes.smallest, least.sizes.smallest)
         return least.sample(np.random.default_rng(0))
 
     def sample(self, rng: np.random.Generator) -> SubNet:
@@ -105,7 +111,7 @@ class Space:
         edges = [lo + (hi + 1 - lo) * i // n for i in range(n + 1)]
         parts = []
         for part in (Bin(start, end - 1) for start, end in zip(edges, edges[1:]) if start < end):
-            if draw_sizes(self.sizes, np.random.default_rng(0), part) is not None:
+            if draw(self.sizes, np.random.default_rng(0), part) is not None:
                 parts.append(copy.copy(self))
                 parts[-1].bin = part
         return parts or [self]
@@ -121,13 +127,15 @@ class Space:
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
-        chances = ["layers", *free, *movable]
+        chances = ["layers", *free, *movable, *(["drops"] if self.sizes.may_drop else [])]
         changed = set(np.flatnonzero(rng.random(len(chances)) < probability).tolist())
         if not changed:
             changed = {int(rng.integers(len(chances)))}
         values: dict[Key, int] = dict(sizes.values)
         swaps: dict[Key, float] = {}
         for i in sorted(changed - {0}):
+            if chances[i] == "drops":
+                continue
             if i <= len(free):
                 self._change_size(rng, values, chances[i])
             else:
@@ -135,7 +143,10 @@ class Space:
         layers = self._change_layers(rng, sizes.layers) if 0 in changed else sizes.layers
         is_global = 0 in changed or any(chances[i][1] == EVERY for i in changed - {0})
         spread = is_global or bool(rng.random() < 0.5)
-        return self._build(rng, Wish(layers, self._at_layers(values, layers), spread), sets, swaps)
+        drops = sizes.drops
+        if any(chances[i] == "drops" for i in changed):
+            drops = change_drops(self.sizes, rng, layers, drops)
+        return self._build(rng, Wish(layers, self._at_layers(values, layers), drops, spread), sets, swaps)
 
     def crossover(self, rng: np.random.Generator, mother: SubNet, father: SubNet) -> SubNet:
         """Combine two sub-networks: take each size and its units from a random parent, as closely as the bin allows."""
@@ -155,7 +166,12 @@ class Space:
         ours, theirs = (set(parent[0].layers) for parent in parents)
         mixed = (ours & theirs) | {layer for layer in sorted(ours ^ theirs) if rng.random() < 0.5}
         layers = tuple(sorted(mixed)) or parents[0][0].layers
-        return self._build(rng, Wish(layers, self._at_layers(values, layers)), sets, {})
+        drops: dict[int, str] = {}
+        for layer in layers if self.sizes.may_drop else ():
+            having = [parent for parent in parents if layer in parent[0].layers]
+            if (part := having[int(rng.integers(len(having)))][0].drops.get(layer)) is not None:
+                drops[layer] = part
+        return self._build(rng, Wish(layers, self._at_layers(values, layers), drops), sets, {})
 
     def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
         """Change one choice and compensate with another size, so that the parameter count stays nearly the same.
@@ -168,17 +184,20 @@ class Space:
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
         kinds = ["layers", *(["size"] if free else []), *(["units"] if movable else [])]
+        kinds += ["drops"] if self.sizes.may_drop else []
         kind = kinds[int(rng.integers(len(kinds)))]
         if kind == "units":
             swap = {movable[int(rng.integers(len(movable)))]: float(rng.random()) ** 2}
-            return self._build(rng, Wish(sizes.layers, sizes.values), sets, swap)
-        values, layers, changed = dict(sizes.values), sizes.layers, None
+            return self._build(rng, Wish(sizes.layers, sizes.values, sizes.drops), sets, swap)
+        values, layers, drops, changed = dict(sizes.values), sizes.layers, sizes.drops, None
         if kind == "size":
             changed = _one_of(rng, free)
             values[changed] = _step(rng, self.sizes.grids[changed[0]], values[changed])
+        elif kind == "drops":
+            drops = change_drops(self.sizes, rng, layers, drops)
         else:
             layers = self._change_layers(rng, layers)
-        wish = Sizes(layers, self.complete(values, layers))
+        wish = Sizes(layers, self.complete(values, layers, drops), drops)
         count, slack = self.sizes.count(sizes), (self.bin.hi - self.bin.lo) // 10
         near = Bin(max(count - slack, self.bin.lo), min(count + slack, self.bin.hi))
         if payers := [key for key in self._free(wish) if key != changed]:
@@ -186,9 +205,9 @@ class Space:
             wish.values[payer] += 1
             price = self.sizes.count(wish) - now  # the count is affine in every size
             wish.values[payer] += round((rng.uniform(near.lo, near.hi) - now) / max(price, 1)) - 1
-        traded = draw_sizes(self.sizes, rng, near, Wish(layers, wish.values))
+        traded = draw(self.sizes, rng, near, Wish(layers, wish.values, drops))
         if traded is None or traded == sizes:  # sizes are too coarse to come that near
-            return self._build(rng, Wish(layers, wish.values), sets, {})
+            return self._build(rng, Wish(layers, wish.values, drops), sets, {})
         return self._keep_units(rng, traded, sets, {})
 
     def near(
@@ -204,7 +223,7 @@ class Space:
         """
         sets = {} if units_of is None else self._sets_of(units_of)
         swaps = {key: float(rng.random()) ** 2 for key in sets if rng.random() < exchange}
-        return self._build(rng, Wish(sizes.layers, sizes.values), sets, swaps)
+        return self._build(rng, Wish(sizes.layers, sizes.values, sizes.drops), sets, swaps)
 
     def build(self, sizes: Sizes, order: Order | None = None) -> SubNet:
         """Return the sub-network with the given sizes and the most important units.
@@ -224,7 +243,7 @@ class Space:
         if self.is_fine:
             note("n_embd", EVERY)
             for layer in sizes.layers:
-                for name in layer_sizes(self.teacher, layer):
+                for name in self._names(layer, sizes.drops):
                     note(name, layer)
         return self._keep_units(np.random.default_rng(0), sizes, sets, {})
 
@@ -268,15 +287,24 @@ class Space:
                         wished.setdefault((name, layer), values[min(near, key=lambda key: abs(key[1] - layer))])
         return wished
 
-    def complete(self, values: Mapping[Key, int], layers: tuple[int, ...]) -> dict[Key, int]:
-        """Return the sizes of exactly these layers: the given size, else the nearest layer's, else the teacher's."""
+    def complete(
+        self, values: Mapping[Key, int], layers: tuple[int, ...], drops: Mapping[int, str] = MappingProxyType({})
+    ) -> dict[Key, int]:
+        """Return the sizes of exactly these layers: the given size, else the nearest layer's, else the teacher's.
+
+        Dropped sub-layers (see `Sizes.drops`) have no sizes.
+        """
         wished = self._at_layers(values, layers)
         keys = {(name, EVERY) for name in ("n_embd", "head_size")}
         for layer in layers:
-            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
-            keys |= {(name, layer if self.is_layerwise else EVERY) for name in (*ATTENTION, kind.width)}
-            keys |= {("n_expert", EVERY)} if kind.has_experts else set()
+            is_own = {name: self.is_layerwise and name != "n_expert" for name in self._names(layer, drops)}
+            keys |= {(name, layer if own else EVERY) for name, own in is_own.items()}
         return {key: wished.get(key, self.sizes.grids[key[0]][-1]) for key in sorted(keys)}
+
+    def _names(self, layer: int, drops: Mapping[int, str]) -> tuple[str, ...]:
+        """Return the names of a layer's sizes."""
+        kind = self.sizes.kind(layer, drops.get(layer, ""))
+        return (*kind.names, *(["n_expert"] if kind.has_experts else []))
 
     # between sub-networks and sizes -----------------------------------------------------------------------------------
 
@@ -286,7 +314,7 @@ class Space:
         for i, layer in enumerate(subnet.layers):
             for name, keep in self._own(subnet, i).items():
                 values[name, EVERY if name == "n_expert" or not self.is_layerwise else layer] = len(keep)
-        return Sizes(subnet.layers, values)
+        return Sizes(subnet.layers, values, drops_of(subnet))
 
     def _sets_of(self, subnet: SubNet) -> Sets:
         if not self.is_fine:
@@ -308,9 +336,11 @@ class Space:
 
     def _build(self, rng: np.random.Generator, wish: Wish, sets: Sets, swaps: dict[Key, float]) -> SubNet:
         """Draw sizes within the bin, then units."""
-        sizes = draw_sizes(self.sizes, rng, self.bin, wish)
+        sizes = draw(self.sizes, rng, self.bin, wish)
         if sizes is None and wish.values:  # a nearly empty bin: ignore the wish
-            sizes = draw_sizes(self.sizes, rng, self.bin)
+            sizes = draw(self.sizes, rng, self.bin)
+        if sizes is None:  # the sub-network that `check_reachable` found
+            sizes = draw(self.sizes, np.random.default_rng(0), self.bin)
         assert sizes is not None, f"the bin {self.bin} was found reachable before"
         return self._keep_units(rng, sizes, sets, swaps)
 
@@ -332,9 +362,11 @@ class Space:
         }
         fields["n_embd"] = keep("n_embd", EVERY)
         for i, layer in enumerate(sizes.layers):
-            kind = self.sizes.kinds[self.sizes.kind_of[layer]]
-            for name in (*ATTENTION, kind.width, *(["n_expert"] if kind.has_experts else [])):
+            for name in self._names(layer, sizes.drops):
                 fields.setdefault(name, [None] * len(sizes.layers))[i] = keep(name, layer)
+        for field, part in DROPS.items():
+            if dropped := [layer for layer in sizes.layers if sizes.drops.get(layer) == part]:
+                fields[field] = UnitIndex(dropped)
         return SubNet(self.teacher, **fields)
 
     def _units(self, rng: np.random.Generator, name: str, n: int, units: np.ndarray | None, swap: float) -> UnitIndex:

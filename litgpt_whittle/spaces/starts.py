@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,13 @@ DIMENSIONS = {
 Layers = tuple[int, ...]
 
 
+class Kept(NamedTuple):
+    """Kept layers, and the dropped sub-layer of those that lack one (see `Sizes`)."""
+
+    layers: Layers
+    drops: Mapping[int, str] = MappingProxyType({})
+
+
 class Start(NamedTuple):
     """A sub-network to evaluate at the start of a search."""
 
@@ -50,26 +58,31 @@ class Idea(NamedTuple):
     layers: str = ""
     """Method of choosing layers, by its name in `Builder.choosers`; all layers are kept by default"""
     portion: float = 1.0
-    """Share of the excess parameters to remove by dropping layers"""
+    """Share of the excess parameters to remove by dropping layers or sub-layers"""
+    sublayer: str = ""
+    """Sub-layer to drop instead of whole layers, where it matters least: `attn` or `mlp`"""
 
     @property
     def name(self) -> str:
         part = "" if not self.dimensions else f"{self.portion:.0%} by "
-        layers = f"{part}layers ({self.layers})" if self.layers else ""
-        return " and ".join(filter(None, (layers, *self.dimensions)))
+        dropped = {"attn": "attention", "mlp": "MLPs"}.get(self.sublayer) or (self.layers and f"layers ({self.layers})")
+        return " and ".join(filter(None, (dropped and part + dropped, *self.dimensions)))
 
 
-def ideas(best: str) -> list[Idea]:
+def ideas(best: str, sublayers: Sequence[str] = ()) -> list[Idea]:
     """Return all ideas, the most different ones first, because a short search tries only the first of them.
 
     Args:
         best: Method of choosing layers for the ideas that are tried with a single method.
+        sublayers: Sub-layers that may be dropped, by litgpt's names.
     """
     ways = dict.fromkeys((best, "evenly", "middle", "evenly inside"))
     second = next(way for way in ways if way != best)
     return [
         Idea(("neurons",)),
         Idea((), best),
+        *(Idea((), sublayer=part) for part in sublayers),
+        *(Idea(("neurons",), portion=0.25, sublayer=part) for part in sublayers if part == "attn"),
         Idea(("experts",)),
         Idea(("heads", "neurons")),
         Idea(("neurons",), best, 0.5),
@@ -102,7 +115,7 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
     found: dict[SubNet, Start] = {}
     for i in range(n_sizes):
         builder = Builder(space, hi - (hi - lo) * i // n_sizes, order, by_units)
-        for idea in ideas(builder.best):
+        for idea in ideas(builder.best, space.sizes.args.sublayers if space.sizes.may_drop else ()):
             subnet = builder.build(idea)
             if subnet is not None:
                 found.setdefault(subnet, Start(idea.name, subnet))
@@ -145,16 +158,14 @@ class Builder:
 
     def build(self, idea: Idea) -> SubNet | None:
         """Return an idea's sub-network, or None if the space has none in the bin."""
-        layers: Layers | None = tuple(range(self.n_layer))
         free = [name for name in idea.dimensions if any(len(grid) > 1 for grid in self._grids(name).values())]
-        if idea.layers:
-            layers = self._fewer_layers(idea)
-        if layers is None or (idea.dimensions and not free):
+        kept = self._fewer_layers(idea)
+        if kept is None or (idea.dimensions and not free):
             return None
-        shares = self._solve(layers, free)
+        shares = self._solve(kept, free)
         if shares is None:
             return None
-        sizes = self._sizes(layers, shares)
+        sizes = self._sizes(kept, shares)
         subnet = self.space.build(sizes, self.units)
         return subnet if self.space.sizes.count(sizes) in self.space.bin and self.space.admits(subnet) else None
 
@@ -176,35 +187,48 @@ class Builder:
         before = round(0.4 * n)
         return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
 
-    def _fewer_layers(self, idea: Idea) -> Layers | None:
-        """Return the kept layers of an idea; None if it cannot drop enough layers."""
-        choose = self.choosers.get(idea.layers)
-        options = [choose(n) for n in self.grids["n_layer"][:-1]] if choose else []
+    def _fewer_layers(self, idea: Idea) -> Kept | None:
+        """Return the kept layers of an idea; None if it cannot drop enough layers or sub-layers."""
+        every = tuple(range(self.n_layer))
+        if idea.sublayer:
+            dropped = self._least_important(idea.sublayer)
+            options = [Kept(every, dict.fromkeys(dropped[:n], idea.sublayer)) for n in range(self.n_layer - 1, 0, -1)]
+        elif idea.layers:
+            choose = self.choosers.get(idea.layers)
+            options = [Kept(choose(n)) for n in self.grids["n_layer"][:-1]] if choose else []
+        else:
+            return Kept(every)
         if not idea.dimensions:
-            fitting = [layers for layers in options if self._fits(layers, {})]
+            fitting = [kept for kept in options if self._fits(kept, {})]
             return fitting[-1] if fitting else None
         aim = self.space.sizes.largest - idea.portion * (self.space.sizes.largest - self.most)
-        return min(options, key=lambda layers: abs(self._count(layers, {}) - aim), default=None)
+        return min(options, key=lambda kept: abs(self._count(kept, {}) - aim), default=None)
+
+    def _least_important(self, sublayer: str) -> list[int]:
+        """Return the layers, those first whose sub-layer matters least; without an order, the last layers first."""
+        if self.order is None:
+            return list(range(self.n_layer))[::-1]
+        return self.order.sublayers.get(sublayer, self.order.n_layer)[::-1].tolist()
 
     # other dimensions -------------------------------------------------------------------------------------------------
 
-    def _solve(self, layers: Layers, free: Sequence[str]) -> dict[str, float] | None:
+    def _solve(self, kept: Kept, free: Sequence[str]) -> dict[str, float] | None:
         """Return the largest shares of the `free` dimensions that fit, all about equal; None if no shares fit."""
         if not free:
-            return {} if self._fits(layers, {}) else None
+            return {} if self._fits(kept, {}) else None
         *others, last = free
-        together = self._largest(sorted({s for name in free for s in self._shares(name)}), layers, free, {})
+        together = self._largest(sorted({s for name in free for s in self._shares(name)}), kept, free, {})
         if together is None:
             return None
         shares = {}
         for name in others:  # reduced by at least one step, or this would be another idea
             options = self._shares(name)[:-1]
             shares[name] = min(options, key=lambda share: abs(share - together))
-        found = self._largest(self._shares(last), layers, [last], shares)
+        found = self._largest(self._shares(last), kept, [last], shares)
         return None if found is None else shares | {last: found}
 
     def _largest(
-        self, options: Sequence[float], layers: Layers, names: Sequence[str], fixed: dict[str, float]
+        self, options: Sequence[float], kept: Kept, names: Sequence[str], fixed: dict[str, float]
     ) -> float | None:
         """Return the largest option that fits as the share of the dimensions `names`, given the `fixed` shares.
 
@@ -212,20 +236,20 @@ class Builder:
         """
 
         def exceeds(share: float) -> bool:
-            return not self._fits(layers, fixed | dict.fromkeys(names, share))
+            return not self._fits(kept, fixed | dict.fromkeys(names, share))
 
         n = bisect_right(options, False, key=exceeds)
         return options[n - 1] if n else None
 
-    def _fits(self, layers: Layers, shares: Mapping[str, float]) -> bool:
+    def _fits(self, kept: Kept, shares: Mapping[str, float]) -> bool:
         """Return whether a sub-network with these shares is within the maximum size and all limits' upper ends."""
-        if self._count(layers, shares) > self.most:
+        if self._count(kept, shares) > self.most:
             return False
         limits = self.space.limits
-        return not limits.ranges or limits.fits(self.space.build(self._sizes(layers, shares)))
+        return not limits.ranges or limits.fits(self.space.build(self._sizes(kept, shares)))
 
-    def _count(self, layers: Layers, shares: Mapping[str, float]) -> int:
-        return self.space.sizes.count(self._sizes(layers, shares))
+    def _count(self, kept: Kept, shares: Mapping[str, float]) -> int:
+        return self.space.sizes.count(self._sizes(kept, shares))
 
     def _grids(self, dimension: str) -> dict[str, list[int]]:
         return {name: self.grids[name] for name in DIMENSIONS[dimension] if name in self.grids}
@@ -234,13 +258,13 @@ class Builder:
         """Return the distinct shares of a dimension's grids, ascending up to 1."""
         return sorted({n / grid[-1] for grid in self._grids(dimension).values() for n in grid})
 
-    def _sizes(self, layers: Layers, shares: Mapping[str, float]) -> Sizes:
+    def _sizes(self, kept: Kept, shares: Mapping[str, float]) -> Sizes:
         """Return the legal sizes nearest to the shares of the teacher's sizes; sizes without a share stay whole."""
         of = {size: share for name, share in shares.items() for size in DIMENSIONS[name]}
-        values = self.space.complete({}, layers)
+        values = self.space.complete({}, kept.layers, kept.drops)
         for key in values:
             values[key] = nearest_size(self.grids[key[0]], of.get(key[0], 1.0))
         shared = [values[name, EVERY] for name in ("n_embd", "head_size")]
         for key in values:  # fewer heads where they must fit into the channels
             values[key] = min(values[key], self.space.sizes.own_grid(key[0], *shared)[-1])
-        return Sizes(layers, values)
+        return Sizes(kept.layers, values, dict(kept.drops))

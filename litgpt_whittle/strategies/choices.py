@@ -6,16 +6,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from litgpt_whittle.spaces.args import SUBLAYER_NAMES
+from litgpt_whittle.spaces.drops import drops_of
 from litgpt_whittle.spaces.sizes import EVERY, GLOBAL, Key, Sizes
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet, layer_sizes
+
+_TITLES = {part: name for name, part in SUBLAYER_NAMES.items()}
+"""Names of sub-layers in search parameters, by litgpt's names"""
 
 
 class Choices:
     """Search parameters of a space: integers between two bounds, such as `n_embd` or `intermediate_size.3`.
 
-    Kept layers are encoded as 0 or 1 per layer, such as `layer.3`. If only the first or the best layers may be kept,
-    their number is encoded instead, as `n_layer`. The kept units are not encoded.
+    Kept layers are encoded as 0 or 1 per layer, such as `layer.3`, and so are sub-layers that may be dropped, such as
+    `attention.3`. If only the first or the best layers may be kept, their number is encoded instead, as `n_layer`. The
+    kept units are not encoded.
 
     Args:
         space: The space.
@@ -32,6 +38,8 @@ class Choices:
             self.bounds["n_layer"] = depths[0], depths[-1]
         elif len(depths) > 1:
             self.bounds |= {f"layer.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
+        for part in space.sizes.args.sublayers if space.sizes.may_drop else ():
+            self.bounds |= {f"{_TITLES[part]}.{layer}": (0, 1) for layer in range(space.teacher.n_layer)}
 
     def of(self, subnet: SubNet) -> dict[str, int]:
         """Return the search parameters of a sub-network; a dropped layer gets the sizes of the nearest kept layer."""
@@ -39,6 +47,8 @@ class Choices:
         values = self.space.complete(self.space.sizes_of(subnet).values, every)
         numbers = {name: values[key] for name, key in self._keys.items()}
         numbers |= {f"layer.{layer}": int(layer in subnet.layers) for layer in every} | {"n_layer": len(subnet)}
+        drops = drops_of(subnet)
+        numbers |= {f"{title}.{i}": int(drops.get(i) != part) for part, title in _TITLES.items() for i in every}
         return {name: numbers[name] for name in self.bounds}
 
     def build(
@@ -50,7 +60,9 @@ class Choices:
             layers = sorted(order[: numbers["n_layer"]])
         else:
             layers = [i for i in range(self.space.teacher.n_layer) if numbers.get(f"layer.{i}", 1)] or [0]
-        wish = Sizes(tuple(layers), {key: numbers[name] for name, key in self._keys.items()})
+        # of a layer without both sub-layers, only the first one is dropped
+        dropped = [(i, part) for part, title in _TITLES.items() for i in layers if not numbers.get(f"{title}.{i}", 1)]
+        wish = Sizes(tuple(layers), {key: numbers[name] for name, key in self._keys.items()}, dict(reversed(dropped)))
         return self.space.near(rng, wish, units_of, exchange)
 
 

@@ -39,11 +39,11 @@ _TRIES = 20
 class IntegerProgram(Generations):
     """Search by an integer program for the combination of per-layer alternatives with the lowest total cost.
 
-    Before the search, the teacher is scored with a single layer replaced by an alternative: the layer dropped, or a
-    share of its units kept. The increase of the loss is the alternative's cost. The first candidate is the combination
-    in the bin with the lowest total cost. Scores of candidates then correct the costs by ridge regression. Each further
-    batch starts with the best combination by the corrected costs; its other candidates are the best combinations by
-    costs drawn from the posterior. Channels and head size stay at the teacher's sizes.
+    Before the search, the teacher is scored with a single layer replaced by an alternative: the layer or a sub-layer
+    dropped, or a share of its units kept. The increase of the loss is the alternative's cost. The first candidate is
+    the combination in the bin with the lowest total cost. Scores of candidates then correct the costs by ridge
+    regression. Each further batch starts with the best combination by the corrected costs; its other candidates are the
+    best combinations by costs drawn from the posterior. Channels and head size stay at the teacher's sizes.
 
     Args:
         shares: Shares of a layer's neurons, heads or experts to measure, in addition to the full layer.

@@ -1,8 +1,8 @@
 """Integer program for the cheapest combination of per-layer alternatives within a bin and its limits.
 
 A layer has a binary variable for each combination of its attention's sizes, one for each combination of its MLP's
-sizes, and one for dropping the layer. A size shared by all layers (the number of experts; in uniform spaces every size)
-has a variable per level, which bounds the layers' variables.
+sizes, and one for dropping the layer. A dropped attention or MLP is a combination of zeros. A size shared by all layers
+(the number of experts; in uniform spaces every size) has a variable per level, which bounds the layers' variables.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from scipy.sparse import csr_array
 
 from litgpt_whittle.metrics import MEASURES
 from litgpt_whittle.quantities import Range
-from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice
+from litgpt_whittle.spaces.alternatives import DROPPED, Alternative, Alternatives, LayerChoice, sublayer_sizes
 from litgpt_whittle.spaces.sizes import EVERY
-from litgpt_whittle.subnet import ATTENTION, SubNet
+from litgpt_whittle.subnet import ATTENTION, DROPS, SubNet
 from litgpt_whittle.unit_index import UnitIndex
 
 N_NODES = 20_000
@@ -33,6 +33,11 @@ Part = tuple[int, tuple[str, ...]]
 
 Row = dict[int, float]
 """Coefficients of a constraint by variable"""
+
+
+def field_of(names: Sequence[str]) -> str:
+    """Return the field of `SubNet` that drops the sub-layer with these sizes."""
+    return "drop_attention" if names[0] in ATTENTION else "drop_mlp"
 
 
 class Program:
@@ -49,11 +54,14 @@ class Program:
         self.parts: dict[Part, dict[tuple[int, ...], int]] = {}
         """Variable of each combination of sizes, by part"""
         for layer, sizes in enumerate(alternatives.sizes):
-            for names in (ATTENTION, tuple(name for name in sizes if name not in ATTENTION)):
-                levels = itertools.product(*(alternatives.offered[name] for name in names))
+            for field in DROPS:
+                names = tuple(sublayer_sizes(field, sizes))
+                levels = list(itertools.product(*(alternatives.offered[name] for name in names)))
+                levels += [(0,) * len(names)] if field in alternatives.sublayers else []
                 self.parts[layer, names] = {values: self._new() for values in levels}
         self.rows: list[tuple[Row, float, float]] = []
         self._choose_one()
+        self._keep_sublayers()
         self.shared = self._share_levels()
         self._bound_depth()
         self._bound_quantities()
@@ -121,6 +129,18 @@ class Program:
             row |= {self.dropped[layer]: 1.0} if layer in self.dropped else {}
             self.rows.append((row, 1, 1))
 
+    def _keep_sublayers(self) -> None:
+        """Keep one of each layer's sub-layers; keep the attention of at least one layer, and the MLP of one."""
+        kept: dict[str, Row] = {field: {} for field in self.alternatives.sublayers}
+        dropped: dict[int, Row] = {}
+        for (layer, names), variables in self.parts.items():
+            for values, variable in variables.items():
+                if not all(values):
+                    dropped.setdefault(layer, {})[variable] = 1.0
+                elif (field := field_of(names)) in kept:
+                    kept[field][variable] = 1.0
+        self.rows += [(row, 0, 1) for row in dropped.values()] + [(row, 1, math.inf) for row in kept.values()]
+
     def _share_levels(self) -> dict[Alternative, int]:
         """Constrain layers to the same level of each shared size; return the variable of each level."""
         names = self.alternatives.offered if not self.space.is_layerwise else ["n_expert"]
@@ -173,8 +193,7 @@ class Program:
         """
         teacher = self.alternatives.teacher
 
-        def measured(layers: Sequence[int], sizes: dict[str, int]) -> np.ndarray:
-            kept = {name: UnitIndex(size) for name, size in sizes.items()}
+        def measured(layers: Sequence[int], kept: dict[str, UnitIndex]) -> np.ndarray:
             subnet = SubNet(teacher, n_layer=UnitIndex(np.array(layers)), **kept)
             costs = self.space.limits.costs(subnet) | {"n_params": self.space.n_params(subnet)}
             return np.array([costs[name] for name in names], dtype=float)
@@ -188,7 +207,12 @@ class Program:
             # the constant part of a layer's cost is counted once, with its attention
             rest = whole - outside if part == ATTENTION else 0.0
             for values, variable in variables.items():
-                added[variable] = measured([layer], dict(zip(part, values))) - whole + rest
+                if all(values):
+                    cut = measured([layer], dict(zip(part, map(UnitIndex, values)))) - whole
+                else:  # besides another layer, since one layer must keep each sub-layer
+                    pair = sorted([layer, 0 if layer else 1])
+                    cut = measured(pair, {field_of(part): UnitIndex([layer])}) - measured(pair, {})
+                added[variable] = cut + rest
         return outside, added
 
     def _cost_matrix(self) -> csr_array:
@@ -197,6 +221,9 @@ class Program:
         cuts = [(variable, Alternative(layer, DROPPED, 0), 1.0) for layer, variable in self.dropped.items()]
         for (layer, names), variables in self.parts.items():
             for values, variable in variables.items():
+                if not all(values):
+                    cuts.append((variable, Alternative(layer, field_of(names), 0), 1.0))
+                    continue
                 for name, size in zip(names, values):
                     if name != "n_expert":
                         cuts += [(variable, Alternative(layer, name, n), part) for n, part in between(name, size)]
