@@ -18,8 +18,11 @@ _HUGGING_FACE = (
 )  # fmt: skip
 """Patterns of the files that `transformers` reads for tokenizers and generation"""
 
-_LITGPT = ("prompt_style.yaml",)
-"""Further files that litgpt's own `generate`, `chat` and `serve` read"""
+KEPT_TOKENS = "kept_tokens.json"
+"""Name of the file in which `litgpt prune_vocab` records the kept tokens of the teacher's vocabulary"""
+
+_LITGPT = ("prompt_style.yaml", KEPT_TOKENS)
+"""Further files that litgpt's own `generate`, `chat` and `serve` read, and that our commands read"""
 
 
 def copy_tokenizer(source: Path, out_dir: Path, for_litgpt: bool = True) -> None:
@@ -28,7 +31,7 @@ def copy_tokenizer(source: Path, out_dir: Path, for_litgpt: bool = True) -> None
     Args:
         source: A checkpoint directory.
         out_dir: An existing folder. Files of the same names in it are replaced.
-        for_litgpt: If true, include the files that only litgpt reads.
+        for_litgpt: If true, include the files that only litgpt and our commands read.
     """
     for pattern in (*_HUGGING_FACE, *(_LITGPT if for_litgpt else ())):
         for path in sorted(source.glob(pattern)):

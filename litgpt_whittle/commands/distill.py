@@ -62,6 +62,7 @@ from litgpt_whittle.training.pretraining import (
 from litgpt_whittle.training.resume import find_resume, state_to_resume
 from litgpt_whittle.training.run import Backward, Job, Run
 from litgpt_whittle.training.teacher import CachedTeacher, LiveTeacher, Teacher
+from litgpt_whittle.vocabulary.text_bytes import MeanBytes
 from litgpt_whittle.windows import vectorize_windows
 
 
@@ -341,6 +342,7 @@ def build_run(
         look_up=outputs.look_up if isinstance(outputs, CachedTeacher) else None,
         teacher_score=None if live is None else lambda input_ids, targets: live.losses(input_ids, targets).ce,
         helper=hidden,
+        text_bytes=None if inputs.tokenizer_dir is None else MeanBytes.of(inputs.tokenizer_dir, fabric.device),
     )
     frozen = [live.model.config] if live is not None and teacher.is_live else []
     job.flops_per_iter = count_flops(model, train.micro_batch_size, step.seq_length, frozen)

@@ -139,7 +139,7 @@ class PruneConfig(CommandConfig):
             check_space(self.out_dir, n_bytes, "the checkpoint")
             device = L.Fabric(devices=1).device
             windows, batches = self._read(model.config)
-            before = _perplexity(self.checkpoint_dir, None, batches, device)
+            before = measure_perplexity(self.checkpoint_dir, None, batches, device)
             release_memory()  # of the model
             notes = self._notes(windows)
             inputs = {"weights": weights_fingerprint(self.checkpoint_dir), **notes}
@@ -148,7 +148,7 @@ class PruneConfig(CommandConfig):
             scratch.device = device
             pruning = Pruning(shape, weights, maps, self.pruner, scratch, windows, size, self.refit)
             pruned, reports = pruning.run()
-            after = _perplexity(
+            after = measure_perplexity(
                 self.checkpoint_dir, pruned if shape.is_uniform else pad(shape, pruned), batches, device
             )
             unseen = [f"{report.name} of layer {report.layer}" for report in reports if not report.saw_tokens]
@@ -196,7 +196,7 @@ def _shape(model: ModelSource) -> SubNet:
     return built.shape if isinstance(built, LayerwiseGPT) else SubNet.full(model.config)
 
 
-def _perplexity(
+def measure_perplexity(
     checkpoint_dir: Path, weights: Weights | None, batches: Sequence[Batch], device: torch.device
 ) -> float | None:
     """Return the perplexity of the checkpoint, with other weights if given; None without batches."""

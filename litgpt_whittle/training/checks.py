@@ -32,6 +32,7 @@ from litgpt_whittle.files import from_yaml
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.training.args import TrainArgs
+from litgpt_whittle.vocabulary.kept import KeptTokens
 
 
 def check_arguments(
@@ -224,9 +225,20 @@ def check_tokenizers(tokenizer_dir: Path | None, student_dir: Path | None, teach
         if type(vocabulary) is type(known[first]) and vocabulary != known[first]:
             raise UserError(
                 f"teacher and student must have the same tokenizer, those in {str(first)!r} and {str(folder)!r} "
-                f"differ{_first_difference(known[first], vocabulary)}; choose a teacher with the student's tokenizer"
+                f"differ{_first_difference(known[first], vocabulary)}; {_remedy(first, folder)}"
             )
     return first
+
+
+def _remedy(student_dir: Path, teacher_dir: Path) -> str:
+    """Return advice for a teacher with another tokenizer than the student."""
+    kept = KeptTokens.read(student_dir)
+    if kept is None or not kept.belong_to(teacher_dir):
+        return "choose a teacher with the student's tokenizer"
+    return (
+        "the student has a part of the teacher's tokens, so choose the teacher that litgpt prune_vocab wrote, or run "
+        f"'litgpt prune_vocab {teacher_dir} --like {student_dir}'"
+    )
 
 
 def _first_difference(one: dict | bytes, other: dict | bytes) -> str:

@@ -16,10 +16,14 @@ from litgpt_whittle.files import readable_size
 from litgpt_whittle.metrics_log import MetricsLog
 from litgpt_whittle.processes import all_reduce_sum, peak_memory
 from litgpt_whittle.training.run import Run
+from litgpt_whittle.vocabulary.text_bytes import bits_per_byte
 
 
 class TrainLog:
     """Reports a run's metrics to the terminal, litgpt's logger and `metrics.jsonl`."""
+
+    bytes_per_token: float | None = None
+    """Mean bytes of validation text per token; if set, validation losses are also logged in bits per byte"""
 
     def __init__(self, run: Run, log_interval: int) -> None:
         self.run = run
@@ -100,10 +104,11 @@ class TrainLog:
         progress = self.run.progress
         progress.val_loss = val_loss
         row = {"val_loss": val_loss, "val_ppl": perplexity(val_loss)}
+        row |= self._bits_per_byte("val", val_loss)
         row |= {f"val_loss/{name}": loss for name, loss in more.items()}
         self.run.fabric.print(
             f"{'final' if final else f'step {progress.step_count}'} | val loss {val_loss:.4f} | "
-            f"val perplexity {row['val_ppl']:.3f}"
+            f"val perplexity {row['val_ppl']:.3f}{_as_text(row, 'val')}"
             + "".join(f" | {name} {perplexity(x):.3f}" for name, x in more.items())
         )
         where = {"iter": progress.iter_num, "step": progress.step_count, "tokens": self._tokens()}
@@ -117,8 +122,17 @@ class TrainLog:
     def teacher_validation(self, val_loss: float) -> None:
         """Log the teacher's validation loss in nats per token."""
         row = {"teacher_val_loss": val_loss, "teacher_val_ppl": perplexity(val_loss)}
-        self.run.fabric.print(f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}")
+        row |= self._bits_per_byte("teacher_val", val_loss)
+        self.run.fabric.print(
+            f"teacher | val loss {val_loss:.4f} | val perplexity {row['teacher_val_ppl']:.3f}"
+            f"{_as_text(row, 'teacher_val')}"
+        )
         self._write({"iter": 0, "tokens": 0} | row, 0, {}, row)
+
+    def _bits_per_byte(self, name: str, loss: float) -> dict[str, float]:
+        if self.bytes_per_token is None:
+            return {}
+        return {f"{name}_bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
 
     def _tokens(self) -> int:
         return self.run.progress.iter_num * self.run.schedule.tokens_per_iter
@@ -137,6 +151,11 @@ class TrainLog:
         seconds = max(1e-9, run.progress.seconds - self.first_seconds)
         run.fabric.print(f"Trained on {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
         run.fabric.print(f"Peak memory {readable_size(peak_memory(run.fabric.device))}")
+
+
+def _as_text(row: Mapping[str, float], name: str) -> str:
+    bits = row.get(f"{name}_bits_per_byte")
+    return "" if bits is None else f" | {bits:.4f} bits per byte"
 
 
 def perplexity(loss: float) -> float:

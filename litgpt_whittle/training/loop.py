@@ -64,6 +64,8 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     """
     fabric, schedule, progress = run.fabric, run.schedule, run.progress
     log = TrainLog(run, train.log_interval)
+    if run.job.text_bytes is not None and run.validation is not None:
+        log.bytes_per_token = validate(run, run.job.text_bytes)
     _first_validation(run, log, eval)
     started, seconds_before = time.perf_counter(), progress.seconds
     with Termination() as termination:

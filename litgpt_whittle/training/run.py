@@ -54,6 +54,8 @@ class Job:
     """Module that is trained with the model but not saved with its weights, such as learned projections"""
     more_scores: Mapping[str, Score] = field(default_factory=dict)
     """Further scores to compute at each validation, by name"""
+    text_bytes: Score | None = None
+    """Mean bytes of text per target, if losses are to be logged in bits per byte, too"""
     flops_per_iter: int = 0
     """Floating-point operations of one micro-batch, for the throughput monitor"""
 

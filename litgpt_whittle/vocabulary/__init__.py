@@ -1,0 +1,1 @@
+"""Smaller vocabularies: choose tokens, rewrite the tokenizer, slice embedding and LM head, and count bytes of text."""
