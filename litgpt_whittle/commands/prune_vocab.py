@@ -31,7 +31,6 @@ from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.commands.prune import measure_perplexity
 from litgpt_whittle.data.hf_text import (
     HFText,  # noqa: F401 (lets --data HFText be found by its name)
-    begins_with_bos,
     encode,
 )
 from litgpt_whittle.data.loading import check_data
@@ -42,7 +41,7 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import lock_output, release_memory
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.results import Checkpoint
-from litgpt_whittle.setting_checks import check_positive, check_seed
+from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.tensors import IGNORE_INDEX
@@ -97,7 +96,8 @@ class PruneVocabConfig(CommandConfig):
             raise UserError(f"exactly one of size and like must be set, got {self.size} and {self.like}; set --size")
         if self.size is not None and self.data is None:
             raise UserError("choosing tokens needs text; for example --data HFText --data.path PATH")
-        check_positive("prune_vocab", tokens=self.tokens)
+        if self.tokens < 1:
+            raise UserError(f"tokens must be at least 1, got {self.tokens}; leave it out for 10,000,000")
         sequence_length(config, self.train.max_seq_length)
         if read_model_class(self.checkpoint_dir):
             raise UserError(
@@ -115,6 +115,7 @@ class PruneVocabConfig(CommandConfig):
 
     @property
     def _n_kept(self) -> int:
+        assert self.size is not None, "`validate` has checked it"
         return check_size(self._bpe, int(parse_amount(self.size, "parameters")))
 
     def _tokens_of(self, like: Path) -> UnitIndex:
@@ -142,13 +143,13 @@ class PruneVocabConfig(CommandConfig):
         """
         with lock_output(self.out_dir):
             self.validate()
-            windows = None if self.data is None else self._read(self.data)
-            tokens = self._choose(windows) if self.like is None else self._tokens_of(self.like)
+            counted = None if self.data is None else self._read(self.data)
+            tokens = self._tokens_of(self.like) if self.like is not None else self._choose(counted)
             self._save(tokens)
             print(self._summary(len(tokens)))
-            if windows is not None:
-                self._measure()
-            print(f"Saved {self.out_dir / WEIGHTS}. {try_next('search', self.out_dir)}")
+            if self.data is not None:
+                self._measure(self.data)
+            print(f"Saved {self.out_dir / WEIGHTS}. {try_next('generate', self.out_dir)}")
         return Checkpoint(self.out_dir)
 
     def _read(self, data: DataModule) -> torch.Tensor:
@@ -160,8 +161,9 @@ class PruneVocabConfig(CommandConfig):
     def _length(self) -> int:
         return sequence_length(check_checkpoint(self.checkpoint_dir), self.train.max_seq_length)
 
-    def _choose(self, windows: torch.Tensor) -> UnitIndex:
-        counts = torch.bincount(windows.flatten()).numpy()
+    def _choose(self, counted: torch.Tensor | None) -> UnitIndex:
+        assert counted is not None, "`validate` has checked it"
+        counts = torch.bincount(counted.flatten()).numpy()
         return UnitIndex(choose_tokens(self._bpe, counts, self._n_kept))
 
     def _save(self, tokens: UnitIndex) -> None:
@@ -186,23 +188,24 @@ class PruneVocabConfig(CommandConfig):
             ]
         )
 
-    def _measure(self) -> None:
-        """Print the tokens and the loss of both checkpoints on the same validation text."""
-        data, length = self.data, self._length
-        n = self.eval.max_iters * self.train.micro_batch_size
-        windows = None if data is None else held_out_windows(data, length, length, n)
+    def _measure(self, data: DataModule) -> None:
+        """Print the tokens and the loss of both checkpoints on the same text: validation tokens of connected data."""
+        length, n = self._length, self.eval.max_iters * self.train.micro_batch_size
+        windows = held_out_windows(data, length, length, n)
         if windows is None:
             print("Nothing was measured, because there is no validation data.")
             return
-        texts = texts_of(Tokenizer(self.checkpoint_dir), windows)
-        rows = [self._measured(folder, texts) for folder in (self.checkpoint_dir, self.out_dir)]
+        tokenizer = Tokenizer(self.checkpoint_dir)
+        begins = bool((windows[:, 0] == tokenizer.bos_id).all())
+        texts = texts_of(tokenizer, windows[:, 1:] if begins else windows)
+        rows = [self._measured(folder, texts, begins) for folder in (self.checkpoint_dir, self.out_dir)]
         print(f"On {len(windows) * length:,} validation tokens, {rows[0].n_bytes:,} bytes of text:")
         print("  tokens per byte  " + " -> ".join(f"{row.n_tokens / row.n_bytes:.4f}" for row in rows))
         print("  perplexity       " + " -> ".join(f"{row.perplexity:.3f}" for row in rows) + " (of different tokens)")
         print("  bits per byte    " + " -> ".join(f"{row.bits_per_byte:.4f}" for row in rows))
 
-    def _measured(self, folder: Path, texts: Sequence[str]) -> Measured:
-        batches = batches_of(Tokenizer(folder), texts, self._length, self.train.micro_batch_size)
+    def _measured(self, folder: Path, texts: Sequence[str], begins: bool) -> Measured:
+        batches = batches_of(Tokenizer(folder), texts, self._length, self.train.micro_batch_size, begins)
         perplexity = measure_perplexity(folder, None, batches, L.Fabric(devices=1).device)
         assert perplexity is not None  # there are batches
         release_memory()  # of the model
@@ -227,18 +230,21 @@ class Measured(NamedTuple):
 
 def texts_of(tokenizer: Tokenizer, windows: torch.Tensor) -> list[str]:
     """Return the documents in consecutive windows of tokens, shape (N, T), as text."""
-    if begins_with_bos(tokenizer) and (windows[:, 0] == tokenizer.bos_id).all():
-        windows = windows[:, 1:]
     ids = windows.flatten().numpy()
     documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id))
     texts = (tokenizer.processor.decode(ids[ids != tokenizer.eos_id].tolist()) for ids in documents)
     return [text for text in texts if text]
 
 
-def batches_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, size: int) -> list[Batch]:
-    """Pack documents into batches of at most `size` windows of `length` tokens, in which every token is predicted once.
+def batches_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, size: int, begins: bool) -> list[Batch]:
+    """Pack documents into batches of windows in which every token is predicted once.
 
-    EOS comes before the first document and after each. Windows begin with BOS where the tokenizer begins texts with it.
+    Args:
+        tokenizer: The tokenizer.
+        texts: The documents; EOS comes before the first one and after each.
+        length: Tokens per window.
+        size: Maximum number of windows per batch.
+        begins: If true, windows begin with BOS.
     """
     ids = [
         tokenizer.eos_id,
@@ -248,7 +254,7 @@ def batches_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, size: in
     n_missing = -(len(stream) - 1) % length
     targets = F.pad(stream[1:], (0, n_missing), value=IGNORE_INDEX).view(-1, length)
     inputs = F.pad(stream[:-1], (0, n_missing), value=tokenizer.eos_id).view(-1, length)
-    if begins_with_bos(tokenizer):
+    if begins:
         first = torch.full((len(targets), 1), tokenizer.bos_id)
         inputs = torch.cat((first, targets[:, :-1].masked_fill(targets[:, :-1] == IGNORE_INDEX, tokenizer.eos_id)), 1)
     return [Batch(*rows) for rows in zip(inputs.split(size), targets.split(size))]

@@ -136,7 +136,7 @@ def _renumbered(content: Any, new_id: NewId) -> Any:
     """Return a config in which all token ids are replaced; ids without a new one become null, or leave a list."""
     if not isinstance(content, dict):
         return [_renumbered(value, new_id) for value in content] if isinstance(content, list) else content
-    replaced = {}
+    replaced: dict[str, Any] = {}
     for key, value in content.items():
         if key == "added_tokens_decoder":
             replaced[key] = {str(new): token for i, token in value.items() if (new := new_id(int(i))) is not None}
