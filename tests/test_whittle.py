@@ -253,10 +253,14 @@ def test_a_stage_whose_pipeline_was_killed_stops_and_keeps_others_out_until_then
     raise AssertionError("the lock was never given back")
 
 
+CASCADE = {"target": "18K,14K", "cascade": True, "correct_teacher": {"max_tokens": 256}, "rank": False}
+
+
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path):
+@pytest.mark.parametrize("settings", [{"target": "14K"}, CASCADE], ids=["one student", "cascade"])
+def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path, settings):
     """All processes are killed at moments spread over a run's time."""
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SECTIONS | {"data": describe(data), "target": "14K"}))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SECTIONS | {"data": describe(data)} | settings))
     command = [sys.executable, "-m", "litgpt_whittle", "whittle", str(teacher), "--config=settings.yaml"]
 
     def begin(out_dir: str) -> subprocess.Popen:
@@ -390,11 +394,11 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     n = SECTIONS["distill"]["train"]["max_tokens"]
     assert found["rank"].training == pytest.approx(3 * 256 * whole)
     assert found["search"].forward == pytest.approx(4 * 4 * 32 * part)
-    assert found["cache_teacher"].forward == pytest.approx(n * whole)
+    assert found["teacher_cache"].forward == pytest.approx(n * whole)
     assert found["14K/distilled"].training == found["14K/baseline"].training == pytest.approx(3 * n * part)
     assert found["14K/distilled"].forward == 0  # the teacher is cached
     meta = GPT(TEACHER)
-    assert found["rank"].weights == found["search"].weights == found["cache_teacher"].weights == n_bytes(meta)
+    assert found["rank"].weights == found["search"].weights == found["teacher_cache"].weights == n_bytes(meta)
     student, block = student_model(stages.search.examples["14K"]), n_bytes(meta.transformer.h[0])
     outside = sum(n_bytes(part) for model in (meta, student) for part in (model.lm_head, model.transformer.wte))
     n_in = student.config.n_head * student.config.head_size + student.config.intermediate_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
+from litgpt_whittle.pipeline.cascade import CascadeArgs, Chain
 from litgpt_whittle.pipeline.costs import cost_table
-from litgpt_whittle.pipeline.estimates import cache_bytes, costs, measure_speed
+from litgpt_whittle.pipeline.estimates import measure_speed
 from litgpt_whittle.pipeline.kinds import STAGE_OF
 from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stage import Request
-from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
@@ -44,11 +45,18 @@ class WhittleConfig(CommandConfig):
     """The teacher's checkpoint directory."""
     target: str | int | float | list[str | int | float] | None = None
     """Parameter count of the student, in the format of ``litgpt search --bin`` (410M±5%), or of several students,
-    separated by commas. Several students share the ranking and the cached teacher."""
+    separated by commas. Several students share the ranking and the cached teacher, unless they form a ``cascade``."""
     data: DataModule | None = None
     """Data of all stages: any litgpt data module, or ``--data HFText --data.path PATH``."""
     out_dir: Path = Path("out/whittle")
     """Directory of the stages' folders, the students and the report."""
+    cascade: bool | CascadeArgs = False
+    """If true, cut each student from the one before, once that is distilled: ``--target 600M,400M --cascade true``. Or
+    settings such as ``--cascade.teacher nearest``. By default, all students are cut from the teacher."""
+    correct_teacher: Section | None = None
+    """Fine-tune the teacher on the training text first: ``--correct_teacher.max_tokens 100000000``, optionally
+    ``--correct_teacher.lr``, which is a fifth of the distillation's by default; see ``litgpt distill --help`` for all
+    settings. By default, the teacher stays as it is."""
     rank: bool | Section | None = None
     """If true, rank the teacher's units first, so that coarse search spaces keep the most important ones. True by
     default for coarse spaces. Or settings such as ``--rank.tokens 100000``; see ``litgpt rank --help``."""
@@ -110,21 +118,22 @@ class WhittleConfig(CommandConfig):
             self.seed,
             self.baseline,
         )
-        stages = Stages(request, {name: getattr(self, name) for name in STAGE_OF})
-        pipeline.check(stages.all())
-        memory = stages.check()
-        if self.dry_run:
-            print(memory)
-            if stages.cache_teacher.is_used:
-                print(f"Disk for the teacher's cache: {readable_size(cache_bytes(stages))}")
-            logger.info("Measuring the speed of this machine on single blocks …")
-            print(as_text(cost_table(costs(stages), measure_speed(stages))))
-            return None
+        given = {name: getattr(self, name) for name in STAGE_OF}
+        cascade = CascadeArgs() if self.cascade is True else self.cascade or None
+        with tempfile.TemporaryDirectory() as folder:
+            chain = Chain.of(request, given, cascade, Path(folder))
+            pipeline.check(chain.all())
+            memory = chain.check()
+            if self.dry_run:
+                _print_estimates(chain, memory)
+                return None
+            stages, files = chain.all(), chain.files()
         try:
-            pipeline.run(stages.all(), stages.files())
+            pipeline.run(stages, files)
         except KeyboardInterrupt:
             raise UserError("interrupted; run the same command again to resume") from None
-        rows = write_outcome(self.out_dir, list(request.bins), Checkpoint(self.checkpoint_dir))
+        names = list(request.bins)
+        rows = write_outcome(self.out_dir, names, Checkpoint(self.checkpoint_dir), cascade is not None)
         print(
             f"\n{as_text(rows)}\nThe report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final"
         )
@@ -132,6 +141,14 @@ class WhittleConfig(CommandConfig):
 
 
 setup = as_command(WhittleConfig)
+
+
+def _print_estimates(chain: Chain, memory: str) -> None:
+    print(memory)
+    if n_bytes := chain.cache_bytes():
+        print(f"Disk for the teacher's cache: {readable_size(n_bytes)}")
+    logger.info("Measuring the speed of this machine on single blocks …")
+    print(as_text(cost_table(chain.costs(), measure_speed(chain.links[0]))))
 
 
 def _targets(target: str | int | float | list[str | int | float] | None) -> dict[str, Bin]:

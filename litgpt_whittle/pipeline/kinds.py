@@ -1,4 +1,4 @@
-"""The kinds of stages, in the order of their runs: rank, search, cache the teacher, extract and repair, distill."""
+"""The kinds of stages, in the order of their runs: correct the teacher, rank, search, cache it, extract, distill."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.commands.cache_teacher import CacheTeacherConfig
@@ -26,9 +27,11 @@ from litgpt_whittle.fitness.perplexity import RepairedPerplexity
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.metrics import BACKWARD, MeasureArgs
+from litgpt_whittle.pipeline.correct_teacher import CorrectTeacherStage
 from litgpt_whittle.pipeline.costs import Cost
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.pipeline.stage import Stage, StageRun
+from litgpt_whittle.pipeline.training_stage import WITHOUT_TEACHER, TrainingStage
 from litgpt_whittle.processes import own_device
 from litgpt_whittle.ranking.ranking import FILE as IMPORTANCE
 from litgpt_whittle.repair.costs import (
@@ -49,16 +52,6 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.checks import check_cache
 from litgpt_whittle.training.memory_plan import NoPlan, teacher_dtype
-from litgpt_whittle.training.resume import has_training_state
-
-BASELINE = [
-    "--random_weights=true",
-    "--distill.alpha=1",
-    "--distill.beta=0",
-    "--distill.hidden.weight=0",
-    "--distill.hidden.attention=0",
-]
-"""Flags that turn distillation into plain pretraining from random weights"""
 
 NO_LIMIT = 3_000_000_000_000
 """litgpt's default of train.max_tokens, which means that the user has set no limit"""
@@ -100,7 +93,7 @@ class RankStage(Stage[RankConfig]):
         n_layer_passes = self.stages.teacher.n_layer * args.layer_tokens
         training, tokens = (1 + BACKWARD) * args.tokens * whole, args.tokens + n_layer_passes
         weights = self.stages.teacher_bytes(weights_dtype(args.precision or default_precision()))
-        return [Cost("rank", tokens, n_layer_passes * whole, training, weights)]
+        return [Cost(self.title(), tokens, n_layer_passes * whole, training, weights)]
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
@@ -123,14 +116,14 @@ class SearchStage(Stage[SearchConfig]):
     @cached_property
     def plain_args(self) -> SearchConfig:
         """The config without the settings that depend on the ranking."""
-        return self.plain_section.parse(checkpoint_dir=self.request.checkpoint_dir)
+        return self.plain_section.parse(checkpoint_dir=self.request.existing(self.request.checkpoint_dir))
 
     @cached_property
     def section(self) -> Section[SearchConfig]:
         """The section, with the ranking and the config of the selection's trainings."""
         section, args = copy.deepcopy(self.plain_section), self.plain_args
         if args.selection.rungs and args.selection.config is None:
-            section.flags.append(f"--selection.config={self.request.out_dir / SELECTION_CONFIG}")
+            section.flags.append(f"--selection.config={self.selection_config}")
         if not self.stages.rank.is_used:
             return section
         orders = args.space.startswith("coarse") or args.search_space.layers == "best"
@@ -141,11 +134,16 @@ class SearchStage(Stage[SearchConfig]):
             section.settings.setdefault("importance", str(self.stages.rank.path))
         return section
 
+    @property
+    def selection_config(self) -> Path:
+        """Path of the config of the selection's trainings, unless the user names one."""
+        return self.folder().with_name(SELECTION_CONFIG)
+
     def files(self) -> dict[Path, str]:
         """Return the config of the selection's trainings, unless the user names one."""
         if not self.args.selection.rungs or "config" in self.section.settings.get("selection", {}):
             return {}
-        return {self.request.out_dir / SELECTION_CONFIG: self.stages.distill.section.dump()}
+        return {self.selection_config: self.stages.distill.section.dump()}
 
     def validate(self) -> None:
         """Run the search's checks, and draw an example from each bin."""
@@ -214,7 +212,7 @@ class SearchStage(Stage[SearchConfig]):
             forward += collecting_flops(teacher, n_calibration) + args.iterations * solves + solves_measured
             n_distinct, device = min(n_calibration, teacher.vocab_size), own_device()
             weights += moments_bytes(teacher, n_distinct, device) + candidate_bytes(teacher, device)
-        return [Cost("search", tokens, forward, training, weights)]
+        return [Cost(self.title(), tokens, forward, training, weights)]
 
     @classmethod
     def can_resume(cls, folder: Path) -> bool:
@@ -239,7 +237,22 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
     @property
     def is_used(self) -> bool:
         """True if the user asks for it, or by default for several students whose losses can learn from it."""
-        return self._suits and len(self.request.bins) > 1 if self.asked is None else self.asked is not False
+        if self.asked is not None:
+            return self.asked is not False
+        return self._suits and (len(self.request.bins) > 1 or self.request.shares_cache)
+
+    @cached_property
+    def args(self) -> CacheTeacherConfig:
+        """The command's config."""
+        return self.section.parse(checkpoint_dir=self.request.existing(self.request.teacher_dir))
+
+    def folder(self, student: str = "") -> Path:
+        """Return the output folder, which the students of a cascade share if they have the same teacher."""
+        return self.request.out_dir / self.folder_name if self.request.shares_cache else super().folder(student)
+
+    def runs(self, student: str = "") -> list[StageRun]:
+        """Return the run over the training tokens."""
+        return [self.new_run(self.folder(), self.request.teacher_dir)]
 
     @property
     def _suits(self) -> bool:
@@ -247,7 +260,7 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
         distill = self.stages.distill
         args: DistillArgs = distill.args.distill
         is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
-        if not (args.uses_teacher and distill.has_own_teacher and is_plain and distill.n_tokens < NO_LIMIT):
+        if not (args.uses_teacher and distill.has_pipelines_teacher and is_plain and distill.n_tokens < NO_LIMIT):
             return False
         return all(getattr(term.loss, "is_linear", False) for term in args.first_objective.terms)
 
@@ -282,10 +295,9 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
     def costs(self, student: str = "") -> list[Cost]:
         """Return the cost of running the teacher once over the training tokens."""
         n = self.args.max_tokens or self.stages.distill.n_tokens
-        weights = self.stages.teacher_bytes(
-            weights_dtype(self.args.precision or default_precision()), _n_shards(self.args)
-        )
-        return [Cost("cache_teacher", n, n * self.stages.teacher_flops, weights=weights)]
+        dtype, stages = weights_dtype(self.args.precision or default_precision()), self.stages
+        weights = stages.teacher_bytes(dtype, _n_shards(self.args), stages.distill_teacher)
+        return [Cost(self.title(), n, n * stages.distill_teacher_flops, weights=weights)]
 
     @classmethod
     def can_resume(cls, folder: Path) -> bool:
@@ -313,7 +325,8 @@ class ExtractStage(Stage[ExtractConfig]):
         return self._parse(self.section)
 
     def _parse(self, section: Section[ExtractConfig]) -> ExtractConfig:
-        return section.parse(checkpoint_dir=self.request.checkpoint_dir, sub_network="best.yaml")
+        teacher_dir = self.request.existing(self.request.checkpoint_dir)
+        return section.parse(checkpoint_dir=teacher_dir, sub_network="best.yaml")
 
     def runs(self, student: str = "") -> list[StageRun]:
         """Return the extraction of a student's sub-network."""
@@ -324,7 +337,7 @@ class ExtractStage(Stage[ExtractConfig]):
     def costs(self, student: str = "") -> list[Cost]:
         """Return the cost of the repair."""
         subnet, repair = self.stages.search.examples[student], self.args.repair_args
-        name = f"{student}/{self.folder_name}"
+        name = self.title(student)
         if not self.args.repair:
             return [Cost(name, 0, 0.0, 0.0, largest_block(subnet.teacher))]
         n = repair.n_tokens(subnet.config)
@@ -338,17 +351,17 @@ class ExtractStage(Stage[ExtractConfig]):
         return [("the repair", folder / "repair.png")]
 
 
-class DistillStage(Stage[DistillConfig]):
+class DistillStage(TrainingStage):
     """`litgpt distill` of a student, and the training of its baseline."""
 
-    name, config, folder_name, is_per_student = "distill", DistillConfig, "distilled", True
+    name, folder_name, is_per_student = "distill", "distilled", True
     memory = ""
     """Description of the memory per device that training the largest student needs; set by `validate`"""
 
     @cached_property
     def section(self) -> Section[DistillConfig]:
         """The section, with the teacher."""
-        teacher = {"teacher_checkpoint_dir": str(self.request.checkpoint_dir), "devices": self.request.devices}
+        teacher = {"teacher_checkpoint_dir": str(self.request.teacher_dir), "devices": self.request.devices}
         return self.new_section(**teacher, eval={"initial_validation": True})
 
     @cached_property
@@ -358,7 +371,11 @@ class DistillStage(Stage[DistillConfig]):
         Raises:
             UserError: If the command does not accept the section, or the training contradicts the pipeline.
         """
-        args, section, tied = self.section.parse(), self.section, self.stages.tied
+        section, tied = self.section, self.stages.tied
+        existing = (
+            {} if self.teacher_dir is None else {"teacher_checkpoint_dir": self.request.existing(self.teacher_dir)}
+        )
+        args = section.parse(**existing)
         # litgpt's default would be trillions of tokens
         given = [*section.settings.get("train", {}), *(flag.partition("=")[0] for flag in section.flags)]
         names = {name.removeprefix("--train.") for name in given}
@@ -386,9 +403,20 @@ class DistillStage(Stage[DistillConfig]):
         return min(limits)
 
     @property
+    def teacher_dir(self) -> Path | None:
+        """The teacher's checkpoint directory; an earlier stage may have yet to write it."""
+        named = self.section.settings["teacher_checkpoint_dir"]
+        return None if named is None else extend_checkpoint_dir(Path(named))
+
+    @property
+    def has_pipelines_teacher(self) -> bool:
+        """True if the user sets no other teacher."""
+        return self.teacher_dir == self.request.teacher_dir
+
+    @property
     def has_own_teacher(self) -> bool:
         """True if students are distilled from the teacher that they are cut from."""
-        return self.args.teacher_dir == self.request.checkpoint_dir
+        return self.teacher_dir == self.request.checkpoint_dir
 
     def validate(self) -> None:
         """Run the distillation's checks for the largest student, except the cache's checks, and plan its memory."""
@@ -400,8 +428,9 @@ class DistillStage(Stage[DistillConfig]):
         changes: dict[str, Any] = {"train": replace(self.args.train, tie_embeddings=self.stages.tied)}
         if self.stages.cache_teacher.is_used:  # the cache does not exist yet
             changes["distill"] = DistillArgs(beta=0.0)
-        if has_tokenizer(self.request.checkpoint_dir):  # students inherit their teacher's tokenizer
-            changes["tokenizer_dir"] = self.args.tokenizer_dir or self.request.checkpoint_dir
+        teacher_dir = self.request.existing(self.request.checkpoint_dir)
+        if has_tokenizer(teacher_dir):  # students inherit their teacher's tokenizer
+            changes["tokenizer_dir"] = self.args.tokenizer_dir or teacher_dir
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "sub_network.yaml"
             subnet.save(path)
@@ -421,7 +450,7 @@ class DistillStage(Stage[DistillConfig]):
         found = [self.new_run(self.folder(student), **start, **source)]
         if self.request.has_baseline:
             alone = self.new_run(self.folder(student).with_name("baseline"), **start)
-            found.append(replace(alone, flags=[*alone.flags, *BASELINE]))
+            found.append(replace(alone, flags=[*alone.flags, "--random_weights=true", *WITHOUT_TEACHER]))
         return found
 
     def costs(self, student: str = "") -> list[Cost]:
@@ -433,28 +462,21 @@ class DistillStage(Stage[DistillConfig]):
         size = n_params(stages.teacher, stages.search.examples[student], stages.tied)
         alone, beside = size * weights_dtype(args.precision or default_precision()).itemsize, 0
         if runs_teacher:
-            beside = stages.teacher_bytes(teacher_dtype(args.precision or default_precision()), _n_shards(args))
-        forward = n * stages.teacher_flops * runs_teacher
-        found = [Cost(f"{student}/{self.folder_name}", n, forward, training, alone + beside)]
+            dtype = teacher_dtype(args.precision or default_precision())
+            beside = stages.teacher_bytes(dtype, _n_shards(args), stages.distill_teacher)
+        forward = n * stages.distill_teacher_flops * runs_teacher
+        found = [Cost(self.title(student), n, forward, training, alone + beside)]
         return found + [Cost(f"{student}/baseline", n, 0.0, training, alone)] * self.request.has_baseline
 
-    @classmethod
-    def can_resume(cls, folder: Path) -> bool:
-        """Return whether there is a checkpoint with a training state."""
-        return any(map(has_training_state, [*folder.glob("step-*"), folder / "final"]))
 
-    @classmethod
-    def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flag to resume if there is a checkpoint."""
-        return ["--resume=auto"]
-
-    @classmethod
-    def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
-        """Return the curves of the training."""
-        return [("the training", folder / "training.png")]
-
-
-STAGES: Sequence[type[Stage]] = (RankStage, SearchStage, CacheTeacherStage, ExtractStage, DistillStage)
+STAGES: Sequence[type[Stage]] = (
+    CorrectTeacherStage,
+    RankStage,
+    SearchStage,
+    CacheTeacherStage,
+    ExtractStage,
+    DistillStage,
+)
 """All kinds of stages in the order of their runs; kinds that run once per student come last"""
 
 STAGE_OF: dict[str, type[Stage]] = {kind.name: kind for kind in STAGES}

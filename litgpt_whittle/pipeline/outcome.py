@@ -15,6 +15,7 @@ from litgpt_whittle.figures.style import (
     save_figure,
 )
 from litgpt_whittle.files import write_text
+from litgpt_whittle.pipeline.correct_teacher import CorrectTeacherStage
 from litgpt_whittle.pipeline.kinds import STAGES
 from litgpt_whittle.pipeline.run import COMMANDS
 from litgpt_whittle.reports.page import Section, code, page, picture, table
@@ -25,6 +26,10 @@ _ABOUT = """
 Perplexities on validation text. 'As searched' was measured by the search on its own number of tokens. The others were
 measured by the training: before its first step, after its last step, and after training the same architecture from
 random weights without the teacher. Calibration tokens of the repair are counted.
+"""
+
+_CASCADE = """
+Each student is cut from the one above it. Its tokens do not include those of the students above.
 """
 
 PAGE, CURVES = "report.html", "students.png"
@@ -38,13 +43,16 @@ class Outcome:
     start: Checkpoint
     distilled: TrainingResult
     baseline: TrainingResult | None
+    cut_from: str = ""
+    """In a cascade, the name of the teacher that the student is cut from"""
 
     @classmethod
-    def read(cls, folder: Path) -> Outcome:
+    def read(cls, folder: Path, cut_from: str = "") -> Outcome:
         """Read a student's folder."""
         baseline = TrainingResult(folder / "baseline")
         distilled = TrainingResult(folder / "distilled")
-        return cls(folder.name, Checkpoint(folder / "start"), distilled, baseline if baseline.is_finished else None)
+        start = Checkpoint(folder / "start")
+        return cls(folder.name, start, distilled, baseline if baseline.is_finished else None, cut_from)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -55,7 +63,7 @@ class Outcome:
         """Return the student's row of the table."""
         searched = searched_perplexity(self.start.origin)
         n_params = self.distilled.checkpoint.n_params
-        cells = [self.name, f"{n_params:,}", f"{n_params / n_teacher:.0%}"]
+        cells = [self.name, self.cut_from, f"{n_params:,}", f"{n_params / n_teacher:.0%}"]
         cells.append("" if searched is None else f"{searched:.2f}")
         cells += [f"{math.exp(self.curve[0][1]):.2f}", f"{self.distilled.perplexity:.2f}", f"{self.curve[-1][0]:,}"]
         if self.baseline is None:
@@ -64,30 +72,33 @@ class Outcome:
         return [*cells, f"{self.baseline.perplexity:.2f}", "never" if reached is None else f"{reached:,}"]
 
 
-def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> list[list[str]]:
+def write_outcome(
+    out_dir: Path, names: Sequence[str], teacher: Checkpoint, is_cascade: bool = False
+) -> list[list[str]]:
     """Write the page and the plot of the trainings.
 
     Args:
         out_dir: The pipeline's folder.
         names: Names of its students.
-        teacher: The teacher's checkpoint.
+        teacher: The teacher's checkpoint, before a correction.
+        is_cascade: True if each student is cut from the one before.
 
     Returns:
         The table, headings first.
     """
-    outcomes = [Outcome.read(out_dir / name) for name in names]
+    above = ["teacher", *names] if is_cascade else [""] * len(names)
+    outcomes = [Outcome.read(out_dir / name, cut_from) for name, cut_from in zip(names, above)]
     n_teacher = teacher.n_params
-    rows = [["", "parameters", "of the teacher", "as searched", "at the start", "distilled", "tokens"]]
+    rows = [["", "cut from", "parameters", "of the teacher", "as searched", "at the start", "distilled", "tokens"]]
     rows[0] += ["random weights", "tokens to reach that"]
     taught = next((o.distilled.teacher_val_loss for o in outcomes if o.distilled.teacher_val_loss is not None), None)
-    rows.append(["teacher", f"{n_teacher:,}", "100%", "", "", "", "", "", ""])
-    if taught is not None:
-        rows[-1][5] = f"{math.exp(taught):.2f}"
+    rows += _teacher_rows(n_teacher, taught, TrainingResult(out_dir / CorrectTeacherStage.folder_name))
     rows += [outcome.row(n_teacher) for outcome in outcomes]
     empty = [i for i in range(len(rows[0])) if i and not any(row[i] for row in rows[1:])]
     rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     plot_students(outcomes, taught, out_dir / CURVES)
-    sections = [Section("The students", _ABOUT, table(rows) + picture(out_dir / CURVES, "The trainings"))]
+    about = _ABOUT + _CASCADE if is_cascade else _ABOUT
+    sections = [Section("The students", about, table(rows) + picture(out_dir / CURVES, "The trainings"))]
     sections += [
         Section(title, "", picture(path, title)) for title, path in _pictures(out_dir, names) if path.is_file()
     ]
@@ -97,11 +108,22 @@ def write_outcome(out_dir: Path, names: Sequence[str], teacher: Checkpoint) -> l
     return rows
 
 
+def _teacher_rows(n_teacher: int, val_loss: float | None, corrected: TrainingResult) -> list[list[str]]:
+    """Return the teacher's row of the table, and a second one if it was corrected."""
+    row = ["teacher", "", f"{n_teacher:,}", "100%", "", "", "" if val_loss is None else f"{math.exp(val_loss):.2f}"]
+    row += ["", "", ""]
+    if not corrected.is_finished:
+        return [row]
+    before = f"{math.exp(corrected.curve[0][1]):.2f}"
+    after = [before, f"{corrected.perplexity:.2f}", f"{corrected.curve[-1][0]:,}"]
+    return [[*row[:6], before, *row[7:]], ["corrected teacher", *row[1:5], *after, *row[8:]]]
+
+
 def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
     found = [each for kind in STAGES if not kind.is_per_student for each in kind.pictures(out_dir / kind.folder_name)]
-    for name in names:
-        own = [kind.pictures(out_dir / name / kind.folder_name) for kind in STAGES if kind.is_per_student]
-        found += [(f"{name}: {title}", path) for pictures in own for title, path in pictures]
+    for name in names:  # in a cascade, all stages are in the students' folders
+        own = [kind.pictures(out_dir / name / kind.folder_name) for kind in STAGES]
+        found += [(f"{name}: {title[0].lower()}{title[1:]}", path) for pictures in own for title, path in pictures]
     return found
 
 

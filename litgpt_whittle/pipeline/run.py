@@ -16,7 +16,6 @@ from typing import IO, Any
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import lock_dir, to_yaml, write_text
 from litgpt_whittle.manifest import changes
-from litgpt_whittle.pipeline.kinds import STAGE_OF
 from litgpt_whittle.pipeline.stage import StageRun
 from litgpt_whittle.watchdog import stop_with_parent
 
@@ -88,7 +87,7 @@ class Pipeline:
     def _has_begun(self, stage: StageRun, stages: Sequence[StageRun]) -> bool:
         """Return whether a stage is finished or can resume; later stages then depend on its settings."""
         if not self._is_noted_done(stage):
-            return stage.name in self.record and STAGE_OF[stage.command].can_resume(stage.folder)
+            return stage.name in self.record and stage.kind.can_resume(stage.folder)
         if stage.folder.exists():
             return True
         # a user who deletes an output that every later stage has used does not want it again
@@ -131,7 +130,7 @@ class Pipeline:
             if self._is_noted_done(stage) and self._has_begun(stage, stages):
                 logger.info(f"{title}: done already")
                 continue
-            arguments = stage.arguments(STAGE_OF[stage.command].resume_flags(stage.folder))
+            arguments = stage.arguments(stage.kind.resume_flags(stage.folder))
             self._note(stage, is_done=False)
             logger.info(f"\n{title}\n$ litgpt {shlex.join(arguments)}")
             if code := call([sys.executable, "-m", "litgpt_whittle", *arguments], lock_file):

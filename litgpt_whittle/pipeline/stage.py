@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,10 @@ PROVIDED = (
 
 @dataclass(frozen=True)
 class Request:
-    """Inputs of a pipeline that concern all stages."""
+    """Inputs of a pipeline that concern all stages, or in a cascade those of one student."""
 
     checkpoint_dir: Path
+    """The teacher that students are cut from"""
     bins: dict[str, Bin]
     """Bins by the names of the students' folders"""
     out_dir: Path
@@ -46,13 +47,34 @@ class Request:
     devices: int | str
     seed: int
     has_baseline: bool
+    distill_from: Path | None = None
+    """The teacher of the distillation, if students are cut from another one"""
+    uncorrected: Path | None = None
+    """The checkpoint to correct first; `checkpoint_dir` is then the result"""
+    shared_dir: Path | None = None
+    """Folder of the stages that run once for all students of the request; None for `out_dir`"""
+    shares_cache: bool = False
+    """True if other requests distill from the same teacher, so that one cache serves them all"""
+    stand_ins: Mapping[Path, Path] = field(default_factory=dict)
+    """Existing checkpoints of the same architecture, for checks, keyed by checkpoints that stages have yet to write"""
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The teacher of the distillation."""
+        return self.distill_from or self.checkpoint_dir
+
+    def existing(self, checkpoint_dir: Path) -> Path:
+        """Return a checkpoint, or its stand-in if a stage has yet to write it."""
+        return self.stand_ins.get(checkpoint_dir, checkpoint_dir)
 
 
 @dataclass(frozen=True)
 class StageRun:
     """One run of a command, with the settings of its YAML and its command line."""
 
-    command: str
+    kind: type[Stage]
+    name: str
+    """Name of the stage: its folder, relative to the pipeline's"""
     folder: Path
     """The command's out_dir"""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -61,16 +83,11 @@ class StageRun:
     """Flags for this command from the pipeline's command line"""
     inputs: Sequence[str | Path] = ()
     """The command's positional arguments"""
-    is_per_student: bool = False
-    """True if each student has its own run"""
-    free: frozenset[str] = frozenset()
-    """Names of arguments that may change after the run has begun (`CommandConfig.FREE`)"""
 
     @property
-    def name(self) -> str:
-        """Name of the stage, relative to the pipeline's folder."""
-        own = self.folder.name
-        return f"{self.folder.parent.name}/{own}" if self.is_per_student else own
+    def command(self) -> str:
+        """Name of the command."""
+        return self.kind.command or self.kind.name
 
     @property
     def config_path(self) -> Path:
@@ -87,11 +104,11 @@ class StageRun:
     @property
     def determining_options(self) -> dict[str, str]:
         """Settings that can change the output."""
-        return without(self.options, self.free)
+        return without(self.options, self.kind.config.FREE)
 
     def option(self, name: str) -> str:
         """Return the name of a command's argument on the pipeline's command line."""
-        return "target" if name == "bin" else f"{self.command}.{name}"
+        return "target" if name == "bin" else f"{self.kind.name}.{name}"
 
     def needs(self, other: StageRun) -> bool:
         """Return whether this stage reads the output of another one."""
@@ -118,7 +135,9 @@ class Stage(ABC, Generic[C]):
     """
 
     name: ClassVar[str]
-    """Name of the command and of its section"""
+    """Name of the section"""
+    command: ClassVar[str] = ""
+    """Name of the command, if it differs from the section's"""
     config: ClassVar[type[CommandConfig]]
     folder_name: ClassVar[str]
     """Name of the folder of its output"""
@@ -161,7 +180,7 @@ class Stage(ABC, Generic[C]):
         Raises:
             UserError: If the command does not accept the section.
         """
-        return self.section.parse(checkpoint_dir=self.request.checkpoint_dir)
+        return self.section.parse(checkpoint_dir=self.request.existing(self.request.checkpoint_dir))
 
     def read(self) -> None:
         """Read the section.
@@ -181,7 +200,15 @@ class Stage(ABC, Generic[C]):
 
     def folder(self, student: str = "") -> Path:
         """Return the output folder; `student` matters only if the stage runs once for each student."""
-        return self.request.out_dir / (student if self.is_per_student else "") / self.folder_name
+        shared = self.request.shared_dir or self.request.out_dir
+        return (self.request.out_dir / student if self.is_per_student else shared) / self.folder_name
+
+    def title(self, student: str = "") -> str:
+        """Return the name of the stage's run."""
+        return self._name_of(self.folder(student))
+
+    def _name_of(self, folder: Path) -> str:
+        return folder.relative_to(self.request.out_dir).as_posix()
 
     def runs(self, student: str = "") -> list[StageRun]:
         """Return the stage's runs; if it runs once for each student, the runs for `student`."""
@@ -190,8 +217,7 @@ class Stage(ABC, Generic[C]):
     def new_run(self, folder: Path, *inputs: Path, **more: Any) -> StageRun:
         """Return a run into a folder, with the positional arguments and further settings given."""
         settings = merge(self.section.settings, more)
-        free = self.config.FREE
-        return StageRun(self.name, folder, settings, self.section.flags, inputs, self.is_per_student, free)
+        return StageRun(type(self), self._name_of(folder), folder, settings, self.section.flags, inputs)
 
     def files(self) -> dict[Path, str]:
         """Return the contents of further files that the stage reads, by path."""

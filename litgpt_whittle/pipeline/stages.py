@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from litgpt.config import Config
 
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.data.hf_text import HFText
@@ -16,6 +17,7 @@ from litgpt_whittle.metrics import flops
 from litgpt_whittle.pipeline.kinds import (
     STAGES,
     CacheTeacherStage,
+    CorrectTeacherStage,
     DistillStage,
     ExtractStage,
     RankStage,
@@ -38,6 +40,7 @@ class Stages:
         UserError: If a command does not accept its section.
     """
 
+    correct_teacher: CorrectTeacherStage
     rank: RankStage
     search: SearchStage
     cache_teacher: CacheTeacherStage
@@ -46,8 +49,10 @@ class Stages:
 
     def __init__(self, request: Request, given: Mapping[str, Given]) -> None:
         self.request = request
-        self.teacher = check_checkpoint(request.checkpoint_dir)
-        self.tied = is_tied(read_weights(request.checkpoint_dir))
+        teacher_dir = request.existing(request.checkpoint_dir)
+        self.teacher = check_checkpoint(teacher_dir)
+        self.tied = is_tied(read_weights(teacher_dir))
+        self.distill_teacher = check_checkpoint(request.existing(request.teacher_dir))
         self.kinds: list[Stage[Any]] = [kind(self, given.get(kind.name)) for kind in STAGES]
         for kind in self.kinds:
             setattr(self, kind.name, kind)
@@ -94,19 +99,26 @@ class Stages:
 
     @cached_property
     def teacher_flops(self) -> int:
-        """Floating-point operations of the teacher's forward pass, per token."""
+        """Floating-point operations of a forward pass of the teacher that students are cut from, per token."""
         return flops(self.teacher, SubNet.full(self.teacher), self.length)
+
+    @cached_property
+    def distill_teacher_flops(self) -> int:
+        """Floating-point operations of a forward pass of the distillation's teacher, per token."""
+        return flops(self.distill_teacher, SubNet.full(self.distill_teacher), self.length)
 
     def student_flops(self, student: str) -> int:
         """Return the floating-point operations of a student's forward pass, per token."""
         return flops(self.teacher, self.search.examples[student], self.length)
 
-    def teacher_bytes(self, dtype: torch.dtype, n_shards: int | str = 1) -> int:
-        """Return the bytes of the teacher's weights on each device.
+    def teacher_bytes(self, dtype: torch.dtype, n_shards: int | str = 1, teacher: Config | None = None) -> int:
+        """Return the bytes of a teacher's weights on each device.
 
         Args:
             dtype: Type of the weights.
             n_shards: Number of devices that share the weights, or "auto".
+            teacher: The teacher, by default the one that students are cut from.
         """
-        n = n_params(self.teacher, SubNet.full(self.teacher), self.tied)
+        teacher = teacher or self.teacher
+        n = n_params(teacher, SubNet.full(teacher), self.tied)
         return n * dtype.itemsize // (1 if n_shards == 1 else n_devices(n_shards))
