@@ -68,6 +68,8 @@ from litgpt_whittle.spaces.space import SpaceName
 from litgpt_whittle.strategies import Evolution, Strategy
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.surrogates.args import SurrogateArgs
+from litgpt_whittle.tasks import SearchTaskArgs, TaskSet
+from litgpt_whittle.tasks.harness import read_tasks
 from litgpt_whittle.tensors import default_precision, weights_dtype
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,9 @@ class SearchConfig(CommandConfig):
     fitness: str = "repaired_perplexity"
     """Measure that scores candidates, by its name in ``litgpt_whittle.fitness``. By default the perplexity after a
     repair like that of ``litgpt extract --repair``; ``perplexity`` skips the repair, which takes less memory and
-    time."""
+    time. ``tasks`` and ``repaired_tasks`` score the answers to ``--tasks.names``."""
+    tasks: SearchTaskArgs = field(default_factory=SearchTaskArgs)
+    """Tasks of lm-eval to score candidates on."""
     iterations: int = 1000
     """Candidates to evaluate in each bin."""
     simple_starts: bool = True
@@ -166,17 +170,23 @@ class SearchConfig(CommandConfig):
         self._check_order()
         measure, strategy = self.measure, self.made_strategy
         _ = self.bins  # raises for invalid ones
-        if self.data is None and measure.reads_data:
+        if self.data is None and measure.needs_data():
             raise UserError("data must be chosen; for example --data HFText --data.path PATH")
         teacher = check_checkpoint(self.checkpoint_dir)
         sequence_length(teacher, self.train.max_seq_length)
         self.ranking(to_come)
+        if self.tasks.names and not measure.needs_tasks:
+            raise UserError(
+                f"tasks.names are read for a fitness that needs tasks, got fitness {self.fitness!r}; add --fitness "
+                "repaired_tasks, or leave them out"
+            )
         if self.racing:
             check_can_race(measure, self.fitness, strategy)
         self._check_can_shard(n_devices(self.devices) * self.num_nodes)
         parse_rungs(self.selection, to_come)
         read_weights(self.checkpoint_dir)  # damaged weights fail before the data is read
-        check_data(self.data if measure.reads_data else None, self.checkpoint_dir, teacher.padded_vocab_size)
+        check_data(self.data if measure.needs_data() else None, self.checkpoint_dir, teacher.padded_vocab_size)
+        _ = self.task_set  # raises for tasks that cannot be measured
         if is_first_started():  # reading a GPU's free memory creates a context there, so only one process does
             itemsize = weights_dtype(self.used_precision).itemsize
             measure.check(teacher, own_device(), n_params(teacher, SubNet.full(teacher)) * itemsize)
@@ -244,6 +254,18 @@ class SearchConfig(CommandConfig):
             )
         return found
 
+    @cached_property
+    def task_set(self) -> TaskSet | None:
+        """The tasks that candidates are scored on; None if the fitness needs none.
+
+        Raises:
+            UserError: If they cannot be read, or not be measured.
+        """
+        if not self.measure.needs_tasks:
+            return None
+        length = sequence_length(check_checkpoint(self.checkpoint_dir), self.train.max_seq_length)
+        return read_tasks(self.tasks, self.checkpoint_dir, length, self.tasks.score)
+
     @property
     def made_strategy(self) -> Strategy:
         """The strategy; if only a name is given, the strategy with default settings."""
@@ -295,7 +317,9 @@ class SearchConfig(CommandConfig):
                 save_hyperparameters(setup, self.out_dir)
             n = n_devices(self.devices)
             selection = (
-                Selection(self.checkpoint_dir, self.out_dir, self.selection, n) if self.selection.rungs else None
+                Selection(self.checkpoint_dir, self.out_dir, self.selection, n, self.task_set)
+                if self.selection.rungs
+                else None
             )
             running = RunningSearch(self, plan, text, record, header, selection)
             return SearchResult(self.out_dir, self.checkpoint_dir) if running.run(fabric) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ from litgpt_whittle.strategies import Strategy
 from litgpt_whittle.strategies.surrogate_search import with_surrogate
 from litgpt_whittle.subnet import fingerprint as config_fingerprint
 from litgpt_whittle.supergpt import is_tied
+from litgpt_whittle.tasks import TaskBatch, TaskSet
 from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.sharding import load_sharded
 
@@ -136,6 +138,7 @@ class SearchPlan:
             # absent if false, as in journals older than this option
             **({"simple_starts": True} if has_starts else {}),
             "fitness": config.fitness,
+            **({"tasks": asdict(config.tasks)} if measure.needs_tasks else {}),
             "score": measure.name,
             "racing": asdict(race) if race else None,
             "objectives": objective_names(self.strategy.objectives, measure.name),
@@ -153,9 +156,11 @@ class ScoringText:
 
     data: DataModule | None
     """The connected data module; None if the fitness measure reads no data"""
-    batches: list[Batch]
+    batches: Sequence[Batch | TaskBatch]
     calibration: torch.Tensor | None
     """Token ids (N, T); None if the fitness measure needs none"""
+    tasks: TaskSet | None = None
+    """The tasks, whose batches are `batches`; None if the fitness measure needs none"""
 
     @classmethod
     def read(cls, config: SearchConfig, plan: SearchPlan) -> ScoringText:
@@ -164,16 +169,18 @@ class ScoringText:
         Raises:
             UserError: If there is too little text, or the processes have read different text.
         """
-        measure, data = config.measure, config.data
-        if not measure.reads_data:
-            return cls(None, [], None)
+        measure, data, tasks = config.measure, config.data, config.task_set
+        batches: Sequence[Batch | TaskBatch] = [] if tasks is None else tasks.batches
+        if not measure.needs_data():
+            return cls(None, batches, None, tasks)
         assert data is not None, "validate has checked it"
         n = measure.n_calibration
         connect(data, config.checkpoint_dir, config.train.micro_batch_size, plan.seq_length, validation_only=not n)
-        batches = validation_batches(data, plan.seq_length, config.eval.max_iters)
+        if measure.reads_data:
+            batches = validation_batches(data, plan.seq_length, config.eval.max_iters)
         calibration = calibration_windows(data, plan.seq_length, n) if n else None
         check_shared(data, fingerprint([*batches, *([] if calibration is None else [(calibration,)])]))
-        return cls(data, batches, calibration)
+        return cls(data, batches, calibration, tasks)
 
 
 @dataclass(frozen=True)
@@ -295,6 +302,7 @@ def journal_header(
             "tokens": sum(batch.n_tokens for batch in text.batches),
             "fingerprint": fingerprint(text.batches),
             "calibration": None if text.calibration is None else fingerprint([(text.calibration,)]),
+            **({} if text.tasks is None else {"tasks": text.tasks.fingerprint}),
         },
         "settings": settings,
     }
@@ -309,7 +317,10 @@ def load_fitness(fabric: L.Fabric, config: SearchConfig, plan: SearchPlan, text:
     else:
         model = load_model(config.checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = plan.seq_length
+    batches: Any = text.batches
     wanted: dict[str, Any] = {} if text.calibration is None else {"calibration": text.calibration}
     if config.measure.needs_importance:
         wanted["importance"] = plan.ranking
-    return config.measure(model, text.batches, autocast=fabric.autocast, **wanted)
+    if text.tasks is not None:
+        wanted["tasks"] = text.tasks
+    return config.measure(model, batches, autocast=fabric.autocast, **wanted)

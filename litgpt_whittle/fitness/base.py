@@ -34,6 +34,9 @@ class Fitness(ABC):
     """Number of calibration tokens N · T to pass to the constructor as `calibration`, shape (N, T); 0 for none"""
     needs_importance: ClassVar[bool] = False
     """True if the teacher's `Ranking` is passed to the constructor as `importance`"""
+    needs_tasks: ClassVar[bool] = False
+    """True if the tasks of the settings are passed to the constructor as `tasks`, a `TaskSet`; batches are then its
+    batches"""
     can_shard: ClassVar[bool] = False
     """True if the teacher may be sharded over processes"""
     chooses_units: ClassVar[bool] = False
@@ -57,6 +60,11 @@ class Fitness(ABC):
     @abstractmethod
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's scores by name."""
+
+    @classmethod
+    def needs_data(cls) -> bool:
+        """Return whether a data module is needed, to score candidates or to calibrate on."""
+        return cls.reads_data or bool(cls.n_calibration)
 
     @classmethod  # noqa: B027 (most measures need no check)
     def check(cls, teacher: Config, device: torch.device, beside: int) -> None:

@@ -8,16 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.batches import Batch
 from litgpt_whittle.distillation.head import HeadInput, HeadTap, head_loss, tap_head
 from litgpt_whittle.fitness.base import WindowFitness, WindowLosses
 from litgpt_whittle.fitness.prefix import Prefix, starting_at
+from litgpt_whittle.fitness.repaired import Repaired
 from litgpt_whittle.processes import gather, give_back_freed, rank, world_size
-from litgpt_whittle.repair.costs import check_memory
-from litgpt_whittle.repair.from_moments import MomentRepair
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype
@@ -150,31 +148,16 @@ def _tapped(model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
     return caught
 
 
-class RepairedPerplexity(Perplexity):
-    """Perplexity of a candidate after a quick repair (`litgpt_whittle.repair.from_moments`).
+class RepairedPerplexity(Repaired, Perplexity):
+    """Perplexity of a candidate after a quick repair.
 
     Args:
-        model: The teacher.
-        batches: Batches to predict.
-        autocast: Returns an autocast context.
+        inputs: Arguments of `Perplexity`.
         calibration: Calibration tokens for the repair, shape (N, T).
+        more: Keyword arguments of `Perplexity`.
     """
 
     name = "repaired_perplexity"
-    n_calibration = 32_768
-    can_shard = False
-    chooses_units = True
-
-    def __init__(
-        self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext, *, calibration: torch.Tensor
-    ) -> None:
-        super().__init__(model, batches, autocast)
-        self.repair = MomentRepair(model, calibration)
-
-    @classmethod
-    def check(cls, teacher: Config, device: torch.device, beside: int) -> None:
-        """Check that the moments of all layers fit into memory."""
-        check_memory(teacher, 0, device, beside)
 
     @torch.inference_mode()
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:

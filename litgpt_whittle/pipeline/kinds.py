@@ -23,7 +23,7 @@ from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.fitness.perplexity import RepairedPerplexity
+from litgpt_whittle.fitness.repaired import Repaired
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import JOURNAL
 from litgpt_whittle.metrics import BACKWARD, MeasureArgs
@@ -194,6 +194,8 @@ class SearchStage(Stage[SearchConfig]):
         args, stages = self.args, self.stages
         whole, parts = stages.teacher_flops, [stages.student_flops(name) for name in self.request.bins]
         n_each = args.eval.max_iters * args.train.micro_batch_size * (args.train.max_seq_length or stages.length)
+        if args.task_set is not None:
+            n_each = args.task_set.n_input_tokens
         # measured sub-networks are almost as large as the teacher
         tokens = n_each * (args.iterations * len(parts) + self.n_measurements)
         forward: float = n_each * (args.iterations * sum(parts) + self.n_measurements * whole)
@@ -206,7 +208,7 @@ class SearchStage(Stage[SearchConfig]):
         n_calibration, teacher = args.measure.n_calibration, stages.teacher
         tokens += n_calibration
         forward += n_calibration * whole
-        if issubclass(args.measure, RepairedPerplexity):
+        if issubclass(args.measure, Repaired):
             solves = sum(solving_flops(subnet, stages.tied) for subnet in self.examples.values())
             solves_measured = self.n_measurements * solving_flops(SubNet.full(teacher), stages.tied)
             forward += collecting_flops(teacher, n_calibration) + args.iterations * solves + solves_measured

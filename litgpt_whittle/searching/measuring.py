@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MEASUREMENTS = "measurements.jsonl"
 """File name of the measurements' journal in a search's folder"""
 
-_SETTINGS = ("space", "search_space", "order", "importance", "fitness", "score", "precision", "max_seq_length")
+_SETTINGS = ("space", "search_space", "order", "importance", "fitness", "tasks", "score", "precision", "max_seq_length")
 """Settings of a search that its measurements depend on, in addition to the strategy's own"""
 
 

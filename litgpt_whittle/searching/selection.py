@@ -19,14 +19,17 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.checkpoint import check_checkpoint, load_model
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import scored
 from litgpt_whittle.files import from_yaml, to_yaml, write_text
 from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.processes import own_device
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.recipes import find_recipe
 from litgpt_whittle.searching.args import SelectionArgs
+from litgpt_whittle.tasks.task_set import LOSS, TaskSet
+from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.compiler import check_compiler
 from litgpt_whittle.watchdog import stop_with_parent
 
@@ -69,6 +72,13 @@ class Result:
     """Index of the candidate in the journal"""
     tokens: int
     val_loss: float
+    task_loss: float | None = None
+    """Loss on the search's tasks (`TaskSet.scores`), which then ranks the students; None if the search has none"""
+
+    @property
+    def loss(self) -> float:
+        """The loss that ranks the students."""
+        return self.val_loss if self.task_loss is None else self.task_loss
 
 
 def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Rung]:
@@ -113,7 +123,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 class Selection:
-    """Trains the best candidates of a search and ranks them by their validation loss.
+    """Trains the best candidates of a search and ranks them by their loss on tasks, or else on validation data.
 
     Each student is extracted and trained by `litgpt extract` and `litgpt distill` in separate processes. Finished
     steps are reused after an interruption.
@@ -123,10 +133,19 @@ class Selection:
         out_dir: The search's folder.
         args: Rungs and training config.
         devices: Devices for the training.
+        tasks: Tasks that the search scores its candidates on, if any.
     """
 
-    def __init__(self, checkpoint_dir: Path, out_dir: Path, args: SelectionArgs, devices: int | str = 1) -> None:
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        out_dir: Path,
+        args: SelectionArgs,
+        devices: int | str = 1,
+        tasks: TaskSet | None = None,
+    ) -> None:
         self.checkpoint_dir, self.out_dir, self.args, self.devices = checkpoint_dir, out_dir, args, devices
+        self.tasks = tasks
         self.rungs = parse_rungs(args)
         assert args.config is not None, "a selection has rungs, which need a config"
         self.config = _read_config(args.config)
@@ -153,11 +172,12 @@ class Selection:
                 for i, rung in enumerate(self.rungs):
                     found = []
                     for evaluation in left[: rung.n]:
-                        loss = self._train(evaluation, rung)
-                        found.append(Result(i, bin, evaluation.index, rung.tokens, loss))
+                        val_loss = self._train(evaluation, rung)
+                        losses = val_loss, self._task_loss(self._trained(evaluation, rung))
+                        found.append(Result(i, bin, evaluation.index, rung.tokens, *losses))
                         bar.update()
                     results += found
-                    order = {r.evaluation: r.val_loss for r in found}
+                    order = {r.evaluation: r.loss for r in found}
                     left = sorted(left[: rung.n], key=lambda e: (order[e.index], e.index))
                     write_text(self.out_dir / RESULTS, json.dumps([asdict(r) for r in results], indent=1))
                 if left:
@@ -166,8 +186,8 @@ class Selection:
 
     def _train(self, evaluation: Evaluation, rung: Rung) -> float:
         """Train a candidate's student for the rung's tokens and return the validation loss."""
-        folder = self.out_dir / FOLDER / f"candidate-{evaluation.index}"
-        student, trained = folder / "student", folder / f"trained-{rung.tokens}"
+        trained = self._trained(evaluation, rung)
+        folder, student = trained.parent, trained.parent / "student"
         subnet, repair, settings = (
             folder / f"{name}.yaml" for name in ("sub_network", "extract", f"train-{rung.tokens}")
         )
@@ -189,6 +209,17 @@ class Selection:
             self._call("distill", f"--config={settings}", *flags, "--resume=auto", log=settings.with_suffix(".log"))
         rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
         return [row["val_loss"] for row in rows if "val_loss" in row][-1]
+
+    def _trained(self, evaluation: Evaluation, rung: Rung) -> Path:
+        """Return the folder of a candidate's training."""
+        return self.out_dir / FOLDER / f"candidate-{evaluation.index}" / f"trained-{rung.tokens}"
+
+    def _task_loss(self, trained: Path) -> float | None:
+        """Return a trained student's loss on the tasks; None without tasks."""
+        if self.tasks is None:
+            return None
+        model = load_model(trained / "final", dtype=weights_dtype(default_precision()), device=own_device())
+        return self.tasks.scores(self.tasks.measure(model))[LOSS]
 
     def _settings(self, rung: Rung) -> dict[str, Any]:
         """Return the user's settings with the rung's number of tokens, and warmup limited to a tenth of the steps."""
@@ -234,7 +265,7 @@ def rung_table(results: Sequence[Result], evaluations: Sequence[Evaluation], sco
     tokens = {result.rung: result.tokens for result in results}
     rows = [["bin", "candidate", f"by {score}", *(f"after {tokens[rung]:,} tokens" for rung in rungs)]]
     for bin in dict.fromkeys(result.bin for result in results):
-        own = {rung: {r.evaluation: r.val_loss for r in results if (r.bin, r.rung) == (bin, rung)} for rung in rungs}
+        own = {rung: {r.evaluation: r.loss for r in results if (r.bin, r.rung) == (bin, rung)} for rung in rungs}
         before = {index: evaluations[index].score(score) for index in own[rungs[0]]}
         columns = [before, *own.values()]
         ranks = [_ranks(column) for column in columns]

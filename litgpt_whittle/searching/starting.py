@@ -22,6 +22,7 @@ from litgpt_whittle.searching.loop import Search
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.spaces.starts import Start, simple_starts
 from litgpt_whittle.subnet import SubNet
+from litgpt_whittle.tasks import TaskBatch
 
 STARTS = "starts.json"
 """File name of the simple starts in a search's folder"""
@@ -36,23 +37,25 @@ def has_no_starts(journal: Path) -> bool:
 
 
 def text_to_measure(
-    data: DataModule | None, seq_length: int, batches: Sequence[Batch], calibration: torch.Tensor | None = None
+    data: DataModule | None,
+    seq_length: int,
+    batches: Sequence[Batch | TaskBatch],
+    calibration: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Return batches of token ids to measure units on, each of shape (B, T).
 
     The batches that score candidates would favour units chosen on them, so they are used only as a last resort.
 
     Args:
-        data: The connected data module; None if the fitness reads no data.
+        data: The connected data module; None if the fitness reads no data, but possibly tasks.
         seq_length: Tokens per sample.
         batches: Batches that score candidates.
         calibration: Calibration tokens, shape (N, T), if they were read.
     """
     if calibration is not None:
         return [calibration]
-    if data is None:
-        return []
-    return [batch.input_ids for batch in batches_after(data, seq_length, len(batches), N_TOKENS) or batches]
+    others = [] if data is None else batches_after(data, seq_length, len(batches), N_TOKENS)
+    return [batch.input_ids for batch in others or batches]
 
 
 def give_starts(

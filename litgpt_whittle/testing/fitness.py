@@ -21,7 +21,14 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 from litgpt_whittle.tensors import IGNORE_INDEX
-from litgpt_whittle.testing.inputs import LEAN, random_batches, random_ranking, random_tokens, super_network
+from litgpt_whittle.testing.inputs import (
+    LEAN,
+    random_batches,
+    random_ranking,
+    random_tasks,
+    random_tokens,
+    super_network,
+)
 
 Formula = Callable[[GPT, GPT, Sequence[Batch]], dict[str, float]]
 """Returns scores by name for a student, the teacher, both in float64, and the batches"""
@@ -64,6 +71,8 @@ def make(
         inputs["calibration"] = torch.cat(random_tokens((16,), LENGTH, seed=2))
     if fitness.needs_importance:
         inputs["importance"] = random_ranking(model.config)
+    if fitness.needs_tasks:
+        inputs["tasks"] = random_tasks(LENGTH)
     if not fitness.reads_data:
         batches = []
     return fitness(model, random_batches(LENGTH) if batches is None else batches, autocast=autocast, **inputs)

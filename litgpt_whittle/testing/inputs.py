@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from litgpt.config import Config
 
@@ -13,6 +15,8 @@ from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.ranking.scores import Scores, UnitScores
 from litgpt_whittle.subnet import layer_sizes
 from litgpt_whittle.supergpt import SuperGPT
+from litgpt_whittle.tasks import Document, Task, TaskSet
+from litgpt_whittle.tasks.batches import Continuation
 from litgpt_whittle.tensors import IGNORE_INDEX
 
 LEAN = Config.from_name(
@@ -54,6 +58,25 @@ def random_ranking(config: Config, seed: int = 0, **provenance) -> Ranking:
     units = UnitScores(scores(config.n_layer + 1, config.n_embd), tuple(layers))
     found = Scores({"activation": units}, {"block_influence": scores(config.n_layer)}, None)
     return Ranking(config, found, "activation", "block_influence", provenance)
+
+
+class MostLikely:
+    """Task in lm-eval's form whose answer 0 is correct."""
+
+    def process_results(self, doc: Any, found: Sequence[tuple[float, bool]]) -> dict[str, float]:
+        """Return the accuracy: 1 if no answer is more likely than the first."""
+        return {"acc": float(found[0] == max(found))}
+
+
+def random_tasks(length: int = 16) -> TaskSet:
+    """Return two tasks of random tokens: eight questions with two answers each."""
+    contexts, answers = (torch.cat(random_tokens((16,), n, seed)).tolist() for n, seed in ((length - 4, 3), (4, 4)))
+    # both answers of a question have its context, and different lengths
+    continuations = [Continuation(contexts[i // 2], answer[: 1 + i % 4]) for i, answer in enumerate(answers)]
+    documents = [
+        Document(MostLikely(), {}, "acc", range(i, i + 2), np.ones(2), np.array([True, False])) for i in range(0, 16, 2)
+    ]
+    return TaskSet([Task("one", documents[:5]), Task("other", documents[5:])], continuations, length)
 
 
 def random_logits(n: int, vocab_size: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
