@@ -123,6 +123,22 @@ def test_a_path_with_a_weight_is_the_path(tokenizer, texts):
     assert [batch.tolist() for batch in one] == [batch.tolist() for batch in other]
 
 
+def test_weights_of_documents_take_their_lengths_into_account(tokenizer, tmp_path):
+    long, short = (write_jsonl(tmp_path / f"{n}.jsonl", [f"the lazy dog {i} " * n for i in range(60)]) for n in (9, 3))
+    paths = {str(long): 1, str(short): 3}
+    data = opened(tokenizer, paths, weights_of="documents")
+    windows = data.train_dataset.datasets
+    order = np.asarray(list(data.train_dataloader().sampler))
+    tokens = np.histogram(order, [0, len(windows[0]), sum(map(len, windows))])[0] * LENGTH
+    n_documents = [n * each.about["n_documents"] / each.about["n_tokens"] for n, each in zip(tokens, windows)]
+    assert n_documents[1] / n_documents[0] == pytest.approx(3, rel=0.05)
+    by_tokens = opened(tokenizer, paths)
+    assert [each.folder for each in by_tokens.train_dataset.datasets] == [each.folder for each in windows]
+    assert len(by_tokens.train_dataloader().sampler) != len(order)
+    with pytest.raises(UserError, match="data.weights_of must be tokens or documents, got 'words'"):
+        HFText(paths, weights_of="words")
+
+
 @pytest.mark.parametrize("stop", [3, 60])
 def test_a_blend_resumes_in_any_epoch(tokenizer, texts, stop):
     def stream():

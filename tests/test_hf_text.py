@@ -18,7 +18,7 @@ from texts import documents, write_jsonl, write_tokenizer
 from litgpt_whittle import plugin
 from litgpt_whittle.data import HFText, hf_text
 from litgpt_whittle.data.loading import connect
-from litgpt_whittle.data.token_file import Windows, is_written, write_tokens
+from litgpt_whittle.data.token_file import Document, Windows, is_written, write_tokens
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training.data_stream import DataStream
 
@@ -168,10 +168,10 @@ def test_a_crash_leaves_nothing_that_is_taken_for_tokens(tokenizer, corpus, monk
 
 
 def test_of_two_processes_that_write_the_same_tokens_the_first_ones_stay(tmp_path):
-    write_tokens(tmp_path / "other/tokens", [[1, 2]], 0, 300, {"fingerprint": "the other one's"})
+    write_tokens(tmp_path / "other/tokens", [Document([1, 2])], 0, 300, {"fingerprint": "the other one's"})
 
     def documents():
-        yield [1, 2]
+        yield Document([1, 2])
         (tmp_path / "other/tokens").rename(tmp_path / "tokens")
 
     write_tokens(tmp_path / "tokens", documents(), 0, 300, {"fingerprint": "this one's"})

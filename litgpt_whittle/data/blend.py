@@ -38,6 +38,12 @@ def weighted(paths: Paths, option: str) -> dict[str, Fraction]:
     return {path: weight / total for path, weight in exact.items()}
 
 
+def token_shares(document_shares: Sequence[Fraction], lengths: Sequence[Fraction]) -> list[Fraction]:
+    """Return the shares of tokens that give these shares of documents, by the mean tokens per document of each text."""
+    sizes = [share * length for share, length in zip(document_shares, lengths)]
+    return [size / sum(sizes) for size in sizes]
+
+
 def epoch_counts(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[int]:
     """Return the number of windows of each text in an epoch: the fewest that keep the shares and cover every text."""
     total = max(size / share for size, share in zip(sizes, shares))

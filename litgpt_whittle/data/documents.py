@@ -5,16 +5,19 @@ from __future__ import annotations
 import codecs
 import errno
 import glob
+import hashlib
+import json
 import lzma
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from huggingface_hub.utils import HFValidationError
 
+from litgpt_whittle.data.chat import Messages, conversation
 from litgpt_whittle.data.sources import (
     COMPRESSIONS,
     KINDS,
@@ -37,6 +40,12 @@ MAX_CHECKED = 1000
 """Maximum number of a folder's files to check before anything starts"""
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def position(document: str | Messages) -> float:
+    """Map a document to [0, 1) by a hash of its text or messages, the same in every run and on every machine."""
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 
 def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[Path]]:
@@ -70,28 +79,38 @@ def readable(files: Iterable[Path], path: str, option: str) -> tuple[str, list[P
     return found[0], kept
 
 
+class Columns(NamedTuple):
+    """Names of columns that hold documents."""
+
+    text: str
+    messages: str
+    """Column of conversations, which takes precedence where it exists and does not hold text"""
+
+
 def documents(
     layout: Layout,
     files: Iterable[Path],
     name: str | None,
     split: str | None,
-    column: str,
+    columns: Columns,
     streaming: bool,
     option: str,
-) -> tuple[Iterator[str], int | None]:
+) -> tuple[Iterator[str] | Iterator[Messages], int | None]:
     """Return the documents that are not blank, and an upper bound on their number, None if unknown.
+
+    Documents are texts, or conversations if the data has a column of them.
 
     Args:
         layout: The files and splits to read from.
         files: All files of the split; none on the hub.
         name: The configuration.
         split: The split.
-        column: The column that holds the text.
+        columns: The columns that hold texts or conversations.
         streaming: If true, read a dataset on the hub without downloading it first.
         option: Name of the option that gave the path.
 
     Raises:
-        UserError: If the documents cannot be read, or the column is missing or not text.
+        UserError: If the documents cannot be read, or there is no column of text or conversations.
     """
     if layout.kind == "files":
         kind, files = readable(files, layout.path, option)
@@ -112,7 +131,7 @@ def documents(
     except StopIteration:
         raise UserError(f"{option} {layout.path!r} is empty; choose data that contains text") from None
     total = len(data) if hasattr(data, "__len__") else None
-    return _texts_of(data, layout, column, option), total
+    return _documents_of(data, layout, columns, option), total
 
 
 def _open_files(kind: str, files: Iterable[Path]) -> Any:
@@ -140,27 +159,41 @@ def _open_hub(path: str, name: str | None, split: str | None, streaming: bool) -
     return datasets.load_dataset(path, name, split=split, streaming=streaming)
 
 
-def _texts_of(data: Iterable[dict[str, Any]], layout: Layout, column: str, option: str) -> Iterator[str]:
-    """Yield the text of every row that has one."""
-    column_names = getattr(data, "column_names", None)
-    if column_names is not None:
-        _check_column(column, column_names, layout.path)
+def _documents_of(
+    data: Iterable[dict[str, Any]], layout: Layout, columns: Columns, option: str
+) -> Iterator[str] | Iterator[Messages]:
+    """Yield the text or the conversation of every row that has one."""
+    names = getattr(data, "column_names", None)
+    if names is not None and columns.messages not in names:
+        _check_column(columns.text, names, layout.path)
     rows = iter(data)
     while True:
         with _errors_in_one_line(layout, option):
             row = next(rows, None)
         if row is None:
             return
-        _check_column(column, row, layout.path)
-        text = row[column]
-        if not isinstance(text, str | None):
-            texts = [name for name, value in row.items() if isinstance(value, str)]
-            remedy = f"its columns of text are {', '.join(texts)}" if texts else "it has no column of text"
-            raise UserError(
-                f"data.text_column {column!r} of {layout.path!r} must hold text, got a {type(text).__name__}; {remedy}"
-            )
-        if text and text.strip():
+        if not isinstance(row.get(columns.messages, ""), str):
+            if messages := row[columns.messages]:
+                yield conversation(messages, layout.path)
+        elif (text := _text_of(row, columns.text, layout.path)) and text.strip():
             yield text
+
+
+def _text_of(row: dict[str, Any], column: str, path: str) -> str | None:
+    """Return the text of a row.
+
+    Raises:
+        UserError: If the column is missing or not text.
+    """
+    _check_column(column, row, path)
+    text = row[column]
+    if not isinstance(text, str | None):
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        remedy = f"its columns of text are {', '.join(texts)}" if texts else "it has no column of text"
+        raise UserError(
+            f"data.text_column {column!r} of {path!r} must hold text, got a {type(text).__name__}; {remedy}"
+        )
+    return text
 
 
 def _check_column(column: str, columns: Iterable[str], path: str) -> None:

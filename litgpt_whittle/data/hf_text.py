@@ -1,4 +1,4 @@
-"""A litgpt DataModule for any text that Hugging Face `datasets` reads: tokenised once, memory-mapped, packed."""
+"""A litgpt DataModule for texts and conversations that `datasets` reads: tokenised once, memory-mapped, packed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from litgpt_whittle.data.blend import Blended, Paths, blended_once, weighted
-from litgpt_whittle.data.documents import documents
+from litgpt_whittle.data.blend import Blended, Paths, blended_once, token_shares, weighted
+from litgpt_whittle.data.chat import ChatTemplate, Messages, encode_chats, find_template
+from litgpt_whittle.data.documents import Columns, documents, position
+from litgpt_whittle.data.encoding import begins_with_bos, capped, encode, largest_id, tokenizer_digest
 from litgpt_whittle.data.sources import Source, find_layout, kind_of
-from litgpt_whittle.data.token_file import Shuffled, Windows, default_cache, is_written, write_tokens
+from litgpt_whittle.data.token_file import Document, Shuffled, Windows, default_cache, is_written, write_tokens
 from litgpt_whittle.errors import UserError
 
 PARTS = ("train", "validation")
@@ -28,20 +30,29 @@ PARTS = ("train", "validation")
 
 @dataclass
 class HFText(DataModule):
-    """Text from local files or the Hugging Face hub, tokenised once and packed into blocks.
+    """Texts and conversations from local files or the Hugging Face hub, tokenised once and packed into blocks.
 
-    Documents are separated by EOS. Blocks begin with BOS where the tokenizer begins texts with it. Batches are token
-    ids, shape (B, max_seq_length + 1).
+    Texts are separated by EOS; conversations are what the chat template writes. Blocks begin with BOS where the
+    tokenizer begins texts with it. Batches are token ids, shape (B, max_seq_length + 1), or, with conversations of
+    which only the answers count, dicts of `input_ids` and `labels` of that shape.
     """
 
     path: Paths
     """A file, a folder or a pattern such as 'texts/**/*.jsonl': plain text, JSON (lines), CSV, TSV, parquet or arrow,
     also compressed; a folder that `save_to_disk` wrote; or a dataset's name on the Hugging Face hub. Or a weighted
-    mix of several, such as '{wiki.jsonl: 0.7, code/: 0.3}', with their shares of tokens"""
+    mix of several, such as '{wiki.jsonl: 0.7, code/: 0.3}', with their shares"""
     name: str | None = None
     """The configuration of a dataset, such as 'wikitext-103-raw-v1'"""
     text_column: str = "text"
     """The column that holds the text"""
+    messages_column: str = "messages"
+    """The column of conversations, each a list of messages with ``role`` and ``content`` (or ``from`` and ``value``, as
+    in ShareGPT's ``conversations``). Paths that have this column are read as conversations, all others as text"""
+    chat_template: str | None = None
+    """The template that renders conversations: a file, or the name of one of the checkpoint's templates; by default
+    the checkpoint's"""
+    answers_only: bool = True
+    """If true, only the assistant's answers count in the loss and in scores of conversations; in text, all tokens do"""
     train_split: str = "train"
     """The split to train on; a folder without splits is read whole. Splits of a folder are those of `datasets`: by
     files such as train.jsonl and validation.jsonl, by subfolders, or by the README.md"""
@@ -58,6 +69,9 @@ class HFText(DataModule):
     """Maximum number of documents to read of each path, including those for validation"""
     max_tokens: int | None = None
     """Maximum number of tokens to read of each path"""
+    weights_of: Literal["tokens", "documents"] = "tokens"
+    """Unit of the shares in a mix. With shares of documents, a path's share of tokens is also in proportion to the mean
+    length of its documents"""
     bos: bool | None = None
     """If true, begin every block with the BOS token, without which some models predict badly. By default true if the
     tokenizer begins every text with it, as the tokenizers of Gemma and Llama do"""
@@ -71,6 +85,8 @@ class HFText(DataModule):
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     batch_size: int = field(default=1, init=False, repr=False)
     max_seq_length: int = field(default=-1, init=False, repr=False)
+    tokenizer_dir: Path | None = field(default=None, init=False, repr=False)
+    """The checkpoint directory with the chat template, if known"""
     vocab_size: int | None = field(default=None, init=False, repr=False)
     """Number of embeddings of the model, if known"""
     parts: tuple[str, ...] = field(default=PARTS, init=False, repr=False)
@@ -85,6 +101,8 @@ class HFText(DataModule):
         for option in ("max_documents", "max_tokens"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise UserError(f"data.{option} must be at least 1, got {value}; leave it out for all")
+        if self.weights_of not in ("tokens", "documents"):
+            raise UserError(f"data.weights_of must be tokens or documents, got {self.weights_of!r}; choose one")
         trains, validates = weighted(self.path, "data.path"), self._validation_paths()
         if validates and self.val_split is None:
             for path in validates:
@@ -115,9 +133,13 @@ class HFText(DataModule):
         for source in {(source.layout.path, source.split): source for source in sources}.values():
             if source.layout.kind == "hub" and not reads:
                 continue
-            texts, _ = self._read(source, streaming=True)
-            if next(texts, None) is None:
+            first = self._first(source, streaming=True)
+            if first is None:
                 raise UserError(f"{source.option} {source.layout.path!r} is empty; choose data that contains text")
+            if isinstance(first, list):
+                template = self._rendering(source)
+                render = template.render_with_answers if self.answers_only else template.render
+                render(first, source.layout.path)
 
     def prepare_data(self) -> None:
         """Tokenise the parts that have not been tokenised yet.
@@ -127,8 +149,9 @@ class HFText(DataModule):
         """
         for part in self.parts:
             for source in self._sources(part):
-                if not is_written(folder := self._folder(part, source)):
-                    self._tokenise(part, source, folder)
+                folder, template = self._place(part, source)
+                if not is_written(folder):
+                    self._tokenise(part, source, folder, template)
 
     def setup(self, stage: str = "") -> None:
         """Open the tokenised parts.
@@ -144,7 +167,7 @@ class HFText(DataModule):
             if len(windows) == 1:
                 self.val_dataset = windows[0]
             else:
-                order = blended_once([len(each) for each in windows], self._shares("validation"))
+                order = blended_once([len(each) for each in windows], self._shares("validation", windows))
                 self.val_dataset = Subset(ConcatDataset(windows), order)
 
     def _windows(self, part: str) -> list[Windows]:
@@ -159,6 +182,9 @@ class HFText(DataModule):
                     f"{windows.about['n_tokens']} in {source.layout.path!r}; add text, or lower train.max_seq_length"
                 )
             opened.append(windows)
+        if any(windows.is_masked for windows in opened):
+            for windows in opened:
+                windows.with_labels = True
         return opened
 
     def _bos_id(self) -> int | None:
@@ -177,10 +203,10 @@ class HFText(DataModule):
                 "tokenizer.json, or resize the model's embedding and convert it again"
             )
 
-    def _checked(self, documents: Iterable[list[int]], part: str) -> Iterator[list[int]]:
-        for ids in documents:
-            self._check_id(max(ids, default=0), part)
-            yield ids
+    def _checked(self, documents: Iterable[Document], part: str) -> Iterator[Document]:
+        for document in documents:
+            self._check_id(max(document.ids, default=0), part)
+            yield document
 
     def train_dataloader(self) -> DataLoader:
         """Return a dataloader of shuffled blocks; the order depends only on seed and epoch."""
@@ -190,8 +216,8 @@ class HFText(DataModule):
         if isinstance(dataset, Windows):
             sampler = Shuffled(len(dataset), self.seed)
         else:
-            sizes = [len(windows) for windows in cast("list[Windows]", dataset.datasets)]
-            sampler = Blended(sizes, self._shares("train"), self.seed)
+            windows = cast("list[Windows]", dataset.datasets)
+            sampler = Blended([len(each) for each in windows], self._shares("train", windows), self.seed)
         return self._loader(dataset, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -207,10 +233,13 @@ class HFText(DataModule):
         """Return the paths of `val_path` and their shares; empty without it."""
         return {} if self.val_path is None else weighted(self.val_path, "data.val_path")
 
-    def _shares(self, part: str) -> list[Fraction]:
-        """Return the share of each source of a part."""
+    def _shares(self, part: str, windows: list[Windows]) -> list[Fraction]:
+        """Return the share of tokens of each source of a part, whose windows are given."""
         validates = self._validation_paths() if part == "validation" else {}
-        return list((validates or weighted(self.path, "data.path")).values())
+        shares = list((validates or weighted(self.path, "data.path")).values())
+        if self.weights_of == "tokens":
+            return shares
+        return token_shares(shares, [Fraction(each.about["n_tokens"], each.about["n_documents"]) for each in windows])
 
     def _sources(self, part: str) -> list[Source]:
         """Return the sources of a part.
@@ -246,15 +275,53 @@ class HFText(DataModule):
         is_shared = not validates and validation is None
         return Source(layout, self.train_split if has_splits else None, is_shared=is_shared)
 
-    def _read(self, source: Source, streaming: bool) -> tuple[Iterator[str], int | None]:
+    def _read(self, source: Source, streaming: bool) -> tuple[Iterator[str] | Iterator[Messages], int | None]:
         where = source.layout, source.files, self.name, source.split
-        return documents(*where, self.text_column, streaming, source.option)
+        return documents(*where, Columns(self.text_column, self.messages_column), streaming, source.option)
+
+    def _first(self, source: Source, streaming: bool) -> str | Messages | None:
+        """Return the first document of a source, None if there is none."""
+        return next(self._read(source, streaming)[0], None)
+
+    def _find_template(self) -> ChatTemplate | None:
+        return find_template(self.chat_template, self.tokenizer_dir, self.tokenizer)
+
+    def _rendering(self, source: Source) -> ChatTemplate:
+        """Return the template that renders the conversations of a source.
+
+        Raises:
+            UserError: If there is none.
+        """
+        if (template := self._find_template()) is None:
+            raise UserError(
+                f"the conversations in {source.layout.path!r} need a chat template, and the checkpoint has none; set "
+                f"data.chat_template to a Jinja file, or data.messages_column to another column than "
+                f"{self.messages_column!r} to read text"
+            )
+        return template
+
+    def _place(self, part: str, source: Source) -> tuple[Path, ChatTemplate | None]:
+        """Return the folder of a source's tokens, and the template that renders them, None for text.
+
+        Raises:
+            UserError: If the source has conversations and there is no template.
+        """
+        cache = Path(self.cache_dir or default_cache(source.layout.root)).expanduser()
+        text = cache / f"{part}-{self._fingerprint(part, source)}"
+        if is_written(text):  # tokens of a dataset on the hub are used without a connection
+            return text, None
+        template = self._find_template()
+        chat = cache / f"{part}-{self._fingerprint(part, source, template)}"
+        if chat != text and is_written(chat):
+            return chat, template
+        if not isinstance(self._first(source, self.streaming), list):
+            return text, None
+        return chat, self._rendering(source)
 
     def _folder(self, part: str, source: Source) -> Path:
-        cache = Path(self.cache_dir or default_cache(source.layout.root)).expanduser()
-        return cache / f"{part}-{self._fingerprint(part, source)}"
+        return self._place(part, source)[0]
 
-    def _fingerprint(self, part: str, source: Source) -> str:
+    def _fingerprint(self, part: str, source: Source, template: ChatTemplate | None = None) -> str:
         """Return a fingerprint of all settings and files that determine the tokens."""
         files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
         facts = {
@@ -262,8 +329,10 @@ class HFText(DataModule):
             "read as": [source.layout.kind, sorted({kind_of(file)[0] for file in source.files})],
             "held_out": [part, self.val_fraction] if source.is_shared else None,
             "caps": [self.max_documents, self.max_tokens],
-            "tokenizer": _tokenizer_digest(self._checked_tokenizer()),
+            "tokenizer": tokenizer_digest(self._checked_tokenizer()),
         }
+        if template is not None:
+            facts["chat"] = [self.messages_column, self.answers_only, template.digest]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _checked_tokenizer(self) -> Tokenizer:
@@ -284,21 +353,25 @@ class HFText(DataModule):
             )
         return self.tokenizer
 
-    def _tokenise(self, part: str, source: Source, folder: Path) -> None:
+    def _tokenise(self, part: str, source: Source, folder: Path, template: ChatTemplate | None) -> None:
         from tqdm import tqdm
 
         tokenizer = self._checked_tokenizer()
-        path = source.layout.path
+        path, is_chat = source.layout.path, template is not None
         read = partial(self._read, source, self.streaming)
-        texts, total = read()
-        texts = itertools.islice(texts, self.max_documents)
+        found, total = read()
+        texts: Iterator[Any] = itertools.islice(found, self.max_documents)
         if source.is_shared:
             is_held_out = part == "validation"
-            texts = (text for text in texts if (_position(text) < self.val_fraction) == is_held_out)
+            texts = (text for text in texts if (position(text) < self.val_fraction) == is_held_out)
         about = {"part": part, "fingerprint": folder.name.rpartition("-")[2], "source": path, "split": source.split}
         with tqdm(texts, desc=f"Tokenising {part} data", unit=" documents", total=total) as bar:
-            ids = self._checked(_capped(encode(tokenizer, bar), self.max_tokens), part)
-            first = next(ids, None)
+            if template is None:
+                encoded = encode(tokenizer, bar)
+            else:
+                encoded = encode_chats(tokenizer, template, bar, path, self.answers_only)
+            kept = self._checked(capped(encoded, self.max_tokens, has_eos=not is_chat), part)
+            first = next(kept, None)
             if first is None and source.is_shared and next(read()[0], None) is not None:
                 raise UserError(
                     f"{path!r} has too few documents for a {part} split with val_fraction = {self.val_fraction}; "
@@ -308,64 +381,12 @@ class HFText(DataModule):
                 raise UserError(
                     f"the {part} data of {path!r} is empty; choose data that contains text in {self.text_column!r}"
                 )
-            vocab_size = max(tokenizer.vocab_size, tokenizer.eos_id + 1, largest_id(tokenizer) + 1)
-            write_tokens(folder, itertools.chain([first], ids), tokenizer.eos_id, vocab_size, about)
-
-
-def encode(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 64) -> Iterator[list[int]]:
-    """Yield each document's token ids, without BOS and EOS."""
-    texts = iter(texts)
-    while chunk := list(itertools.islice(texts, batch)):
-        if tokenizer.backend == "huggingface":  # in parallel, with fewer calls
-            yield from (done.ids for done in tokenizer.processor.encode_batch(chunk, add_special_tokens=False))
-        else:
-            yield from (tokenizer.encode(text, bos=False, eos=False).tolist() for text in chunk)
-
-
-def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer begins every text with BOS.
-
-    litgpt's `use_bos` is also true for some instruction-tuned models whose prompts begin with BOS, but not their text.
-    """
-    if tokenizer.bos_id is None:
-        return False
-    if tokenizer.backend == "huggingface":
-        return tokenizer.processor.encode("").ids[:1] == [tokenizer.bos_id]
-    return tokenizer.use_bos
-
-
-def _capped(documents: Iterator[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-    """Yield documents up to `max_tokens` tokens, including EOS; the last document is cut."""
-    left = max_tokens
-    for ids in documents:
-        if left is not None:
-            if left < 2:
-                return
-            ids = ids[: left - 1]
-            left -= len(ids) + 1
-        yield ids
+            vocab_size = max(tokenizer.vocab_size, cast(int, tokenizer.eos_id) + 1, largest_id(tokenizer) + 1)
+            eos_id = None if is_chat else tokenizer.eos_id
+            masked = is_chat and self.answers_only
+            write_tokens(folder, itertools.chain([first], kept), eos_id, vocab_size, about, masked)
 
 
 def _same(a: str, b: str) -> bool:
     first, second = (Path(os.path.expanduser(path)) for path in (a, b))
     return first == second or (first.exists() and second.exists() and first.samefile(second))
-
-
-def _position(text: str) -> float:
-    """Map a document to [0, 1) by a hash, the same in every run and on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
-
-
-def largest_id(tokenizer: Tokenizer) -> int:
-    """Return a tokenizer's largest token id, including added tokens."""
-    if tokenizer.backend != "huggingface":
-        return tokenizer.vocab_size - 1
-    return max(tokenizer.processor.get_vocab(with_added_tokens=True).values(), default=0)
-
-
-def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    if tokenizer.backend == "huggingface":
-        content = tokenizer.processor.to_str().encode()
-    else:
-        content = tokenizer.processor.serialized_model_proto()
-    return hashlib.sha256(content + str(tokenizer.eos_id).encode()).hexdigest()[:16]

@@ -13,7 +13,8 @@ from litgpt.data import JSON, DataModule, LitData, OpenWebText, TextFiles, TinyL
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.checkpoint import has_tokenizer
-from litgpt_whittle.data.hf_text import HFText, largest_id
+from litgpt_whittle.data.encoding import largest_id
+from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.data.sources import reason
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import barrier, on_rank_zero, rank
@@ -69,6 +70,7 @@ def _check_tokenizer(data: DataModule, tokenizer_dir: Path | None, vocab_size: i
     if isinstance(data, _TOKENISED):
         return
     if isinstance(data, HFText):
+        data.tokenizer_dir = tokenizer_dir
         data.vocab_size = vocab_size  # tokens without an embedding matter only if they occur in the text
         return
     try:
@@ -121,8 +123,9 @@ def connect(
     """
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None and has_tokenizer(tokenizer_dir) else None
     data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=seq_length)
-    if validation_only and isinstance(data, HFText):
-        data.parts = ("validation",)
+    if isinstance(data, HFText):
+        data.tokenizer_dir = tokenizer_dir
+        data.parts = ("validation",) if validation_only else data.parts
 
     def prepare() -> None:
         with explained(data):

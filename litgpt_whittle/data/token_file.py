@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,30 +15,59 @@ from torch.utils.data import Dataset, Sampler
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
+from litgpt_whittle.tensors import IGNORE_INDEX
 
 TOKENS, ABOUT = "tokens.bin", "about.json"
 
+COUNTS = "counts.bin"
+"""File beside the tokens with a byte per token: 1 if the token counts in the loss, else 0; missing if all do"""
 
-def write_tokens(folder: Path, documents: Iterable[list[int]], eos_id: int, vocab_size: int, about: dict) -> None:
-    """Write documents in sequence, each followed by EOS; `folder` appears once all are written.
+
+class Document(NamedTuple):
+    """Tokens of a document."""
+
+    ids: list[int]
+    counts: list[bool] | None = None
+    """True for each token that counts in the loss; None if all do"""
+
+    def cut(self, n: int) -> Document:
+        """Return the first n tokens."""
+        return Document(self.ids[:n], None if self.counts is None else self.counts[:n])
+
+
+def write_tokens(
+    folder: Path, documents: Iterable[Document], eos_id: int | None, vocab_size: int, about: dict, masked: bool = False
+) -> None:
+    """Write documents in sequence; `folder` appears once all are written.
 
     If several processes write the same folder, the folder that is finished first is kept.
+
+    Args:
+        folder: The folder to write.
+        documents: The documents.
+        eos_id: Token to write after each document, if any.
+        vocab_size: Number of token ids.
+        about: Facts to store beside the tokens.
+        masked: If true, store which tokens count, which the documents must give.
 
     Raises:
         UserError: If the folder cannot be written, for instance because the disk is full.
     """
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    n_documents, n_tokens, largest = 0, 0, eos_id
+    end = [] if eos_id is None else [eos_id]
+    n_documents, n_tokens, largest = 0, 0, max(end, default=0)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder, replaces=False) as inside:
-            with open(inside / TOKENS, "wb") as file:
-                for ids in documents:
-                    file.write(np.asarray([*ids, eos_id], dtype=dtype).tobytes())
-                    n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + 1
-                    largest = max(largest, *ids)
-            counts = {"n_documents": n_documents, "n_tokens": n_tokens, "largest_id": largest}
-            write_text(inside / ABOUT, json.dumps(about | {"dtype": np.dtype(dtype).name} | counts, indent=2))
+            with open(inside / TOKENS, "wb") as file, open(inside / COUNTS, "wb") if masked else nullcontext() as mask:
+                for ids, counts in documents:
+                    file.write(np.asarray(ids + end, dtype=dtype).tobytes())
+                    if mask is not None:
+                        mask.write(bytes(counts or ()) + bytes(len(end)))
+                    n_documents, n_tokens = n_documents + 1, n_tokens + len(ids) + len(end)
+                    largest = max([largest, *ids])
+            sizes = {"n_documents": n_documents, "n_tokens": n_tokens, "largest_id": largest}
+            write_text(inside / ABOUT, json.dumps(about | {"dtype": np.dtype(dtype).name} | sizes, indent=2))
     except OSError as error:
         raise UserError(
             f"tokens cannot be written to {str(folder.parent)!r} ({error.strerror or error}); make room, or choose "
@@ -61,10 +92,16 @@ class Windows(Dataset):
         bos_id: BOS token to begin every window with, if any.
     """
 
+    with_labels = False
+    """If true, a window is a dict of `input_ids` and `labels`, which are -100 for tokens that do not count"""
+
     def __init__(self, folder: Path, length: int, bos_id: int | None = None) -> None:
         self.folder, self.length, self.bos_id = Path(folder), length, bos_id
         self.about = json.loads((self.folder / ABOUT).read_text())
+        self.is_masked = (self.folder / COUNTS).is_file()
+        """True if some tokens do not count in the loss"""
         self._tokens: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -75,18 +112,30 @@ class Windows(Dataset):
         n_tokens = self.about["n_tokens"] - (self.bos_id is None)
         return max(0, n_tokens // (self.length - 1))
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> torch.Tensor | dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         if self._tokens is None:
             self._tokens = np.memmap(self.folder / TOKENS, dtype=self.about["dtype"], mode="r")
-        start = index * (self.length - 1)
-        if self.bos_id is None:
-            return torch.from_numpy(self._tokens[start : start + self.length].astype(np.int64))
-        return torch.from_numpy(np.append(self.bos_id, self._tokens[start : start + self.length - 1]).astype(np.int64))
+        ids = self._window(self._tokens, index, self.bos_id)
+        if not self.with_labels:
+            return ids
+        if not self.is_masked:
+            return {"input_ids": ids, "labels": ids}
+        if self._counts is None:
+            self._counts = np.memmap(self.folder / COUNTS, dtype=np.uint8, mode="r")
+        counts = self._window(self._counts, index, None if self.bos_id is None else 0)
+        return {"input_ids": ids, "labels": ids.where(counts > 0, IGNORE_INDEX)}
+
+    def _window(self, values: np.ndarray, index: int, first: int | None) -> torch.Tensor:
+        """Return a window of values of all tokens, shape (T + 1,), beginning with `first` unless it is None."""
+        start, n = index * (self.length - 1), self.length - (first is not None)
+        window = values[start : start + n].astype(np.int64)
+        return torch.from_numpy(window if first is None else np.append(first, window))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_tokens": None}  # litgpt pickles dataloaders; the file is mapped again
+        # litgpt pickles dataloaders; the files are mapped again
+        return self.__dict__ | {"_tokens": None, "_counts": None}
 
 
 class Shuffled(Sampler):
