@@ -60,6 +60,12 @@ class Batch(NamedTuple):
         """Number of tokens with a target that is not ignored."""
         return int((self.targets != IGNORE_INDEX).sum())
 
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """True at positions whose target is not ignored, shape (B, T); None if none is, as in text."""
+        counts = self.targets != IGNORE_INDEX
+        return None if bool(counts.all()) else counts
+
 
 def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
     """Read into memory the batches on which all candidates are scored.
@@ -145,7 +151,7 @@ def batches_after(data: DataModule, seq_length: int, n: int, n_tokens: int) -> l
 
 def read_calibration(
     data: DataModule, checkpoint_dir: Path, batch_size: int, seq_length: int, n_tokens: int, seed: int, option: str
-) -> torch.Tensor:
+) -> Batch:
     """Connect a data module and read the calibration tokens.
 
     Args:
@@ -158,7 +164,7 @@ def read_calibration(
         option: Name of the option that sets `n_tokens`, for the message if there are fewer.
 
     Returns:
-        Token ids, shape (N, T).
+        Windows, shape (N, T).
 
     Raises:
         UserError: As in `calibration_windows`, or if processes read different tokens.
@@ -166,9 +172,10 @@ def read_calibration(
     L.seed_everything(seed, verbose=False)
     connect(data, checkpoint_dir, batch_size, seq_length)
     windows = calibration_windows(data, seq_length, n_tokens)
-    if windows.numel() < n_tokens and rank() == 0:
-        logger.info(f"The training data has {windows.numel():,} tokens, fewer than {option} = {n_tokens:,}")
-    check_shared(data, fingerprint([(windows,)]))
+    n_read = windows.input_ids.numel()
+    if n_read < n_tokens and rank() == 0:
+        logger.info(f"The training data has {n_read:,} tokens, fewer than {option} = {n_tokens:,}")
+    check_shared(data, fingerprint([windows]))
     return windows
 
 
@@ -189,11 +196,11 @@ def check_shared(data: DataModule, digest: str) -> None:
         )
 
 
-def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> torch.Tensor:
+def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> Batch:
     """Read the first training tokens of a connected data module.
 
     Returns:
-        Token ids, shape (N, T), with N · T at least `n_tokens` if there are as many.
+        Windows, shape (N, T), with N · T at least `n_tokens` if there are as many.
 
     Raises:
         UserError: If there are no training tokens, or more than a tenth of their text is also in the validation data.
@@ -205,12 +212,12 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> tor
             "the training data has no unmasked labels to calibrate on; give more data, or "
             "raise train.max_seq_length so that samples keep their answers"
         )
-    windows = _concatenated(samples, length)[: -(-n_tokens // length)]
+    windows = _concatenated(samples, length, -(-n_tokens // length))
     _check_not_validation(data, samples, seq_length)
     return windows
 
 
-def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> torch.Tensor | None:
+def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> Batch | None:
     """Read the first validation tokens of a connected data module; every run reads the same tokens.
 
     Args:
@@ -220,15 +227,15 @@ def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> 
         n: Maximum number of windows.
 
     Returns:
-        Token ids, shape (N, length); None if the data does not fill a window.
+        Windows, shape (N, length); None if the data does not fill one.
     """
     loader = val_loader(data)
     if loader is None:
         return None
     with fixed_randomness(loader):
         samples = _read_samples(loader, seq_length, n * length)
-    windows = _concatenated(samples, length)[:n] if samples else torch.empty(0, length)
-    return windows if len(windows) else None
+    windows = _concatenated(samples, length, n) if samples else None
+    return windows if windows is not None and len(windows.input_ids) else None
 
 
 def _read_samples(loader: Iterable, seq_length: int, n_tokens: int) -> list[Sample]:
@@ -244,10 +251,10 @@ def _read_samples(loader: Iterable, seq_length: int, n_tokens: int) -> list[Samp
     return samples
 
 
-def _concatenated(samples: Sequence[Sample], length: int) -> torch.Tensor:
-    """Concatenate samples, which may differ in length, and split them into windows, shape (N, length)."""
-    tokens = torch.cat([sample.input_ids for sample in samples])
-    return tokens[: len(tokens) // length * length].view(-1, length)
+def _concatenated(samples: Sequence[Sample], length: int, n: int) -> Batch:
+    """Concatenate samples, which may differ in length, and return up to n windows of them, shape (N, length)."""
+    n_tokens = min(sum(len(sample.input_ids) for sample in samples) // length, n) * length
+    return Batch(*(torch.cat(part)[:n_tokens].view(-1, length) for part in zip(*samples)))
 
 
 def _check_not_validation(data: DataModule, samples: Sequence[Sample], seq_length: int) -> None:

@@ -66,9 +66,13 @@ class Calibration:
             all blocks jointly.
         held_out: Windows of the validation data to evaluate on, shape (N, T); by default, the last of the windows for
             the closed form.
+        counts: True at positions whose predictions are trained and evaluated, shape of `windows`; by default all are.
+            The closed form fits hidden states at all positions, since those that count attend to the others.
+        held_out_counts: The same for `held_out`.
 
     Raises:
-        UserError: If there are fewer than three windows for the closed form; each of the three parts needs one.
+        UserError: If there are fewer than three windows for the closed form; each of the three parts needs one. If no
+            position of a part counts.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class Calibration:
         device: torch.device | str = "cpu",
         n_closed_form: int | None = None,
         held_out: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        held_out_counts: torch.Tensor | None = None,
     ) -> None:
         n = len(windows) if n_closed_form is None else min(n_closed_form, len(windows))
         check_n_windows(n)
@@ -85,12 +91,18 @@ class Calibration:
         self.device = device
         self.is_validated = held_out is not None
         """True if the held-out tokens come from the validation data"""
+        self._counts = None
+        if counts is not None or held_out_counts is not None:
+            self._counts = torch.ones_like(windows, dtype=torch.bool) if counts is None else counts
         if held_out is None:
             n_last = max(n // HELD_OUT, 1)
             self.windows, self._first_held_out = windows, n - n_last
         else:
             n_last = len(held_out)
             self.windows, self._first_held_out = torch.cat([windows[:n], held_out, windows[n:]]), n
+            if self._counts is not None:
+                theirs = torch.ones_like(held_out, dtype=torch.bool) if held_out_counts is None else held_out_counts
+                self._counts = torch.cat([self._counts[:n], theirs, self._counts[n:]])
         self._there: torch.Tensor | None = None
         """The windows on the device, copied there on first use"""
         self.n_first = n = self._first_held_out + n_last
@@ -105,6 +117,7 @@ class Calibration:
             )
             for start in range(begin, end, micro_batch_size)
         ]
+        self._check_counts()
         self.batches = self.share(self.all_batches)
         self.further_batches = self.share(
             [
@@ -112,6 +125,27 @@ class Calibration:
                 for i in range(n, len(self.windows), micro_batch_size)
             ]
         )
+
+    def _check_counts(self) -> None:
+        parts = {"fit": self.fitted_windows, "evaluate": self.held_out_windows}
+        for name, windows in parts.items():
+            if not len(self.counted(windows)):
+                raise UserError(
+                    f"the calibration text to {name} on must hold a token that counts, and its {len(windows)} windows "
+                    "hold none; raise repair.tokens, or set data.answers_only to false"
+                )
+
+    def counted(self, windows: range) -> torch.Tensor:
+        """Return the positions that count in these windows, in all windows concatenated, shape (n,)."""
+        length = self.windows.shape[1]
+        positions = torch.arange(windows.start * length, windows.stop * length)
+        if self._counts is None:
+            return positions
+        return positions[self._counts[windows.start : windows.stop].flatten()]
+
+    def counts(self, windows: slice) -> torch.Tensor | None:
+        """Return which positions of these windows count, shape (B, T), on the device; None if all do."""
+        return None if self._counts is None else self._counts[windows].to(self.device)
 
     @staticmethod
     def share(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -146,6 +180,11 @@ class Calibration:
     def held_out_windows(self) -> range:
         """Indices of the held-out windows."""
         return range(self._first_held_out, self.n_first)
+
+    @property
+    def fitted_windows(self) -> range:
+        """Indices of the windows for the closed form, including those reserved for tuning."""
+        return range(self._first_held_out)
 
     @property
     def compared_windows(self) -> range:

@@ -41,13 +41,13 @@ def padded(*samples: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_windows_of_one_length_are_taken_as_they_are():
     batches = [text(4 * 33, seed).view(4, 33) for seed in range(3)]
-    windows = calibration_windows(Given(batches), 32, 8 * 32)
+    windows = calibration_windows(Given(batches), 32, 8 * 32).input_ids
     assert torch.equal(windows, torch.cat(batches)[:8, :-1])
 
 
 def test_samples_of_different_lengths_follow_each_other_without_padding():
     samples = [text(n, seed) for seed, n in enumerate((40, 12, 7, 65, 30, 51))]
-    windows = calibration_windows(Given([padded(*samples[:3]), padded(*samples[3:])]), 32, 10**6)
+    windows = calibration_windows(Given([padded(*samples[:3]), padded(*samples[3:])]), 32, 10**6).input_ids
     # a sample's last token is only a target, and tokens beyond the window are dropped
     expected = torch.cat([sample[:-1][:32] for sample in samples])
     assert windows.shape == (len(expected) // 32, 32)
@@ -66,7 +66,7 @@ def test_a_validation_split_within_the_training_data_is_found(length):
     mixed = torch.cat([train[:20], validation, train[20:]])
     with pytest.raises(UserError, match="must not overlap, but 100% of one is in the other"):
         calibration_windows(Given([mixed], [validation]), length, 10**6)
-    assert calibration_windows(Given([train], [validation]), length, 10**6).shape == (40, length)
+    assert calibration_windows(Given([train], [validation]), length, 10**6).input_ids.shape == (40, length)
 
 
 def test_calibrating_on_a_part_of_the_validation_split_is_found():
@@ -77,7 +77,7 @@ def test_calibrating_on_a_part_of_the_validation_split_is_found():
 
 def test_short_windows_of_few_tokens_are_not_taken_for_the_same_text():
     few = [torch.randint(0, 20, (60, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    assert calibration_windows(Given(few[:1], few[1:]), 8, 10**6).shape == (60, 8)
+    assert calibration_windows(Given(few[:1], few[1:]), 8, 10**6).input_ids.shape == (60, 8)
 
 
 def instructions(seeds, template: torch.Tensor, masked: bool, answer: int) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def test_templates_in_packed_text_are_no_overlap_and_documents_are(n_template):
     """The two sides cut their windows at different places."""
     several = [text(n_template, 10**9 + i) for i in range(2)]
     train, validation = packed(range(80), several[0], 65), packed(range(200, 230), several[0], 65)
-    assert len(calibration_windows(Given([train], [validation]), 64, 10**6)) == len(train)
+    assert len(calibration_windows(Given([train], [validation]), 64, 10**6).input_ids) == len(train)
     with pytest.raises(UserError, match="must not overlap"):
         calibration_windows(Given([train], [packed(range(70, 90), several[0], 65)]), 64, 10**6)
     # a different template does not hide them
@@ -155,8 +155,8 @@ def test_answers_of_few_kinds_are_no_overlap():
 def test_a_repair_is_judged_by_the_validation_text():
     """Other windows of the calibration text may continue documents that were fitted to."""
     train, validation = [padded(text(33, i)) for i in range(40)], [padded(text(33, i)) for i in range(50, 60)]
-    windows = calibration_windows(Given(train, validation), 32, 32 * 32)
-    held_out = held_out_windows(Given(train, validation), 32, windows.shape[1], 3)
+    windows = calibration_windows(Given(train, validation), 32, 32 * 32).input_ids
+    held_out = held_out_windows(Given(train, validation), 32, windows.shape[1], 3).input_ids
     assert torch.equal(held_out.flatten(), torch.cat([text(33, i)[:32] for i in (50, 51, 52)]))
     calibration = Calibration(windows, 4, n_closed_form=20, held_out=held_out)
     assert calibration.is_validated and not Calibration(windows).is_validated
@@ -174,3 +174,40 @@ def test_a_repair_is_judged_by_the_validation_text():
 @pytest.mark.parametrize("validation", [[], [padded(text(9, 1))]])
 def test_without_enough_validation_text_the_last_of_the_calibration_text_is_held_out(validation):
     assert held_out_windows(Given([], validation), 32, 32, 3) is None
+
+
+def test_positions_that_count_stay_with_their_tokens():
+    """A sample's last token is only a target, so the window's other tokens keep their sample's next tokens."""
+    samples = [text(n, seed) for seed, n in enumerate((40, 12, 30, 33, 25))]
+    windows = calibration_windows(Given([padded(*samples)]), 16, 10**6)
+    ids = torch.cat([sample[:-1][:16] for sample in samples])
+    targets = torch.cat([torch.cat([torch.full((2,), -100), sample[3:]])[:16][: len(sample) - 1] for sample in samples])
+    assert torch.equal(windows.input_ids.flatten(), ids[: windows.input_ids.numel()])
+    assert torch.equal(windows.targets.flatten(), targets[: windows.targets.numel()])
+    assert torch.equal(windows.counts, windows.targets >= 0)
+    assert calibration_windows(Given([torch.stack([text(17, 1)] * 3)]), 16, 10**6).counts is None
+
+
+@given(st.integers(3, 20), st.integers(3, 20), st.integers(0, 4), st.integers(0, 10**6))
+def test_trained_and_judged_positions_are_those_that_count(n, n_closed_form, n_held_out, seed):
+    draw = torch.Generator().manual_seed(seed)
+    ids, theirs = torch.arange(n * 4).view(n, 4), -1 - torch.arange(n_held_out * 4).view(n_held_out, 4)
+    counts, their_counts = (torch.rand(x.shape, generator=draw) < 0.6 for x in (ids, theirs))
+    counts[:, 0] = their_counts[:, 0] = True
+    held_out = (theirs, their_counts) if n_held_out else (None, None)
+    found = Calibration(ids, 4, "cpu", n_closed_form, held_out[0], counts, held_out[1])
+    expected = set(ids[counts].tolist()) | set(theirs[their_counts].tolist())
+    everything = range(len(found.windows))
+    assert set(found.windows.flatten()[found.counted(everything)].tolist()) == expected
+    assert torch.equal(found.counts(slice(None)).flatten().nonzero().flatten(), found.counted(everything))
+    fitted, judged = (found.windows.flatten()[found.counted(w)] for w in (found.fitted_windows, found.held_out_windows))
+    assert not n_held_out or (set(judged.tolist()) == set(theirs[their_counts].tolist()) and (fitted >= 0).all())
+
+
+def test_calibration_text_without_a_position_that_counts_is_refused():
+    ids, counts = torch.zeros(8, 4, dtype=torch.long), torch.zeros(8, 4, dtype=torch.bool)
+    counts[:5] = True
+    with pytest.raises(UserError, match="the calibration text to evaluate on must hold a token that counts, and its "):
+        Calibration(ids, counts=counts)
+    with pytest.raises(UserError, match="the calibration text to fit on must hold a token that counts"):
+        Calibration(ids, counts=~counts & False, held_out=ids[:2])

@@ -281,7 +281,7 @@ SYSTEM = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "
         ([[{"role": "user", "content": [{"type": "text"}]}]], CHATML, "must have the texts 'role' and 'content'"),
         ([{"role": "user"}], CHATML, "must have the texts 'role' and 'content'"),
         ([7], CHATML, "must have the texts 'role' and 'content'.* got neither"),
-        ([[]], CHATML, "is empty; name data that has text"),
+        ([[]], CHATML, "is empty; choose data that contains text"),
     ],
 )
 def test_invalid_conversations_are_refused_before_anything_starts(tmp_path, conversations, template, problem):

@@ -130,7 +130,7 @@ def test_the_printed_divergence_is_that_of_validation_text(changes, folder, tmp_
     printed = capsys.readouterr().out
     val = data(folder)
     connect(val, folder / "teacher", 8, 32)
-    windows = held_out_windows(val, 32, 32, 4000 // 32 // 4)
+    windows = held_out_windows(val, 32, 32, 4000 // 32 // 4).input_ids
     assert f"(KL on {windows.numel()} validation tokens" in printed and "Note: on calibration" not in printed
     log_p = []
     for path in (folder / "teacher", tmp_path / "s"):

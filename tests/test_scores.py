@@ -190,6 +190,26 @@ def test_taylor_scores_are_how_the_loss_changes_when_a_unit_fades(config, exact)
             torch.testing.assert_close(scores[unit], expected, rtol=2e-3, atol=1e-7)
 
 
+@torch.no_grad()
+def test_tokens_that_do_not_count_are_in_no_loss(exact, monkeypatch):
+    config = ARCHITECTURES["Llama-3.1-8B"]
+    model, ids = teacher(config), windows(config)
+    counts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    got = measure(model, ids, 3, micro_batch_size=2, progress=False, counts=counts)
+    logits = model(ids[:3])[:, :-1]
+    expected = F.cross_entropy(logits[counts[:3, :-1]], ids[:3, 1:][counts[:3, :-1]]).exp()
+    assert got.perplexity == pytest.approx(float(expected), rel=1e-6)
+
+    def masked(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+        losses = F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        return (losses * counts[:, :-1]).mean(1)
+
+    monkeypatch.setitem(globals(), "losses", masked)
+    parts = [model.transformer.h[1].mlp.proj.weight[:, 5]]
+    expected = slope(model, ids, parts).abs().mean()
+    torch.testing.assert_close(got.units["taylor"].layers[1]["intermediate_size"][5], expected, rtol=2e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["phi-2", "Llama-3.1-8B", "Gemma-2-2b", "OLMo-2-1124-7B"])
 @torch.no_grad()
 def test_taylor_scores_of_channels_add_up_over_the_norms(name, exact):

@@ -14,6 +14,7 @@ from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.batches import BatchArgs, held_out_windows, read_calibration, sequence_length
+from litgpt_whittle.batches import fingerprint as batches_fingerprint
 from litgpt_whittle.calibration import Calibration, check_n_windows, n_held_out
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
@@ -195,7 +196,7 @@ class ExtractConfig(CommandConfig):
     def _repair(self, weights: Weights, subnet: SubNet, counts: dict[str, Any]) -> Checkpoint | None:
         args = self.repair_args
         calibration, n_tokens = self._read_calibration(subnet)
-        scratch = _open_scratch(self.checkpoint_dir, subnet, calibration.windows, args, self.out_dir)
+        scratch = _open_scratch(self.checkpoint_dir, subnet, calibration, args, self.out_dir)
         try:
             repaired = SequentialRepair(weights, subnet, calibration, args, scratch).run(progress=rank() == 0)
         except UserError:  # the same command could not resume from this scratch folder
@@ -220,8 +221,10 @@ class ExtractConfig(CommandConfig):
         logger.info(f"Calibrating on {n_tokens:,} tokens (--repair.tokens)")
         windows = read_calibration(self.data, self.checkpoint_dir, size, length, n_tokens, self.seed, "repair.tokens")
         n_closed_form = -(-args.n_closed_form(subnet.config) // length)
-        held_out = held_out_windows(self.data, length, windows.shape[1], n_held_out(*windows.shape))
-        return Calibration(windows, size, fabric.device, n_closed_form, held_out), windows.numel()
+        held_out = held_out_windows(self.data, length, windows.input_ids.shape[1], n_held_out(*windows.input_ids.shape))
+        ids, counts = (None, None) if held_out is None else (held_out.input_ids, held_out.counts)
+        found = Calibration(windows.input_ids, size, fabric.device, n_closed_form, ids, windows.counts, counts)
+        return found, windows.input_ids.numel()
 
     def _save(
         self, subnet: SubNet, student: Weights, counts: dict[str, Any], basis: torch.Tensor | None = None
@@ -296,14 +299,16 @@ def _counts(subnet: SubNet, tied: bool) -> dict[str, int]:
 
 
 def _open_scratch(
-    checkpoint_dir: Path, subnet: SubNet, windows: torch.Tensor, args: RepairArgs, out_dir: Path
+    checkpoint_dir: Path, subnet: SubNet, calibration: Calibration, args: RepairArgs, out_dir: Path
 ) -> Scratch:
     """Open the repair's scratch folder next to `out_dir`, new or from an interrupted repair."""
+    windows, counts = calibration.windows, calibration.counts(slice(None))
     inputs = {
         "weights": weights_fingerprint(checkpoint_dir),
         "teacher": fingerprint(subnet.teacher),
         "sub_network": subnet.to_dict(),
         "repair": asdict(args),
+        "counts": None if counts is None else batches_fingerprint([(counts,)]),
     }
     scratch = scratch_beside(out_dir, "repair", windows, inputs)
     needed = scratch_bytes(subnet, windows.numel(), args.refine_passes > 0) - scratch.size
@@ -327,7 +332,7 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
     if tried := {name: errors for name, errors in steps.items() if errors is not None}:
         before, after = next(iter(tried.values())).before, list(tried.values())[-1].after
         described = ", then ".join(f"{errors.after:.3f} when {name}" for name, errors in tried.items())
-        n = len(calibration.held_out_windows) * calibration.shape[1]
+        n = len(calibration.counted(calibration.held_out_windows))
         source = "validation" if calibration.is_validated else "held-out calibration"
         lines += [
             f"  Its predictions are {after:.3f} nats per token from the teacher's (KL on {n:,} {source} tokens:",

@@ -168,7 +168,9 @@ class PruneConfig(CommandConfig):
         if self.data is None:
             return None, []
         length, size = sequence_length(config, self.train.max_seq_length), self.train.micro_batch_size
-        windows = read_calibration(self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
+        windows = read_calibration(
+            self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens"
+        ).input_ids
         check_space(self.out_dir, 2 * 4 * windows.numel() * config.n_embd, "the scratch files")
         return windows, validation_batches(self.data, length, self.eval.max_iters)
 

@@ -29,10 +29,8 @@ from litgpt_whittle.checkpoint import (
 )
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.commands.prune import measure_perplexity
-from litgpt_whittle.data.hf_text import (
-    HFText,  # noqa: F401 (lets --data HFText be found by its name)
-    encode,
-)
+from litgpt_whittle.data.encoding import encode
+from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir, check_space

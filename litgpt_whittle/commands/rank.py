@@ -115,14 +115,15 @@ class RankConfig(CommandConfig):
         windows = read_calibration(self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
         model = load_model(self.checkpoint_dir, "SuperGPT", dtype=weights_dtype(precision), device=fabric.device)
         model.max_seq_length = length
-        layer_windows = windows[: math.ceil(self.layer_tokens / windows.shape[1])]
-        scores = measure(model, windows, len(layer_windows), size, fabric.autocast)
+        ids = windows.input_ids
+        layer_windows = ids[: math.ceil(self.layer_tokens / ids.shape[1])]
+        scores = measure(model, ids, len(layer_windows), size, fabric.autocast, counts=windows.counts)
         if not all(units.is_finite for units in scores.units.values()):
             raise UserError(f"the scores are not finite in precision {precision}; use 32-true or bf16-true")
         provenance = {
             "weights": weights_fingerprint(self.checkpoint_dir),
-            "data": fingerprint([(windows,)]),
-            "tokens": windows.numel(),
+            "data": fingerprint([(ids,)]),
+            "tokens": ids.numel(),
             "layer_tokens": layer_windows.numel(),
             "precision": precision,
         }

@@ -178,7 +178,7 @@ class ScoringText:
         connect(data, config.checkpoint_dir, config.train.micro_batch_size, plan.seq_length, validation_only=not n)
         if measure.reads_data:
             batches = validation_batches(data, plan.seq_length, config.eval.max_iters)
-        calibration = calibration_windows(data, plan.seq_length, n) if n else None
+        calibration = calibration_windows(data, plan.seq_length, n).input_ids if n else None
         check_shared(data, fingerprint([*batches, *([] if calibration is None else [(calibration,)])]))
         return cls(data, batches, calibration, tasks)
 

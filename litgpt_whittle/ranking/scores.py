@@ -90,6 +90,7 @@ def measure(
     micro_batch_size: int = 4,
     autocast: Autocast = nullcontext,
     progress: bool = True,
+    counts: torch.Tensor | None = None,
 ) -> Scores:
     """Score a teacher's units in one forward and backward pass, and its layers in one more forward pass per layer.
 
@@ -101,12 +102,17 @@ def measure(
             because routing loses track of the sequence that a token belongs to.
         autocast: Returns an autocast context, as `Fabric.autocast` does.
         progress: If true, show a progress bar.
+        counts: True at positions whose next token counts in the loss and in perplexities, shape (N, T); by default all
+            do.
     """
     model.requires_grad_(False)
+    targets = F.pad(windows[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = targets if counts is None else targets.where(counts, IGNORE_INDEX)
     watch = _Watch(model, windows.shape[1])
     has_experts = any(isinstance(block.mlp, LLaMAMoE) for block in model.transformer.h)
-    for ids in tqdm(windows.split(1 if has_experts else micro_batch_size), "units", disable=not progress):
-        watch.run(ids.to(model.lm_head.weight.device), autocast)
+    size, device = 1 if has_experts else micro_batch_size, model.lm_head.weight.device
+    for ids, labels in tqdm(list(zip(windows.split(size), targets.split(size))), "units", disable=not progress):
+        watch.run(ids.to(device), labels.to(device), autocast)
     units = {
         "activation": watch.scores(watch.activation, torch.sqrt),
         "magnitude": magnitudes(model),
@@ -114,7 +120,8 @@ def measure(
     }
     layers, perplexity = {"block_influence": watch.influence / windows.numel()}, None
     if n_layer_windows:
-        batches = [Batch(ids[:, :-1], ids[:, 1:]) for ids in windows[:n_layer_windows].split(micro_batch_size)]
+        parts = (part[:n_layer_windows, :-1].split(micro_batch_size) for part in (windows, targets))
+        batches = [Batch(*batch) for batch in zip(*parts)]
         score = Perplexity(model, batches, autocast)
         perplexity = score(SubNet.full(model.config))["perplexity"]
         layers["perplexity"] = perplexities_without(model.config, score, progress)
@@ -173,10 +180,9 @@ class _Watch:
         self.units = [units_of(model.config, layer) for layer in range(self.n_layer)]
         self.moe_inputs: dict[int, torch.Tensor] = {}
 
-    def run(self, ids: torch.Tensor, autocast: Autocast) -> None:
-        """Add the sequences `ids`, shape (B, T)."""
+    def run(self, ids: torch.Tensor, targets: torch.Tensor, autocast: Autocast) -> None:
+        """Add the sequences `ids` with next tokens `targets`, each of shape (B, T)."""
         self.n_sequences = len(ids)
-        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         with self._watching(), torch.enable_grad():
             with autocast():
                 head_input = hidden_states(self.model, ids)

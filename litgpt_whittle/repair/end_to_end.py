@@ -8,6 +8,7 @@ teacher's do not run again either. The embedding, and a head that is tied to it,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -74,21 +75,25 @@ class EndToEnd:
 
         def loss(step: int) -> torch.Tensor:
             own = windows[step * per_step : (step + 1) * per_step]
-            return cast(torch.Tensor, sum(self.divergence(slice(i, i + 1)) for i in own)) / per_step
+            parts = [self.divergence(slice(i, i + 1)) for i in own]
+            return cast(torch.Tensor, sum(part * n for part, n in parts)) / max(sum(n for _, n in parts), 1)
 
         rates = [(parameter, lr) for parameter in self.parameters]
         with tqdm(total=n_steps, desc="end to end", unit="step", disable=not progress) as bar:
             return refine(rates, loss, self.error, bar, warmup=WARMUP, max_norm=1.0, scratch=scratch, name="end-to-end")
 
     def error(self, windows: range | None = None) -> float:
-        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token."""
+        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token; NaN for none."""
         windows = windows or self.calibration.held_out_windows
         with torch.no_grad():
-            return sum(float(self.divergence(slice(i, i + 1))) for i in windows) / len(windows)
+            parts = [self.divergence(slice(i, i + 1)) for i in windows]
+            return sum(float(part) * n for part, n in parts) / (sum(n for _, n in parts) or math.nan)
 
-    def divergence(self, windows: slice) -> torch.Tensor:
-        """Return KL(teacher ‖ student) on these windows, in nats per token."""
+    def divergence(self, windows: slice) -> tuple[torch.Tensor, int]:
+        """Return KL(teacher ‖ student) on these windows, in nats per token that counts, and the number of those."""
         stream, teacher = self.start[windows], self.teacher[windows]
         for block, args in zip(self.blocks, self.args):
             stream = block(stream, *args)
-        return divergence(self.ours, self.theirs, stream, teacher)
+        if (counts := self.calibration.counts(windows)) is not None:
+            stream, teacher = stream[counts], teacher[counts]
+        return divergence(self.ours, self.theirs, stream, teacher), stream[..., 0].numel()

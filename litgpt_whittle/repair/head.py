@@ -8,6 +8,8 @@ for every token of the vocabulary, so even few calibration tokens are hard to ov
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -58,7 +60,8 @@ class HeadRepair:
         self.calibration = calibration
         self.rates = _norm_rates(ours.norm) if tied else _head_rates(ours.head)
         # a norm's weight converges fast, and every token costs a forward pass through both heads
-        self.n_tokens = min(calibration.n_fitted, NORM_TOKENS) if tied else calibration.n_fitted
+        counted = calibration.counted(calibration.fitted_windows)
+        self.fitted = counted[:NORM_TOKENS] if tied else counted
 
     def fit(self, n_passes: int, scratch: Scratch | None = None, progress: bool = False) -> Errors | None:
         """Train for `n_passes` passes over the fitted tokens; every process takes the same steps.
@@ -68,18 +71,18 @@ class HeadRepair:
         """
         if not self.rates:
             return None
-        n, order = self.n_tokens, torch.Generator().manual_seed(0)
-        rows = [rows for _ in range(n_passes) for rows in torch.randperm(n, generator=order).split(TOKENS_PER_STEP)]
+        n, order = len(self.fitted), torch.Generator().manual_seed(0)
+        passes = [self.fitted[torch.randperm(n, generator=order)] for _ in range(n_passes)]
+        rows = [rows for each in passes for rows in each.split(TOKENS_PER_STEP)]
         with tqdm(total=len(rows), desc="LM head", unit="step", disable=not progress) as bar:
             loss = lambda step: self.divergence(rows[step])
             return refine(self.rates, loss, self.error, bar, scratch=scratch, name="head")
 
     def error(self, windows: range | None = None) -> float:
-        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token."""
-        windows, length = windows or self.calibration.held_out_windows, self.calibration.shape[1]
-        n, end = windows.start * length, windows.stop * length
-        parts = torch.arange(n, end).split(TOKENS_PER_STEP)
-        return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (end - n)
+        """Return KL(teacher ‖ student) on these windows, by default held-out ones, in nats per token; NaN for none."""
+        positions = self.calibration.counted(windows or self.calibration.held_out_windows)
+        parts = positions.split(TOKENS_PER_STEP)
+        return sum(float(self.divergence(rows)) * len(rows) for rows in parts) / (len(positions) or math.nan)
 
     def divergence(self, rows: torch.Tensor) -> torch.Tensor:
         """Return KL(teacher ‖ student) on these tokens, in nats per token.
