@@ -84,8 +84,8 @@ class Recipe:
         return "\n".join(lines[:n])
 
     def twin(self, command: str) -> Recipe:
-        """Return the recipe of the same name for another command."""
-        return open_recipe(HUB / command / f"{self.name}.yaml")
+        """Return the recipe for another command that makes a student of the same size."""
+        return open_recipe(HUB / command / f"{self.name.removesuffix('-chat')}.yaml")
 
     @cached_property
     def teacher(self) -> Config:
