@@ -51,9 +51,8 @@ def conversation(messages: Any, path: str) -> Messages:
     """
     found = []
     for message in messages if isinstance(messages, list) else [messages]:
-        fields = (
-            {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        )
+        items = message.items() if isinstance(message, dict) else ()
+        fields = {name: value for name, value in items if value is not None}
         if "from" in fields and "value" in fields:
             role = fields.pop("from")
             fields |= {"role": _ROLES.get(role, role), "content": fields.pop("value")}
