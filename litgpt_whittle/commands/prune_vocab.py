@@ -153,7 +153,7 @@ class PruneVocabConfig(CommandConfig):
     def _read(self, data: DataModule) -> torch.Tensor:
         """Return the tokens to count, shape (N, T), and connect the data."""
         size, length = self.train.micro_batch_size, self._length
-        return read_calibration(data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
+        return read_calibration(data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens").input_ids
 
     @property
     def _length(self) -> int:
@@ -189,10 +189,11 @@ class PruneVocabConfig(CommandConfig):
     def _measure(self, data: DataModule) -> None:
         """Print the tokens and the loss of both checkpoints on the same text: validation tokens of connected data."""
         length, n = self._length, self.eval.max_iters * self.train.micro_batch_size
-        windows = held_out_windows(data, length, length, n)
-        if windows is None:
+        held_out = held_out_windows(data, length, length, n)
+        if held_out is None:
             print("Nothing was measured, because there is no validation data.")
             return
+        windows = held_out.input_ids
         tokenizer = Tokenizer(self.checkpoint_dir)
         begins = bool((windows[:, 0] == tokenizer.bos_id).all())
         texts = texts_of(tokenizer, windows[:, 1:] if begins else windows)

@@ -104,7 +104,7 @@ def check_repeatable(fitness: type[Fitness]) -> None:
     model = super_network(LEAN)
     ids = random_tokens((2,), LENGTH)[0]
     names, before = list(model.state_dict()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = model(ids).detach()
+    outputs = model(ids).detach()
     score = make(fitness, model)
     first, *others = candidates(model.config)
     expected = score(first)
@@ -118,7 +118,7 @@ def check_repeatable(fitness: type[Fitness]) -> None:
         torch.equal(model.state_dict()[name], before[name]) for name in names
     )
     assert same, "scoring must leave the teacher's weights as they were"
-    assert torch.equal(model(ids), expected), "scoring must leave the teacher as it was, its outputs differ"
+    assert torch.equal(model(ids), outputs), "scoring must leave the teacher as it was, its outputs differ"
     has_no_gradient = all(parameter.grad is None for parameter in model.parameters())
     assert has_no_gradient, "scoring must not leave gradients in the teacher"
 
