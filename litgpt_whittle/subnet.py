@@ -130,6 +130,7 @@ class SubNet:
             None if layers is None else _keep(name, layers, teacher.n_layer)
             for name, layers in zip(DROPS, (drop_attention, drop_mlp))
         )
+        self._lacking = {part: _layers_in(getattr(self, name)) for name, part in DROPS.items()}
         self._check_drops()
         given = dict(
             zip(PER_LAYER, (n_query_groups, heads_per_group, intermediate_size, moe_intermediate_size, n_expert))
@@ -159,23 +160,20 @@ class SubNet:
 
     def _without(self, name: str) -> frozenset[int]:
         """Return the teacher's layers whose sub-layer with units `name` is dropped."""
-        dropped = self.drop_attention if name in ATTENTION else self.drop_mlp
-        return frozenset() if dropped is None else frozenset(dropped.indices.tolist())
+        return self._lacking["attn" if name in ATTENTION else "mlp"]
 
     def _check_drops(self) -> None:
-        dropped = {name: set(keep.indices.tolist()) for name in DROPS if (keep := getattr(self, name)) is not None}
         layers = set(self.layers)
-        for name, own in dropped.items():
-            if others := own - layers:
+        for name, part in DROPS.items():
+            if others := self._lacking[part] - layers:
                 raise UserError(f"{name} lists layer {min(others)}, which n_layer does not keep; remove it from {name}")
-        if both := set.intersection(*dropped.values()) if len(dropped) > 1 else set():
+            if self._lacking[part] == layers:
+                raise UserError(f"{name} lists all {len(layers)} kept layers; leave at least one out")
+        if both := self._lacking["attn"] & self._lacking["mlp"]:
             raise UserError(
                 f"layer {min(both)} has neither attention nor MLP; drop the layer instead: remove it from n_layer, "
                 "drop_attention and drop_mlp"
             )
-        for name, own in dropped.items():
-            if own == layers:
-                raise UserError(f"{name} lists all {len(layers)} kept layers; leave at least one out")
 
     def _check_experts(self) -> None:
         keeps = {keep for i in range(len(self)) if (keep := self.layer(i).n_expert) is not None}
@@ -429,6 +427,10 @@ def _keep(name: str, value: Any, size: int) -> UnitIndex:
         what = f"{len(keep)}" if keep.is_prefix else f"index {keep.largest}"
         raise UserError(f"{name} must lie within the teacher's {size}, got {what}; keep at most {size}")
     return keep
+
+
+def _layers_in(keep: UnitIndex | None) -> frozenset[int]:
+    return frozenset() if keep is None else frozenset(keep.indices.tolist())
 
 
 def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
