@@ -25,6 +25,7 @@ from litgpt_whittle.commands import search_run
 from litgpt_whittle.commands.search import setup as search
 from litgpt_whittle.data import HFText
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.fitness.repaired import Repaired
 from litgpt_whittle.fitness.tasks import RepairedTasks, Tasks
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.journal import read_journal
@@ -372,8 +373,9 @@ def test_a_search_scores_candidates_by_tasks_without_data_and_resumes(teacher, f
         run(teacher, tmp_path / "out", folder, iterations=8, resume=True, tasks=changed)
 
 
-def test_tasks_trade_against_a_cost_and_score_repaired_candidates(teacher, folder, tmp_path):
-    texts = [write_jsonl(tmp_path / f"{i}.jsonl", documents(2000 * (1 - i) + 40, seed=i)) for i in range(2)]
+def test_tasks_trade_against_a_cost_and_score_repaired_candidates(teacher, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Repaired, "n_calibration", 2048)
+    texts = [write_jsonl(tmp_path / f"{i}.jsonl", documents(n, seed=i)) for i, n in enumerate((200, 20))]
     data = HFText(path=str(texts[0]), val_path=str(texts[1]))
     strategy = NSGA2(objectives=("score", "flops"), population_size=4)
     run(teacher, tmp_path / "out", folder, bin="8K-30K", fitness="repaired_tasks", data=data, strategy=strategy)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from litgpt import GPT
 from litgpt.config import Config
+from task_files import write_tasks
 from test_metrics import counted_flops
 from texts import documents, write_jsonl, write_tokenizer
 
@@ -45,7 +46,9 @@ from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.alternatives import Alternatives
 from litgpt_whittle.spaces.bins import Bin
 from litgpt_whittle.strategies import IntegerProgram
-from litgpt_whittle.supergpt import student_model, tie
+from litgpt_whittle.supergpt import extract_weights, student_model, tie
+from litgpt_whittle.tasks import TaskArgs, TaskSet
+from litgpt_whittle.tasks.harness import read_tasks
 
 TEACHER = Config(
     name="teacher", block_size=32, vocab_size=300, padded_vocab_size=300, n_layer=3, n_embd=32, n_head=4, bias=True
@@ -108,8 +111,12 @@ def run(teacher, data, out_dir, target, **changes):
 
 
 @pytest.mark.pictures
-def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher, data, tmp_path, calls, monkeypatch):
-    settings = {"target": "14K", "cache_teacher": False, "baseline": True}
+def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(
+    teacher, data, tmp_path, calls, monkeypatch, capsys
+):
+    pytest.importorskip("lm_eval", reason="needs the extra 'ecosystem'")
+    tasks = TaskArgs([str(write_tasks(tmp_path / "tasks") / "letters.yaml")], limit=9)
+    settings = {"target": "14K", "cache_teacher": False, "baseline": True, "tasks": tasks}
     in_process = pipeline_module.call
     monkeypatch.setattr(pipeline_module, "call", lambda *args: 1 if args[0][3] == "extract" else in_process(*args))
     with pytest.raises(UserError, match="stage 14K/start ended with exit code 1"):
@@ -128,11 +135,29 @@ def test_it_ends_with_a_student_and_a_report_also_after_an_interruption(teacher,
     assert f"{trained.perplexity:.2f}" in page and f"{alone.perplexity:.2f}" in page and "data:image/png" in page
     commands = (tmp_path / "out/commands.sh").read_text().splitlines()
     assert [line.split()[:2] for line in commands] == [["litgpt", name] for name in calls]
+    expected, printed = results_on(tasks, teacher, folder), capsys.readouterr().out
+    for name, (result,) in expected.items():
+        retained = "" if name == "teacher" else f" ({result.accuracy / expected['teacher'][0].accuracy:.0%})"
+        cell = f"{result.accuracy:.1%} ± {100 * result.stderr:.1f}{retained}"
+        assert re.search(rf"^ *{name}  +{re.escape(cell)}$", printed, re.MULTILINE)
+        assert f"<td>{name}</td><td>{cell}</td>" in page
 
+    monkeypatch.setattr(TaskSet, "measure", None)
     run(teacher, data, tmp_path / "out", **settings)  # nothing is left to do
     assert len(calls) == len(commands)
     with pytest.raises(UserError, match="search.iterations was 4 and is 5"):
         run(teacher, data, tmp_path / "out", **settings, search=SECTIONS["search"] | {"iterations": 5})
+
+
+def results_on(tasks, teacher, folder):
+    """Return the results of the teacher, and of a student's checkpoints in its folder."""
+    measured, subnet = read_tasks(tasks, teacher, 32), SubNet.load(folder / "start/sub_network.yaml", TEACHER)
+    cut = student_model(subnet)
+    cut.load_state_dict(extract_weights(load_model(teacher), subnet))
+    models = {"teacher": load_model(teacher), "14K as cut": cut.eval(), "14K repaired": load_model(folder / "start")}
+    models["14K distilled"] = load_model(folder / "distilled/final")
+    models["14K from random weights"] = load_model(folder / "baseline/final")
+    return {name: measured.measure(model) for name, model in models.items()}
 
 
 def test_students_of_a_tied_teacher_lie_in_their_bin_as_they_are_saved(teacher, data, tmp_path, capsys):

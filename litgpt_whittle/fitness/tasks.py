@@ -47,13 +47,13 @@ class Tasks(Fitness):
     @torch.inference_mode()
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's scores by name."""
-        with self.autocast():
-            if subnet.n_intact:
+        if subnet.n_intact:
+            with self.autocast():
                 self.prefix.before(subnet.n_intact)
-            with self._student(subnet) as student:
-                # the head's owner also owns the blocks that run
-                with starting_at(getattr(student, "head_owner", student), subnet.n_intact, self.prefix.streams):
-                    found = log_likelihoods(student, self.batches, self.tasks.n_continuations)
+        with self._student(subnet) as student, self.autocast():
+            # the head's owner also owns the blocks that run
+            with starting_at(getattr(student, "head_owner", student), subnet.n_intact, self.prefix.streams):
+                found = log_likelihoods(student, self.batches, self.tasks.n_continuations)
         return self.tasks.scores(self.tasks.results(found))
 
     @contextmanager

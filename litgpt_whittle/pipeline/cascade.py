@@ -59,6 +59,10 @@ class Chain:
         """Return all runs in order; the students of a cascade may share the first teacher's cache."""
         return [*{run.name: run for link in self.links for run in link.all()}.values()]
 
+    def sources(self) -> dict[str, Path]:
+        """Return the checkpoint directories that the students are cut from, by the students' names."""
+        return {name: link.request.checkpoint_dir for link in self.links for name in link.request.bins}
+
     def files(self) -> dict[Path, str]:
         """Return the contents of further files that the stages read, by path."""
         return {path: text for link in self.links for path, text in link.files().items()}

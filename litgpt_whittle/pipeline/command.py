@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data import DataModule
 from litgpt.utils import extend_checkpoint_dir, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
+from litgpt_whittle.batches import sequence_length
 from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
@@ -24,9 +25,12 @@ from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stage import Request
+from litgpt_whittle.pipeline.tasks import measure_models, task_cost, task_table
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
+from litgpt_whittle.tasks import TaskArgs, TaskSet
+from litgpt_whittle.tasks.harness import read_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ class WhittleConfig(CommandConfig):
     ``--cache_teacher.codec top_k``, see ``litgpt cache_teacher --help``."""
     distill: Section | None = None
     """Settings such as ``--distill.train.max_tokens 1000000000``, which is required; see ``litgpt distill --help``."""
+    tasks: TaskArgs = field(default_factory=TaskArgs)
+    """Tasks of lm-eval to measure the teacher and the students on at the end: as cut, repaired and distilled."""
     baseline: bool = False
     """Also train each student's architecture from random weights, without the teacher, on as many tokens."""
     devices: int | str = 1
@@ -124,31 +130,36 @@ class WhittleConfig(CommandConfig):
             chain = Chain.of(request, given, cascade, Path(folder))
             pipeline.check(chain.all())
             memory = chain.check()
+            length = sequence_length(chain.links[0].teacher, None)
+            tasks = read_tasks(self.tasks, self.checkpoint_dir, length) if self.tasks.names else None
             if self.dry_run:
-                _print_estimates(chain, memory)
+                _print_estimates(chain, memory, tasks)
                 return None
-            stages, files = chain.all(), chain.files()
+            stages, files, sources = chain.all(), chain.files(), chain.sources()
+        measured = []
         try:
             pipeline.run(stages, files)
+            if tasks is not None:
+                measured = task_table(measure_models(self.out_dir, sources, self.checkpoint_dir, tasks))
         except KeyboardInterrupt:
             raise UserError("interrupted; run the same command again to resume") from None
         names = list(request.bins)
-        rows = write_outcome(self.out_dir, names, Checkpoint(self.checkpoint_dir), cascade is not None)
-        print(
-            f"\n{as_text(rows)}\nThe report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final"
-        )
+        rows = write_outcome(self.out_dir, names, Checkpoint(self.checkpoint_dir), measured, cascade is not None)
+        tables = "\n\n".join(map(as_text, filter(None, (rows, measured))))
+        print(f"\n{tables}\nThe report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final")
         return [TrainingResult(self.out_dir / name / "distilled") for name in request.bins]
 
 
 setup = as_command(WhittleConfig)
 
 
-def _print_estimates(chain: Chain, memory: str) -> None:
+def _print_estimates(chain: Chain, memory: str, tasks: TaskSet | None) -> None:
     print(memory)
     if n_bytes := chain.cache_bytes():
         print(f"Disk for the teacher's cache: {readable_size(n_bytes)}")
     logger.info("Measuring the speed of this machine on single blocks …")
-    print(as_text(cost_table(chain.costs(), measure_speed(chain.links[0]))))
+    found = [*chain.costs(), *([] if tasks is None else [task_cost(chain.links, tasks)])]
+    print(as_text(cost_table(found, measure_speed(chain.links[0]))))
 
 
 def _targets(target: str | int | float | list[str | int | float] | None) -> dict[str, Bin]:

@@ -28,8 +28,13 @@ measured by the training: before its first step, after its last step, and after 
 random weights without the teacher. Calibration tokens of the repair are counted.
 """
 
-_CASCADE = """
+_ABOUT_CASCADE = """
 Each student is cut from the one above it. Its tokens do not include those of the students above.
+"""
+
+_ABOUT_TASKS = """
+Accuracies in percent with their standard errors, and the share of the teacher's accuracy in brackets: acc_norm where a
+task has it, else acc, as measured by lm-eval. 'As cut' is before the repair.
 """
 
 PAGE, CURVES = "report.html", "students.png"
@@ -73,7 +78,11 @@ class Outcome:
 
 
 def write_outcome(
-    out_dir: Path, names: Sequence[str], teacher: Checkpoint, is_cascade: bool = False
+    out_dir: Path,
+    names: Sequence[str],
+    teacher: Checkpoint,
+    tasks: Sequence[Sequence[str]] = (),
+    is_cascade: bool = False,
 ) -> list[list[str]]:
     """Write the page and the plot of the trainings.
 
@@ -81,6 +90,7 @@ def write_outcome(
         out_dir: The pipeline's folder.
         names: Names of its students.
         teacher: The teacher's checkpoint, before a correction.
+        tasks: Table of the models' accuracies on tasks, headings first; empty if none were measured.
         is_cascade: True if each student is cut from the one before.
 
     Returns:
@@ -97,8 +107,9 @@ def write_outcome(
     empty = [i for i in range(len(rows[0])) if i and not any(row[i] for row in rows[1:])]
     rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     plot_students(outcomes, taught, out_dir / CURVES)
-    about = _ABOUT + _CASCADE if is_cascade else _ABOUT
+    about = _ABOUT + _ABOUT_CASCADE if is_cascade else _ABOUT
     sections = [Section("The students", about, table(rows) + picture(out_dir / CURVES, "The trainings"))]
+    sections += [Section("Tasks", _ABOUT_TASKS, table(tasks))] if tasks else []
     sections += [
         Section(title, "", picture(path, title)) for title, path in _pictures(out_dir, names) if path.is_file()
     ]

@@ -216,8 +216,8 @@ class SequentialRepair:
             return Basis(saved["matrix"].to(self.device))
         centred = is_centring(self.teacher)
         stream = self._stream("directions", self.teacher.n_embd)
-        kept = {layer: self.subnet.layer(i) for i, layer in enumerate(self.subnet.layers)}
-        worth = direction_importance(self.theirs, self._teacher_block, kept, self.calibration, stream)
+        units = {layer: self.subnet.layer(i) for i, layer in enumerate(self.subnet.layers)}
+        worth = direction_importance(self.theirs, self._teacher_block, units, self.calibration, stream)
         self.scratch.remove_stream("directions")
         basis = Basis.principal(principal_directions(worth.form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
@@ -308,10 +308,9 @@ class SequentialRepair:
         teacher = self._teacher_block(layer)
         if i < self.subnet.n_intact:
             return self._copy_layer(i, teacher)
-        if self.subnet.begins_inside(i):
-            middle = self.teacher_stream
-        else:
-            middle = None if self.teacher.parallel_residual else self._stream("middle", self.teacher.n_embd)
+        middle = None if self.teacher.parallel_residual else self.teacher_stream
+        if middle is not None and not self.subnet.begins_inside(i):
+            middle = self._stream("middle", self.teacher.n_embd)
         ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
         streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
         keep = self._walk_teacher(i, teacher, streams)

@@ -195,6 +195,8 @@ def number(value: float, name: str = "perplexity") -> str:
     """Format a score, or a cost in the unit of the measure with this name."""
     if name in MEASURES:
         return format_amount(value, MEASURES[name].unit)
+    if abs(value) < 1:  # a loss of tasks, or a share
+        return f"{value:.3f}"
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 

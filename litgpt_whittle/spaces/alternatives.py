@@ -223,9 +223,9 @@ class Alternatives:
             names += ["n_expert"] if "n_expert" in self.sizes[layer] else []
             for name, size in zip(names, subnet.layer(i).sizes):
                 at = EVERY if name == "n_expert" else layer
-                for level, part in self.between(name, size) if size else ():
+                for level, share in self.between(name, size) if size else ():
                     if level < self.levels[name][0]:
-                        weights[self.index[Alternative(at, name, level)]] = part
+                        weights[self.index[Alternative(at, name, level)]] = share
         return weights
 
     def between(self, name: str, size: int) -> list[tuple[int, float]]:

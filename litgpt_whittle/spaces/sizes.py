@@ -186,7 +186,8 @@ class SizeSpace:
         """Return the space in which these layers lack a sub-layer (`attn` or `mlp`) if they are kept."""
         if not drops:
             return self
-        less, keys = copy.copy(self), {}
+        less = copy.copy(self)
+        keys: dict[tuple[int, str], int] = {}
         for layer, base in enumerate(self.kind_of):
             keys.setdefault((base, drops.get(layer, "")), layer)
         less.kinds = [self.kind(layer, dropped) for (_, dropped), layer in keys.items()]
