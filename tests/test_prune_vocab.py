@@ -442,6 +442,11 @@ def layerwise(folder, text, small):
     (folder / "model_class.yaml").write_text("model_class: LayerwiseGPT\n")
 
 
+def few_rows(folder, text, small):
+    shutil.rmtree(folder)
+    write_teacher(folder, vocab_size=512, padded_vocab_size=512)
+
+
 FAULTS = [
     (no_bpe, {}, "only vocabularies of BPE tokenizers can be pruned, '.*tokenizer.json' is a WordLevel model"),
     (suffix, {}, "has end_of_word_suffix = '</w>'"),
@@ -451,6 +456,8 @@ FAULTS = [
         "of another tokenizer than that of '.*teacher'; choose",
     ),
     (other_merges, {"size": None, "like": "small"}, "of another tokenizer than that of '.*teacher'; choose"),
+    (few_rows, {"size": None, "data": None, "like": "small"}, "every kept token needs an embedding, .* has 512 rows"),
+    (few_rows, {}, "every token needs an embedding, and .* where the checkpoint has 512 rows"),
     (layerwise, {}, "must be pruned before layers differ in size"),
     (None, {"size": 200}, "size must be from 320 .* to 896 .*, got 200"),
     (None, {"size": "1k"}, "size must be from 320 .* to 896 .*, got 1000"),

@@ -123,13 +123,18 @@ class PruneVocabConfig(CommandConfig):
             UserError: If its vocabulary was not pruned, or was pruned from another tokenizer.
         """
         check_checkpoint(like)
-        kept = KeptTokens.read(like)
+        kept, n_rows = KeptTokens.read(like), check_checkpoint(self.checkpoint_dir).padded_vocab_size
         if kept is None:
             raise UserError(f"like must name a checkpoint of litgpt prune_vocab, got {str(like)!r}; choose another")
         if not kept.belong_to(self.checkpoint_dir):
             raise UserError(
                 f"the tokens of {str(like)!r} are of another tokenizer than that of {str(self.checkpoint_dir)!r}; "
                 "choose a checkpoint with the same tokenizer"
+            )
+        if kept.ids.largest >= n_rows:
+            raise UserError(
+                f"every kept token needs an embedding, and {str(like)!r} kept the id {kept.ids.largest} where "
+                f"{str(self.checkpoint_dir)!r} has {n_rows} rows; choose another checkpoint"
             )
         return kept.ids
 
