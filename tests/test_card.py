@@ -66,7 +66,7 @@ def test_token_ids_chats_and_generation_settings_are_the_teachers(layout, tmp_pa
 def test_the_card_describes_origin_sizes_and_measurements(tmp_path):
     teacher = dataclasses.replace(WIDE["Llama-3.1-8B"], hf_config={"org": "meta-llama", "name": "Meta-Llama-3.1-8B"})
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher/README.md").write_text("---\nlicense: llama3.1\nlanguage: [en]\n---\n# A model\n")
+    (tmp_path / "teacher/README.md").write_text("---\nlicense: other\nlicense_name: l3\nlanguage: [en]\n---\n# A\n")
     subnet = SubNet(teacher, n_layer=3, intermediate_size=[512, 512, 768])
     origin = {
         "teacher": "Llama-3.1-8B", "n_params": 5000, "n_params_teacher": 9000, "repair": REPAIR, "strategy": "EvoPress",
@@ -85,8 +85,8 @@ def test_the_card_describes_origin_sizes_and_measurements(tmp_path):
 
     metadata, text = card(tmp_path / "out")
     assert metadata == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "llama3.1",
-        "base_model": "meta-llama/Meta-Llama-3.1-8B", "tags": ["litgpt", "litgpt_whittle"],
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "other",
+        "license_name": "l3", "base_model": "meta-llama/Meta-Llama-3.1-8B", "tags": ["litgpt", "litgpt_whittle"],
     }  # fmt: skip
     for part in (
         "with 5,000 of its 9,000 parameters", "| neurons | 512 (×2), 768 |", "| layers | 3 |", "refine_passes: 1",

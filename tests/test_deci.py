@@ -103,6 +103,8 @@ def test_transformers_loads_and_generates_by_the_code_in_the_folder(tmp_path, mo
     setup(tmp_path / "lit", format="deci", out_dir=tmp_path / "deci", check=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "deci", trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
+    block = model.config.block_configs[0]  # as vLLM reads it
+    assert block.attention.n_heads_in_group == 2 and not block.attention.no_op and not hasattr(block.ffn, "hidden_act")
     new = model.generate(IDX[:1, :8], max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     student, expected = load_model(tmp_path / "lit"), IDX[:1, :8]
     with torch.no_grad():

@@ -20,6 +20,9 @@ _TRAINING = ("distill", "train", "optimizer", "precision", "seed")
 _SEARCH = ("strategy", "space", "order", "bin")
 """Settings of a search that the card lists"""
 
+_LICENSE = ("license", "license_name", "license_link")
+"""Fields of a model card that name a license; the Hub needs the last two if the first is `other`"""
+
 _LOAD = {
     "hf": """\
 ```python
@@ -74,21 +77,21 @@ def _metadata(student: Student, layout: str) -> dict[str, Any]:
     metadata = {
         "library_name": "gguf" if layout == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
-        "license": _license(student),
+        **_license(student),
         "base_model": base_model,
         "tags": ["litgpt", "litgpt_whittle"],
     }
     return {key: value for key, value in metadata.items() if value is not None}
 
 
-def _license(student: Student) -> str | None:
+def _license(student: Student) -> dict[str, str]:
     """Return the license that the teacher's `config.json` names, or a model card in the student's or its folder."""
-    if isinstance(named := student.hf_config.get("license"), str):
-        return named
     teacher = student.provenance.get("checkpoint_dir")
     folders = [student.checkpoint_dir, *([Path(teacher)] if isinstance(teacher, str) else [])]
-    found = (_front_matter(folder / "README.md").get("license") for folder in folders)
-    return next((license for license in found if isinstance(license, str)), None)
+    for content in (student.hf_config, *(_front_matter(folder / "README.md") for folder in folders)):
+        if isinstance(content.get("license"), str):
+            return {key: content[key] for key in _LICENSE if isinstance(content.get(key), str)}
+    return {}
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
