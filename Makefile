@@ -13,9 +13,9 @@ WORKERS ?= 2
 RUFF := ruff==0.17.6
 
 # the modules that touch the dependencies, about a third of the tests
-LOWEST := api args blend card checkpoint codecs data_stream deci describe each_strategy ecosystem export extensions extract features \
-	flags gguf head hf_text journal least_squares loading losses packaging plots plugin quantize recipes report sources \
-	strategies surrogate testing transformers tutorials
+LOWEST := api args blend card checkpoint codecs data_stream deci describe each_strategy ecosystem export extensions \
+	extract features flags gguf head hf_text journal least_squares loading losses packaging plots plugin quantize \
+	recipes report sources strategies surrogate testing transformers tutorials
 
 .PHONY: setup demo test coverage slow lowest lint docs clean
 

@@ -11,10 +11,11 @@ from test_export import random_weights, save
 from texts import documents, write_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
-from litgpt_whittle.checkpoint import save_checkpoint
+from litgpt_whittle.checkpoint import load_model, save_checkpoint
 from litgpt_whittle.commands.export import setup
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.hf import hub
+from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import extract_weights
 
@@ -97,6 +98,14 @@ def test_the_card_describes_origin_sizes_and_measurements(tmp_path):
     assert str(tmp_path) not in text and "secret" not in text
 
 
+def test_the_card_of_a_padded_model_has_both_counts(tmp_path):
+    save_student(tmp_path / "lit", TEACHER, intermediate_size=[9, 9, 9, 700])
+    exported = export_hf(tmp_path / "lit", tmp_path / "out", check=False)
+    true = sum(weight.numel() for weight in load_model(tmp_path / "lit").parameters())
+    assert f"| parameters | {true:,} ({exported.n_params:,} with zeros" in card(tmp_path / "out")[1]
+    assert exported.n_params > true
+
+
 def test_an_intermediate_checkpoint_has_the_losses_until_then(tmp_path):
     folder = save(tmp_path / "step-00000002", TEACHER)
     (folder / "hyperparameters.yaml").write_text("seed: 1\n")
@@ -112,6 +121,7 @@ def test_an_intermediate_checkpoint_has_the_losses_until_then(tmp_path):
 def test_a_card_leaves_out_what_is_unknown(text, tmp_path):
     folder = save(tmp_path / "lit", dataclasses.replace(TEACHER, hf_config={}))
     (folder / "README.md").write_text(text)
+    (folder / "hyperparameters.yaml").write_text(text)
     setup(folder, out_dir=tmp_path / "out", check=False)
     metadata, body = card(tmp_path / "out")
     assert {"license", "base_model"}.isdisjoint(metadata) and "## Measurements" not in body

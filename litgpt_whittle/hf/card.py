@@ -52,16 +52,17 @@ llama-cli -m {name}
 """Instructions to load a model, by format; {name} is the directory's or the file's name"""
 
 
-def model_card(student: Student, layout: str, name: str) -> str:
+def model_card(student: Student, layout: str, name: str, n_stored: int) -> str:
     """Return a model card in Markdown, with the metadata of the Hugging Face Hub in YAML.
 
     Args:
         student: The exported checkpoint.
         layout: Name of the format: "hf", "deci" or "gguf".
         name: Name of the directory or file to load.
+        n_stored: Number of stored parameters, including padding.
     """
     sections = {
-        "Sizes": _sizes(student),
+        "Sizes": _sizes(student, n_stored),
         "Origin": _origin(student),
         "Measurements": _measurements(student),
         "Usage": _LOAD[layout].format(name=name),
@@ -96,19 +97,33 @@ def _license(student: Student) -> dict[str, str]:
 
 def _front_matter(path: Path) -> dict[str, Any]:
     """Return the YAML at the start of a Markdown file; empty if there is none."""
+    match = re.match(r"---\n(.*?)\n---", _read(path), flags=re.DOTALL)
+    return _mapping(match[1]) if match else {}
+
+
+def _read(path: Path) -> str:
+    """Return a file's text; empty if it cannot be read."""
     try:
-        match = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-        content = from_yaml(match[1]) if match else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        content = {}
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Return a YAML mapping; empty if the text is none."""
+    try:
+        content = from_yaml(text)
+    except yaml.YAMLError:
+        content = None
     return content if isinstance(content, dict) else {}
 
 
-def _sizes(student: Student) -> str:
+def _sizes(student: Student, n_stored: int) -> str:
     config, shape = student.config, student.shape
+    padded = "" if n_stored == student.n_params else f" ({n_stored:,} with zeros, to which the layers are padded)"
     layers = [shape.layer(i).sizes for i in range(len(shape))]
     rows = {
-        "parameters": f"{student.n_params:,}",
+        "parameters": f"{student.n_params:,}{padded}",
         "layers": f"{config.n_layer}",
         "channels": f"{config.n_embd:,}",
         "query heads": _per_layer(groups * per_group for groups, per_group, _, _ in layers),
@@ -152,9 +167,7 @@ def _origin(student: Student) -> str:
 
 def _training(student: Student) -> dict[str, Any]:
     """Return the arguments of the training that wrote the checkpoint; empty if it was not trained."""
-    path = student.checkpoint_dir / "hyperparameters.yaml"
-    content = from_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return _mapping(_read(student.checkpoint_dir / "hyperparameters.yaml"))
 
 
 def _measurements(student: Student) -> str:

@@ -71,7 +71,8 @@ def export_hf(
         for path in model.code:
             copy_contents(path, folder / path.name)
         write_text(folder / "config.json", json.dumps(model.content, indent=2))
-        write_text(folder / "README.md", model_card(student, layout, repository or out_dir.name))
+        name = repository or out_dir.name
+        write_text(folder / "README.md", model_card(student, layout, name, model.n_params))
         save_torch_state_dict(model.weights(), folder, max_shard_size=n_bytes)
         for file in folder.glob("*.safetensors"):  # safetensors makes its files readable by the user only
             shutil.copymode(folder / "config.json", file)

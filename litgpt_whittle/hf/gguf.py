@@ -57,9 +57,9 @@ def export_gguf(
         shutil.rmtree(padded)
         if is_narrowed:
             narrow_layers(file, student.shape)
-        write_text(folder / "README.md", model_card(student, "gguf", file.name))
+        n_params = student.n_params if is_narrowed else exported.n_params
+        write_text(folder / "README.md", model_card(student, "gguf", file.name, n_params))
     notes = () if is_narrowed or student.shape.layers_are_alike else ("Its layers are padded to one width.",)
-    n_params = student.n_params if is_narrowed else exported.n_params
     return Exported(f"{name}.gguf", n_params, notes, exported.difference)
 
 
