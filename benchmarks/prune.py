@@ -102,7 +102,7 @@ class Bench:
         self.data, self.weights = data, read_weights(data.teacher)
         module, length = data.module(), data.config.block_size
         connect(module, data.teacher, 16, length)
-        self.windows = calibration_windows(module, length, tokens)
+        self.windows = calibration_windows(module, length, tokens).input_ids
         self.validation = validation_batches(module, length, batches)
 
     def perplexity(self, weights: dict[str, torch.Tensor] | None = None) -> float:

@@ -90,7 +90,7 @@ def score(data: Data, subnets: list[SubNet], students: Path, path: Path) -> None
     module = data.module()
     connect(module, data.teacher, 16, data.config.block_size)
     batches = validation_batches(module, data.config.block_size, 24)
-    windows = calibration_windows(module, data.config.block_size, RepairedPerplexity.n_calibration)
+    windows = calibration_windows(module, data.config.block_size, RepairedPerplexity.n_calibration).input_ids
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = data.config.block_size
     cut, repaired = Perplexity(model, batches), RepairedPerplexity(model, batches, calibration=windows)

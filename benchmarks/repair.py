@@ -92,7 +92,7 @@ class Bench:
     def windows(self, n_tokens: int, seed: int = 42) -> torch.Tensor:
         module = self.data.module(seed)
         connect(module, self.data.teacher, 16, self.length)
-        return calibration_windows(module, self.length, n_tokens)
+        return calibration_windows(module, self.length, n_tokens).input_ids
 
     def repair(self, windows: torch.Tensor, **args) -> tuple[float, float]:
         """Return the NLL of the repaired student, and the seconds of the repair."""

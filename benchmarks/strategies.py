@@ -68,7 +68,7 @@ def load_fitness(data: Data, name: str, n_batches: int) -> Fitness:
     model = load_model(data.teacher, "SuperGPT")
     model.max_seq_length = length
     n = measure.n_calibration
-    wanted = {"calibration": calibration_windows(module, length, n)} if n else {}
+    wanted = {"calibration": calibration_windows(module, length, n).input_ids} if n else {}
     return measure(model, validation_batches(module, length, n_batches), **wanted)
 
 

@@ -110,7 +110,7 @@ def teacher_and_batches(
     data, folder = bench.tokens(n_calibration), bench.checkpoint(TEACHER)
     connect(data, folder, bench.rows, bench.length)
     batches = validation_batches(data, bench.length, n_batches)
-    windows = calibration_windows(data, bench.length, max(n_calibration, 1))
+    windows = calibration_windows(data, bench.length, max(n_calibration, 1)).input_ids
     model = load_model(folder, "SuperGPT", bench.dtype, bench.device)
     model.max_seq_length = bench.length
     return model, batches, windows

@@ -88,9 +88,8 @@ def score(args: argparse.Namespace) -> list[Start]:
     if not missing:
         return starts
     cut = Perplexity(model, batches)
-    repaired = RepairedPerplexity(
-        model, batches, calibration=calibration_windows(data, LENGTH, RepairedPerplexity.n_calibration)
-    )
+    windows = calibration_windows(data, LENGTH, RepairedPerplexity.n_calibration).input_ids
+    repaired = RepairedPerplexity(model, batches, calibration=windows)
     for i in missing:
         origin, subnet = starts[i]
         folder = args.out / f"{i:02d}"
