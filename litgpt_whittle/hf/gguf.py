@@ -110,18 +110,23 @@ def _check_vocabulary(student: Student) -> None:
 
 
 def _convert(converter: Path, model_dir: Path, file: Path, dtype: str, name: str) -> None:
-    """Run the converter.
+    """Run the converter; a terminal shows its progress.
 
     Raises:
         UserError: If it fails; the message has the last line of its output.
     """
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", dtype]
+    command += ["--model-name", name]
     print(f"Converting by {converter}")
-    done = subprocess.run([*command, "--model-name", name], capture_output=True, text=True)
-    if done.returncode != 0 or not file.is_file():
-        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # each update of its progress bar is a line
+            last = line.strip() or last
+            if "%|" in line and sys.stderr.isatty():
+                print(last, end="\n" if "100%|" in line else "\r", file=sys.stderr)
+    if process.returncode != 0 or not file.is_file():
         raise UserError(
-            f"llama.cpp's converter failed ({reason}), so nothing was exported; update llama.cpp and the packages that "
-            "its converter needs, or use --format hf"
+            f"llama.cpp's converter failed ({last or f'exit code {process.returncode}'}), so nothing was exported; "
+            "update llama.cpp and the packages that its converter needs, or use --format hf"
         )
