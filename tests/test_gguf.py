@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,11 +139,9 @@ def numbers(tensor):
     return (data.view(torch.bfloat16) if data.dtype == torch.uint8 else data).float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_is_removed_from_a_gguf_file(dtype, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    student = Student.open(save_student(tmp_path / "lit", TEACHER, **UNEQUAL))
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+def write_padded(gguf, path, student, dtype):
+    """Write a padded Llama, without the converter's permutation within heads."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_rope_freq_base(5.0)
     writer.add_head_count(student.config.n_head)
     writer.add_head_count_kv(student.config.n_query_groups)
@@ -158,7 +157,14 @@ def test_padding_is_removed_from_a_gguf_file(dtype, tmp_path):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    narrow_layers(tmp_path / "x.gguf", student.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_removed_from_a_gguf_file(dtype, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    student = Student.open(save_student(tmp_path / "lit", TEACHER, **UNEQUAL))
+    write_padded(gguf, tmp_path / "x.gguf", student, dtype)
+    n_stored = narrow_layers(tmp_path / "x.gguf", student.shape)
 
     read = gguf.GGUFReader(tmp_path / "x.gguf")
     fields = {name: field.contents() for name, field in read.fields.items()}
@@ -170,12 +176,41 @@ def test_padding_is_removed_from_a_gguf_file(dtype, tmp_path):
     assert fields["deci.feed_forward_length"] == [500, 256, 9]
     true = load_model(tmp_path / "lit")
     found = {tensor.name: numbers(tensor) for tensor in read.tensors}
-    assert sum(tensor.numel() for tensor in found.values()) == sum(weight.numel() for weight in true.parameters())
+    assert sum(tensor.numel() for tensor in found.values()) == n_stored
+    assert n_stored == sum(weight.numel() for weight in true.parameters())
     for i, block in enumerate(true.transformer.h):
         weights = {f"transformer.h.{i}.{name}": weight for name, weight in block.state_dict().items()}
         expected = hf_weights(student.shape.layer_config(i), FAMILIES["Llama"], weights)
         for name, weight in expected.items():
             assert torch.equal(found[gguf_name(name)], weight.to(dtype).float())
+
+
+@dataclasses.dataclass
+class Sizes:
+    """Sizes of layers, among them sub-layers that are left out; takes the place of a sub-network."""
+
+    teacher: object
+    layers: list
+
+    def __len__(self):
+        return len(self.layers)
+
+    def layer(self, i):
+        return SimpleNamespace(sizes=self.layers[i])
+
+
+def test_a_dropped_attention_has_no_tensors_and_a_dropped_mlp_a_few_zeros(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    student = Student.open(save_student(tmp_path / "lit", TEACHER, n_layer=3))
+    write_padded(gguf, tmp_path / "x.gguf", student, torch.float32)
+    narrow_layers(tmp_path / "x.gguf", Sizes(student.config, [(4, 2, 300, 0), (0, 0, 768, 0), (2, 1, 0, 0)]))
+    read = gguf.GGUFReader(tmp_path / "x.gguf")
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in read.tensors}
+    assert read.fields["deci.attention.head_count"].contents() == [8, 0, 2]
+    assert read.fields["deci.feed_forward_length"].contents() == [300, 768, 32]
+    assert not any(name.startswith("blk.1.attn") for name in shapes)
+    assert shapes["blk.1.ffn_norm.weight"] == (32,) and shapes["blk.2.ffn_down.weight"] == (32, 32)
+    assert shapes["blk.0.ffn_up.weight"] == (32, 300) and shapes["blk.2.attn_output.weight"] == (32, 32)
 
 
 # -- with llama.cpp

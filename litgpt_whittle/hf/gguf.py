@@ -55,9 +55,7 @@ def export_gguf(
         exported = export_hf(checkpoint_dir, padded, check=check)
         _convert(converter, padded, file, dtype, student.config.name)
         shutil.rmtree(padded)
-        if is_narrowed:
-            narrow_layers(file, student.shape)
-        n_params = student.n_params if is_narrowed else exported.n_params
+        n_params = narrow_layers(file, student.shape) if is_narrowed else exported.n_params
         write_text(folder / "README.md", model_card(student, "gguf", file.name, n_params))
     notes = () if is_narrowed or student.shape.layers_are_alike else ("Its layers are padded to one width.",)
     return Exported(f"{name}.gguf", n_params, notes, exported.difference)
