@@ -433,7 +433,7 @@ def test_a_window_that_is_not_there_ends_the_training(full, tmp_path):
 def test_another_length_vocabulary_tokenizer_or_teacher_is_refused(teacher_dir, full, tmp_path):
     refuse(tmp_path, "must be 8, as the cache .* got 4; set --train.max_seq_length 8", teacher_cache=full,
            train=train_args(max_seq_length=4))  # fmt: skip
-    match = "same vocabulary, .* got 100 and 128 entries and no tokenizer in"
+    match = "same number of vocabulary entries, .* got 100 and 128 entries, and .* has no tokenizer"
     refuse(tmp_path, match, teacher_cache=full, model_config=config(padded_vocab_size=128))
     other = checkpoint(tmp_path / "other", seed=9, n_embd=48)
     match = "must be the teacher of the cache .*, tiny, got .* with other weights; leave it out"
@@ -529,7 +529,7 @@ def test_resuming_with_data_that_changed_is_refused(teacher_dir, full, tmp_path,
     """Even with the same settings."""
     store, samples = shutil.copytree(full, tmp_path / "cache"), TokenData.samples
     monkeypatch.setattr(TokenData, "samples", lambda self, n, seed: samples(self, n, seed + 1))
-    with pytest.raises(UserError, match="shard-00000.bin' is not what the training data gives: the data changed"):
+    with pytest.raises(UserError, match="shard-00000.bin' differs from the training data: the data changed"):
         cache(teacher_dir, store, resume=True)
     monkeypatch.setattr(TokenData, "samples", lambda self, n, seed: samples(self, n, seed)[:16])
     with pytest.raises(UserError, match="fills 2 shards, the cache .* has 3: the data changed"):

@@ -337,7 +337,7 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     teacher = checkpoint(tmp_path / "teacher", padded_vocab_size=128)
-    match = "same vocabulary, .* got 128 and 100 entries and no tokenizer in"
+    match = "same number of vocabulary entries, .* got 128 and 100 entries, and .* has no tokenizer"
     refuse(tmp_path, match, teacher_checkpoint_dir=teacher, distill=DistillArgs())
 
 

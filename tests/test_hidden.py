@@ -174,7 +174,7 @@ def test_an_extracted_student_in_another_basis_keeps_it_over_a_resumption(tmp_pa
     "hidden, message",
     [
         ({"weight": 1.0}, "the student's sub_network.yaml .* add --distill.hidden.projection true"),
-        ({"weight": 1.0, "projection": True, "layers": [0, 2]}, "must be among the student's 0 … 1, got 2"),
+        ({"weight": 1.0, "projection": True, "layers": [0, 2]}, "must be student layers from 0 to 1, got 2"),
     ],
 )
 def test_what_cannot_be_matched_is_refused(tmp_path, hidden, message):

@@ -215,5 +215,5 @@ def test_files_that_are_no_ranking_of_this_teacher_are_refused(folder, tmp_path)
     with pytest.raises(UserError, match="is not a file of 'litgpt rank'"):
         Ranking.load(path, TEACHER)
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match="is damaged or no file"):
+    with pytest.raises(UserError, match="is damaged, or not a file"):
         Ranking.load(path, TEACHER)

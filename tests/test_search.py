@@ -256,7 +256,7 @@ def test_resuming_by_another_importance_is_refused_by_name(checkpoint, importanc
         ({"order": "importance"}, "needs --importance"),
         ({"order": "taste"}, "order must be given or importance, got 'taste'"),
         ({"importance": Path("importance.pt")}, "used only with --order importance"),
-        ({"order": "importance", "importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; make it with"),
+        ({"order": "importance", "importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; create it with"),
         ({"search_space": SpaceArgs(layers="best")}, "'best' needs --order importance"),
     ],
 )
@@ -475,7 +475,7 @@ def test_a_stopped_search_says_how_to_go_on(checkpoint, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bin": None}, "bin must say"),
+        ({"bin": None}, "the target size is missing"),
         ({"bin": "much"}, "a bin looks like"),
         ({"bin": "10K-8K"}, "swap"),
         ({"bin": "7B"}, "no sub-network lies in the bin .*the teacher has"),

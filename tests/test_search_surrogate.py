@@ -109,7 +109,7 @@ def test_a_language_model_is_fine_tuned_and_kept(checkpoint, tmp_path):
     [
         ({"kind": "crystal_ball"}, "there is no 'crystal_ball' in litgpt_whittle.surrogates; choose from text, trees"),
         ({"path": Path("nowhere")}, "must be the folder or journal of a search, got 'nowhere'"),
-        ({"importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; make it with"),
+        ({"importance": Path("nowhere.pt")}, "there is no 'nowhere.pt'; create it with"),
         ({"kind": "text"}, "surrogate.kind text needs --surrogate.model"),
         ({"kind": "text", "model": "./nowhere"}, "surrogate.model './nowhere' cannot be loaded"),
         ({"model": "./nowhere"}, "surrogate.model is an option of kind text"),

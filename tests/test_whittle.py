@@ -309,7 +309,7 @@ def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path, 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"target": None}, "target must say"),
+        ({"target": None}, "the target size is missing"),
         ({"target": "14K,14K±3%"}, "targets must differ in the size before '±'"),
         ({"target": "3M"}, "^search: no sub-network lies in the bin .*, change --target"),
         ({"target": "14X"}, "target: a bin looks like"),
