@@ -152,8 +152,11 @@ def drops(draw, layers: list[int]) -> dict[str, UnitIndex]:
 
 
 @st.composite
-def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
-    """Draw any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers, or possibly not."""
+def subnets(draw, teacher: Config, uniform: bool | None = None, sublayers: bool = False) -> SubNet:
+    """Draw any legal sub-network of a teacher; with `uniform`, one of the same sizes in all layers, or possibly not.
+
+    With `sublayers`, one of different sizes may lack the attention or the MLP of some layers.
+    """
     n_layer = draw(keeps(teacher.n_layer))
     layers = n_layer.indices.tolist()
     uniform = draw(st.booleans()) if uniform is None else uniform
@@ -172,7 +175,7 @@ def subnets(draw, teacher: Config, uniform: bool | None = None) -> SubNet:
             choice[field] = draw(keeps(next(size for size in sizes if size is not None)))
         else:
             choice[field] = [None if size is None else draw(keeps(size)) for size in sizes]
-    if not uniform and len(layers) > 1 and draw(st.booleans()):
+    if sublayers and not uniform and len(layers) > 1 and draw(st.booleans()):
         choice |= draw(drops(layers))
     try:
         return SubNet(teacher, **choice)

@@ -28,12 +28,12 @@ def shares(subnet: SubNet) -> dict[str, list[float]]:
     """Return each kept layer's shares of its teacher layer."""
     full, found = SubNet.full(subnet.teacher), {"heads": [], "neurons": [], "groups": [], "experts": []}
     for i, layer in enumerate(subnet.layers):
-        kept, of = subnet.layer(i), full.layer(layer)
-        found["groups"].append(len(kept.n_query_groups) / len(of.n_query_groups))
-        found["heads"].append(found["groups"][-1] * len(kept.heads_per_group) / len(of.heads_per_group))
-        found["neurons"].append(len(kept.intermediate_size) / len(of.intermediate_size))
-        if of.n_expert is not None:
-            found["experts"].append(len(kept.n_expert) / len(of.n_expert))
+        kept, of = subnet.layer(i).sizes, full.layer(layer).sizes
+        found["groups"].append(kept[0] / of[0])
+        found["heads"].append(found["groups"][-1] * kept[1] / of[1])
+        found["neurons"].append(kept[2] / of[2])
+        if of[3]:
+            found["experts"].append(kept[3] / of[3])
     return found
 
 
@@ -48,6 +48,8 @@ def masses(subnet: SubNet, ranking: Ranking) -> dict[str, float]:
             if layer in subnet.layers:
                 keep = subnet.layer(subnet.layers.index(layer))
                 keep = keep.intermediate_size if name.endswith("intermediate_size") else getattr(keep, name)
+                if keep is None:
+                    continue
                 indices = experts_of(teacher, keep) if name == "n_expert" else keep.indices
                 own[name][layer] = float(worth[indices].sum() / worth.sum())
     found = {f"activation_{name}": mean(values.values()) for name, values in own.items()}
@@ -102,7 +104,7 @@ def brute_force(subnet: SubNet) -> dict[str, float]:
 @given(data=st.data())
 def test_features_are_those_found_by_brute_force(teacher, data):
     ranking = random_ranking(teacher)
-    chosen = [data.draw(subnets(teacher)) for _ in range(2)]
+    chosen = [data.draw(subnets(teacher, sublayers=True)) for _ in range(2)]
     found = Features(teacher, ranking)(chosen)
     for row, subnet in enumerate(chosen):
         of = {name: values[row] for name, values in found.items()}
@@ -119,7 +121,7 @@ def test_features_are_those_found_by_brute_force(teacher, data):
 @settings(max_examples=5)
 @given(data=st.data())
 def test_a_journals_record_reads_like_the_sub_network(teacher, data):
-    chosen = [data.draw(subnets(teacher)) for _ in range(3)]
+    chosen = [data.draw(subnets(teacher, sublayers=True)) for _ in range(3)]
     features = Features(teacher, random_ranking(teacher))
     ours, theirs = features(chosen), features([subnet.to_dict() for subnet in chosen])
     assert list(ours) == list(theirs) and all((ours[name] == theirs[name]).all() for name in ours)

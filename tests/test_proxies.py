@@ -41,7 +41,7 @@ def test_lost_magnitude_is_that_of_the_weights_left_out(data):
     model = TEACHERS[data.draw(st.sampled_from(NAMES))]
     score = WeightMagnitude(model)
     for _ in range(2):
-        subnet = data.draw(subnets(model.config))
+        subnet = data.draw(subnets(model.config, sublayers=True))
         expected = 1 - magnitude(model, subnet) / magnitude(model, SubNet.full(model.config))
         assert score(subnet)["magnitude_lost"] == pytest.approx(expected, abs=1e-6)
 
@@ -97,14 +97,10 @@ def importance_lost(ranking: Ranking, subnet: SubNet) -> float:
             everything.setdefault(kind, []).extend(scores.tolist())
             if layer not in subnet.layers:
                 continue
-            keep = subnet.layer(subnet.layers.index(layer))
-            chosen = {
-                "n_query_groups": lambda: keep.n_query_groups.indices,
-                "heads_per_group": lambda: keep.heads_per_group.indices,
-                "intermediate_size": lambda: keep.intermediate_size.indices,
-                "moe_intermediate_size": lambda: keep.intermediate_size.indices,
-                "n_expert": lambda: experts_of(config, keep.n_expert),
-            }[kind]()
+            keep = getattr(subnet.layer(subnet.layers.index(layer)), kind.removeprefix("moe_"))
+            if keep is None:
+                continue
+            chosen = experts_of(config, keep) if kind == "n_expert" else keep.indices
             kept.setdefault(kind, []).extend(float(scores[unit]) for unit in chosen)
     shares = [sum(kept.get(kind, [])) / sum(everything[kind]) for kind in everything]
     return 1 - sum(shares) / len(shares)
@@ -115,7 +111,7 @@ def importance_lost(ranking: Ranking, subnet: SubNet) -> float:
 def test_lost_importance_is_that_of_the_units_left_out(data):
     model = TEACHERS[data.draw(st.sampled_from(NAMES))]
     ranking = random_ranking(model.config, data.draw(st.integers(0, 9)))
-    subnet = data.draw(subnets(model.config))
+    subnet = data.draw(subnets(model.config, sublayers=True))
     score = ImportanceMass(model, importance=ranking)
     assert score(subnet)["importance_lost"] == pytest.approx(importance_lost(ranking, subnet), abs=1e-12)
 

@@ -43,7 +43,7 @@ def test_keep_reads_ranges():
 @settings(max_examples=10)
 @given(data=st.data())
 def test_sub_network_survives_its_yaml(teacher, data, tmp_path_factory):
-    subnet = data.draw(subnets(teacher))
+    subnet = data.draw(subnets(teacher, sublayers=True))
     path = tmp_path_factory.mktemp("subnet") / "s.yaml"
     subnet.save(path, perplexity=3.5)
     again = SubNet.load(path, teacher)
@@ -66,7 +66,7 @@ def test_lists_that_agree_are_the_uniform_sub_network():
 @settings(max_examples=10)
 @given(data=st.data())
 def test_plan_counts_the_parameters_of_the_model_itself(teacher, data):
-    subnet, tied = data.draw(subnets(teacher)), data.draw(st.booleans())
+    subnet, tied = data.draw(subnets(teacher, sublayers=True)), data.draw(st.booleans())
     with torch.device("meta"):
         student = student_model(subnet)
     if tied:

@@ -59,7 +59,7 @@ def test_full_sub_network_is_litgpts_model(teacher):
 @settings(max_examples=8)
 @given(data=st.data())
 def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, tmp_path_factory):
-    subnet, tied = data.draw(subnets(teacher)), data.draw(st.booleans())
+    subnet, tied = data.draw(subnets(teacher, sublayers=True)), data.draw(st.booleans())
     model, idx = supergpt(teacher, tied), tokens(teacher)
     out_dir = tmp_path_factory.mktemp("student") / "student"
     save_checkpoint(out_dir, subnet, extract_weights(model, subnet))
@@ -105,7 +105,7 @@ def _assert_same_gradients(model: SuperGPT, student: GPT, subnet: SubNet, tied: 
 @settings(max_examples=6)
 @given(data=st.data())
 def test_padded_export_gives_the_layerwise_logits(teacher, data):
-    subnet = data.draw(subnets(teacher, uniform=False))
+    subnet = data.draw(subnets(teacher, uniform=False, sublayers=True))
     model, idx = supergpt(teacher, std=0.08), tokens(teacher)  # larger weights amplify rounding from layer to layer
     student = student_model(subnet)
     student.load_state_dict(extract_weights(model, subnet))
