@@ -304,6 +304,15 @@ def test_a_column_of_text_with_the_name_of_conversations_is_text(folder, tmp_pat
     assert isinstance(opened(folder, path).train_dataset[0], torch.Tensor)
 
 
+def test_another_column_of_messages_is_read_from_a_file_that_was_read_as_text(folder, tmp_path):
+    path = tmp_path / "both.jsonl"
+    rows = [{"text": text, "conversations": messages} for text, messages in zip(documents(40), chats(40))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert isinstance(opened(folder, path).train_dataset[0], torch.Tensor)
+    assert isinstance(opened(folder, path, messages_column="conversations").train_dataset[0], dict)
+    assert isinstance(opened(folder, path, messages_column="none").train_dataset[0], torch.Tensor)
+
+
 def test_a_crash_leaves_no_tokens_without_their_mask(folder, tmp_path, monkeypatch):
     path = write_chats(tmp_path / "chat.jsonl", [*chats(80), [{"role": "user"}]])
     for _ in range(2):

@@ -331,8 +331,8 @@ class HFText(DataModule):
             "caps": [self.max_documents, self.max_tokens],
             "tokenizer": tokenizer_digest(self._checked_tokenizer()),
         }
-        if template is not None:
-            facts["chat"] = [self.messages_column, self.answers_only, template.digest]
+        if template is not None or self.messages_column != "messages":  # text may be in another column of the same file
+            facts["chat"] = [self.messages_column, self.answers_only, template and template.digest]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _checked_tokenizer(self) -> Tokenizer:
