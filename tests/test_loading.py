@@ -124,7 +124,7 @@ def test_folders_that_are_not_there_are_named(tmp_path, monkeypatch, make, probl
     [
         ({"data": []}, "JSON cannot read its data|must be a list of records"),
         ("[{", "JSON cannot read its data .JSONDecodeError"),
-        ([["a", "b"]] * 4, "must be a list of records, got a list in it"),
+        ([["a", "b"]] * 4, "must be a list of records, got also a list"),
         ([{"instruction": "a", "output": 1}] * 4, "no text 'output'"),
         ([{"instruction": None, "output": "a"}] * 4, "no text 'instruction'"),
     ],
