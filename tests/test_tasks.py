@@ -253,6 +253,14 @@ def test_layers_before_the_first_cut_are_computed_once_with_the_same_scores(teac
     assert whole["margin"] == pytest.approx(np.mean([each.margin for each in tasks.measure(model)]), rel=1e-4)
 
 
+def test_bf16_is_used_where_asked_for(teacher, folder):
+    model, subnet = load_model(teacher, "SuperGPT"), SubNet(TEACHER, **CUT)
+    tasks = read_tasks(SearchTaskArgs([str(folder)]), teacher, 64)
+    exact = Tasks(model, tasks=tasks)(subnet)["margin"]
+    mixed = Tasks(model, tasks=tasks, autocast=lambda: torch.autocast("cpu", torch.bfloat16))(subnet)["margin"]
+    assert mixed != exact and mixed == pytest.approx(exact, rel=0.05)
+
+
 def test_a_repair_does_not_change_the_whole_teacher_and_helps_a_cut(teacher, folder):
     model, calibration = load_model(teacher, "SuperGPT"), torch.randint(0, 300, (64, 32))
     tasks = read_tasks(SearchTaskArgs([str(folder)]), teacher, 64)
