@@ -55,13 +55,15 @@ def test_the_best_of_each_bin_is_the_earliest_of_equals():
 @settings(max_examples=10)
 @given(data=st.data())
 def test_mean_sizes_are_those_of_the_students_layers(teacher, data):
-    subnet = data.draw(subnets(teacher))
+    subnet = data.draw(subnets(teacher, sublayers=True))
     layers = [subnet.layer(i) for i in range(len(subnet))]
     configs = [subnet.layer_config(i) for i in range(len(subnet))]
     expected = {"n_embd": len(subnet.n_embd), "n_layer": len(subnet), "head_size": len(subnet.head_size)}
-    expected["n_head"] = mean(config.n_head for config in configs)
+    expected["n_head"] = mean(config.n_head for config, layer in zip(configs, layers) if "attn" in layer.parts)
     has_own_width = teacher.moe_intermediate_size is not None
     for config, layer in zip(configs, layers):
+        if "mlp" not in layer.parts:
+            continue
         is_expert = layer.n_expert is not None and has_own_width
         width = "moe_intermediate_size" if is_expert else "intermediate_size"
         expected.setdefault(width, []).append(getattr(config, width))
