@@ -282,6 +282,7 @@ CASCADE = {"target": "18K,14K", "cascade": True, "correct_teacher": {"max_tokens
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("settings", [{"target": "14K"}, CASCADE], ids=["one student", "cascade"])
 def test_killed_anywhere_it_ends_with_the_same_student(teacher, data, tmp_path, settings):
     """All processes are killed at moments spread over a run's time."""
