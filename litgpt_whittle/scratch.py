@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from litgpt_whittle.manifest import digest
-from litgpt_whittle.processes import barrier, rank
+from litgpt_whittle.processes import barrier, rank, world_size
 from litgpt_whittle.registry import version
 from litgpt_whittle.tensors import save_tensors, to_device
 
@@ -95,6 +95,38 @@ class DeviceActivations:
         """Do nothing; there is no file."""
 
 
+class OwnActivations:
+    """Hidden states of the batches that this process writes, in its device's memory, read by the same slices.
+
+    A replacement for `ActivationFile` if several processes work on their own batches; its content is lost when the
+    process ends.
+
+    Args:
+        device: Device of the hidden states.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._batches: dict[int, torch.Tensor] = {}
+        """Hidden states by the first window of the batch"""
+
+    def __getitem__(self, windows: slice) -> torch.Tensor:
+        return self._batches[windows.start]
+
+    def __setitem__(self, windows: slice, states: torch.Tensor) -> None:
+        if windows.start not in self._batches:
+            self._batches[windows.start] = torch.empty(states.shape, device=self.device)
+        self._batches[windows.start].copy_(states)
+
+    def flush(self) -> None:
+        """Do nothing; there is no file."""
+
+
+Activations = ActivationFile | DeviceActivations | OwnActivations
+SharedActivations = ActivationFile | DeviceActivations
+"""Activations whose windows any process can read, wherever they were written"""
+
+
 class Scratch:
     """Folder for streams (hidden states of all calibration windows before one layer) and finished layers.
 
@@ -104,7 +136,8 @@ class Scratch:
 
     Attributes:
         device: Device of the work.
-        budget: Remaining bytes of the device's memory for streams. Streams that do not fit are files.
+        budget: Remaining bytes of the device's memory for streams, the same on all processes. Streams that do not fit
+            are files.
 
     Several processes may share a folder; only rank 0 creates, saves and removes.
     """
@@ -122,7 +155,7 @@ class Scratch:
             (self.folder / "key").write_text(key)
         barrier()
         self.is_new = is_other
-        self._streams: dict[str, ActivationFile | DeviceActivations] = {}
+        self._streams: dict[str, Activations] = {}
         self._n_bytes: dict[str, int] = {}
         """Bytes of the streams in the device's memory"""
 
@@ -131,7 +164,7 @@ class Scratch:
         """Disk usage in bytes."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
 
-    def stream(self, name: str, n: int, length: int, n_embd: int) -> ActivationFile | DeviceActivations:
+    def stream(self, name: str, n: int, length: int, n_embd: int, is_shared: bool = True) -> Activations:
         """Open a stream, or create it if it does not exist.
 
         Args:
@@ -139,12 +172,17 @@ class Scratch:
             n: Number of windows.
             length: Tokens per window.
             n_embd: Channels of the hidden states.
+            is_shared: If true, processes read windows that others have written, for which several processes need a
+                file. Otherwise, each process reads the slices that it has written.
         """
         if name not in self._streams:
-            shape, path = (n, length, n_embd), self.folder / f"{name}.f32"
-            n_bytes = 4 * math.prod(shape)
-            if n_bytes <= self.budget and not path.exists():
-                self._streams[name], self._n_bytes[name] = DeviceActivations(shape, self.device), n_bytes
+            shape, path, n_processes = (n, length, n_embd), self.folder / f"{name}.f32", world_size()
+            n_bytes = 4 * math.prod(shape) // n_processes
+            fits = n_bytes <= self.budget and not path.exists()
+            if fits and (n_processes == 1 or not is_shared):
+                whole = n_processes == 1
+                self._streams[name] = DeviceActivations(shape, self.device) if whole else OwnActivations(self.device)
+                self._n_bytes[name] = n_bytes
                 self.budget -= n_bytes
             else:
                 self._streams[name] = ActivationFile(path, shape, self.device)

@@ -1,7 +1,9 @@
 """Test activations of a repair in device memory and in files: the results are the same."""
 
+import os
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from checkpoints import write_random_model
@@ -28,11 +30,16 @@ SUBNETS = {
 }
 
 
+def make_case(name, folder):
+    """Return the weights of a written teacher, and its sub-network."""
+    config, sizes = SUBNETS[name]
+    return read_weights(folder / "teacher"), SubNet(config, **sizes)
+
+
 @pytest.fixture(params=SUBNETS)
 def case(request, tmp_path):
-    config, sizes = SUBNETS[request.param]
-    write_random_model(tmp_path / "teacher", config, std=0.1, norm_mean=1.0)
-    return read_weights(tmp_path / "teacher"), SubNet(config, **sizes)
+    write_random_model(tmp_path / "teacher", SUBNETS[request.param][0], std=0.1, norm_mean=1.0)
+    return make_case(request.param, tmp_path)
 
 
 def repair(case, folder, device="cpu", **args):
@@ -100,3 +107,44 @@ def test_an_interrupted_repair_computes_lost_streams_again(case, budgets, tmp_pa
             assert budgets[0] != 2**30 or len(n) == 3
     found, _ = repair(case, tmp_path / "out", refine_passes=0.2)
     same(found, expected)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from torch import distributed
+import test_repair_streams as streams
+from litgpt_whittle.repair.sequential import SequentialRepair
+from litgpt_whittle.scratch import OwnActivations, Scratch
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+case, folder = streams.make_case({name!r}, Path({folder!r})), Path({folder!r})
+for where, budgets in (("files", (0, 0)), ("memory", (2**30, 2**29)), ("both", (2**30, 20_000))):
+    SequentialRepair._streams_budget = lambda self: budgets[distributed.get_rank()]
+    kinds, stream = set(), Scratch.stream
+    def seen(self, *args, **kwargs):
+        kinds.add(type(found := stream(self, *args, **kwargs)))
+        return found
+    Scratch.stream = seen
+    student, has_files = streams.repair(case, folder / where, refine_passes=0.2)
+    Scratch.stream = stream
+    assert (OwnActivations in kinds) == (where != "files") and has_files, (where, kinds)
+    torch.save(student, folder / f"{{where}}-{{distributed.get_rank()}}.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", SUBNETS)
+def test_streams_in_the_memory_of_several_processes_give_the_student_of_those_in_files(name, tmp_path):
+    """Also if not all of them fit, or if the processes have different amounts of memory."""
+    write_random_model(tmp_path / "teacher", SUBNETS[name][0], std=0.1, norm_mean=1.0)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), name=name, folder=str(tmp_path)))
+    done = forked.run(script, n=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = torch.load(tmp_path / "files-0.pt")
+    for where in ("files", "memory", "both"):
+        for rank in range(2):
+            same(torch.load(tmp_path / f"{where}-{rank}.pt"), expected)

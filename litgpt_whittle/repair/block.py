@@ -25,14 +25,13 @@ from litgpt_whittle.repair.basis import (
 )
 from litgpt_whittle.repair.cut import linear_names
 from litgpt_whittle.repair.readers import fit_readers
-from litgpt_whittle.scratch import ActivationFile, DeviceActivations
+from litgpt_whittle.scratch import Activations
 from litgpt_whittle.student_block import NoSublayer
 from litgpt_whittle.tensors import in_sums_dtype, sums_dtype
 
 POST_NORMS = {name: after for name, (_, after) in SUBLAYERS.items()}
 """litgpt's names of the norms after attention and MLP, before the residual addition"""
 
-Activations = ActivationFile | DeviceActivations
 
 Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Function that returns a linear map's inputs, targets and token weights for a batch"""

@@ -11,7 +11,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.repair.basis import DirectionImportance, readers, standardised
 from litgpt_whittle.repair.cut import FiniteCheck
-from litgpt_whittle.scratch import ActivationFile, DeviceActivations
+from litgpt_whittle.scratch import Activations
 from litgpt_whittle.subnet import LayerUnits
 
 
@@ -20,7 +20,7 @@ def direction_importance(
     block_of: Callable[[int], Block],
     kept: Mapping[int, LayerUnits],
     calibration: Calibration,
-    stream: ActivationFile | DeviceActivations,
+    stream: Activations,
 ) -> DirectionImportance:
     """Return the importance of the teacher's directions for the kept layers' input projections and the LM head.
 

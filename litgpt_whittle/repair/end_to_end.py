@@ -20,7 +20,7 @@ from litgpt_whittle.blocks import NonBlockModules
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.repair.head import divergence
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
+from litgpt_whittle.scratch import Scratch, SharedActivations
 
 TOKENS_PER_STEP = 512
 """Tokens per step, but at least one window; small, since calibration tokens are few"""
@@ -49,8 +49,8 @@ class EndToEnd:
         theirs: NonBlockModules,
         blocks: Sequence[Block],
         args: Sequence[tuple],
-        start: ActivationFile | DeviceActivations,
-        teacher: ActivationFile | DeviceActivations,
+        start: SharedActivations,
+        teacher: SharedActivations,
         calibration: Calibration,
         tied: bool,
     ) -> None:

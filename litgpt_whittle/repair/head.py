@@ -20,7 +20,7 @@ from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.repair.basis import norm_weight
 from litgpt_whittle.repair.refine import Errors, refine
-from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
+from litgpt_whittle.scratch import Scratch, SharedActivations
 
 TOKENS_PER_STEP = 256
 NORM_TOKENS = 4_096
@@ -51,8 +51,8 @@ class HeadRepair:
         self,
         ours: NonBlockModules,
         theirs: NonBlockModules,
-        student: ActivationFile | DeviceActivations,
-        teacher: ActivationFile | DeviceActivations,
+        student: SharedActivations,
+        teacher: SharedActivations,
         calibration: Calibration,
         tied: bool,
     ) -> None:

@@ -36,7 +36,7 @@ from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
-from litgpt_whittle.processes import all_reduce_sum, barrier, free_memory, n_sharing, world_size
+from litgpt_whittle.processes import all_reduce_sum, barrier, free_memory, gather, n_sharing
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.repair.basis import Basis, is_centring, principal_directions, token_weights
 from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
@@ -56,7 +56,7 @@ from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.repaired import LayerReport, Repaired
 from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
-from litgpt_whittle.scratch import ActivationFile, DeviceActivations, Scratch
+from litgpt_whittle.scratch import Activations, OwnActivations, Scratch, SharedActivations
 from litgpt_whittle.student_block import part_of
 from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
@@ -93,7 +93,7 @@ class SequentialRepair:
         self.n_embd = len(subnet.n_embd)
         self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
         self._check_memory()
-        scratch.device, scratch.budget = self.device, self._streams_budget()
+        scratch.device, scratch.budget = self.device, min(gather(self._streams_budget()))
         self.ridges = self._ridges(widest_map(subnet.config))
 
     def _check_memory(self) -> None:
@@ -125,9 +125,9 @@ class SequentialRepair:
     def _streams_budget(self) -> int:
         """Return the bytes of the device's memory for streams: half of the memory that the repair does not need.
 
-        0 on a CPU, where files are cached in main memory, and for several processes, which share the files of streams.
+        0 on a CPU, where files are cached in main memory.
         """
-        if self.device.type == "cpu" or world_size() > 1:
+        if self.device.type == "cpu":
             return 0
         needed = repair_bytes(self.subnet, self.tied, self.device, self.args.refine_passes > 0)
         return max(free_memory(self.device, 1) - needed, 0) // 2
@@ -225,8 +225,20 @@ class SequentialRepair:
 
     # streams ----------------------------------------------------------------------------------------------------------
 
-    def _stream(self, name: str, n_embd: int) -> ActivationFile | DeviceActivations:
-        return self.scratch.stream(name, *self.calibration.shape, n_embd)
+    def _stream(self, name: str, n_embd: int) -> Activations:
+        return self.scratch.stream(name, *self.calibration.shape, n_embd, is_shared=name in self._shared)
+
+    @property
+    def _shared(self) -> set[str]:
+        """Names of the streams of which every process reads all windows, to train the head or all blocks."""
+        last = [f"{model}-{len(self.subnet)}" for model in ("teacher", "student")]
+        return {*last, self._start} if self.args.refine_passes else set(last)
+
+    def _last_streams(self) -> tuple[SharedActivations, SharedActivations]:
+        """Return the student's and the teacher's stream after the last layer."""
+        student, teacher = self.student_stream, self.teacher_stream
+        assert not isinstance(student, OwnActivations) and not isinstance(teacher, OwnActivations)
+        return student, teacher
 
     def _begin_streams(self, finished: list[Weights]) -> None:
         """Set up both models' streams before the first unfinished block.
@@ -276,9 +288,7 @@ class SequentialRepair:
             for batch in self.calibration.teacher_batches if is_copy else self.calibration.batches:
                 self.student_stream[batch] = block(self.student_stream[batch], *args)
 
-    def _advance(
-        self, stream: ActivationFile | DeviceActivations, layer: int, part: Literal["attn", "mlp"] | None = None
-    ) -> None:
+    def _advance(self, stream: Activations, layer: int, part: Literal["attn", "mlp"] | None = None) -> None:
         """Run one of the teacher's blocks, or one of its sub-layers, on its stream, in place."""
         block, finite = self._teacher_block(layer), FiniteCheck(layer)
         block = block if part is None else part_of(block, part)
@@ -286,7 +296,7 @@ class SequentialRepair:
             stream[batch] = finite(block(stream[batch], *self.theirs.block_args[layer]))
         finite.finish()
 
-    def _enter(self, stream: ActivationFile | DeviceActivations, i: int) -> None:
+    def _enter(self, stream: Activations, i: int) -> None:
         """Run the teacher's attention that the student's layer `i` dropped, if the layer begins with its MLP."""
         if i < len(self.subnet) and self.subnet.begins_inside(i):
             self._advance(stream, self.subnet.layers[i], "attn")
@@ -417,7 +427,7 @@ class SequentialRepair:
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
         if not self.args.head_passes:
             return None, None
-        head = HeadRepair(ours, theirs, self.student_stream, self.teacher_stream, self.calibration, self.tied)
+        head = HeadRepair(ours, theirs, *self._last_streams(), self.calibration, self.tied)
         errors = head.fit(self.args.head_passes, self.scratch, progress)
         return errors, head.error(self.calibration.compared_windows)
 
@@ -429,13 +439,14 @@ class SequentialRepair:
             for i in range(first, len(subnet))
         ]
         start = self._stream(self._start, self.n_embd)
+        assert not isinstance(start, OwnActivations)  # is shared
         end_to_end = EndToEnd(
             self.ours,
             self.theirs,
             blocks,
             self.ours.block_args[first:],
             start,
-            self.teacher_stream,
+            self._last_streams()[1],
             self.calibration,
             self.tied,
         )
