@@ -36,7 +36,8 @@ from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.sizes import Sizes, decided
 from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.supergpt import SuperGPT, student_model
-from litgpt_whittle.training.memory_plan import MemoryPlan, Step, plan_memory, teacher_dtype
+from litgpt_whittle.training.memory_plan import MemoryPlan, plan_memory
+from litgpt_whittle.training.planned_step import Step, teacher_dtype
 
 HUB = Path(__file__).parents[1] / "config_hub"
 GIVEN = {name: ["TEACHER"] for name in ("search", "rank", "cache_teacher", "prune", "whittle")}
@@ -137,6 +138,7 @@ class Recipe:
                 "build_teacher": lambda: GPT(teacher),
                 "quantized_bytes": saved_bytes(teacher, args.teacher_quantize, teacher_dtype(args.precision)),
                 "teacher_is_sharded": args.teacher_placement == "sharded",
+                "is_compiled": args.compile,
             }
         else:
             build = lambda: SuperGPT(self.teacher)

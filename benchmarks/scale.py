@@ -18,7 +18,8 @@ from litgpt import GPT, Config
 
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.training.args import TrainArgs
-from litgpt_whittle.training.memory_plan import Step, plan_memory
+from litgpt_whittle.training.memory_plan import plan_memory
+from litgpt_whittle.training.planned_step import Step
 
 PILE = 299_892_736_000
 """Training tokens of every Pythia model"""
@@ -88,6 +89,7 @@ class Run:
             build_teacher=lambda: GPT(self.teacher),
             teacher_is_sharded=self.is_sharded,
             activation_checkpointing=self.activation_checkpointing,
+            is_compiled=True,
         )
 
 

@@ -17,7 +17,8 @@ from bench import STUDENT, TEACHER, Bench
 from goals import TOLERANCES
 
 from litgpt_whittle import SubNet, latency
-from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, accumulates_products, head_loss
+from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.head_gradients import accumulates_products
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.least_squares import exact_products
 from litgpt_whittle.scratch import ActivationFile

@@ -3,18 +3,25 @@
 import os
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import forked
 import pytest
 import torch
 from litgpt import GPT, Config
 from test_train import checkpoint, run, train_args
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from litgpt_whittle.distillation.args import DistillArgs
-from litgpt_whittle.distillation.head import CHUNK_ELEMENTS
-from litgpt_whittle.distillation.objective import Objective
+from litgpt_whittle.distillation.chunk_scores import N_COMPILED, dense_scores
+from litgpt_whittle.distillation.head import CHUNK_ELEMENTS, HeadInput, head_loss
+from litgpt_whittle.distillation.losses import reverse_kl
+from litgpt_whittle.distillation.objective import Objective, Term
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.training.memory_plan import LiveBytes, MemoryPlan, Step, plan_memory, show_plan
+from litgpt_whittle.training.live_bytes import LiveBytes
+from litgpt_whittle.training.memory_plan import MemoryPlan, plan_memory, show_plan
+from litgpt_whittle.training.planned_step import Step
 
 CONFIG = Config(n_layer=2, n_embd=64, n_head=4, block_size=64, padded_vocab_size=512, vocab_size=512)
 TEACHER = replace(CONFIG, n_embd=128)
@@ -106,7 +113,45 @@ def test_a_plan_for_gpus_elsewhere_has_their_chunks_of_logits_and_their_main_mem
     # one device's weights, and then AdamW's state, pass through main memory during a save
     alone = plan_memory(replace(step, n_devices=1, is_elsewhere=True))
     assert alone.checkpoint == alone.optimizer and plan_memory(replace(step, n_devices=1)).checkpoint == 0
-    assert CHUNK_ELEMENTS["cpu"] == 64 * 512
+
+
+def test_compiled_losses_take_as_many_tensors_as_counted_and_only_on_gpus(monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cuda", 256 * 512)
+    there = a_step(is_elsewhere=True)
+    plans = [plan_memory(replace(there, is_compiled=compiled)).step for compiled in (False, True)]
+    # uncompiled: the log-probabilities of both models, and the gradient of the cross-entropy
+    assert plans[0] - plans[1] == pytest.approx((3 - N_COMPILED) * 256 * 512 * 4, rel=1e-3)
+    here = a_step()
+    assert plan_memory(replace(here, is_compiled=True)) == plan_memory(here)
+    symmetric = replace(there, objective=Objective(0.2, 0.8, 0.9, (Term(reverse_kl),)))  # is not compiled
+    assert plan_memory(replace(symmetric, is_compiled=True)) == plan_memory(symmetric)
+
+
+def test_the_head_of_a_planned_gpu_stores_no_product_of_its_gradient():
+    """There, one kernel adds products in bf16 to their float32 sum."""
+
+    def peak(device_type: str) -> int:
+        with FakeTensorMode(), LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            hidden, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 8, 64), (16384, 64)))
+            targets = torch.zeros(1, 8, dtype=torch.long)
+            head_loss(HeadInput(hidden, weight, None), targets, Objective(), chunk_size=2, device_type=device_type)
+        return live.peak
+
+    assert peak("cpu") - peak("cuda") == pytest.approx(16384 * 64 * 2, rel=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_losses_allocate_on_a_cpu_what_a_plan_assumes():
+    logits, teacher = torch.randn(64, 4096), torch.randn(64, 4096)
+    targets, share = torch.randint(4096, (64,)), torch.full((64,), 1 / 64)
+    for softcap in (None, 30.0):
+        arguments = (logits, teacher, targets, share, Objective(0.2, 0.8, 0.9), softcap)
+        dense_scores(*arguments)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            dense_scores(*arguments)
+        events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        sizes = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+        assert max(sizes) == pytest.approx(N_COMPILED * logits.nbytes, rel=0.02)
 
 
 def test_the_state_of_the_process_is_left_alone():

@@ -24,8 +24,9 @@ from litgpt_whittle.spaces.args import (
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import LayerwiseGPT
 from litgpt_whittle.supernet import SupernetArgs
-from litgpt_whittle.training import memory_plan
-from litgpt_whittle.training.memory_plan import LiveBytes, plan_memory
+from litgpt_whittle.training.live_bytes import LiveBytes
+from litgpt_whittle.training.memory_plan import plan_memory
+from litgpt_whittle.training.planned_step import PlannedTeacher, planned_student, run_step
 from litgpt_whittle.training.pretraining import count_flops
 
 DENSE = [config for config in KINDS.values() if not config.n_expert]
@@ -113,9 +114,9 @@ def test_the_plan_of_a_mixture_is_an_upper_bound_near_what_real_tokens_take(conf
     )
     plan, live = plan_memory(step), LiveBytes()
     with live:
-        root = filled(memory_plan._student(step, None))
+        root = filled(planned_student(step, None))
         weights = live.now
-        teacher = memory_plan._Teacher(step, root, None)
+        teacher = PlannedTeacher(step, root, None)
         filled(teacher.model)
         held = live.now
         optimizer = step.build_optimizer(root.parameters())
@@ -124,7 +125,7 @@ def test_the_plan_of_a_mixture_is_an_upper_bound_near_what_real_tokens_take(conf
         optimizer.step()
         optimizer.zero_grad()
         live.peak = live.now
-        gradients = memory_plan._run(step, root, teacher, optimizer)
+        gradients = run_step(step, root, teacher, optimizer)
     state = sum(value.nbytes for slots in optimizer.state.values() for value in slots.values())
     assert (plan.weights, plan.teacher, plan.gradients, plan.optimizer) == (weights, held - weights, gradients, state)
     taken = live.peak - held - state - gradients

@@ -42,7 +42,7 @@ from litgpt_whittle.supernet import (
     SupernetStep,
 )
 from litgpt_whittle.testing.samplers import CHECKS
-from litgpt_whittle.training.memory_plan import LiveBytes
+from litgpt_whittle.training.live_bytes import LiveBytes
 from litgpt_whittle.unit_index import UnitIndex
 
 SEARCH_SPACE = SpaceArgs(smallest=SizeArgs(n_embd=16, n_query_groups=1, intermediate_size=32))

@@ -16,7 +16,8 @@ from litgpt_whittle import load_model
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.training.args import TrainArgs
-from litgpt_whittle.training.memory_plan import Step, plan_memory
+from litgpt_whittle.training.memory_plan import plan_memory
+from litgpt_whittle.training.planned_step import Step
 from litgpt_whittle.training.sharding import gathered, shard_student
 from litgpt_whittle.training.teacher import LiveTeacher
 
@@ -59,6 +60,7 @@ def plan_for_eight(bench: Bench) -> dict:
         bench.length,
         objective=OBJECTIVE,
         build_teacher=lambda: GPT(teacher),
+        is_compiled=True,
         is_elsewhere=bench.device.type == "cpu",
     )
     started = time.perf_counter()

@@ -24,6 +24,7 @@ from litgpt_whittle.commands import cache_teacher
 from litgpt_whittle.commands import distill as distill_command
 from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.training import memory_plan
+from litgpt_whittle.training.planned_step import Step
 
 NO_VALIDATION = {"interval": 10**6, "max_iters": 1, "initial_validation": False, "final_validation": False}
 
@@ -122,7 +123,7 @@ def distilled(
     source = {"teacher": bench.checkpoint(TEACHER)} if teacher_cache is None else {"teacher_cache": teacher_cache}
     plan_memory = memory_plan.plan_memory
 
-    def noted(step: memory_plan.Step) -> memory_plan.MemoryPlan:
+    def noted(step: Step) -> memory_plan.MemoryPlan:
         plans.append(plan_memory(step))
         clock.forget()  # the plan's own optimizer steps
         return plans[-1]

@@ -47,8 +47,9 @@ from litgpt_whittle.training.checks import (
 from litgpt_whittle.training.compiler import check_compiler, uncompiled
 from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.loop import fit
-from litgpt_whittle.training.memory_plan import Step, choose_placement, show_plan, teacher_dtype
+from litgpt_whittle.training.memory_plan import choose_placement, show_plan
 from litgpt_whittle.training.model_source import ModelSource
+from litgpt_whittle.training.planned_step import Step, teacher_dtype
 from litgpt_whittle.training.pretraining import (
     Saver,
     TrainingInputs,
@@ -214,6 +215,7 @@ class DistillConfig(TrainingConfig):
             build_teacher=teacher.build if teacher.is_live else None,
             quantized_bytes=teacher.saved_bytes(self.teacher_quantize, self.used_precision),
             build_hidden=make_hidden if self.distill.hidden.is_used else None,
+            is_compiled=self.compile,
         )
 
     def _student(self, student_dir: Path | None, resume_dir: Path | None) -> ModelSource:

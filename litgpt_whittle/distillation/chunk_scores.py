@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from litgpt_whittle.distillation.losses import forward_kl
 from litgpt_whittle.distillation.objective import Objective, SparseTargets, Term, check_losses, log_probabilities
@@ -133,6 +134,10 @@ class Scores:
         self.grad = grad if self.grad is None else grad.add_(self.grad)
 
 
+N_COMPILED = 2
+"""Tensors of the logits' size that the compiled `dense_scores` allocates on a CPU; a GPU's kernels may need fewer"""
+
+
 def is_dense(objective: Objective, teacher: torch.Tensor | SparseTargets | None, n_entries: int) -> bool:
     """Return whether `dense_scores` computes the objective: the forward KL divergence to the logits of all tokens."""
     losses = [term.loss for term in objective.terms]
@@ -160,6 +165,9 @@ def dense_scores(
         objective: An objective for which `is_dense` is true.
         softcap: litgpt's `final_logit_softcapping`.
     """
+    if isinstance(logits, FakeTensor):  # a memory plan compiles nothing
+        _ = [torch.empty_like(logits) for _ in range(N_COMPILED)]
+        return share.sum(), share.sum()
     (term,) = objective.terms
     slope = objective.beta * objective.temperature * term.weight
     # as tensors, because a number would be compiled again for each value of a schedule

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 
 from litgpt_whittle.distillation.chunk_scores import Scores, dense_scores, is_dense
+from litgpt_whittle.distillation.head_gradients import Gradients
 from litgpt_whittle.distillation.objective import Objective, SparseTargets
 from litgpt_whittle.distillation.vocabulary import SharedTargets, shared_targets
 from litgpt_whittle.tensors import (
@@ -156,6 +155,9 @@ class LossModel(nn.Module):
     compiles_scores = False
     """If true, use the compiled `dense_scores` where it computes the objective"""
 
+    device_type: str | None = None
+    """Type of the device whose chunks and kernels the head uses; by default the tensors' own"""
+
     model: GPT
     hidden: HiddenLoss | None
 
@@ -183,6 +185,7 @@ class LossModel(nn.Module):
             teacher,
             softcap,
             compiles_scores=self.compiles_scores,
+            device_type=self.device_type,
         )
         if matching is None:
             return losses
@@ -200,6 +203,7 @@ def head_loss(
     softcap: float | None = None,
     chunk_size: int | None = None,
     compiles_scores: bool = False,
+    device_type: str | None = None,
 ) -> HeadLosses:
     """Apply the LM head and return the losses, averaged over the tokens whose target is not `IGNORE_INDEX`.
 
@@ -214,13 +218,15 @@ def head_loss(
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; by default set by the vocabulary's size.
         compiles_scores: If true, use the compiled `dense_scores` where it computes the objective.
+        device_type: Type of the device whose chunks and kernels are used; by default the tensors' own.
     """
     hidden, weight, bias = head_input
     hidden = hidden.reshape(-1, hidden.size(-1))
     targets = None if targets is None else targets.reshape(-1)
-    chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.size(0))
+    kind = device_type or hidden.device.type
+    chunk_size = chunk_size or max(32, CHUNK_ELEMENTS.get(kind, 2**24) // weight.size(0))
     teacher = shared_targets(teacher if objective.beta else None, weight.size(0))
-    task = _Task(objective, teacher, softcap, chunk_size, compiles_scores)
+    task = _Task(objective, teacher, softcap, chunk_size, compiles_scores, kind)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return HeadLosses(*_HeadLoss.apply(hidden, weight, bias, targets, task))
     with torch.no_grad():
@@ -253,11 +259,12 @@ class _Task:
     softcap: float | None
     chunk_size: int
     compiles_scores: bool
+    kind: str
+    """Type of the device"""
 
     def run(self, hidden, weight, bias, targets, needs: tuple[bool, bool, bool]):
         """Return the three losses, and the needed gradients of the first for hidden, weight and bias."""
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        kind, dtype = hidden.device.type, matmul_dtype(hidden)
         with torch.autocast(kind, enabled=False):
             h, w, b = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
             if kind == "cpu" and targets is not None and self.teacher is None and not any(needs):
@@ -269,10 +276,10 @@ class _Task:
     def _run(self, h, w, b, targets, needs: tuple[bool, bool, bool]):
         """Return the three losses, and the gradients before the cast to their inputs' dtypes."""
         exact = torch.promote_types(h.dtype, torch.float32)
-        grads = _Gradients(h, w, b, needs, exact)
+        grads = Gradients(h, w, b, needs, exact, self.kind)
         share = _shares(h, targets, exact)
         ce = distill = torch.zeros((), dtype=exact, device=h.device)
-        n_rows = max(1, PART_ELEMENTS.get(h.device.type, self.chunk_size * len(w)) // len(w))
+        n_rows = max(1, PART_ELEMENTS.get(self.kind, self.chunk_size * len(w)) // len(w))
         for start in range(0, len(h), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
             logits = _logits(h[rows], w, b, self.softcap)
@@ -318,49 +325,10 @@ class _Task:
         return None if self.softcap is None else 1 - (logits / self.softcap).square_()
 
 
-class _Gradients:
-    """Accumulates the gradients of the head and its input from the chunks' logit gradients."""
-
-    def __init__(self, h, w, b, needs: tuple[bool, bool, bool], exact: torch.dtype) -> None:
-        self.h, self.w = h, w
-        self.hidden = torch.empty_like(h) if needs[0] else None
-        self.weight = torch.zeros_like(w, dtype=exact) if needs[1] else None
-        self.bias = torch.zeros_like(b, dtype=exact) if b is not None and needs[2] else None
-
-    def add(self, rows: slice, grad: torch.Tensor) -> None:
-        narrow = grad.to(self.h.dtype)
-        if self.hidden is not None:
-            torch.mm(narrow, self.w, out=self.hidden[rows])
-        if self.weight is not None and self.weight.dtype == narrow.dtype:
-            self.weight.addmm_(narrow.t(), self.h[rows])
-        elif self.weight is not None and accumulates_products(narrow.device.type, narrow.dtype):
-            if not isinstance(narrow, FakeTensor):  # a memory plan lacks the kernel, which takes no memory
-                torch.addmm(self.weight, narrow.t(), self.h[rows], out_dtype=self.weight.dtype, out=self.weight)
-        elif self.weight is not None:
-            self.weight += narrow.t() @ self.h[rows]
-        if self.bias is not None:
-            self.bias += grad.sum(0)
-
-    def finish(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grads = (self.hidden, self.weight, self.bias)
-        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
-
-
-@cache
-def accumulates_products(device: str, dtype: torch.dtype) -> bool:
-    """Return whether a kernel adds products of this dtype to a float32 matrix without rounding them (CUDA, torch 2.8).
-
-    Checked once by a small product, because support depends on the version, the card and the dtype. A memory plan
-    computes nothing, so it calls this before it begins.
-    """
-    if device != "cuda":
-        return False
-    unit, found = torch.eye(16, device=device, dtype=dtype), torch.full((16, 16), 2.0**-12, device=device)
-    try:
-        torch.addmm(found, unit, unit, out_dtype=torch.float32, out=found)
-    except (RuntimeError, TypeError):
-        return False
-    return torch.equal(found, torch.eye(16, device=device) + 2.0**-12)
+def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which the head multiplies hidden states: autocast's, if it is enabled."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from litgpt_whittle.processes import n_devices, own_device
 from litgpt_whittle.subnet import DROPS, FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
 from litgpt_whittle.tensors import default_precision, weights_dtype
-from litgpt_whittle.training.memory_plan import AUTOCAST, teacher_dtype
+from litgpt_whittle.training.planned_step import AUTOCAST, teacher_dtype
 
 
 def costs(stages: Stages) -> list[Cost]:

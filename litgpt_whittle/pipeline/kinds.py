@@ -51,7 +51,8 @@ from litgpt_whittle.spaces.space import Space
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.checks import check_cache
-from litgpt_whittle.training.memory_plan import NoPlan, teacher_dtype
+from litgpt_whittle.training.memory_plan import NoPlan
+from litgpt_whittle.training.planned_step import teacher_dtype
 
 NO_LIMIT = 3_000_000_000_000
 """litgpt's default of train.max_tokens, which means that the user has set no limit"""

@@ -23,8 +23,8 @@ from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.settings import describe
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.checks import check_arguments, check_devices, check_logger, read_optimizer
-from litgpt_whittle.training.memory_plan import Step
 from litgpt_whittle.training.model_source import ModelSource
+from litgpt_whittle.training.planned_step import Step
 from litgpt_whittle.training.resume import find_resume
 from litgpt_whittle.training.run import n_iters
 

@@ -34,8 +34,8 @@ from litgpt_whittle.training.checks import make_logger
 from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.loop import load_data
-from litgpt_whittle.training.memory_plan import Step
 from litgpt_whittle.training.model_source import BASIS, ModelSource
+from litgpt_whittle.training.planned_step import Step
 from litgpt_whittle.training.resume import TRAINING_STATE
 from litgpt_whittle.training.run import Job, Run, Schedule
 from litgpt_whittle.training.sharding import checkpoint_activations, gathered, shard_student
