@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bench import Bench
 
 from litgpt_whittle.distillation.head import HeadInput, TeacherLogits, head_loss
+from litgpt_whittle.distillation.liger import liger_loss
 from litgpt_whittle.distillation.objective import Objective
 
 OBJECTIVES = {"ce": Objective(), "kl": Objective(0.0, 1.0, 0.9), "ce_kl": Objective(0.2, 0.8, 0.9)}
@@ -73,6 +74,7 @@ def ways(inputs: Inputs, bench: Bench) -> dict[str, Way]:
             found[f"compiled_{task}"] = ours(inputs, objective, compiles_scores=True)
         if is_cuda and importlib.util.find_spec("liger_kernel"):
             found[f"liger_{task}"] = liger(inputs, task, objective)
+            found[f"option_{task}"] = lambda objective=objective: option(inputs, objective)
     for chunk in bench.size((512, 1024, 2048, 4096), (32, 64)):
         found[f"ours_ce_kl_in_{chunk}"] = ours(inputs, OBJECTIVES["ce_kl"], chunk, is_cuda)
     return found
@@ -122,6 +124,12 @@ def liger(inputs: Inputs, task: str, objective: Objective) -> Way:
     weights = {"weight_hard_loss": objective.alpha, "weight_soft_loss": objective.beta * t**2}
     chunks = LigerFusedLinearJSDLoss(beta=0.0, temperature=t, compiled=True, **weights)
     return lambda: chunks(hidden, weight, *teacher, targets)
+
+
+def option(inputs: Inputs, objective: Objective) -> torch.Tensor:
+    """Return the loss as `litgpt distill --distill.head liger` computes it, with the head's gradient summed in fp32."""
+    teacher = TeacherLogits(inputs.teacher) if objective.beta else None
+    return liger_loss(inputs.student, inputs.targets, objective, teacher).loss
 
 
 def measure(way: Way, inputs: Inputs, bench: Bench) -> dict[str, float | str]:

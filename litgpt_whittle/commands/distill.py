@@ -24,6 +24,7 @@ from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Cache
 from litgpt_whittle.distillation.head import LossModel
 from litgpt_whittle.distillation.hidden import HiddenLoss
+from litgpt_whittle.distillation.liger import check_liger, check_liger_models, liger_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
 from litgpt_whittle.errors import UserError
@@ -75,7 +76,7 @@ class DistillConfig(TrainingConfig):
     (``sub_network``), or a model with random weights (``model_name`` or ``model_config``).
     """
 
-    FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {"compile", "teacher_placement"}
+    FREE: ClassVar[frozenset[str]] = TrainingConfig.FREE | {"compile", "teacher_placement", "distill.head"}
     # `TeacherSource.settings` has fingerprints of the teacher's weights or of the cache's index
     RESOLVED: ClassVar[frozenset[str]] = TrainingConfig.RESOLVED | {
         *("teacher_checkpoint_dir", "teacher_cache", "random_weights"),
@@ -120,7 +121,9 @@ class DistillConfig(TrainingConfig):
         super().validate()
         if self.initial_checkpoint_dir is not None and self.sub_network is not None:
             raise UserError("initial_checkpoint_dir and sub_network both name the student; set only one")
-        self.distill.objectives()
+        objective = self.distill.first_objective
+        if self.distill.head == "liger":
+            check_liger(objective, self.teacher_cache is not None, own_device())
         if self.compile:
             check_compiler(own_device())
         check_quantize(self.teacher_quantize, self.teacher_placement)
@@ -195,6 +198,8 @@ class DistillConfig(TrainingConfig):
         step = self._step(student, teacher, seq_length)
         data = default_data() if self.data is None else self.data
         configs = [config for config in (student.config, teacher.config) if config is not None]
+        if self.distill.head == "liger":
+            check_liger_models(configs)
         check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
         settings = self.run_settings(student.config) | teacher.settings
         state = state_to_resume(resume_dir, settings)
@@ -320,6 +325,7 @@ def build_run(
     losses_of = LossModel(model, hidden)
     # on a CPU, compiling takes 25 s and gains little
     losses_of.compiles_scores = config.compile and fabric.device.type == "cuda"
+    losses_of.fused_loss = liger_loss if config.distill.head == "liger" else None
     module = cast(LossModel, torch.compile(losses_of)) if config.compile else losses_of
     prepared = prepare(fabric, config, inputs, module)
     root = prepared.root

@@ -93,6 +93,9 @@ class DistillArgs:
     """Divides both models' logits before the distance is computed"""
     hidden: HiddenArgs = field(default_factory=HiddenArgs)
     """Loss on the student's residual stream, added to the objective"""
+    head: Literal["chunked", "liger"] = "chunked"
+    """Computation of LM head and losses in training: in chunks of tokens, for all losses; or by Liger's kernels for
+    NVIDIA GPUs, for forward_kl and the cross-entropy"""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):

@@ -7,7 +7,7 @@ Forward thus computes the gradients as well, and backward only returns them (lik
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -139,6 +139,10 @@ class HeadLosses(NamedTuple):
     """The hidden-state loss, weighted, if hidden states are matched"""
 
 
+FusedLoss = Callable[[HeadInput, torch.Tensor, Objective, "SoftTargets | None"], HeadLosses]
+"""(head's input, targets (B, T), objective, teacher's targets) -> losses, as `head_loss` computes them"""
+
+
 class LossModel(nn.Module):
     """A litgpt model that returns its losses instead of logits: the root module that is compiled and sharded.
 
@@ -154,6 +158,9 @@ class LossModel(nn.Module):
 
     compiles_scores = False
     """If true, use the compiled `dense_scores` where it computes the objective"""
+
+    fused_loss: FusedLoss | None = None
+    """Replaces `head_loss` in training, such as `litgpt_whittle.distillation.liger.liger_loss`"""
 
     device_type: str | None = None
     """Type of the device whose chunks and kernels the head uses; by default the tensors' own"""
@@ -178,15 +185,19 @@ class LossModel(nn.Module):
         matching = None if teacher is None else self.hidden
         if matching is not None:
             matching.watch.is_on = True
-        losses = head_loss(
-            hidden_states(self.model, input_ids),
-            targets,
-            self.objective,
-            teacher,
-            softcap,
-            compiles_scores=self.compiles_scores,
-            device_type=self.device_type,
-        )
+        head_input = hidden_states(self.model, input_ids)
+        if self.fused_loss is not None and torch.is_grad_enabled():
+            losses = self.fused_loss(head_input, targets, self.objective, teacher)
+        else:
+            losses = head_loss(
+                head_input,
+                targets,
+                self.objective,
+                teacher,
+                softcap,
+                compiles_scores=self.compiles_scores,
+                device_type=self.device_type,
+            )
         if matching is None:
             return losses
         matching.watch.is_on = False
