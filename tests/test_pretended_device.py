@@ -238,8 +238,14 @@ def test_a_full_device_raises_pytorchs_error():
 # -- the CPU's results
 
 
-@FAMILIES
-@pytest.mark.parametrize("fitness", [pytest.param("perplexity", marks=pytest.mark.slow), "repaired_perplexity"])
+@pytest.mark.parametrize(
+    "family, fitness",
+    [
+        ("gemma3", "perplexity"),
+        *((family, "repaired_perplexity") for family in TEACHERS),
+        *(pytest.param(family, "perplexity", marks=pytest.mark.slow) for family in ("pythia", "llama")),
+    ],
+)
 def test_a_search_gives_the_cpus_scores_and_its_memory_back(family, fitness, teachers, tmp_path):
     before = live_bytes()
     one, two, _ = on_both(search.setup, tmp_path, teachers / family, **searched(family, fitness=fitness))
@@ -426,8 +432,13 @@ def watched(teachers, tmp_path_factory):
         out, hidden = tmp_path_factory.mktemp("watched") / command, DistillArgs(hidden=HiddenArgs(weight=0.3))
         repair = dict(repair=RepairArgs(tokens=24 * SEQ, refine_passes=1), data=Tokens(), train=WINDOWS)
         teacher, subnet = teachers / "llama", teachers / "llama.yaml"
+        if command == "cached":
+            windows = cache_teacher.WindowArgs(8, SEQ)
+            cache_teacher.setup(teacher, Tokens(), out.with_name("cache"), train=windows, precision="32-true")
+        cached = dict(teacher_cache=out.with_name("cache"))
         commands = {
             "distill": lambda: distill.setup(out_dir=out, **distilled(teachers, "llama", distill=hidden)),
+            "cached": lambda: distill.setup(out_dir=out, **distilled(teachers, "llama", **cached)),
             "supernet": lambda: pretrain_supernet.setup(out_dir=out, **train(initial_checkpoint_dir=teacher)),
             "refine": lambda: extract.setup(teacher, subnet, out, **repair),
         }
@@ -443,7 +454,7 @@ def watched(teachers, tmp_path_factory):
     return watch
 
 
-@pytest.mark.parametrize("command", ["distill", "supernet"])
+@pytest.mark.parametrize("command", ["distill", "cached", "supernet"])
 def test_an_optimizer_step_waits_for_its_loss_and_the_log_only(command, watched):
     waits, seen = watched(command)
     assert len(waits) == 2 and max(waits) <= 2, seen.table()
