@@ -21,6 +21,12 @@ class Goal:
         """Return whether a value is within the bounds."""
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
+    def share(self, value: float) -> float | None:
+        """Return a value relative to the bound; None if there are two bounds."""
+        if self.least is not None and self.most is not None:
+            return None
+        return value / (self.most if self.least is None else self.least)
+
     def __str__(self) -> str:
         if self.least is None:
             return f"<= {self.most:g}"
@@ -102,6 +108,8 @@ def _lines(row: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             continue
         holds = goal is not None and (step in FOR_ANY_SIZE or not row["tiny"])
         verdict = ("met" if goal.is_met(value) else "missed") if holds else ""
+        if holds and (share := goal.share(value)) is not None:
+            verdict += f", {share:.2g} x the goal"
         lines.append((step, name, _text(value), "" if goal is None else str(goal), verdict))
     for kind in ("error", "skipped"):
         if kind in row:
