@@ -431,7 +431,7 @@ def test_a_window_that_is_not_there_ends_the_training(full, tmp_path):
 
 
 def test_another_length_vocabulary_tokenizer_or_teacher_is_refused(teacher_dir, full, tmp_path):
-    refuse(tmp_path, "must be 8, as the cache .* got 4; set --train.max_seq_length 8", teacher_cache=full,
+    refuse(tmp_path, "must be 8, as for the cache .* got 4; set --train.max_seq_length 8", teacher_cache=full,
            train=train_args(max_seq_length=4))  # fmt: skip
     match = "same number of vocabulary entries, .* got 100 and 128 entries, and .* has no tokenizer"
     refuse(tmp_path, match, teacher_cache=full, model_config=config(padded_vocab_size=128))

@@ -91,8 +91,8 @@ def test_damage_elsewhere_is_refused(tmp_path):
     for broken, message in [
         ([lines[0], "{\n", *lines[2:]], "line 2"),
         ([lines[0], lines[1], lines[3]], "lacks evaluation 1"),
-        (["[]\n", *lines[1:]], "no journal"),
-        ([], "no journal"),
+        (["[]\n", *lines[1:]], "is not the journal of a search"),
+        ([], "is not the journal of a search"),
     ]:
         path.write_text("".join(broken))
         with pytest.raises(UserError, match=message):

@@ -191,6 +191,6 @@ def test_folders_without_a_search_are_refused_in_one_line(tmp_path, content, mes
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=f"{re.escape(repr(str(tmp_path / 'nowhere')))} holds no search"):
+    with pytest.raises(UserError, match=f"{re.escape(repr(str(tmp_path / 'nowhere')))} is not a search"):
         setup(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

@@ -252,7 +252,7 @@ def batches_of(tokenizer: Tokenizer, texts: Sequence[str], length: int, size: in
     """
     ids = [
         tokenizer.eos_id,
-        *(token for document in encode(tokenizer, texts) for token in [*document, tokenizer.eos_id]),
+        *(token for document in encode(tokenizer, texts) for token in [*document.ids, tokenizer.eos_id]),
     ]
     stream = torch.tensor(ids)
     n_missing = -(len(stream) - 1) % length
