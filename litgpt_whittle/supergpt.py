@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,7 +146,7 @@ class SuperGPT(BlocksGPT):
             outer[_EMBEDDING] = ParamSlice(_EMBEDDING, ())
         active: list[tuple[Any, Callable[..., torch.Tensor]]] = [(self, Running(shell, outer, constants, in_place))]
         for i, layer in enumerate(subnet.layers):
-            idle = dropped_modules(self.config, subnet.layer(i).parts) if calls_all else ()
+            idle: Collection[str] = dropped_modules(self.config, subnet.layer(i).parts) if calls_all else ()
             running = Running(self._modules_to_run.block(subnet, i), layers[i], {}, in_place, idle)
             active.append((self.transformer.h[layer], running))
         if calls_all:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 
 import numpy as np
@@ -127,7 +127,7 @@ class MomentRepair:
         middle_at = [] if self.config.parallel_residual else ["norm_2"]
         total = Moments(len(moments.moments[names].z), self.config.n_embd, self.device)
         yz, y, dtype = total.yz, total.y, total.product_dtype
-        goals = self._middles(following) if inside else self.streams[following]
+        goals: Iterable[torch.Tensor] = self._middles(following) if inside else self.streams[following]
         for before, after, wanted in zip(self.streams[layer], self.streams[layer + 1], goals):
             before, after, wanted = (x.to(self.device) for x in (before, after, wanted))
             seen = run_block(block, before, self.block_args[layer], [*names, *middle_at], stop=True)

@@ -131,7 +131,7 @@ class Features:
         if name == "n_expert" and self.teacher.n_expert_groups:
             values = [self._in_groups(units) for units in values]
         dropped = choice.get("drop_attention" if name in ATTENTION else "drop_mlp")
-        without = set() if dropped is None else set(UnitIndex.parse(dropped).indices.tolist())
+        without: set[int] = set() if dropped is None else set(UnitIndex.parse(dropped).indices.tolist())
         return [
             units if name in self._limits[layer] and layer not in without else 0 for layer, units in zip(layers, values)
         ]
