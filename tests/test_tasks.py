@@ -342,7 +342,7 @@ def test_invalid_settings_are_refused(args, message):
 
 def test_a_tokenizer_is_needed(folder, tmp_path):
     write_random_model(tmp_path / "without", TEACHER)
-    with pytest.raises(UserError, match="needs the tokenizer in .*without', which transformers cannot read"):
+    with pytest.raises(UserError, match="needs the tokenizer in .*without', which litgpt cannot read"):
         read_tasks(TaskArgs([str(folder)]), tmp_path / "without", 64)
     write_tokenizer(tmp_path / "endless", eos=False)
     with pytest.raises(UserError, match="needs a tokenizer with a BOS or EOS token"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.extras import require
@@ -36,7 +37,7 @@ def read_tasks(args: TaskArgs, tokenizer_dir: Path, max_length: int, score: Scor
 
     Args:
         args: The settings; at least one task.
-        tokenizer_dir: Directory with the tokenizer's files, which transformers reads.
+        tokenizer_dir: Directory with the tokenizer's files.
         max_length: Maximum length of a model's input.
         score: Mean over tasks that a search maximises.
 
@@ -176,23 +177,24 @@ def _correct(task: Any, doc: Any, metric: str, n: int) -> np.ndarray:
 
 
 def _encoder(tokenizer_dir: Path) -> Any:
-    """Return a function from lm-eval's requests to their continuations, encoded as by lm-eval's own models.
+    """Return a function from lm-eval's requests to their continuations, split as by lm-eval's own models.
+
+    The tokenizer is litgpt's, as everywhere: transformers reads some checkpoints' tokenizer files as another class.
 
     Raises:
-        UserError: If transformers cannot read the tokenizer, or if it has neither a BOS nor an EOS token.
+        UserError: If litgpt cannot read the tokenizer, or if it has neither a BOS nor an EOS token.
     """
     from lm_eval.api.model import TemplateLM
-    from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+        tokenizer = Tokenizer(tokenizer_dir)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"measuring tasks needs the tokenizer in {str(tokenizer_dir)!r}, which transformers cannot read: {reason}; "
+            f"measuring tasks needs the tokenizer in {str(tokenizer_dir)!r}, which litgpt cannot read: {reason}; "
             "copy the teacher's tokenizer files"
         ) from None
-    ends = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    ends = [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None]
     if not ends:
         raise UserError(
             f"measuring tasks needs a tokenizer with a BOS or EOS token, and that in {str(tokenizer_dir)!r} has none; "
@@ -206,8 +208,7 @@ def _encoder(tokenizer_dir: Path) -> Any:
         prefix_token_id = ends[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return tokenizer.encode(string, **given)
+            return tokenizer.encode(string, bos=add_special_tokens).tolist()
 
         def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: Any) -> Any:
             return [Continuation(context, tokens) for _, context, tokens in requests]
