@@ -59,6 +59,7 @@ def kill(process, out, moment):
     process.kill()
 
 
+@pytest.mark.slow
 def test_killed_caching_is_finished_by_two_processes(teacher_dir, one, tmp_path):
     """The only process dies after the first of three shards, with the second one begun."""
     out = tmp_path / "cache"

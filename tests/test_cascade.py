@@ -41,6 +41,7 @@ def chain(teacher, data, folder, args, given=None):
     return Chain.of(request, given, args, folder)
 
 
+@pytest.mark.slow
 def test_a_corrected_teacher_and_each_student_in_turn_are_cut_as_by_hand(teacher, data, tmp_path, calls, monkeypatch):
     """With layer-wise students, whose padded form is the next teacher; and after an interruption."""
     out, in_process = tmp_path / "out", pipeline_module.call

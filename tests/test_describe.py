@@ -125,6 +125,7 @@ def teacher(tmp_path):
     return write_tokenizer(folder)
 
 
+@pytest.mark.slow
 def test_a_run_on_instructions_goes_on_and_is_repeated_from_its_hyperparameters(
     records, teacher, tmp_path, monkeypatch
 ):

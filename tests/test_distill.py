@@ -112,7 +112,7 @@ def cut(teacher_dir, **keeps):
     return SubNet(check_checkpoint(teacher_dir), **keeps)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow), "bf16-true"])
 def test_a_student_comes_nearer_to_its_teacher(tmp_path, teacher_dir, precision):
     run(
         tmp_path,
@@ -207,6 +207,7 @@ def test_a_layerwise_student_resumes_bit_for_bit(tmp_path, teacher_dir):
     assert same(unbroken, run(tmp_path / "b", resume=tmp_path / "a" / "step-00000002", **kwargs))
 
 
+@pytest.mark.slow
 def test_a_compiled_student_trains_like_an_uncompiled_one(tmp_path, teacher_dir, monkeypatch):
     """Uses the compiler's front end, which our modules could break; the back end is PyTorch's."""
     compile, compiled = torch.compile, []

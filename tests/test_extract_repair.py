@@ -178,6 +178,7 @@ def test_two_processes_find_what_one_finds(folder, late, tmp_path):
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_all_blocks_as_one_does(folder, tmp_path):
     refining = ["--repair.refine_passes=0.5", "--repair.closed_form_tokens=2000"]
     done = forked.run(*cli(folder, tmp_path / "two", "--devices=2", *refining, sub_network="late.yaml"), n=2)

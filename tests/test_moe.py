@@ -172,6 +172,7 @@ def test_a_mixture_is_distilled(tmp_path, config):
     assert same(unbroken, resumed)
 
 
+@pytest.mark.slow
 def test_a_compiled_mixture_trains_like_an_uncompiled_one():
     """Uses the compiler's front end, which cannot trace routing; the back end is PyTorch's."""
     config = replace(QWEN3, n_layer=1)

@@ -106,6 +106,7 @@ def test_a_sharded_teacher_gives_the_same_scores(checkpoint, one, tmp_path, name
         assert ours.scores == pytest.approx(theirs.scores, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_search_with_a_message(checkpoint, one, tmp_path):
     run = Run(checkpoint, tmp_path / "two", pause=0.1, launches=True, iterations=14, devices=2)
     run.wait_for(6)

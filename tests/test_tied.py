@@ -188,6 +188,7 @@ def test_a_plan_counts_a_tied_matrix_once(teacher, tmp_path, monkeypatch):
     assert tied.teacher == untied.teacher == 4 * (Checkpoint(teacher).n_params + n_rope)
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_tied_student_as_one_does(teacher, tmp_path):
     """With FSDP2, whose sharded checkpoints also hold the matrix once."""
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}

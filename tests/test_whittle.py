@@ -160,6 +160,7 @@ def results_on(tasks, teacher, folder):
     return {name: measured.measure(model) for name, model in models.items()}
 
 
+@pytest.mark.slow
 def test_students_of_a_tied_teacher_lie_in_their_bin_as_they_are_saved(teacher, data, tmp_path, capsys):
     tied = tmp_path / "tied"
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))

@@ -29,6 +29,7 @@ def test_renyi_keeps_the_rules_of_losses(alpha):
     check_loss(renyi, alpha=alpha)
 
 
+@pytest.mark.slow
 def test_annealing_beats_random_search():
     strategies.check_learns(SimulatedAnnealing)
 
