@@ -72,12 +72,13 @@ def test_sub_network_equals_the_extracted_model_loaded_from_disk(teacher, data, 
             student.lm_head.weight = student.transformer.wte.weight
     exact = subnet.is_uniform or teacher.norm_qk_type != "olmo2"  # padding rescales its norms, which rounds
     expected = student(idx)
+    tolerance = 1e-5 if exact else 1e-4  # views of the teacher's weights have other strides, with which products round
     with model.running(subnet, materialize=True), torch.no_grad():
-        torch.testing.assert_close(model(idx), expected, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
+        torch.testing.assert_close(model(idx), expected, rtol=tolerance, atol=tolerance)
     loss_of(expected, idx).backward()
     with model.running(subnet):
         logits = model(idx)
-    torch.testing.assert_close(logits, expected, rtol=1e-5 if exact else 1e-4, atol=1e-5 if exact else 1e-4)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     loss_of(logits, idx).backward()
     if exact:
         _assert_same_gradients(model, student, subnet, tied)
