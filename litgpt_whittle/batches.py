@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
     @property
     def counts(self) -> torch.Tensor | None:
-        """True at positions whose target is not ignored, shape (B, T); None if none is, as in text."""
+        """True at positions whose target is not ignored, shape (B, T); None if all positions count, as in text."""
         counts = self.targets != IGNORE_INDEX
         return None if bool(counts.all()) else counts
 

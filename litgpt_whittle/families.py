@@ -278,6 +278,6 @@ def check_expressible(config: Config) -> Family:
 
 def _refusal(name: str, rule: str, value: Any) -> UserError:
     return UserError(
-        f"{FAMILIES[name].architecture} of transformers, to which litgpt converts it, needs {rule}, got {value}; "
-        "use the checkpoint in litgpt"
+        f"transformers cannot load this model: its class {FAMILIES[name].architecture} needs {rule}, got {value}; use "
+        "the checkpoint in litgpt only"
     )

@@ -226,7 +226,7 @@ def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool)
         moments: Moments of z and y.
         anchor: Solution for an infinite ridge, shape (n_out, n_in).
         ridge: Strength relative to the mean squares of the inputs; infinity gives the anchor.
-        intercept: If true, fit b, and dⱼ is the variance of input j; otherwise b is zero.
+        intercept: If true, fit b, and take the variance of input j as dⱼ; otherwise b is zero.
     """
     zz, yz = moments.covariances(intercept)
     anchor = anchor.to(zz.dtype)

@@ -57,7 +57,7 @@ class _Loader:
             warnings.warn(f"litgpt_whittle could not add its commands to litgpt: {error!r}", stacklevel=2)
 
     def get_code(self, name: str) -> CodeType:
-        """Return the code that `python -m litgpt` runs as `__main__`: a call of the extended module's `main`."""
+        """Return the code that `python -m litgpt` runs: a call of `main` of `litgpt.__main__`, with our commands."""
         return compile(f"from {TARGET} import main\nmain()\n", f"<{TARGET}>", "exec")
 
     def __getattr__(self, name: str) -> Any:

@@ -35,7 +35,7 @@ ATTENTION = ("n_query_groups", "heads_per_group")
 """The per-layer fields of attention; the others belong to the MLP"""
 
 DROPS = {"drop_attention": "attn", "drop_mlp": "mlp"}
-"""The fields of a `SubNet` that list kept layers without a sub-layer, with litgpt's name of that sub-layer"""
+"""Fields of a `SubNet` that list the layers kept without their attention or MLP, with litgpt's name of that part"""
 
 FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER, *DROPS)
 """All fields of a `SubNet`, in the order of the YAML file."""

@@ -174,7 +174,7 @@ OLD = {"version": 1, "teacher": {"name": "t"}, "settings": {}}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not a search, it has no journal.jsonl"),
+        (None, "is not the folder of a search: it has no journal.jsonl"),
         ("", "is not the journal of a search"),
         ('{"some": "json"}\n', "is not the journal of a search"),
         ("text\n", "line 1 of the journal .* is damaged"),
@@ -191,6 +191,6 @@ def test_folders_without_a_search_are_refused_in_one_line(tmp_path, content, mes
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=f"{re.escape(repr(str(tmp_path / 'nowhere')))} is not a search"):
+    with pytest.raises(UserError, match=f"{re.escape(repr(str(tmp_path / 'nowhere')))} is not the folder of a search"):
         setup(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

@@ -281,7 +281,7 @@ def test_a_column_that_is_no_text_is_refused(tmp_path, column, kind):
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         message = refusal(tmp_path / name, text_column=column)
-        assert f"must hold text, got a {kind}; its columns of text are text" in message
+        assert f"must hold text, got a {kind}; choose one of its columns of text: text" in message
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, tokenizer):

@@ -189,7 +189,7 @@ def _text_of(row: dict[str, Any], column: str, path: str) -> str | None:
     text = row[column]
     if not isinstance(text, str | None):
         texts = [name for name, value in row.items() if isinstance(value, str)]
-        remedy = f"its columns of text are {', '.join(texts)}" if texts else "it has no column of text"
+        remedy = f"choose one of its columns of text: {', '.join(texts)}" if texts else "choose data with text"
         raise UserError(
             f"data.text_column {column!r} of {path!r} must hold text, got a {type(text).__name__}; {remedy}"
         )

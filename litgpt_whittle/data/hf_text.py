@@ -258,7 +258,7 @@ class HFText(DataModule):
         return Source(layout, self.val_split or default, "data.val_split", "data.val_path")
 
     def _source(self, part: str, path: str) -> Source:
-        """Return the source of a part of one of the paths."""
+        """Return the location of the training or validation text of one path."""
         layout = find_layout(path, self.name)
         if self.name is not None and layout.kind in ("files", "saved"):
             raise UserError(f"data.name {self.name!r} is not in {path!r}, which has no configurations; leave it out")

@@ -32,7 +32,7 @@ def check_quantize(mode: str | None, placement: str) -> None:
     if mode is None:
         return
     if mode not in BITS:
-        raise UserError(f"teacher_quantize must be one of {', '.join(BITS)}, got {mode!r}")
+        raise UserError(f"teacher_quantize must be one of {', '.join(BITS)}, got {mode!r}; choose one, or leave it out")
     if placement == "sharded":
         raise UserError("a quantized teacher cannot be spread over devices; use --teacher_placement replicated")
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -90,7 +90,9 @@ class Findings:
         """
         path = out_dir / JOURNAL
         if not path.is_file():
-            raise UserError(f"{str(out_dir)!r} is not a search, it has no {JOURNAL}; give the out_dir of litgpt search")
+            raise UserError(
+                f"{str(out_dir)!r} is not the folder of a search: it has no {JOURNAL}; give the out_dir of litgpt search"
+            )
         header, evaluations = read_journal(path)
         try:
             teacher, score = Config(**header["teacher"].pop("architecture")), header["settings"]["score"]

@@ -45,7 +45,7 @@ EVERY = -1
 """Layer index of a key that applies to all layers"""
 
 Key = tuple[str, int]
-"""A size to draw: its name, and its teacher layer or `EVERY`"""
+"""Key of a size to draw: its name, and the teacher's layer that it belongs to, or `EVERY`"""
 
 
 @dataclass
@@ -376,7 +376,7 @@ def _positional(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
 
 
 def _limits(teacher: Config) -> dict[str, int]:
-    """Return the teacher's size of every dimension that it has."""
+    """Return the teacher's sizes by name: the upper limit of each dimension."""
     limits = {"n_embd": teacher.n_embd, "n_layer": teacher.n_layer, "head_size": teacher.head_size}
     for layer in range(teacher.n_layer):
         limits |= layer_sizes(teacher, layer)

@@ -71,7 +71,7 @@ def check_resume(make: Make) -> None:
 
 
 def check_teacher(make: Make) -> None:
-    """Check that the full network comes first in every step of a sampler with `teaches`.
+    """Check that the full network comes first in every step, if the sampler sets `teaches`.
 
     Not required of other samplers.
     """

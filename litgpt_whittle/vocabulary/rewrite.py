@@ -40,11 +40,13 @@ def read_json(path: Path) -> Any:
     except ValueError:
         pass
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}); fetch it again") from None
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error.strerror}); check its permissions, or fetch it again"
+        ) from None
     try:
         return fix_and_load_json(text)
     except ValueError:
-        raise UserError(f"{str(path)!r} is not JSON; fetch it again") from None
+        raise UserError(f"{str(path)!r} is not JSON; check its permissions, or fetch it again") from None
 
 
 def named_ids(folder: Path) -> set[int]:
