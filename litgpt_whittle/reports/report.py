@@ -91,7 +91,7 @@ class Findings:
         path = out_dir / JOURNAL
         if not path.is_file():
             raise UserError(
-                f"{str(out_dir)!r} is not the folder of a search: it has no {JOURNAL}; give the out_dir of litgpt search"
+                f"{str(out_dir)!r} is not the folder of a search: it has no {JOURNAL}; give that of litgpt search"
             )
         header, evaluations = read_journal(path)
         try:
