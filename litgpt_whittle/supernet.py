@@ -50,6 +50,8 @@ class SupernetArgs:
             raise UserError(f"supernet.per_rank must be same or different, got {self.per_rank!r}")
         if self.n_validated < 0:
             raise UserError(f"supernet.n_validated must be 0 or more, got {self.n_validated}")
+        if self.distill.head != "chunked":
+            raise UserError(f"supernet.distill.head must be chunked, got {self.distill.head!r}; leave it out")
 
     def make_sampler(self, config: Config, tied: bool) -> Sampler:
         """Return the sampler for the search space of a model.

@@ -200,5 +200,8 @@ def test_a_pipeline_finds_the_teachers_template(folder, tmp_path, monkeypatch):
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="need a chat template, and the checkpoint has none"):
         pipeline.setup(bare, "30k", data(folder), tmp_path / "out", dry_run=True, **sections)
-    with pytest.raises(Checked):
-        pipeline.setup(folder / "teacher", "30k", data(folder), tmp_path / "out", dry_run=True, **sections)
+    cascade = {"target": "30k,18k", "cascade": True}  # the second student's teacher does not exist yet
+    for more in ({}, cascade, {"correct_teacher": {"max_tokens": 256}}):
+        settings = {"target": "30k", "data": data(folder), "dry_run": True} | sections | more
+        with pytest.raises(Checked):
+            pipeline.setup(folder / "teacher", out_dir=tmp_path / "out", **settings)

@@ -238,3 +238,28 @@ def test_block_influence_counts_sub_layers_half():
     of = BlockInfluence(net, importance=random_ranking(LLAMA))
     without_2, without_1 = (of(SubNet(LLAMA, n_layer=layers))["influence_lost"] for layers in ("0-1,3", "0,2-3"))
     assert of(SubNet(LLAMA, **BOTH))["influence_lost"] == pytest.approx((without_1 + without_2) / 2)
+
+
+@pytest.mark.parametrize("config", [LLAMA, ARCHITECTURES["phi-2"]], ids=["Llama", "phi-2"])
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_padded_student_without_a_sublayer_is_a_teacher_for_repairs(config, drop, tmp_path):
+    """Its norm before the missing sub-layer is zero."""
+    first = SubNet(config, **{drop: "1-1"})
+    teacher = GPT(first.config).eval().requires_grad_(False)
+    teacher.load_state_dict(pad(first, extract_weights(model(config, std=0.1), first)))
+    subnet = SubNet(first.config, n_embd=3 * config.n_embd // 4)
+    cut = distance(cut_of(teacher, subnet), teacher)
+    assert distance(MomentRepair(super_gpt(teacher), windows(config, 128)).student(subnet), teacher) < cut
+    assert distance(student_of(repair(teacher, subnet, tmp_path, n=128)), teacher) < cut
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_tokens_without_a_target_do_not_count_in_hidden_losses(loss):
+    hidden = HiddenLoss.__new__(HiddenLoss)
+    torch.nn.Module.__init__(hidden)
+    hidden.args = HiddenArgs(weight=1.0, loss=loss)
+    student, target = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    target[:, 1::2] = 0
+    expected = hidden._distance(student[:, ::2], target[:, ::2], None)
+    torch.testing.assert_close(hidden._distance(student, target, None), expected)
+    assert hidden._distance(student, torch.zeros_like(target), None) == 0

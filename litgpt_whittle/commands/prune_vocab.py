@@ -236,7 +236,10 @@ def texts_of(tokenizer: Tokenizer, windows: torch.Tensor) -> list[str]:
     """Return the documents in consecutive windows of tokens, shape (N, T), as text."""
     ids = windows.flatten().numpy()
     documents = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id))
-    texts = (tokenizer.processor.decode(ids[ids != tokenizer.eos_id].tolist()) for ids in documents)
+    texts = (
+        tokenizer.processor.decode(ids[ids != tokenizer.eos_id].tolist(), skip_special_tokens=False)
+        for ids in documents
+    )
     return [text for text in texts if text]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import fix_and_load_json
 
 from litgpt_whittle.data.sources import reason
 from litgpt_whittle.data.token_file import Document
@@ -166,7 +167,7 @@ def find_template(asked: str | None, folder: Path | None, tokenizer: Tokenizer |
 def _read_config(folder: Path | None) -> dict[str, Any]:
     """Return the contents of tokenizer_config.json, empty without one."""
     path = None if folder is None else folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    return fix_and_load_json(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
 
 
 def _templates(folder: Path | None, config: Mapping[str, Any]) -> dict[str, str]:

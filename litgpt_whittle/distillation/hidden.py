@@ -137,14 +137,16 @@ class HiddenLoss(nn.Module):
         return torch.stack(terms).sum()
 
     def _distance(self, student: torch.Tensor, target: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-        mask = student.new_ones(student.shape[:-1]) if counts is None else counts.to(student.dtype)
+        size = target.square().sum(-1)
+        mask = (size > 0).to(student.dtype)  # a teacher that lacks an attention has zeros there
+        if counts is not None:
+            mask = mask * counts
         if self.args.loss == "cosine":
             distances = 1 - nn.functional.cosine_similarity(student, target, dim=-1)
         else:
             # relative to each token's norm: the residual stream grows with depth, and the first tokens of a window can
             # be a thousand times larger than all others
-            off, size = (x.square().sum(-1) for x in (student - target, target))
-            distances = off / size.clamp(min=torch.finfo(size.dtype).tiny)
+            distances = (student - target).square().sum(-1) / size.where(size > 0, 1.0)
         return (distances * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -18,6 +18,7 @@ from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.pipeline.cascade import CascadeArgs, Chain
+from litgpt_whittle.pipeline.correct_teacher import CorrectTeacherStage
 from litgpt_whittle.pipeline.costs import cost_table
 from litgpt_whittle.pipeline.estimates import measure_speed
 from litgpt_whittle.pipeline.kinds import STAGE_OF
@@ -25,7 +26,7 @@ from litgpt_whittle.pipeline.outcome import PAGE, write_outcome
 from litgpt_whittle.pipeline.run import Pipeline, folder_of
 from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stage import Request
-from litgpt_whittle.pipeline.tasks import measure_models, task_cost, task_table
+from litgpt_whittle.pipeline.tasks import TEACHER, measure_models, task_cost, task_table
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
 from litgpt_whittle.spaces.bins import Bin, parse_bins
@@ -140,7 +141,10 @@ class WhittleConfig(CommandConfig):
         try:
             pipeline.run(stages, files)
             if tasks is not None:
-                measured = task_table(measure_models(self.out_dir, sources, self.checkpoint_dir, tasks))
+                teachers = {TEACHER: self.checkpoint_dir}
+                if self.correct_teacher is not None:
+                    teachers["corrected teacher"] = CorrectTeacherStage.checkpoint(self.out_dir)
+                measured = task_table(measure_models(self.out_dir, sources, teachers, tasks))
         except KeyboardInterrupt:
             raise UserError("interrupted; run the same command again to resume") from None
         names = list(request.bins)

@@ -262,7 +262,7 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
         """True if the students' losses can learn from random draws, and the number of tokens to cache is known."""
         distill = self.stages.distill
         args: DistillArgs = distill.args.distill
-        is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float)
+        is_plain = not args.hidden.is_used and isinstance(args.temperature, int | float) and args.head != "liger"
         if not (args.uses_teacher and distill.has_pipelines_teacher and is_plain and distill.n_tokens < NO_LIMIT):
             return False
         return all(getattr(term.loss, "is_linear", False) for term in args.first_objective.terms)
@@ -293,6 +293,8 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
                 f"{contents.max_tokens:,}; raise it or leave it out"
             )
         distill, terms = trained.args.distill, trained.args.distill.first_objective.terms
+        if distill.head == "liger":
+            raise UserError("distill.head liger cannot learn from a cache; remove --cache_teacher or the head")
         check_cache(contents, "cache to come", terms, distill, self.stages.length, trained.args.teacher_dir)
 
     def costs(self, student: str = "") -> list[Cost]:

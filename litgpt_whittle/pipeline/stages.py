@@ -89,7 +89,7 @@ class Stages:
         data = {repr(kind.args.data): kind.args.data for kind in self.used}
         for module in data.values():
             if isinstance(module, HFText):
-                module.tokenizer_dir = self.request.checkpoint_dir
+                module.tokenizer_dir = self.request.existing(self.request.checkpoint_dir)
                 module.check(reads=True)
         return self.distill.memory
 

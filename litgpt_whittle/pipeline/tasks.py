@@ -49,16 +49,16 @@ class Subject:
             return tasks.measure(model, f"measuring {self.name}")
 
 
-def measure_models(out_dir: Path, sources: Mapping[str, Path], teacher_dir: Path, tasks: TaskSet) -> Results:
+def measure_models(out_dir: Path, sources: Mapping[str, Path], teachers: Mapping[str, Path], tasks: TaskSet) -> Results:
     """Measure the teacher and all students of a finished pipeline, except models that are measured already.
 
     Args:
         out_dir: The pipeline's folder.
         sources: Checkpoint directories that the students were cut from, by the students' names.
-        teacher_dir: The teacher's checkpoint directory.
+        teachers: Checkpoint directories of the teacher (`TEACHER`) and, if there is one, of the corrected teacher.
         tasks: The tasks.
     """
-    subjects = [Subject(TEACHER, teacher_dir, partial(_loaded, teacher_dir))]
+    subjects = [Subject(name, folder, partial(_loaded, folder)) for name, folder in teachers.items()]
     subjects += [subject for name, source in sources.items() for subject in _students(out_dir / name, source)]
     path = out_dir / RESULTS
     found: Results = {}
@@ -95,9 +95,10 @@ def task_cost(links: Sequence[Stages], tasks: TaskSet) -> Cost:
     first, n = links[0], tasks.n_input_tokens
     students = [link.student_flops(name) for link in links for name in link.request.bins]
     n_each = 2 + bool(first.extract.args.repair) + first.request.has_baseline
-    forward = first.teacher_flops + n_each * sum(students)
+    n_teachers = 1 + (first.request.uncorrected is not None)
+    forward = n_teachers * first.teacher_flops + n_each * sum(students)
     weights = first.teacher_bytes(weights_dtype(default_precision()))
-    return Cost("tasks", n * (1 + n_each * len(students)), n * forward, weights=weights)
+    return Cost("tasks", n * (n_teachers + n_each * len(students)), n * forward, weights=weights)
 
 
 def _retained(own: float, teacher: float) -> str:

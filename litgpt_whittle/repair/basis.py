@@ -90,7 +90,8 @@ class Basis:
         weight = norm_weight(norm)
         if not self.is_coordinates and weight is not None:
             weight = weight.to(turn.dtype)
-            turn = turn * weight[:, None] / weight.square().mean().sqrt()
+            # a padded teacher's norm is zero before a sub-layer that it lacks
+            turn = turn * weight[:, None] / weight.square().mean().sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
         zz, yz = moments.covariances(intercept=True)
         size = ((turn @ zz) * turn).sum()
         return turn * float((turn * yz).sum() / size) if size > 0 else turn

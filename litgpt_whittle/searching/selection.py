@@ -231,7 +231,8 @@ class Selection:
         train |= {"lr_warmup_steps": min(train.get("lr_warmup_steps") or 2000, max(steps // 10, 1))}
         model = ("initial_checkpoint_dir", "sub_network", "model_name", "model_config")
         dropped = {*model, "resume", "out_dir", "devices"}
-        own = {"teacher_checkpoint_dir": str(self.checkpoint_dir), "train": train, "eval": evaluated}
+        teacher = self.config.get("teacher_checkpoint_dir") or str(self.checkpoint_dir)
+        own = {"teacher_checkpoint_dir": str(teacher), "train": train, "eval": evaluated}
         return {k: v for k, v in self.config.items() if k not in dropped} | own
 
     def _call(self, command: str, *arguments: Any, log: Path) -> None:
