@@ -33,7 +33,7 @@ class Exported:
     n_params: int
     """Number of stored parameters, including padding"""
     notes: tuple[str, ...]
-    """What a user of the directory has to know: one sentence per entry"""
+    """Notes for users of the directory, one sentence each"""
     difference: float | None
     """Largest difference of a logit from litgpt's, relative to the largest logit; `None` if not checked"""
 

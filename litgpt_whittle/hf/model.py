@@ -45,7 +45,7 @@ class HFModel:
     code: tuple[Path, ...] = ()
     """Python files to copy into the directory, for `trust_remote_code=True`"""
     notes: tuple[str, ...] = ()
-    """What a user of the directory has to know: one sentence per entry"""
+    """Notes for users of the directory, one sentence each"""
 
     @property
     def architecture(self) -> str:

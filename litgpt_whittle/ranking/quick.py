@@ -65,7 +65,7 @@ class _Sums:
         self.n_embd, self.influence = zeros(config.n_embd), zeros(config.n_layer)
         self.sublayers = {part: zeros(config.n_layer) for part in SUBLAYERS}
         self._added: dict[str, torch.Tensor] = {}
-        """What the sub-layers of the current block add to the residual stream"""
+        """Outputs of the current block's sub-layers, which are added to the residual stream"""
         self.layers = [{k: zeros(n) for k, n in layer_sizes(config, i).items()} for i in range(config.n_layer)]
         self.units = [units_of(config, i) for i in range(config.n_layer)]
 

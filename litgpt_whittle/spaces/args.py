@@ -61,7 +61,7 @@ class SpaceArgs:
     fixed: list[str] = field(default_factory=lambda: ["head_size"])
     """Dimensions that stay at the teacher's size, by their names in `step`"""
     drop: list[str] = field(default_factory=lambda: ["layer"])
-    """What may be dropped: whole layers (`layer`), the attention of layers that stay (`attention`), or their MLP
+    """Parts that may be dropped: whole layers (`layer`), the attention of kept layers (`attention`), or their MLP
     (`mlp`)"""
     layers: Literal["any", "first", "best"] = "any"
     """Layers to keep: `any` subset in the original order, only the `first` ones, or only the most important (`best`)"""
