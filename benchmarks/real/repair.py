@@ -41,25 +41,30 @@ DISTILL = ["--distill.beta=1", "--distill.alpha=0", "--precision=32-true", "--co
 """The rival: KL only, AdamW, a tenth of the steps to warm up, a cosine to zero"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Return the options of all benchmarks that repair or distill students of a real model."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="a litgpt checkpoint")
     parser.add_argument("--text", nargs=3, action="append", required=True, metavar=("NAME", "TRAIN", "VALIDATION"))
     parser.add_argument("--students", nargs="*", default=list(STUDENTS), choices=STUDENTS)
     parser.add_argument("--gap", type=int, nargs=2, default=(8, 18), metavar=("FIRST", "NEXT"), help="dropped layers")
-    parser.add_argument("--on", nargs="*", help="texts to calibrate on and to train on, by name; all by default")
-    parser.add_argument("--starts", nargs="*", default=["cut", "repaired", "refined", "distilled"])
     parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--batch", type=int, default=4, help="windows per step of the distillations")
     parser.add_argument("--validation_tokens", type=int, default=8192, help="tokens of each validation text")
     parser.add_argument("--passes", type=float, default=1.0, help="passes of the refinement")
-    parser.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
     parser.add_argument("--bos", choices=["true", "false"], help="HFText's data.bos; its default follows the tokenizer")
     parser.add_argument("--nll_only", action="store_true", help="do not measure the KL divergence, in half of the time")
     parser.add_argument("--out", type=Path, default=Path("out/real"))
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--on", nargs="*", help="texts to calibrate on and to train on, by name; all by default")
+    options.add_argument("--starts", nargs="*", default=["cut", "repaired", "refined", "distilled"])
+    options.add_argument("--batch", type=int, default=4, help="windows per step of the distillations")
+    options.add_argument("--lrs", type=float, nargs="*", default=[3e-4, 8e-4], help="of the distillations")
+    args = options.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     for student in args.students:
         bench.cut(student)
@@ -74,6 +79,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.teacher = args, args.teacher
+        args.out.mkdir(parents=True, exist_ok=True)
         self.texts = {name: (train, validation) for name, train, validation in args.text}
 
     def run(self, student: str, text: str, start: str) -> None:
@@ -111,11 +117,11 @@ class Bench:
             result_path.write_text(json.dumps(result))
             print(json.dumps(result), flush=True)
 
-    def flags(self, text: str) -> list[str]:
+    def flags(self, text: str, micro_batch: int = 1) -> list[str]:
         train, validation = self.texts[text]
         flags = ["--data=HFText", f"--data.path={train}", f"--data.val_path={validation}"]
         flags += [f"--data.bos={self.args.bos}"] if self.args.bos else []
-        return [*flags, "--train.micro_batch_size=1", f"--train.max_seq_length={LENGTH}"]
+        return [*flags, f"--train.micro_batch_size={micro_batch}", f"--train.max_seq_length={LENGTH}"]
 
     def cut(self, student: str) -> None:
         """Write the sub-network of a student."""
@@ -158,12 +164,16 @@ class Bench:
             found.append([sum(part) / len(part) for part in zip(*losses)])
         return tuple(dict(zip(self.texts, values)) for values in zip(*found))
 
-    def table(self) -> None:
-        """Print all results so far."""
+    def teacher_nll(self) -> dict[str, float]:
+        """Return the teacher's negative log-likelihood by text."""
         path = self.args.out / "teacher.json"
         if not path.is_file():
             path.write_text(json.dumps(self.score(self.teacher)[0]))
-        teacher = json.loads(path.read_text())
+        return json.loads(path.read_text())
+
+    def table(self) -> None:
+        """Print all results so far."""
+        teacher = self.teacher_nll()
         print("teacher: " + ", ".join(f"{name} {nll:.3f}" for name, nll in teacher.items()))
         found = [json.loads(file.read_text()) for file in self.args.out.glob("*-*.json")]
         cpu = {}
