@@ -17,7 +17,7 @@ LOWEST := api args blend card checkpoint codecs data_stream deci describe each_s
 	extract features flags gguf head hf_text journal least_squares loading losses packaging plots plugin quantize \
 	recipes report sources strategies surrogate testing transformers tutorials
 
-.PHONY: setup demo test coverage slow lowest lint docs clean
+.PHONY: setup demo test coverage slow lowest lint docs dist clean
 
 setup: $(VENV)/installed
 
@@ -73,5 +73,21 @@ $(VENV)-docs/installed: Makefile
 		mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 griffelib==2.4.1
 	touch $@
 
+# the source distribution, and the wheel that is built from it, which must run in an environment of its own
+dist: $(VENV)-build/installed
+	rm -rf dist build $(VENV)-dist
+	$(VENV)-build/bin/python -m build
+	$(VENV)-build/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	folder=$$(mktemp -d) && $(VENV)-dist/bin/python tests/try_installed.py $$folder && rm -r $$folder
+
+$(VENV)-build/installed: Makefile
+	test -x $(VENV)-build/bin/python || $(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lint $(VENV)-docs out build site *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lint $(VENV)-docs $(VENV)-build $(VENV)-dist dist out build site *.egg-info
