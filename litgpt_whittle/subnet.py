@@ -7,32 +7,33 @@ A sub-network is a litgpt `Config` plus an index plan. `SubNet` holds the kept u
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
 from litgpt.config import Config
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.families import (
-    filled_heads,
-    shares_channels,
-)
-from litgpt_whittle.files import from_yaml, to_yaml, write_text
+from litgpt_whittle.families import filled_heads, shares_channels
+from litgpt_whittle.layer_units import ATTENTION, PER_LAYER, LayerUnits, experts_of, layer_sizes
 from litgpt_whittle.rope import HeadCut, cut_head
+from litgpt_whittle.subnet_file import fingerprint, read_choice, without_provenance, write_choice
 from litgpt_whittle.unit_index import UnitIndex
 
-PER_LAYER = ("n_query_groups", "heads_per_group", "intermediate_size", "moe_intermediate_size", "n_expert")
-"""The fields of a `SubNet` that may differ from layer to layer."""
-
-ATTENTION = ("n_query_groups", "heads_per_group")
-"""The per-layer fields of attention; the others belong to the MLP"""
+__all__ = [  # including the names that other modules import from here, although they are defined in those above
+    "ATTENTION",
+    "DROPS",
+    "FIELDS",
+    "LAYER_SETTINGS",
+    "PER_LAYER",
+    "LayerUnits",
+    "SubNet",
+    "experts_of",
+    "fingerprint",
+    "layer_sizes",
+    "read_choice",
+]
 
 DROPS = {"drop_attention": "attn", "drop_mlp": "mlp"}
 """Fields of a `SubNet` that list the layers kept without their attention or MLP, with litgpt's name of that part"""
@@ -42,33 +43,6 @@ FIELDS = ("n_embd", "n_layer", "head_size", *PER_LAYER, *DROPS)
 
 LAYER_SETTINGS = ("sliding_window_indices", "rope_indices")
 """litgpt's settings with one entry per layer."""
-
-
-@dataclass(frozen=True)
-class LayerUnits:
-    """Kept units of one layer. A dropped sub-layer has None for each of its kinds of units."""
-
-    n_query_groups: UnitIndex | None
-    """Query groups (the heads, if each head is a group of its own)"""
-    heads_per_group: UnitIndex | None
-    """Query heads within each group"""
-    intermediate_size: UnitIndex | None
-    """Neurons of the MLP, or of each expert"""
-    n_expert: UnitIndex | None
-    """Experts; None in a dense layer"""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The kept sub-layers, by litgpt's names: `attn` and `mlp`, or only one of them."""
-        kept = {"attn": self.n_query_groups, "mlp": self.intermediate_size}
-        return tuple(name for name, units in kept.items() if units is not None)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Numbers of query groups, heads per group, neurons and experts; 0 for units that the layer does not have."""
-        units = self.n_query_groups, self.heads_per_group, self.intermediate_size, self.n_expert
-        groups, per_group, neurons, n_expert = (0 if keep is None else len(keep) for keep in units)
-        return groups, per_group, neurons, n_expert
 
 
 class SubNet:
@@ -341,8 +315,7 @@ class SubNet:
 
     def save(self, path: Path, **provenance: Any) -> None:
         """Save the sub-network as YAML, followed by its provenance."""
-        origin = {"teacher": self.teacher.name, "teacher_config": fingerprint(self.teacher)} | provenance
-        write_text(path, to_yaml(self.to_dict() | {"provenance": origin}))
+        write_choice(path, self.to_dict(), self.teacher, **provenance)
 
     @classmethod
     def load(cls, path: Path, teacher: Config) -> SubNet:
@@ -365,14 +338,7 @@ class SubNet:
         Raises:
             UserError: If the sub-network is invalid for this teacher, or was made for another teacher.
         """
-        choice = dict(saved)
-        origin = choice.pop("provenance", None) or {}
-        made_for = origin.get("teacher_config")
-        if made_for is not None and made_for != fingerprint(teacher):
-            raise UserError(
-                f"{name} is a sub-network of {origin.get('teacher')!r} ({made_for}), not of {teacher.name!r} "
-                f"({fingerprint(teacher)}); name the checkpoint that it was searched in"
-            )
+        choice = without_provenance(saved, teacher, name)
         try:
             return cls.from_dict(teacher, choice)
         except UserError as error:
@@ -396,26 +362,6 @@ class SubNet:
         return f"SubNet({', '.join(f'{name}={value}' for name, value in self.to_dict().items())})"
 
 
-def read_choice(path: Path) -> dict[str, Any]:
-    """Read a sub-network's YAML without validating it against a teacher."""
-    try:
-        choice = from_yaml(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the sub-network {str(path)!r}: {error.strerror}; check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{str(path)!r} is not YAML; a sub-network has lines such as 'n_embd: 512'") from None
-    if not isinstance(choice, dict) or not isinstance(choice.get("provenance") or {}, dict):
-        raise UserError(f"{str(path)!r} is not a sub-network, which has lines such as 'n_embd: 512'; check the path")
-    return choice
-
-
-def fingerprint(config: Config) -> str:
-    """Return a hash of a teacher's architecture, independent of its name: eight hex digits."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "hf_config")}
-    # sorted at all levels, since a YAML file does not preserve the order of the RoPE settings
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
 def _keep(name: str, value: Any, size: int) -> UnitIndex:
     if value is None:
         return UnitIndex(size)
@@ -431,41 +377,3 @@ def _keep(name: str, value: Any, size: int) -> UnitIndex:
 
 def _layers_in(keep: UnitIndex | None) -> frozenset[int]:
     return frozenset() if keep is None else frozenset(keep.indices.tolist())
-
-
-def layer_sizes(teacher: Config, layer: int) -> dict[str, int]:
-    """Return the sizes of the teacher's layer `layer`, by the names of the per-layer fields of `SubNet`."""
-    sizes = {"n_query_groups": teacher.n_query_groups, "heads_per_group": teacher.n_head // teacher.n_query_groups}
-    is_dense = teacher.mlp_class_name != "LLaMAMoE" or layer < (teacher.first_k_dense_replace or 0)
-    if is_dense:
-        return sizes | {"intermediate_size": teacher.intermediate_size}
-    if teacher.moe_intermediate_size is not None:
-        return sizes | {"moe_intermediate_size": teacher.moe_intermediate_size, "n_expert": teacher.n_expert}
-    return sizes | {"intermediate_size": teacher.intermediate_size, "n_expert": teacher.n_expert}
-
-
-def experts_of(teacher: Config, keep: UnitIndex) -> np.ndarray:
-    """Return the indices of the kept experts. In grouped routing, "the first n" are the first n / groups of each group.
-
-    Raises:
-        UserError: If too few experts are kept for litgpt's router, or the groups would differ in size.
-    """
-    n, per_token = len(keep), teacher.n_expert_per_token
-    if n < per_token:
-        raise UserError(f"n_expert must be at least n_expert_per_token = {per_token}, got {n}; keep more experts")
-    groups = teacher.n_expert_groups
-    if not groups:
-        return keep.indices
-    group_size = teacher.n_expert // groups
-    if n % groups:
-        raise UserError(f"n_expert must be a multiple of n_expert_groups = {groups}, got {n}; keep {n - n % groups}")
-    least = max(teacher.n_topk_scores_per_group, -(-per_token // teacher.n_topk_groups))
-    if n // groups < least:
-        raise UserError(
-            f"each expert group must have at least {least} experts, got {n // groups}; keep {least * groups}"
-        )
-    if keep.is_prefix:
-        return (np.arange(groups)[:, None] * group_size + np.arange(n // groups)).ravel()
-    if (counts := np.bincount(keep.indices // group_size, minlength=groups)).min() != counts.max():
-        raise UserError(f"every expert group must keep the same number, got {counts.tolist()}; balance n_expert")
-    return keep.indices
