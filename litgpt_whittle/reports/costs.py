@@ -1,4 +1,4 @@
-"""Heat map of the costs of each layer's alternatives, which are smaller sizes of one layer."""
+"""Heat map of the costs of each layer's alternatives: to drop the layer or a sub-layer, or to keep fewer units."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
     """Plot the costs, with a row per layer, a column per size and a panel per kind of unit.
 
     Args:
-        costs: Increase of the loss by each alternative.
+        costs: Increase of the loss by each alternative, as returned by `read_costs`.
         path: The PNG file.
         teacher: The teacher's config.
         unit: Unit of the costs.
@@ -85,7 +85,7 @@ def plot_costs(costs: Costs, path: Path, teacher: Config, unit: str) -> None:
     bar.update_ticks()
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2)
-    bar.set_label(f"rise by this cut alone, {unit}", fontsize=8)
+    bar.set_label(f"increase by this cut alone, {unit}", fontsize=8)
     figure.suptitle("The cost of each layer's alternatives", x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
 

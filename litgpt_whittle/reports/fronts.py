@@ -23,7 +23,7 @@ def save_fronts(
     objectives: Sequence[str],
     save: Callable[[Evaluation, Path], None],
 ) -> None:
-    """Write a folder for each bin's front, with one sub-network per file; nothing for a single objective.
+    """Write a folder for each bin's front, with one sub-network per file; write nothing for a single objective.
 
     Args:
         out_dir: The search's folder.

@@ -131,7 +131,7 @@ def _draw_bars(ax: Any, values: np.ndarray, line: float | None) -> None:
         ax.text(1.02, layer, text, transform=ax.get_yaxis_transform(), va="center", fontsize=6.5, color="0.25")
     if line is not None:
         ax.axvline(line, color="#222222", linewidth=1, linestyle=":")
-        ax.set_xlabel(f"dotted: the whole, {line:.3g}", fontsize=8)
+        ax.set_xlabel(f"dotted: the whole model, {line:.3g}", fontsize=8)
     ax.tick_params(labelsize=8, length=2)
 
 

@@ -135,7 +135,7 @@ def plot_dimensions(evaluations: Sequence[Evaluation], path: Path, score: str = 
         axes.set_visible(False)
     for axes in grid[:, 0]:
         score_axis(axes.yaxis, [e.score(score) for e in found], score)
-    title = f"What {score} goes with: ρ is Spearman's rank correlation, ★ the best"
+    title = f"Sizes and {score}: ρ is Spearman's rank correlation, ★ the best"
     note = f"\n(the same in all: {', '.join(fixed)})" if fixed else ""
     figure.suptitle(title + note, x=0.01, ha="left")
     save_figure(figure, path)

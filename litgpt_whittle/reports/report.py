@@ -65,7 +65,7 @@ def write_report(out_dir: Path) -> str:
     check_writable(out_dir)
     bests = found.bests
     sections = [Section("The best", _summary(found), table(bests)), *draw(found, out_dir)]
-    sections.append(Section("Settings", "What the scores depend on.", code(to_yaml(found.header))))
+    sections.append(Section("Settings", "Settings that determine the scores.", code(to_yaml(found.header))))
     write_text(out_dir / PAGE, page(f"Search of {found.teacher.name}", sections))
     return "\n\n".join(map(as_text, (bests, *found.fronts)))
 
@@ -91,7 +91,7 @@ class Findings:
         path = out_dir / JOURNAL
         if not path.is_file():
             raise UserError(
-                f"{str(out_dir)!r} is not the folder of a search: it has no {JOURNAL}; give that of litgpt search"
+                f"{str(out_dir)!r} is not the folder of a search: it has no {JOURNAL}; pass a search's out_dir"
             )
         header, evaluations = read_journal(path)
         try:
@@ -145,8 +145,8 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
 
     sections = []
     if fronts := found.fronts:
-        text = "What no other candidate of the bin beats in all objectives, along the first one. At its end, a search "
-        text += "writes each to its own file."
+        text = "Candidates that no other candidate of the bin beats in all objectives, sorted by the first objective. "
+        text += "A search writes each of them to its own file when it ends."
         plot_front(evaluations, out_dir / "front.png", found.objectives)
         content = picture(out_dir / "front.png", "The front") + "\n".join(map(table, fronts))
         sections.append(Section("The front", text, content))
@@ -154,33 +154,33 @@ def draw(found: Findings, out_dir: Path) -> list[Section]:
     sections.append(drawn("Size and score", text, "candidates.png", plot_candidates))
     text = "A search that still improved at its end is worth continuing: --resume true with more --iterations."
     sections.append(drawn("Progress", text, "search.png", plot_search))
-    text = f"Where ρ is below 0, candidates of a bin with more of a dimension tend to have a lower {score}. "
-    text += "Of dimensions that may differ from layer to layer, the mean over the layers."
+    text = f"If ρ is below 0, candidates with a larger size tend to have a lower {score} than others of their bin. "
+    text += "Sizes that differ from layer to layer are averaged over the layers."
     sections.append(drawn("What matters", text, "dimensions.png", plot_dimensions))
     bests = best_of(evaluations, score)
     for bin, best in bests.items():
         name = "architecture.png" if len(bests) == 1 else f"architecture-{bin}.png"
         label = f"The best of {bin}: {score} {number(best.score(score))}, {best.n_params:,} parameters"
         subnet = SubNet.from_dict(found.teacher, best.subnet)
-        text = "What is kept of each of the teacher's layers."
+        text = "Kept units in each of the teacher's layers."
         sections.append(drawn(f"Architecture for {bin}", text, name, plot_architecture, subnet, label))
     if any(e.origin for e in evaluations):
-        text = "The plain ideas that the search began with, the best of each bin first."
+        text = "Simple cuts that the search evaluated first, the best of each bin first."
         sections.append(Section("Simple starts", text, table(_starts(found))))
     if scored(scored(evaluations, score), "predicted"):
-        text = f"What the surrogate expected of candidates before their {score} was measured."
+        text = f"Predictions that the surrogate made before the {score} of a candidate was measured."
         sections.append(drawn("The surrogate", text, "predictions.png", plot_predictions))
     costs, unit = read_costs(out_dir, found.teacher, score)
     if costs:
-        text = "What each cut of one layer costs where the rest is the teacher's, measured before the search. "
-        text += "The columns are kept units; the paler, the cheaper."
+        text = "The cost of each cut of a single layer of the teacher, measured before the search. "
+        text += "Columns are numbers of kept units; paler cells are cheaper."
         plot_costs(costs, out_dir / "costs.png", found.teacher, unit)
         sections.append(Section("Costs", text, picture(out_dir / "costs.png", "Costs")))
     if results := read_results(out_dir):
-        text = f"Ranks by {score} before training and by validation loss after it, with the value in brackets."
+        text = f"Ranks by {score} before training and by validation loss after it, with the values in brackets."
         sections.append(Section("Selection", text, table(rung_table(results, evaluations, score))))
     if (out_dir / IMPORTANCE).is_file():
-        text = "What the units of each of the teacher's layers are worth."
+        text = "Importance scores of the units in each of the teacher's layers."
         sections.append(Section("Importance", text, picture(out_dir / IMPORTANCE, "Importance")))
     return sections
 

@@ -1,6 +1,6 @@
-"""Alternatives to a layer of the teacher, for a search to combine: drop it or a sub-layer, or keep fewer units.
+"""Alternatives to a layer of the teacher, which a search combines: drop the layer or a sub-layer, or keep fewer units.
 
-Each alternative is measured by itself, as the teacher with this single change. Channels and head size stay at the
+Each alternative is measured on its own: as the teacher with this single change. Channels and head size stay at the
 teacher's sizes. The parameter count and other closed-form costs of a combination are therefore sums over its layers.
 """
 
@@ -25,7 +25,7 @@ DROPPED = "n_layer"
 """Name of the alternative that drops a layer"""
 
 SUBLAYER_TITLES = {"drop_attention": "attention", "drop_mlp": "MLP"}
-"""Titles of the alternatives that drop a sub-layer, by their names, fields of `SubNet`"""
+"""Titles of the alternatives that drop a sub-layer, by their names, which are fields of `SubNet`"""
 
 _TITLE = re.compile(r"(?:layer (\d+)|all layers): (?:dropped|(attention|MLP) dropped|(\w+) (\d+))")
 
@@ -64,7 +64,7 @@ LayerChoice = dict[str, int] | None
 
 
 def sublayer_sizes(field: str, choice: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of a layer's attention (`drop_attention`) or of its MLP (`drop_mlp`)."""
+    """Return the sizes that belong to a layer's attention (`field` is `drop_attention`) or to its MLP (`drop_mlp`)."""
     return {name: size for name, size in choice.items() if (name in ATTENTION) == (field == "drop_attention")}
 
 
@@ -117,7 +117,7 @@ class Alternatives:
 
     @cached_property
     def sublayers(self) -> tuple[str, ...]:
-        """Names of the alternatives that drop a sub-layer, if the space may drop it."""
+        """Names of the alternatives that drop a sub-layer, for the sub-layers that the space may drop."""
         space = self.space.sizes
         return tuple(name for name, part in DROPS.items() if space.may_drop and part in space.args.sublayers)
 
@@ -200,11 +200,11 @@ class Alternatives:
         return UnitIndex(sorted(list(units)[:size]))
 
     def weights(self, subnet: SubNet) -> np.ndarray | None:
-        """Return the weight of each alternative in a sub-network, shape (n_alternatives,).
+        """Return the weight of each alternative in a sub-network, shape (n_alternatives,): 1 if it occurs, else 0.
 
-        Sizes between two levels are interpolated. None if alternatives cannot describe the sub-network, because it has
-        fewer channels or a smaller head size than the teacher, or lacks a layer or sub-layer that the space always
-        keeps.
+        For a size between two measured sizes, both have interpolated weights. None if alternatives cannot
+        describe the sub-network, because it has fewer channels or a smaller head size than the teacher, or lacks a
+        layer or sub-layer that the space always keeps.
         """
         if len(subnet.n_embd) < self.teacher.n_embd or len(subnet.head_size) < self.teacher.head_size:
             return None

@@ -43,7 +43,7 @@ class StepArgs(SizeArgs):
 
     n_embd: int | None = None  # type: ignore[assignment]
     """Channels of the residual stream; by default the largest of 128 (above 2,048 channels), 64 and 32 that divides the
-    teacher's number and leaves at least 16 sizes, else 1"""
+    teacher's number of channels and leaves at least 16 sizes, else 1"""
     intermediate_size: int | None = None  # type: ignore[assignment]
     """Neurons of an MLP; same default rule as `n_embd`"""
     moe_intermediate_size: int | None = None  # type: ignore[assignment]
@@ -83,17 +83,17 @@ class LimitArgs:
     n_params: str | int | float | None = None
     """Number of parameters. Without ``--bin``, this range serves as the bin"""
     flops: str | int | float | None = None
-    """FLOPs per token of a forward pass, as in 1.5G"""
+    """FLOPs per token of a forward pass, such as 1.5G"""
     kv_cache_bytes: str | int | float | None = None
-    """Bytes of the KV cache of one sequence in bfloat16, as in 64MiB"""
+    """Bytes of the KV cache of one sequence in bfloat16, such as 64MiB"""
     weight_bytes: str | int | float | None = None
-    """Bytes of the weights in bfloat16, as in 2GB"""
+    """Bytes of the weights in bfloat16, such as 2GB"""
     latency_prefill: str | int | float | None = None
-    """Seconds from a prompt to the first new token on this machine, as in 50ms. Each candidate is timed before it is
+    """Seconds from a prompt to the first new token on this machine, such as 50ms. Each candidate is timed before it is
     scored, which takes some seconds if it is large. A candidate that is too slow is not scored, but counts as an
     evaluation"""
     latency_decode: str | int | float | None = None
-    """Seconds for each further token on this machine, as in 5ms; measured together with `latency_prefill`"""
+    """Seconds for each further token on this machine, such as 5ms; measured together with `latency_prefill`"""
 
     def __post_init__(self) -> None:
         self.ranges()

@@ -28,14 +28,16 @@ class Wish:
     """Target sizes of a draw, met as closely as the bin allows; other sizes are drawn at random."""
 
     layers: tuple[int, ...] | None = None
+    """Layers of the teacher to keep; random if None"""
     values: Mapping[Key, int] = field(default_factory=dict)
+    """Target sizes, which need not be allowed sizes"""
     drops: Mapping[int, str] | None = None
-    """Dropped sub-layer of layers that lack one; random if None"""
+    """Sub-layer to drop (`attn` or `mlp`), by the teacher's layer; random if None"""
     spread: bool = True
     """If true, all per-layer target sizes are shifted together to meet the bin; if false, as few as needed change"""
     evenness: float | None = None
-    """Concentration of the per-layer sizes without a target: higher values draw them closer to equal shares of the
-    remaining parameters; None draws each from its whole range"""
+    """Concentration of the beta distribution of per-layer sizes without a target. Higher values draw layers closer to
+    equal shares of the remaining parameters. If None, each size is drawn from its whole range"""
 
 
 def draw_sizes(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish | None = None) -> Sizes | None:
@@ -292,7 +294,7 @@ class _Descent:
             self.lo[term][axis], self.hi[term][axis] = smallest, largest
 
     def _open(self, key: Key, totals: list[int]) -> tuple[Iterator[int], list, list, list]:
-        """Return the values of a size that can reach the bin, and the totals as affine functions of it."""
+        """Return the values of a size that can reach the bin, the totals as affine functions of it, and its bounds."""
         users, grid = self.table.users[key], self.table.grids[key]
         affine = []
         for ends, total in zip((self.lo, self.hi), totals):

@@ -16,7 +16,7 @@ from litgpt_whittle.subnet import DROPS, SubNet
 def draw(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish | None = None) -> Sizes | None:
     """Draw which sub-layers to drop, if the space may drop any, then sizes whose parameter count lies in the bin.
 
-    Dropped sub-layers are added or restored, one by one at random, until the other sizes can reach the bin.
+    Sub-layers are dropped or restored, one by one at random, until the other sizes can reach the bin.
 
     Returns:
         The sizes, as close to the wish as the bin allows, or None if none were found.
@@ -45,7 +45,7 @@ def draw(space: SizeSpace, rng: np.random.Generator, bin: Bin, wish: Wish | None
 def change_drops(
     space: SizeSpace, rng: np.random.Generator, layers: Sequence[int], drops: Mapping[int, str]
 ) -> dict[int, str]:
-    """Drop a sub-layer of one of the kept layers, restore one, or both."""
+    """Return new drops: at random, drop one more sub-layer of the kept `layers`, restore one, or do both."""
     change = int(rng.integers(3))
     changed = dict(drops) if change == 0 else _fewer_drops(rng, drops)
     return changed if change == 1 else _more_drops(space, rng, changed, layers)
@@ -64,7 +64,7 @@ def _keeps_both(sizes: Sizes) -> bool:
 
 
 def _random_drops(space: SizeSpace, rng: np.random.Generator) -> dict[int, str]:
-    """Draw dropped sub-layers: none in half of the draws, else of up to half of the layers for each kind."""
+    """Draw the sub-layers to drop: none in half of the draws, else each kind in up to half of the layers."""
     drops: dict[int, str] = {}
     if rng.random() < 0.5:
         return drops
@@ -78,7 +78,7 @@ def _random_drops(space: SizeSpace, rng: np.random.Generator) -> dict[int, str]:
 def _more_drops(
     space: SizeSpace, rng: np.random.Generator, drops: Mapping[int, str], layers: Sequence[int] | None = None
 ) -> dict[int, str]:
-    """Drop a random sub-layer of a layer that has both, by default of any layer of the teacher."""
+    """Drop a random sub-layer of one of `layers` (by default, all layers of the teacher) that has both."""
     free = [layer for layer in (range(space.teacher.n_layer) if layers is None else layers) if layer not in drops]
     if not free:
         return dict(drops)
@@ -107,7 +107,7 @@ def check_reachable(space: SizeSpace, bin: Bin) -> None:
 
 
 def nearest(space: SizeSpace, bin: Bin) -> tuple[int | None, int | None]:
-    """Return the nearest possible counts below and above an empty bin; None if there is none."""
+    """Return the nearest possible counts below and above an empty bin, each None if there is no such count."""
     rng, below, above = np.random.default_rng(0), None, None
     if bin.lo > space.largest:
         return space.largest, None

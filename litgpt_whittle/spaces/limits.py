@@ -62,7 +62,8 @@ class Limits:
         return None
 
     def bin(self, smallest: int, largest: int) -> Bin:
-        """Return the default bin: possible counts within the limit on `n_params`, or all possible counts if none is."""
+        """Return the default bin: possible counts within the limit on `n_params`, or, if there are none, all
+        possible counts."""
         least, most = self.ranges.get("n_params", (0, math.inf))
         lo, hi = max(math.ceil(least), smallest), math.floor(min(most, largest))
         return Bin(lo, hi) if lo <= hi else Bin(smallest, largest)

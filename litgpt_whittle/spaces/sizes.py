@@ -108,16 +108,18 @@ class SizeSpace:
         step, least = getattr(self.args.step, name), getattr(self.args.smallest, name)
         step = default_step(self.teacher, name, limit) if step is None else step
         if least > limit:
-            raise UserError(f"search_space.smallest.{name} must be at most the teacher's {limit}, got {least}")
+            raise UserError(
+                f"search_space.smallest.{name} must be at most the teacher's {limit}, got {least}; lower it"
+            )
         legal = set(_legal(self.teacher, name, limit))
         return [n for n in (*range(-(-least // step) * step, limit, step), limit) if n in legal]
 
     def _keep_convertible(self, sharing: _Sharing) -> None:
-        """Remove the numbers of channels and the head sizes for which padded heads could not fill the channels.
+        """Remove the numbers of channels and the head sizes for which added heads of zeros could not fill the channels.
 
-        The remaining values can be combined freely: head sizes divide the teacher's head size, and numbers of channels
-        are multiples of it. The maximum number of heads that fit is then always in the heads' grid. The largest layer
-        grows with the channels and with the head size, as the closed form of the reachable counts requires.
+        All remaining values can be combined: head sizes divide the teacher's head size, and numbers of channels are
+        multiples of it. The maximum number of heads that fit is then always an allowed size. The parameters of the
+        largest layer increase with the channels and with the head size, as the closed form of the counts requires.
         """
         size, heads = self.teacher.head_size, set(self.grids[sharing.name])
         each = size * sharing.groups
@@ -172,12 +174,12 @@ class SizeSpace:
 
     @property
     def may_drop(self) -> bool:
-        """True if sub-layers may be dropped; one layer keeps its attention, and one its MLP."""
+        """True if sub-layers may be dropped; at least one layer always keeps its attention, and one its MLP."""
         return bool(self.args.sublayers) and self.teacher.n_layer > 1
 
     @property
     def whole(self) -> SizeSpace:
-        """The same space without dropped sub-layers."""
+        """The same space, except that no sub-layer may be dropped."""
         whole = copy.copy(self)
         whole.args = replace(self.args, drop=[name for name in self.args.drop if name not in SUBLAYER_NAMES])
         return whole
@@ -197,7 +199,7 @@ class SizeSpace:
         return less
 
     def _find_depths(self) -> None:
-        """Find all allowed numbers of layers of each kind."""
+        """Find all allowed depths: combinations of a number of layers for each kind."""
         totals = [self.kind_of.count(kind) for kind in range(len(self.kinds))]
         if self.layer_order is not None:
             kinds = [self.kind_of[layer] for layer in self.layer_order]
@@ -233,7 +235,7 @@ class SizeSpace:
         return min(self.without(drops).extent[0] for drops in self._most_drops())
 
     def _most_drops(self) -> list[dict[int, str]]:
-        """Return the ways to drop as many sub-layers as possible, and none: one layer keeps each kind of sub-layer."""
+        """Return the ways to drop the most sub-layers, and to drop none; one layer keeps each kind of sub-layer."""
         ways: list[dict[int, str]] = [{}]
         last = self.teacher.n_layer - 1
         for part in self.args.sublayers if self.may_drop else ():
@@ -291,7 +293,7 @@ class _Sharing:
 
 
 class _Kind:
-    """Kind of layers with equal cost, a polynomial that is affine in each of six sizes."""
+    """Kind of layers with the same parameter count, a polynomial that is affine in each of six sizes."""
 
     def __init__(
         self, width: str, has_experts: bool, names: tuple[str, ...], coefficients: np.ndarray, grids: list[list[int]]
@@ -348,7 +350,7 @@ def default_step(teacher: Config, name: str, limit: int) -> int:
 
 
 def decided(args: SpaceArgs, teacher: Config) -> SpaceArgs:
-    """Set `convertible` to true if it is None and the teacher requires it for the dimensions that may shrink."""
+    """Return `args`; if `convertible` is None, set it to true if the teacher requires it for the free dimensions."""
     is_needed = shares_channels(teacher) and not {"n_embd", "head_size"} <= set(args.fixed)
     return replace(args, convertible=True) if args.convertible is None and is_needed else args
 
@@ -404,7 +406,7 @@ def _check_args(args: SpaceArgs) -> None:
     for section in ("step", "smallest"):
         for name in names:
             if (value := getattr(getattr(args, section), name)) is not None and value < 1:
-                raise UserError(f"search_space.{section}.{name} must be at least 1, got {value}")
+                raise UserError(f"search_space.{section}.{name} must be at least 1, got {value}; raise it")
     for name in args.fixed:
         if name not in names:
             raise UserError(f"search_space.fixed must contain only dimensions ({', '.join(names)}), got {name!r}")

@@ -176,10 +176,10 @@ class Space:
     def trade(self, rng: np.random.Generator, parent: SubNet) -> SubNet:
         """Change one choice and compensate with another size, so that the parameter count stays nearly the same.
 
-        This is the level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. With
-        equal probability, the change is a step of one size, a change of layers, or an exchange of units in a set; an
-        exchange needs no compensation. The target is the parent's count, plus or minus a tenth of the bin's width. If
-        one size cannot compensate, other sizes change too.
+        This is the level-switch mutation of EvoPress (arXiv 2410.14649, algorithm 1) for units of different costs. The
+        change is, with equal probability among those that the space allows, a step of one size, a change of layers, a
+        change of dropped sub-layers, or an exchange of units in a set, which needs no compensation. The target is the
+        parent's count, plus or minus a tenth of the bin's width. If one size cannot compensate, other sizes change too.
         """
         sizes, sets = self.sizes_of(parent), self._sets_of(parent)
         free, movable = self._free(sizes), self._movable(sets)
@@ -345,7 +345,7 @@ class Space:
         return self._keep_units(rng, sizes, sets, swaps)
 
     def _keep_units(self, rng: np.random.Generator, sizes: Sizes, sets: Sets, swaps: dict[Key, float]) -> SubNet:
-        """Draw units for the sizes, from the parents' `sets` as far as the sizes and the shares to swap allow."""
+        """Draw units for the sizes: from `sets` as far as possible, except for the shares in `swaps` to exchange."""
         chosen: dict[Key, UnitIndex] = {}
 
         def keep(name: str, layer: int) -> UnitIndex:

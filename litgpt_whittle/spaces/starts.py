@@ -33,7 +33,7 @@ Layers = tuple[int, ...]
 
 
 class Kept(NamedTuple):
-    """Kept layers, and the dropped sub-layer of those that lack one (see `Sizes`)."""
+    """Kept layers, and the dropped sub-layer of each layer that lacks one (see `Sizes`)."""
 
     layers: Layers
     drops: Mapping[int, str] = MappingProxyType({})
@@ -48,9 +48,9 @@ class Start(NamedTuple):
 
 
 class Idea(NamedTuple):
-    """A way to remove the excess parameters: a portion by dropping layers, the rest by reducing other dimensions.
+    """A way to remove the parameters above the bin: a portion by dropping layers, the rest by reducing dimensions.
 
-    The other dimensions are reduced to about the same share of the teacher's sizes.
+    The dimensions are all reduced to about the same share of the teacher's sizes.
     """
 
     dimensions: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Idea(NamedTuple):
     layers: str = ""
     """Method of choosing layers, by its name in `Builder.choosers`; all layers are kept by default"""
     portion: float = 1.0
-    """Share of the excess parameters to remove by dropping layers or sub-layers"""
+    """Share of the parameters above the bin to remove by dropping layers or sub-layers"""
     sublayer: str = ""
     """Sub-layer to drop instead of whole layers, where it matters least: `attn` or `mlp`"""
 
@@ -105,7 +105,7 @@ def simple_starts(space: Space, order: Order | None = None, by_units: bool = Tru
     Args:
         space: The space. A coarse space keeps the first units, or the best units by its `order`.
         order: The teacher's layers and units by importance, if known.
-        by_units: If true, choose units by `order`; if false, only layers.
+        by_units: If true, choose units and layers by `order`; if false, only layers.
         n_sizes: Number of target sizes per idea, evenly spaced from the bin's upper end downwards.
 
     Returns:
@@ -129,7 +129,7 @@ class Builder:
         space: The space.
         most: Maximum number of parameters.
         order: The teacher's layers and units by importance.
-        by_units: If true, choose units by `order`; if false, only layers.
+        by_units: If true, choose units and layers by `order`; if false, only layers.
     """
 
     def __init__(self, space: Space, most: int, order: Order | None, by_units: bool) -> None:
@@ -205,7 +205,7 @@ class Builder:
         return min(options, key=lambda kept: abs(self._count(kept, {}) - aim), default=None)
 
     def _least_important(self, sublayer: str) -> list[int]:
-        """Return the layers, those first whose sub-layer matters least; without an order, the last layers first."""
+        """Return the layers by the importance of their sub-layer, ascending; without an order, the last layer first."""
         if self.order is None:
             return list(range(self.n_layer))[::-1]
         return self.order.sublayers.get(sublayer, self.order.n_layer)[::-1].tolist()

@@ -29,23 +29,24 @@ class SurrogateArgs:
     n_initial: int = 20
     """Evaluations before the first predictions, if no `path` is given"""
     refit: float = 0.1
-    """With filter, the number of evaluations grows by this fraction between two fits, and by at least ten"""
+    """With filter, the surrogate is fitted again once the number of evaluations has grown by this fraction, and by at
+    least ten"""
     n_proposals: int = 30
     """Candidates proposed per evaluation, with filter"""
     optimism: float = 1.0
     """κ in the lower confidence bound μ − κσ that ranks candidates. Among equal predictions, the bound prefers the most
     uncertain one, so that the search explores. No effect for regressors without a standard deviation"""
     n_inner: int = 500
-    """Predictions per search on predictions, with objective"""
+    """Candidates to predict in each search on predictions, with objective"""
     n_evaluated: int = 10
     """Candidates to evaluate after each search on predictions, with objective"""
     model: str | None = None
-    """Folder or name of a Hugging Face model for sequence classification, for kind text only; for example the
-    folder `surrogate` that an earlier search with kind text has written"""
+    """Folder or name of a Hugging Face model for sequence classification, for kind text; for example the folder
+    `surrogate` that an earlier search with kind text has written"""
     epochs: int = 10
-    """Training epochs per fit. For kind text"""
+    """Training epochs per fit, for kind text"""
     learning_rate: float = 5e-5
-    """Peak learning rate, reached after a tenth of the steps. For kind text"""
+    """Peak learning rate, reached after a tenth of the steps, for kind text"""
 
     def __post_init__(self) -> None:
         if self.mode not in ("none", "filter", "objective"):

@@ -142,7 +142,7 @@ class Features:
         return _units(UnitIndex(experts_of(self.teacher, UnitIndex(experts)))) if is_prefix else experts
 
     def _profile(self, name: str, kept: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the kept share in each part of the teacher's depth."""
+        """Return the mean kept share in each of the `N_PARTS` parts of the teacher's depth."""
         return {f"{name}_at_{i}": part for i, part in enumerate(self._parts @ kept.T.astype(np.float64))}
 
     def _param_shares(self, read: Read) -> dict[str, np.ndarray]:
@@ -255,7 +255,10 @@ class _Masses:
 
 
 def _running_share(scores: np.ndarray) -> np.ndarray:
-    """Return the first n units' share of the total score, n = 0 … len(scores); all units count equally if it is 0."""
+    """Return the share of the total score that the first n units have, for n = 0, …, len(scores).
+
+    If the total is 0, all units count equally.
+    """
     shares = np.clip(scores.astype(np.float64), 0, None)
     shares = shares if shares.sum() > 0 else np.ones(len(scores))
     return np.concatenate(([0.0], np.cumsum(shares / shares.sum())))

@@ -117,8 +117,8 @@ class Scale(NamedTuple):
 class Surrogate:
     """Predictor of scores (lower is better) in their original unit.
 
-    With examples of another search, a regressor fitted to them is the prior. Linear regression maps its predictions to
-    the scale of this search. A second regressor is fitted to the residuals, which corrects an unsuitable prior.
+    With examples of another search, a regressor fitted to these is the prior. Linear regression maps its predictions to
+    the scale of this search. A second regressor is fitted to the residuals, and so corrects an unsuitable prior.
 
     Args:
         make: Returns an unfitted regressor.

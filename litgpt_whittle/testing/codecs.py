@@ -20,6 +20,7 @@ Make = Callable[[int, float], Codec]
 """Returns a codec for a vocabulary and a temperature: its class, or a `functools.partial` with settings"""
 
 N, V, T = 23, 101, 0.9
+"""Number of tokens, size of the vocabulary, temperature"""
 TOLERANCE = 0.05
 """Maximum error of a log-probability in nats, for tokens with a probability of at least 0.001"""
 N_DRAWS = 50_000
@@ -102,7 +103,9 @@ def check_decoded(make: Make) -> None:
     is_right = expected.ids.dtype == torch.int64 and expected.log_p.shape == expected.ids.shape
     assert is_right, "ids must be int64, with one log-probability each"
     has_tail = expected.log_tail is not None
-    assert has_tail == (codec.gives == "distributions"), "log_tail must be there for distributions, None for samples"
+    assert has_tail == (codec.gives == "distributions"), (
+        "log_tail must be a tensor for distributions, and None for samples"
+    )
     total = probabilities(expected).sum(1, keepdim=True)
     if expected.log_tail is not None:
         n_distinct = [len(row.unique()) for row in expected.ids]
@@ -113,7 +116,7 @@ def check_decoded(make: Make) -> None:
 
 
 def check_predictions(make: Make) -> None:
-    """Check that decoded logits or distributions are the teacher's up to a small error.
+    """Check that decoded logits or distributions equal the teacher's up to `TOLERANCE`.
 
     Not required of samples, which `check_unbiased` checks.
     """
@@ -135,7 +138,7 @@ def check_predictions(make: Make) -> None:
             errors = (ours - theirs).abs().masked_fill(theirs <= math.log(1e-3), 0.0)
             error = float(errors.max())
             assert error <= TOLERANCE, (
-                f"decoded log-probabilities must equal the teacher's at the temperature, off by {error:.2g}"
+                f"decoded log-probabilities must equal the teacher's at the temperature, they are off by {error:.2g}"
             )
 
 

@@ -165,7 +165,7 @@ def check_windows(fitness: type[Fitness]) -> None:
 
 
 def check_halved(fitness: type[Fitness]) -> None:
-    """Check that scores do not change within `halved`.
+    """Check that scores do not change within `halved`, which reduces the memory for a candidate.
 
     Not required of a fitness without `halved`.
     """

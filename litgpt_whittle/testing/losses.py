@@ -17,6 +17,7 @@ from litgpt_whittle.distillation.objective import SparseTargets, log_probabiliti
 from litgpt_whittle.testing.inputs import random_logits
 
 N, V, T = 7, 11, 0.9
+"""Number of tokens, size of the vocabulary, temperature"""
 
 
 def check_loss(loss: Loss, **settings: Any) -> None:
@@ -37,7 +38,7 @@ def check_loss(loss: Loss, **settings: Any) -> None:
 def of_logits(loss: Loss, student: torch.Tensor, teacher: torch.Tensor | SparseTargets) -> torch.Tensor:
     """Return the loss for the logits of the student and the teacher, at a temperature of 0.9, shape (N,)."""
     if getattr(loss, "on_logits", False):
-        assert isinstance(teacher, torch.Tensor), "a loss of logits needs all of them"
+        assert isinstance(teacher, torch.Tensor), "a loss of logits needs the logits of all tokens"
         return loss(student / T, teacher / T)
     return loss(*log_probabilities(student, teacher, T))
 
@@ -121,7 +122,7 @@ def check_impossible_tokens(loss: Loss) -> None:
 
 
 def check_known_tokens(loss: Loss) -> None:
-    """Check that a loss accepts the tokens that a cached teacher stores, in any order, and one event for the rest.
+    """Check that a loss accepts the tokens that a cached teacher stores, in any order, with the rest as one event.
 
     Not required of losses with `on_logits`.
     """

@@ -92,14 +92,17 @@ def check_shares(make: Make) -> None:
 
 
 def check_ties(make: Make) -> None:
-    """Check that exactly the given share is dropped of equal weights with equal inputs."""
+    """Check that exactly the given share of weights is dropped if all weights and all inputs are equal."""
     for sparsity in (Sparsity(0.25), Sparsity.parse(None, "3:4")):
         n = int((_pruned(make, sparsity, torch.ones(4, 8), moments_of(torch.ones(3, 8))) == 0).sum())
         assert n == 8, f"a quarter of 32 equal weights must be 0, {n} are"
 
 
 def check_inputs(make: Make) -> None:
-    """Check unused inputs, equal inputs and few tokens; without `reads_data`, also no calibration data."""
+    """Check that the share is exact for unused inputs, equal inputs or few tokens.
+
+    A pruner without `reads_data` must also ignore the inputs.
+    """
     weight, x = problem(4, 16)
     x[:, 3] = 0  # an input that is never used
     x[:, 5] = x[:, 6]

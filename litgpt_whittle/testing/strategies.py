@@ -62,13 +62,13 @@ def start(strategy: Strategy, space: Space = SPACE, seed: int = 1) -> None:
     """Start a search, with scores of the strategy's `measurements` if it needs them."""
     strategy.start(space, seed)
     if strategy.needs_measurements:
-        with suppress(UserError):  # a strategy that cannot search this space runs without
+        with suppress(UserError):  # a strategy that cannot search this space runs without measurements
             subnets = strategy.measurements().items()
             strategy.take_measurements({name: Scored(each, loss(each), measures(each)) for name, each in subnets})
 
 
 def loss(subnet: SubNet) -> float:
-    """Return a loss to minimise: it prefers many wide layers early in the network."""
+    """Return a made-up loss, which is lower for more and wider layers, early layers most."""
     return 10 - sum(subnet.layer(i).sizes[2] / (64 * (i + 1)) for i in range(len(subnet)))
 
 
@@ -90,7 +90,7 @@ def run(strategy: Strategy, n: int, score: Callable[[SubNet], float] = loss, ask
 
 
 def others(n: int) -> list[SubNet]:
-    """Return sub-networks that no strategy proposed."""
+    """Return up to n random sub-networks, which stand for candidates that no strategy proposed."""
     rng = np.random.default_rng(99)
     return list(dict.fromkeys(SPACE.sample(rng) for _ in range(n)))
 
@@ -170,7 +170,7 @@ def check_failures(make: Make) -> None:
 
 
 def check_others_first(make: Make) -> None:
-    """Check reported candidates that were not proposed, such as simple starts: they count, and are not proposed."""
+    """Check that candidates reported without being proposed, such as simple starts, count and are not proposed."""
 
     def begun() -> Strategy:
         strategy = begin(make)
@@ -270,11 +270,13 @@ def check_learns(make: Make) -> None:
     The mean distance of its best candidates to several hidden targets must be at most 0.9 times that of random search.
     """
     ours, rivals = mean_distance(make), _random_distance()
-    assert ours < 0.9 * rivals, f"a strategy that learns must get closer than random search, {ours:.3g} of {rivals:.3g}"
+    assert ours < 0.9 * rivals, (
+        f"a strategy that learns must get closer than random search, at {rivals:.3g}; its distance is {ours:.3g}"
+    )
 
 
 def mean_distance(make: Make) -> float:
-    """Return the mean distance of a strategy's best sub-networks to hidden targets; one could be hit by luck."""
+    """Return the mean distance of a strategy's best sub-networks to four hidden targets."""
     choices, best = Choices(LEAN_SPACE), []
     for seed in range(15, 19):
         goal = choices.of(LEAN_SPACE.sample(np.random.default_rng(seed)))
