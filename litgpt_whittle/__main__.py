@@ -1,4 +1,7 @@
-"""Run the commands without `litgpt`'s extension, which may be disabled (`TORCH_DEVICE_BACKEND_AUTOLOAD=0`)."""
+"""Console script `litgpt-whittle`, for environments where PyTorch does not load the plugin into `litgpt`.
+
+PyTorch loads no plugins if `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set.
+"""
 
 from litgpt_whittle.plugin import commands, show_user_errors_in_one_line
 

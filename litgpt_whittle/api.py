@@ -9,8 +9,8 @@
     print(found, trained.perplexity)
     trained.checkpoint.llm().generate("Once upon a time")
 
-Settings have the names of the commands' options; sections are dicts as in a YAML, or litgpt's dataclasses. Everything
-runs in this process, on one device.
+Settings have the names of the commands' options. A section such as `train` is a dict, as in a YAML file, or one of
+litgpt's dataclasses. Everything runs in this process, on one device.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def distill(
     """Pretrain a student with its teacher's help, as `litgpt distill` does.
 
     Args:
-        student: An extracted checkpoint.
+        student: The result of `extract`, or a student's checkpoint directory.
         teacher: The teacher's checkpoint directory; by default the one that the student was extracted from.
         data: Data for training and validation, as in `search`.
         out_dir: Directory of the checkpoints and metrics.
@@ -124,7 +124,8 @@ def _call(name: str, config: type[CommandConfig], data: Data, settings: dict[str
     settings = {"devices": 1} | settings
     if settings["devices"] != 1:
         raise UserError(
-            f"from Python {name} runs on one device, got devices = {settings['devices']}; several need litgpt {name}"
+            f"from Python, {name} runs on one device, got devices = {settings['devices']}; for more, run "
+            f"'litgpt {name}' in a shell"
         )
     if not isinstance(data, DataModule | str | Path | Mapping | None):
         raise UserError(

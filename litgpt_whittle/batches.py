@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BatchArgs:
-    """Validation batches that score candidates"""
+    """Validation batches on which candidates are scored"""
 
     micro_batch_size: int = 4
     """Number of samples per forward pass"""
@@ -62,7 +62,8 @@ class Batch(NamedTuple):
 
     @property
     def counts(self) -> torch.Tensor | None:
-        """True at positions whose target is not ignored, shape (B, T); None if all positions count, as in text."""
+        """True at positions whose target is not ignored, shape (B, T); None if no target
+        is ignored, as in plain text."""
         counts = self.targets != IGNORE_INDEX
         return None if bool(counts.all()) else counts
 
@@ -72,7 +73,7 @@ def fixed_batches(loader: Iterable, n: int, max_seq_length: int) -> list[Batch]:
 
     Args:
         loader: A validation dataloader of a litgpt data module.
-        n: Maximum number of batches; batches without targets are skipped and not counted.
+        n: Maximum number of batches; batches whose targets are all ignored are skipped and not counted.
         max_seq_length: Length to which samples are truncated.
 
     Raises:
@@ -161,7 +162,7 @@ def read_calibration(
         seq_length: Maximum length of samples.
         n_tokens: Number of tokens to read.
         seed: Random seed for the order of the data.
-        option: Name of the option that sets `n_tokens`, for the message if there are fewer.
+        option: Name of the option that sets `n_tokens`, for the log message if the data has fewer tokens.
 
     Returns:
         Windows, shape (N, T).
@@ -200,7 +201,7 @@ def calibration_windows(data: DataModule, seq_length: int, n_tokens: int) -> Bat
     """Read the first training tokens of a connected data module.
 
     Returns:
-        Windows, shape (N, T), with N · T at least `n_tokens` if there are as many.
+        Windows, shape (N, T). N · T is at least `n_tokens`, unless the data has fewer tokens.
 
     Raises:
         UserError: If there are no training tokens, or more than a tenth of their text is also in the validation data.
@@ -227,7 +228,7 @@ def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> 
         n: Maximum number of windows.
 
     Returns:
-        Windows, shape (N, length); None if the data does not fill one.
+        Windows, shape (N, length); None if the data does not fill a window.
     """
     loader = val_loader(data)
     if loader is None:
@@ -239,7 +240,7 @@ def held_out_windows(data: DataModule, seq_length: int, length: int, n: int) -> 
 
 
 def _read_samples(loader: Iterable, seq_length: int, n_tokens: int) -> list[Sample]:
-    """Read whole batches of samples until they have at least `n_tokens` tokens, or all if there are fewer."""
+    """Read whole batches of samples until they have at least `n_tokens` tokens or the data ends."""
     samples: list[Sample] = []
     missing = n_tokens
     for raw in loader:

@@ -1,6 +1,6 @@
-"""Run litgpt models block by block: capture blocks' arguments, submodules' inputs and expert routing.
+"""Run litgpt models block by block.
 
-Hooks capture them while litgpt's own forward code runs.
+Hooks on litgpt's own forward code capture the arguments of blocks, the inputs of submodules and the routing of experts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from litgpt_whittle.windows import vectorize_windows
 
 
 def load_block(config: Config, layer: int, weights: Mapping[str, torch.Tensor]) -> Block:
-    """Build one of a model's litgpt blocks that shares the given weights."""
+    """Build litgpt's block for layer `layer` of a model; it shares memory with the given weights."""
     with meta_modules():
         block = Block(config, layer)
     return _with_weights(block, weights)
 
 
 def load_student_block(subnet: SubNet, index: int, weights: Mapping[str, torch.Tensor]) -> Block:
-    """Build the block of a student's layer `index` in its true shape that shares the given weights."""
+    """Build the block for a student's layer `index` in its true shape; it shares memory with the given weights."""
     with meta_modules():
         block = student_block(subnet, index)
     return _with_weights(block, weights)
@@ -41,7 +41,10 @@ def _with_weights(block: Block, weights: Mapping[str, torch.Tensor]) -> Block:
 
 
 def read_block(weights: Mapping[str, torch.Tensor], layer: int, device: torch.device | str) -> Weights:
-    """Return a layer's weights in float32, by their names within the block; release pages of memory-mapped files."""
+    """Return a layer's weights in float32, by their names within the block.
+
+    If the weights are memory-mapped from a file, their memory pages are released afterwards.
+    """
     prefix = f"transformer.h.{layer}."
     names = [name for name in weights if name.startswith(prefix)]
     read = {name.removeprefix(prefix): weights[name].to(device, torch.float32) for name in names}
@@ -161,8 +164,8 @@ def routing(
     Args:
         moe: The mixture of experts, with at most n_embd experts.
         x: Input of the experts, shape (B, T, n_embd).
-        times: Function from an expert's output, shape (n, n_embd), to factors of the weights, shape (n, 1). By default
-            all factors are 1.
+        times: Function from an expert's outputs for its n tokens, shape (n, n_embd), to factors that multiply these
+            tokens' routing weights, shape (n, 1). By default all factors are 1.
 
     Returns:
         Weights, shape (B · T, n_expert).

@@ -24,11 +24,12 @@ CACHE_PARTS = 8
 """Each cache of activations may use 1/CACHE_PARTS of the free memory"""
 
 FLOAT32_TOKENS_PER_INPUT = 16
-"""Minimum number of tokens per input for products in float32; sums stay in float64 on a CPU"""
+"""Number of fitted tokens per input feature from which products are computed in float32; on a CPU, sums stay in
+float64"""
 
 HELD_OUT, LEAST_HELD_OUT = 16, 4096
-"""Calibration tokens per held-out token, and the minimum number of held-out tokens from validation data; the minimum is
-lowered to a quarter of the calibration tokens"""
+"""Calibration tokens per held-out token, and the minimum number of held-out tokens from validation data; the minimum
+never exceeds a quarter of the calibration tokens"""
 
 Batch = slice
 """Slice of the calibration windows"""
@@ -37,7 +38,8 @@ Batch = slice
 class BatchCache:
     """Cache of one tensor per batch, for as many batches as fit into a byte budget.
 
-    It stores no function: a function that refers to the cache's owner would keep both alive until garbage collection.
+    `get` takes the function at every call. A stored function that refers to the cache's owner would form a reference
+    cycle, which frees its memory only at the next garbage collection.
     """
 
     def __init__(self, budget: int) -> None:
@@ -56,7 +58,7 @@ class BatchCache:
 
 
 class Calibration:
-    """Calibration windows.
+    """Calibration windows, divided into windows for fitting, tuning and evaluation.
 
     Args:
         windows: Token ids, shape (N, T).
@@ -67,12 +69,12 @@ class Calibration:
         held_out: Windows of the validation data to evaluate on, shape (N, T); by default, the last of the windows for
             the closed form.
         counts: True at positions whose predictions are trained and evaluated, shape of `windows`; by default all are.
-            The closed form fits hidden states at all positions, since those that count attend to the others.
+            The closed form fits hidden states at all positions, since positions that count attend to others.
         held_out_counts: The same for `held_out`.
 
     Raises:
-        UserError: If there are fewer than three windows for the closed form; each of the three parts needs one. If no
-            position of a part counts.
+        UserError: If there are fewer than three windows for the closed form (each of the three parts needs one), or if
+            no position counts among those for fitting and tuning, or among those for evaluation.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Calibration:
         self._there: torch.Tensor | None = None
         """The windows on the device, copied there on first use"""
         self.n_first = n = self._first_held_out + n_last
-        """Number of leading windows that both models run on: windows for the closed form, and held-out windows"""
+        """Number of leading windows that teacher and student run on: for the closed form, and held-out windows"""
         self._first_tuning = self._first_held_out - n_tuning
         self.all_batches = [
             slice(start, min(start + micro_batch_size, end))
@@ -136,7 +138,7 @@ class Calibration:
                 )
 
     def counted(self, windows: range) -> torch.Tensor:
-        """Return the positions that count in these windows, in all windows concatenated, shape (n,)."""
+        """Return the positions in these windows that count, as indices into all windows concatenated, shape (n,)."""
         length = self.windows.shape[1]
         positions = torch.arange(windows.start * length, windows.stop * length)
         if self._counts is None:
@@ -144,7 +146,7 @@ class Calibration:
         return positions[self._counts[windows.start : windows.stop].flatten()]
 
     def counts(self, windows: slice) -> torch.Tensor | None:
-        """Return which positions of these windows count, shape (B, T), on the device; None if all do."""
+        """Return a mask of the positions that count in these windows, (B, T), on the device; None if all count."""
         return None if self._counts is None else self._counts[windows].to(self.device)
 
     @staticmethod
@@ -188,7 +190,7 @@ class Calibration:
 
     @property
     def compared_windows(self) -> range:
-        """Indices of fitted windows, as many as held-out windows, to compare both errors."""
+        """Indices of as many fitted windows as there are held-out windows, to compare the errors on both."""
         return range(min(len(self.held_out_windows), self._first_held_out))
 
     @property

@@ -110,7 +110,7 @@ def weights_fingerprint(checkpoint_dir: Path) -> str:
 
 
 def _put_together(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
-    """Return the weights of a sharded checkpoint as a full checkpoint would hold them."""
+    """Return the weights of a sharded checkpoint in the layout of `lit_model.pth`."""
     rows = read_parts(checkpoint_dir, "weights")
     weights = {name: value[:] if isinstance(value, Rows) else value for name, value in rows.items()}
     weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # a tied head is not stored
@@ -246,8 +246,8 @@ def save_checkpoint(
 
     Args:
         out_dir: The directory.
-        model: The model's config, or the sub-network whose true shape the weights have. A layer-wise student is padded
-            with zeros and saved together with its true shape, to which `load_model` restores it.
+        model: The model's config, or its sub-network if the weights have the true shape of a student. A layer-wise
+            student is padded with zeros; its true shape is saved as well, and `load_model` restores it.
         weights: The weights; None for a sharded checkpoint, whose weights are saved separately.
         tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config. Sizes in the config are
             changed to the student's.

@@ -22,8 +22,8 @@ class CommandConfig(ABC):
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset()
-    """Names of arguments that do not change the result, so that they may change when a run is resumed; those inside a
-    section have dotted names, such as ``train.log_interval``"""
+    """Names of arguments that do not affect the result, so that they may change when a run is resumed. Arguments inside
+    a section have dotted names, such as ``train.log_interval``"""
 
     RESOLVED: ClassVar[frozenset[str]] = frozenset()
     """Names of arguments that a manifest records in another form, such as a checkpoint by the fingerprint of its

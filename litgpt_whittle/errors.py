@@ -8,7 +8,7 @@ class UserError(ValueError):
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """Return the UserError that is an error or its cause, else None."""
+    """Return the first UserError among an exception and its chain of causes; None if there is none."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error

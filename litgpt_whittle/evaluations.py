@@ -14,7 +14,7 @@ Bests = dict[str, Evaluation]
 
 
 def best_of(evaluations: Sequence[Evaluation], score: str = "perplexity") -> Bests:
-    """Return the best evaluation of every bin, the earliest of equal ones. Skip candidates that a race dropped."""
+    """Return the best evaluation of every bin; of equal ones, the earliest. Skip candidates that a race dropped."""
     bests: Bests = {}
     for evaluation in scored(evaluations, score):
         if evaluation.dropped:
@@ -75,7 +75,7 @@ def prediction_tau(evaluations: Sequence[Evaluation], score: str = "perplexity")
 def mean_sizes(choice: Mapping[str, Any]) -> dict[str, float]:
     """Return a sub-network's sizes by litgpt's names, as means over the layers that have such units.
 
-    Reads the output of `SubNet.to_dict` directly: building a `SubNet` is slow for the many candidates of a fine space.
+    Reads the output of `SubNet.to_dict` directly, since building a `SubNet` for each of many candidates is slow.
     """
     groups, per_group = _per_layer(choice["n_query_groups"]), _per_layer(choice.get("heads_per_group", 1))
     n_layers = max(len(groups), len(per_group))

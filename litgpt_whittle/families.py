@@ -21,7 +21,7 @@ from litgpt_whittle.huggingface_config import expert_width
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of `transformers` and its degrees of freedom."""
+    """A model type of `transformers`, and the settings of litgpt that it supports."""
 
     model_type: str
     architecture: str
@@ -33,6 +33,7 @@ class Family:
     norm_eps: str | None = "rms_norm_eps"
     """Name of the setting for the norms' epsilon; `None` if the epsilon is always 1e-5"""
     activation: str = "hidden_act"
+    """Name of the setting for the activation function"""
     rotary: str | None = None
     """Name of the setting for the fraction of rotary dimensions; `None` if all are rotary"""
     free_heads: bool = True
@@ -229,7 +230,7 @@ def shares_channels(config: Config) -> bool:
 
 
 def filled_heads(config: Config) -> tuple[int, int] | None:
-    """Return query groups and heads per group after padding the model with zero heads to fill its channels.
+    """Return the numbers of query groups and heads per group after adding heads of zeros to fill the channels.
 
     Returns:
         None if `n_embd` is not a multiple of the head size, or too small for the model's heads.
@@ -250,7 +251,7 @@ def check_expressible(config: Config) -> Family:
     """Return the family of a model, after checking that its class in `transformers` can express the model.
 
     Raises:
-        UserError: If it cannot; `fit_heads` handles heads that do not fill the channels.
+        UserError: If the class cannot. `fit_heads` (`hf/padded.py`) checks the number of heads instead.
     """
     name = family_name(config)
     family = FAMILIES[name]

@@ -1,4 +1,4 @@
-"""One-line messages for parser errors; jsonargparse prints a page of usage and an error for every type it tried."""
+"""One-line messages for parser errors, in place of jsonargparse's usage text and one error per type that it tried."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ _KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 def keep_causes() -> None:
     """Make a UserError the cause of the parser's error about a union of types.
 
-    jsonargparse tries all types of the union, and otherwise names the first one's error as the cause.
+    jsonargparse tries all types of the union. Without this patch, the cause is the error of the first type.
     """
     from jsonargparse import _typehints
 
@@ -182,7 +182,7 @@ def keep_causes() -> None:
 
 
 def _name_choices() -> None:
-    """Make the parser list the choices of an argument if a string is not among them; jsonargparse 4.41 fails then."""
+    """Make the parser list an argument's choices if a string is none of them; without this, jsonargparse 4.41 fails."""
     from jsonargparse import _typehints
 
     adapt = getattr(_typehints, "adapt_typehints", None)
@@ -200,7 +200,7 @@ def _name_choices() -> None:
 
 
 def _replace_whole() -> None:
-    """Let a flag replace a whole dictionary that a YAML file has set; jsonargparse 4.41 fails then."""
+    """Let a flag replace a whole dictionary that a YAML file has set; without this, jsonargparse 4.41 fails."""
     from jsonargparse import _typehints
 
     action = getattr(_typehints, "ActionTypeHint", None)

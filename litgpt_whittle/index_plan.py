@@ -107,7 +107,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
     """Build the index plan of a sub-network in parts, which `plan` joins.
 
     Returns:
-        The plan of the parameters outside the blocks, and one plan per kept layer, with names relative to its block.
+        The plan of the parameters outside the blocks, and one plan per kept layer, with names relative to the block.
         Layers of equal structure that keep the same units share one plan object.
 
     Raises:
@@ -126,7 +126,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
 
 
 def on_device(parts: Sequence[SlicePlan], device: torch.device) -> list[SlicePlan]:
-    """Return plans with index tensors on a device. All are copied at once, and equal tensors only once."""
+    """Return plans with their index tensors on a device, to which one transfer copies them, equal tensors once."""
     every = (index for part in parts for take in part.values() for index in take.index)
     indices = {id(index): index for index in every if isinstance(index, torch.Tensor)}
     contents = {at: index.numpy().tobytes() for at, index in indices.items()}
@@ -187,7 +187,10 @@ ATTENTION_AXES = {axis for name, axes in RULES.items() if name.startswith("attn.
 
 
 def dropped_modules(teacher: Config, parts: Collection[str]) -> set[str]:
-    """Return the modules that a block lacks with only these of its `SUBLAYERS`: the others, and the norms for them."""
+    """Return the modules that a block lacks if it keeps only the sub-layers `parts`: the other one, and its norms.
+
+    A norm before both sub-layers (`shared_attention_norm`) stays.
+    """
     dropped: set[str] = set()
     for name, (before, after) in SUBLAYERS.items():
         if name not in parts:
@@ -246,7 +249,7 @@ def _attention_indices(teacher: Config, head_dims: np.ndarray, keep: LayerUnits)
 
 
 def units_of(teacher: Config, layer: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return the indices that belong to one unit of a layer, and to no other unit of its kind.
+    """Return for each unit of a layer the indices that belong to it, and to no other unit of its kind.
 
     Returns:
         Mapping from kinds of units (the names of `layer_sizes`) to mappings from axes to the teacher's indices, shape
@@ -402,9 +405,10 @@ def layer_params(
     intermediate_size: int,
     n_expert: int = 0,
 ) -> int:
-    """Count one layer's parameters at these sizes; above 0, the count is affine and increasing in each of them.
+    """Count one layer's parameters at these sizes.
 
-    A dense layer has `n_expert` 0, a layer without attention has no query groups, and one without an MLP no neurons.
+    `n_expert` is 0 for a dense layer, `n_query_groups` for a layer without attention, `intermediate_size` for a layer
+    without an MLP. Above 0, the count is affine and increasing in each size.
     """
     sizes = (n_embd, head_size, n_query_groups, heads_per_group, intermediate_size, n_expert)
     return _layer_params(ConfigKey(teacher), layer, *sizes)

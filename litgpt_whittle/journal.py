@@ -188,7 +188,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Evaluation], int]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the journal {str(path)!r}: {error.strerror}") from None
+        raise UserError(f"cannot read the journal {str(path)!r}: {error.strerror}; check the path") from None
     lines = content.split(b"\n")
     whole, torn = lines[:-1], lines[-1]
     records: list[Any] = []

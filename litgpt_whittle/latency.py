@@ -98,7 +98,7 @@ def _generator(device: torch.device | str) -> torch.Generator:
 
 
 def _answer(model: GPT, prompt: torch.Tensor, new_tokens: int, decode: NextToken) -> tuple[float, float]:
-    """Return the seconds to process the prompts, shape (B, T), and per further token."""
+    """Return the seconds to process the prompts, shape (B, T), and the seconds per further token."""
     started = perf_counter()
     token = _next_token(model, prompt, 0)
     prefilled = perf_counter()

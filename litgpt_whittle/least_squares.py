@@ -248,18 +248,18 @@ def solve(moments: Moments, anchor: torch.Tensor, ridge: float, intercept: bool)
 
 
 def fit(
-    train: Moments,
-    held_out: Moments,
+    fitted: Moments,
+    tuning: Moments,
     anchor: torch.Tensor,
     intercept: bool,
     metric: torch.Tensor | None = None,
     ridges: Iterable[float] = RIDGES,
 ) -> Fit:
-    """Select the ridge with the smallest error on held-out tokens, then solve on all tokens with that ridge.
+    """Select the ridge with the smallest error on the tuning tokens, then solve on all tokens with that ridge.
 
     Args:
-        train: Moments for the selection.
-        held_out: Moments on which the ridges are compared.
+        fitted: Moments from which every ridge's solution is computed.
+        tuning: Moments of other tokens, on which these solutions are compared.
         anchor: Solution for an infinite ridge, shape (n_out, n_in).
         intercept: If true, fit b.
         metric: Metric of the error, as in `Moments.error`.
@@ -267,7 +267,7 @@ def fit(
     """
 
     def error(ridge: float) -> float:
-        found = solve(train, anchor, ridge, intercept)
-        return held_out.error(found.weight, found.bias, metric)
+        found = solve(fitted, anchor, ridge, intercept)
+        return tuning.error(found.weight, found.bias, metric)
 
-    return solve(train + held_out, anchor, min(ridges, key=error), intercept)
+    return solve(fitted + tuning, anchor, min(ridges, key=error), intercept)

@@ -71,7 +71,8 @@ def _share(
         ours: Hashes, shape (n,).
         theirs: Hashes to compare with, shape (m,).
         n_repeated: For each set, the number of occurrences from which a hash is ignored; by default no hash is.
-        but_not_all: If true, ignore no hash if hardly any would remain, as in a text that repeats itself throughout.
+        but_not_all: If true, ignore no hash if 1% or less of a set would remain, as in a text that repeats itself
+            throughout.
     """
     (a, n_a), (b, n_b) = (np.unique(side, return_counts=True) for side in (ours, theirs))
     _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)

@@ -125,7 +125,8 @@ def lock_output(out_dir: Path) -> Iterator[None]:
 def own_device() -> torch.device:
     """Return this process's GPU or other accelerator, or the CPU if there is none.
 
-    Before `launch`, every process has the first device as its current device, and would take memory there.
+    Before `launch`, PyTorch's current device is the first one in every process. The device is then taken from
+    LOCAL_RANK, so that no process allocates memory on another one's device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
@@ -247,7 +248,7 @@ def barrier() -> None:
 
 
 def _patient() -> Any:
-    """Return a process group for waiting and for Python objects, without a time limit and off the devices.
+    """Return a Gloo group without a time limit, for barriers and for exchanging Python objects without the devices.
 
     Collectives of the default group fail after half an hour. The first call must come from all processes.
     """

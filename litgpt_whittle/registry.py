@@ -49,7 +49,7 @@ def load_all(group: str) -> dict[str, Any]:
 
 
 def with_settings(group: str, choice: str | dict[str, dict[str, Any]], kind: str, n_given: int) -> dict[str, Any]:
-    """Return a choice from a group with all of its settings, including defaults.
+    """Return a chosen name of a group with all of its settings, including defaults.
 
     Args:
         group: The entry-point group.

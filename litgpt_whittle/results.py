@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def calibration_tokens(self) -> int:
-        """Calibration tokens of the repair; 0 without one."""
+        """Number of calibration tokens of the repair; 0 if the student was not repaired."""
         return (self.origin.get("repair") or {}).get("tokens", 0)
 
     def load(self) -> GPT:
@@ -163,10 +163,13 @@ class TrainingResult:
 
 
 def searched_perplexity(origin: Mapping[str, Any]) -> float | None:
-    """Return the perplexity that a search recorded in a provenance: after a repair, or else without one."""
+    """Return the perplexity that a search recorded in a sub-network's provenance; None if it recorded none.
+
+    If the search repaired its candidates, it is the perplexity after the repair.
+    """
     return origin.get("repaired_perplexity", origin.get("perplexity"))
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
-    """Return the first token count at which a curve is at most `loss` (nats per token); None if it never is."""
+    """Return the first token count at which the loss (nats per token) is at most `loss`; None if there is none."""
     return next((tokens for tokens, value in curve if value <= loss), None)

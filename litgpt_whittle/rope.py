@@ -2,7 +2,7 @@
 
 Rotary embeddings rotate pairs of dimensions: pair j of n/2 by the angle position · base^(-2j/n). Keeping the first h
 dimensions would break pairs apart, and change the frequencies of the remaining pairs. Stock litgpt can express two ways
-to shrink a head without that:
+to shrink a head that avoid both:
 
 - drop non-rotary dimensions, and raise `rotary_percentage` to keep the number of rotary dimensions;
 - keep the pairs 0, s, 2s, …, in total m of n rotary dimensions, and set `rope_base` to base^(s·m/n).
@@ -147,6 +147,6 @@ def _keeps_frequencies(teacher: Config, cut: HeadCut, pairs: np.ndarray) -> bool
 
 def _not_preserved(teacher: Config, size: int) -> UserError:
     return UserError(
-        f"head_size {size} would change the teacher's rotary frequencies (its scaling depends on the head size); "
-        f"keep at least its {teacher.rope_n_elem} rotary dimensions"
+        f"head_size {size} would change the teacher's rotary frequencies (the scaling of RoPE depends on the head "
+        f"size); keep at least the {teacher.rope_n_elem} rotary dimensions"
     )

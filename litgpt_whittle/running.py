@@ -132,7 +132,10 @@ class _TakeInPlace(torch.autograd.Function):
 
 
 class Lookup(nn.Embedding):
-    """The teacher's embedding; scattered channels are selected after the lookup, so that only those rows are copied."""
+    """The teacher's embedding, which selects scattered channels after the lookup.
+
+    Only the rows of the given tokens are then copied, not the whole matrix.
+    """
 
     channels: torch.Tensor
     """Indices of the channels, passed at each call"""
@@ -168,7 +171,7 @@ class Delegate(nn.Module):
 
 
 def pass_on(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Replace the forward of a dropped block by the identity."""
+    """Return x unchanged, as the forward pass of a dropped block, whose weights get zero gradients."""
     return _PassOn.apply(x, *block.parameters())
 
 

@@ -35,7 +35,7 @@ class ActivationFile:
             file.truncate(4 * math.prod(shape))
         self._states, self.device = np.memmap(path, np.float32, "r+", shape=shape), device
         self._coming: tuple[slice, torch.Tensor, Any] | None = None
-        """Windows whose copy to main memory is in progress, the copy, and the event at its end"""
+        """The copy to main memory in progress, if any: its windows, its result, and the CUDA event at its end"""
 
     def __getitem__(self, windows: slice) -> torch.Tensor:
         self._write_coming()
@@ -139,7 +139,7 @@ class Scratch:
         budget: Remaining bytes of the device's memory for streams, the same on all processes. Streams that do not fit
             are files.
 
-    Several processes may share a folder; only rank 0 creates, saves and removes.
+    Several processes may share a folder; only rank 0 creates it, saves to it and removes it.
     """
 
     device = torch.device("cpu")
@@ -172,8 +172,8 @@ class Scratch:
             n: Number of windows.
             length: Tokens per window.
             n_embd: Channels of the hidden states.
-            is_shared: If true, processes read windows that others have written, for which several processes need a
-                file. Otherwise, each process reads the slices that it has written.
+            is_shared: If true, a process may read windows that other processes have written. Several processes then
+                need a file. If false, each process reads only the slices that it has written.
         """
         if name not in self._streams:
             shape, path, n_processes = (n, length, n_embd), self.folder / f"{name}.f32", world_size()
@@ -214,8 +214,8 @@ class Scratch:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Delete all streams, and mark those opened in this context as incomplete until it ends."""
-        barrier()  # all processes have looked for streams
+        """Delete all streams, and mark new streams as incomplete until the context ends."""
+        barrier()  # until all processes have called `has_streams`
         mark = self.folder / "incomplete"
         for name in list(self._streams):
             self._close(name)

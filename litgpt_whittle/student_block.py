@@ -14,7 +14,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class NoSublayer(nn.Module):
-    """Replacement for a block's dropped attention or MLP. litgpt's forward of the block adds its output, zero."""
+    """Replacement for a block's dropped attention or MLP, whose output, zero, litgpt's forward of the block adds."""
 
     kv_cache: None = None
 
@@ -22,7 +22,7 @@ class NoSublayer(nn.Module):
         return x.new_zeros(()).expand_as(x)  # a view, which takes no memory
 
     def build_kv_cache(self, *args: object) -> None:
-        """Return no cache, as litgpt asks every block's attention for one."""
+        """Return None, since litgpt requests a cache from the attention of every block."""
 
 
 def student_block(subnet: SubNet, index: int) -> Block:
@@ -31,7 +31,7 @@ def student_block(subnet: SubNet, index: int) -> Block:
 
 
 def part_of(block: Block, part: str) -> Block:
-    """Return a block with only the attention (`attn`) or only the MLP (`mlp`) of another one, and its weights."""
+    """Return a copy of a block with only its attention (`attn`) or only its MLP (`mlp`), which shares the weights."""
     half = copy.copy(block)
     half._modules = dict(block._modules)
     return _keep_parts(half, (part,))

@@ -180,12 +180,15 @@ class SubNet:
 
     @cached_property
     def n_intact(self) -> int:
-        """Number of leading layers that are equal to the teacher's, and followed by the teacher's next layer."""
+        """Number of leading layers that are equal to the teacher's and that no repair changes.
+
+        A repair changes a layer if the teacher's next sub-layer is dropped.
+        """
         full = SubNet.full(self.teacher)
         if (self.n_embd, self.head_size) != (full.n_embd, full.head_size):
             return 0
         layers, n = [*self.layers, self.teacher.n_layer], 0
-        # a repair makes the layer before a dropped layer or attention compensate for it
+        # since it makes the layer before a dropped layer or attention compensate for that
         while n < len(self) and layers[n : n + 2] == [n, n + 1] and self.layer(n) == full.layer(n):
             if n + 1 < len(self) and self.begins_inside(n + 1):
                 return n
@@ -193,15 +196,15 @@ class SubNet:
         return n
 
     def begins_inside(self, index: int) -> bool:
-        """Return whether the student's layer `index` has only the second of two sub-layers that run one by one.
+        """Return whether the student's layer `index` lacks its attention, in a model whose MLP follows attention.
 
-        The hidden states before it correspond to the teacher's between its attention and its MLP.
+        The hidden states before such a layer correspond to the teacher's between attention and MLP.
         """
         return not self.teacher.parallel_residual and self.layer(index).parts == ("mlp",)
 
     @property
     def begins_late(self) -> bool:
-        """True if sub-layers before the student's first one are dropped; a repair replaces them by the embedding."""
+        """True if the teacher's first sub-layers are dropped; a repair replaces their outputs in the embedding."""
         return self.layers[0] > 0 or self.begins_inside(0)
 
     @cached_property

@@ -24,7 +24,8 @@ from litgpt_whittle.unit_index import UnitIndex
 from litgpt_whittle.windows import vectorize_windows
 
 KEPT_BYTES = {"cpu": 256 * 2**20}
-"""Byte budget for caching a candidate's gathered weights across batches: first the LM head's, then the blocks'. Weights
+"""Byte budget for caching a candidate's gathered weights (copies by index tensors) across batches: first the LM head's,
+then the blocks'. Weights
 beyond the budget are gathered again for every batch, which takes a CPU a few percent of its time"""
 
 _EMBEDDING = "transformer.wte.weight"
@@ -42,8 +43,8 @@ class BlocksGPT(GPT):
 class LayerwiseGPT(BlocksGPT):
     """A litgpt GPT whose layers differ in width or lack sub-layers, which no single litgpt `Config` describes.
 
-    Its `config` describes a stock GPT padded to the widest layer, as which `pad` prepares it for saving. The class also
-    serves students with equal layers if `SubNet.config` adds heads to them.
+    Its `config` is that of a stock GPT as wide as the widest layer; `pad` converts the weights to that GPT for saving.
+    Students with equal layers use this class, too, if `SubNet.config` adds heads to them.
 
     Args:
         subnet: The sub-network that defines the sizes of the layers.
@@ -169,7 +170,7 @@ class SuperGPT(BlocksGPT):
                 weight.grad = torch.zeros_like(weight)
 
     def _shell(self, subnet: SubNet, embedding: ParamSlice) -> GPT:
-        """Return the sub-network's model without weights and blocks; scattered channels need a `Lookup` in it."""
+        """Return the sub-network's model without weights and blocks; if channels are scattered, with a `Lookup`."""
         is_scattered = isinstance(embedding.index[1], torch.Tensor)
 
         def build() -> GPT:
@@ -185,9 +186,9 @@ class SuperGPT(BlocksGPT):
         return shell
 
     def _delegates(self, layers: Sequence[int], calls_all: bool) -> list[Delegate]:
-        """Return the module that calls each kept layer; if `calls_all`, also the dropped layers before it.
+        """Return one module per kept layer, which calls that layer.
 
-        The last one also calls the dropped layers after it.
+        If `calls_all`, it first calls the dropped layers before that layer; the last module calls those after it, too.
         """
         blocks, delegates, begin = self.transformer.h, [], 0
         for layer in layers:
@@ -214,7 +215,7 @@ def kept_bytes(device: torch.device) -> int:
 
 
 def student_model(subnet: SubNet) -> GPT:
-    """Create a model of the sub-network's true shape with newly initialised weights: if uniform, a stock `GPT`."""
+    """Create a model of the sub-network's true shape with newly initialised weights: a stock `GPT` if it is uniform."""
     return vectorize_windows(GPT(subnet.config)) if subnet.is_uniform else LayerwiseGPT(subnet)
 
 
@@ -283,8 +284,8 @@ def pad(subnet: SubNet, weights: Mapping[str, torch.Tensor]) -> Weights:
 
     Padded neurons and query groups output zero and get no gradient. A padded head of a kept group outputs zero as well,
     but shares that group's values, so training the padded model in stock litgpt can activate it. A norm over all heads
-    (OLMo 2) would average over the padding too; its inputs and weight are rescaled to compensate. A dropped sub-layer
-    and its norms are zero, which get no gradient either, except for the output projection's bias.
+    (OLMo 2) would average over the padding too; its inputs and weight are rescaled to compensate. The weights of
+    a dropped sub-layer and its norms are zero, and get no gradient either, except for the output projection's bias.
 
     Args:
         subnet: The student's sub-network.

@@ -78,7 +78,7 @@ class SupernetArgs:
 
 
 class SuperLossModel(LossModel):
-    """A super-network that returns the losses of its active sub-network, and can teach its sub-networks.
+    """A super-network that returns the losses of its active sub-network, and whose full network can teach the others.
 
     Args:
         model: The super-network.
@@ -94,7 +94,7 @@ class SuperLossModel(LossModel):
         """The head's input, detached, (B, T, n_embd)"""
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> HeadLosses:  # type: ignore[override]
-        """Return the losses of one batch, shape (B, T); kept hidden states give the teacher's logits if needed."""
+        """Return the losses of a batch of ids and targets, each (B, T); `kept`, if any, gives the teacher's logits."""
         softcap, teacher = self.model.config.final_logit_softcapping, None
         head_input = hidden_states(self.model, input_ids)
         if self.keeps:

@@ -71,7 +71,7 @@ def in_sums_dtype(tensor: torch.Tensor) -> torch.Tensor:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a CPU tensor to a device; where possible, do not wait for the device's earlier work."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from other memory waits
+        tensor = tensor.pin_memory()  # a copy from pageable memory waits
     # on MPS, the tensor's memory may be reused before it is copied
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
@@ -90,5 +90,5 @@ def default_precision() -> Literal["bf16-true", "32-true"]:
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """Return the type of a model's weights in one of Fabric's precisions."""
+    """Return the dtype of a model's weights for one of Fabric's precisions, such as `bf16-true`."""
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)

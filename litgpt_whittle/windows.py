@@ -55,7 +55,7 @@ class WindowAttention(CausalSelfAttention):
 
 
 class WindowMasks:
-    """Additive attention masks, shared by the layers of a model; the latest one is kept."""
+    """Additive attention masks, shared by the layers of a model; only the latest is cached."""
 
     def __init__(self) -> None:
         self._key: tuple | None = None

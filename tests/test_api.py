@@ -51,7 +51,7 @@ def test_results_are_where_litgpt_puts_them(found, teacher, data, tmp_path, monk
 def test_bad_input(found, teacher, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="the section search cannot be read: .*iterationz"):
         search(teacher, "14K", out_dir=tmp_path, iterationz=3)
-    with pytest.raises(UserError, match="several need litgpt search"):
+    with pytest.raises(UserError, match="for more, run 'litgpt search' in a shell"):
         search(teacher, "14K", out_dir=tmp_path, devices=2)
     with pytest.raises(UserError, match="pass it as checkpoint_dir"):
         extract(found.best_path, out_dir=tmp_path / "out")
