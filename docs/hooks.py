@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the site's pages from the whole repository, and those of the API reference."""
+"""Hooks of mkdocs that collect the site's pages from the repository and generate those of the API reference."""
 
 import ast
 import posixpath
@@ -14,7 +14,7 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "litgpt_whittle"
 SHOWN = (".md", ".png", ".csv", ".txt")
-"""Suffixes of the files that pages consist of or link to"""
+"""Suffixes of the files that are pages or that pages link to"""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -39,13 +39,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write links to sources, which are in the repository but not on the site, as text."""
+    """Replace links to sources, which are in the repository but not on the site, by text."""
 
     def replace(link: re.Match) -> str:
         label, target = link.groups()
         path = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), target))
         if files.get_file_from_path(path) or not (ROOT / path).exists():
-            return link[0]  # if it is broken, the build says so
+            return link[0]  # a broken link, which the build reports
         return f"`{path}`" if label.strip("/") == path else f"{label} (`{path}`)"
 
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)#]+)\)", replace, markdown)

@@ -201,7 +201,8 @@ def load_model(
     if cls is LayerwiseGPT:
         if "shape" not in named:
             raise UserError(
-                f"{str(checkpoint_dir)!r} has no {MODEL_CLASS} with a shape, so it is not a layer-wise student"
+                f"a LayerwiseGPT needs a {MODEL_CLASS} with a shape, {str(checkpoint_dir)!r} has none; extract it "
+                "again or leave out model_class"
             )
         model = LayerwiseGPT.from_padded(config, weights, named["shape"])
     else:

@@ -114,7 +114,9 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
         UserError: If `subnet` was made for another teacher.
     """
     if subnet.teacher is not teacher and fingerprint(subnet.teacher) != fingerprint(teacher):
-        raise UserError(f"the sub-network belongs to {subnet.teacher.name!r}, not to {teacher.name!r}")
+        raise UserError(
+            f"the sub-network belongs to {subnet.teacher.name!r}, not to {teacher.name!r}; use one of this teacher"
+        )
     key, built = ConfigKey(teacher), {}
     layers = []
     for i, layer in enumerate(subnet.layers):

@@ -102,11 +102,13 @@ class MeasureArgs:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}; raise it")
         if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError(f"dtype must be float32, float16 or bfloat16, got {self.dtype!r}")
+            raise UserError(f"dtype must be float32, float16 or bfloat16, got {self.dtype!r}; choose one")
         try:
             torch.device(self.device or "cpu")
         except RuntimeError:
-            raise UserError(f"device must be one such as cpu, cuda or cuda:1, got {self.device!r}") from None
+            raise UserError(
+                f"device must be one such as cpu, cuda or cuda:1, got {self.device!r}; choose another"
+            ) from None
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -47,7 +47,7 @@ class SearchResult:
 
     @property
     def best(self) -> Evaluation:
-        """The best evaluation, in the first of several bins."""
+        """The best evaluation; if there are several bins, that of the first bin."""
         return next(iter(self.bests.values()))
 
     @property

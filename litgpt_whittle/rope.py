@@ -125,7 +125,9 @@ def _stride(teacher: Config, pairs: np.ndarray) -> int:
     """Return s such that the kept pairs are 0, s, 2s, …; raise UserError if there is none."""
     stride = int(pairs[1] - pairs[0]) if len(pairs) > 1 else 1
     if len(pairs) and not np.array_equal(pairs, np.arange(len(pairs)) * stride):
-        raise UserError(f"head_size must keep evenly spaced rotary pairs (0, s, 2s, …), got {pairs.tolist()}")
+        raise UserError(
+            f"head_size must keep evenly spaced rotary pairs (0, s, 2s, …), got {pairs.tolist()}; keep others"
+        )
     return stride
 
 

@@ -30,7 +30,7 @@ class ActivationFile:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], device: torch.device) -> None:
-        # several processes may open it at once, so it must keep its content
+        # several processes may open the file at once, so its content must stay
         with open(path, "ab") as file:
             file.truncate(4 * math.prod(shape))
         self._states, self.device = np.memmap(path, np.float32, "r+", shape=shape), device

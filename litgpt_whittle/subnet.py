@@ -21,7 +21,7 @@ from litgpt_whittle.rope import HeadCut, cut_head
 from litgpt_whittle.subnet_file import fingerprint, read_choice, without_provenance, write_choice
 from litgpt_whittle.unit_index import UnitIndex
 
-__all__ = [  # including the names that other modules import from here, although they are defined in those above
+__all__ = [  # some of these names are defined in `layer_units` and `subnet_file`, but imported from here
     "ATTENTION",
     "DROPS",
     "FIELDS",
@@ -133,7 +133,7 @@ class SubNet:
         return tuple(keeps) if len(distinct) > 1 else next(iter(distinct), None)
 
     def _without(self, name: str) -> frozenset[int]:
-        """Return the teacher's layers whose sub-layer with units `name` is dropped."""
+        """Return the teacher's layers in which the sub-layer that has the units `name` is dropped."""
         return self._lacking["attn" if name in ATTENTION else "mlp"]
 
     def _check_drops(self) -> None:
@@ -154,7 +154,7 @@ class SubNet:
         if len({len(keep) for keep in keeps}) > 1:
             sizes = sorted({len(keep) for keep in keeps})
             raise UserError(
-                f"n_expert must be the same number in all layers, got {sizes}; litgpt's router cannot leave out experts"
+                f"n_expert must be the same number in all layers for litgpt's router, got {sizes}; choose one of them"
             )
         for keep in keeps:
             experts_of(self.teacher, keep)
@@ -182,13 +182,12 @@ class SubNet:
     def n_intact(self) -> int:
         """Number of leading layers that are equal to the teacher's and that no repair changes.
 
-        A repair changes a layer if the teacher's next sub-layer is dropped.
+        A repair changes a layer if the sub-layer after it is dropped, to compensate for that.
         """
         full = SubNet.full(self.teacher)
         if (self.n_embd, self.head_size) != (full.n_embd, full.head_size):
             return 0
         layers, n = [*self.layers, self.teacher.n_layer], 0
-        # since it makes the layer before a dropped layer or attention compensate for that
         while n < len(self) and layers[n : n + 2] == [n, n + 1] and self.layer(n) == full.layer(n):
             if n + 1 < len(self) and self.begins_inside(n + 1):
                 return n

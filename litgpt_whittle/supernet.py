@@ -49,7 +49,7 @@ class SupernetArgs:
         if self.per_rank not in ("same", "different"):
             raise UserError(f"supernet.per_rank must be same or different, got {self.per_rank!r}")
         if self.n_validated < 0:
-            raise UserError(f"supernet.n_validated must be 0 or more, got {self.n_validated}")
+            raise UserError(f"supernet.n_validated must be 0 or more, got {self.n_validated}; raise it")
         if self.distill.head != "chunked":
             raise UserError(f"supernet.distill.head must be chunked, got {self.distill.head!r}; leave it out")
 

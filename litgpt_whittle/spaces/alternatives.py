@@ -85,7 +85,7 @@ class Alternatives:
 
     @cached_property
     def levels(self) -> dict[str, list[int]]:
-        """Measured sizes of each kind of units, the teacher's size first."""
+        """Measured sizes by kind of units, each list from the teacher's size downwards."""
         grids, levels = self.space.sizes, {}
         for name in dict.fromkeys(name for sizes in self.sizes for name in sizes):
             grid = grids.own_grid(name, self.teacher.n_embd, self.teacher.head_size)
@@ -95,7 +95,7 @@ class Alternatives:
 
     @cached_property
     def offered(self) -> dict[str, list[int]]:
-        """Sizes of each kind of units that combinations may have, the teacher's size first."""
+        """Sizes that combinations may have by kind of units, each list from the teacher's size downwards."""
         offered = {name: list(levels) for name, levels in self.levels.items()}
         for name in offered:
             if name.endswith("intermediate_size"):

@@ -78,7 +78,7 @@ def _random_drops(space: SizeSpace, rng: np.random.Generator) -> dict[int, str]:
 def _more_drops(
     space: SizeSpace, rng: np.random.Generator, drops: Mapping[int, str], layers: Sequence[int] | None = None
 ) -> dict[int, str]:
-    """Drop a random sub-layer of one of `layers` (by default, all layers of the teacher) that has both."""
+    """Return the drops and one more, drawn from the `layers` that have both sub-layers (by default, of all layers)."""
     free = [layer for layer in (range(space.teacher.n_layer) if layers is None else layers) if layer not in drops]
     if not free:
         return dict(drops)
@@ -87,7 +87,7 @@ def _more_drops(
 
 
 def _fewer_drops(rng: np.random.Generator, drops: Mapping[int, str]) -> dict[int, str]:
-    """Restore a random dropped sub-layer."""
+    """Return the drops without one of them, drawn at random."""
     left = sorted(drops)
     if left:
         del left[int(rng.integers(len(left)))]

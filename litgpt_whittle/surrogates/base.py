@@ -60,7 +60,7 @@ class Regressor(ABC):
         """Predict the targets of encodings from `read`, shape (n,)."""
 
     def deviation(self, unknown: Sequence[Any]) -> np.ndarray:
-        """Return the standard deviation of each prediction, shape (n,); 0 if unknown."""
+        """Return the standard deviation of each prediction, shape (n,); by default zeros."""
         return np.zeros(len(unknown))
 
     def save(self, folder: Path) -> bool:

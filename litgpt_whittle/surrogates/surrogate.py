@@ -163,7 +163,7 @@ class Surrogate:
         return self._is_own or self.prior is not None
 
     def fit(self, choices: Sequence[Choice], scores: Sequence[float]) -> None:
-        """Fit the surrogate from scratch to this search's finite scores; does nothing with fewer than `LEAST`."""
+        """Fit the surrogate from scratch to this search's finite scores; do nothing if there are fewer than `LEAST`."""
         finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
         if len(finite) < LEAST:
             return
