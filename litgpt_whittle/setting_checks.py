@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from litgpt_whittle.errors import UserError
@@ -23,6 +24,15 @@ def check_shares(section: str, **values: float) -> None:
     for name, value in values.items():
         if not (is_number(value) and 0 <= value <= 1):
             raise UserError(f"{section}.{name} must be between 0 and 1, got {value!r}")
+
+
+def changed(settings: Any) -> list[str]:
+    """Return the names of the fields of an argument group that differ from their defaults."""
+    return [field.name for field in fields(settings) if getattr(settings, field.name) != _default(field)]
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def check_seed(seed: int) -> None:

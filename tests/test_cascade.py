@@ -159,6 +159,18 @@ def test_a_correction_learns_at_a_fifth_of_the_distillations_rate_unless_told_ot
         ({"target": "20K,19K"}, "must descend, each range below the one before"),
         ({"target": "30K,3K"}, "^search: no sub-network lies in the bin .*, change --target"),
         (changed("distill", **{"distill.hidden.weight": 1.0}), "set --cascade.teacher nearest, or"),
+        (
+            {"cascade": CascadeArgs("nearest")} | changed("distill", teacher_checkpoint_dir="TEACHER"),
+            "cascade.teacher nearest and distill.teacher_checkpoint_dir name two teachers",
+        ),
+        (
+            {"correct_teacher": {"max_tokens": 256, "distill.alpha": 0.5}},
+            "correct_teacher.distill.alpha has no effect, since no other teacher takes part in the correction",
+        ),
+        (
+            {"correct_teacher": {"max_tokens": 256, "teacher_checkpoint_dir": "TEACHER"}},
+            "correct_teacher.teacher_checkpoint_dir has no effect",
+        ),
         ({"correct_teacher": {"lr": 1e-5}}, "set --correct_teacher.max_tokens"),
         ({"correct_teacher": {"max_tokens": 256, "lr": 0}}, "correct_teacher.lr must be a positive number, got 0"),
         (
@@ -171,6 +183,9 @@ def test_a_correction_learns_at_a_fifth_of_the_distillations_rate_unless_told_ot
 )
 def test_mistakes_are_told_before_any_stage_runs(teacher, data, tmp_path, calls, changes, message):
     settings = {"target": TARGET, "cascade": True, "rank": False} | changes
+    for section in (settings.get(name, {}) for name in ("distill", "correct_teacher")):
+        if "teacher_checkpoint_dir" in section:
+            section["teacher_checkpoint_dir"] = str(teacher)
     with pytest.raises(UserError, match=message) as error:
         run(teacher, data, tmp_path / "out", **settings)
     assert "\n" not in str(error.value)

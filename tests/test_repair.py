@@ -504,6 +504,7 @@ def test_products_are_exact_in_a_repair(tmp_path, monkeypatch):
         ({"tokens": 0}, "repair.tokens must be at least 1"),
         ({"refine_passes": -1}, "repair.refine_passes must be 0 or more"),
         ({"refine_lr": 0.0}, "repair.refine_lr must be above 0"),
+        ({"refine_lr": 1e-3}, "repair.refine_lr has no effect without repair.refine_passes, got 0.001"),
         (
             {"closed_form_tokens": 4096},
             "repair.closed_form_tokens must be at least 1 and needs repair.refine_passes above 0",

@@ -196,6 +196,7 @@ def test_rungs_are_read():
         ({"rungs": ["8x1k", "2x1k"]}, "fewer students and more tokens"),
         ({"rungs": ["8x1k"], "config": None}, "need selection.config"),
         ({"rungs": []}, "has no effect without selection.rungs"),
+        ({"rungs": [], "config": None, "repair": False}, "selection.repair has no effect without selection.rungs"),
         ({"rungs": ["8x1k"], "config": "nowhere.yaml"}, "cannot read selection.config 'nowhere.yaml'"),
     ],
 )

@@ -249,6 +249,7 @@ def test_a_short_search_is_refused(tmp_path):
         ({"mode": "filter", "optimism": -1.0}, "surrogate.optimism must be 0 or more"),
         ({"mode": "filter", "refit": 0.0}, "surrogate.refit must be more than 0"),
         ({"path": Path("x")}, "surrogate.path needs a surrogate; add --surrogate.mode filter"),
+        ({"n_initial": 5}, "surrogate.n_initial needs a surrogate"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

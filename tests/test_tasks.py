@@ -421,7 +421,11 @@ def test_a_selection_ranks_trained_students_by_the_tasks(teacher, folder, tmp_pa
         ({"tasks": SearchTaskArgs()}, "tasks.names must name at least one task"),
         (
             {"fitness": "perplexity", "data": HFText(path="a.jsonl")},
-            "tasks.names are read for a fitness that",
+            "tasks.names has no effect with --fitness perplexity, which reads no tasks",
+        ),
+        (
+            {"fitness": "perplexity", "data": HFText(path="a.jsonl"), "tasks": SearchTaskArgs(limit=3)},
+            "tasks.limit has no effect with --fitness perplexity",
         ),
         ({"fitness": "repaired_tasks"}, "data must be chosen"),
         ({"racing": True}, "racing needs losses per window, which fitness 'tasks' does not give"),

@@ -54,6 +54,8 @@ class ExportConfig(CommandConfig):
             find_converter(self.converter)
         elif self.converter is not None:
             raise UserError(f"only gguf needs a converter, got --format {self.format}; leave --converter out")
+        if self.format != "gguf" and self.gguf_type != "auto":
+            raise UserError(f"gguf_type has no effect with --format {self.format}; leave it out, or choose gguf")
         if self.push_to_hub is not None:
             check_hub(self.push_to_hub)
         elif self.private:

@@ -57,7 +57,7 @@ from litgpt_whittle.searching.args import (
 from litgpt_whittle.searching.racing_loop import check_can_race
 from litgpt_whittle.searching.selection import Selection, parse_rungs
 from litgpt_whittle.searching.starting import has_no_starts
-from litgpt_whittle.setting_checks import check_seed
+from litgpt_whittle.setting_checks import changed, check_seed
 from litgpt_whittle.settings import describe
 from litgpt_whittle.spaces.args import (
     LimitArgs,
@@ -175,10 +175,10 @@ class SearchConfig(CommandConfig):
         teacher = check_checkpoint(self.checkpoint_dir)
         sequence_length(teacher, self.train.max_seq_length)
         self.ranking(to_come)
-        if self.tasks.names and not measure.needs_tasks:
+        if not measure.needs_tasks and (unused := changed(self.tasks)):
             raise UserError(
-                f"tasks.names are read for a fitness that needs tasks, got fitness {self.fitness!r}; add --fitness "
-                "repaired_tasks, or leave them out"
+                f"tasks.{unused[0]} has no effect with --fitness {self.fitness}, which reads no tasks; add --fitness "
+                "repaired_tasks, or leave it out"
             )
         if self.racing:
             check_can_race(measure, self.fitness, strategy)

@@ -109,6 +109,8 @@ def _cascade(request: Request, given: Mapping[str, Given], args: CascadeArgs, fo
             own = replace(own, checkpoint_dir=final, stand_ins=stand_ins, uncorrected=None)
             own = replace(own, distill_from=first if args.teacher == "first" else None)
         chain.append(Stages(own, given))
+        if args.teacher == "nearest":
+            _check_teacher(chain[-1])
         _check_hidden(chain[-1])
     return chain
 
@@ -155,6 +157,15 @@ def save_stand_in(stages: Stages, folder: Path) -> Path:
     save_checkpoint(folder, example.config, weights, tied=stages.tied)
     copy_tokenizer(teacher_dir, folder)
     return folder
+
+
+def _check_teacher(stages: Stages) -> None:
+    """Check that no other teacher is named where each student learns from the one above."""
+    if not stages.distill.has_pipelines_teacher:
+        raise UserError(
+            "cascade.teacher nearest and distill.teacher_checkpoint_dir name two teachers, got "
+            f"{str(stages.distill.teacher_dir)!r}; remove one of the two"
+        )
 
 
 def _check_hidden(stages: Stages) -> None:

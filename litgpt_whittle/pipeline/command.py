@@ -29,6 +29,7 @@ from litgpt_whittle.pipeline.stage import Request
 from litgpt_whittle.pipeline.tasks import TEACHER, measure_models, task_cost, task_table
 from litgpt_whittle.reports.report import as_text
 from litgpt_whittle.results import Checkpoint, TrainingResult
+from litgpt_whittle.setting_checks import changed
 from litgpt_whittle.spaces.bins import Bin, parse_bins
 from litgpt_whittle.tasks import TaskArgs, TaskSet
 from litgpt_whittle.tasks.harness import read_tasks
@@ -101,6 +102,11 @@ class WhittleConfig(CommandConfig):
             )
         if self.target is None:
             raise UserError("the target size is missing; set the student's number of parameters, such as --target 410M")
+        if not self.tasks.names and (unused := changed(self.tasks)):
+            raise UserError(
+                f"tasks.{unused[0]} has no effect without tasks to measure; add --tasks.names '[hellaswag]', or leave "
+                "it out"
+            )
         check_writable(self.out_dir)
         check_checkpoint(self.checkpoint_dir)
 

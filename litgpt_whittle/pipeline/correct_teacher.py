@@ -32,6 +32,9 @@ LR_SHARE = 0.2
 LIKE_DISTILL = ("data", "train", "eval", "optimizer", "precision", "compile", "logger_name", "activation_checkpointing")
 """Settings that are by default those of the distillation"""
 
+OF_TEACHERS = ("distill", "teacher_")
+"""Beginnings of the names of settings that concern a distillation's teacher, which a correction does not have"""
+
 
 class CorrectTeacherStage(TrainingStage):
     """`litgpt distill` of the teacher itself, without another teacher: "teacher correction" (arXiv 2408.11796)."""
@@ -71,6 +74,11 @@ class CorrectTeacherStage(TrainingStage):
         """
         if self.max_tokens is None:
             raise UserError("the teacher's correction has no end; set --correct_teacher.max_tokens")
+        if unused := [name for name in self.given if name.startswith(OF_TEACHERS)]:
+            raise UserError(
+                f"correct_teacher.{unused[0]} has no effect, since no other teacher takes part in the correction; "
+                "remove it"
+            )
         like = self.stages.distill.args.arguments()
         settings = {name: like[name] for name in LIKE_DISTILL if like[name] is not None}
         lr = _lr_of(like["optimizer"])

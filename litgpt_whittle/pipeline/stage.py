@@ -124,6 +124,12 @@ class StageRun:
         return [self.command, *inputs, f"--config={self.config_path}", *self.flags, f"--out_dir={self.folder}", *more]
 
 
+def parents(name: str) -> list[str]:
+    """Return the dotted names of the sections that contain an argument: `a` and `a.b` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
 class Stage(ABC, Generic[C]):
     """A command as a part of the pipeline: its section, its runs, its checks, its costs and its pictures.
 
@@ -169,6 +175,9 @@ class Stage(ABC, Generic[C]):
         for argument, value in self.given.items():
             if argument.partition(".")[0] in PROVIDED and value not in (None, False):
                 raise UserError(f"{self.name}.{argument} is set by the pipeline; remove it")
+            off = next((name for name in parents(argument) if self.given.get(name) is False), None)
+            if off is not None:
+                raise UserError(f"{self.name}.{off} is false, and {self.name}.{argument} is set; remove one of the two")
         common = {"seed": self.request.seed} | ({"data": describe(self.request.data)} if self.request.data else {})
         config: Any = self.config
         return Section(self.name, config, self.given, common | defaults)

@@ -18,6 +18,9 @@ linear map; fewer would overfit"""
 LEAST_TOKENS_TO_REFINE, TOKENS_PER_INPUT_TO_REFINE = 16_384, 12
 """Default number of tokens for the closed form if `refine_passes` follow it: minimum, and number per input"""
 
+REFINE_LR = 3e-4
+"""Default peak learning rate of `refine_passes`"""
+
 
 @dataclass
 class RepairArgs:
@@ -36,7 +39,7 @@ class RepairArgs:
     closed_form_tokens: int | None = None
     """Number of calibration tokens for the closed form, if refine_passes is above 0. The refinement gains
     most from the remaining tokens. By default 12 per input of the student's widest linear map, and at least 16,384"""
-    refine_lr: float = 3e-4
+    refine_lr: float = REFINE_LR
     """Peak learning rate of refine_passes, annealed to zero"""
     head_passes: int = 1
     """Passes over the final hidden states that fit the LM head to the teacher's predictions; 0 keeps the closed form"""
@@ -55,6 +58,10 @@ class RepairArgs:
             raise UserError(f"repair.refine_passes must be 0 or more, got {self.refine_passes}")
         if not self.refine_lr > 0:
             raise UserError(f"repair.refine_lr must be above 0, got {self.refine_lr}; 3e-4 suits most models")
+        if self.refine_lr != REFINE_LR and not self.refine_passes:
+            raise UserError(
+                f"repair.refine_lr has no effect without repair.refine_passes, got {self.refine_lr}; set both or none"
+            )
         if self.head_passes < 0:
             raise UserError(f"repair.head_passes must be 0 or more, got {self.head_passes}")
 

@@ -28,6 +28,7 @@ from litgpt_whittle.processes import own_device
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.recipes import find_recipe
 from litgpt_whittle.searching.args import SelectionArgs
+from litgpt_whittle.setting_checks import changed
 from litgpt_whittle.tasks.task_set import LOSS, TaskSet
 from litgpt_whittle.tensors import default_precision, weights_dtype
 from litgpt_whittle.training.compiler import check_compiler
@@ -103,8 +104,11 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
         raise UserError(
             "selection.rungs need selection.config, a YAML file of litgpt distill with data and batch sizes"
         )
-    if args.config is not None and not rungs:
-        raise UserError("selection.config has no effect without selection.rungs; add rungs such as [8x200k, 2x1M]")
+    if not rungs and (unused := changed(args)):
+        raise UserError(
+            f"selection.{unused[0]} has no effect without selection.rungs; add rungs such as [8x200k, 2x1M], or leave "
+            "it out"
+        )
     if args.config is not None and args.config not in to_come and _read_config(args.config).get("compile", True):
         check_compiler()
     return rungs

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.setting_checks import check_positive
+from litgpt_whittle.setting_checks import changed, check_positive
 
 
 @dataclass
@@ -60,6 +60,5 @@ class SurrogateArgs:
                 raise UserError(f"surrogate.{name} must be more than 0, got {getattr(self, name)}")
         if not 0 <= self.optimism < math.inf:
             raise UserError(f"surrogate.optimism must be 0 or more, got {self.optimism}")
-        for name in ("path", "importance", "model"):
-            if self.mode == "none" and getattr(self, name) is not None:
-                raise UserError(f"surrogate.{name} needs a surrogate; add --surrogate.mode filter or leave it out")
+        if self.mode == "none" and (unused := changed(self)):
+            raise UserError(f"surrogate.{unused[0]} needs a surrogate; add --surrogate.mode filter or leave it out")
