@@ -1,5 +1,6 @@
 """Test commands on conversations: only the assistant's answers count in losses, scores and repairs."""
 
+import json
 import math
 import re
 import shutil
@@ -26,9 +27,12 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
 from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.pipeline import command as pipeline
+from litgpt_whittle.pipeline.kinds import DistillStage
+from litgpt_whittle.pipeline.stage import StageRun
 from litgpt_whittle.repair.args import RepairArgs
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.tensors import IGNORE_INDEX
+from litgpt_whittle.tokenizer_files import copy_tokenizer
 from litgpt_whittle.training.args import TrainArgs
 
 LENGTH = 32
@@ -129,6 +133,32 @@ def test_distillation_learns_from_answers_only(folder, tmp_path):
         )
     logged = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
     assert logged == pytest.approx(total / int(n), rel=1e-4)
+
+
+def test_a_run_resumes_with_an_equal_tokenizer_in_another_folder_but_not_with_another_one(folder, tmp_path):
+    moved, other = (copy_of_tokenizer(folder / "teacher", tmp_path / name) for name in ("moved", "other"))
+    path = moved / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    (other / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    train = TrainArgs(micro_batch_size=2, global_batch_size=2, max_steps=1, max_seq_length=LENGTH, log_interval=1)
+    settings = {"train": train, "tokenizer_dir": folder / "teacher"}
+    run(folder, tmp_path / "out", **settings)
+    run(folder, tmp_path / "out", **settings | {"tokenizer_dir": moved}, resume=True)
+    with pytest.raises(UserError, match="tokenizer's content was [0-9a-f]{16} and is [0-9a-f]{16}; change back"):
+        run(folder, tmp_path / "out", **settings | {"tokenizer_dir": other}, resume=True)
+
+    def options(folder):
+        run = StageRun(DistillStage, "distill", tmp_path, {"tokenizer_dir": str(folder)})
+        return run.determining_options
+
+    assert options(folder / "teacher") == options(moved) != options(other)
+    assert options(tmp_path) == {"tokenizer_dir": str(tmp_path)}  # the command refuses it
+
+
+def copy_of_tokenizer(source, folder):
+    folder.mkdir()
+    copy_tokenizer(source, folder)
+    return folder
 
 
 def test_a_cached_teacher_teaches_answers_as_a_live_one_does(folder, tmp_path):

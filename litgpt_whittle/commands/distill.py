@@ -201,7 +201,7 @@ class DistillConfig(TrainingConfig):
         if self.distill.head == "liger":
             check_liger_models(configs)
         check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
-        settings = self.run_settings(student.config) | teacher.settings
+        settings = self.run_settings(student.config, tokenizer_dir) | teacher.settings
         state = state_to_resume(resume_dir, settings)
         return TrainingInputs(student, tokenizer_dir, data, self.arguments(), step, settings, state)
 

@@ -82,7 +82,7 @@ class SupernetConfig(TrainingConfig):
         self.n_tokens(seq_length)  # fails if it is less than a step
         data = default_data() if self.data is None else self.data
         check_data(data, tokenizer_dir, source.config.padded_vocab_size)
-        settings = self.run_settings(source.config)
+        settings = self.run_settings(source.config, tokenizer_dir)
         state = state_to_resume(resume_dir, settings)
         step = self.step(source, seq_length, Objective())
         return TrainingInputs(source, tokenizer_dir, data, self.arguments(), step, settings, state)

@@ -164,6 +164,12 @@ def find_template(asked: str | None, folder: Path | None, tokenizer: Tokenizer |
     return None if source is None else ChatTemplate(source, _special_tokens(config, tokenizer))
 
 
+def template_facts(folder: Path, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """Return all templates of a checkpoint by name, and the special tokens that they may write."""
+    config = _read_config(folder)
+    return [_templates(folder, config), _special_tokens(config, tokenizer)]
+
+
 def _read_config(folder: Path | None) -> dict[str, Any]:
     """Return the contents of tokenizer_config.json, empty without one."""
     path = None if folder is None else folder / "tokenizer_config.json"

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from litgpt.data import DataModule
+from litgpt.utils import extend_checkpoint_dir
 
+from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.data.tokenizer_content import tokenizer_fingerprint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.manifest import without
 from litgpt_whittle.pipeline.costs import Cost
@@ -104,7 +107,11 @@ class StageRun:
     @property
     def determining_options(self) -> dict[str, str]:
         """Settings that can change the output."""
-        return without(self.options, self.kind.config.FREE)
+        options = without(self.options, self.kind.config.FREE)
+        folder = extend_checkpoint_dir(Path(options.get("tokenizer_dir", "None")))
+        if has_tokenizer(folder):  # an equal tokenizer in another folder gives the same output
+            options["tokenizer_dir"] = tokenizer_fingerprint(folder)
+        return options
 
     def option(self, name: str) -> str:
         """Return the name of a command's argument on the pipeline's command line."""

@@ -16,6 +16,7 @@ from litgpt.utils import get_default_supported_precision, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.data.tokenizer_content import tokenizer_fingerprint
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import lock_dir_for_all, own_device
@@ -48,11 +49,11 @@ class TrainingConfig(CommandConfig):
 
     FREE: ClassVar[frozenset[str]] = frozenset(
         ("out_dir", "resume", "eval", "log", "devices", "num_nodes")
-        + ("tokenizer_dir", "logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
+        + ("logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
         + ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers")
     )
-    # `run_settings` has the precision in use; a resumed run has its own weights
-    RESOLVED: ClassVar[frozenset[str]] = frozenset(("precision", "initial_checkpoint_dir"))
+    # `run_settings` has the precision and the tokenizer in use; a resumed run has its own weights
+    RESOLVED: ClassVar[frozenset[str]] = frozenset(("precision", "tokenizer_dir", "initial_checkpoint_dir"))
 
     model_name: str | None = None
     """A litgpt model to start from random weights. Use "list" to list them."""
@@ -140,16 +141,21 @@ class TrainingConfig(CommandConfig):
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"optimizer": describe(read_optimizer(self.optimizer))}
 
-    def run_settings(self, model: Config) -> dict[str, Any]:
+    def run_settings(self, model: Config, tokenizer_dir: Path | None) -> dict[str, Any]:
         """Return the settings that determine a run's final weights; a resumed run must not change them.
 
-        Save and log intervals, the time limit and the number of data workers may change.
+        Save and log intervals, the time limit and the number of data workers may change, and the tokenizer may move.
 
         Args:
             model: Config of the trained model.
+            tokenizer_dir: Directory of the tokenizer in use, if any.
         """
-        size = f"{model.n_layer} layers, {model.n_embd} channels"
-        return self.determining_arguments() | {"precision": self.used_precision, "student's parameters": size}
+        found = {
+            "precision": self.used_precision,
+            "tokenizer's content": None if tokenizer_dir is None else tokenizer_fingerprint(tokenizer_dir),
+            "student's parameters": f"{model.n_layer} layers, {model.n_embd} channels",
+        }
+        return self.determining_arguments() | found
 
     @property
     def used_precision(self) -> str:
