@@ -1,4 +1,4 @@
-"""Base class of a command's arguments, and the function that litgpt's command line calls with them."""
+"""Base classes of a command's arguments and results, and the function that litgpt's command line calls."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ import inspect
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from litgpt_whittle.manifest import without
 from litgpt_whittle.settings import describe, flatten
+
+
+@dataclass(frozen=True)
+class Result:
+    """Output of a command."""
+
+    folder: Path
+    """The command's ``out_dir``"""
+    summary: str = dataclasses.field(default="", kw_only=True, repr=False, compare=False)
+    """Text that the command line prints when the command ends; empty for a result that was read from its folder"""
+
+
+class Interrupted(SystemExit):
+    """Exit of a command after Ctrl-C, with exit code 130.
+
+    Args:
+        result: The result so far; None if there is none.
+    """
+
+    def __init__(self, result: Result | None) -> None:
+        super().__init__(130)
+        self.result = result
 
 
 class CommandConfig(ABC):
@@ -39,10 +63,10 @@ class CommandConfig(ABC):
 
     @abstractmethod
     def run(self) -> Any:
-        """Validate the arguments, and run the command.
+        """Validate the arguments, and run the command, without printing its result.
 
         Returns:
-            The command's result; None on processes that have none.
+            The command's result, usually a `Result`; None on processes that have none.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
@@ -58,13 +82,19 @@ class CommandConfig(ABC):
 
 
 def as_command(config: type[CommandConfig]) -> Callable[..., Any]:
-    """Return a function that takes the fields of a config as parameters, creates the config and runs it.
+    """Return a function that takes the fields of a config as parameters, runs the command and prints its result.
 
     litgpt and jsonargparse derive a command's flags and help from the signature and docstring of a function.
     """
 
     def setup(*args: Any, **kwargs: Any) -> Any:
-        return config(*args, **kwargs).run()
+        try:
+            result = config(*args, **kwargs).run()
+        except Interrupted as stop:
+            _print_summary(stop.result)
+            raise
+        _print_summary(result)
+        return result
 
     hints, fields = get_type_hints(config), _fields(config)
     parameters = [
@@ -77,6 +107,11 @@ def as_command(config: type[CommandConfig]) -> Callable[..., Any]:
     docs = attribute_docs(config)
     setup.__doc__ = f"{inspect.getdoc(config)}\n\nArgs:\n" + "\n".join(f"    {name}: {docs[name]}" for name in fields)
     return setup
+
+
+def _print_summary(result: Any) -> None:
+    if isinstance(result, Result) and result.summary:
+        print(result.summary)
 
 
 def attribute_docs(config: type) -> dict[str, str]:

@@ -13,11 +13,13 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_whittle.checkpoint import WEIGHTS, check_checkpoint, load_model, read_model_class, read_weights
+from litgpt_whittle.command_config import Result
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import best_of
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import Evaluation
 from litgpt_whittle.metrics_log import read_metrics
+from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.reports.page import table
 from litgpt_whittle.reports.report import Findings, as_text
 from litgpt_whittle.subnet import SubNet, read_choice
@@ -28,10 +30,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class RankResult(Result):
+    """Output folder of `litgpt rank`."""
+
+    ranking: Ranking
+
+
+@dataclass(frozen=True)
+class SearchResult(Result):
     """Output folder of `litgpt search`."""
 
-    folder: Path
     teacher: Path | None = None
     """The teacher's checkpoint directory"""
 
@@ -75,10 +83,8 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Result):
     """A litgpt checkpoint, such as `litgpt extract` writes."""
-
-    folder: Path
 
     @property
     def config(self) -> Config:
@@ -115,10 +121,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(Result):
     """Output folder of `litgpt distill` or `litgpt pretrain_supernet`."""
-
-    folder: Path
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -160,6 +164,21 @@ class TrainingResult:
     def is_finished(self) -> bool:
         """True if training has ended and its model is saved."""
         return (self.folder / "final" / WEIGHTS).is_file()
+
+
+@dataclass(frozen=True)
+class Checkpoints(Result):
+    """Students that `litgpt extract` cut from the best sub-networks of a search's folder, one per bin."""
+
+    students: Sequence[Checkpoint]
+
+
+@dataclass(frozen=True)
+class WhittleResult(Result):
+    """Output folder of `litgpt whittle`."""
+
+    students: Sequence[TrainingResult]
+    """The trained students, in the order of the targets"""
 
 
 def searched_perplexity(origin: Mapping[str, Any]) -> float | None:

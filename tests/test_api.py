@@ -21,13 +21,14 @@ def found(teacher, data, tmp_path_factory):  # noqa: F811
         return search(teacher, "14K", data, folder, **SECTIONS["search"])
 
 
-def test_from_a_search_to_a_trained_student(found, data, tmp_path):  # noqa: F811
+def test_from_a_search_to_a_trained_student(found, data, tmp_path, capsys):  # noqa: F811
     _, evaluations = read_journal(found.folder / "journal.jsonl")
     perplexities = [e.scores["repaired_perplexity"] for e in evaluations]
     assert found.best.scores["repaired_perplexity"] == min(perplexities)
     assert str(found.best.n_params) in str(found).replace(",", "") and "<table>" in found._repr_html_()
 
     student = extract(found, data=data, out_dir=tmp_path / "student", **SECTIONS["extract"])
+    assert capsys.readouterr().out == "" and "after the last block" in student.summary
     assert student.n_params == found.best.n_params
     assert student.calibration_tokens == 1024
     assert sum(p.numel() for p in student.load().parameters()) == student.n_params

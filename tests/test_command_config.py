@@ -1,14 +1,18 @@
 """Test commands as configs: their functions, their documented fields, and the arguments that may change on resuming."""
 
+import ast
 import dataclasses
 import inspect
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
-from litgpt_whittle.command_config import CommandConfig, as_command, attribute_docs
+from litgpt_whittle import command_config
+from litgpt_whittle.command_config import CommandConfig, Interrupted, Result, as_command, attribute_docs
 from litgpt_whittle.commands.distill import DistillConfig
 from litgpt_whittle.training.args import TrainArgs
 
@@ -67,6 +71,50 @@ def test_a_default_is_made_for_each_call():
     command("me")[1].append(5)
     assert command("me")[1] == [1]
     assert attribute_docs(Greeting)["name"] == "Whom to greet."
+
+
+@dataclass
+class Work(CommandConfig):
+    """Work in a folder."""
+
+    is_interrupted: bool = False
+    """If true, Ctrl-C ends the work."""
+
+    def validate(self) -> None: ...
+
+    def run(self):
+        done = Result(Path("out"), summary="half" if self.is_interrupted else "done")
+        if self.is_interrupted:
+            raise Interrupted(done)
+        return done
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_the_command_line_prints_the_result_and_python_does_not(is_interrupted, capsys):
+    with suppress(Interrupted):
+        assert Work(is_interrupted).run() == Result(Path("out"))
+    assert capsys.readouterr().out == ""
+    if is_interrupted:
+        with pytest.raises(SystemExit) as stop:
+            as_command(Work)(is_interrupted)
+        assert stop.value.code == 130
+    else:
+        assert as_command(Work)() == Result(Path("out"))
+    assert capsys.readouterr().out == ("half\n" if is_interrupted else "done\n")
+
+
+def test_nothing_else_prints_to_standard_output():
+    """A training's lines, which litgpt prints as well, are the exception."""
+    package = Path(command_config.__file__).parent
+    exceptions = {package / "command_config.py", package / "training/memory_plan.py"}
+    calls = [
+        f"{path}:{node.lineno}"
+        for path in set(package.rglob("*.py")) - exceptions
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        if not any(keyword.arg == "file" for keyword in node.keywords)
+    ]
+    assert not calls
 
 
 def test_only_free_arguments_do_not_determine_the_result():

@@ -20,7 +20,7 @@ from litgpt_whittle.distillation.losses import reverse_kl
 from litgpt_whittle.distillation.objective import Objective, Term
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.training.live_bytes import LiveBytes
-from litgpt_whittle.training.memory_plan import MemoryPlan, plan_memory, show_plan
+from litgpt_whittle.training.memory_plan import MemoryPlan, choose_placement, plan_memory, show_plan
 from litgpt_whittle.training.planned_step import Step
 
 CONFIG = Config(n_layer=2, n_embd=64, n_head=4, block_size=64, padded_vocab_size=512, vocab_size=512)
@@ -181,8 +181,7 @@ def test_no_plan_is_made_where_memory_is_plenty(monkeypatch, capsys):
     assert show_plan(step, "sharded", 4) is True
     assert show_plan(replace(step, n_devices=1), "sharded", 1) is False
     assert not capsys.readouterr().out
-    show_plan(step, "auto", 4, is_final=True)
-    assert "at the peak" in capsys.readouterr().out
+    assert "at the peak" in choose_placement(step, "auto", 4, is_final=True)[1]
 
 
 def test_what_cannot_run_without_content_is_told(monkeypatch):
@@ -197,7 +196,7 @@ def test_what_cannot_run_without_content_is_told(monkeypatch):
     with pytest.warns(UserWarning, match="memory with a replicated teacher cannot be planned"):
         assert show_plan(step, "auto", 1) is False
     with pytest.raises(UserError, match="memory with a replicated teacher cannot be planned.*leave --dry_run out"):
-        show_plan(step, "auto", 1, is_final=True)
+        choose_placement(step, "auto", 1, is_final=True)
     # on several devices the plan places the teacher, so a failure ends the run unless the placement is set
     step = replace(step, n_devices=4)
     with pytest.raises(UserError, match="replicated teacher cannot be planned, .*; choose --teacher_placement repl"):

@@ -16,7 +16,7 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir, save_config
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
-from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.command_config import CommandConfig, Result, as_command
 from litgpt_whittle.data.loading import check_data, connect, train_loader
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, shard_path
@@ -150,11 +150,11 @@ class CacheTeacherConfig(CommandConfig):
             data=_described(cast(DataModule, self.data)),
         )
 
-    def run(self) -> Path | None:
+    def run(self) -> Result | None:
         """Cache the teacher's outputs.
 
         Returns:
-            The cache's folder; None on all processes but the first.
+            The cache; None on all processes but the first.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
@@ -177,8 +177,7 @@ class CacheTeacherConfig(CommandConfig):
             index = write_cache(self.out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
             if not shutdown():
                 return None
-            print(summary(self.out_dir, index))
-            return self.out_dir
+            return Result(self.out_dir, summary=summary(self.out_dir, index))
 
 
 setup = as_command(CacheTeacherConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from litgpt.utils import num_parameters
 
 from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
-from litgpt_whittle.command_config import as_command
+from litgpt_whittle.command_config import Result, as_command
 from litgpt_whittle.commands.extract import ExtractConfig
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.args import DistillArgs
@@ -66,6 +67,8 @@ from litgpt_whittle.training.run import Backward, Job, Run
 from litgpt_whittle.training.teacher import CachedTeacher, LiveTeacher, Teacher
 from litgpt_whittle.vocabulary.text_bytes import MeanBytes
 from litgpt_whittle.windows import vectorize_windows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -152,15 +155,15 @@ class DistillConfig(TrainingConfig):
         """The teacher's checkpoint directory, given by its path or its name under `checkpoints/`."""
         return checkpoint_dir_of(self.teacher_checkpoint_dir)
 
-    def train_model(self, resume_dir: Path | None) -> TrainingResult | None:
+    def train_model(self, resume_dir: Path | None) -> Result | None:
         teacher = TeacherSource.of(self)
         inputs = self._inputs(teacher, resume_dir)
         if self.repair and resume_dir is None and not self.dry_run:
             student, seq_length = self._repaired_student(inputs), inputs.step.seq_length
             inputs = replace(inputs, source=student, step=self._step(student, teacher, seq_length))
-        is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local, self.dry_run)
         if self.dry_run:
-            return None
+            return Result(self.out_dir, summary=self._describe_memory(inputs.step)) if is_first_started() else None
+        is_sharded = is_first_started() and show_plan(inputs.step, self._placement, self.n_local)
         fabric = launch_training(self, inputs, f"distill-{inputs.source.config.name}")
         run = build_run(fabric, self, inputs, teacher, is_sharded=fabric.broadcast(is_sharded))
         fit(run, self.train, self.eval)
@@ -175,7 +178,10 @@ class DistillConfig(TrainingConfig):
         """
         self.validate()
         inputs = self._inputs(TeacherSource.of(self), find_resume(self.resume, self.out_dir))
-        return choose_placement(inputs.step, self._placement, self.n_local, is_final=True)[1]
+        return self._describe_memory(inputs.step)
+
+    def _describe_memory(self, step: Step) -> str:
+        return choose_placement(step, self._placement, self.n_local, is_final=True)[1]
 
     @property
     def _placement(self) -> str:
@@ -246,7 +252,9 @@ class DistillConfig(TrainingConfig):
         )
         if not (self.resume and cut.is_finished()):
             # training connects its own copy of the data
-            replace(cut, overwrite=folder.exists(), data=copy.deepcopy(data)).run()
+            result = replace(cut, overwrite=folder.exists(), data=copy.deepcopy(data)).run()
+            assert isinstance(result, Result)  # one device has repaired it
+            logger.info(result.summary)
             release_memory()  # the memory plan measures free memory
         return ModelSource.choose(folder, None, None, None, None).with_tie(self.train.tie_embeddings)
 

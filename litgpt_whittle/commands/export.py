@@ -8,7 +8,7 @@ from typing import Literal
 
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.command_config import CommandConfig, Result, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_out_dir
 from litgpt_whittle.hf.export import Exported, export_hf
@@ -61,11 +61,8 @@ class ExportConfig(CommandConfig):
         elif self.private:
             raise UserError("private concerns a repository, and there is none; add --push_to_hub or leave it out")
 
-    def run(self) -> Path:
+    def run(self) -> Result:
         """Export the checkpoint.
-
-        Returns:
-            The exported folder.
 
         Raises:
             UserError: If the model cannot be exported in this format, or the logits differ.
@@ -73,19 +70,15 @@ class ExportConfig(CommandConfig):
         with lock_output(self.out_dir):
             self.validate()
             exported = self._export()
-        print(
-            f"Exported {self.checkpoint_dir} to {self.out_dir}: {exported.architecture}, {exported.n_params:,} "
-            "parameters"
-        )
-        for note in exported.notes:
-            print(note)
+        model = f"{exported.architecture}, {exported.n_params:,} parameters"
+        lines = [f"Exported {self.checkpoint_dir} to {self.out_dir}: {model}", *exported.notes]
         if exported.difference is None:
-            print("It was not compared with litgpt's model (--check false).")
+            lines.append("It was not compared with litgpt's model (--check false).")
         else:
-            print(f"Its logits differ from litgpt's by at most {exported.difference:.1e} of the largest logit.")
+            lines.append(f"Its logits differ from litgpt's by at most {exported.difference:.1e} of the largest logit.")
         if self.push_to_hub is not None:
-            print(f"Uploaded to {push(self.out_dir, self.push_to_hub, self.private)}")
-        return self.out_dir
+            lines.append(f"Uploaded to {push(self.out_dir, self.push_to_hub, self.private)}")
+        return Result(self.out_dir, summary="\n".join(lines))
 
     def _export(self) -> Exported:
         source, out_dir = self.checkpoint_dir, self.out_dir.resolve()

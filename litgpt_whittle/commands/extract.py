@@ -41,7 +41,7 @@ from litgpt_whittle.repair.args import LEAST_TOKENS, RepairArgs
 from litgpt_whittle.repair.costs import scratch_bytes
 from litgpt_whittle.repair.repaired import Repaired
 from litgpt_whittle.repair.sequential import SequentialRepair
-from litgpt_whittle.results import Checkpoint, searched_perplexity
+from litgpt_whittle.results import Checkpoint, Checkpoints, searched_perplexity
 from litgpt_whittle.scratch import Scratch, scratch_beside
 from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet, fingerprint, read_choice
@@ -131,11 +131,12 @@ class ExtractConfig(CommandConfig):
         path = self.out_dir / "sub_network.yaml"
         return path.is_file() and (read_choice(path).get("provenance") or {}).get("key") == self.key
 
-    def run(self) -> Checkpoint | list[Checkpoint] | None:
+    def run(self) -> Checkpoint | Checkpoints | None:
         """Extract the student, or the students of a search's folder.
 
         Returns:
-            The student's checkpoint, or one per student of a search's folder; None on all processes but the first.
+            The student's checkpoint, or the checkpoints of all students of a search's folder; None on all processes but
+            the first.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
@@ -143,7 +144,7 @@ class ExtractConfig(CommandConfig):
         with lock_output(self.out_dir):
             return self._extract_all() if self.sub_network.is_dir() else self._extract()
 
-    def _extract_all(self) -> list[Checkpoint]:
+    def _extract_all(self) -> Checkpoints:
         check_checkpoint(self.checkpoint_dir)
         paths = _best_of_search(self.sub_network)
         if n_devices(self.devices) > 1:
@@ -155,16 +156,19 @@ class ExtractConfig(CommandConfig):
         for student, is_finished in zip(students, finished):
             if not is_finished:
                 student.check_out_dir()
+        checkpoints = []
         for student, is_finished in zip(students, finished):
             if is_finished:
                 logger.info(f"{student.out_dir} is finished already.")
-            else:
-                student.run()
-                release_memory()  # the next repair measures free memory
-            print()
-        folders = [student.out_dir for student in students]
-        print(_students_table(folders))
-        return [Checkpoint(folder) for folder in folders]
+                checkpoints.append(Checkpoint(student.out_dir))
+                continue
+            extracted = student.run()
+            assert isinstance(extracted, Checkpoint)  # one device has extracted it
+            checkpoints.append(extracted)
+            release_memory()  # the next repair measures free memory
+        summaries = [f"{each.summary}\n" if each.summary else "" for each in checkpoints]
+        summary = "\n".join([*summaries, _students_table([each.folder for each in checkpoints])])
+        return Checkpoints(self.out_dir, checkpoints, summary=summary)
 
     def check_out_dir(self) -> None:
         """Raise UserError if `out_dir` cannot be written, or would overwrite the inputs or another checkpoint."""
@@ -208,9 +212,8 @@ class ExtractConfig(CommandConfig):
         _convert(repaired.weights, self._stored_dtype(weights))
         saved = self._save(repaired.subnet, repaired.weights, counts | {"repair": described}, repaired.basis)
         plot_repair(repaired.layers, self.out_dir / "repair.png")
-        print(_repair_summary(repaired, calibration))
         scratch.remove()
-        return saved
+        return replace(saved, summary=f"{saved.summary}\n{_repair_summary(repaired, calibration)}")
 
     def _read_calibration(self, subnet: SubNet) -> tuple[Calibration, int]:
         """Launch the processes, and return the calibration data and its number of tokens, without validation tokens."""
@@ -229,7 +232,7 @@ class ExtractConfig(CommandConfig):
     def _save(
         self, subnet: SubNet, student: Weights, counts: dict[str, Any], basis: torch.Tensor | None = None
     ) -> Checkpoint:
-        """Write the student with its provenance, and print a summary."""
+        """Write the student with its provenance."""
         origin = (read_choice(self.sub_network).get("provenance") or {}) | {
             "teacher": subnet.teacher.name,
             "teacher_config": fingerprint(subnet.teacher),
@@ -241,7 +244,6 @@ class ExtractConfig(CommandConfig):
         choice = subnet.to_dict() | {"provenance": origin}
         extra = None if basis is None else {BASIS: {"basis": basis}}
         save_checkpoint(self.out_dir.resolve(), subnet, student, self.checkpoint_dir, choice, extra)
-        print(_summary(subnet, counts, self.sub_network, self.out_dir))
         if why := _why_not_convertible(subnet):
             logger.info(
                 f"Note: litgpt evaluate, convert_from_litgpt and export cannot convert it for transformers: {why}"
@@ -251,7 +253,7 @@ class ExtractConfig(CommandConfig):
                 f"Note: {self.checkpoint_dir} has no tokenizer, so neither has {self.out_dir}; `litgpt generate` "
                 "needs one."
             )
-        return Checkpoint(self.out_dir)
+        return Checkpoint(self.out_dir, summary=_summary(subnet, counts, self.sub_network, self.out_dir))
 
 
 setup = as_command(ExtractConfig)

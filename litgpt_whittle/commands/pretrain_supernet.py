@@ -11,7 +11,7 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import num_parameters
 
-from litgpt_whittle.command_config import as_command
+from litgpt_whittle.command_config import Result, as_command
 from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.errors import UserError
@@ -28,7 +28,7 @@ from litgpt_whittle.supernet import (
 from litgpt_whittle.training.checks import check_pair, check_tokenizers, default_data
 from litgpt_whittle.training.config import TrainingConfig
 from litgpt_whittle.training.loop import fit
-from litgpt_whittle.training.memory_plan import show_plan
+from litgpt_whittle.training.memory_plan import choose_placement, show_plan
 from litgpt_whittle.training.model_source import ModelSource
 from litgpt_whittle.training.pretraining import (
     Saver,
@@ -62,16 +62,17 @@ class SupernetConfig(TrainingConfig):
         super().validate()
         self.supernet.distill.objectives()
 
-    def train_model(self, resume_dir: Path | None) -> TrainingResult | None:
+    def train_model(self, resume_dir: Path | None) -> Result | None:
         start_dir = checkpoint_dir_of(resume_dir or self.initial_checkpoint_dir)
         source = super_network(start_dir, self.model_name, self.model_config)
         source = source.with_tie(self.train.tie_embeddings)
         sampler = self.supernet.make_sampler(source.config, source.is_tied)
         inputs = self._inputs(source, start_dir, resume_dir)
-        if is_first_started():
-            show_plan(inputs.step, "replicated", self.n_local, self.dry_run)
         if self.dry_run:
-            return None
+            text = choose_placement(inputs.step, "replicated", self.n_local, is_final=True)[1]
+            return Result(self.out_dir, summary=text) if is_first_started() else None
+        if is_first_started():
+            show_plan(inputs.step, "replicated", self.n_local)
         fabric = launch_training(self, inputs, f"supernet-{source.config.name}")
         fit(build_run(fabric, self, inputs, sampler), self.train, self.eval)
         return TrainingResult(self.out_dir)

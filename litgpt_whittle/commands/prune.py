@@ -159,9 +159,8 @@ class PruneConfig(CommandConfig):
             save_checkpoint(self.out_dir.resolve(), whole, pruned, self.checkpoint_dir, model.sub_network, extra, texts)
             if batches:
                 plot_pruning(reports, self.out_dir / "pruning.png")
-            print(_summary(reports, notes, self.out_dir))
             scratch.remove()
-        return Checkpoint(self.out_dir)
+        return Checkpoint(self.out_dir, summary=_summary(reports, notes, self.out_dir))
 
     def _read(self, config: Config) -> tuple[torch.Tensor | None, list[Batch]]:
         """Return the calibration windows and the validation batches; None and an empty list without data."""

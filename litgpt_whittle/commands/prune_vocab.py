@@ -149,11 +149,9 @@ class PruneVocabConfig(CommandConfig):
             counted = None if self.data is None else self._read(self.data)
             tokens = self._tokens_of(self.like) if self.like is not None else self._choose(counted)
             self._save(tokens)
-            print(self._summary(len(tokens)))
-            if self.data is not None:
-                self._measure(self.data)
-            print(f"Saved {self.out_dir / WEIGHTS}. {try_next('generate', self.out_dir)}")
-        return Checkpoint(self.out_dir)
+            lines = self._size_lines(len(tokens)) + ([] if self.data is None else self._loss_lines(self.data))
+        lines.append(f"Saved {self.out_dir / WEIGHTS}. {try_next('generate', self.out_dir)}")
+        return Checkpoint(self.out_dir, summary="\n".join(lines))
 
     def _read(self, data: DataModule) -> torch.Tensor:
         """Return the tokens to count, shape (N, T), and connect the data."""
@@ -180,33 +178,37 @@ class PruneVocabConfig(CommandConfig):
             KeptTokens(tokens, tokenizer_fingerprint(read_json(self.checkpoint_dir / TOKENIZER))).write(folder)
             save_checkpoint(self.out_dir.resolve(), config, smaller, folder)
 
-    def _summary(self, n_tokens: int) -> str:
+    def _size_lines(self, n_tokens: int) -> list[str]:
+        """Return lines with the sizes of both checkpoints."""
         tied, configs = is_tied(read_weights(self.out_dir)), map(check_checkpoint, (self.checkpoint_dir, self.out_dir))
         before, after = (n_params(config, SubNet.full(config), tied) for config in configs)
-        return "\n".join(
-            [
-                f"Pruned the vocabulary of {self.checkpoint_dir}:",
-                f"  tokens           {self._bpe.n_tokens:,} -> {n_tokens:,}",
-                f"  parameters       {before:,} -> {after:,} ({after / before:.1%})",
-            ]
-        )
+        return [
+            f"Pruned the vocabulary of {self.checkpoint_dir}:",
+            f"  tokens           {self._bpe.n_tokens:,} -> {n_tokens:,}",
+            f"  parameters       {before:,} -> {after:,} ({after / before:.1%})",
+        ]
 
-    def _measure(self, data: DataModule) -> None:
-        """Print the tokens and the loss of both checkpoints on the same text: validation tokens of connected data."""
+    def _loss_lines(self, data: DataModule) -> list[str]:
+        """Return lines with the token counts and losses of both checkpoints on the validation text of `data`.
+
+        Args:
+            data: The data, connected.
+        """
         length, n = self._length, self.eval.max_iters * self.train.micro_batch_size
         held_out = held_out_windows(data, length, length, n)
         if held_out is None:
-            print("Nothing was measured, because there is no validation data.")
-            return
+            return ["Nothing was measured, because there is no validation data."]
         windows = held_out.input_ids
         tokenizer = Tokenizer(self.checkpoint_dir)
         begins = bool((windows[:, 0] == tokenizer.bos_id).all())
         texts = texts_of(tokenizer, windows[:, 1:] if begins else windows)
         rows = [self._measured(folder, texts, begins) for folder in (self.checkpoint_dir, self.out_dir)]
-        print(f"On {len(windows) * length:,} validation tokens, {rows[0].n_bytes:,} bytes of text:")
-        print("  tokens per byte  " + " -> ".join(f"{row.n_tokens / row.n_bytes:.4f}" for row in rows))
-        print("  perplexity       " + " -> ".join(f"{row.perplexity:.3f}" for row in rows) + " (of different tokens)")
-        print("  bits per byte    " + " -> ".join(f"{row.bits_per_byte:.4f}" for row in rows))
+        return [
+            f"On {len(windows) * length:,} validation tokens, {rows[0].n_bytes:,} bytes of text:",
+            "  tokens per byte  " + " -> ".join(f"{row.n_tokens / row.n_bytes:.4f}" for row in rows),
+            "  perplexity       " + " -> ".join(f"{row.perplexity:.3f}" for row in rows) + " (of different tokens)",
+            "  bits per byte    " + " -> ".join(f"{row.bits_per_byte:.4f}" for row in rows),
+        ]
 
     def _measured(self, folder: Path, texts: Sequence[str], begins: bool) -> Measured:
         batches = batches_of(Tokenizer(folder), texts, self._length, self.train.micro_batch_size, begins)

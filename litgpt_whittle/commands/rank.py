@@ -24,6 +24,7 @@ from litgpt_whittle.processes import lock_dir_for_all
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
 from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
+from litgpt_whittle.results import RankResult
 from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.tensors import default_precision, weights_dtype
 
@@ -82,7 +83,7 @@ class RankConfig(CommandConfig):
         read_weights(self.checkpoint_dir)  # damaged weights fail before the data is read
         check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
 
-    def run(self) -> Ranking:
+    def run(self) -> RankResult:
         """Rank the checkpoint, and save the ranking.
 
         Raises:
@@ -101,10 +102,9 @@ class RankConfig(CommandConfig):
             save_hyperparameters(setup, self.out_dir)
             ranking.save(path)
             plot_importance(ranking, self.out_dir / "importance.png")
-            print(table(ranking.scores, self.layer_metric))
-            hint = try_next("search", self.checkpoint_dir, "--order", "importance", "--importance", path)
-            print(f"Ranking and heat map are in {self.out_dir}. {hint}")
-        return ranking
+        hint = try_next("search", self.checkpoint_dir, "--order", "importance", "--importance", path)
+        lines = [table(ranking.scores, self.layer_metric), f"Ranking and heat map are in {self.out_dir}. {hint}"]
+        return RankResult(self.out_dir, ranking, summary="\n".join(lines))
 
     def _measure(self) -> Ranking:
         assert self.data is not None, "validate has checked it"

@@ -31,9 +31,9 @@ class ReportConfig(CommandConfig):
         Raises:
             UserError: If there is no journal.
         """
-        print(write_report(self.out_dir))
-        print(f"The report is {self.out_dir / PAGE}; its pictures are in the same folder")
-        return SearchResult(self.out_dir)
+        tables = write_report(self.out_dir)
+        where = f"The report is {self.out_dir / PAGE}; its pictures are in the same folder"
+        return SearchResult(self.out_dir, summary=f"{tables}\n{where}")
 
 
 setup = as_command(ReportConfig)

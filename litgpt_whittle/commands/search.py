@@ -299,6 +299,7 @@ class SearchConfig(CommandConfig):
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
+            Interrupted: After Ctrl-C.
         """
         self.validate()
         check_writable(self.out_dir)
@@ -321,8 +322,7 @@ class SearchConfig(CommandConfig):
                 if self.selection.rungs
                 else None
             )
-            running = RunningSearch(self, plan, text, record, header, selection)
-            return SearchResult(self.out_dir, self.checkpoint_dir) if running.run(fabric) else None
+            return RunningSearch(self, plan, text, record, header, selection).run(fabric)
 
 
 setup = as_command(SearchConfig)

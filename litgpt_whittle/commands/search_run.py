@@ -24,6 +24,7 @@ from litgpt_whittle.batches import (
     validation_batches,
 )
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
+from litgpt_whittle.command_config import Interrupted
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
 from litgpt_whittle.data.loading import connect
 from litgpt_whittle.errors import UserError
@@ -49,10 +50,11 @@ from litgpt_whittle.processes import (
 from litgpt_whittle.ranking.ranking import Ranking
 from litgpt_whittle.reports.fronts import save_fronts
 from litgpt_whittle.reports.report import as_text, write_report
+from litgpt_whittle.results import SearchResult
 from litgpt_whittle.searching.loop import Loop, Record, Search
 from litgpt_whittle.searching.measuring import MEASUREMENTS, measurement_names, take_measurements
 from litgpt_whittle.searching.objectives import objective_measures, objective_names
-from litgpt_whittle.searching.outcome import best_name, report_surrogates, save_subnet
+from litgpt_whittle.searching.outcome import best_name, save_subnet, save_surrogates
 from litgpt_whittle.searching.racing_loop import NOTES, RaceNotes, RacingLoop
 from litgpt_whittle.searching.selection import Selection, read_results, rung_table
 from litgpt_whittle.searching.starting import STARTS, give_starts, order_of_units, text_to_measure
@@ -196,12 +198,15 @@ class RunningSearch:
     selection: Selection | None
     """Created before the search, so that edits of its config file during the search have no effect"""
 
-    def run(self, fabric: L.Fabric) -> bool:
-        """Search, select among the best candidates, and report; return False on all processes but the first.
+    def run(self, fabric: L.Fabric) -> SearchResult | None:
+        """Search, select among the best candidates, and write the report.
+
+        Returns:
+            The result; None on all processes but the first.
 
         Raises:
             UserError: If no candidate could be scored.
-            SystemExit: After Ctrl-C, with the finished evaluations kept.
+            Interrupted: After Ctrl-C, with the result of the finished evaluations, which are kept.
         """
         stopped = False
         try:
@@ -211,20 +216,20 @@ class RunningSearch:
         if stopped and rank() > 0:
             raise SystemExit  # with code 0, since a failed rank would end rank 0, which still has to report
         if not stopped and not shutdown():
-            return False
+            return None
         found_any = bool(best_of(self.record.evaluations, self.config.measure.name))
+        lines: list[str] = []
         if found_any and not stopped and self.selection is not None:
-            self._select(self.selection)
-        if found_any:
-            self._report()
+            lines = [self._select(self.selection)]
+        result = self._report(lines) if found_any else None
         if stopped:
             logger.info(f"Stopped after {len(self.record.evaluations)} evaluations; continue with --resume true")
-            raise SystemExit(130)
-        if not found_any:
+            raise Interrupted(result)
+        if result is None:
             raise UserError(
                 "no candidate could be scored, see the journal for why; try another precision, bin or limit"
             )
-        return True
+        return result
 
     def _search(self, fabric: L.Fabric) -> None:
         """Score the candidates. Only this call refers to the teacher, so that its memory is free for a selection."""
@@ -257,8 +262,8 @@ class RunningSearch:
     def _best_path(self, search: Search) -> Path:
         return self.config.out_dir / best_name(search, self.plan.searches)
 
-    def _select(self, selection: Selection) -> None:
-        """Replace the best candidates by the winners of short distillations."""
+    def _select(self, selection: Selection) -> str:
+        """Replace the best candidates by the winners of short distillations, and return a table of these."""
         config, score, evaluations = self.config, self.config.measure.name, self.record.evaluations
         release_memory()  # the students are trained by other processes
         winners = selection.run(evaluations, score)
@@ -267,15 +272,16 @@ class RunningSearch:
                 best = self._best_path(search)
                 shutil.copy(best, best.with_name(f"{best.stem}-by-score.yaml"))
                 self._save(winner, best)
-        print(as_text(rung_table(read_results(config.out_dir), evaluations, score)))
+        return as_text(rung_table(read_results(config.out_dir), evaluations, score))
 
-    def _report(self) -> None:
+    def _report(self, lines: Sequence[str]) -> SearchResult:
+        """Write the files of the report, and return the result, with further lines at the top of its summary."""
         out_dir, evaluations, searches = self.config.out_dir, self.record.evaluations, self.plan.searches
         save_fronts(out_dir, evaluations, self.header["settings"]["objectives"], self._save)
-        print(write_report(out_dir))
-        report_surrogates(searches, evaluations, out_dir)
+        lines = [*lines, write_report(out_dir), *save_surrogates(searches, evaluations, out_dir)]
         hint = try_next("extract", self.config.checkpoint_dir, self._best_path(searches[0]))
-        print(f"Sub-networks, journal and report are in {out_dir}. {hint}")
+        lines.append(f"Sub-networks, journal and report are in {out_dir}. {hint}")
+        return SearchResult(out_dir, self.config.checkpoint_dir, summary="\n".join(lines))
 
 
 def convertible_note(teacher: Config) -> str:

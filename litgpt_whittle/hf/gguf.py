@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from litgpt_whittle.hf.card import model_card
 from litgpt_whittle.hf.export import Exported, export_hf
 from litgpt_whittle.hf.narrow import narrow_layers
 from litgpt_whittle.hf.student import Student
+
+logger = logging.getLogger(__name__)
 
 _CONVERTER = "convert_hf_to_gguf.py"
 
@@ -115,7 +118,7 @@ def _convert(converter: Path, model_dir: Path, file: Path, dtype: str, name: str
     """
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", dtype]
     command += ["--model-name", name]
-    print(f"Converting by {converter}")
+    logger.info(f"Converting by {converter}")
     last = ""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

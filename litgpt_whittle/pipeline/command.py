@@ -14,7 +14,7 @@ from litgpt.utils import extend_checkpoint_dir, init_out_dir
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.batches import sequence_length
 from litgpt_whittle.checkpoint import check_checkpoint, weights_fingerprint
-from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.command_config import CommandConfig, Result, as_command
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.pipeline.cascade import CascadeArgs, Chain
@@ -28,7 +28,7 @@ from litgpt_whittle.pipeline.sections import own_flags
 from litgpt_whittle.pipeline.stage import Request
 from litgpt_whittle.pipeline.tasks import TEACHER, measure_models, task_cost, task_table
 from litgpt_whittle.reports.report import as_text
-from litgpt_whittle.results import Checkpoint, TrainingResult
+from litgpt_whittle.results import Checkpoint, TrainingResult, WhittleResult
 from litgpt_whittle.setting_checks import changed
 from litgpt_whittle.spaces.bins import Bin, parse_bins
 from litgpt_whittle.tasks import TaskArgs, TaskSet
@@ -110,11 +110,11 @@ class WhittleConfig(CommandConfig):
         check_writable(self.out_dir)
         check_checkpoint(self.checkpoint_dir)
 
-    def run(self) -> list[TrainingResult] | None:
+    def run(self) -> Result:
         """Run the stages that are not finished, and write the report.
 
         Returns:
-            The trained students, in the order of the targets; None after a dry run.
+            The trained students, as a `WhittleResult`; after a dry run, a `Result` with the estimated costs.
 
         Raises:
             UserError: For the first invalid argument, before the first stage; or if a stage fails.
@@ -140,8 +140,7 @@ class WhittleConfig(CommandConfig):
             length = sequence_length(chain.links[0].teacher, None)
             tasks = read_tasks(self.tasks, self.checkpoint_dir, length) if self.tasks.names else None
             if self.dry_run:
-                _print_estimates(chain, memory, tasks)
-                return None
+                return Result(self.out_dir, summary=_estimates(chain, memory, tasks))
             stages, files, sources = chain.all(), chain.files(), chain.sources()
         measured = []
         try:
@@ -156,20 +155,22 @@ class WhittleConfig(CommandConfig):
         names = list(request.bins)
         rows = write_outcome(self.out_dir, names, Checkpoint(self.checkpoint_dir), measured, cascade is not None)
         tables = "\n\n".join(map(as_text, filter(None, (rows, measured))))
-        print(f"\n{tables}\nThe report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final")
-        return [TrainingResult(self.out_dir / name / "distilled") for name in request.bins]
+        students = [TrainingResult(self.out_dir / name / "distilled") for name in names]
+        where = f"The report is {self.out_dir / PAGE}; students are in {self.out_dir}/*/distilled/final"
+        return WhittleResult(self.out_dir, students, summary=f"\n{tables}\n{where}")
 
 
 setup = as_command(WhittleConfig)
 
 
-def _print_estimates(chain: Chain, memory: str, tasks: TaskSet | None) -> None:
-    print(memory)
+def _estimates(chain: Chain, memory: str, tasks: TaskSet | None) -> str:
+    """Return the estimated memory, disk space, and costs of all stages as text."""
+    lines = [memory]
     if n_bytes := chain.cache_bytes():
-        print(f"Disk for the teacher's cache: {readable_size(n_bytes)}")
+        lines.append(f"Disk for the teacher's cache: {readable_size(n_bytes)}")
     logger.info("Measuring the speed of this machine on single blocks …")
     found = [*chain.costs(), *([] if tasks is None else [task_cost(chain.links, tasks)])]
-    print(as_text(cost_table(found, measure_speed(chain.links[0]))))
+    return "\n".join([*lines, as_text(cost_table(found, measure_speed(chain.links[0])))])
 
 
 def _targets(target: str | int | float | list[str | int | float] | None) -> dict[str, Bin]:

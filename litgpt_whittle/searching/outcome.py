@@ -35,11 +35,19 @@ def save_subnet(
     SubNet.from_dict(teacher, evaluation.subnet).save(path, **provenance)
 
 
-def report_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> None:
-    """Print how well each bin's surrogate predicted later measurements, and save surrogates that are slow to refit."""
+def save_surrogates(searches: list[Search], evaluations: list[Evaluation], out_dir: Path) -> list[str]:
+    """Save the surrogates that are slow to refit.
+
+    Returns:
+        For each bin with a surrogate, a line that compares its predictions with the scores measured later.
+    """
+    lines = []
     for search in searches:
         if isinstance(search.strategy, SurrogateSearch):
             bin = str(search.space.bin)
             tau, n = prediction_tau([e for e in evaluations if e.bin == bin], search.score)
-            print(f"The surrogate of {bin} predicted {n} candidates before they were measured: Kendall's τ {tau:.2f}")
+            lines.append(
+                f"The surrogate of {bin} predicted {n} candidates before they were measured: Kendall's τ {tau:.2f}"
+            )
             search.strategy.save(out_dir / ("surrogate" if len(searches) == 1 else f"surrogate-{bin}"))
+    return lines

@@ -15,7 +15,7 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import get_default_supported_precision, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
-from litgpt_whittle.command_config import CommandConfig
+from litgpt_whittle.command_config import CommandConfig, Result
 from litgpt_whittle.data.tokenizer_content import tokenizer_fingerprint
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
@@ -115,14 +115,14 @@ class TrainingConfig(CommandConfig):
         """Train the model.
 
         Returns:
-            The folder of the run, as a `TrainingResult`; None after a dry run.
+            The folder of the run, as a `TrainingResult`, or a `Result` with the memory plan after a dry run; None on
+            all processes but the first after a dry run.
 
         Raises:
             UserError: For the first invalid argument, before anything expensive starts.
         """
         if self.model_name == "list":
-            print("Available values:\n" + "\n".join(sorted(name_to_config)))
-            return None
+            return Result(self.out_dir, summary="\n".join(["Available values:", *sorted(name_to_config)]))
         self.validate()
         with nullcontext() if self.dry_run else lock_dir_for_all(self.out_dir):
             return self.train_model(find_resume(self.resume, self.out_dir))

@@ -77,12 +77,12 @@ class MemoryPlan:
         return "\n".join(["Memory on each device:", *lines])
 
 
-def show_plan(step: Step, placement: str, n_local: int, is_final: bool = False) -> bool:
-    """Print the planned memory, and return whether the teacher must be sharded.
+def show_plan(step: Step, placement: str, n_local: int) -> bool:
+    """Print the memory that a training needs, and return whether the teacher must be sharded.
 
     See `choose_placement` for the arguments.
     """
-    is_sharded, text = choose_placement(step, placement, n_local, is_final)
+    is_sharded, text = choose_placement(step, placement, n_local)
     if text:
         print(text)
     return is_sharded
