@@ -18,7 +18,8 @@ from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.least_squares import Moments, no_outputs
 from litgpt_whittle.repair import costs
 from litgpt_whittle.repair.basis import Basis
-from litgpt_whittle.repair.from_moments import MomentRepair, normalised
+from litgpt_whittle.repair.from_moments import MomentRepair
+from litgpt_whittle.repair.layer_moments import normalised
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 
