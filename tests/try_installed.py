@@ -27,7 +27,8 @@ def main(folder: Path) -> None:
     run("--help")
     run(
         *("whittle", teacher, "--target=100k±20%", f"--out_dir={folder / 'out'}", "--data=HFText"),
-        *(f"--data.path={train}", f"--data.val_path={validation}", "--search.iterations=4", "--search.eval.max_iters=1"),
+        *(f"--data.path={train}", f"--data.val_path={validation}"),
+        *("--search.iterations=4", "--search.eval.max_iters=1"),
         *("--extract.repair.tokens=4096", "--distill.train.max_tokens=2048", "--distill.train.max_seq_length=64"),
         "--distill.train.global_batch_size=8",
     )
@@ -39,7 +40,9 @@ def run(*arguments: str | Path) -> str:
     """Run the environment's litgpt outside of the source tree and return its output."""
     litgpt, environment = Path(sys.executable).with_name("litgpt"), os.environ | {"OMP_NUM_THREADS": "1"}
     command = [str(litgpt), *map(str, arguments)]
-    done = subprocess.run(command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         sys.exit(f"{done.stdout[-3000:]}\n{' '.join(command)} failed with exit code {done.returncode}")
     return done.stdout
