@@ -349,7 +349,7 @@ def test_a_massive_token_does_not_draw_the_fits_to_itself(tmp_path, monkeypatch)
         return float(stream[others].mean()), float(logits[others].mean())
 
     weighted = errors_of_others()
-    for module in ("block", "sequential"):
+    for module in ("block", "streams"):
         monkeypatch.setattr(f"litgpt_whittle.repair.{module}.token_weights", lambda x, _: torch.ones(x.shape[:-1]))
     for with_weights, without in zip(weighted, errors_of_others()):
         assert with_weights < 0.9 * without
@@ -474,7 +474,7 @@ def test_maps_that_no_ridge_helps_are_listed(tmp_path, monkeypatch):
 
 def test_maps_too_wide_for_the_memory_are_refused(tmp_path, monkeypatch):
     config = ARCHITECTURES["Llama-3.1-8B"]
-    monkeypatch.setattr("litgpt_whittle.repair.sequential.free_memory", lambda *_: 10_000)
+    monkeypatch.setattr("litgpt_whittle.repair.costs.free_memory", lambda *_: 10_000)
     with pytest.raises(UserError, match="the repair takes .* for the moments of its widest maps, and .* are free"):
         repair(model(config), half(config), tmp_path)
 

@@ -38,7 +38,7 @@ Examples = Callable[[Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass
-class Streams:
+class BlockStreams:
     """Residual streams (hidden states) of both models around a block, on the calibration tokens."""
 
     teacher: Activations
@@ -87,7 +87,7 @@ class BlockRepair:
         slices: SlicePlan,
         teacher: Block,
         args: tuple,
-        streams: Streams,
+        streams: BlockStreams,
         basis: Basis,
         calibration: Calibration,
         ridges: tuple[float, ...],

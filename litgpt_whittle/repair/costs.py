@@ -113,6 +113,41 @@ def repair_bytes(subnet: SubNet, tied: bool, device: torch.device, refines: bool
     return theirs + ours + max(begin, block, head, refine_bytes(subnet, tied) if refines else 0)
 
 
+def check_repair_memory(
+    subnet: SubNet, tied: bool, device: torch.device, chooses_units: bool, trains_head: bool, refines: bool
+) -> None:
+    """Check that the moments, training of the LM head and joint training of the blocks fit into memory.
+
+    Args:
+        subnet: The student's sub-network.
+        tied: True if the LM head is tied to the embedding.
+        device: Device of the repair.
+        chooses_units: True if the repair selects heads and neurons.
+        trains_head: True if the LM head is trained on the teacher's predictions.
+        refines: True if all blocks are trained jointly after the closed form.
+
+    Raises:
+        UserError: If one of them does not fit.
+    """
+    free = max(free_memory(device, n_sharing(device)) - sum(outside_bytes(subnet, tied)), 0)
+    if (needed := sums_bytes(subnet, chooses_units, device)) > free:
+        raise UserError(
+            f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
+            f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
+        )
+    if refines and (needed := refine_bytes(subnet, tied)) > free:
+        raise UserError(
+            f"training all blocks together takes {readable_size(needed)} without activations, and "
+            f"{readable_size(free)} are free; leave out --repair.refine_passes and use `litgpt distill`, which "
+            "shards the student"
+        )
+    if trains_head and not tied and (needed := head_bytes(subnet)) > free:
+        raise UserError(
+            f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
+            f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
+        )
+
+
 def scratch_bytes(subnet: SubNet, n_tokens: int, refines: bool = False) -> int:
     """Return the disk space of a repair in bytes: residual streams, finished layers, and the state of training."""
     # hidden states of both models before and after a block, the teacher's within it, and the input of joint training

@@ -24,30 +24,22 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from litgpt.config import Config
 from litgpt.model import Block
 from tqdm import tqdm
 
-from litgpt_whittle.blocks import NonBlockModules, load_block, load_student_block, read_block, read_outside, run_block
+from litgpt_whittle.blocks import NonBlockModules, load_student_block, read_outside
 from litgpt_whittle.calibration import Calibration
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import readable_size
-from litgpt_whittle.least_squares import RIDGES, Moments, exact_products, fit, no_outputs
-from litgpt_whittle.processes import all_reduce_sum, barrier, free_memory, gather, n_sharing
+from litgpt_whittle.least_squares import RIDGES, exact_products, fit
+from litgpt_whittle.processes import all_reduce_sum, barrier, free_memory, gather
 from litgpt_whittle.repair.args import RepairArgs
-from litgpt_whittle.repair.basis import Basis, is_centring, principal_directions, token_weights
-from litgpt_whittle.repair.block import POST_NORMS, BlockRepair, Streams, post_norm
-from litgpt_whittle.repair.costs import (
-    head_bytes,
-    outside_bytes,
-    refine_bytes,
-    repair_bytes,
-    sums_bytes,
-    widest_map,
-)
+from litgpt_whittle.repair.basis import Basis, is_centring, principal_directions
+from litgpt_whittle.repair.block import BlockRepair
+from litgpt_whittle.repair.costs import check_repair_memory, repair_bytes, widest_map
 from litgpt_whittle.repair.cut import KINDS, FiniteCheck, TokenMeans, cut_block, cut_outside, linear_names
 from litgpt_whittle.repair.directions import direction_importance
 from litgpt_whittle.repair.end_to_end import EndToEnd
@@ -55,9 +47,9 @@ from litgpt_whittle.repair.head import HeadRepair
 from litgpt_whittle.repair.readers import fit_head, fit_tied_norm
 from litgpt_whittle.repair.refine import Errors
 from litgpt_whittle.repair.repaired import LayerReport, Repaired
-from litgpt_whittle.repair.units import choose_units, maps_to_choose_for
-from litgpt_whittle.scratch import Activations, OwnActivations, Scratch, SharedActivations
-from litgpt_whittle.student_block import part_of
+from litgpt_whittle.repair.streams import StreamPair
+from litgpt_whittle.repair.units import choose_units, maps_to_choose_for, with_units
+from litgpt_whittle.scratch import Scratch
 from litgpt_whittle.subnet import LayerUnits, SubNet
 from litgpt_whittle.supergpt import Weights, is_tied
 from litgpt_whittle.unit_index import UnitIndex
@@ -92,35 +84,12 @@ class SequentialRepair:
         self.teacher, self.tied = subnet.teacher, is_tied(weights)
         self.n_embd = len(subnet.n_embd)
         self.basis_name = "coordinates" if self.n_embd == self.teacher.n_embd else args.basis
-        self._check_memory()
+        self.refines = args.refine_passes > 0
+        check_repair_memory(
+            subnet, self.tied, self.device, args.choose_units, trains_head=args.head_passes > 0, refines=self.refines
+        )
         scratch.device, scratch.budget = self.device, min(gather(self._streams_budget()))
         self.ridges = self._ridges(widest_map(subnet.config))
-
-    def _check_memory(self) -> None:
-        """Check that the moments, joint training of the blocks and training of the LM head fit into memory.
-
-        Raises:
-            UserError: If one of them does not.
-        """
-        free = free_memory(self.device, n_sharing(self.device)) - sum(outside_bytes(self.subnet, self.tied))
-        free = max(free, 0)
-        if (needed := sums_bytes(self.subnet, self.args.choose_units, self.device)) > free:
-            raise UserError(
-                f"the repair takes {readable_size(needed)} for the moments of its widest maps, and "
-                f"{readable_size(free)} are free; keep fewer neurons, or choose another device"
-            )
-        if self.args.refine_passes and (needed := refine_bytes(self.subnet, self.tied)) > free:
-            raise UserError(
-                f"training all blocks together takes {readable_size(needed)} without activations, and "
-                f"{readable_size(free)} are free; leave out --repair.refine_passes and use `litgpt distill`, which "
-                "shards the student"
-            )
-        trains_head = self.args.head_passes and not self.tied
-        if trains_head and (needed := head_bytes(self.subnet)) > free:
-            raise UserError(
-                f"fitting the LM head to the teacher's predictions takes {readable_size(needed)}, and "
-                f"{readable_size(free)} are free; give --repair.head_passes 0, or choose another device"
-            )
 
     def _streams_budget(self) -> int:
         """Return the bytes of the device's memory for streams: half of the memory that the repair does not need.
@@ -129,7 +98,7 @@ class SequentialRepair:
         """
         if self.device.type == "cpu":
             return 0
-        needed = repair_bytes(self.subnet, self.tied, self.device, self.args.refine_passes > 0)
+        needed = repair_bytes(self.subnet, self.tied, self.device, self.refines)
         return max(free_memory(self.device, 1) - needed, 0) // 2
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
@@ -149,6 +118,7 @@ class SequentialRepair:
     def run(self, progress: bool = True) -> Repaired:
         """Run the repair; after an interruption, resume after the last finished layer."""
         self.theirs = self._outside(self.teacher, read_outside(self.weights, self.device))
+        self.streams = StreamPair(self.weights, self.theirs, self.subnet, self.calibration, self.scratch, self.refines)
         self.basis = self._find_basis()
         cut = cut_outside(self.teacher, read_outside(self.weights, self.device), self.basis, self.tied)
         self.ours = self._outside(self.subnet.config, cut)
@@ -167,9 +137,9 @@ class SequentialRepair:
             for name, tensor in weights.items()
         }
         keeps, reports = [keep for keep, _, _ in layers], [report for _, _, report in layers]
-        chosen, refined = self._chosen(keeps), None
+        chosen, refined = with_units(self.subnet, keeps), None
         head, fitted = self._repair_head(progress)
-        if self.args.refine_passes:
+        if self.refines:
             blocks, refined, fitted = self._refine(chosen, [weights for _, weights, _ in layers], progress)
             student |= blocks
         outside = {name: tensor.detach() for name, tensor in self.ours.model.state_dict().items()}
@@ -182,12 +152,11 @@ class SequentialRepair:
 
     def _finish(self, i: int, keep: LayerUnits, weights: Weights, report: LayerReport) -> None:
         """Save a finished layer, after which an interrupted repair resumes."""
-        self.teacher_stream.flush()
-        self.student_stream.flush()
+        self.streams.flush()
         barrier()  # all processes' parts of the streams are on disk
         units = {name: None if value is None else value.to_yaml() for name, value in vars(keep).items()}
         self.scratch.save(f"layer-{i}", {"keep": units, "weights": weights, "report": dataclasses.asdict(report)})
-        self.scratch.remove_streams_before(i, keep=self._start if self.args.refine_passes else None)
+        self.scratch.remove_streams_before(i, keep=self.streams.start)
 
     def _finished(self) -> Iterator[tuple[LayerUnits, Weights, LayerReport]]:
         """Yield the layers that an interrupted repair has finished."""
@@ -203,9 +172,6 @@ class SequentialRepair:
     def _outside(self, config: Config, weights: Weights) -> NonBlockModules:
         return NonBlockModules(config, weights, self.calibration.shape[1], self.device)
 
-    def _teacher_block(self, layer: int) -> Block:
-        return load_block(self.teacher, layer, read_block(self.weights, layer, self.device))
-
     def _find_basis(self) -> Basis:
         if self.basis_name == "coordinates":
             kept = torch.tensor(self.subnet.n_embd.indices, device=self.device)
@@ -215,30 +181,13 @@ class SequentialRepair:
         if saved is not None:
             return Basis(saved["matrix"].to(self.device))
         centred = is_centring(self.teacher)
-        stream = self._stream("directions", self.teacher.n_embd)
+        stream = self.streams.open("directions", self.teacher.n_embd)
         units = {layer: self.subnet.layer(i) for i, layer in enumerate(self.subnet.layers)}
-        worth = direction_importance(self.theirs, self._teacher_block, units, self.calibration, stream)
+        worth = direction_importance(self.theirs, self.streams.teacher_block, units, self.calibration, stream)
         self.scratch.remove_stream("directions")
         basis = Basis.principal(principal_directions(worth.form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
         return basis
-
-    # streams ----------------------------------------------------------------------------------------------------------
-
-    def _stream(self, name: str, n_embd: int) -> Activations:
-        return self.scratch.stream(name, *self.calibration.shape, n_embd, is_shared=name in self._shared)
-
-    @property
-    def _shared(self) -> set[str]:
-        """Names of the streams of which every process reads all windows, to train the head or all blocks."""
-        last = [f"{model}-{len(self.subnet)}" for model in ("teacher", "student")]
-        return {*last, self._start} if self.args.refine_passes else set(last)
-
-    def _last_streams(self) -> tuple[SharedActivations, SharedActivations]:
-        """Return the student's and the teacher's stream after the last layer."""
-        student, teacher = self.student_stream, self.teacher_stream
-        assert not isinstance(student, OwnActivations) and not isinstance(teacher, OwnActivations)
-        return student, teacher
 
     def _begin_streams(self, finished: list[Weights]) -> None:
         """Set up both models' streams before the first unfinished block.
@@ -247,66 +196,24 @@ class SequentialRepair:
             finished: Weights of the student's finished blocks, to recompute streams that are not in files.
         """
         n = len(finished)
-        names, first = [f"teacher-{n}", f"student-{n}"], min(n, self.subnet.n_intact)
-        if self.args.refine_passes:
-            names.append(f"student-{first}")
-        has_streams = n > 0 and self.scratch.has_streams(*names)
+        has_streams = n > 0 and self.streams.have_files(n)
         if (embedding := self.scratch.load("embedding") if n else None) is not None:
             self.ours.embedding.copy_(embedding)
         with nullcontext() if has_streams else self.scratch.filling():
-            self.teacher_stream = self._stream(f"teacher-{n}", self.teacher.n_embd)
-            self.student_stream = self._stream(f"student-{n}", self.n_embd)
-            if not has_streams:
-                self._begin_teacher(n)
-                self._begin_student(finished)
-
-    def _begin_teacher(self, n_finished: int) -> None:
-        """Run the teacher up to the student's first unfinished block; repair the student's embedding on the way."""
-        for batch in self.calibration.teacher_batches:
-            self.teacher_stream[batch] = self.theirs.embed(self.calibration.ids(batch))
-        layers = self.subnet.layers
-        for layer in range(layers[n_finished] if n_finished < len(layers) else self.teacher.n_layer):
-            self._advance(self.teacher_stream, layer)
-        self._enter(self.teacher_stream, n_finished)
-        if self.subnet.begins_late and n_finished == 0 and not self.tied:
-            self._repair_embedding()
-
-    def _begin_student(self, finished: list[Weights]) -> None:
-        """Run the student's finished blocks."""
-        n_intact = self.subnet.n_intact
-        for batch in self.calibration.teacher_batches:
-            self.student_stream[batch] = self.ours.embed(self.calibration.ids(batch))
-        for i, weights in enumerate(finished):
-            if i == n_intact and self.args.refine_passes:
-                start = self._stream(self._start, self.n_embd)
-                for batch in self.calibration.teacher_batches:
-                    start[batch] = self.student_stream[batch]
-            weights = {name: weight.to(self.device) for name, weight in weights.items()}
-            block = load_student_block(self.subnet, i, weights)
-            is_copy = i < n_intact
-            args = (self.theirs if is_copy else self.ours).block_args[i]
-            for batch in self.calibration.teacher_batches if is_copy else self.calibration.batches:
-                self.student_stream[batch] = block(self.student_stream[batch], *args)
-
-    def _advance(self, stream: Activations, layer: int, part: Literal["attn", "mlp"] | None = None) -> None:
-        """Run one of the teacher's blocks, or one of its sub-layers, on its stream, in place."""
-        block, finite = self._teacher_block(layer), FiniteCheck(layer)
-        block = block if part is None else part_of(block, part)
-        for batch in self.calibration.teacher_batches:
-            stream[batch] = finite(block(stream[batch], *self.theirs.block_args[layer]))
-        finite.finish()
-
-    def _enter(self, stream: Activations, i: int) -> None:
-        """Run the teacher's attention that the student's layer `i` dropped, if the layer begins with its MLP."""
-        if i < len(self.subnet) and self.subnet.begins_inside(i):
-            self._advance(stream, self.subnet.layers[i], "attn")
+            self.streams.begin(n)
+            if has_streams:
+                return
+            self.streams.run_teacher(n)
+            if self.subnet.begins_late and n == 0 and not self.tied:
+                self._repair_embedding()
+            self.streams.run_student(self.ours, finished)
 
     def _repair_embedding(self) -> None:
         """Replace dropped first sub-layers by per-token means in the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.training_batches:
-            means.add(self.calibration.ids(batch), self.teacher_stream[batch])
+            means.add(self.calibration.ids(batch), self.streams.teacher[batch])
         all_reduce_sum(means.total), all_reduce_sum(means.count)
         means.into(weight, self.basis, self.teacher)
         self.scratch.save("embedding", weight)
@@ -315,15 +222,13 @@ class SequentialRepair:
 
     def _repair_layer(self, i: int) -> tuple[LayerUnits, Weights, LayerReport]:
         layer = self.subnet.layers[i]
-        teacher = self._teacher_block(layer)
+        teacher = self.streams.teacher_block(layer)
         if i < self.subnet.n_intact:
             return self._copy_layer(i, teacher)
-        middle = None if self.teacher.parallel_residual else self.teacher_stream
-        if middle is not None and not self.subnet.begins_inside(i):
-            middle = self._stream("middle", self.teacher.n_embd)
-        ahead = self._stream(f"teacher-{i + 1}", self.teacher.n_embd)
-        streams = Streams(self.teacher_stream, self.student_stream, middle, ahead, {})
-        keep = self._walk_teacher(i, teacher, streams)
+        streams = self.streams.around(i)
+        chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
+        covariances = self.streams.run_teacher_block(i, teacher, streams, chosen)
+        keep = choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
         block, slices = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
         repair = BlockRepair(block, slices, teacher, args, streams, self.basis, self.calibration, self.ridges)
@@ -338,9 +243,9 @@ class SequentialRepair:
         after = repair.error(held_out)
         if not math.isfinite(after):
             raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
-        self.teacher_stream, self.student_stream = ahead, self._stream(f"student-{i + 1}", self.n_embd)
+        self.streams.begin(i + 1)
         for batch in self.calibration.batches:
-            self.student_stream[batch] = repair.output(batch)
+            self.streams.student[batch] = repair.output(batch)
         # the device holds one block at a time
         weights = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
         # if slicing loses nothing, there is nothing to fit
@@ -349,56 +254,14 @@ class SequentialRepair:
 
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerUnits, Weights, LayerReport]:
         """Copy a layer of the teacher, which needs no fit."""
-        ahead, ours = self._stream(f"teacher-{i + 1}", self.n_embd), self._stream(f"student-{i + 1}", self.n_embd)
-        finite = FiniteCheck(i)
+        before, finite = self.streams.teacher, FiniteCheck(i)
+        self.streams.begin(i + 1)
         for batch in self.calibration.teacher_batches:
-            ahead[batch] = ours[batch] = finite(teacher(self.teacher_stream[batch], *self.theirs.block_args[i]))
+            after = finite(teacher(before[batch], *self.theirs.block_args[i]))
+            self.streams.teacher[batch] = self.streams.student[batch] = after
         finite.finish()
-        self.teacher_stream, self.student_stream = ahead, ours
         weights = {name: tensor.detach().cpu() for name, tensor in teacher.state_dict().items()}
         return self.subnet.layer(i), weights, LayerReport(i, 0.0, 0.0)
-
-    def _walk_teacher(self, i: int, teacher: Block, streams: Streams) -> LayerUnits:
-        """Run the teacher's block and the dropped sub-layers after it on its stream; select the student's units."""
-        layers = self.subnet.layers
-        layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.teacher.n_layer
-        chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
-        block = part_of(teacher, "mlp") if self.subnet.begins_inside(i) else teacher
-        kept = self.subnet.layer(i).parts
-        post_norms = [POST_NORMS[part] for part in kept if post_norm(teacher, part) is not None]
-        moments = {
-            name: Moments(teacher.get_submodule(name).in_features, 0, self.device, fp32_products=True)
-            for name in chosen
-        }
-        finite = FiniteCheck(layer)
-        for batch in self.calibration.batches:
-            stream = streams.teacher[batch]
-            # 16 tokens per input suffice for the selection, from the beginning of the data
-            n_before = batch.start * self.calibration.shape[1]
-            wanted = [name for name in chosen if n_before < 16 * len(moments[name].z)]
-            inside = [] if streams.middle is None else ["norm_2"]
-            seen = run_block(block, stream, self.theirs.block_args[layer], inside + wanted + post_norms)
-            if streams.middle is not None and streams.middle is not streams.teacher:
-                streams.middle[batch] = seen["norm_2"]
-            for name in post_norms:
-                streams.sizes[name, batch.start] = seen[name].square().mean(-1, keepdim=True).sqrt()
-            for name in wanted:
-                # errors count relative to the hidden states after the projection
-                is_inside = name.startswith("attn") and streams.middle is not None
-                weights = token_weights(seen["norm_2" if is_inside else "out"], self.teacher)
-                moments[name].add(seen[name], no_outputs(seen[name]), weights)
-            streams.ahead[batch] = finite(seen["out"])
-        for batch in self.calibration.further_batches:
-            streams.ahead[batch] = finite(block(streams.teacher[batch], *self.theirs.block_args[layer]))
-        finite.finish()
-        for dropped in range(layer + 1, behind):
-            self._advance(streams.ahead, dropped)
-        self._enter(streams.ahead, i + 1)
-        covariances = {
-            name: sums.over_processes().covariances(teacher.get_submodule(name).bias is not None)[0]
-            for name, sums in moments.items()
-        }
-        return choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
 
     # after the last layer ---------------------------------------------------------------------------------------------
 
@@ -416,7 +279,7 @@ class SequentialRepair:
         def pair(batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
             return tuple(
                 outside.norm(stream[batch])
-                for outside, stream in ((ours, self.student_stream), (theirs, self.teacher_stream))
+                for outside, stream in ((ours, self.streams.student), (theirs, self.streams.teacher))
             )
 
         moments = self.calibration.moments(self.n_embd, self.teacher.n_embd, pair)
@@ -427,7 +290,7 @@ class SequentialRepair:
             fit_head(ours.head, theirs.head, lambda b, metric: fit(*moments, anchor, b, metric, self.ridges))
         if not self.args.head_passes:
             return None, None
-        head = HeadRepair(ours, theirs, *self._last_streams(), self.calibration, self.tied)
+        head = HeadRepair(ours, theirs, *self.streams.last(), self.calibration, self.tied)
         errors = head.fit(self.args.head_passes, self.scratch, progress)
         return errors, head.error(self.calibration.compared_windows)
 
@@ -438,15 +301,13 @@ class SequentialRepair:
             load_student_block(subnet, i, {name: w.to(self.device) for name, w in layers[i].items()})
             for i in range(first, len(subnet))
         ]
-        start = self._stream(self._start, self.n_embd)
-        assert not isinstance(start, OwnActivations)  # is shared
         end_to_end = EndToEnd(
             self.ours,
             self.theirs,
             blocks,
             self.ours.block_args[first:],
-            start,
-            self._last_streams()[1],
+            self.streams.before_training(),
+            self.streams.last()[1],
             self.calibration,
             self.tied,
         )
@@ -457,21 +318,3 @@ class SequentialRepair:
             for name, tensor in block.state_dict().items()
         }
         return weights, errors, end_to_end.error(self.calibration.compared_windows)
-
-    @property
-    def _start(self) -> str:
-        """Name of the student's stream before its first layer that is not a copy of the teacher's."""
-        return f"student-{self.subnet.n_intact}"
-
-    def _chosen(self, keeps: list[LayerUnits]) -> SubNet:
-        """Return the sub-network with the selected units."""
-        width = "moe_intermediate_size" if self.teacher.moe_intermediate_size is not None else "intermediate_size"
-        fields: dict[str, list[UnitIndex | None]] = {}
-        for i, keep in enumerate(keeps):
-            values = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
-            values["intermediate_size" if keep.n_expert is None else width] = keep.intermediate_size
-            if keep.n_expert is not None:
-                values["n_expert"] = keep.n_expert
-            for name, value in values.items():
-                fields.setdefault(name, [None] * len(keeps))[i] = value
-        return self.subnet.replace(**fields)

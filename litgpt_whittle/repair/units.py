@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -90,3 +90,22 @@ def choose_units(
         neurons = best("mlp.proj", np.arange(theirs[2])[:, None], n_neurons)
         keep = dataclasses.replace(keep, intermediate_size=neurons)
     return keep
+
+
+def with_units(subnet: SubNet, layers: Sequence[LayerUnits]) -> SubNet:
+    """Return the sub-network with the given units in each layer.
+
+    Args:
+        subnet: The sub-network.
+        layers: Units of each of its layers, as many of each kind as it has now.
+    """
+    width = "moe_intermediate_size" if subnet.teacher.moe_intermediate_size is not None else "intermediate_size"
+    fields: dict[str, list[UnitIndex | None]] = {}
+    for i, keep in enumerate(layers):
+        values = {"n_query_groups": keep.n_query_groups, "heads_per_group": keep.heads_per_group}
+        values["intermediate_size" if keep.n_expert is None else width] = keep.intermediate_size
+        if keep.n_expert is not None:
+            values["n_expert"] = keep.n_expert
+        for name, value in values.items():
+            fields.setdefault(name, [None] * len(layers))[i] = value
+    return subnet.replace(**fields)
