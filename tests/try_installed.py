@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import litgpt_whittle
 from checkpoints import write_random_model
 from litgpt import Config
 from texts import VOCABULARY, documents, write_jsonl, write_tokenizer
+
+import litgpt_whittle
 
 
 def main(folder: Path) -> None:
