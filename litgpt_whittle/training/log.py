@@ -116,8 +116,13 @@ class TrainLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Restart the clock, so that the next report excludes the time until now."""
+        """Restart the clock, so that the next report excludes the time until now.
+
+        Before the first step, the estimate of the time left excludes it, too.
+        """
         self.last_time = time.perf_counter()
+        if self.run.progress.iter_num == self.first_iter:
+            self.started = self.last_time
 
     def teacher_validation(self, val_loss: float) -> None:
         """Log the teacher's validation loss in nats per token."""

@@ -67,6 +67,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     if run.job.text_bytes is not None and run.validation is not None:
         log.bytes_per_token = validate(run, run.job.text_bytes)
     _first_validation(run, log, eval)
+    log.restart_clock()
     started, seconds_before = time.perf_counter(), progress.seconds
     with Termination() as termination:
         while progress.iter_num < schedule.max_iters:
