@@ -30,7 +30,7 @@ from litgpt_whittle import SubNet
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import saved_bytes
 from litgpt_whittle.metrics import BACKWARD
-from litgpt_whittle.pipeline.kinds import REPAIR_PASSES
+from litgpt_whittle.pipeline.extract_stage import REPAIR_PASSES
 from litgpt_whittle.repair.costs import repair_bytes
 from litgpt_whittle.spaces.bins import parse_bins
 from litgpt_whittle.spaces.sizes import Sizes, decided

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from litgpt_whittle.files import readable_size
+
+if TYPE_CHECKING:
+    from litgpt_whittle.commands.cache_teacher import CacheTeacherConfig
+    from litgpt_whittle.commands.distill import DistillConfig
+    from litgpt_whittle.commands.search import SearchConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,11 @@ class Speed:
 
     forward: float
     training: float
+
+
+def n_shards(args: SearchConfig | CacheTeacherConfig | DistillConfig) -> int | str:
+    """Return the number of devices that share the teacher's weights, or "auto"."""
+    return args.devices if args.teacher_placement == "sharded" else 1
 
 
 def cost_table(found: list[Cost], speed: Speed) -> list[list[str]]:

@@ -14,15 +14,13 @@ from litgpt_whittle.checkpoint import check_checkpoint, read_weights
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.metrics import flops
-from litgpt_whittle.pipeline.kinds import (
-    STAGES,
-    CacheTeacherStage,
-    CorrectTeacherStage,
-    DistillStage,
-    ExtractStage,
-    RankStage,
-    SearchStage,
-)
+from litgpt_whittle.pipeline.cache_stage import CacheTeacherStage
+from litgpt_whittle.pipeline.correct_teacher import CorrectTeacherStage
+from litgpt_whittle.pipeline.distill_stage import DistillStage
+from litgpt_whittle.pipeline.extract_stage import ExtractStage
+from litgpt_whittle.pipeline.kinds import STAGES
+from litgpt_whittle.pipeline.rank_stage import RankStage
+from litgpt_whittle.pipeline.search_stage import SearchStage
 from litgpt_whittle.pipeline.stage import Given, Request, Stage, StageRun
 from litgpt_whittle.processes import n_devices
 from litgpt_whittle.subnet import SubNet
