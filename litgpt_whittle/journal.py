@@ -26,22 +26,12 @@ JOURNAL = "journal.jsonl"
 VERSION = 3
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A candidate and its scores."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Result of scoring a candidate."""
 
-    index: int
-    """Position in the journal, from 0"""
-    bin: str
-    """Bin of the candidate"""
-    subnet: dict[str, Any]
-    """Sub-network, as returned by `SubNet.to_dict`"""
-    n_params: int
-    """Number of parameters"""
     scores: dict[str, float | None]
     """Measured values by name; None stands for infinities and NaNs"""
-    seed: int
-    """The search's seed"""
     batches: int
     """Number of validation batches that the candidate was scored on"""
     tokens: int
@@ -54,6 +44,22 @@ class Evaluation:
     """True if a race dropped the candidate; its scores are then estimates from the batches evaluated so far"""
     losses: list[float] | None = None
     """Mean loss of each window in nats per token, for a candidate that finished a race"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Outcome):
+    """A candidate and the result of scoring it."""
+
+    index: int
+    """Position in the journal, from 0"""
+    bin: str
+    """Bin of the candidate"""
+    subnet: dict[str, Any]
+    """Sub-network, as returned by `SubNet.to_dict`"""
+    n_params: int
+    """Number of parameters"""
+    seed: int
+    """The search's seed"""
     origin: str | None = None
     """Name of the heuristic that built the candidate, if it is one of the search's simple starting points"""
 

@@ -22,7 +22,17 @@ EACH = pytest.mark.parametrize("teacher", KINDS.values(), ids=KINDS)
 
 
 def evaluation(index: int, n: int, perplexity: float | None, bin: str = "1M-2M") -> Evaluation:
-    return Evaluation(index, bin, {}, n, {"perplexity": perplexity}, 0, 1, 1, 0.1)
+    return Evaluation(
+        index=index,
+        bin=bin,
+        subnet={},
+        n_params=n,
+        scores={"perplexity": perplexity},
+        seed=0,
+        batches=1,
+        tokens=1,
+        seconds=0.1,
+    )
 
 
 def is_beaten(point: tuple, others: list[tuple]) -> bool:

@@ -20,7 +20,17 @@ CHOICE = {"n_embd": 8, "n_layer": "0,2-3", "head_size": 4, "n_query_groups": [1,
 
 def evaluation(index: int, score: float | None, bin: str = "1M-2M", **choice) -> Evaluation:
     scores = {"perplexity": score, "predicted": 2 * score if score else None}
-    return Evaluation(index, bin, CHOICE | choice, 1_000_000 + index, scores, 0, 1, 1, 0.1)
+    return Evaluation(
+        index=index,
+        bin=bin,
+        subnet=CHOICE | choice,
+        n_params=1_000_000 + index,
+        scores=scores,
+        seed=0,
+        batches=1,
+        tokens=1,
+        seconds=0.1,
+    )
 
 
 @pytest.fixture

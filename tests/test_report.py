@@ -67,7 +67,20 @@ def write_journal(out_dir: Path, teacher: Config, space: str, bins: list[str], n
                 scores, error = (scores, None) if i < n - 1 else ({}, "out of memory")
                 size = n_params(teacher, subnet)
                 index = len(journal.evaluations)
-                journal.append(Evaluation(index, bin, subnet.to_dict(), size, scores, 7, 1, 64, 30.0, error))
+                journal.append(
+                    Evaluation(
+                        index=index,
+                        bin=bin,
+                        subnet=subnet.to_dict(),
+                        n_params=size,
+                        scores=scores,
+                        seed=7,
+                        batches=1,
+                        tokens=64,
+                        seconds=30.0,
+                        error=error,
+                    )
+                )
     return out_dir
 
 

@@ -174,7 +174,20 @@ def test_the_teacher_and_all_of_the_search_are_gone_before_the_students_are_trai
 
 def test_the_table_has_ranks_and_tau_against_scipy():
     scores, rung = [3.0, 1.0, 2.0, 4.0], {1: 5.0, 2: 4.0, 0: 4.5}
-    evaluations = [Evaluation(i, "b", {}, 1, {"perplexity": score}, 1, 1, 1, 0.1) for i, score in enumerate(scores)]
+    evaluations = [
+        Evaluation(
+            index=i,
+            bin="b",
+            subnet={},
+            n_params=1,
+            scores={"perplexity": score},
+            seed=1,
+            batches=1,
+            tokens=1,
+            seconds=0.1,
+        )
+        for i, score in enumerate(scores)
+    ]
     results = [Result(0, "b", i, 100, loss) for i, loss in rung.items()] + [Result(1, "b", 2, 200, 3.0)]
     rows = rung_table(results, evaluations, "perplexity")
     assert rows[0] == ["bin", "candidate", "by perplexity", "after 100 tokens", "after 200 tokens"]
@@ -211,7 +224,17 @@ def test_a_student_that_cannot_be_trained_is_told_with_its_log(folder, tmp_path)
     content["train"]["micro_batch_size"] = 3  # does not divide the global batch
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "out").mkdir()
-    evaluation = Evaluation(0, "b", SubNet(TEACHER, n_embd=8).to_dict(), 1, {"perplexity": 1.0}, 1, 1, 1, 0.1)
+    evaluation = Evaluation(
+        index=0,
+        bin="b",
+        subnet=SubNet(TEACHER, n_embd=8).to_dict(),
+        n_params=1,
+        scores={"perplexity": 1.0},
+        seed=1,
+        batches=1,
+        tokens=1,
+        seconds=0.1,
+    )
     args = SelectionArgs(rungs=["1x1024"], config=tmp_path / "wrong.yaml", repair=False)
     with pytest.raises(UserError, match="litgpt distill failed within the selection .*train-1024.log"):
         Selection(folder / "teacher", tmp_path / "out", args).run([evaluation], "perplexity")

@@ -69,8 +69,33 @@ def write_search(folder: Path, chosen: list[SubNet], score=loss, bins: int = 1) 
     with Journal(folder / "journal.jsonl", header) as journal:
         for i, subnet in enumerate(chosen):
             scores = {"perplexity": score(subnet) * 100 ** (i % bins)}
-            journal.append(Evaluation(i, f"bin {i % bins}", subnet.to_dict(), 1, scores, 0, 1, 1, 0.1))
-        journal.append(Evaluation(len(chosen), "bin 0", subnet.to_dict(), 1, {}, 0, 1, 1, 0.1, "out of memory"))
+            journal.append(
+                Evaluation(
+                    index=i,
+                    bin=f"bin {i % bins}",
+                    subnet=subnet.to_dict(),
+                    n_params=1,
+                    scores=scores,
+                    seed=0,
+                    batches=1,
+                    tokens=1,
+                    seconds=0.1,
+                )
+            )
+        journal.append(
+            Evaluation(
+                index=len(chosen),
+                bin="bin 0",
+                subnet=subnet.to_dict(),
+                n_params=1,
+                scores={},
+                seed=0,
+                batches=1,
+                tokens=1,
+                seconds=0.1,
+                error="out of memory",
+            )
+        )
     return folder
 
 
@@ -211,7 +236,9 @@ def test_standardising_is_undone(scores):
 def test_agreement_is_of_candidates_with_both():
     def evaluation(i: int, measured: float | None, predicted: float | None) -> Evaluation:
         scores = {"perplexity": measured} | ({} if predicted is None else {"predicted": predicted})
-        return Evaluation(i, "1M", {}, 1, scores, 0, 1, 1, 0.1)
+        return Evaluation(
+            index=i, bin="1M", subnet={}, n_params=1, scores=scores, seed=0, batches=1, tokens=1, seconds=0.1
+        )
 
     pairs = [(3.0, None), (5.0, 6.0), (None, 2.0), (4.0, 5.0), (9.0, 5.5)]
     found, n = prediction_tau([evaluation(i, *pair) for i, pair in enumerate(pairs)])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import readable_size
 from litgpt_whittle.fitness.base import Fitness
-from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.journal import Evaluation, Outcome
 from litgpt_whittle.processes import (
     free_memory,
     is_out_of_memory,
@@ -205,19 +205,6 @@ class Loop:
         self.bar.set_postfix_str(", ".join(search.standing for search in self.searches), refresh=False)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Result of scoring a candidate: the fields of its `Evaluation` that scoring determines."""
-
-    scores: Mapping[str, float | None]
-    batches: int
-    tokens: int
-    seconds: float
-    error: str | None = None
-    dropped: bool = False
-    losses: list[float] | None = None
-
-
 def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> Outcome:
     """Score a candidate of a search, or any sub-network if `search` is None.
 
@@ -233,7 +220,13 @@ def score(fitness: Fitness, candidate: SubNet, search: Search | None = None) -> 
     if error is None:
         found = within_memory(fitness, lambda: {**fitness(candidate), **expects(candidate)})
     scores, error = finite({**found, **costs}, error)
-    return Outcome(scores, len(fitness.batches), fitness.n_tokens, round(time.perf_counter() - started, 4), error)
+    return Outcome(
+        scores=scores,
+        batches=len(fitness.batches),
+        tokens=fitness.n_tokens,
+        seconds=round(time.perf_counter() - started, 4),
+        error=error,
+    )
 
 
 def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:

@@ -15,10 +15,10 @@ import numpy as np
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import write_text
 from litgpt_whittle.fitness.base import WindowFitness
-from litgpt_whittle.journal import Evaluation
+from litgpt_whittle.journal import Evaluation, Outcome
 from litgpt_whittle.processes import rank
 from litgpt_whittle.searching.args import RacingArgs
-from litgpt_whittle.searching.loop import Loop, Outcome, Search, check_replayed, finite, within_memory
+from litgpt_whittle.searching.loop import Loop, Search, check_replayed, finite, within_memory
 from litgpt_whittle.searching.racing import estimate, losers, stages
 from litgpt_whittle.strategies.base import Strategy
 from litgpt_whittle.subnet import SubNet
@@ -178,7 +178,7 @@ class RacingLoop(Loop):
             found = self.fitness.scores(loss) | found
         scores, error = finite(found, error)
         return Outcome(
-            scores,
+            scores=scores,
             batches=runner.batches,
             tokens=int(self.n_tokens[: len(losses)].sum()),
             seconds=round(runner.seconds, 4),
