@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,32 @@ import lightning as L
 import torch
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.batches import (
     Batch,
-    BatchArgs,
-    BudgetArgs,
     read_calibration,
-    sequence_length,
     validation_batches,
 )
 from litgpt_whittle.checkpoint import (
     WEIGHTS,
-    check_checkpoint,
-    load_model,
     save_checkpoint,
     weights_fingerprint,
 )
-from litgpt_whittle.command_config import CommandConfig, as_command
+from litgpt_whittle.command_config import as_command
+from litgpt_whittle.commands.prune_base import PruneBase, measure_perplexity
 from litgpt_whittle.contrib.prune import Pruner, Sparsity
 from litgpt_whittle.contrib.prune.plots import plot_pruning
 from litgpt_whittle.contrib.prune.pruning import MapReport, Pruning, maps_to_prune
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
-from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_out_dir, check_space
-from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.files import check_space
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.processes import lock_output, release_memory
 from litgpt_whittle.registry import lookup, version, with_settings
 from litgpt_whittle.results import Checkpoint
 from litgpt_whittle.scratch import scratch_beside
-from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import LayerwiseGPT, Weights, pad
+from litgpt_whittle.supergpt import LayerwiseGPT, pad
 from litgpt_whittle.training.model_source import BASIS, ModelSource
 
 GROUP = "litgpt_whittle.pruners"
@@ -54,15 +46,13 @@ NOTES = "pruning.yaml"
 
 
 @dataclass
-class PruneConfig(CommandConfig):
+class PruneConfig(PruneBase):
     """Sparsify a checkpoint's linear layers.
 
     Prunes the linear layers inside the blocks, one block at a time. Each is calibrated on the outputs of
     the pruned blocks before it.
     """
 
-    checkpoint_dir: Path
-    """The checkpoint directory."""
     out_dir: Path = Path("out/prune")
     """Directory of the pruned checkpoint, ``pruning.yaml`` and ``pruning.png``."""
     method: str | dict[str, dict[str, Any]] = "sparsegpt"
@@ -83,29 +73,15 @@ class PruneConfig(CommandConfig):
     ``--data HFText --data.path PATH``. Only magnitude works without data."""
     tokens: int = 65_536
     """Number of calibration tokens, from the training split."""
-    train: BatchArgs = field(default_factory=BatchArgs)
-    """Micro batch size and sequence length."""
-    eval: BudgetArgs = field(default_factory=BudgetArgs)
-    """Number of validation batches for measuring perplexity."""
-    overwrite: bool = False
-    """Replace the checkpoint in ``out_dir``."""
-    seed: int = 42
-    """Seed of the data order."""
-
-    def __post_init__(self) -> None:
-        self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), Path(self.out_dir)
 
     def validate(self) -> None:
-        check_seed(self.seed)
-        config, pruner = check_checkpoint(self.checkpoint_dir), self.pruner
+        pruner = self.pruner
         if self.tokens < 1:
             raise UserError(f"tokens must be at least 1, got {self.tokens}; 65536 suit small models")
         if self.data is None and (self.refit or pruner.reads_data):
             what = "refit" if self.refit else f"the method {next(iter(self.method_settings))}"
             raise UserError(f"{what} needs data to calibrate on; for example --data HFText --data.path PATH")
-        sequence_length(config, self.train.max_seq_length)
-        check_data(self.data, self.checkpoint_dir, config.padded_vocab_size)
-        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir,), WEIGHTS)
+        super().validate()
 
     @property
     def method_settings(self) -> dict[str, Any]:
@@ -166,7 +142,7 @@ class PruneConfig(CommandConfig):
         """Return the calibration windows and the validation batches; None and an empty list without data."""
         if self.data is None:
             return None, []
-        length, size = sequence_length(config, self.train.max_seq_length), self.train.micro_batch_size
+        length, size = self.length, self.train.micro_batch_size
         windows = read_calibration(
             self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens"
         ).input_ids
@@ -195,20 +171,6 @@ def _shape(model: ModelSource) -> SubNet:
     with torch.device("meta"):
         built = model.build()
     return built.shape if isinstance(built, LayerwiseGPT) else SubNet.full(model.config)
-
-
-def measure_perplexity(
-    checkpoint_dir: Path, weights: Weights | None, batches: Sequence[Batch], device: torch.device
-) -> float | None:
-    """Return the perplexity of the checkpoint, with other weights if given; None without batches."""
-    if not batches:
-        return None
-    model = load_model(checkpoint_dir, "SuperGPT")
-    if weights is not None:
-        model.load_state_dict(weights, assign=True)
-    # half precision is slow on CPUs
-    model = model.to(device, torch.float32 if device.type == "cpu" else None)
-    return Perplexity(model, batches)(SubNet.full(model.config))["perplexity"]
 
 
 def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Path) -> str:

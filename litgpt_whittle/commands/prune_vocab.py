@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_whittle.batches import Batch, BatchArgs, BudgetArgs, held_out_windows, read_calibration, sequence_length
+from litgpt_whittle.batches import Batch, held_out_windows, read_calibration
 from litgpt_whittle.checkpoint import (
     MODEL_CLASS,
     WEIGHTS,
@@ -27,19 +27,17 @@ from litgpt_whittle.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from litgpt_whittle.command_config import CommandConfig, as_command
-from litgpt_whittle.commands.prune import measure_perplexity
+from litgpt_whittle.command_config import as_command
+from litgpt_whittle.commands.prune_base import PruneBase, measure_perplexity
 from litgpt_whittle.data.encoding import encode
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
-from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
-from litgpt_whittle.files import check_out_dir, check_space
+from litgpt_whittle.files import check_space
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.processes import lock_output, release_memory
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.results import Checkpoint
-from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.tensors import IGNORE_INDEX
@@ -53,7 +51,7 @@ from litgpt_whittle.vocabulary.weights import sliced_to, with_vocabulary
 
 
 @dataclass
-class PruneVocabConfig(CommandConfig):
+class PruneVocabConfig(PruneBase):
     """Keep the tokens of a checkpoint's vocabulary that given text needs.
 
     Slices the embedding and the LM head, and rewrites the tokenizer. The result predicts as the checkpoint does, with
@@ -74,36 +72,24 @@ class PruneVocabConfig(CommandConfig):
     reads text, or ``--data HFText --data.path PATH``."""
     tokens: int = 10_000_000
     """Number of tokens to count, from the training split."""
-    train: BatchArgs = field(default_factory=BatchArgs)
-    """Micro batch size and sequence length."""
-    eval: BudgetArgs = field(default_factory=BudgetArgs)
-    """Number of validation batches for measuring bits per byte."""
-    overwrite: bool = False
-    """Replace the checkpoint in ``out_dir``."""
-    seed: int = 42
-    """Seed of the data order."""
 
     def __post_init__(self) -> None:
-        self.checkpoint_dir, self.out_dir = extend_checkpoint_dir(Path(self.checkpoint_dir)), Path(self.out_dir)
+        super().__post_init__()
         self.like = None if self.like is None else extend_checkpoint_dir(Path(self.like))
 
     def validate(self) -> None:
-        check_seed(self.seed)
-        config = check_checkpoint(self.checkpoint_dir)
         if (self.size is None) == (self.like is None):
             raise UserError(f"exactly one of size and like must be set, got {self.size} and {self.like}; set --size")
         if self.size is not None and self.data is None:
             raise UserError("choosing tokens needs text; for example --data HFText --data.path PATH")
         if self.tokens < 1:
             raise UserError(f"tokens must be at least 1, got {self.tokens}; leave it out for 10,000,000")
-        sequence_length(config, self.train.max_seq_length)
         if read_model_class(self.checkpoint_dir):
             raise UserError(
                 f"the vocabulary must be pruned before layers differ in size, and {str(self.checkpoint_dir)!r} has a "
                 f"{MODEL_CLASS}; prune that of its teacher"
             )
-        check_data(self.data, self.checkpoint_dir, config.padded_vocab_size)
-        check_out_dir(self.out_dir, self.overwrite, (self.checkpoint_dir,), WEIGHTS)
+        super().validate()
         _ = self._n_kept if self.like is None else self._tokens_of(self.like)
 
     @cached_property
@@ -155,12 +141,8 @@ class PruneVocabConfig(CommandConfig):
 
     def _read(self, data: DataModule) -> torch.Tensor:
         """Return the tokens to count, shape (N, T), and connect the data."""
-        size, length = self.train.micro_batch_size, self._length
+        size, length = self.train.micro_batch_size, self.length
         return read_calibration(data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens").input_ids
-
-    @property
-    def _length(self) -> int:
-        return sequence_length(check_checkpoint(self.checkpoint_dir), self.train.max_seq_length)
 
     def _choose(self, counted: torch.Tensor | None) -> UnitIndex:
         assert counted is not None, "`validate` has checked it"
@@ -194,7 +176,7 @@ class PruneVocabConfig(CommandConfig):
         Args:
             data: The data, connected.
         """
-        length, n = self._length, self.eval.max_iters * self.train.micro_batch_size
+        length, n = self.length, self.eval.max_iters * self.train.micro_batch_size
         held_out = held_out_windows(data, length, length, n)
         if held_out is None:
             return ["Nothing was measured, because there is no validation data."]
@@ -211,7 +193,7 @@ class PruneVocabConfig(CommandConfig):
         ]
 
     def _measured(self, folder: Path, texts: Sequence[str], begins: bool) -> Measured:
-        batches = batches_of(Tokenizer(folder), texts, self._length, self.train.micro_batch_size, begins)
+        batches = batches_of(Tokenizer(folder), texts, self.length, self.train.micro_batch_size, begins)
         perplexity = measure_perplexity(folder, None, batches, L.Fabric(devices=1).device)
         assert perplexity is not None  # there are batches
         release_memory()  # of the model
