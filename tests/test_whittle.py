@@ -154,7 +154,7 @@ def results_on(tasks, teacher, folder):
     measured, subnet = read_tasks(tasks, teacher, 32), SubNet.load(folder / "start/sub_network.yaml", TEACHER)
     cut = student_model(subnet)
     cut.load_state_dict(extract_weights(load_model(teacher), subnet))
-    models = {"teacher": load_model(teacher), "14K as cut": cut.eval(), "14K repaired": load_model(folder / "start")}
+    models = {"teacher": load_model(teacher), "14K plain cut": cut.eval(), "14K repaired": load_model(folder / "start")}
     models["14K distilled"] = load_model(folder / "distilled/final")
     models["14K from random weights"] = load_model(folder / "baseline/final")
     return {name: measured.measure(model) for name, model in models.items()}

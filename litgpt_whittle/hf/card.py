@@ -173,7 +173,7 @@ def _training(student: Student) -> dict[str, Any]:
 def _measurements(student: Student) -> str:
     """Return the losses and perplexities that search and training have recorded."""
     origin, rows = student.provenance, {}
-    searched = {"perplexity": "perplexity in the search, as cut", "repaired_perplexity": "… after a repair"}
+    searched = {"perplexity": "perplexity in the search, plain cut", "repaired_perplexity": "… after a repair"}
     for key, title in searched.items():
         if isinstance(value := origin.get(key), float):
             rows[title] = f"{value:.2f}"

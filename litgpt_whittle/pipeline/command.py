@@ -77,7 +77,8 @@ class WhittleConfig(CommandConfig):
     distill: Section | None = None
     """Settings such as ``--distill.train.max_tokens 1000000000``, which is required; see ``litgpt distill --help``."""
     tasks: TaskArgs = field(default_factory=TaskArgs)
-    """Tasks of lm-eval to measure the teacher and the students on at the end: as cut, repaired and distilled."""
+    """Tasks of lm-eval to measure the teacher and the students on at the end: plain cut, repaired and
+    distilled."""
     baseline: bool = False
     """Also train each student's architecture from random weights, without the teacher, on as many tokens."""
     devices: int | str = 1

@@ -34,7 +34,7 @@ Each student is cut from the one above it. Its tokens do not include those of th
 
 _ABOUT_TASKS = """
 Accuracies in percent with their standard errors, and the share of the teacher's accuracy in brackets: acc_norm where a
-task has it, else acc, as measured by lm-eval. 'As cut' is before the repair.
+task has it, else acc, as measured by lm-eval. 'Plain cut' is before the repair.
 """
 
 PAGE, CURVES = "report.html", "students.png"

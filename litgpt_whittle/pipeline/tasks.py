@@ -1,4 +1,4 @@
-"""Accuracies of the teacher and of each student on tasks: as cut, repaired and distilled; each is measured once."""
+"""Accuracies of the teacher and of each student on tasks: plain cut, repaired and distilled; each is measured once."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def _retained(own: float, teacher: float) -> str:
 def _students(folder: Path, source: Path) -> list[Subject]:
     """Return the models of one student that exist in its folder."""
     start, distilled, baseline = (folder / name for name in ("start", "distilled/final", "baseline/final"))
-    found: list[tuple[str, Path, Load]] = [("as cut", start, partial(_as_cut, source, start / "sub_network.yaml"))]
+    found: list[tuple[str, Path, Load]] = [
+        ("plain cut", start, partial(_plain_cut, source, start / "sub_network.yaml"))
+    ]
     if "repair" in Checkpoint(start).origin:
         found.append(("repaired", start, partial(_loaded, start)))
     found += [("distilled", distilled, partial(_loaded, distilled))]
@@ -121,7 +123,7 @@ def _loaded(folder: Path) -> AbstractContextManager[GPT]:
 
 
 @contextmanager
-def _as_cut(teacher_dir: Path, sub_network: Path) -> Iterator[GPT]:
+def _plain_cut(teacher_dir: Path, sub_network: Path) -> Iterator[GPT]:
     """Yield the teacher running as a sub-network."""
     subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))
     dtype = weights_dtype(default_precision())
