@@ -65,9 +65,9 @@ def test_one_window_tells_nothing_and_equal_differences_everything():
 
 def test_an_estimate_is_exact_where_the_difference_is_the_same_everywhere():
     rng = np.random.default_rng(0)
-    yardstick, n_tokens = rng.normal(3, 1, size=20), rng.integers(1, 50, size=20)
-    true = np.average(yardstick + 0.7, weights=n_tokens)
-    assert estimate((yardstick + 0.7)[:4], n_tokens, yardstick) == pytest.approx(true)
+    reference, n_tokens = rng.normal(3, 1, size=20), rng.integers(1, 50, size=20)
+    true = np.average(reference + 0.7, weights=n_tokens)
+    assert estimate((reference + 0.7)[:4], n_tokens, reference) == pytest.approx(true)
 
 
 class Windows(WindowFitness):

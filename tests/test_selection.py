@@ -203,8 +203,8 @@ def test_rungs_are_read():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"rungs": ["8"]}, "a rung is students x tokens"),
-        ({"rungs": ["0x1k"]}, "a rung is students x tokens"),
+        ({"rungs": ["8"]}, "a rung must have the form students x tokens"),
+        ({"rungs": ["0x1k"]}, "a rung must have the form students x tokens"),
         ({"rungs": ["8x1k", "8x2k"]}, "fewer students and more tokens than the one before, got 8x1000 and then 8x2000"),
         ({"rungs": ["8x1k", "2x1k"]}, "fewer students and more tokens"),
         ({"rungs": ["8x1k"], "config": None}, "need selection.config"),

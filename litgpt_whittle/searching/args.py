@@ -18,7 +18,8 @@ class RacingArgs:
     growth: float = 2.0
     """Growth factor of the number of validation batches per stage"""
     alpha: float = 0.05
-    """Significance level of the test that drops a candidate if it is worse than the worst candidate to keep"""
+    """Significance level of the test that compares a candidate with the worst of those to keep, and drops it if it is
+    worse"""
 
     def __post_init__(self) -> None:
         check_positive("racing", start=self.start)
@@ -33,8 +34,8 @@ class SelectionArgs:
     """Selection among the best candidates of a search by short distillations"""
 
     rungs: list[str] = field(default_factory=list)
-    """Students x tokens per rung, with fewer students and more tokens each time, such as [8x200k, 2x1M]; by default the
-    best score wins"""
+    """Number of students x training tokens of each rung, such as [8x200k, 2x1M]; each rung has fewer students and more
+    tokens than the one before. By default nothing is trained, and the candidate with the best score is selected"""
     config: Path | None = None
     """YAML config of litgpt distill for training the students: data, batch sizes, optimizer and losses"""
     repair: bool = True

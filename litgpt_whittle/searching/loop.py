@@ -67,6 +67,7 @@ class Search:
     """Candidates to evaluate before the strategy's first proposal; their scores are reported to it"""
     best: Evaluation | None = None
     n_reported: int = 0
+    """Number of evaluations reported to the strategy"""
 
     @classmethod
     def begin(cls, space: Space, strategy: Strategy, score: str, seed: int, measures: Measures | None = None) -> Search:
@@ -116,7 +117,7 @@ class Loop:
 
     Args:
         searches: One per bin.
-        record: Record of all evaluations; existing ones are replayed to the strategies instead of repeated.
+        record: Record of all evaluations; existing ones are reported to the strategies, and not repeated.
         fitness: Scores a sub-network.
         iterations: Evaluations per bin.
         seed: Seed of the search, for the record.
@@ -256,6 +257,7 @@ def within_memory(fitness: Fitness, function: Callable[[], T]) -> T:
 
 
 def _unless_out_of_memory(function: Callable[[], T]) -> tuple[T] | None:
+    """Return a function's result as a tuple; None if memory ran out."""
     try:
         return (function(),)
     except (RuntimeError, MemoryError) as error:

@@ -58,14 +58,14 @@ def _is_worse(differences: Losses, alpha: float) -> bool:
     return bool(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue < alpha)
 
 
-def estimate(losses: Losses, n_tokens: np.ndarray, yardstick: Losses) -> float:
-    """Estimate a dropped candidate's loss on all windows: the yardstick's loss plus the mean difference so far.
+def estimate(losses: Losses, n_tokens: np.ndarray, reference: Losses) -> float:
+    """Estimate a dropped candidate's loss on all windows: the loss of a reference plus the mean difference so far.
 
     Args:
         losses: The dropped candidate's mean loss on each window so far, shape (n_windows_seen,).
         n_tokens: Tokens of each window, shape (n_windows,).
-        yardstick: Mean losses of a candidate evaluated on all windows, shape (n_windows,).
+        reference: Mean losses of a candidate evaluated on all windows, shape (n_windows,).
     """
     seen = n_tokens[: len(losses)]
-    margin = np.average(losses - yardstick[: len(losses)], weights=seen)
-    return float(np.average(yardstick, weights=n_tokens) + margin)
+    margin = np.average(losses - reference[: len(losses)], weights=seen)
+    return float(np.average(reference, weights=n_tokens) + margin)

@@ -217,9 +217,9 @@ def check_can_race(fitness: type, name: str, strategy: Strategy) -> None:
         UserError: If the fitness has no losses per window, or the strategy needs exact scores of all candidates.
     """
     if not issubclass(fitness, WindowFitness):
-        raise UserError(f"racing needs losses per window, which fitness {name!r} does not give; leave racing out")
+        raise UserError(f"racing needs losses per window, which fitness {name!r} does not give; leave --racing out")
     if strategy.n_kept is None:
         raise UserError(
             f"racing estimates the scores of dropped candidates, but {type(strategy).__name__} needs exact scores; "
-            "leave racing out"
+            "leave --racing out"
         )

@@ -1,4 +1,4 @@
-"""Select among a search's best candidates by short distillations in rungs; each rung has fewer and longer ones.
+"""Select among a search's best candidates by short distillations in rungs, each with fewer students and more tokens.
 
 Training can change the ranking of candidates, which motivates training-aware selection (DarwinLM, arXiv 2502.07780).
 Every rung trains its students from scratch, so that each gets a complete learning-rate schedule of the rung's length.
@@ -59,7 +59,7 @@ class Rung:
         """
         n, _, tokens = str(text).partition("x")
         if not n.strip().isdigit() or int(n) < 1 or not tokens:
-            raise UserError(f"a rung is students x tokens, such as 8x200k, got {text!r}")
+            raise UserError(f"a rung must have the form students x tokens, got {text!r}; write for example 8x200k")
         return cls(int(n), int(parse_amount(tokens, "parameters")))
 
 
@@ -74,7 +74,7 @@ class Result:
     tokens: int
     val_loss: float
     task_loss: float | None = None
-    """Loss on the search's tasks (`TaskSet.scores`), which then ranks the students; None if the search has none"""
+    """Loss on the search's tasks (`TaskSet.scores`), which then ranks the students; None if the search has no tasks"""
 
     @property
     def loss(self) -> float:
@@ -90,8 +90,8 @@ def parse_rungs(args: SelectionArgs, to_come: Collection[Path] = ()) -> list[Run
         to_come: Files that do not exist yet, whose contents are not checked.
 
     Raises:
-        UserError: If a rung is invalid or does not have fewer students and more tokens than the one before, or if rungs
-            or the training config are given without the other.
+        UserError: If a rung is invalid or does not have fewer students and more tokens than the one before, or if only
+            one of the rungs and the training config is given.
     """
     rungs = [Rung.parse(text) for text in args.rungs]
     for before, after in zip(rungs, rungs[1:]):
@@ -256,7 +256,7 @@ _OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SI
 
 
 def read_results(out_dir: Path) -> list[Result]:
-    """Read the results of a search's rungs; empty without any."""
+    """Return the results of a search's rungs; an empty list without a selection."""
     path = Path(out_dir) / RESULTS
     return [Result(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
@@ -264,7 +264,8 @@ def read_results(out_dir: Path) -> list[Result]:
 def rung_table(results: Sequence[Result], evaluations: Sequence[Evaluation], score: str) -> list[list[str]]:
     """Return a table of each candidate's rank by the score and in every rung that it reached, with a header row.
 
-    The last row of a bin has Kendall's τ between a rung and the ranking before it, over the candidates of the rung.
+    The last row of each bin shows Kendall's τ between the ranking of each rung and the ranking before it, over the
+    candidates of the rung.
     """
     rungs = sorted({result.rung for result in results})
     tokens = {result.rung: result.tokens for result in results}

@@ -28,7 +28,8 @@ STARTS = "starts.json"
 """File name of the simple starts in a search's folder"""
 
 _WIDE = 1.25
-"""Minimum ratio of a bin's ends at which a search that also minimises size or latency starts at several sizes"""
+"""Minimum ratio of a bin's upper to its lower end for starts at several sizes, if the search also minimises size or
+latency"""
 
 
 def has_no_starts(journal: Path) -> bool:
@@ -44,7 +45,8 @@ def text_to_measure(
 ) -> list[torch.Tensor]:
     """Return batches of token ids to measure units on, each of shape (B, T).
 
-    The batches that score candidates would favour units chosen on them, so they are used only as a last resort.
+    Units that are chosen on the batches that score candidates would get too good scores. So these batches are used only
+    if there are no other tokens.
 
     Args:
         data: The connected data module; None if the fitness reads no data, but possibly tasks.

@@ -49,7 +49,8 @@ class Strategy(ABC):
     needs_measurements: bool = False
     """True if the strategy needs scores of other sub-networks (`measurements`) before the search"""
     n_kept: int | None = 1
-    """Number of best candidates that the search continues from, and that therefore need exact scores; None if all do"""
+    """Number of best candidates that the search continues from, and that therefore need exact scores; None if all
+    candidates need them"""
 
     def start(self, space: Space, seed: int) -> None:
         """Start a new search and discard any earlier state."""
@@ -107,7 +108,7 @@ class Strategy(ABC):
 
     @property
     def best(self) -> Scored | None:
-        """Best sub-network so far, the earliest in a tie; None while all have failed."""
+        """Best sub-network so far, the earliest in a tie; None if all have failed so far."""
         best = min(self.history, key=lambda scored: scored.score, default=None)
         return None if best is None or math.isinf(best.score) else best
 

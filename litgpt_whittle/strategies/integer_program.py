@@ -63,10 +63,13 @@ class IntegerProgram(Generations):
     ) -> None:
         check_positive("strategy", batch_size=batch_size)
         if n_between < 0:
-            raise UserError(f"strategy.n_between must be 0 or more, got {n_between}")
+            raise UserError(f"strategy.n_between must be 0 or more, got {n_between}; 0 offers only measured widths")
         self.shares = tuple(shares)
         if not self.shares or not all(is_number(share) and 0 < share < 1 for share in self.shares):
-            raise UserError(f"strategy.shares must be one or more numbers between 0 and 1, got {list(self.shares)}")
+            raise UserError(
+                f"strategy.shares must be one or more numbers between 0 and 1, got {list(self.shares)}; "
+                "for example [0.5, 0.75]"
+            )
         if not (is_number(uncertainty) and uncertainty > 0):
             raise UserError(f"strategy.uncertainty must be more than 0, got {uncertainty!r}; 0.3 is usual")
         self.batch_size, self.uncertainty, self.n_between = batch_size, uncertainty, n_between
@@ -109,7 +112,13 @@ class IntegerProgram(Generations):
         return {WHOLE: SubNet.full(self.space.teacher), **alone}
 
     def take_measurements(self, measured: Mapping[str, Scored]) -> None:
-        """Set each cost to the increase over the whole teacher's loss; a failure costs more than all the rest."""
+        """Set each alternative's cost to the increase of the loss over that of the whole teacher.
+
+        An alternative that could not be scored costs more than all others together.
+
+        Raises:
+            UserError: If the whole teacher could not be scored.
+        """
         if not math.isfinite(measured[WHOLE].score):
             raise UserError(
                 "the whole teacher could not be scored, and all costs are relative to its loss; see the journal"
@@ -161,8 +170,7 @@ class _Posterior:
     """Posterior of the alternatives' costs under a Gaussian process of linear functions (ridge regression).
 
     All costs share a common factor, because the costs of alternatives rarely add up. Each cost also has a separate
-    correction.
-    Residuals are relative to the candidates' costs, so that bad candidates do not outweigh good ones.
+    correction. Residuals are relative to the candidates' costs, so that bad candidates do not outweigh good ones.
 
     Args:
         costs: Measured costs, shape (n_alternatives,).

@@ -38,7 +38,10 @@ class NSGA2(Generations):
         require("pymoo", extra="nsga2", what="strategy NSGA2")
         self.objectives = tuple(objectives)
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
-            raise UserError(f"strategy.objectives must be one or more different names, got {list(self.objectives)}")
+            raise UserError(
+                f"strategy.objectives must be one or more different names, got {list(self.objectives)}; for example "
+                "[score, n_params]"
+            )
         check_positive("strategy", population_size=population_size)
         check_shares("strategy", crossover_probability=crossover_probability, mutation_probability=mutation_probability)
         self.population_size = population_size

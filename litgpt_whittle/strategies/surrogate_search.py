@@ -239,7 +239,8 @@ class OnPredictions(SurrogateSearch):
 
     @property
     def ready(self) -> int:
-        """Number of candidates still to propose in this generation; before the first fit, at most the strategy's."""
+        """Number of candidates still to propose in this generation; before the first fit, at most the
+        number that the wrapped strategy can propose."""
         return super().ready if self.predictor.is_fitted else min(super().ready, self.inner.ready)
 
     def prefer(self, rng: np.random.Generator) -> SubNet:
