@@ -53,6 +53,7 @@ class Basis:
 
     @property
     def is_coordinates(self) -> bool:
+        """True if the student's channels are a subset of the teacher's."""
         return self.kept is not None
 
     @property
@@ -65,7 +66,11 @@ class Basis:
         return stream[..., self.kept] if self.kept is not None else stream @ self.matrix.T
 
     def turn_norm(self, teacher: nn.Module, student: nn.Module) -> None:
-        """Initialise a student's norm in a basis of directions, where the teacher's weight is no longer diagonal."""
+        """Initialise a student's norm in a basis of directions, with the RMS of the teacher's weight in each channel.
+
+        In such a basis, the teacher's weight is a full matrix, which a norm cannot represent. The fit of the input
+        projections compensates for the difference.
+        """
         weight = norm_weight(teacher)
         scale = 1.0 if weight is None else weight.square().mean().sqrt()
         set_norm_weight(student, scale)
@@ -77,7 +82,8 @@ class Basis:
     def reconstruction(self, norm: nn.Module, moments: Moments) -> torch.Tensor:
         """Return the map from the student's normalised hidden states to the teacher's, before any fit.
 
-        It is the transposed basis, optimally scaled: a norm over fewer channels divides by a different value.
+        The map is the transposed basis times a factor, because a norm over fewer channels divides by a different value.
+        The factor minimises the squared error.
 
         Args:
             norm: The teacher's norm.

@@ -42,7 +42,8 @@ class BlockStreams:
     """Residual streams (hidden states) of both models around a block, on the calibration tokens."""
 
     teacher: Activations
-    """The teacher's hidden states before the block; before its MLP, if its attention is dropped (unless parallel)"""
+    """The teacher's hidden states before the block; before the block's MLP if the student drops its attention and the
+    block is not parallel"""
     student: Activations
     """The student's hidden states before the block"""
     middle: Activations | None
@@ -50,7 +51,8 @@ class BlockStreams:
     ahead: Activations
     """The teacher's hidden states after the block and the dropped sub-layers that follow it"""
     sizes: dict[tuple[str, int], torch.Tensor]
-    """RMS of the inputs of the teacher's norms after output projections, shape (B, T, 1), by norm and batch start"""
+    """RMS of each token's input of the teacher's norms after output projections, shape (B, T, 1). Keys are the name of
+    the norm and the first window of the batch"""
 
     @property
     def before_mlp(self) -> Activations:
@@ -59,9 +61,12 @@ class BlockStreams:
 
 
 def post_norm(block: Block, *parts: str) -> nn.Module | None:
-    """Return the norm between a block's attention or MLP and the residual addition.
+    """Return the norm between a block's attention or MLP and the residual addition; None if it has no weight.
 
-    Return None if there is no such norm, if it has no weight, for a single expert, or for a joint fit of both parts.
+    Args:
+        block: The block.
+        parts: Name of the sub-layer, "attn" or "mlp". The result is None for an expert (`mlp.experts.0`), and for both
+            sub-layers of a parallel block.
     """
     norm = getattr(block, POST_NORMS[parts[0]]) if len(parts) == 1 and parts[0] in POST_NORMS else None
     return None if norm is None or norm_weight(norm) is None else norm
@@ -134,7 +139,9 @@ class BlockRepair:
         self._is_fitted = False  # cached activations belong to the fitted weights
 
     def error(self, batches: Iterable[Batch]) -> float:
-        """Return the student's squared error after this block, relative to the size of each token's hidden state.
+        """Return the student's squared error after this block, relative to the teacher's squared hidden states.
+
+        Errors and hidden states are weighted by `token_weights`.
 
         Args:
             batches: The batches to evaluate: held-out batches for reports, tuning batches for decisions.
@@ -164,7 +171,12 @@ class BlockRepair:
             self._reported(found, name)
 
     def _normalised(self, part: str, teacher_norm: nn.Module, student_norm: nn.Module) -> tuple[Moments, Moments]:
-        """Return the moments of both models' inputs of `attn` or `mlp`: hidden states after these norms."""
+        """Return the moments of the inputs of `attn` or `mlp`, which are the outputs of these norms.
+
+        Returns:
+            Moments of the fitting tokens and of the tuning tokens, with the student's states as inputs and the
+            teacher's as outputs.
+        """
         n_in, n_out = self.basis.matrix.shape
         if self.is_parallel:
             # attention and MLP have the same hidden states as input, and their norms differ only in the weights
@@ -193,7 +205,7 @@ class BlockRepair:
     def _write(self, *parts: str) -> None:
         """Fit the output projection of `attn` or `mlp`, or both jointly.
 
-        The last one also makes up for dropped sub-layers that follow it in the teacher.
+        The block's last output projection also compensates for dropped sub-layers that follow it in the teacher.
         """
         names = [f"{part}.proj" for part in parts]
         modules = [self.block.get_submodule(name) for name in names]
@@ -278,7 +290,7 @@ class BlockRepair:
         scale_norm_weight(norm, torch.where(is_better, scale, 1.0))
 
     def _reported(self, found: Fit, *names: str) -> Fit:
-        """Record maps for which no ridge improves on the sliced weights; return the fit."""
+        """Return the fit, and list its maps in `left_as_cut` if no ridge improves on their sliced weights."""
         if math.isinf(found.ridge):
             self.left_as_cut += names
         return found
@@ -288,7 +300,7 @@ class BlockRepair:
 
         On the tokens routed to an expert, its target has two parts: the output of the same expert in the teacher, and a
         share of the remaining difference to the teacher's hidden states. Shared experts, which process all tokens, are
-        fitted to the difference after that.
+        fitted to the difference that then remains.
         """
         mlp, theirs = self.block.mlp, self.teacher.mlp
         if len(mlp.experts) > self.basis.matrix.shape[0]:  # `routing` needs a unit vector per expert
@@ -325,12 +337,14 @@ class BlockRepair:
             if fitted.n >= width and tuning.n:
                 found = fit(fitted, tuning, ours.proj.weight, False, ridges=self.ridges)
                 ours.proj.weight.copy_(self._reported(found, f"mlp.experts.{j}.proj").weight)
-            else:  # too few tokens are routed to it
+            else:  # too few tokens are routed to this expert
                 self.left_as_cut.append(f"mlp.experts.{j}.proj")
         if shared is not None:
             self._write_shared_experts(mlp.shared_experts)
 
     def _write_shared_experts(self, shared: LLaMAMLP) -> None:
+        """Fit the output projection of the shared experts, given those of all others."""
+
         def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             start, x = self._before_mlp(batch)
             left = self._goal(batch) - start - (self.block.mlp(x) - shared(x))
@@ -352,6 +366,7 @@ class BlockRepair:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _run(self, batch: Batch, wanted: list[str]) -> dict[str, torch.Tensor]:
+        """Run the student's block up to the last of the wanted modules; return the input of each."""
         return run_block(self.block, self._student(batch), self.args, wanted, stop=True)
 
     def _attn_inputs(self, batch: Batch) -> torch.Tensor:
@@ -380,6 +395,7 @@ class BlockRepair:
         return token_weights(stream[batch], self.teacher.config)
 
     def _student(self, batch: Batch) -> torch.Tensor:
+        """Return the student's hidden states before the block."""
         return self.streams.student[batch]
 
     def _goal(self, batch: Batch, stream: Activations | None = None) -> torch.Tensor:

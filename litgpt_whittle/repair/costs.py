@@ -21,8 +21,8 @@ from litgpt_whittle.tensors import sums_dtype
 FP32 = torch.float32.itemsize
 
 SOLVING = 8
-"""Time of one operation of a solve, in operations of a forward pass, measured on a teacher of 8M parameters. Solves run
-in float64 and copy a lot"""
+"""Time per operation of a solve, relative to that of a forward pass, measured on a teacher of 8M parameters. Solves are
+slower because they run in float64 and copy matrices"""
 
 SOLVE_COPIES = 8
 """Matrices over a map's inputs that exist at once while the map is fitted, or its inputs are chosen: moments for
@@ -83,6 +83,7 @@ def refine_bytes(subnet: SubNet, tied: bool) -> int:
 
 
 def _embedding(subnet: SubNet) -> int:
+    """Return the number of weights of the student's embedding."""
     return subnet.teacher.padded_vocab_size * len(subnet.n_embd)
 
 
@@ -165,7 +166,10 @@ def largest_block(config: Config) -> int:
 
 
 def sites(config: Config, layer: int) -> list[tuple[str, ...]]:
-    """Return the output projections of a block by regression; attention and MLP of a parallel block share one."""
+    """Return the names of a block's output projections, grouped by the regression that fits them.
+
+    Attention and MLP of a parallel block share one regression.
+    """
     full = SubNet.full(config)
     plan = layer_plan(config, layer, full.n_embd, full.head_cut.dims, full.layer(layer))
     writing = linear_names(plan, "writing")
@@ -216,7 +220,7 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
         config: The teacher's config.
         n_tokens: Number of distinct tokens in the calibration data; 0 if unknown.
         device: Device of the moments.
-        beside: Bytes reserved for what is loaded later.
+        beside: Bytes to reserve for weights that are loaded later.
         n_calibration: Number of calibration tokens, whose hidden states are kept in main memory.
 
     Raises:
@@ -228,13 +232,14 @@ def check_memory(config: Config, n_tokens: int, device: torch.device, beside: in
         needed += streams_bytes(config, n_calibration)
     if needed > free:
         raise UserError(
-            f"a repair from moments keeps the moments of all layers, {readable_size(needed)} for {config.name}, but "
-            f"{readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger device"
+            f"a repair from moments keeps the moments of all layers in memory, {readable_size(needed)} for "
+            f"{config.name}, and only {readable_size(max(free, 0))} are free; choose --fitness perplexity, or a larger "
+            "device"
         )
 
 
 def collecting_flops(config: Config, n_tokens: int) -> float:
-    """Return the operations to collect the moments of `n_tokens` tokens, and to order all units once by them."""
+    """Return the operations to collect the moments of `n_tokens` tokens, and to rank all units once by them."""
     # half of the products are mirrored, but float64 takes twice as long
     return 2 * n_tokens * _n_numbers(config) + SOLVING * 2 * sum(n**3 for sizes in _sizes(config) for n in sizes)
 
@@ -260,12 +265,12 @@ def solving_flops(subnet: SubNet, tied: bool) -> float:
 
 
 def _reading(n: int, wide: int, n_rows: float) -> float:
-    """Return the operations to regress `wide` channels on n, and to fit input projections with `n_rows` outputs."""
+    """Return the operations to regress `wide` channels on n, and to compute input projections of `n_rows` outputs."""
     return n**3 / 3 + 2 * n**2 * wide + 2 * (n + n_rows) * wide * (wide + n)
 
 
 def _writing(n: int, wide: int, size: int, kept: float) -> float:
-    """Return the operations to fit an output projection from `kept` of `size` inputs to n channels, with moments."""
+    """Return the operations to fit an output projection, from `kept` of its `size` inputs to n channels."""
     return kept**3 / 3 + 2 * kept**2 * n + 2 * n * size * (wide + kept)
 
 

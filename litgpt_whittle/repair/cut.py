@@ -97,12 +97,16 @@ def on(index: slice | torch.Tensor, like: torch.Tensor) -> slice | torch.Tensor:
 def not_finite(layer: int) -> UserError:
     """Return the error for a teacher layer whose outputs contain infinities or NaNs."""
     return UserError(
-        f"the teacher's layer {layer} gives activations that are not finite on calibration data; the layer is damaged"
+        f"the teacher's layer {layer} gives activations that are not finite on calibration data, so its weights are "
+        "damaged; download or convert the teacher again"
     )
 
 
 class FiniteCheck:
-    """Checks once for all batches that a teacher layer's outputs are finite, so that no batch waits for the device."""
+    """Checks that a teacher layer's outputs are finite.
+
+    The result is read once, after all batches, because reading it waits for the device.
+    """
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
@@ -122,8 +126,8 @@ class FiniteCheck:
 class TokenMeans:
     """Mean of the teacher's hidden states for each token id, as an embedding that replaces dropped first layers.
 
-    A student without the teacher's first layers then starts from the hidden states after these layers, as far as the
-    token alone predicts them.
+    A student without the teacher's first layers then starts from the best prediction, given the token alone, of the
+    hidden states after these layers.
 
     Args:
         tokens: Token ids that can occur, in ascending order, shape (n,).

@@ -1,4 +1,4 @@
-"""Importance of the teacher's directions for a sequential repair, which runs the teacher block by block."""
+"""Importance of the teacher's directions for a sequential repair: run the teacher once, block by block."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def direction_importance(
     calibration: Calibration,
     stream: Activations,
 ) -> DirectionImportance:
-    """Return the importance of the teacher's directions for the kept layers' input projections and the LM head.
+    """Return the importance of the residual stream's directions for the kept layers' input projections and the LM head.
 
     Args:
         teacher: The teacher's modules outside the blocks.
         block_of: Returns one of the teacher's blocks.
         kept: Kept units of the kept layers, by layer.
-        calibration: The calibration tokens; 32 per channel, spread over them, are used.
+        calibration: The calibration tokens, of which 32 per channel are used, taken at equal intervals.
         stream: Buffer for the teacher's hidden states; overwritten.
 
     Raises:

@@ -37,10 +37,10 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import BlocksGPT, SuperGPT
 
 GAPS_KEPT = 64
-"""Number of gaps of dropped layers whose moments are kept for later candidates"""
+"""Maximum number of gaps of dropped layers whose moments are cached for later candidates"""
 
 RIDGE = 1e-4
-"""Relative strength of the ridge, which a full repair tunes for each map"""
+"""Strength of the ridge relative to the mean squares of the inputs; a full repair tunes it for each map"""
 
 
 class MomentRepair:
@@ -96,6 +96,7 @@ class MomentRepair:
         self._inside = lru_cache(maxsize=2)(self._means_inside)
 
     def _keep_stream(self, layer: int, _: nn.Module, inputs: tuple) -> None:
+        """Store the hidden states before a layer, and the layer's other arguments (a forward pre-hook)."""
         self.streams[layer].append(inputs[0].cpu())
         if layer < self.config.n_layer:
             self.block_args[layer] = inputs[1:]
@@ -109,11 +110,12 @@ class MomentRepair:
             layer: The layer before the gap.
             names: The last output projections before the gap.
             following: The next kept layer, or the number of layers.
-            inside: True if that layer begins with its MLP.
+            inside: True if the next kept layer begins with its MLP.
 
         Returns:
-            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). The projections' inputs
-            are z. The difference between the teacher's hidden states after the gap and before these projections is y.
+            Weighted sums over tokens of y zᵀ, shape (n_embd, n_in), and of y, shape (n_embd,). Here, z are the
+            projections' inputs, and y is the difference between the teacher's hidden states after the gap and those
+            before the projections.
         """
         moments, block = self.layers[layer], self.teacher.transformer.h[layer]
         middle_at = [] if self.config.parallel_residual else ["norm_2"]
@@ -128,7 +130,7 @@ class MomentRepair:
             if names == ("attn.proj",):
                 start, after = before, seen["norm_2"]
             off = (wanted.float() - start.float()).flatten(0, -2).to(dtype)
-            # same weights as the layer's own moments, whose sums over the inputs are used again
+            # token weights as in the layer's own moments, which provide the sums over the inputs
             off = off * token_weights(after.float(), self.config).flatten()[:, None].to(dtype)
             yz += off.T @ z
             y += off.sum(0)
@@ -148,7 +150,7 @@ class MomentRepair:
         return means
 
     def _replace_embedding(self, embedding: torch.Tensor, subnet: SubNet, basis: Basis) -> None:
-        """Write the hidden states after dropped first sub-layers into an untied embedding, as far as tokens predict."""
+        """Write mean hidden states after dropped first sub-layers, one per token id, into an untied embedding."""
         layer = subnet.layers[0]
         if subnet.begins_late and not self.teacher.tied:
             means = self._inside(layer) if subnet.begins_inside(0) else self.before[layer]
@@ -159,7 +161,10 @@ class MomentRepair:
         return load_block(self.config, layer, read_block(self.weights, layer, self.device))
 
     def _checked_ridge(self) -> float:
-        """Return the ridge of all maps, a strong one if the widest map has more inputs than there are tokens."""
+        """Check that all moments are finite, and return the ridge strength for all maps.
+
+        The ridge is strong if there are fewer tokens than inputs of the widest map.
+        """
         behind = [*(layer.before_attn for layer in self.layers[1:]), self.final]
         for layer, moments in enumerate(self.layers):
             if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), behind[layer])):
@@ -169,12 +174,13 @@ class MomentRepair:
             return RIDGE
         warnings.warn(
             f"{self.final.n:,} calibration tokens are fewer than the {widest:,} inputs of the widest map; repairs from "
-            "moments hardly change the sliced weights, give more text",
+            "moments hardly change the sliced weights, use more text",
             stacklevel=3,
         )
         return 1e-1
 
     def _worth(self) -> DirectionImportance:
+        """Return the importance of the residual stream's directions for all input projections and the LM head."""
         worth = DirectionImportance()
         for i, layer in enumerate(self.layers):
             block = self.block(i)
@@ -188,7 +194,11 @@ class MomentRepair:
     @exact_products()
     @torch.no_grad()
     def student(self, subnet: SubNet) -> GPT:
-        """Return a repaired student with reselected units, in a principal basis if channels are removed."""
+        """Return the repaired student of a sub-network.
+
+        Its heads and neurons are selected by their saliency, as many as the sub-network has. If channels are removed,
+        its channels are principal directions of the teacher's residual stream.
+        """
         basis = self._basis(len(subnet.n_embd))
         blocks: list[Block] = []
         for i, layer in enumerate(subnet.layers):
@@ -220,11 +230,13 @@ class MomentRepair:
         return self._gap(layer, writers, following, inside) if writers and is_gap else None
 
     def _make_basis(self, n_embd: int) -> Basis:
+        """Return the basis of students with `n_embd` channels."""
         if n_embd == self.config.n_embd:
             return Basis.coordinates(torch.arange(n_embd, device=self.device), n_embd)
         return Basis.principal(self._directions, n_embd, is_centring(self.config))
 
     def _fit_head(self, student: GPT, basis: Basis) -> None:
+        """Fit a student's LM head, or the weight of its final norm if the head is tied, in place."""
         theirs, ours = self.norm, student.transformer.ln_f
         if not basis.is_coordinates:
             basis.turn_norm(theirs, ours)

@@ -32,7 +32,7 @@ class LayerMoments:
     """
 
     _start: torch.Tensor
-    """Hidden states to which the current output projections add"""
+    """Hidden states before the sub-layer that is running, to which its output projections add theirs"""
 
     def __init__(self, config: Config, layer: int, block: Block) -> None:
         self.config, self.device = config, block.attn.proj.weight.device
@@ -55,6 +55,7 @@ class LayerMoments:
         self._orders: Orders = {}
 
     def _watch(self, block: Block, names: tuple[str, ...]) -> None:
+        """Collect the moments of output projections that one regression fits, by hooks on the teacher's block."""
         modules = [block.get_submodule(name) for name in names]
         ends = np.cumsum([0, *(module.in_features for module in modules)])
         self.columns[names] = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
@@ -79,11 +80,14 @@ class LayerMoments:
         self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
 
     def last_writers(self, keep: LayerUnits) -> tuple[str, ...]:
-        """Return the last output projections, which compensate for dropped sub-layers; none for experts."""
+        """Return the names of the block's last output projections, which compensate for dropped sub-layers after them.
+
+        Experts are not fitted to do so; for a mixture of experts, return an empty tuple.
+        """
         return next((names for names in self.moments if f"{keep.parts[-1]}.proj" in names), ())
 
     def choose(self, subnet: SubNet, index: int, theirs: Block) -> LayerUnits:
-        """Select as many units as a candidate keeps of this layer, those with the largest OBS saliency."""
+        """Select the units with the largest OBS saliency, as many of each kind as a candidate's layer keeps."""
         covariances = {}
         for name in maps_to_choose_for(subnet, index):
             names = next(names for names in self.moments if name in names)
@@ -114,7 +118,7 @@ class LayerMoments:
             basis: Basis of the student's residual stream.
             ridge: Relative strength of the ridge.
             writers: The block's last output projections.
-            gap: Moments of the gap of dropped sub-layers after them, as `MomentRepair._measure_gap` returns them.
+            gap: Moments of the gap of dropped sub-layers after the block, as `MomentRepair._measure_gap` returns them.
         """
         shared = self.config.shared_attention_norm
         for part, stream, norm in (
@@ -140,6 +144,7 @@ class LayerMoments:
         ridge: float,
         gap: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
+        """Fit the output projections `names` of a student's block by one regression, in place."""
         ours = {take.name.removesuffix(".weight"): name.removesuffix(".weight") for name, take in slices.items()}
         kept_names = [name for name in names if name in ours]
         if not kept_names:  # of an expert or a sub-layer that is not kept
@@ -179,7 +184,7 @@ class LayerMoments:
 
 
 def solution(moments: Moments, anchor: torch.Tensor, ridge: float) -> Find:
-    """Return the regression for `fit_readers` and `fit_head`, from these moments."""
+    """Return the function that `fit_readers` and `fit_head` call to solve the regression of these moments."""
     return lambda intercept, _: solve(moments, anchor, ridge, intercept)
 
 
@@ -217,8 +222,8 @@ def _writing_moments(
 def normalised(stream: Moments, basis: Basis, theirs: nn.Module, ours: nn.Module) -> Moments:
     """Return moments with the student's normalised hidden states as inputs and the teacher's as outputs.
 
-    The student's hidden states are approximated by the teacher's, projected onto the basis. A norm over fewer channels
-    divides each token by a different value; here one factor, averaged over tokens, replaces it.
+    The student's hidden states are approximated by the teacher's, projected onto the basis. The student's norm divides
+    by the size of fewer channels, a different value for each token; here, one average factor corrects all tokens.
 
     Args:
         stream: Moments of the teacher's hidden states, normalised without the norm's weights.

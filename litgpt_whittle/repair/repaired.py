@@ -16,10 +16,12 @@ class LayerReport:
     """Held-out errors of a layer before and after its repair."""
 
     layer: int
+    """Index of the teacher's layer"""
     before: float
-    """Relative squared error of the student's hidden states after this block, as sliced, without repair"""
+    """Squared error of the student's hidden states after this block, relative to the teacher's, if the block is only
+    sliced"""
     after: float
-    """Relative squared error after the repair"""
+    """The same error with the repaired block"""
     left_as_cut: list[str] = field(default_factory=list)
     """Linear maps that keep their sliced weights"""
 
@@ -37,7 +39,8 @@ class Repaired:
     refined: Errors | None
     """KL(teacher ‖ student) on held-out tokens before and after training all blocks jointly, in nats per token"""
     fitted: float | None
-    """Final KL(teacher ‖ student) on as many fitted tokens, in nats per token"""
+    """Final KL(teacher ‖ student) on fitted tokens, as many as there are held-out tokens, in nats per token"""
     basis_name: str
+    """Kind of the basis: `pca` or `coordinates`"""
     basis: torch.Tensor
     """The student's channels as combinations of the teacher's, shape (n_embd_student, n_embd_teacher)"""

@@ -92,9 +92,9 @@ class SequentialRepair:
         self.ridges = self._ridges(widest_map(subnet.config))
 
     def _streams_budget(self) -> int:
-        """Return the bytes of the device's memory for streams: half of the memory that the repair does not need.
+        """Return the maximum bytes of streams in the device's memory: half of the memory that the repair leaves free.
 
-        0 on a CPU, where files are cached in main memory.
+        On a CPU, return 0: streams are files, which the operating system caches in main memory.
         """
         if self.device.type == "cpu":
             return 0
@@ -102,7 +102,7 @@ class SequentialRepair:
         return max(free_memory(self.device, 1) - needed, 0) // 2
 
     def _ridges(self, widest: int) -> tuple[float, ...]:
-        """Return the candidate ridges, only strong ones if the widest map has more inputs than there are tokens."""
+        """Return the ridge strengths to choose from: only large ones if there are fewer tokens than inputs of a map."""
         n_tokens = self.calibration.n_fitted
         if n_tokens >= widest:
             return RIDGES
@@ -146,8 +146,9 @@ class SequentialRepair:
         student = {name: tensor.cpu() for name, tensor in (student | outside).items()}
         if self.tied:
             student["lm_head.weight"] = student["transformer.wte.weight"]
-        if self.tied and self.subnet.begins_late:  # not replaced by token means, since it is the head, too
-            reports[0].left_as_cut.append("the embedding, which should stand in for dropped first layers")
+        if self.tied and self.subnet.begins_late:
+            # as the embedding is also the LM head, it cannot replace dropped first layers
+            reports[0].left_as_cut.append("the embedding (tied to the LM head)")
         return Repaired(chosen, student, reports, head, refined, fitted, self.basis_name, self.basis.matrix.cpu())
 
     def _finish(self, i: int, keep: LayerUnits, weights: Weights, report: LayerReport) -> None:
@@ -170,9 +171,11 @@ class SequentialRepair:
     # the models -------------------------------------------------------------------------------------------------------
 
     def _outside(self, config: Config, weights: Weights) -> NonBlockModules:
+        """Return a model's modules outside the blocks, for windows of the calibration tokens' length."""
         return NonBlockModules(config, weights, self.calibration.shape[1], self.device)
 
     def _find_basis(self) -> Basis:
+        """Return the student's basis; principal directions are loaded if an interrupted repair has computed them."""
         if self.basis_name == "coordinates":
             kept = torch.tensor(self.subnet.n_embd.indices, device=self.device)
             return Basis.coordinates(kept, self.teacher.n_embd)
@@ -209,7 +212,7 @@ class SequentialRepair:
             self.streams.run_student(self.ours, finished)
 
     def _repair_embedding(self) -> None:
-        """Replace dropped first sub-layers by per-token means in the embedding."""
+        """Write the teacher's mean hidden state after the dropped first sub-layers, by token id, into the embedding."""
         weight = self.ours.embedding
         means = TokenMeans(self.calibration.windows.unique().to(weight.device), self.teacher.n_embd)
         for batch in self.calibration.training_batches:
@@ -221,6 +224,7 @@ class SequentialRepair:
     # one layer --------------------------------------------------------------------------------------------------------
 
     def _repair_layer(self, i: int) -> tuple[LayerUnits, Weights, LayerReport]:
+        """Fit the student's block `i`; return its kept units, its weights on the CPU, and its errors."""
         layer = self.subnet.layers[i]
         teacher = self.streams.teacher_block(layer)
         if i < self.subnet.n_intact:
@@ -242,7 +246,10 @@ class SequentialRepair:
             repair.left_as_cut = [name for kind in KINDS for name in linear_names(slices, kind)]
         after = repair.error(held_out)
         if not math.isfinite(after):
-            raise UserError(f"activations of layer {layer} are not finite; the checkpoint or its dtype is at fault")
+            raise UserError(
+                f"the student's hidden states must be finite, and those after the teacher's layer {layer} are not; "
+                "download or convert the teacher again, or give --repair false"
+            )
         self.streams.begin(i + 1)
         for batch in self.calibration.batches:
             self.streams.student[batch] = repair.output(batch)
@@ -253,7 +260,7 @@ class SequentialRepair:
         return keep, weights, LayerReport(layer, before, after, left_as_cut)
 
     def _copy_layer(self, i: int, teacher: Block) -> tuple[LayerUnits, Weights, LayerReport]:
-        """Copy a layer of the teacher, which needs no fit."""
+        """Copy the teacher's block `i`; all blocks before it are copies, too, so that nothing has to be fitted."""
         before, finite = self.streams.teacher, FiniteCheck(i)
         self.streams.begin(i + 1)
         for batch in self.calibration.teacher_batches:
@@ -269,8 +276,8 @@ class SequentialRepair:
         """Fit the LM head to the teacher's logits, from the moments of both final norms, then to its predictions.
 
         Returns:
-            KL(teacher ‖ student) in nats per token: before and after on held-out tokens, and the final value on as many
-            fitted tokens. None without passes.
+            KL(teacher ‖ student) in nats per token: on held-out tokens before and after the fit to predictions, and its
+            final value on an equal number of fitted tokens. Both are None if `head_passes` is 0.
         """
         theirs, ours = self.theirs, self.ours
         if not self.basis.is_coordinates:
@@ -295,7 +302,12 @@ class SequentialRepair:
         return errors, head.error(self.calibration.compared_windows)
 
     def _refine(self, subnet: SubNet, layers: list[Weights], progress: bool) -> tuple[Weights, Errors, float]:
-        """Train all blocks except leading copies jointly; return their weights and the divergences."""
+        """Train all blocks except leading copies of the teacher's jointly.
+
+        Returns:
+            The weights of these blocks, and KL(teacher ‖ student) in nats per token: on held-out tokens before and
+            after training, and its final value on an equal number of fitted tokens.
+        """
         first = self.subnet.n_intact
         blocks = [
             load_student_block(subnet, i, {name: w.to(self.device) for name, w in layers[i].items()})

@@ -20,7 +20,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import Weights
 
 SELECTION_TOKENS = 16
-"""Tokens per input of an output projection that suffice to select its inputs"""
+"""Calibration tokens, per input of an output projection, that suffice to select its inputs"""
 
 
 class StreamPair:
@@ -32,8 +32,8 @@ class StreamPair:
         subnet: The student's sub-network.
         calibration: The calibration tokens and the device.
         scratch: Storage of the streams.
-        refines: True if all blocks are trained jointly afterwards. The student's stream before its first block that is
-            not a copy of the teacher's is then kept.
+        refines: True if all blocks are trained jointly afterwards. Training needs the student's stream before its first
+            block that is not a copy of the teacher's, which is then kept.
     """
 
     teacher: Activations
@@ -70,14 +70,14 @@ class StreamPair:
         return self.open(f"student-{i}", len(self.subnet.n_embd))
 
     def have_files(self, i: int) -> bool:
-        """Return whether all streams that the student's block `i` and later steps need exist from an earlier run."""
+        """Return whether all streams that are needed to continue at the student's block `i` exist and are complete."""
         names = [f"teacher-{i}", f"student-{i}"]
         if self.start is not None:
             names.append(f"student-{min(i, self.subnet.n_intact)}")
         return self.scratch.has_streams(*names)
 
     def begin(self, i: int) -> None:
-        """Open both models' streams before the student's block `i`."""
+        """Open both models' streams before the student's block `i`, and make them the current ones."""
         self.teacher, self.student = self.open_teacher(i), self.open_student(i)
 
     def last(self) -> tuple[SharedActivations, SharedActivations]:
@@ -85,7 +85,7 @@ class StreamPair:
         return _shared(self.student), _shared(self.teacher)
 
     def before_training(self) -> SharedActivations:
-        """Return the student's stream before its first block that is trained jointly with the later ones."""
+        """Return the student's stream before the first block that is trained jointly."""
         return _shared(self.open_student(self.subnet.n_intact))
 
     def flush(self) -> None:
@@ -129,7 +129,7 @@ class StreamPair:
                 self.student[batch] = block(self.student[batch], *args)
 
     def around(self, i: int) -> BlockStreams:
-        """Return the streams around the student's block `i`; those after the teacher's sub-layers are still empty."""
+        """Return the streams around the student's block `i`; `run_teacher_block` fills `middle` and `ahead`."""
         middle = None if self.config.parallel_residual else self.teacher
         if middle is not None and not self.subnet.begins_inside(i):
             middle = self.open("middle", self.config.n_embd)
@@ -143,7 +143,7 @@ class StreamPair:
         Args:
             i: The student's layer.
             teacher: The teacher's block.
-            streams: Streams around the block; those after the teacher's sub-layers are filled.
+            streams: The streams around the block; `middle` and `ahead` are written.
             chosen: Names of the output projections whose inputs are selected.
 
         Returns:
@@ -161,7 +161,6 @@ class StreamPair:
         finite = FiniteCheck(layer)
         for batch in self.calibration.batches:
             stream = streams.teacher[batch]
-            # the first tokens suffice
             n_before = batch.start * self.calibration.shape[1]
             wanted = [name for name in chosen if n_before < SELECTION_TOKENS * len(moments[name].z)]
             inside = [] if streams.middle is None else ["norm_2"]
@@ -188,7 +187,7 @@ class StreamPair:
         }
 
     def _advance(self, stream: Activations, layer: int, part: Literal["attn", "mlp"] | None = None) -> None:
-        """Run one of the teacher's blocks, or one of its sub-layers, on its stream, in place."""
+        """Run one of the teacher's blocks, or one sub-layer of the block, on a stream, in place."""
         block, finite = self.teacher_block(layer), FiniteCheck(layer)
         block = block if part is None else part_of(block, part)
         for batch in self.calibration.teacher_batches:

@@ -39,15 +39,15 @@ def choose_units(
     basis: torch.Tensor | None = None,
     orders: Orders | None = None,
 ) -> LayerUnits:
-    """Select as many units of each kind as a student's layer keeps.
+    """Return the best units for a student's layer, as many of each kind as the layer keeps.
 
     Args:
         subnet: The student's sub-network; only the numbers of units matter.
         index: The student's layer.
         teacher: The corresponding block of the teacher.
         covariances: Input covariances of the teacher's output projections to select for, by name, shape (n_in, n_in).
-        basis: The student's channels, in which errors are measured, shape (n_embd_student, n_embd); all channels if
-            None.
+        basis: The student's channels, in which errors are measured, shape (n_embd_student, n_embd); by default all of
+            the teacher's channels.
         orders: Cache of complete elimination orders, for callers that try many numbers of units.
     """
     keep, full = subnet.layer(index), SubNet.full(subnet.teacher).layer(subnet.layers[index])
