@@ -346,7 +346,7 @@ def _repair_summary(repaired: Repaired, calibration: Calibration) -> str:
                 "on broader text."
             )
     if left := sorted({name for layer in layers for name in layer.left_as_cut}):
-        lines.append(f"  Not repaired: {', '.join(left)}.")
+        lines.append(f"  Not fitted in closed form: {', '.join(left)}.")
     return "\n".join(lines)
 
 
