@@ -23,7 +23,11 @@ def write_choice(path: Path, choice: Mapping[str, Any], teacher: Config, **prove
 
 
 def read_choice(path: Path) -> dict[str, Any]:
-    """Read a sub-network's YAML without validating it against a teacher."""
+    """Return the content of a sub-network's YAML file: fields and provenance, not validated against a teacher.
+
+    Raises:
+        UserError: If the file is missing or does not have the form of a sub-network.
+    """
     try:
         choice = from_yaml(Path(path).read_text())
     except OSError as error:
