@@ -26,7 +26,7 @@ from litgpt_whittle.journal import (
     read_journal,
 )
 from litgpt_whittle.searching.args import SelectionArgs
-from litgpt_whittle.searching.selection import Result, Rung, Selection, parse_rungs, read_results, rung_table
+from litgpt_whittle.searching.selection import Rung, RungResult, Selection, parse_rungs, read_results, rung_table
 from litgpt_whittle.strategies import IntegerProgram, RandomSearch
 from litgpt_whittle.subnet import SubNet
 
@@ -188,7 +188,7 @@ def test_the_table_has_ranks_and_tau_against_scipy():
         )
         for i, score in enumerate(scores)
     ]
-    results = [Result(0, "b", i, 100, loss) for i, loss in rung.items()] + [Result(1, "b", 2, 200, 3.0)]
+    results = [RungResult(0, "b", i, 100, loss) for i, loss in rung.items()] + [RungResult(1, "b", 2, 200, 3.0)]
     rows = rung_table(results, evaluations, "perplexity")
     assert rows[0] == ["bin", "candidate", "by perplexity", "after 100 tokens", "after 200 tokens"]
     assert rows[1] == ["b", "2", "2 (2)", "1 (4)", "1 (3)"]

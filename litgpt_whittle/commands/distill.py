@@ -113,10 +113,10 @@ class DistillConfig(TrainingConfig):
     """Losses, weights and temperature of the distillation."""
     compile: bool = True
     """If true, compile the student, and the teacher unless it is sharded or quantized. Without it, training starts
-    about a minute earlier, which can pay off for small models."""
+    about a minute earlier, which can save time for small models."""
     teacher_placement: Literal["auto", "replicated", "sharded"] = "auto"
-    """Distribution of the teacher over several devices. ``auto`` shards it only if the planned memory does not suffice
-    otherwise; training does not start if memory cannot be planned."""
+    """Placement of the teacher on several devices. ``auto`` shards the teacher only if a whole one would not fit on
+    each device, according to the memory plan. If the memory cannot be planned, training does not start."""
     teacher_quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", None] = None
     """Quantize the teacher's blocks, as ``litgpt generate --quantize`` does."""
 

@@ -49,8 +49,8 @@ NOTES = "pruning.yaml"
 class PruneConfig(PruneBase):
     """Sparsify a checkpoint's linear layers.
 
-    Prunes the linear layers inside the blocks, one block at a time. Each is calibrated on the outputs of
-    the pruned blocks before it.
+    Prunes the linear layers inside the blocks, one block at a time. Each block is calibrated on the outputs of the
+    pruned blocks before it.
     """
 
     out_dir: Path = Path("out/prune")
@@ -64,10 +64,10 @@ class PruneConfig(PruneBase):
     pattern: str | int | None = None
     """Keep N of every M weights along the input dimension, such as ``4:8`` or ``2:4``, which GPUs multiply faster."""
     targets: str = "attn,mlp"
-    """Layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of layers such as ``attn.qkv`` and
-    ``mlp.experts.proj``."""
+    """Linear layers to prune, separated by commas: ``attn``, ``mlp``, or kinds of linear layers such as ``attn.qkv``
+    and ``mlp.experts.proj``."""
     refit: bool = False
-    """After pruning, refit each layer's remaining weights in closed form to the unpruned layer's outputs."""
+    """After pruning, refit the remaining weights of each linear layer in closed form to the layer's old outputs."""
     data: DataModule | None = None
     """Data for calibration and for measuring perplexity: any litgpt data module, or
     ``--data HFText --data.path PATH``. Only magnitude works without data."""
@@ -187,7 +187,7 @@ def _summary(reports: Sequence[MapReport], notes: Mapping[str, Any], out_dir: Pa
 
 def table(reports: Sequence[MapReport]) -> str:
     """Return a text table of weights, zeros and mean output error by kind of linear layer."""
-    lines = [f"{'map':<24}{'weights':>16}{'zeros':>9}{'output error':>15}"]
+    lines = [f"{'linear layer':<24}{'weights':>16}{'zeros':>9}{'output error':>15}"]
     for kind in dict.fromkeys(report.kind for report in reports):
         lines.append(_row(kind, [report for report in reports if report.kind == kind]))
     return "\n".join([*lines, _row("all of them", reports)])

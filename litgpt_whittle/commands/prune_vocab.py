@@ -65,8 +65,8 @@ class PruneVocabConfig(PruneBase):
     size: str | int | None = None
     """Number of tokens to keep, such as ``32k``; rounded down to a multiple of 64."""
     like: Path | None = None
-    """Instead of ``size``: a checkpoint whose vocabulary was pruned, to keep the same tokens of a checkpoint with the
-    same original tokenizer, such as a larger teacher."""
+    """Instead of ``size``: a checkpoint written by ``litgpt prune_vocab``, whose tokens are kept. Its original
+    tokenizer must be that of ``checkpoint_dir``, as for a larger model of the same family."""
     data: DataModule | None = None
     """Data whose tokens are counted, and on whose validation text the model is measured: any litgpt data module that
     reads text, or ``--data HFText --data.path PATH``."""
@@ -87,7 +87,7 @@ class PruneVocabConfig(PruneBase):
         if read_model_class(self.checkpoint_dir):
             raise UserError(
                 f"the vocabulary must be pruned before layers differ in size, and {str(self.checkpoint_dir)!r} has a "
-                f"{MODEL_CLASS}; prune that of its teacher"
+                f"{MODEL_CLASS}; prune the vocabulary of its teacher"
             )
         super().validate()
         _ = self._n_kept if self.like is None else self._tokens_of(self.like)
@@ -106,7 +106,8 @@ class PruneVocabConfig(PruneBase):
         """Return the tokens that another checkpoint kept.
 
         Raises:
-            UserError: If its vocabulary was not pruned, or was pruned from another tokenizer.
+            UserError: If its vocabulary was not pruned, was pruned from another tokenizer, or has a token without an
+                embedding in this checkpoint.
         """
         check_checkpoint(like)
         kept, n_rows = KeptTokens.read(like), check_checkpoint(self.checkpoint_dir).padded_vocab_size

@@ -194,7 +194,7 @@ class SearchConfig(CommandConfig):
     def _check_order(self) -> None:
         """Check the order, and that `importance` is given if it is needed and used if it is given."""
         if self.order not in ("given", "importance"):
-            raise UserError(f"order must be given or importance, got {self.order!r}")
+            raise UserError(f"order must be given or importance, got {self.order!r}; choose one")
         is_fine = self.space.startswith("fine")
         needs = self.order == "importance" or self.measure.needs_importance
         if self.importance is not None and not needs and not (self.simple_starts and is_fine):

@@ -202,7 +202,7 @@ class RunningSearch:
         """Search, select among the best candidates, and write the report.
 
         Returns:
-            The result; None on all processes but the first.
+            The search's result; None on all processes but the first.
 
         Raises:
             UserError: If no candidate could be scored.
@@ -285,6 +285,7 @@ class RunningSearch:
 
 
 def convertible_note(teacher: Config) -> str:
+    """Return a note that the space is restricted to students that transformers can represent."""
     architecture = FAMILIES[family_name(teacher)].architecture
     return (
         f"Students stay convertible to {architecture} of transformers, with n_embd a multiple of {teacher.head_size} "

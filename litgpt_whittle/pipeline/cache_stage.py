@@ -22,7 +22,7 @@ NO_LIMIT = 3_000_000_000_000
 
 
 class CacheTeacherStage(Stage[CacheTeacherConfig]):
-    """`litgpt cache_teacher`, by default for several students, if their losses can learn from it."""
+    """Stage of `litgpt cache_teacher`; by default it runs for several students whose losses can learn from a cache."""
 
     name, config, folder_name = "cache_teacher", CacheTeacherConfig, "teacher_cache"
 

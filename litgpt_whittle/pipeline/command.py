@@ -37,6 +37,7 @@ from litgpt_whittle.tasks.harness import read_tasks
 logger = logging.getLogger(__name__)
 
 Section = dict
+"""Type of the settings of a stage; jsonargparse reads it as a mapping"""
 
 
 @dataclass

@@ -26,7 +26,7 @@ from litgpt_whittle.training.planned_step import teacher_dtype
 
 
 class DistillStage(TrainingStage):
-    """`litgpt distill` of a student, and the training of its baseline."""
+    """Stage of `litgpt distill`, which trains a student, and its baseline if asked for."""
 
     name, folder_name, is_per_student = "distill", "distilled", True
     memory = ""

@@ -21,7 +21,7 @@ REPAIR_PASSES = 3
 
 
 class ExtractStage(Stage[ExtractConfig]):
-    """`litgpt extract`, with a repair unless the user does not want it."""
+    """Stage of `litgpt extract`, with a repair unless the user turns it off."""
 
     name, config, folder_name, restart_flag = "extract", ExtractConfig, "start", "--overwrite=true"
     is_per_student = True
@@ -62,5 +62,5 @@ class ExtractStage(Stage[ExtractConfig]):
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
-        """Return the errors of the repair."""
+        """Return the plot of the repair's errors."""
         return [("the repair", folder / "repair.png")]

@@ -41,7 +41,7 @@ PAGE, CURVES = "report.html", "students.png"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudentResult:
     """The checkpoints and trainings of one student."""
 
     name: str
@@ -52,7 +52,7 @@ class Outcome:
     """In a cascade, the name of the teacher that the student is cut from"""
 
     @classmethod
-    def read(cls, folder: Path, cut_from: str = "") -> Outcome:
+    def read(cls, folder: Path, cut_from: str = "") -> StudentResult:
         """Read a student's folder."""
         baseline = TrainingResult(folder / "baseline")
         distilled = TrainingResult(folder / "distilled")
@@ -97,7 +97,7 @@ def write_outcome(
         The table, headings first.
     """
     above = ["teacher", *names] if is_cascade else [""] * len(names)
-    outcomes = [Outcome.read(out_dir / name, cut_from) for name, cut_from in zip(names, above)]
+    outcomes = [StudentResult.read(out_dir / name, cut_from) for name, cut_from in zip(names, above)]
     n_teacher = teacher.n_params
     rows = [["", "cut from", "parameters", "of the teacher", "as searched", "at the start", "distilled", "tokens"]]
     rows[0] += ["random weights", "tokens to reach that"]
@@ -114,7 +114,11 @@ def write_outcome(
         Section(title, "", picture(path, title)) for title, path in _pictures(out_dir, names) if path.is_file()
     ]
     commands = out_dir / COMMANDS
-    sections.append(Section("Commands", "What ran, as it can be run again.", code(commands.read_text())))
+    sections.append(
+        Section(
+            "Commands", "The stages as command lines, which can also be run one by one.", code(commands.read_text())
+        )
+    )
     write_text(out_dir / PAGE, page(f"Students of {teacher.config.name}", sections))
     return rows
 
@@ -138,7 +142,7 @@ def _pictures(out_dir: Path, names: Sequence[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def plot_students(outcomes: Sequence[Outcome], teacher_val_loss: float | None, path: Path) -> None:
+def plot_students(outcomes: Sequence[StudentResult], teacher_val_loss: float | None, path: Path) -> None:
     """Plot validation perplexity over tokens, for every student and its baseline."""
     from matplotlib.ticker import EngFormatter
 

@@ -13,7 +13,10 @@ from litgpt_whittle.tensors import default_precision, weights_dtype
 
 
 class RankStage(Stage[RankConfig]):
-    """`litgpt rank`, by default for coarse spaces: they keep the first units, which should be the most important."""
+    """Stage of `litgpt rank`.
+
+    By default, it runs for coarse spaces, which keep the first units: the ranking puts the most important ones first.
+    """
 
     name, config, folder_name, restart_flag = "rank", RankConfig, "rank", "--overwrite=true"
 

@@ -32,6 +32,7 @@ COMMANDS = "commands.sh"
 
 
 _AGAIN = "run the same command again"
+"""Remedy after a stage that was stopped from outside"""
 
 
 class Pipeline:

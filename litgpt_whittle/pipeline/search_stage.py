@@ -38,7 +38,7 @@ SELECTION_CONFIG = "selection-distill.yaml"
 
 
 class SearchStage(Stage[SearchConfig]):
-    """`litgpt search`, once for all students."""
+    """Stage of `litgpt search`, which runs once for all students."""
 
     name, config, folder_name = "search", SearchConfig, "search"
 
@@ -159,7 +159,7 @@ class SearchStage(Stage[SearchConfig]):
 
     @classmethod
     def pictures(cls, folder: Path) -> list[tuple[str, Path]]:
-        """Return the progress, the candidates, and the best architecture of each bin."""
+        """Return the plots of the progress, of the candidates, and of the best architecture of each bin."""
         found = [("The search", folder / "search.png"), ("Size and score", folder / "candidates.png")]
         for path in sorted(folder.glob("architecture*.png")):
             bin = path.stem.removeprefix("architecture").removeprefix("-")

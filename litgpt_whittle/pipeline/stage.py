@@ -250,7 +250,7 @@ class Stage(ABC, Generic[C]):
 
     @classmethod
     def resume_flags(cls, folder: Path) -> list[str]:
-        """Return the flags that make it resume, or replace an unfinished output."""
+        """Return the flags with which the command resumes, or replaces an unfinished output."""
         if cls.can_resume(folder):
             return ["--resume=true"]
         return [cls.restart_flag] if cls.restart_flag and folder.exists() else []

@@ -18,7 +18,7 @@ WITHOUT_TEACHER = (
 
 
 class TrainingStage(Stage[DistillConfig]):
-    """A stage that trains by `litgpt distill`."""
+    """Stage that runs `litgpt distill`."""
 
     config, command = DistillConfig, "distill"
 

@@ -64,7 +64,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Result:
+class RungResult:
     """Result of a candidate in a rung."""
 
     rung: int
@@ -169,7 +169,7 @@ class Selection:
             for bin in bins
         }
         n_students = sum(min(rung.n, len(own)) for own in ranked.values() for rung in self.rungs)
-        results: list[Result] = []
+        results: list[RungResult] = []
         winners = {}
         with tqdm(total=n_students, desc="selection", unit="student", dynamic_ncols=True) as bar:
             for bin, left in ranked.items():
@@ -178,7 +178,7 @@ class Selection:
                     for evaluation in left[: rung.n]:
                         val_loss = self._train(evaluation, rung)
                         losses = val_loss, self._task_loss(self._trained(evaluation, rung))
-                        found.append(Result(i, bin, evaluation.index, rung.tokens, *losses))
+                        found.append(RungResult(i, bin, evaluation.index, rung.tokens, *losses))
                         bar.update()
                     results += found
                     order = {r.evaluation: r.loss for r in found}
@@ -255,13 +255,13 @@ _OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SI
 """Environment variables of the search's own process group, which must not reach the commands"""
 
 
-def read_results(out_dir: Path) -> list[Result]:
+def read_results(out_dir: Path) -> list[RungResult]:
     """Return the results of a search's rungs; an empty list without a selection."""
     path = Path(out_dir) / RESULTS
-    return [Result(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+    return [RungResult(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
 
-def rung_table(results: Sequence[Result], evaluations: Sequence[Evaluation], score: str) -> list[list[str]]:
+def rung_table(results: Sequence[RungResult], evaluations: Sequence[Evaluation], score: str) -> list[list[str]]:
     """Return a table of each candidate's rank by the score and in every rung that it reached, with a header row.
 
     The last row of each bin shows Kendall's τ between the ranking of each rung and the ranking before it, over the
