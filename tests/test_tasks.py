@@ -29,11 +29,14 @@ from litgpt_whittle.fitness.repaired import Repaired
 from litgpt_whittle.fitness.tasks import RepairedTasks, Tasks
 from litgpt_whittle.hf.export import export_hf
 from litgpt_whittle.journal import read_journal
+from litgpt_whittle.ranking.quick import quick_order
 from litgpt_whittle.searching.args import SelectionArgs
+from litgpt_whittle.searching.loop import within_memory
 from litgpt_whittle.searching.selection import Selection, read_results
+from litgpt_whittle.searching.starting import text_to_measure
 from litgpt_whittle.strategies import NSGA2, RandomSearch
 from litgpt_whittle.subnet import SubNet
-from litgpt_whittle.supergpt import extract_weights, student_model
+from litgpt_whittle.supergpt import SuperGPT, extract_weights, student_model
 from litgpt_whittle.tasks import SearchTaskArgs, TaskArgs
 from litgpt_whittle.tasks.batches import Continuation, task_batches
 from litgpt_whittle.tasks.harness import read_tasks
@@ -161,6 +164,23 @@ def test_batches_hold_every_token_once_after_its_truncated_context(given, max_le
         n_context = len(whole) - len(answer)
         assert seen[i] == [(whole[: n_context + k], token) for k, token in enumerate(answer)]
     assert sorted(inputs) == sorted({tuple([*a, *b][-(max_length + 1) : -1]) for a, b in given})
+    batches = task_batches(given, max_length, max_tokens)
+    rows = [tuple(row) for batch in batches for ids in batch.unpadded() for row in ids.tolist()]
+    assert sorted(rows) == sorted(inputs)
+    for batch in batches:
+        halves = batch.halves()
+        sizes = [len(half.input_ids) for half in halves]
+        assert len(sizes) == min(len(batch.input_ids), 2) and max(sizes) - min(sizes) <= 1
+        assert torch.equal(torch.cat([half.input_ids for half in halves]), batch.input_ids)
+        assert sorted(facts(batch)) == sorted(each for half in halves for each in facts(half))
+
+
+def facts(batch):
+    """Return the input before each scored token, the token, and its continuation."""
+    return [
+        (batch.input_ids[row, : position + 1].tolist(), target, i)
+        for row, position, target, i in zip(*(part.tolist() for part in batch[1:]))
+    ]
 
 
 @given(st.lists(st.floats(-50, -0.1), min_size=36, max_size=36))
@@ -249,8 +269,40 @@ def test_layers_before_the_first_cut_are_computed_once_with_the_same_scores(teac
     with model.running(late):
         expected = np.mean([result.margin for result in tasks.measure(model)])
     assert score(late)["margin"] == pytest.approx(expected, rel=1e-4) and score.prefix.layer == 3
+    with score.halved():
+        assert score(late)["margin"] == pytest.approx(expected, rel=1e-4)
     whole = score(SubNet.full(TEACHER))
     assert whole["margin"] == pytest.approx(np.mean([each.margin for each in tasks.measure(model)]), rel=1e-4)
+
+
+def test_a_candidate_that_runs_out_of_memory_is_scored_again_with_half_as_many_inputs_per_pass(
+    teacher, folder, monkeypatch
+):
+    model, subnet = load_model(teacher, "SuperGPT"), SubNet(TEACHER, **CUT)
+    score = Tasks(model, tasks=read_tasks(SearchTaskArgs([str(folder)]), teacher, 64))
+    expected, forward = score(subnet), SuperGPT.forward
+    sizes = [len(batch.input_ids) for batch in score.batches]
+
+    def within(self, idx, *args, **kwargs):
+        if len(idx) > -(-max(sizes) // 2):
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(SuperGPT, "forward", within)
+    assert within_memory(score, lambda: score(subnet)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_simple_starts_are_measured_on_the_tasks_inputs_without_padding(teacher, folder):
+    model, tasks = load_model(teacher, "SuperGPT"), read_tasks(SearchTaskArgs([str(folder)]), teacher, 64)
+    batches = tasks.batches
+    text = text_to_measure(None, 64, batches)
+    found = quick_order(model, text, n_tokens=10**9)
+    ends = [[int(batch.positions[batch.rows == i].max()) + 1 for i in range(len(batch.input_ids))] for batch in batches]
+    rows = [row[None, :end] for batch, own in zip(batches, ends) for row, end in zip(batch.input_ids, own)]
+    alone = quick_order(model, rows, n_tokens=10**9)
+    assert found.n_embd.tolist() == alone.n_embd.tolist() and found.n_layer.tolist() == alone.n_layer.tolist()
+    padded = quick_order(model, [batch.input_ids for batch in batches], n_tokens=10**9)
+    assert padded.n_embd.tolist() != alone.n_embd.tolist()
 
 
 def test_bf16_is_used_where_asked_for(teacher, folder):

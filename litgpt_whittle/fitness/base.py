@@ -48,6 +48,8 @@ class Fitness(ABC):
     n_tokens: int
     """Number of tokens that each candidate is scored on"""
     autocast: Callable[[], AbstractContextManager[Any]]
+    is_halved: bool = False
+    """True while a candidate should run with half as many windows or inputs per forward pass"""
     is_sharded: bool = False
     """True if the teacher is sharded over processes; all of them then score every candidate together"""
 
@@ -81,8 +83,12 @@ class Fitness(ABC):
 
     @contextmanager
     def halved(self) -> Iterator[None]:
-        """Use less memory inside this context, to score a candidate again after it ran out of memory."""
-        yield
+        """Set `is_halved` inside this context, to score a candidate again after it ran out of memory."""
+        self.is_halved = True
+        try:
+            yield
+        finally:
+            self.is_halved = False
 
 
 class WindowLosses(NamedTuple):

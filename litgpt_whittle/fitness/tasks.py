@@ -47,13 +47,16 @@ class Tasks(Fitness):
     @torch.inference_mode()
     def __call__(self, subnet: SubNet) -> dict[str, float]:
         """Return a sub-network's scores by name."""
-        if subnet.n_intact:
+        # the prefix is known for whole batches only
+        n_intact = 0 if self.is_halved else subnet.n_intact
+        if n_intact:
             with self.autocast():
-                self.prefix.before(subnet.n_intact)
+                self.prefix.before(n_intact)
+        batches = [half for batch in self.batches for half in batch.halves()] if self.is_halved else self.batches
         with self._student(subnet) as student, self.autocast():
             # the head's owner also owns the blocks that run
-            with starting_at(getattr(student, "head_owner", student), subnet.n_intact, self.prefix.streams):
-                found = log_likelihoods(student, self.batches, self.tasks.n_continuations)
+            with starting_at(getattr(student, "head_owner", student), n_intact, self.prefix.streams):
+                found = log_likelihoods(student, batches, self.tasks.n_continuations)
         return self.tasks.scores(self.tasks.results(found))
 
     @contextmanager

@@ -57,7 +57,8 @@ def text_to_measure(
     if calibration is not None:
         return [calibration]
     others = [] if data is None else batches_after(data, seq_length, len(batches), N_TOKENS)
-    return [batch.input_ids for batch in others or batches]
+    found = ([batch.input_ids] if isinstance(batch, Batch) else batch.unpadded() for batch in others or batches)
+    return [ids for each in found for ids in each]
 
 
 def give_starts(

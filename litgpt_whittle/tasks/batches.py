@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,28 @@ class TaskBatch(NamedTuple):
     def n_tokens(self) -> int:
         """Number of scored tokens."""
         return len(self.targets)
+
+    def halves(self) -> list[TaskBatch]:
+        """Return two batches with half of the inputs each, or this batch alone if it has a single input."""
+        n_inputs = len(self.input_ids)
+        cuts = [0, -(-n_inputs // 2), n_inputs] if n_inputs > 1 else [0, 1]
+        found = []
+        for begin, end in pairwise(cuts):
+            own = (self.rows >= begin) & (self.rows < end)
+            rest = self.positions[own], self.targets[own], self.continuations[own]
+            found.append(TaskBatch(self.input_ids[begin:end], self.rows[own] - begin, *rest))
+        return found
+
+    def unpadded(self) -> list[torch.Tensor]:
+        """Return the inputs without padding: token ids of shape (n, T) for each length T, the longest first."""
+        # the last token of each input precedes a scored one
+        lengths = torch.zeros(len(self.input_ids), dtype=torch.long).scatter_reduce(
+            0, self.rows.cpu(), self.positions.cpu() + 1, "amax"
+        )
+        return [
+            torch.stack([ids[:length] for ids, own in zip(self.input_ids, lengths.tolist()) if own == length])
+            for length in lengths.unique().flip(0).tolist()
+        ]
 
     def to(self, device: torch.device) -> TaskBatch:
         """Return the batch on a device."""
