@@ -20,6 +20,7 @@ from litgpt.utils import extend_checkpoint_dir, save_config
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import MappedWeights, file_fingerprint, from_yaml, new_folder, to_yaml, write_text
 from litgpt_whittle.huggingface_config import student_hf_config
+from litgpt_whittle.licenses import pass_on_license
 from litgpt_whittle.model_config import MODEL_CONFIG, read_model_config
 from litgpt_whittle.registry import lookup
 from litgpt_whittle.sharded_checkpoint import (
@@ -250,8 +251,8 @@ def save_checkpoint(
         model: The model's config, or its sub-network if the weights have the true shape of a student. A layer-wise
             student is padded with zeros; its true shape is saved as well, and `load_model` restores it.
         weights: The weights; None for a sharded checkpoint, whose weights are saved separately.
-        tokenizer_dir: Directory from which to copy the tokenizer and the Hugging Face config. Sizes in the config are
-            changed to the student's.
+        tokenizer_dir: Directory from which to copy the tokenizer, the license and the Hugging Face config. Sizes in the
+            config are changed to the student's.
         sub_network: Content of `sub_network.yaml`.
         extra: Further files of tensors and plain values, by name.
         notes: Further YAML files, by name.
@@ -272,6 +273,7 @@ def save_checkpoint(
             save_tensors(content, folder / name)
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), folder)
+            pass_on_license(Path(tokenizer_dir), folder)
             if content := read_hf_config(Path(tokenizer_dir)):
                 write_text(folder / HF_CONFIG, json.dumps(_resized(content, model, tied), indent=2))
         save_config(config, folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import yaml
@@ -96,6 +97,20 @@ def test_the_card_describes_origin_sizes_and_measurements(tmp_path):
     ):  # fmt: skip
         assert part in text
     assert str(tmp_path) not in text and "secret" not in text
+
+
+def test_the_license_survives_a_cascade_whose_folders_have_moved(tmp_path):
+    """Each checkpoint passes on the license of the one before, as it does with the tokenizer."""
+    folder = write_tokenizer(tmp_path / "teacher")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: l3\ntags: [a]\n---\n# A\n")
+    for name in ("student", "distilled", "next"):
+        save_student(tmp_path / name, TEACHER, tokenizer_dir=folder, n_layer=2)
+        shutil.rmtree(folder)
+        folder = tmp_path / name
+    setup(folder, out_dir=tmp_path / "out", check=False)
+    metadata = card(tmp_path / "out")[0]
+    assert (metadata["license"], metadata["license_name"]) == ("other", "l3")
+    assert not (tmp_path / "out/license.yaml").exists()
 
 
 def test_the_card_of_a_padded_model_has_both_counts(tmp_path):

@@ -35,6 +35,7 @@ from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_space
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.index_plan import n_params
+from litgpt_whittle.licenses import pass_on_license
 from litgpt_whittle.processes import lock_output, release_memory
 from litgpt_whittle.quantities import parse_amount
 from litgpt_whittle.results import Checkpoint
@@ -158,6 +159,7 @@ class PruneVocabConfig(PruneBase):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_tokenizer(self.checkpoint_dir, folder, tokens.indices)
+            pass_on_license(self.checkpoint_dir, folder)
             KeptTokens(tokens, tokenizer_fingerprint(read_json(self.checkpoint_dir / TOKENIZER))).write(folder)
             save_checkpoint(self.out_dir.resolve(), config, smaller, folder)
 

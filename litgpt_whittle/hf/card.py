@@ -8,10 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from litgpt_whittle.files import from_yaml, to_yaml
+from litgpt_whittle.files import to_yaml
 from litgpt_whittle.hf.student import Student
+from litgpt_whittle.licenses import license_in, license_of, read_mapping
 from litgpt_whittle.metrics_log import read_metrics
 
 _TRAINING = ("distill", "train", "optimizer", "precision", "seed")
@@ -19,9 +18,6 @@ _TRAINING = ("distill", "train", "optimizer", "precision", "seed")
 
 _SEARCH = ("strategy", "space", "order", "bin")
 """Settings of a search that the card lists"""
-
-_LICENSE = ("license", "license_name", "license_link")
-"""Fields of a model card that name a license; the Hub needs the last two if the first is `other`"""
 
 _LOAD = {
     "hf": """\
@@ -86,36 +82,11 @@ def _metadata(student: Student, layout: str) -> dict[str, Any]:
 
 
 def _license(student: Student) -> dict[str, str]:
-    """Return the license that the teacher's `config.json` names, or a model card in the student's or its folder."""
+    """Return the license in the teacher's `config.json`, else of the student's folder or the teacher's."""
     teacher = student.provenance.get("checkpoint_dir")
     folders = [student.checkpoint_dir, *([Path(teacher)] if isinstance(teacher, str) else [])]
-    for content in (student.hf_config, *(_front_matter(folder / "README.md") for folder in folders)):
-        if isinstance(content.get("license"), str):
-            return {key: content[key] for key in _LICENSE if isinstance(content.get(key), str)}
-    return {}
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    """Return the YAML at the start of a Markdown file; empty if there is none."""
-    match = re.match(r"---\n(.*?)\n---", _read(path), flags=re.DOTALL)
-    return _mapping(match[1]) if match else {}
-
-
-def _read(path: Path) -> str:
-    """Return a file's text; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    """Return a YAML mapping; empty if the text is none."""
-    try:
-        content = from_yaml(text)
-    except yaml.YAMLError:
-        content = None
-    return content if isinstance(content, dict) else {}
+    found = (license_in(student.hf_config), *map(license_of, folders))
+    return next(filter(None, found), {})
 
 
 def _sizes(student: Student, n_stored: int) -> str:
@@ -167,16 +138,20 @@ def _origin(student: Student) -> str:
 
 def _training(student: Student) -> dict[str, Any]:
     """Return the arguments of the training that wrote the checkpoint; empty if it was not trained."""
-    return _mapping(_read(student.checkpoint_dir / "hyperparameters.yaml"))
+    return read_mapping(student.checkpoint_dir / "hyperparameters.yaml")
 
 
 def _measurements(student: Student) -> str:
     """Return the losses and perplexities that search and training have recorded."""
     origin, rows = student.provenance, {}
-    searched = {"perplexity": "perplexity in the search, plain cut", "repaired_perplexity": "… after a repair"}
-    for key, title in searched.items():
+    searched = {
+        "perplexity": ("perplexity in the search, plain cut", ".2f"),
+        "repaired_perplexity": ("… after a repair", ".2f"),
+        "bits_per_byte": ("… in bits per byte of text", ".4f"),
+    }
+    for key, (title, digits) in searched.items():
         if isinstance(value := origin.get(key), float):
-            rows[title] = f"{value:.2f}"
+            rows[title] = format(value, digits)
     if _training(student):
         folder = student.checkpoint_dir.resolve()
         metrics = read_metrics(folder.parent / "metrics.jsonl")
