@@ -69,13 +69,22 @@ def test_a_ranking_is_left_that_loads_without_running_code(folder, tmp_path, cap
         assert scores["n_embd"].shape == (TEACHER.n_layer + 1, TEACHER.n_embd)
         sizes = {"n_query_groups": 2, "heads_per_group": 2, "intermediate_size": 48}
         assert [{name: len(of) for name, of in layer.items()} for layer in scores["layers"]] == [sizes] * 4
+    assert {part: len(values) for part, values in content["sublayers"].items()} == {"attn": 4, "mlp": 4}
+    loaded = Ranking.load(tmp_path / "out", TEACHER)
+    for part, influence in content["sublayers"].items():
+        assert loaded.order.sublayers[part].tolist() == influence.argsort(descending=True).tolist()
+    del content["sublayers"]  # a ranking of an earlier version
+    torch.save(content, tmp_path / "old.pt")
+    assert Ranking.load(tmp_path / "old.pt", TEACHER).order.sublayers == {}
     assert (tmp_path / "out/importance.png").read_bytes().startswith(b"\x89PNG")
 
     printed = capsys.readouterr().out.splitlines()
     table = [line.split() for line in printed if line.strip()[:1].isdigit()]
     influence = ranking.scores.layers["block_influence"]
     assert [int(row[0]) for row in table] == influence.argsort().tolist()  # least important first
-    assert float(table[0][1]) == pytest.approx(float(influence.min()), rel=1e-2)
+    least, parts = int(influence.argmin()), ranking.scores.sublayers
+    columns = [influence[least], parts["attn"][least], parts["mlp"][least]]
+    assert [float(cell) for cell in table[0][1:4]] == pytest.approx([float(value) for value in columns], rel=1e-2)
     assert "--order importance" in printed[-1]
 
 

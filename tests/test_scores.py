@@ -12,6 +12,7 @@ from litgpt.model import GPT, LLaMAMoE
 
 from litgpt_whittle.index_plan import kept_indices, units_of
 from litgpt_whittle.ranking.scores import METRICS, Scores, magnitudes, measure
+from litgpt_whittle.student_block import part_of
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT, extract_weights
 from litgpt_whittle.unit_index import UnitIndex
@@ -308,12 +309,34 @@ def test_layers_by_how_they_turn_the_stream_and_by_what_is_lost_without_them(nam
     assert got.perplexity == pytest.approx(math.exp(float(losses(model, ids[:3]).mean())), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["phi-2", "Qwen3-0.6B", "Gemma-2-2b", "OLMo-2-1124-7B"])
+@torch.no_grad()
+def test_sub_layers_by_how_they_turn_the_stream(name, exact):
+    """With parallel residuals, norms after sub-layers, or neither; the oracle runs blocks that lack the MLP."""
+    config = ARCHITECTURES[name]
+    model, ids, calls = teacher(config), windows(config, 2), []
+    got = measure(model, ids, 0, progress=False)
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda block, args, y: calls.append((block, args, y)))
+    model(ids)
+    for layer, (block, args, after) in enumerate(list(calls)):
+        with_attention = part_of(block, "attn")(*args)
+        assert float(got.sublayers["attn"][layer]) == pytest.approx(angle(args[0], with_attention), rel=1e-9)
+        assert float(got.sublayers["mlp"][layer]) == pytest.approx(angle(with_attention, after), rel=1e-9)
+
+
+def angle(x, y):
+    """Return one minus the cosine similarity of two residual streams, averaged over tokens."""
+    return 1 - float((x * y).sum(-1).div(x.norm(dim=-1) * y.norm(dim=-1)).mean())
+
+
 def same(one: Scores, two: Scores, **tolerance) -> None:
     for metric in METRICS:
         for ours, theirs in zip(one.units[metric].layers, two.units[metric].layers):
             torch.testing.assert_close(ours, theirs, **tolerance)
         torch.testing.assert_close(one.units[metric].n_embd, two.units[metric].n_embd, **tolerance)
     torch.testing.assert_close(one.layers, two.layers, **tolerance)
+    torch.testing.assert_close(one.sublayers, two.sublayers, **tolerance)
 
 
 def test_scores_are_the_same_every_time_and_whatever_the_batches():

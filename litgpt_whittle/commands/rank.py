@@ -1,4 +1,4 @@
-"""`litgpt rank`: score a checkpoint's channels, heads, neurons, experts and layers by their importance."""
+"""`litgpt rank`: score a checkpoint's channels, heads, neurons, experts, layers and sub-layers by importance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from litgpt_whittle.plugin import save_hyperparameters
 from litgpt_whittle.processes import lock_dir_for_all
 from litgpt_whittle.ranking.ranking import FILE, Ranking
 from litgpt_whittle.ranking.scores import LAYER_METRICS, METRICS, Scores, measure
-from litgpt_whittle.reports.heat_map import LAYER_TITLES, plot_importance
+from litgpt_whittle.reports.heat_map import layer_columns, plot_importance
 from litgpt_whittle.results import RankResult
 from litgpt_whittle.setting_checks import check_seed
 from litgpt_whittle.tensors import default_precision, weights_dtype
@@ -31,7 +31,7 @@ from litgpt_whittle.tensors import default_precision, weights_dtype
 
 @dataclass
 class RankConfig(CommandConfig):
-    """Rank a checkpoint's channels, heads, neurons, experts and layers by importance."""
+    """Rank a checkpoint's channels, heads, neurons, experts, layers and sub-layers by importance."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(("out_dir", "overwrite", "data.init_args.num_workers"))
 
@@ -136,11 +136,12 @@ setup = as_command(RankConfig)
 def table(scores: Scores, layer_metric: str, n: int = 8) -> str:
     """Return a text table of the n least important layers by `layer_metric`."""
     order = scores.layers[layer_metric].argsort(stable=True).tolist()
-    rows = [["least important layers", *(LAYER_TITLES[name] for name in scores.layers)]]
+    columns = layer_columns(scores)
+    rows = [["least important layers", *columns]]
     for layer in order[:n]:
-        rows.append([str(layer), *(_number(float(values[layer])) for values in scores.layers.values())])
+        rows.append([str(layer), *(_number(float(values[layer])) for values in columns.values())])
     if scores.perplexity is not None:
-        rows.append(["the whole teacher", "", _number(scores.perplexity)])
+        rows.append(["the whole teacher", *[""] * (len(columns) - 1), _number(scores.perplexity)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

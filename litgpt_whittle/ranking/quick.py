@@ -18,11 +18,12 @@ from litgpt.model import GPT
 from torch import nn
 
 from litgpt_whittle.distillation.head import hidden_states
-from litgpt_whittle.index_plan import SUBLAYERS, axes_of, units_of
+from litgpt_whittle.index_plan import axes_of, units_of
+from litgpt_whittle.ranking.influence import Influence
 from litgpt_whittle.ranking.order import Order
 from litgpt_whittle.ranking.scores import Autocast
 from litgpt_whittle.subnet import layer_sizes
-from litgpt_whittle.tensors import in_sums_dtype, upcast
+from litgpt_whittle.tensors import upcast
 
 N_TOKENS = 4096
 """Number of tokens to read"""
@@ -52,30 +53,24 @@ def quick_order(
             head = hidden_states(model, ids.to(model.transformer.wte.weight.device))
         sums.n_embd += _squares(head.hidden, head.weight)
     own = tuple({kind: score.sqrt().numpy() for kind, score in units.items()} for units in sums.layers)
-    sublayers = {part: influence.numpy() for part, influence in sums.sublayers.items()}
-    return Order.by(model.config, sums.n_embd.sqrt().numpy(), sums.influence.numpy(), own, sublayers)
+    sublayers = {part: influence.numpy() for part, influence in sums.influence.sublayers.items()}
+    return Order.by(model.config, sums.n_embd.sqrt().numpy(), sums.influence.layers.numpy(), own, sublayers)
 
 
 class _Sums:
-    """Hooks that accumulate squared contributions of units and the block influence of layers while a model runs."""
+    """Hooks that accumulate squared contributions of units and block influence while a model runs."""
 
     def __init__(self, model: GPT) -> None:
         self.model, config = model, model.config
         zeros = partial(torch.zeros, dtype=torch.float64)
-        self.n_embd, self.influence = zeros(config.n_embd), zeros(config.n_layer)
-        self.sublayers = {part: zeros(config.n_layer) for part in SUBLAYERS}
-        self._added: dict[str, torch.Tensor] = {}
-        """Outputs of the current block's sub-layers, which are added to the residual stream"""
+        self.n_embd, self.influence = zeros(config.n_embd), Influence(model)
         self.layers = [{k: zeros(n) for k, n in layer_sizes(config, i).items()} for i in range(config.n_layer)]
         self.units = [units_of(config, i) for i in range(config.n_layer)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        handles = []
+        handles = self.influence.hooks()
         for layer, block in enumerate(self.model.transformer.h):
-            handles.append(block.register_forward_hook(partial(self._add_block, layer)))
-            for part, (_, after) in SUBLAYERS.items():
-                handles.append(block.get_submodule(after).register_forward_hook(partial(self._note_added, part)))
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
                     handles.append(module.register_forward_pre_hook(partial(self._add_inputs, layer, axes_of(name))))
@@ -103,21 +98,6 @@ class _Sums:
 
     def _add_expert(self, layer: int, expert: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self.layers[layer]["n_expert"][expert] += upcast(output).square().sum().cpu().double()
-
-    def _note_added(self, part: str, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._added[part] = output
-
-    def _add_block(self, layer: int, _: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        before, after = inputs[0], output
-        self.influence[layer] += _influence(before, after)
-        self.sublayers["attn"][layer] += _influence(before, before + self._added["attn"])
-        self.sublayers["mlp"][layer] += _influence(after - self._added["mlp"], after)
-
-
-def _influence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return one minus the cosine similarity of two residual streams, summed over tokens."""
-    cosine = F.cosine_similarity(upcast(before), upcast(after), dim=-1)
-    return in_sums_dtype(1 - cosine).sum().cpu()
 
 
 def _square(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -41,13 +41,15 @@ class Ranking:
         units = self.scores.units[self.metric]
         own = tuple({name: scores.numpy() for name, scores in layer.items()} for layer in units.layers)
         layers = self.scores.layers[self.layer_metric]
-        return Order.by(self.teacher, units.n_embd.sum(0).numpy(), layers.numpy(), own)
+        sublayers = {part: influence.numpy() for part, influence in self.scores.sublayers.items()}
+        return Order.by(self.teacher, units.n_embd.sum(0).numpy(), layers.numpy(), own, sublayers)
 
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the order."""
         digest = hashlib.sha256()
-        for order in (self.order.n_embd, self.order.n_layer, *(x for own in self.order.layers for x in own.values())):
+        units = (x for own in (*self.order.layers, self.order.sublayers) for x in own.values())
+        for order in (self.order.n_embd, self.order.n_layer, *units):
             digest.update(order.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
@@ -75,6 +77,7 @@ class Ranking:
             "layer_metric": self.layer_metric,
             "units": units,
             "layers": self.scores.layers,
+            "sublayers": self.scores.sublayers,
             "perplexity": self.scores.perplexity,
             "provenance": self.provenance,
         }
@@ -102,7 +105,8 @@ class Ranking:
         units = {
             metric: UnitScores(scores["n_embd"], tuple(scores["layers"])) for metric, scores in content["units"].items()
         }
-        scores = Scores(units, content["layers"], content["perplexity"])
+        # rankings of earlier versions have no scores of sub-layers
+        scores = Scores(units, content["layers"], content["perplexity"], content.get("sublayers", {}))
         return cls(teacher, scores, content["metric"], content["layer_metric"], content["provenance"])
 
 

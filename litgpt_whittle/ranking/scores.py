@@ -19,6 +19,8 @@ There are two measures of layers:
   tokens (ShortGPT, arXiv 2403.03853).
 - `perplexity`: the teacher's perplexity without the layer.
 
+Attention and MLP of each layer are scored by their block influence alone.
+
 Activations and gradients are collected by hooks on litgpt's own modules; the slicing rules map tensors to units.
 """
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -43,6 +45,7 @@ from litgpt_whittle.blocks import routing
 from litgpt_whittle.distillation.head import head_loss, hidden_states
 from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.index_plan import axes_of, units_of
+from litgpt_whittle.ranking.influence import Influence
 from litgpt_whittle.subnet import SubNet, layer_sizes
 from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.tensors import (
@@ -81,6 +84,8 @@ class Scores:
     """Each of shape (n_layer,)"""
     perplexity: float | None
     """Perplexity of the whole teacher, if the perplexity without each layer was measured"""
+    sublayers: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Block influence of each layer's attention (`attn`) and MLP (`mlp`), of shape (n_layer,); empty if unknown"""
 
 
 def measure(
@@ -118,14 +123,15 @@ def measure(
         "magnitude": magnitudes(model),
         "taylor": watch.scores(watch.taylor, lambda total: total / len(windows)),
     }
-    layers, perplexity = {"block_influence": watch.influence / windows.numel()}, None
+    layers, perplexity = {"block_influence": watch.influence.layers / windows.numel()}, None
+    sublayers = {part: total / windows.numel() for part, total in watch.influence.sublayers.items()}
     if n_layer_windows:
         parts = (part[:n_layer_windows, :-1].split(micro_batch_size) for part in (windows, targets))
         batches = [Batch(*batch) for batch in zip(*parts)]
         score = Perplexity(model, batches, autocast)
         perplexity = score(SubNet.full(model.config))["perplexity"]
         layers["perplexity"] = perplexities_without(model.config, score, progress)
-    return Scores(units, layers, perplexity)
+    return Scores(units, layers, perplexity, sublayers)
 
 
 def perplexities_without(teacher: Config, score: Perplexity, progress: bool = True) -> torch.Tensor:
@@ -176,7 +182,7 @@ class _Watch:
     def __init__(self, model: GPT, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_layer = model, n_tokens, model.config.n_layer
         self.activation, self.taylor = _Sums(power=2), _Sums(power=1)
-        self.influence = torch.zeros(self.n_layer, dtype=torch.float64)
+        self.influence = Influence(model)
         self.units = [units_of(model.config, layer) for layer in range(self.n_layer)]
         self.moe_inputs: dict[int, torch.Tensor] = {}
 
@@ -202,8 +208,8 @@ class _Watch:
     def _watching(self) -> Iterator[None]:
         handles = [self.model.transformer.wte.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
         handles += [self._watch_output(self.model.transformer.ln_f, (self.n_layer, "ln_f"))]
+        handles += self.influence.hooks()
         for layer, block in enumerate(self.model.transformer.h):
-            handles += [block.register_forward_hook(partial(self._note_block, layer))]
             for name, module in block.named_modules():
                 handles += self._watch(layer, name, module)
         try:
@@ -256,10 +262,6 @@ class _Watch:
             self.taylor.add((layer, "n_expert"), changes)
 
         output.register_hook(note)
-
-    def _note_block(self, layer: int, block: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        cosine = F.cosine_similarity(upcast(inputs[0].detach()), upcast(output.detach()), dim=-1)  # (B, T)
-        self.influence[layer] += float((1 - cosine).sum())
 
     def _per_sequence(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of each sequence, which are contiguous: (…, n_units) to (B, n_units)."""

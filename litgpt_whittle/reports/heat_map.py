@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from litgpt.config import Config
 
 from litgpt_whittle.ranking.ranking import Ranking
+from litgpt_whittle.ranking.scores import Scores
 
 N_BINS = 128
 """Maximum number of columns in a panel; with more units, neighbours in the order are averaged"""
@@ -25,6 +27,18 @@ TITLES = {
     "taylor": "the first-order change of the loss without them",
 }
 LAYER_TITLES = {"block_influence": "block influence", "perplexity": "perplexity without it"}
+SUBLAYER_TITLES = {"attn": "of the attention", "mlp": "of the MLP"}
+"""Titles of block influence, after the column of whole layers"""
+
+
+def layer_columns(scores: Scores) -> dict[str, torch.Tensor]:
+    """Return the scores of layers and of their sub-layers by title, in the order of the columns to show."""
+    columns = {}
+    for name, values in scores.layers.items():
+        columns[LAYER_TITLES[name]] = values
+        if name == "block_influence":
+            columns |= {SUBLAYER_TITLES[part]: influence for part, influence in scores.sublayers.items()}
+    return columns
 
 
 def plot_importance(ranking: Ranking, path: Path) -> None:
@@ -35,7 +49,7 @@ def plot_importance(ranking: Ranking, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    panels, bars = _panels(ranking), ranking.scores.layers
+    panels, bars = _panels(ranking), layer_columns(ranking.scores)
     widths = [1.0 if units.shape[1] > FEW else 0.5 for units, _ in panels.values()] + [0.42] * len(bars)
     n_layer = ranking.teacher.n_layer
     figure = Figure(figsize=(1.6 + 3.3 * sum(widths), min(max(1.9 + 0.22 * n_layer, 3.4), 14)), layout="constrained")
@@ -46,9 +60,9 @@ def plot_importance(ranking: Ranking, path: Path) -> None:
         ax.set_title(title, fontsize=10)
     axes[0].set_ylabel("layer")
     axes[0].yaxis.get_major_locator().set_params(integer=True)
-    for ax, (name, values) in zip(axes[len(panels) :], bars.items()):
-        _draw_bars(ax, values.numpy(), ranking.scores.perplexity if name == "perplexity" else None)
-        ax.set_title(LAYER_TITLES[name], fontsize=10)
+    for ax, (title, values) in zip(axes[len(panels) :], bars.items()):
+        _draw_bars(ax, values.numpy(), ranking.scores.perplexity if title == LAYER_TITLES["perplexity"] else None)
+        ax.set_title(title, fontsize=10)
     shades.add_bar(figure, image, axes[: len(panels)])
     figure.suptitle(f"{ranking.teacher.name}: units by {TITLES[ranking.metric]}", x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
