@@ -62,8 +62,7 @@ class Batch(NamedTuple):
 
     @property
     def counts(self) -> torch.Tensor | None:
-        """True at positions whose target is not ignored, shape (B, T); None if no target
-        is ignored, as in plain text."""
+        """True at positions whose target is not ignored, shape (B, T); None if no target is, as in plain text."""
         counts = self.targets != IGNORE_INDEX
         return None if bool(counts.all()) else counts
 

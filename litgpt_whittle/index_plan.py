@@ -128,7 +128,7 @@ def plans(teacher: Config, subnet: SubNet, tied: bool = False) -> tuple[SlicePla
 
 
 def on_device(parts: Sequence[SlicePlan], device: torch.device) -> list[SlicePlan]:
-    """Return plans with their index tensors on a device, to which one transfer copies them, equal tensors once."""
+    """Return plans with their index tensors on a device. One transfer copies all of them, equal tensors only once."""
     every = (index for part in parts for take in part.values() for index in take.index)
     indices = {id(index): index for index in every if isinstance(index, torch.Tensor)}
     contents = {at: index.numpy().tobytes() for at, index in indices.items()}

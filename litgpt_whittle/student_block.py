@@ -14,7 +14,7 @@ from litgpt_whittle.subnet import SubNet
 
 
 class NoSublayer(nn.Module):
-    """Replacement for a block's dropped attention or MLP, whose output, zero, litgpt's forward of the block adds."""
+    """Replacement for a dropped attention or MLP; its output is zero, which litgpt's forward of the block adds."""
 
     kv_cache: None = None
 
