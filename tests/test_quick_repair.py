@@ -209,5 +209,5 @@ def test_few_tokens_are_warned_of_and_get_a_strong_ridge():
 
 def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch):
     monkeypatch.setattr(costs, "free_memory", lambda *_: 10_000)
-    with pytest.raises(UserError, match="a repair from moments keeps the moments of all layers, .* MB for .* are free"):
+    with pytest.raises(UserError, match="keeps the moments of all layers in memory, .* MB for .* are free"):
         MomentRepair(super_gpt(model(PYTHIA)), windows(PYTHIA))

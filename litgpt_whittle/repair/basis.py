@@ -103,21 +103,21 @@ class Basis:
         return turn * float((turn * yz).sum() / size) if size > 0 else turn
 
 
-def principal_directions(worth: torch.Tensor, centred: bool) -> torch.Tensor:
+def principal_directions(importance: torch.Tensor, centred: bool) -> torch.Tensor:
     """Return orthonormal directions of the residual stream, the most important first, shape (n_embd, n_embd).
 
     Args:
-        worth: Symmetric matrix M that scores a direction v by vᵀMv, such as the covariance of normalised hidden states;
-            shape (n_embd, n_embd).
+        importance: Symmetric matrix M that scores a direction v by vᵀMv, such as `DirectionImportance.form`, shape
+            (n_embd, n_embd).
         centred: True if the model's norms subtract the mean over channels. All directions then have zero mean, and the
             last one is zero.
     """
     if not centred:
-        return torch.linalg.eigh(worth).eigenvectors.flip(1).T
-    n = len(worth)
-    centring = torch.eye(n, dtype=worth.dtype, device=worth.device) - 1 / n
+        return torch.linalg.eigh(importance).eigenvectors.flip(1).T
+    n = len(importance)
+    centring = torch.eye(n, dtype=importance.dtype, device=importance.device) - 1 / n
     # centre again, since rounding leaves small means in the directions
-    return torch.linalg.eigh(centring @ worth @ centring).eigenvectors.flip(1).T @ centring
+    return torch.linalg.eigh(centring @ importance @ centring).eigenvectors.flip(1).T @ centring
 
 
 def _zero_mean_directions(n: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def direction_importance(
     config, device = teacher.model.config, calibration.device
     step = max(calibration.n_first * calibration.shape[1] // (32 * config.n_embd), 1)
     batches = calibration.share(calibration.all_batches[::step])
-    worth = DirectionImportance()
+    importance = DirectionImportance()
     for batch in batches:
         stream[batch] = teacher.embed(calibration.ids(batch))
     for layer in range(config.n_layer):
@@ -57,15 +57,15 @@ def direction_importance(
         parts = kept[layer].parts
         before.over_processes()
         if "attn" in parts:
-            worth.add(before, block.norm_1, readers(block, "attn"))
+            importance.add(before, block.norm_1, readers(block, "attn"))
         if "mlp" in parts:
             mlp_norm = block.norm_1 if config.shared_attention_norm else block.norm_2
-            worth.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
+            importance.add(middle.over_processes() if inside else before, mlp_norm, readers(block, "mlp"))
     final = Moments(config.n_embd, 0, device)
     for batch in batches:
         final.add(standardised(stream[batch], config), no_outputs(stream[batch]))
     final.over_processes()  # also waits until all processes have read the stream
     head = teacher.head.weight
     # half the weight of all layers' projections: the best of 1, 1/2, 1/4 and 1/8 on a teacher of 8 layers
-    worth.add(final, teacher.norm, [head - head.mean(0)], times=len(kept))
-    return worth
+    importance.add(final, teacher.norm, [head - head.mean(0)], times=len(kept))
+    return importance

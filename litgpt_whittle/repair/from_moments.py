@@ -1,10 +1,10 @@
 """Repair candidates by linear solves, from moments of the teacher that are collected once.
 
 The full repair (`litgpt_whittle.repair.sequential`) runs the student to get the actual inputs of its maps. Here each
-map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is
-slightly worse than a full repair, but ranks candidates as full repairs do; scores without any repair do not. Dropped
-layers and sub-layers are compensated as in a full repair: the maps before such a gap are fitted to the teacher's hidden
-states after the gap.
+map is fitted as if all maps before it were the teacher's, so no token passes through the candidate. The result is worse
+than a full repair, but its loss predicts the ranking of full repairs far better than the loss without any repair.
+Dropped layers and sub-layers are compensated as in a full repair: the maps before such a gap are fitted to the
+teacher's hidden states after the gap.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MomentRepair:
         self.layers = [LayerMoments(self.config, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
-        """Per-token means of the teacher's hidden states, by the layer (except 0) that can be a student's first"""
+        """Mean hidden states by token id before each layer but the first, for students that begin with the layer"""
         self.streams: list[list[torch.Tensor]] = [[] for _ in range(self.config.n_layer + 1)]
         """The teacher's hidden states before each layer and after the last, batch by batch, in main memory"""
         self.block_args: list[tuple] = [()] * self.config.n_layer
@@ -89,7 +89,7 @@ class MomentRepair:
             handle.remove()
         self.ridge = self._checked_ridge()
         self.norm = copy.deepcopy(teacher.transformer.ln_f).float()
-        self._directions = principal_directions(self._worth().form, is_centring(self.config))
+        self._directions = principal_directions(self._direction_importance().form, is_centring(self.config))
         self._basis = lru_cache(maxsize=16)(self._make_basis)
         self._gap = lru_cache(maxsize=GAPS_KEPT)(self._measure_gap)
         self._windows, self._micro_batch_size = windows, micro_batch_size
@@ -165,9 +165,9 @@ class MomentRepair:
 
         The ridge is strong if there are fewer tokens than inputs of the widest map.
         """
-        behind = [*(layer.before_attn for layer in self.layers[1:]), self.final]
+        following = [*(layer.before_attn for layer in self.layers[1:]), self.final]
         for layer, moments in enumerate(self.layers):
-            if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), behind[layer])):
+            if not all(torch.isfinite(sums.z).all() for sums in (*moments.moments.values(), following[layer])):
                 raise not_finite(layer)
         widest = max(len(sums.z) for layer in self.layers for sums in layer.moments.values())
         if self.final.n >= widest:
@@ -179,17 +179,17 @@ class MomentRepair:
         )
         return 1e-1
 
-    def _worth(self) -> DirectionImportance:
+    def _direction_importance(self) -> DirectionImportance:
         """Return the importance of the residual stream's directions for all input projections and the LM head."""
-        worth = DirectionImportance()
+        importance = DirectionImportance()
         for i, layer in enumerate(self.layers):
             block = self.block(i)
             mlp_norm = block.norm_1 if self.config.shared_attention_norm else block.norm_2
-            worth.add(layer.before_attn, block.norm_1, readers(block, "attn"))
-            worth.add(layer.before_mlp, mlp_norm, readers(block, "mlp"))
+            importance.add(layer.before_attn, block.norm_1, readers(block, "attn"))
+            importance.add(layer.before_mlp, mlp_norm, readers(block, "mlp"))
         head = self.teacher.lm_head.weight.float()
-        worth.add(self.final, self.norm, [head - head.mean(0)], times=len(self.layers))
-        return worth
+        importance.add(self.final, self.norm, [head - head.mean(0)], times=len(self.layers))
+        return importance
 
     @exact_products()
     @torch.no_grad()

@@ -59,8 +59,8 @@ class LayerMoments:
         modules = [block.get_submodule(name) for name in names]
         ends = np.cumsum([0, *(module.in_features for module in modules)])
         self.columns[names] = {name: slice(start, end) for name, start, end in zip(names, ends, ends[1:])}
-        norm_behind = _post_norm(block, names)
-        n_out = 0 if norm_behind is None else self.config.n_embd
+        norm_after = _post_norm(block, names)
+        n_out = 0 if norm_after is None else self.config.n_embd
         moments = self.moments[names] = Moments(int(ends[-1]), n_out, self.device)
         seen: list[torch.Tensor] = []
         written: list[torch.Tensor] = []
@@ -70,14 +70,14 @@ class LayerMoments:
             z = torch.cat([x.flatten(0, -2) for x in seen], -1).float()
             after = None if is_expert else sum(written[:-1], self._start) + output
             weights = None if after is None else token_weights(after.float(), self.config)
-            moments.add(z, no_outputs(z) if norm_behind is None else output.flatten(0, -2).float(), weights)
+            moments.add(z, no_outputs(z) if norm_after is None else output.flatten(0, -2).float(), weights)
             seen.clear()
             written.clear()
 
         self.handles += [module.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for module in modules]
         self.handles += [module.register_forward_hook(lambda _, __, out: written.append(out)) for module in modules]
         # the MLP computes last
-        self.handles.append((modules[-1] if norm_behind is None else norm_behind).register_forward_hook(add))
+        self.handles.append((modules[-1] if norm_after is None else norm_after).register_forward_hook(add))
 
     def last_writers(self, keep: LayerUnits) -> tuple[str, ...]:
         """Return the names of the block's last output projections, which compensate for dropped sub-layers after them.
@@ -153,7 +153,7 @@ class LayerMoments:
         wide = [theirs.get_submodule(name) for name in names]
         # in coordinates, the norm after the map is the teacher's: the target is its input, which is linear
         is_linear = basis.is_coordinates and gap is None
-        norm_behind = None if is_linear else _post_norm(block, names)
+        norm_after = None if is_linear else _post_norm(block, names)
         if gap is not None:
             moments = moments.with_outputs(*gap)
         kept = []
@@ -163,14 +163,14 @@ class LayerMoments:
             kept.append(torch.arange(columns.start, columns.stop, device=self.device)[index])
         if is_linear and basis.is_whole and sum(map(len, kept)) == len(moments.z):
             return
-        has_outputs = gap is not None or norm_behind is not None
+        has_outputs = gap is not None or norm_after is not None
         weight = None if has_outputs else torch.cat([module.weight for module in wide], 1)
         bias = sum(module.bias for module in wide) if wide[0].bias is not None else None
         wanted = _writing_moments(moments, torch.cat(kept), basis.matrix, weight, bias)
         anchor = torch.cat([module.weight for module in students], 1)
         found = solve(wanted, anchor, ridge, bias is not None)
-        if norm_behind is not None:
-            found = self._through_norm(found, wanted, norm_behind)
+        if norm_after is not None:
+            found = self._through_norm(found, wanted, norm_after)
         for module, part in zip(students, found.weight.split([module.in_features for module in students], 1)):
             module.weight.copy_(part)
             if module.bias is not None:

@@ -41,18 +41,22 @@ def fit_readers(block: Block, slices: SlicePlan, teacher: Block, part: str, find
     return {name: found[bias is not None] for name, (_, bias) in rows.items()}
 
 
-def fit_head(head: nn.Linear, wide: nn.Linear, find: Find) -> None:
+def fit_head(head: nn.Linear, teacher: nn.Linear, find: Find) -> None:
     """Fit an untied LM head to the teacher's, in place."""
-    weight, intercept = wide.weight.float(), wide.bias is not None
+    weight, intercept = teacher.weight.float(), teacher.bias is not None
     # softmax is invariant to a constant added to all logits
     found = find(intercept, products(weight, weight, centred=True))
     head.weight.copy_(weight @ found.weight.float())
     if intercept:
-        head.bias.copy_(wide.bias + weight @ found.bias.float())
+        head.bias.copy_(teacher.bias + weight @ found.bias.float())
 
 
 def fit_tied_norm(
-    norm: nn.Module, embedding: torch.Tensor, wide: torch.Tensor, moments: Moments, held_out: Moments | None = None
+    norm: nn.Module,
+    embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    moments: Moments,
+    held_out: Moments | None = None,
 ) -> None:
     """Fit the weight of the final norm for a tied head, whose embedding stays fixed.
 
@@ -64,7 +68,7 @@ def fit_tied_norm(
         return
     # softmax is invariant to a constant added to all logits
     ours = products(embedding, embedding, centred=True)
-    across = ours if torch.equal(embedding, wide) else products(embedding, wide, centred=True)
+    across = ours if torch.equal(embedding, teacher_embedding) else products(embedding, teacher_embedding, centred=True)
 
     def normal_equations(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
         zz, yz = moments.covariances(intercept=False)

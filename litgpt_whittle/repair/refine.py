@@ -21,7 +21,7 @@ class Errors(NamedTuple):
 
     before: float
     after: float
-    """Equal to `before` if training did not help"""
+    """Equal to `before` if training did not help, because the parameters are then restored"""
 
 
 def refine(

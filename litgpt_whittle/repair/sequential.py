@@ -186,9 +186,9 @@ class SequentialRepair:
         centred = is_centring(self.teacher)
         stream = self.streams.open("directions", self.teacher.n_embd)
         units = {layer: self.subnet.layer(i) for i, layer in enumerate(self.subnet.layers)}
-        worth = direction_importance(self.theirs, self.streams.teacher_block, units, self.calibration, stream)
+        importance = direction_importance(self.theirs, self.streams.teacher_block, units, self.calibration, stream)
         self.scratch.remove_stream("directions")
-        basis = Basis.principal(principal_directions(worth.form, centred), self.n_embd, centred)
+        basis = Basis.principal(principal_directions(importance.form, centred), self.n_embd, centred)
         self.scratch.save("basis", {"matrix": basis.matrix})
         return basis
 

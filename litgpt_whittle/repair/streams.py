@@ -150,7 +150,7 @@ class StreamPair:
             Covariances of the inputs of these projections, by name, shape (n_in, n_in).
         """
         layers = self.subnet.layers
-        layer, behind = layers[i], layers[i + 1] if i + 1 < len(layers) else self.config.n_layer
+        layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else self.config.n_layer
         block = part_of(teacher, "mlp") if self.subnet.begins_inside(i) else teacher
         kept = self.subnet.layer(i).parts
         post_norms = [POST_NORMS[part] for part in kept if post_norm(teacher, part) is not None]
@@ -178,7 +178,7 @@ class StreamPair:
         for batch in self.calibration.further_batches:
             streams.ahead[batch] = finite(block(streams.teacher[batch], *self.theirs.block_args[layer]))
         finite.finish()
-        for dropped in range(layer + 1, behind):
+        for dropped in range(layer + 1, following):
             self._advance(streams.ahead, dropped)
         self._enter(streams.ahead, i + 1)
         return {
