@@ -159,7 +159,7 @@ def flip(path, position):
 def test_a_flipped_bit_is_found_when_the_cache_is_opened(folder, position):
     """In keys, tokens and targets."""
     flip(shard_path(folder, 1), position)
-    with pytest.raises(UserError, match="shard-00001.bin' is damaged: its checksum .* remove it and write it again"):
+    with pytest.raises(UserError, match="shard-00001.bin' is damaged: its checksum .* remove it, and repeat"):
         Cache(folder)
 
 

@@ -74,7 +74,7 @@ def test_what_cannot_be_quantised_is_refused(monkeypatch):
     check_quantize(None, "sharded")
     with pytest.raises(UserError, match="must be one of bnb.nf4, .*got 'bnb.int3'"):
         check_quantize("bnb.int3", "auto")
-    with pytest.raises(UserError, match="cannot be spread.*replicated"):
+    with pytest.raises(UserError, match="cannot be sharded.*replicated"):
         check_quantize("bnb.nf4", "sharded")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):

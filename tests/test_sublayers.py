@@ -211,7 +211,7 @@ def test_hidden_states_are_matched_where_there_is_attention():
     loss = HiddenLoss(student, LLAMA, HiddenArgs(weight=1, attention=1), subnet)
     assert [place.layer for place in loss.pairs if place.kind == "attn"] == [0, 2, 3]
     assert sum(place.kind == "block" for place in loss.pairs) == 4
-    with pytest.raises(UserError, match=r"nothing to match: the student's layers \[1\] have no attention"):
+    with pytest.raises(UserError, match=r"needs a layer with attention, and the student's layers \[1\] have none"):
         HiddenLoss(student, LLAMA, HiddenArgs(attention=1, layers=[1]), subnet)
 
 

@@ -32,10 +32,12 @@ class RampArgs:
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
-            raise UserError(f"until must be a fraction of the training, above 0 and at most 1, got {self.until}")
+            raise UserError(
+                f"until must be a fraction of the training, above 0 and at most 1, got {self.until}; 1 is the default"
+            )
 
     def at(self, done: float) -> float:
-        """Return the value when a fraction `done` of training is done."""
+        """Return the value at the completed fraction `done` of training."""
         way = min(done / self.until, 1.0)
         if self.shape == "cosine":
             way = (1 - math.cos(math.pi * way)) / 2
@@ -62,7 +64,7 @@ class HiddenArgs:
     def __post_init__(self) -> None:
         for name in ("weight", "attention"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"distill.hidden.{name} must be 0 or more, got {getattr(self, name)}")
+                raise UserError(f"distill.hidden.{name} must be 0 or more, got {getattr(self, name)}; raise it")
 
     @property
     def is_used(self) -> bool:
@@ -94,8 +96,8 @@ class DistillArgs:
     hidden: HiddenArgs = field(default_factory=HiddenArgs)
     """Loss on the student's residual stream, added to the objective"""
     head: Literal["chunked", "liger"] = "chunked"
-    """Computation of LM head and losses in training: in chunks of tokens, for all losses; or by Liger's kernels for
-    NVIDIA GPUs, for forward_kl and the cross-entropy"""
+    """Computation of LM head and losses in training. ``chunked``: in chunks of tokens, for all losses; ``liger``: by
+    Liger's kernels for NVIDIA GPUs, for forward_kl and the cross-entropy only"""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -103,10 +105,13 @@ class DistillArgs:
                 if not 0 <= value < math.inf:
                     raise UserError(f"distill.{name} must be 0 or more, got {value}; raise it")
         if any(_at(self.alpha, done) == _at(self.beta, done) == 0 for done in (0.0, 1.0)):
-            raise UserError("distill.alpha and distill.beta must not both be 0, nothing would be learned; raise one")
+            raise UserError(
+                "distill.alpha and distill.beta must not both be 0 at the start or the end of training, since nothing "
+                "would be learned; raise one"
+            )
         for value in _ends(self.temperature):
             if not 0 < value < math.inf:
-                raise UserError(f"distill.temperature must be above 0, got {value}; the paper's best is 0.9")
+                raise UserError(f"distill.temperature must be above 0, got {value}; 0.9 is the default")
 
     @property
     def uses_teacher(self) -> bool:
@@ -129,16 +134,17 @@ class DistillArgs:
         losses = {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
         terms = tuple(term for term in (_term(name, settings) for name, settings in losses.items()) if term.weight)
         if not terms:
-            raise UserError(f"distill.loss must have a loss with a weight above 0, got {self.loss}")
+            raise UserError(f"distill.loss must have a loss with a weight above 0, got {self.loss}; raise one")
         alpha, beta, temperature = self.alpha, self.beta, self.temperature
         return lambda done: Objective(_at(alpha, done), _at(beta, done), _at(temperature, done), terms)
 
 
 def _term(name: str, settings: float | dict[str, float]) -> Term:
+    """Return the loss of this name with its weight, or with its settings, which may include the weight."""
     settings = dict(settings) if isinstance(settings, dict) else {"weight": settings}
     weight = settings.pop("weight", 1.0)
     if not 0 <= weight < math.inf:
-        raise UserError(f"distill.loss.{name} must have a weight of 0 or more, got {weight}")
+        raise UserError(f"distill.loss.{name} must have a weight of 0 or more, got {weight}; raise it")
     loss = lookup("litgpt_whittle.losses", name)
     known = list(inspect.signature(loss).parameters)[2:]
     for setting in settings:
@@ -160,10 +166,13 @@ def _try(name: str, loss: Loss, settings: dict[str, float]) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"distill.loss.{name} cannot be computed with {settings} ({error}); change them") from None
+        raise UserError(
+            f"distill.loss.{name} cannot be computed with {settings} ({error}); change these settings"
+        ) from None
 
 
 def _ends(number: float | RampArgs) -> tuple[float, float]:
+    """Return the value at the start and at the end of training."""
     return (number.start, number.end) if isinstance(number, RampArgs) else (number, number)
 
 

@@ -31,7 +31,7 @@ VERSION = 1
 KEY_BYTES = 16
 
 EAGER_BYTES = 4 * 10**9
-"""Caches of up to this many bytes are checked completely when opened, which takes seconds, so that damage is found
+"""Maximum size of a cache that is checked completely when it is opened, which takes seconds, so that damage is found
 before training begins. In larger caches, each shard is checked at its first use, because reading all takes minutes."""
 
 
@@ -71,7 +71,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard's entry in the index."""
+    """Entry of a finished shard in the index."""
 
     n_windows: int
     checksum: int
@@ -132,7 +132,10 @@ def _natural(number: Any) -> int:
 
 
 def shard_path(folder: Path, i: int) -> Path:
-    """Return the path of shard i, made from its number: a manipulated `index.json` cannot name a file elsewhere."""
+    """Return the path of shard i.
+
+    It depends on the number alone, so that a manipulated `index.json` cannot refer to files outside of the folder.
+    """
     return Path(folder) / f"shard-{i:05d}.bin"
 
 
@@ -304,7 +307,7 @@ class Cache:
                 raise UserError(
                     f"the cache {str(self.folder)!r} lacks a window that begins with the tokens {ids[:8].tolist()}: it "
                     "was made with other data, another train.max_seq_length, another tokenizer or fewer max_tokens; "
-                    "use the same"
+                    "use those of the cache, or cache the teacher again"
                 )
             shard = int(np.searchsorted(self._starts, row, side="right")) - 1
             record = self._open(shard)[row - self._starts[shard]]
@@ -331,13 +334,13 @@ class Cache:
 
     def _damaged(self, i: int, what: str) -> UserError:
         return UserError(
-            f"{str(shard_path(self.folder, i))!r} is damaged: {what}; remove it and write it again with the same "
-            "litgpt cache_teacher and --resume true"
+            f"{str(shard_path(self.folder, i))!r} is damaged: {what}; remove it, and repeat the same litgpt "
+            "cache_teacher command with --resume true"
         )
 
 
 class _Table:
-    """Index from keys to rows, in 24 bytes per row; a dictionary would take several times as much.
+    """Map from keys to row numbers that takes 24 bytes per row; a dictionary would take several times as much.
 
     Args:
         keys: Distinct keys, bytes, shape (n, 16).

@@ -31,7 +31,12 @@ class Scores:
         self.ce = self.distill = logits.new_zeros(())
 
     def add_cross_entropy(self, targets: torch.Tensor, alpha: float) -> None:
-        """Add the cross-entropy with targets, shape (n,); tokens that do not count need a valid token id, too."""
+        """Add the cross-entropy.
+
+        Args:
+            targets: Next tokens, shape (n,); valid ids even where a token does not count.
+            alpha: Weight of the cross-entropy in the gradient.
+        """
         targets = targets.unsqueeze(1)
         log_p = F.log_softmax(self.logits, dim=-1)
         self.ce = self._mean(-log_p.gather(1, targets))
@@ -43,7 +48,10 @@ class Scores:
         self._add_grad(grad)
 
     def add_shared_distill(self, objective: Objective, teacher: torch.Tensor | SparseTargets, n: int) -> None:
-        """Add the distance over the first n entries, which the teacher shares; other entries get no gradient."""
+        """Add the distance over the first n vocabulary entries, which teacher and student share.
+
+        The distance has no gradient for the other entries.
+        """
         logits = self.logits[:, :n]
         if n == self.logits.size(1) and isinstance(teacher, SparseTargets) and teacher.log_tail is not None:
             logits = with_empty_entry(logits, objective.temperature)
@@ -126,11 +134,11 @@ class Scores:
             self._add_grad(grad.mul_(objective.beta * t**2))
 
     def _mean(self, losses: torch.Tensor) -> torch.Tensor:
-        """Return this chunk's part of the mean of losses (n, 1); those that do not count may be infinite."""
+        """Return this chunk's part of the mean of losses (n, 1); losses of tokens that do not count may be infinite."""
         return (losses.masked_fill(self.share == 0, 0.0) * self.share).sum()
 
     def _add_grad(self, grad: torch.Tensor) -> None:
-        # into the newer tensor: the cross-entropy's gradient reuses the logits' memory, the final destination
+        # into the newer tensor: the last one, the cross-entropy's, is in the logits' memory, where the sum must end up
         self.grad = grad if self.grad is None else grad.add_(self.grad)
 
 
@@ -160,7 +168,7 @@ def dense_scores(
     Args:
         logits: The student's logits (n, V), after the softcap.
         teacher: The teacher's logits (n, V).
-        targets: Next tokens (n,); tokens that do not count need a valid id, too.
+        targets: Next tokens (n,); valid ids even where a token does not count.
         share: Weight of each token in the mean, shape (n,); 0 for tokens that do not count.
         objective: An objective for which `is_dense` is true.
         softcap: litgpt's `final_logit_softcapping`.

@@ -39,7 +39,7 @@ class Codec(ABC):
     shape: tuple[int, ...]
     """Shape of a token's array"""
     n_uniform: int = 0
-    """Random numbers needed per token"""
+    """Random numbers that `encode` needs per token"""
 
     def __init__(self, vocab_size: int, temperature: float) -> None:
         self.vocab_size, self.temperature = vocab_size, temperature
@@ -63,7 +63,11 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, stored: torch.Tensor) -> torch.Tensor | SparseTargets:
-        """Decode arrays of `encode` for n tokens to the targets of a loss, in new tensors."""
+        """Decode to the targets of a loss, in new tensors.
+
+        Args:
+            stored: Arrays for n tokens, as returned by `encode`, shape (n, *shape).
+        """
 
 
 class Full(Codec):
@@ -86,10 +90,11 @@ class Full(Codec):
 class TopK(Codec):
     """The k most likely tokens, their probabilities, and the total probability of all others: 4 · k bytes.
 
-    A token takes 32 bits: its id, in as many bits as the vocabulary needs, then in up to 16 bits the gap of its
-    log-probability to that of the most likely token, from 0 to 64 nats; larger gaps are clamped. A probability is off
-    by at most 0.05 % for V up to 65,536. The most likely token's gap is 0, so its bits hold that of the tail, from -16
-    to 48 nats. Decoded probabilities add up to 1.
+    A stored token takes 32 bits. The lower bits, as many as the vocabulary needs, hold its id. Up to 16 of the others
+    hold the gap between its log-probability and that of the most likely token, from 0 to 64 nats; larger gaps are
+    clamped. A probability is off by at most 0.05 % for V up to 65,536. The most likely token's own gap is 0, so its
+    bits hold the gap of the tail (all tokens that are not stored) instead, from -16 to 48 nats. Decoded probabilities
+    add up to 1.
 
     Args:
         vocab_size: The teacher's padded vocabulary, V.
@@ -161,7 +166,10 @@ class Sampled(Codec):
         return pack_ids(ids, self.vocab_size)
 
     def decode(self, stored: torch.Tensor) -> SparseTargets:
-        """Merge equal draws, which are adjacent, into one with the sum of their probabilities, as a KL requires."""
+        """Return the distinct drawn tokens, each with the sum of its draws' probabilities, as a KL divergence requires.
+
+        Equal draws are adjacent; the first one carries the sum, and the others are unused entries.
+        """
         ids = unpack_ids(stored)
         counts = (ids.unsqueeze(2) == ids.unsqueeze(1)).sum(2)
         is_first = torch.ones_like(ids, dtype=torch.bool)
@@ -189,7 +197,7 @@ def with_settings(choice: CodecChoice) -> dict[str, dict[str, Any]]:
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Return the bytes per token id."""
+    """Return the number of bytes that `pack_ids` stores per token id."""
     return -(-max(vocab_size - 1, 1).bit_length() // 8)
 
 

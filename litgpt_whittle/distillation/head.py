@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from litgpt_whittle.distillation.hidden import HiddenLoss
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits per chunk. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages each time. On a
-GPU, each chunk reads and writes the whole gradient of the head, so it needs about 1,000 tokens to be bound by FLOPs."""
+"""Logits per chunk, by device type. On a CPU, malloc reuses buffers up to 32 MB; larger ones are mapped as fresh pages
+each time. On a GPU, each chunk reads and writes the whole gradient of the head, so it needs about 1,000 tokens to be
+bound by FLOPs."""
 
 PART_ELEMENTS = {"cpu": 2**19}
-"""Logits of a chunk that are scored at once; by default all. Repeated passes over 2 MB stay in a CPU's cache."""
+"""Logits of a chunk that are scored at once, by device type; by default all. Repeated passes over 2 MB stay in a CPU's
+cache."""
+
 TILE = (512, 1024)
 """Tokens and vocabulary entries whose logits a CPU computes and scores at once if only a cross-entropy is needed."""
 
@@ -113,7 +116,8 @@ class TeacherLogits:
     Args:
         head_input: The teacher's hidden states and head.
         softcap: litgpt's `final_logit_softcapping`.
-        streams: The teacher's hidden states at the matched places, each (B, T, n_embd).
+        streams: The teacher's hidden states to match, by place (`litgpt_whittle.distillation.hidden`), each
+            (B, T, n_embd).
     """
 
     def __init__(
@@ -154,16 +158,18 @@ class LossModel(nn.Module):
     """
 
     objective = Objective()
-    """The current objective. An attribute, because Fabric unpacks arguments, and not part of the compiled graph."""
+    """The current objective. It is an attribute, not an argument of `forward`, because Fabric takes dataclass arguments
+    apart. It is not part of the compiled graph."""
 
     compiles_scores = False
-    """If true, use the compiled `dense_scores` where it computes the objective"""
+    """If true, use the compiled `dense_scores` for objectives that it computes (`is_dense`)"""
 
     fused_loss: FusedLoss | None = None
-    """Replaces `head_loss` in training, such as `litgpt_whittle.distillation.liger.liger_loss`"""
+    """Replacement for `head_loss` in training, such as `litgpt_whittle.distillation.liger.liger_loss`; None for none"""
 
     device_type: str | None = None
-    """Type of the device whose chunks and kernels the head uses; by default the tensors' own"""
+    """Device type that determines chunk sizes and kernels; by default that of the tensors. A memory plan for a GPU that
+    this machine lacks sets it"""
 
     model: GPT
     hidden: HiddenLoss | None
@@ -228,8 +234,8 @@ def head_loss(
         teacher: The teacher's targets; if None, the loss has no distillation term.
         softcap: litgpt's `final_logit_softcapping`.
         chunk_size: Tokens per chunk; by default set by the vocabulary's size.
-        compiles_scores: If true, use the compiled `dense_scores` where it computes the objective.
-        device_type: Type of the device whose chunks and kernels are used; by default the tensors' own.
+        compiles_scores: If true, use the compiled `dense_scores` for objectives that it computes (`is_dense`).
+        device_type: Device type that determines chunk sizes and kernels; by default that of the tensors.
     """
     hidden, weight, bias = head_input
     hidden = hidden.reshape(-1, hidden.size(-1))
@@ -245,7 +251,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Computes the gradients in forward, while a chunk's logits exist."""
+    """Autograd function that computes the gradients in forward, while a chunk's logits exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, task: _Task):
@@ -256,7 +262,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_):
         if ctx.grads is None:
-            raise RuntimeError("the chunked head's gradients were used already; call it again")
+            raise RuntimeError("the gradients of `head_loss` are freed after one backward pass; call `head_loss` again")
         # in place, because with a large vocabulary the head's gradient is as large as a chunk's logits
         grads = tuple(None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.grads)
         ctx.grads = None
@@ -265,13 +271,15 @@ class _HeadLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Task:
+    """Arguments of `head_loss` that are not tensors to differentiate."""
+
     objective: Objective
     teacher: SoftTargets | None
     softcap: float | None
     chunk_size: int
     compiles_scores: bool
     kind: str
-    """Type of the device"""
+    """Device type that determines chunk sizes and kernels"""
 
     def run(self, hidden, weight, bias, targets, needs: tuple[bool, bool, bool]):
         """Return the three losses, and the needed gradients of the first for hidden, weight and bias."""
@@ -311,7 +319,7 @@ class _Task:
         return (total, ce, distill), grads
 
     def _score(self, logits, share, taught, targets, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses of some tokens, and overwrite their logits, by their gradients if `with_grad`."""
+        """Return the losses of some tokens, and overwrite their logits: with their gradients if `with_grad` is true."""
         targets = None if targets is None else targets.clamp(min=0)
         if self.compiles_scores and with_grad and targets is not None:
             if not isinstance(self.teacher, SharedTargets) and is_dense(self.objective, taught, logits.size(1)):
@@ -349,9 +357,9 @@ def _shares(hidden, targets, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torch.Tensor:
-    """Return the mean cross-entropy without gradients, in tiles of tokens and of the vocabulary.
+    """Return the mean cross-entropy without gradients, computed in tiles of tokens and of the vocabulary.
 
-    Only the target's logit and the log-sum-exp of all logits are needed, which accumulates over the tiles.
+    A token's loss is the log-sum-exp of its logits, which accumulates over the tiles, minus its target's logit.
     """
     n_rows, n_entries = TILE
     shares = _shares(hidden, targets, torch.promote_types(hidden.dtype, torch.float32))
@@ -372,6 +380,6 @@ def _cross_entropy(hidden, weight, bias, targets, softcap: float | None) -> torc
 
 
 def _logits(hidden, weight, bias, softcap: float | None) -> torch.Tensor:
-    """Return the logits of litgpt's head for hidden states (n, n_embd), (n, V), at least fp32."""
+    """Return the logits of litgpt's head, shape (n, V), at least fp32, for hidden states of shape (n, n_embd)."""
     logits = upcast(F.linear(hidden, weight, bias))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -9,7 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Gradients:
-    """Accumulates the gradients of the head and its input from the chunks' logit gradients."""
+    """Accumulates the gradients of the head and its input from the chunks' logit gradients.
+
+    Args:
+        h: Input of the head, shape (N, n_embd), in the dtype of the matmuls.
+        w: The head's weight, shape (V, n_embd).
+        b: The head's bias, shape (V,), or None.
+        needs: Flags of the gradients to compute: for h, w and b.
+        exact: Dtype of the sums for w and b, at least fp32.
+        kind: Device type that determines the kernels.
+    """
 
     def __init__(self, h, w, b, needs: tuple[bool, bool, bool], exact: torch.dtype, kind: str) -> None:
         self.h, self.w, self.kind = h, w, kind
@@ -18,6 +27,12 @@ class Gradients:
         self.bias = torch.zeros_like(b, dtype=exact) if b is not None and needs[2] else None
 
     def add(self, rows: slice, grad: torch.Tensor) -> None:
+        """Add a chunk.
+
+        Args:
+            rows: The chunk's tokens.
+            grad: Gradient of the loss with respect to the chunk's logits, shape (n, V).
+        """
         narrow = grad.to(self.h.dtype)
         if self.hidden is not None:
             torch.mm(narrow, self.w, out=self.hidden[rows])
@@ -32,6 +47,7 @@ class Gradients:
             self.bias += grad.sum(0)
 
     def finish(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients for h, w and b, in the dtypes of these inputs before the cast for the matmuls."""
         grads = (self.hidden, self.weight, self.bias)
         return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs))
 

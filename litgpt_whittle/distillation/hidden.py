@@ -1,4 +1,4 @@
-"""Layer-wise matching of a student's residual stream to its teacher's, in addition to their predictions.
+"""Layer-wise matching of a student's hidden states to its teacher's, in addition to their predictions.
 
 If the student was extracted from the teacher, its layers and channels correspond to some of the teacher's. They are
 then compared directly, without a learned projection.
@@ -92,7 +92,7 @@ class HiddenLoss(nn.Module):
         if args.projection:
             above: Sequence[int] = [round((layer + 1) * teacher.n_layer / n_layer) - 1 for layer in range(n_layer)]
         else:
-            assert subnet is not None, "nothing says what belongs together"
+            assert subnet is not None, "without a projection, a sub-network must map the layers and channels"
             above = subnet.layers
             rows = torch.eye(teacher.n_embd)[subnet.n_embd.indices] if basis is None else basis.float()
             self.register_buffer("channels", rows, persistent=False)
@@ -101,8 +101,8 @@ class HiddenLoss(nn.Module):
         lacking = {i for i, block in enumerate(student.transformer.h) if isinstance(block.attn, NoSublayer)}
         if "attn" in kinds and lacking.issuperset(chosen):
             raise UserError(
-                f"distill.hidden.attention has nothing to match: the student's layers {sorted(chosen)} have no "
-                "attention; name others in distill.hidden.layers, or set distill.hidden.attention 0"
+                "distill.hidden.attention needs a layer with attention, and the student's layers "
+                f"{sorted(chosen)} have none; name others in distill.hidden.layers, or set distill.hidden.attention 0"
             )
         places = [Place(i, kind) for kind in kinds for i in chosen if kind != "attn" or i not in lacking]
         self.pairs = {place: Place(above[place.layer], place.kind) for place in places}

@@ -31,7 +31,7 @@ def check_liger(objective: Objective, has_cache: bool, device: torch.device) -> 
         device: Device of the training.
 
     Raises:
-        UserError: If they do not, or if a package is missing.
+        UserError: If the kernels do not compute the objective, or if a package is missing.
     """
     if any(term.loss is not forward_kl for term in objective.terms):
         names = [getattr(term.loss, "__name__", str(term.loss)) for term in objective.terms]
@@ -53,7 +53,7 @@ def check_liger_models(models: Iterable[Config]) -> None:
         models: The student's config, and the teacher's if there is one.
 
     Raises:
-        UserError: If they do not.
+        UserError: If a head has a bias or a softcap, or if the vocabularies differ in size.
     """
     models = list(models)
     sizes = sorted({config.padded_vocab_size for config in models})
@@ -78,7 +78,8 @@ def liger_loss(
     Args:
         head_input: The student's hidden states (B, T, n_embd) and head.
         targets: Next tokens, shape (B, T).
-        objective: An objective that `check_liger` accepts. Without alpha, the cross-entropy is not computed, but NaN.
+        objective: An objective that `check_liger` accepts. If its alpha is 0, the cross-entropy is not computed and
+            returned as NaN.
         teacher: A `TeacherLogits`; if None, the loss has no distillation term.
     """
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss

@@ -63,7 +63,7 @@ def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, beta: float = 0
         beta: The teacher's weight in the mixture, between 0 and 1; 0.5 is the plain divergence.
     """
     if not 0 < beta < 1:
-        raise UserError(f"jensen_shannon's beta must be between 0 and 1, got {beta}; 0.5 is the plain one")
+        raise UserError(f"jensen_shannon's beta must be between 0 and 1, got {beta}; 0.5 gives the plain divergence")
     is_empty = (teacher == -math.inf) & (student == -math.inf)  # where logaddexp has no gradient
     ours, theirs = (log_p.masked_fill(is_empty, 0.0) for log_p in (student, teacher))
     mixture = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))

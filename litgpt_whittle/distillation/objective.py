@@ -37,7 +37,7 @@ class Objective:
 
 
 class SparseTargets(NamedTuple):
-    """A teacher's distributions for n tokens, stored sparsely: the probabilities of K vocabulary entries each."""
+    """A teacher's distributions for n tokens, each with the probabilities of only K vocabulary entries."""
 
     ids: torch.Tensor
     """Token ids, int64, shape (n, K); distinct within a row if there is a tail"""
@@ -66,7 +66,7 @@ def check_losses(terms: Sequence[Term], gives: str, where: str) -> None:
         where: Name of the targets' source in messages.
 
     Raises:
-        UserError: For the first loss that needs more of the teacher's predictions.
+        UserError: For the first loss that cannot learn from targets of this kind.
     """
     for loss in (term.loss for term in terms):
         name = getattr(loss, "__name__", repr(loss))

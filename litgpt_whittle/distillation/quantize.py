@@ -1,4 +1,4 @@
-"""Quantise a teacher with bitsandbytes."""
+"""Quantise a teacher's blocks with bitsandbytes, so that it takes less memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def check_quantize(mode: str | None, placement: str) -> None:
     if mode not in BITS:
         raise UserError(f"teacher_quantize must be one of {', '.join(BITS)}, got {mode!r}; choose one, or leave it out")
     if placement == "sharded":
-        raise UserError("a quantized teacher cannot be spread over devices; use --teacher_placement replicated")
+        raise UserError(
+            "a quantized teacher cannot be sharded, got teacher_placement sharded; use --teacher_placement replicated"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"teacher_quantize {mode} needs the package bitsandbytes; pip install bitsandbytes")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from litgpt_whittle.distillation.head import SoftTargets
 
 NOTHING = -80.0
-"""Log-probability of an empty event: negligible in any loss, yet finite, so that gradients are finite"""
+"""Log-probability of an impossible event: negligible in any loss, yet finite, so that gradients are finite"""
 
 
 class SharedTargets:
@@ -40,7 +40,7 @@ class SharedTargets:
 
 
 def shared_targets(targets: SoftTargets | None, n_student: int) -> SoftTargets | None:
-    """Return the targets of the entries that both vocabularies share, which are all if their sizes are equal."""
+    """Return the targets of the entries that both vocabularies share: all targets if the sizes are equal."""
     if targets is None:
         return None
     n_teacher = getattr(targets, "n_entries", n_student)
@@ -48,13 +48,13 @@ def shared_targets(targets: SoftTargets | None, n_student: int) -> SoftTargets |
 
 
 def restrict(taught: SparseTargets, n: int) -> SparseTargets:
-    """Renormalise a teacher's known probabilities over the first n entries.
+    """Renormalise a teacher's sparse targets over the first n vocabulary entries.
 
-    The entries of the tail are unknown: all of it counts as shared, because padding has almost no probability. If there
-    is a tail, known tokens beyond n get the id n and negligible weight (`with_empty_entry`).
+    All of the tail (tokens that are not stored) counts as shared, because padding has almost no probability. If there
+    is a tail, stored tokens beyond the first n get the id n and a negligible probability (see `with_empty_entry`).
 
     Raises:
-        UserError: If there is a tail, and the known tokens of a distribution are as many as the student's entries.
+        UserError: If there is a tail, and each distribution stores n tokens or more.
     """
     is_lacking = taught.ids >= n
     log_p = taught.log_p.masked_fill(is_lacking, -torch.inf)
@@ -64,8 +64,8 @@ def restrict(taught: SparseTargets, n: int) -> SparseTargets:
         return SparseTargets(taught.ids.masked_fill(is_lacking, 0), log_p - total, None)
     if taught.ids.size(1) >= n:
         raise UserError(
-            f"the teacher's cache must know fewer tokens of each distribution than the student's {n} entries, it knows "
-            f"{taught.ids.size(1)}; cache the teacher with a smaller k"
+            f"the teacher's cache must store fewer tokens per distribution than the student's {n} vocabulary entries, "
+            f"got {taught.ids.size(1)}; cache the teacher with a smaller k"
         )
     total = torch.logaddexp(total, taught.log_tail)
     log_p = (log_p - total).masked_fill(is_lacking, NOTHING)
@@ -73,6 +73,6 @@ def restrict(taught: SparseTargets, n: int) -> SparseTargets:
 
 
 def with_empty_entry(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Append an entry of negligible weight to logits (n, V), for tokens that the student has no row for."""
+    """Append an entry of negligible probability to logits (n, V), for tokens that the student's vocabulary lacks."""
     low = logits.amax(-1, keepdim=True).add_(NOTHING * temperature)
     return torch.cat((logits, low), 1)

@@ -35,12 +35,13 @@ class Fitness(ABC):
     needs_importance: ClassVar[bool] = False
     """True if the teacher's `Ranking` is passed to the constructor as `importance`"""
     needs_tasks: ClassVar[bool] = False
-    """True if the tasks of the settings are passed to the constructor as `tasks`, a `TaskSet`; batches are then its
-    batches"""
+    """True if the tasks of the settings are passed to the constructor as `tasks`, a `TaskSet`; its batches then replace
+    those of the data"""
     can_shard: ClassVar[bool] = False
     """True if the teacher may be sharded over processes"""
     chooses_units: ClassVar[bool] = False
-    """True if the score depends on the numbers of units only, not on the choice of units, except for experts"""
+    """True if the function selects heads and neurons itself, so that the score depends only on their numbers; experts
+    are not selected"""
 
     model: SuperGPT
     batches: Sequence[Any]
@@ -75,7 +76,7 @@ class Fitness(ABC):
         Args:
             teacher: The teacher's config.
             device: Device that scores candidates.
-            beside: Bytes that the teacher's weights will take.
+            beside: Bytes to reserve for the teacher's weights.
 
         Raises:
             UserError: If the measure cannot score candidates of this teacher.

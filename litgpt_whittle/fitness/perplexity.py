@@ -80,7 +80,7 @@ class Perplexity(WindowFitness):
         """Compute the teacher's hidden states after a sub-network's intact leading layers; return the number of layers.
 
         Return 0 for a part of the batches, on which running the teacher would save no time. Also return 0 if the
-        forward passes differ from the teacher's.
+        forward passes are halved, because the stored hidden states belong to whole ones.
         """
         n_intact = subnet.n_intact if which == slice(None) and not self.is_halved else 0
         if n_intact:
@@ -89,6 +89,7 @@ class Perplexity(WindowFitness):
         return n_intact
 
     def _losses_together(self, batches: Sequence[Batch]) -> WindowLosses:
+        """Return the losses of a sharded model on all batches, of which each process runs a part."""
         n = world_size()
         own = batches[rank() :: n]
         # a process without a batch must still run, because the other processes need its shard of the weights
@@ -149,10 +150,10 @@ def _tapped(model: GPT, tap: HeadTap, input_ids: torch.Tensor) -> HeadInput:
 
 
 class RepairedPerplexity(Repaired, Perplexity):
-    """Perplexity of a candidate after a quick repair.
+    """Perplexity of a candidate after a repair from moments (`litgpt_whittle.repair.from_moments`).
 
     Args:
-        inputs: Arguments of `Perplexity`.
+        inputs: Positional arguments of `Perplexity`.
         calibration: Calibration tokens for the repair, shape (N, T).
         more: Keyword arguments of `Perplexity`.
     """

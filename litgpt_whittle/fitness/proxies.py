@@ -30,6 +30,7 @@ CHUNK_ELEMENTS = 2**22
 """Number of weights per chunk; limits the memory of their float32 copies"""
 
 _NEVER_CUT = {"vocab", "q_lora_rank", "kv_lora_rank"}
+"""Axes of weights that all candidates keep whole"""
 
 
 class _Proxy(Fitness):
@@ -74,6 +75,7 @@ class WeightMagnitude(_Proxy):
         return sum(self._kept_of(take, subnet.n_embd) for take in slices.values())
 
     def _kept_of(self, take: ParamSlice, n_embd: UnitIndex) -> float:
+        """Return Σ |w| of a slice, given the kept channels."""
         weight = self._weights[take.name]
         sums = self._sums(take.name, n_embd if weight.over_channels else None)
         index = take.index[0 if weight.summed is None else 1 - weight.summed]
@@ -98,11 +100,11 @@ class WeightMagnitude(_Proxy):
 
 
 class _Weight(NamedTuple):
-    """A parameter, and the dimension that is summed once for many candidates."""
+    """A parameter, and the dimension to sum over once for many candidates."""
 
     tensor: torch.Tensor
     summed: int | None
-    """Dimension to sum over; None for a parameter with a single dimension"""
+    """The dimension to sum over; None for a parameter with a single dimension"""
     over_channels: bool
     """True if `summed` is the dimension of the channels, of which candidates keep a part"""
 

@@ -1,4 +1,4 @@
-"""Base class of fitness measures that score a candidate after a quick repair."""
+"""Base class of fitness measures that score a candidate after a repair from moments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from litgpt_whittle.repair.from_moments import MomentRepair
 
 
 class Repaired(Fitness):
-    """Fitness of candidates that are repaired from the teacher's moments (`litgpt_whittle.repair.from_moments`).
+    """Base class of measures that repair candidates from the teacher's moments (`litgpt_whittle.repair.from_moments`).
 
     Args:
-        inputs: Arguments of the measure without a repair.
+        inputs: Positional arguments of the measure without a repair.
         calibration: Calibration tokens for the repair, shape (N, T).
         more: Keyword arguments of the measure without a repair.
     """

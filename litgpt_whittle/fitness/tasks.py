@@ -61,15 +61,16 @@ class Tasks(Fitness):
 
     @contextmanager
     def _student(self, subnet: SubNet) -> Iterator[GPT]:
-        with self.model.running(subnet, materialize=True):  # so that the weights are sliced only once
+        """Return the model to score."""
+        with self.model.running(subnet, materialize=True):  # materialised, so that the weights are sliced only once
             yield self.model
 
 
 class RepairedTasks(Repaired, Tasks):
-    """`Tasks` of a candidate after a quick repair.
+    """`Tasks` for a candidate after a repair from moments (`litgpt_whittle.repair.from_moments`).
 
     Args:
-        inputs: Arguments of `Tasks`.
+        inputs: Positional arguments of `Tasks`.
         calibration: Calibration tokens for the repair, shape (N, T).
         more: Keyword arguments of `Tasks`.
     """
