@@ -496,7 +496,9 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
     weights = torch.load(teacher / "lit_model.pth")
     weights["lm_head.weight"][3] = torch.inf
     torch.save(weights, teacher / "lit_model.pth")
-    with pytest.raises(UserError, match="logits are not finite in this precision; use bf16-true or 32-true"):
+    with pytest.raises(
+        UserError, match="logits must be finite, and are not in this precision; use --precision bf16-true"
+    ):
         cache(teacher, tmp_path / "cache")
 
 

@@ -59,8 +59,8 @@ def test_without_a_checkpoint_none_is_named(tmp_path, broken_at):
 def test_such_steps_may_be_left_out(tmp_path, broken_at, capsys):
     broken_at(3, 4)
     weights = run(tmp_path, train=train_args(skip_nan=True))
-    assert "step 2 skipped, its loss is not finite (1 so far)" in (printed := capsys.readouterr().out)
-    assert "step 3 skipped, its loss is not finite (2 so far)" in printed
+    assert "step 2 skipped, its loss or gradient is not finite (1 so far)" in (printed := capsys.readouterr().out)
+    assert "step 3 skipped, its loss or gradient is not finite (2 so far)" in printed
     assert all(weight.isfinite().all() for weight in weights.values()) and len(rows(tmp_path)) == 6
 
 

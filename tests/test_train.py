@@ -256,7 +256,7 @@ def test_another_trainings_folder_is_not_trained_in(tmp_path):
     before = times_of_files(tmp_path)
     with pytest.raises(UserError, match="has checkpoints of another training; resume it with --resume auto"):
         run(tmp_path / "a", train=train_args(max_steps=1))
-    with pytest.raises(UserError, match="out_dir must not be a checkpoint, into which training would write"):
+    with pytest.raises(UserError, match="out_dir must not be a checkpoint directory, as training would write into it"):
         run(tmp_path / "a/final", train=train_args(max_steps=1))
     assert times_of_files(tmp_path) == before
 

@@ -121,7 +121,7 @@ def write_cache(
 
     Args:
         folder: The cache's folder, with its index.
-        index: The folder's index; for the finished shards in it, checksums are not computed again.
+        index: The folder's index; checksums of the finished shards in it are not computed again.
         teacher: Function that runs the teacher on token ids.
         data: One pass over the training data.
         device: The teacher's device.
@@ -176,7 +176,7 @@ def write_cache(
 
 
 def _fill_in_step(fill: _Filler, group: list[tuple[int, tuple[Window, ...]]]) -> list[Shard]:
-    """Write one shard on each process, with the same number of teacher calls on all.
+    """Write one shard on each process, with the same number of teacher calls on all, as a sharded teacher requires.
 
     Processes with fewer batches run the teacher on dummy input.
     """
@@ -196,11 +196,13 @@ def windows_per_shard(layout: Layout, contents: Any) -> int:
 
 
 def _n_windows(data: Pass, length: int, max_tokens: int | None) -> int | None:
+    """Return the maximum number of windows to cache; None if it is unknown."""
     limits = [data.n_windows, None if max_tokens is None else -(-max_tokens // length)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _prepare(folder: Path, layout: Layout, n_windows: int | None, index: Index) -> None:
+    """Remove unfinished shards, and check that the disk has space for the remaining windows, if they can be counted."""
     remove_unfinished(folder)
     if n_windows is not None:
         missing = n_windows - sum(shard.n_windows for shard in index.shards)
@@ -222,8 +224,8 @@ class _Filler:
         layout: The layout of the shards.
         teacher: The teacher.
         device: The teacher's device.
-        index: The index so far.
-        tell: Called after each batch of the teacher, with the number of its tokens.
+        index: The current index, with the checksums of finished shards.
+        tell: Called after each batch of the teacher with the number of tokens, to report progress.
     """
 
     def __init__(
@@ -293,9 +295,12 @@ def encode(codec: Codec, targets: SoftTargets, uniform: torch.Tensor, device: to
     for start in range(0, len(uniform), size):
         rows = slice(start, min(start + size, len(uniform)))
         logits = cast(torch.Tensor, targets.chunk(rows.start, rows.stop))
-        # -inf stands for a probability of 0; a row must have other entries, too
+        # -inf stands for a probability of 0, which not all tokens of a row can have
         if not ((logits < torch.inf).all() and (logits.amax(-1) > -torch.inf).all()):
-            raise UserError("the teacher's logits are not finite in this precision; use bf16-true or 32-true")
+            raise UserError(
+                "the teacher's logits must be finite, and are not in this precision; use --precision bf16-true or "
+                "32-true"
+            )
         # the codec `sampled` needs float64, which this device may lack
         logits = logits.cpu() if sums_dtype(device) != torch.float64 else logits
         parts.append(codec.encode(logits, uniform[rows].to(logits.device)).cpu())

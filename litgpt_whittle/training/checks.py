@@ -66,8 +66,8 @@ def check_arguments(
             raise UserError(f"{name} must be 1 or more, got {count}; raise it")
     if initial_checkpoint_dir is not None and resume and resume != "auto":
         raise UserError(
-            "resume continues from the run's own weights, initial_checkpoint_dir starts from others; set only one, or "
-            "use --resume auto to start from the latter only where there is nothing to resume"
+            "resume and initial_checkpoint_dir must not both be set, as a resumed run continues from its own weights; "
+            "set only one, or use --resume auto, which starts from initial_checkpoint_dir if nothing can be resumed"
         )
 
 
@@ -189,7 +189,7 @@ def check_vocabularies(student: Config, teacher: Config | None, own_dir: Path | 
 
 
 def warn_of_small_teacher(ours: int, theirs: int) -> None:
-    """Warn if the teacher has no more parameters than the student, for instance because the two are swapped.
+    """Warn if the teacher does not have more parameters than the student, for instance because the two are swapped.
 
     Args:
         ours: Number of the student's parameters.
@@ -291,12 +291,16 @@ def check_cache(
     """
     temperature = distill.temperature
     if distill.hidden.is_used:
-        raise UserError(f"distill.hidden needs the running teacher, but the {where} has only predictions")
+        raise UserError(
+            f"distill.hidden needs the running teacher, but the {where} has only predictions; train with "
+            "--teacher_checkpoint_dir instead, or leave distill.hidden out"
+        )
     check_losses(terms, contents.make_codec().gives, where)
     if contents.temperature is not None and temperature != contents.temperature:
         raise UserError(
             f"distill.temperature must be {contents.temperature}, the temperature of the {where}, got "
-            f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher at another"
+            f"{temperature}; set --distill.temperature {contents.temperature}, or cache the teacher with another "
+            "--temperature"
         )
     if max_seq_length != contents.max_seq_length:
         raise UserError(
@@ -318,8 +322,8 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
         n_tokens: Number of training tokens.
 
     Raises:
-        UserError: If caching stopped at `max_tokens`, before that number. A cache of all the data suffices for any
-            number of epochs.
+        UserError: If caching stopped at `max_tokens`, and the training takes more tokens than the cache has. A cache of
+            all the data suffices for any number of epochs.
     """
     length = cache.index.length
     assert length is not None, "a cache that can be read has windows"
@@ -350,7 +354,10 @@ def check_hidden(
         return None
     missing = [layer for layer in args.layers or () if not 0 <= layer < n_layer]
     if missing:
-        raise UserError(f"distill.hidden.layers must be student layers from 0 to {n_layer - 1}, got {missing[0]}")
+        raise UserError(
+            f"distill.hidden.layers must be student layers from 0 to {n_layer - 1}, got {missing[0]}; leave it out "
+            "to match all layers"
+        )
     if args.projection:
         return None
     if sub_network is None:
@@ -376,8 +383,7 @@ def default_data() -> DataModule:
 
 
 def check_logger(logger_name: str) -> None:
-    """Raise UserError if the logger is not installed."""
-    # tensorboard, litgpt's default, falls back to csv
+    """Raise UserError if the logger is not installed; tensorboard, litgpt's default, needs no check (`make_logger`)."""
     if logger_name in ("wandb", "mlflow", "litlogger") and importlib.util.find_spec(logger_name) is None:
         raise UserError(f"{logger_name} is not installed; install it or use --logger_name csv")
 

@@ -42,6 +42,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 def _missing_on_cpu() -> tuple[str, str] | None:
+    """Return the missing tool and what was found instead, to compile for a CPU; None if nothing is missing."""
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
     except ImportError:  # other PyTorch versions, which report a missing compiler themselves
@@ -54,6 +55,7 @@ def _missing_on_cpu() -> tuple[str, str] | None:
 
 
 def _missing_on_cuda() -> tuple[str, str] | None:
+    """Return the missing tool and what was found instead, to compile for a GPU; None if nothing is missing."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton", "found none"
     # triton searches the compiler of its kernel launchers in this way

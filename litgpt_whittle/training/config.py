@@ -52,7 +52,7 @@ class TrainingConfig(CommandConfig):
         + ("logger_name", "strategy", "activation_checkpointing", "checkpoint_type", "dry_run")
         + ("train.save_interval", "train.log_interval", "train.max_time", "data.init_args.num_workers")
     )
-    # `run_settings` has the precision and the tokenizer in use; a resumed run has its own weights
+    # `run_settings` records the precision and the tokenizer in use instead; a resumed run has its own weights
     RESOLVED: ClassVar[frozenset[str]] = frozenset(("precision", "tokenizer_dir", "initial_checkpoint_dir"))
 
     model_name: str | None = None
@@ -66,8 +66,8 @@ class TrainingConfig(CommandConfig):
     initial_checkpoint_dir: Path | None = None
     """A pretrained litgpt checkpoint directory to start from."""
     resume: bool | Literal["auto"] | Path = False
-    """Path to a checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in ``out_dir``, or
-    ``'auto'`` to resume only if there is one. All settings must be those of the interrupted run."""
+    """Checkpoint directory of an interrupted run, or ``True`` for the latest checkpoint in ``out_dir``, or ``'auto'``
+    to resume only if there is one. Settings that affect the weights must be those of the interrupted run."""
     data: DataModule | None = None
     """Data-related arguments. If not provided, the default is ``litgpt.data.TinyLlama``."""
     train: TrainArgs = field(default_factory=_default_train)
@@ -80,11 +80,11 @@ class TrainingConfig(CommandConfig):
     optimizer: str | dict = "AdamW"
     """An optimizer name (such as "AdamW") or config."""
     devices: int | str = "auto"
-    """How many devices to use."""
+    """Number of devices on this machine; ``auto`` for all GPUs, or the CPU if there are none."""
     num_nodes: int = 1
-    """How many nodes the code is being run on."""
+    """Number of machines."""
     tokenizer_dir: Path | None = None
-    """Tokenizer for the data module, copied into the checkpoints. By default that of the checkpoint."""
+    """Directory of the data module's tokenizer, copied into the checkpoints. By default that of the checkpoint."""
     logger_name: LoggerChoice = "tensorboard"
     """The name of the logger to send metrics to."""
     seed: int = 42
@@ -93,9 +93,9 @@ class TrainingConfig(CommandConfig):
     """Distribution of the trained model over several devices: ``fsdp`` shards its weights (FSDP2) and is the default;
     ``ddp`` replicates them, which is faster for small models."""
     activation_checkpointing: bool = False
-    """If true, recompute activations in the backward pass: slower, but takes less memory."""
+    """If true, recompute activations in the backward pass, which is slower but takes less memory."""
     checkpoint_type: Literal["full", "sharded"] = "full"
-    """Format of intermediate checkpoints. ``full``: the first process gathers all weights and the optimizer state and
+    """Format of intermediate checkpoints. ``full``: the first process gathers all weights and the optimizer state, and
     writes a stock litgpt checkpoint. ``sharded``: every process writes a part. The final checkpoint is always full."""
     dry_run: bool = False
     """If true, check all settings, print the memory that training needs, and stop."""

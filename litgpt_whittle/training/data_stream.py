@@ -76,11 +76,12 @@ class DataStream:
         return batch
 
     def _begin_next(self, turn: int) -> Iterator:
+        """Start the next epoch, whose first batch process `turn` takes, and return its iterator."""
         self.epoch += 1
         return self._begin(turn)
 
     def _begin(self, turn: int, batch: int = 0) -> Iterator:
-        """Start an epoch at `batch`, which process `turn` takes, and return its iterator."""
+        """Start the current epoch at `batch`, which process `turn` takes, and return its iterator."""
         self._start = {"rng": rng_state(), "generators": generator_states(self.loader)}
         set_epoch(self.loader, self.epoch)
         if self._skip is not None:
@@ -101,7 +102,11 @@ class DataStream:
         return {"epoch": self.epoch, "batch": self._batch, "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position. The caller must restore the global random generators afterwards."""
+        """Restore the position. The caller must restore the global random generators afterwards.
+
+        Raises:
+            UserError: If the epoch has fewer batches than the position.
+        """
         if not state["start"]:
             return
         self.epoch = state["epoch"]
@@ -143,7 +148,10 @@ class SkippingBatches(Sampler[list[int]]):
         yield from islice(chain(self._drawn, self._all), self.first, None, self.step)
 
     def draw(self) -> None:
-        """Draw the epoch's order, so that all processes draw random numbers at the same time."""
+        """Take the first batch of the wrapped sampler, unless taken already, so that it draws the epoch's order now.
+
+        Otherwise, each process would draw it at its first batch, after different numbers of other random draws.
+        """
         if not self._drawn:
             self._drawn = list(islice(self._all, 1))
 

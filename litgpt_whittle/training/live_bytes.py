@@ -21,8 +21,8 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __enter__(self) -> LiveBytes:
+        # FSDP frees gathered parameters by `resize_`, which bypasses the dispatcher
         self._resize = torch.UntypedStorage.resize_
-        # FSDP frees gathered parameters this way, bypassing the dispatcher
 
         def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             result = self._resize(storage, size)
@@ -44,6 +44,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
+        """Record the current size of a storage, until it is freed."""
         key, n_bytes = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key)
@@ -56,10 +57,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def n_bytes(tensors: Iterable[Any]) -> int:
-    """Return the bytes of tensors; memory that several share, such as a block's sharded gradients, counts once."""
+    """Return the bytes of tensors; memory that tensors share, such as a block's sharded gradients, counts once."""
     storages = [_own(tensor).untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a sharded tensor; other tensors unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

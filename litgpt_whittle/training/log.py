@@ -33,7 +33,7 @@ class TrainLog:
         self.started = self.last_time = time.perf_counter()
         self.last_iter = run.progress.iter_num
         self.sums: dict[str, torch.Tensor] = {}
-        """By name of a scalar: weighted sum of its values and sum of their weights, shape (2,)"""
+        """For each scalar: weighted sum of its values and sum of the weights, shape (2,)"""
         is_main = run.fabric.global_rank == 0
         self.file = MetricsLog(run.out_dir / "metrics.jsonl", run.progress.iter_num) if is_main else None
 
@@ -49,7 +49,7 @@ class TrainLog:
             self.sums[name] = self.sums.get(name, 0) + one * weight
 
     def train_step(self) -> None:
-        """Log the means since the last report; no-op except at every `log_interval`-th optimizer step."""
+        """Log the means since the last report, at every `log_interval`-th optimizer step; otherwise, do nothing."""
         run, progress = self.run, self.run.progress
         if progress.iter_num % (self.interval * run.schedule.accumulation) != 0:
             return
@@ -79,6 +79,7 @@ class TrainLog:
         self._write(row, progress.iter_num - 1, self._throughput(now))
 
     def _throughput(self, now: float) -> dict[str, float]:
+        """Return the metrics of Lightning's throughput monitor."""
         done = self.run.progress.iter_num - self.first_iter
         samples_per_iter = self.run.schedule.tokens_per_iter // self.run.seq_length
         self.throughput.update(
@@ -140,9 +141,11 @@ class TrainLog:
         return {f"{name}_bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
 
     def _tokens(self) -> int:
+        """Return the number of tokens that each process has trained on."""
         return self.run.progress.iter_num * self.run.schedule.tokens_per_iter
 
     def _write(self, row: dict, step: int, more: dict, logged: dict | None = None) -> None:
+        """Write a row to `metrics.jsonl`, and the values of `logged` (by default the row) and `more` to the logger."""
         self.run.fabric.log_dict((row if logged is None else logged) | more, step=step)
         if self.file is not None:
             self.file.write(row)

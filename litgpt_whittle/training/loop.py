@@ -107,8 +107,9 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
 def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
     """Return the number of counted tokens of each micro-batch in a step, and the divisor of its mean loss.
 
-    With these divisors, the step's gradient is that of the mean loss over all counted tokens on all processes. If all
-    micro-batches have equally many, the divisor is the number of micro-batches, as in `litgpt pretrain`.
+    A token counts if its label is not `IGNORE_INDEX`. With these divisors, the step's gradient is that of the mean loss
+    over all counted tokens on all processes. If all micro-batches have equally many counted tokens, the divisor is the
+    number of micro-batches, as in `litgpt pretrain`.
     """
     counts = [int((split_batch(batch, run.seq_length)[1] != IGNORE_INDEX).sum()) for batch in batches]
     total, n_processes = sum(counts), run.fabric.world_size
@@ -118,7 +119,7 @@ def _weights(run: Run, batches: list[Any]) -> tuple[list[int], list[float]]:
 
 
 def _micro_step(run: Run, batch: Any, divisor: float) -> dict[str, torch.Tensor]:
-    """Accumulate the gradients of one micro-batch's mean loss divided by `divisor`, and return its scalars."""
+    """Accumulate the gradients of one micro-batch's mean loss divided by `divisor`; return the scalars to log."""
     fabric, job, schedule = run.fabric, run.job, run.schedule
     for group in job.optimizer.param_groups:
         group["lr"] = schedule.lr(run.progress.iter_num)
@@ -145,7 +146,9 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
         job.optimizer.step()
     elif train.skip_nan:
         progress.n_skipped += 1
-        fabric.print(f"step {progress.step_count} skipped, its loss is not finite ({progress.n_skipped} so far)")
+        fabric.print(
+            f"step {progress.step_count} skipped, its loss or gradient is not finite ({progress.n_skipped} so far)"
+        )
     else:
         raise UserError(
             f"the loss or a gradient is not finite at step {progress.step_count} ({begin} to {run.stream.position}); "
@@ -155,11 +158,17 @@ def _optimizer_step(run: Run, train: TrainArgs, loss: torch.Tensor, begin: str) 
 
 
 def _last_good(run: Run) -> str:
+    """Describe the latest checkpoint for error messages."""
     folder = find_resume("auto", run.out_dir)
     return "there is no checkpoint yet" if folder is None else f"the last good checkpoint is {str(folder)!r}"
 
 
 def _save(run: Run, folder: Path, is_final: bool = False) -> None:
+    """Save a checkpoint on all processes.
+
+    Raises:
+        UserError: If it cannot be written, such as on a full disk.
+    """
     run.fabric.print(f"Saving checkpoint to {str(folder)!r}")
     state = run.training_state()
     try:
@@ -173,7 +182,10 @@ def _save(run: Run, folder: Path, is_final: bool = False) -> None:
 
 
 def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
-    """Validate the teacher, then the model, before training, so that errors in validation appear early."""
+    """Validate the teacher, then the model, before training begins, so that errors in validation appear early.
+
+    A resumed run skips this. Unless `eval.initial_validation` is set, the model is scored on two batches only.
+    """
     teacher_score, run.job.teacher_score = run.job.teacher_score, None
     if run.validation is None or run.progress.iter_num > 0:
         return
@@ -189,7 +201,7 @@ def _first_validation(run: Run, log: TrainLog, eval: EvalArgs) -> None:
 
 
 def _validate(run: Run, log: TrainLog, final: bool = False) -> None:
-    """Validate the model and the job's further scores on the same data, and log the losses."""
+    """Compute the validation losses of the model and of the job's further models, and log them."""
     more = {name: validate(run, score) for name, score in run.job.more_scores.items()}
     log.validation(validate(run, run.job.score), more, final)
 

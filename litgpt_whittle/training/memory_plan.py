@@ -3,10 +3,11 @@
 The plan runs one training step (`litgpt_whittle.training.planned_step`) on tensors that have shapes but no data
 (`FakeTensorMode`), and adds up the memory that they would take. It assumes:
 
-- Compiled models take what uncompiled ones take, at most: compilers keep no tensor that uncompiled code frees, and
-  recompute activations in the backward pass instead of storing them where this costs little.
+- Compiled models take at most the memory of uncompiled ones. Compilers keep no tensor that uncompiled code frees, and
+  where it costs little, they recompute activations in the backward pass instead of storing them.
 - Compiled losses of logits take `N_COMPILED` tensors of a chunk's size in addition to the logits.
-- GPUs elsewhere add products of half precision to float32 sums in one kernel, if this PyTorch has it.
+- GPUs that this machine lacks have a kernel that adds half-precision products to float32 sums, if the installed
+  PyTorch supports it.
 - All tokens of a mixture of experts go to the same experts, which is the worst case (`RoutesToFirst`).
 """
 
@@ -34,7 +35,8 @@ from litgpt_whittle.training.planned_step import (
 )
 
 LITTLE = 0.01
-"""Planning is skipped if weights, gradients and AdamW's state need less than this fraction of the free memory"""
+"""Planning is skipped if both models' weights, gradients and AdamW's state take less than this fraction of the free
+memory"""
 
 
 class NoPlan(UserError):
@@ -148,7 +150,7 @@ def _weights_alone(step: Step) -> int:
 
 
 def plan_memory(step: Step) -> MemoryPlan:
-    """Return the memory plan of a step, by running it on tensors without data after the optimizer has made its state.
+    """Return the memory plan of a step: run the step on tensors without data, with an optimizer that has its state.
 
     No process group may exist yet: if devices share a model, a fake one is created and destroyed in the end.
 
@@ -156,7 +158,7 @@ def plan_memory(step: Step) -> MemoryPlan:
         step: The step to run.
     """
     for dtype in (torch.bfloat16, torch.float16):
-        accumulates_products(step.device_type, dtype)  # tried now, because it needs tensors with data
+        accumulates_products(step.device_type, dtype)  # cached; its first call needs tensors with data
     shared = step.n_devices > 1 and (step.is_sharded or step.teacher_is_sharded)
     live = LiveBytes()
     devices = pretended_devices(step) if shared else nullcontext()
@@ -192,7 +194,13 @@ def plan_memory(step: Step) -> MemoryPlan:
 
 
 def _checkpoint_bytes(weights: int, state: int, step: Step) -> int:
-    """Return the CPU bytes that saving takes, given the bytes of weights and optimizer state on each device."""
+    """Return the CPU memory in bytes that saving a checkpoint takes.
+
+    Args:
+        weights: Bytes of the weights on each device.
+        state: Bytes of the optimizer state on each device.
+        step: The planned step.
+    """
     if step.n_devices > 1 and step.is_sharded:
         return (weights + state) * step.n_devices
     return 0 if _is_on_cpu(step) else max(weights, state)  # copied from the device one file at a time

@@ -30,7 +30,7 @@ BASIS = "basis.pth"
 
 @dataclass
 class ModelSource:
-    """Source of the student; its weights are not loaded yet."""
+    """Source of the trained model, whose weights are not loaded yet."""
 
     config: Config
     build: Callable[[], GPT]
@@ -38,7 +38,7 @@ class ModelSource:
     weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
     """Reads the weights; `None` for random weights"""
     sub_network: dict[str, Any] | None = None
-    """Content of the student's `sub_network.yaml`: its layers and units within the teacher; None if unknown"""
+    """Content of the student's `sub_network.yaml`: its layers and units within the teacher; None if it has none"""
     basis: torch.Tensor | None = None
     """Student's channels as linear combinations of the teacher's, shape (n_embd_student, n_embd_teacher); None if they
     are a selection of them"""
@@ -92,7 +92,7 @@ class ModelSource:
         return replace(self, weights=None, sub_network=shape, basis=None)
 
     def with_tie(self, tie_embeddings: bool | None) -> ModelSource:
-        """Return the student with its LM head and embedding tied or untied; untying prints the sizes before and after.
+        """Return the student with LM head and embedding tied or untied; untying logs the sizes before and after.
 
         Args:
             tie_embeddings: `train.tie_embeddings`; `None` changes nothing.
@@ -140,6 +140,7 @@ class ModelSource:
 
     @classmethod
     def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> ModelSource:
+        """Return the student that is sliced out of the teacher, without repair."""
         if teacher_dir is None:
             raise UserError("sub_network needs the teacher that it is cut from; set --teacher_checkpoint_dir")
         subnet = SubNet.load(sub_network, check_checkpoint(teacher_dir))

@@ -1,4 +1,4 @@
-"""A training step, with sharding, optimizer and teacher, that a memory plan runs on tensors without data."""
+"""The training step that a memory plan runs on tensors without data, with sharding, optimizer and teacher."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from litgpt_whittle.training.live_bytes import n_bytes
 from litgpt_whittle.training.sharding import checkpoint_activations, shard_frozen, shard_student
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Dtype of autocast, by Fabric's name of the precision; other precisions use none"""
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -57,7 +58,7 @@ class Step:
     build_teacher: Callable[[], GPT] | None = None
     teacher_is_sharded: bool = False
     quantized_bytes: int = 0
-    """Bytes that quantisation of the teacher saves"""
+    """Bytes by which quantisation reduces the teacher, which is planned unquantized"""
     build_hidden: Callable[[GPT], HiddenLoss] | None = None
     """Makes the hidden-state loss from the student"""
     is_compiled: bool = False
@@ -67,7 +68,7 @@ class Step:
 
     @property
     def device_type(self) -> str:
-        """Type of the device that training will run on."""
+        """Device type that training will run on: "cuda" or "cpu", for instance."""
         return "cuda" if self.is_elsewhere else self.device.type
 
     @classmethod
@@ -113,7 +114,7 @@ class Step:
 
 
 def planned_student(step: Step, mesh: Any) -> LossModel:
-    """Build the student with its losses, sharded over the devices of `mesh` if the step is."""
+    """Build the student with its losses, sharded over the devices of `mesh` if `step.is_sharded`."""
     with _default_dtype(weights_dtype(step.precision)):
         model = step.build_student()
     if step.tie_embeddings:
@@ -149,17 +150,17 @@ class PlannedTeacher:
 
 
 def run_step(step: Step, root: LossModel, teacher: PlannedTeacher | None, optimizer: torch.optim.Optimizer) -> int:
-    """Run one optimizer step and return the bytes of its gradients."""
+    """Run one optimizer step, and return the bytes that its gradients take."""
     ids = torch.zeros(step.micro_batch_size, step.seq_length, dtype=torch.long)
     autocast = torch.autocast(step.device.type, AUTOCAST.get(step.precision), enabled=step.precision in AUTOCAST)
     for is_last in [False, True] if step.is_accumulating else [True]:
         if isinstance(root, FSDPModule):
             root.set_requires_gradient_sync(is_last)
-        said = None if teacher is None else teacher(ids)
+        soft_targets = None if teacher is None else teacher(ids)
         with autocast:
-            loss = root(ids, ids, said).loss
+            loss = root(ids, ids, soft_targets).loss
         loss.backward()
-        del loss, said
+        del loss, soft_targets
     gradients = n_bytes(weight.grad for weight in root.parameters())
     if step.max_norm is not None:
         torch.nn.utils.clip_grad_norm_(root.parameters(), step.max_norm)
@@ -191,9 +192,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class RoutesToFirst(TorchDispatchMode):
     """Routes every token of a mixture of experts to the first experts, for tensors without data.
 
-    litgpt's `LLaMAMoE` looks up each expert's tokens in turn, by `torch.where` on a mask of shape (tokens,
-    experts per token). Peak memory is highest if all tokens go to the same experts. The activations stored for the
-    backward pass have the same size under any routing.
+    litgpt's `LLaMAMoE` looks up the tokens of one expert after the other, by `torch.where` on a mask of shape (tokens,
+    experts per token). Without data, the number of tokens found is unknown. Here, the first experts get all tokens, for
+    which peak memory is highest. The activations stored for the backward pass have the same size under any routing.
     """
 
     def __init__(self) -> None:

@@ -103,9 +103,9 @@ class TrainingInputs:
     tokenizer_dir: Path | None
     data: DataModule
     arguments: dict[str, Any]
-    """The command's arguments, recorded before training modifies them"""
+    """The command's arguments as plain values, recorded before training modifies them"""
     step: Step
-    """The training step of the memory plan"""
+    """The training step that the memory plan runs"""
     settings: dict[str, Any]
     """Settings that must not change when the run is resumed"""
     state: dict[str, Any] | None
@@ -131,7 +131,13 @@ def launch_training(config: TrainingConfig, inputs: TrainingInputs, name: str) -
 
 
 def make_strategy(name: str, n_devices: int, precision: str) -> Strategy | str:
-    """Return Fabric's strategy for training the student on several devices."""
+    """Return Fabric's strategy: FSDP2, or "ddp" if the model is not sharded.
+
+    Args:
+        name: "auto", "fsdp" or "ddp".
+        n_devices: Number of devices on all machines; a single device shards nothing.
+        precision: Fabric's name of the precision.
+    """
     if n_devices == 1 or name == "ddp":
         return "ddp"
     return ModelParallelStrategy(
@@ -214,7 +220,7 @@ def count_flops(model: GPT, micro_batch_size: int, seq_length: int, frozen: Iter
     """Count the floating-point operations of one micro-batch: forward and backward of the model, forward of `frozen`.
 
     The count is computed from the configs, because running a mixture of experts would need its router's choices. Only
-    the throughput monitor uses it. For architectures that cannot be counted it is 0, and no FLOPs are reported.
+    the throughput monitor uses the count. It is 0 for architectures that cannot be counted, and no FLOPs are reported.
     """
     shape = model.shape if isinstance(model, LayerwiseGPT) else model.config
     try:

@@ -51,7 +51,7 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
 
     Args:
         resume: As in `litgpt pretrain`: a checkpoint directory, `True` for the latest one in `out_dir`, or "auto" for
-            the latest one if there is any.
+            the latest one if there is one.
         out_dir: The run's output folder.
 
     Raises:
@@ -81,15 +81,16 @@ def find_resume(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | 
 
 
 def _check_unused(out_dir: Path) -> None:
-    """Raise UserError if `out_dir` has another run's checkpoints, so that those of two runs are never mixed."""
+    """Raise UserError if `out_dir` has checkpoints of another run, so that checkpoints of two runs are never mixed."""
     if (out_dir / WEIGHTS).is_file():
         raise UserError(
-            f"out_dir must not be a checkpoint, into which training would write, got {str(out_dir)!r}; choose another"
+            f"out_dir must not be a checkpoint directory, as training would write into it, got {str(out_dir)!r}; "
+            "choose another --out_dir"
         )
     if (out_dir / "final" / WEIGHTS).is_file() or any(out_dir.glob("step-*")):
         raise UserError(
-            f"out_dir {str(out_dir)!r} has checkpoints of another training; resume it with --resume auto, or "
-            "choose another"
+            f"out_dir {str(out_dir)!r} has checkpoints of another training; resume it with --resume auto, or choose "
+            "another --out_dir"
         )
 
 
@@ -99,14 +100,19 @@ def has_training_state(folder: Path) -> bool:
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
-    """Load a checkpoint's training state without executing code from it."""
+    """Load a checkpoint's training state, without executing code from the file.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     if has_parts(folder):
         return read_parts(folder, "training")
     try:
         return torch.load(Path(folder) / TRAINING_STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{str(Path(folder) / TRAINING_STATE)!r} cannot be read ({type(error).__name__}); resume from another"
+            f"{str(Path(folder) / TRAINING_STATE)!r} cannot be read ({type(error).__name__}); resume from another "
+            "checkpoint"
         ) from None
 
 

@@ -50,12 +50,13 @@ class Job:
     look_up: Callable[[torch.Tensor], None] | None = None
     """Called before each `step` with the token ids (B, T) in CPU memory, to look up cached targets"""
     teacher_score: Score | None = None
+    """Scores the teacher itself, once before training; None if the teacher does not run"""
     helper: nn.Module | None = None
     """Module that is trained with the model but not saved with its weights, such as learned projections"""
     more_scores: Mapping[str, Score] = field(default_factory=dict)
-    """Further scores to compute at each validation, by name"""
+    """Scores of further models at each validation, such as sub-networks, by name"""
     text_bytes: Score | None = None
-    """Mean bytes of text per target, if losses are to be logged in bits per byte, too"""
+    """Computes the mean bytes of text per target, to log losses in bits per byte, too; None to log only nats"""
     flops_per_iter: int = 0
     """Floating-point operations of one micro-batch, for the throughput monitor"""
 
@@ -103,7 +104,7 @@ def n_iters(train: TrainArgs, seq_length: int, devices: int, num_nodes: int) -> 
     """Return the number of micro-batches that each device trains on.
 
     Raises:
-        UserError: If these are fewer than one optimizer step needs, so that nothing would be learned.
+        UserError: If they are fewer than one optimizer step needs, so that nothing would be learned.
     """
     accumulation = train.gradient_accumulation_iters(devices, num_nodes)
     limits, n_tokens = [], train.micro_batch_size * seq_length

@@ -79,14 +79,14 @@ def gathered(tree: Any) -> Any:
 
 
 def load_gathered(module: nn.Module, state: dict[str, torch.Tensor | Rows]) -> None:
-    """Load a module's weights, as returned by `gathered` or `read_parts`, on any number of processes."""
+    """Load weights into a module, sharded or not: whole tensors (`gathered`), or rows of a file (`read_parts`)."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             tensor.copy_(_like(state[name], tensor))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, as returned by `gathered` or `read_parts`, on any number of processes."""
+    """Load a state into an optimizer, sharded or not: whole tensors (`gathered`), or rows of a file (`read_parts`)."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {
         i: {name: _like(value, parameters[i]) for name, value in slots.items()} for i, slots in state["state"].items()
@@ -95,7 +95,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _like(value: Any, parameter: torch.Tensor) -> Any:
-    """Return a value, sharded like the parameter if it has the parameter's shape, else whole."""
+    """Return a value, sharded like the parameter if both have the same shape, else whole."""
     if isinstance(value, Rows) and isinstance(parameter, DTensor):
         # FSDP gives each process equally many rows; the last processes may get fewer or none
         n_rows = -(-len(parameter) // parameter.device_mesh.size())
@@ -128,7 +128,7 @@ def load_sharded(
         dtype: Type that the weights are converted to.
         device: This process's device.
         max_seq_length: Length of the longest input sequence.
-        keep_root: See `shard_frozen`.
+        keep_root: If true, keep embedding, last norm and head gathered, as in `shard_frozen`.
 
     Returns:
         The model, in evaluation mode and without gradients.

@@ -52,7 +52,7 @@ class LiveTeacher:
     _watch: Watch | None = None
     _compiled: nn.Module | None = None
     _shape: torch.Size | None = None
-    """Shape of the batches that the compiled model runs"""
+    """Shape of the token ids that the compiled model accepts"""
 
     def __init__(
         self,
@@ -123,9 +123,9 @@ class CachedTeacher:
         self._next: torch.Tensor | None = None
 
     def look_up(self, input_ids: torch.Tensor) -> None:
-        """Look up the targets for the batch of the next call, given its token ids in CPU memory, shape (B, T).
+        """Look up the targets for the next call, whose batch has these token ids, shape (B, T), in CPU memory.
 
-        Copying the token ids back from the device would wait for all of its earlier work.
+        Without this, the call copies the token ids back from the device, which waits for all of its earlier work.
 
         Raises:
             UserError: As in `Cache.targets`.
@@ -145,7 +145,7 @@ class CachedTeacher:
 
 
 class CachedTargets:
-    """Cached soft targets of one batch. Opaque to Fabric, like `TeacherLogits`, so that no tensor in it is cast.
+    """Cached soft targets of one batch. Not a tuple or dataclass, so that Fabric does not cast its tensors.
 
     Args:
         codec: The codec that decodes them.

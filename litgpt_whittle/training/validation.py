@@ -69,6 +69,7 @@ class ValidationBatches:
         self._kept: list[tuple[Any, bool]] | None = None
         self._is_read = False
         self._twin = _without_data(loader)
+        """Draws the random numbers that `loader` would draw"""
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """Iterate over this process's share of the batches, with flags as in `shared_batches`."""
@@ -118,7 +119,7 @@ def _without_data(loader: Any) -> DataLoader | None:
 
 
 class _Nothing(Dataset[None]):
-    """A dataset of arbitrary size without content."""
+    """A dataset without content that accepts any index."""
 
     def __getitem__(self, index: int) -> None:
         return None
