@@ -199,7 +199,7 @@ class SequentialRepair:
             finished: Weights of the student's finished blocks, to recompute streams that are not in files.
         """
         n = len(finished)
-        has_streams = n > 0 and self.streams.have_files(n)
+        has_streams = n > 0 and self.streams.are_complete(n)
         if (embedding := self.scratch.load("embedding") if n else None) is not None:
             self.ours.embedding.copy_(embedding)
         with nullcontext() if has_streams else self.scratch.filling():
@@ -229,13 +229,13 @@ class SequentialRepair:
         teacher = self.streams.teacher_block(layer)
         if i < self.subnet.n_intact:
             return self._copy_layer(i, teacher)
-        streams = self.streams.around(i)
+        around = self.streams.around(i)
         chosen = maps_to_choose_for(self.subnet, i) if self.args.choose_units else []
-        covariances = self.streams.run_teacher_block(i, teacher, streams, chosen)
+        covariances = self.streams.run_teacher_block(i, teacher, around, chosen)
         keep = choose_units(self.subnet, i, teacher, covariances, self.basis.matrix)
         block, slices = cut_block(self.subnet, i, keep, self.basis, teacher)
         args = self.ours.block_args[i]
-        repair = BlockRepair(block, slices, teacher, args, streams, self.basis, self.calibration, self.ridges)
+        repair = BlockRepair(block, slices, teacher, args, around, self.basis, self.calibration, self.ridges)
         # decisions use the tuning tokens; held-out tokens are only for the report
         tuning, held_out = self.calibration.tuning_batches, self.calibration.held_out_batches
         start = {name: tensor.clone() for name, tensor in block.state_dict().items()}

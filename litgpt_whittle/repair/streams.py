@@ -69,7 +69,7 @@ class StreamPair:
         """Open the student's stream before its block `i`."""
         return self.open(f"student-{i}", len(self.subnet.n_embd))
 
-    def have_files(self, i: int) -> bool:
+    def are_complete(self, i: int) -> bool:
         """Return whether all streams that are needed to continue at the student's block `i` exist and are complete."""
         names = [f"teacher-{i}", f"student-{i}"]
         if self.start is not None:
