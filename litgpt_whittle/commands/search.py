@@ -204,7 +204,7 @@ class SearchConfig(CommandConfig):
             )
         if self.importance is None and needs:
             who = "--order importance" if self.order == "importance" else f"--fitness {self.fitness}"
-            raise UserError(f"{who} needs --importance, the importance.pt that 'litgpt rank' writes")
+            raise UserError(f"{who} needs --importance, the importance.pt of 'litgpt rank'; run that first")
         if self.order == "importance" and is_fine and self.search_space.layers != "best":
             raise UserError(
                 f"order importance selects the units that coarse spaces keep, got space = {self.space}; choose a "

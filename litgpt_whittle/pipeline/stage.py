@@ -51,9 +51,9 @@ class Request:
     seed: int
     has_baseline: bool
     distill_from: Path | None = None
-    """The teacher of the distillation, if students are cut from another one"""
+    """The teacher of the distillation, if students are cut from another teacher"""
     uncorrected: Path | None = None
-    """The checkpoint to correct first; `checkpoint_dir` is then the result"""
+    """The original teacher if it is corrected first; `checkpoint_dir` is then the corrected teacher"""
     shared_dir: Path | None = None
     """Folder of the stages that run once for all students of the request; None for `out_dir`"""
     shares_cache: bool = False

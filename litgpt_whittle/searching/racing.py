@@ -51,7 +51,7 @@ def losers(racing: Mapping[int, Losses], finished: Sequence[Losses], n_kept: int
 def _is_worse(differences: Losses, alpha: float) -> bool:
     """Return whether the mean difference is significantly above 0 (one-sided paired t-test).
 
-    Constant differences have no variance to test with, and are compared with 0.
+    Without variance there is no test, so differences that are all equal are compared with 0.
     """
     if differences.std() <= 1e-12 * max(abs(differences.mean()), 1.0):
         return bool(differences.mean() > 1e-9)

@@ -40,7 +40,7 @@ class Leg(NamedTuple):
     seconds: float
     error: str | None = None
     costs: dict[str, float] = {}  # noqa: RUF012
-    """Additional measures and the strategy's predictions, from the first stage"""
+    """Measures besides the losses, and the strategy's predictions; empty after the first stage"""
 
 
 class RaceNotes:

@@ -120,7 +120,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read selection.config {str(path)!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or "data" not in content:
-        raise UserError(f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section")
+        raise UserError(
+            f"selection.config {str(path)!r} must be a YAML file of litgpt distill with a data section; add the section"
+        )
     train = content.get("train") or {}
     # the command's own parser accepts quoted numbers
     return content | {"train": {name: from_yaml(v) if isinstance(v, str) else v for name, v in train.items()}}

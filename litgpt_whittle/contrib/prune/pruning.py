@@ -243,7 +243,8 @@ class Pruning:
         for name, moments in found.items():
             if not moments.zz.isfinite().all():
                 raise UserError(
-                    f"the input of {name} in layer {i} is not finite on calibration data; the checkpoint is damaged"
+                    f"the input of {name} in layer {i} is not finite on calibration data; the checkpoint is "
+                    "damaged, fetch it again"
                 )
         return found
 
