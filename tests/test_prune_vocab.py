@@ -350,7 +350,8 @@ def test_bits_per_byte_are_those_of_stock_litgpt_on_the_same_text(given_dir, sma
     stream = [i for ids in encoded for i in [*ids, end]]
     seen = [stream[i : i + SEQ - 1] for i in range(0, 4 * SEQ, SEQ)]  # litgpt_whittle.data.token_file.Windows
     documents = "".join("\0" if i == end else f"{i} " for ids in seen for i in ids).split("\0")
-    texts = [tokenizer.processor.decode([int(i) for i in ids.split()]) for ids in documents]
+    # a window may begin or end with the end of a document, which depends on the trained tokenizer
+    texts = [tokenizer.processor.decode([int(i) for i in ids.split()]) for ids in documents if ids]
     n_bytes = sum(len(text.encode()) for text in texts)
     assert f"On {4 * SEQ} validation tokens, {n_bytes} bytes of text" in printed
     found = []
