@@ -31,18 +31,24 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from litgpt_whittle.batches import BatchArgs, BudgetArgs
+from litgpt_whittle.batches import BatchArgs, BudgetArgs, fixed_batches
 from litgpt_whittle.checkpoint import check_checkpoint
+from litgpt_whittle.commands import search_run
 from litgpt_whittle.commands.extract import setup as extract
 from litgpt_whittle.commands.prune_vocab import setup
+from litgpt_whittle.commands.search import setup as search
 from litgpt_whittle.data import HFText
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.licenses import license_of
+from litgpt_whittle.results import SearchResult
+from litgpt_whittle.strategies import RandomSearch
+from litgpt_whittle.tensors import IGNORE_INDEX
 from litgpt_whittle.vocabulary.bpe import BYTES, Bpe, read_bpe
 from litgpt_whittle.vocabulary.choose import choose_tokens
 from litgpt_whittle.vocabulary.kept import KeptTokens, tokenizer_fingerprint
 from litgpt_whittle.vocabulary.rewrite import named_ids, read_json, write_tokenizer
-from litgpt_whittle.vocabulary.text_bytes import token_bytes
+from litgpt_whittle.vocabulary.text_bytes import n_text_bytes, token_bytes
 
 PAGES = [path.read_text() for path in sorted(Path(__file__).parents[1].glob("*.md"))]
 LINES = [line for page in PAGES for line in page.splitlines() if len(line) > 20]
@@ -294,6 +300,7 @@ def given_dir(tmp_path_factory):
     """Make a teacher and text."""
     folder = tmp_path_factory.mktemp("given")
     write_teacher(folder / "teacher")
+    (folder / "teacher/README.md").write_text("---\nlicense: mit\n---\n")
     write_jsonl(folder / "train.jsonl", LINES[:150])
     write_jsonl(folder / "validation.jsonl", LINES[150:180])
     return folder
@@ -313,6 +320,10 @@ def prune(folder, teacher, out_dir, **settings):
 def small(given_dir):
     """Prune the teacher's vocabulary."""
     return prune(given_dir, given_dir / "teacher", given_dir / "small")
+
+
+def test_the_license_is_passed_on(small):
+    assert license_of(small) == {"license": "mit"}
 
 
 def stock(folder):
@@ -368,6 +379,37 @@ def test_bits_per_byte_are_those_of_stock_litgpt_on_the_same_text(given_dir, sma
         found.append(nats / math.log(2) / n_bytes)
     (line,) = (line for line in printed.splitlines() if "bits per byte" in line)
     assert [float(part) for part in line.replace("bits per byte", "").split("->")] == pytest.approx(found, abs=1e-3)
+
+
+def test_searches_and_their_students_are_measured_in_bits_per_byte(given_dir, small, tmp_path, monkeypatch, capsys):
+    """The oracle decodes the predicted tokens, whose windows follow one another."""
+    monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
+    settings = {"train": BatchArgs(2, SEQ), "eval": BudgetArgs(2), "precision": "32-true", "bin": "10K-1M"}
+    settings |= {"fitness": "perplexity", "strategy": RandomSearch(), "simple_starts": False, "iterations": 2}
+    search(small, data=text_of(given_dir), out_dir=tmp_path / "search", **settings)
+    data, tokenizer = text_of(given_dir), LitGPTTokenizer(small)
+    data.connect(tokenizer, 2, SEQ)
+    data.prepare_data()
+    data.setup()
+    batches = fixed_batches(data.val_dataloader(), 2, SEQ)
+    ids = torch.cat([batch.targets.flatten() for batch in batches]).tolist()
+    n_bytes = len(tokenizer.processor.decode(ids, skip_special_tokens=True).encode())
+    found = SearchResult(tmp_path / "search")
+    for evaluation in found.findings.evaluations:
+        bits = evaluation.scores["nll"] * len(ids) / math.log(2) / n_bytes
+        assert evaluation.scores["bits_per_byte"] == pytest.approx(bits)
+    printed = f"{found.best.scores['bits_per_byte']:.4f}"
+    assert found.findings.bests[0][2] == "bits per byte" and found.findings.bests[1][2] == printed
+    extract(small, tmp_path / "search", tmp_path / "students")
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == printed
+
+
+def test_bytes_of_text_are_unknown_without_a_bpe(small, tmp_path):
+    ids = [torch.tensor([3, IGNORE_INDEX])]
+    assert n_text_bytes(small, ids) == int(token_bytes(read_json(small / "tokenizer.json"))[3])
+    assert n_text_bytes(tmp_path, ids) is None
+    assert n_text_bytes(write_word_tokenizer(tmp_path / "words", 9), ids) is None
+    assert n_text_bytes(small, [torch.tensor([SIZE + 1000])]) is None
 
 
 @torch.no_grad()

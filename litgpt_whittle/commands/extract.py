@@ -280,12 +280,13 @@ def _best_of_search(folder: Path) -> list[Path]:
 
 def _students_table(folders: Sequence[Path]) -> str:
     """Return a table of a search's students, with the perplexities that the search measured."""
-    lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}"]
+    lines = [f"{'student':<40}{'parameters':>14}{'perplexity as searched':>25}{'bits per byte':>15}"]
     for folder in folders:
         origin = read_choice(folder / "sub_network.yaml")["provenance"]
         searched = searched_perplexity(origin)
         measured = "not measured" if searched is None else f"{searched:.2f}"
-        lines.append(f"{folder!s:<40}{origin['n_params']:>14,}{measured:>25}")
+        bits = f"{origin['bits_per_byte']:.4f}" if "bits_per_byte" in origin else ""
+        lines.append(f"{folder!s:<40}{origin['n_params']:>14,}{measured:>25}{bits:>15}".rstrip())
     return "\n".join(lines)
 
 

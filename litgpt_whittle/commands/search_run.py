@@ -34,6 +34,7 @@ from litgpt_whittle.families import (
     family_name,
 )
 from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.fitness.perplexity import Perplexity
 from litgpt_whittle.hints import try_next
 from litgpt_whittle.journal import (
     Evaluation,
@@ -71,6 +72,7 @@ from litgpt_whittle.supergpt import is_tied
 from litgpt_whittle.tasks import TaskBatch, TaskSet
 from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.sharding import load_sharded
+from litgpt_whittle.vocabulary.text_bytes import n_text_bytes
 
 if TYPE_CHECKING:
     from litgpt_whittle.commands.search import SearchConfig
@@ -330,4 +332,7 @@ def load_fitness(fabric: L.Fabric, config: SearchConfig, plan: SearchPlan, text:
         wanted["importance"] = plan.ranking
     if text.tasks is not None:
         wanted["tasks"] = text.tasks
-    return config.measure(model, batches, autocast=fabric.autocast, **wanted)
+    fitness = config.measure(model, batches, autocast=fabric.autocast, **wanted)
+    if isinstance(fitness, Perplexity):
+        fitness.n_bytes = n_text_bytes(config.checkpoint_dir, [batch.targets for batch in batches])
+    return fitness

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from litgpt_whittle.subnet import SubNet
 from litgpt_whittle.supergpt import SuperGPT
 from litgpt_whittle.tensors import IGNORE_INDEX, in_sums_dtype
 from litgpt_whittle.training.sharding import is_sharded
+from litgpt_whittle.vocabulary.text_bytes import bits_per_byte
 
 FORWARD_TOKENS = {"cpu": 2048}
 """Maximum number of tokens per forward pass, by device type. Longer passes are no faster on a CPU and need more memory.
@@ -37,26 +38,18 @@ class Perplexity(WindowFitness):
 
     name = "perplexity"
     can_shard = True
-    is_halved = False
-    """True while a candidate runs with half as many windows per forward pass"""
+    n_bytes: int | None = None
+    """Bytes of text of the predicted tokens; None if unknown"""
 
     def __init__(self, model: SuperGPT, batches: Sequence[Batch], autocast: Any = nullcontext) -> None:
         super().__init__(model, batches, autocast)
         self.is_sharded = is_sharded(model)
         self.prefix = Prefix(model, [rows for batch in self.batches for rows in self._rows(batch.input_ids)])
 
-    @contextmanager
-    def halved(self) -> Iterator[None]:
-        """Run half as many windows per forward pass, for a candidate that ran out of memory."""
-        self.is_halved = True
-        try:
-            yield
-        finally:
-            self.is_halved = False
-
     def scores(self, loss: float) -> dict[str, float]:
-        """Return the `perplexity` and `nll`, its logarithm (nats per token)."""
-        return {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
+        """Return the `perplexity`, `nll`, its logarithm (nats per token), and `bits_per_byte` if `n_bytes` is known."""
+        found = {self.name: math.exp(loss) if loss < 700 else math.inf, "nll": loss}
+        return found | ({"bits_per_byte": bits_per_byte(loss * self.n_tokens, self.n_bytes)} if self.n_bytes else {})
 
     def losses(self, subnet: SubNet, which: slice = slice(None)) -> WindowLosses:
         """Return a sub-network's losses on every window of the selected batches.

@@ -110,11 +110,16 @@ class Findings:
     def bests(self) -> list[list[str]]:
         """Table of each bin's best, headings first."""
         kinds = [row.name for row in rows(SubNet.full(self.teacher))]
-        lines = [["bin", self.score, "parameters", "layers", "channels", *kinds, "found at", "evaluated"]]
-        for bin, best in best_of(self.evaluations, self.score).items():
+        bests = best_of(self.evaluations, self.score)
+        has_bits = all("bits_per_byte" in best.scores for best in bests.values())
+        lines = [["bin", self.score, *["bits per byte"] * has_bits, "parameters", "layers", "channels", *kinds]]
+        lines[0] += ["found at", "evaluated"]
+        for bin, best in bests.items():
             subnet = SubNet.from_dict(self.teacher, best.subnet)
             own = [e.index for e in self.evaluations if e.bin == bin]
-            line = [bin, number(best.score(self.score)), f"{best.n_params:,}"]
+            line = [bin, number(best.score(self.score))]
+            line += [f"{best.score('bits_per_byte'):.4f}"] if has_bits else []
+            line += [f"{best.n_params:,}"]
             line += [f"{len(subnet)}/{self.teacher.n_layer}", f"{len(subnet.n_embd)}/{self.teacher.n_embd}"]
             line += [f"{row.span}/{max(row.of)}" for row in rows(subnet)]
             lines.append([*line, str(own.index(best.index) + 1), str(len(own))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,22 @@ def token_bytes(tokenizer: Mapping[str, Any]) -> np.ndarray:
     for token in added:
         sizes[token["id"]] = 0 if token.get("special") else len(token["content"].encode())
     return sizes
+
+
+def n_text_bytes(folder: Path, targets: Iterable[torch.Tensor]) -> int | None:
+    """Return the number of bytes of text that tokens stand for; None unless a folder's tokenizer is a BPE in JSON.
+
+    Args:
+        folder: Directory of the tokenizer.
+        targets: Token ids, of any shapes; ignored positions are not counted.
+    """
+    path = folder / TOKENIZER
+    if not path.is_file() or "merges" not in ((content := read_json(path)).get("model") or {}):
+        return None
+    sizes = torch.from_numpy(token_bytes(content))
+    counted = torch.cat([each[each != IGNORE_INDEX].cpu() for each in targets])
+    is_known = bool(len(counted)) and int(counted.max()) < len(sizes)
+    return (int(sizes[counted].sum()) or None) if is_known else None
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
