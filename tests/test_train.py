@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import litgpt.pretrain
@@ -28,6 +29,7 @@ from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.supergpt import tie
+from litgpt_whittle.training import log, loop
 from litgpt_whittle.training.args import TrainArgs
 from litgpt_whittle.training.data_stream import DataStream
 from litgpt_whittle.training.resume import rng_state, set_rng_state
@@ -389,6 +391,28 @@ def test_a_run_leaves_its_log_its_plot_and_its_arguments(tmp_path):
     row = rows(tmp_path)[-1]
     assert row["tokens"] == 6 * 8 * SEQ and row["tokens_per_second"] > 0
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"] > 0
+
+
+def test_throughput_and_time_left_leave_out_validation_and_saving(tmp_path, monkeypatch):
+    """With a clock that a micro-batch advances by a second, and a validation or a saved checkpoint by 100."""
+    now = 0.0
+
+    def slow(function, seconds):
+        def run_slowly(*args, **kwargs):
+            nonlocal now
+            now += seconds
+            return function(*args, **kwargs)
+
+        return run_slowly
+
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now))
+    for name, seconds in (("_micro_step", 1), ("_validate", 100), ("_save", 100)):
+        monkeypatch.setattr(loop, name, slow(getattr(loop, name), seconds))
+    train = train_args(micro_batch_size=8, log_interval=2, save_interval=3)
+    run(tmp_path, train=train, eval=EvalArgs(interval=3, max_iters=1, initial_validation=True))
+    found = rows(tmp_path)
+    assert [row["tokens_per_second"] for row in found] == [8 * SEQ] * 3
+    assert found[0]["remaining_time"] == 4
 
 
 def test_random_states_survive_a_weights_only_file(tmp_path):

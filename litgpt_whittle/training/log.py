@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -114,16 +115,17 @@ class TrainLog:
         )
         where = {"iter": progress.iter_num, "step": progress.step_count, "tokens": self._tokens()}
         self._write(where | row, progress.iter_num - (0 if final else 1), {}, row)
-        self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Restart the clock, so that the next report excludes the time until now.
+    def start_clock(self) -> None:
+        """Start the clock of the throughput and of the estimated time left."""
+        self.started = self.last_time = time.perf_counter()
 
-        Before the first step, the estimate of the time left excludes it, too.
-        """
-        self.last_time = time.perf_counter()
-        if self.run.progress.iter_num == self.first_iter:
-            self.started = self.last_time
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time of a context from the next report's throughput."""
+        begin = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - begin
 
     def teacher_validation(self, val_loss: float) -> None:
         """Log the teacher's validation loss in nats per token."""

@@ -67,7 +67,7 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
     if run.job.text_bytes is not None and run.validation is not None:
         log.bytes_per_token = validate(run, run.job.text_bytes)
     _first_validation(run, log, eval)
-    log.restart_clock()
+    log.start_clock()
     started, seconds_before = time.perf_counter(), progress.seconds
     with Termination() as termination:
         while progress.iter_num < schedule.max_iters:
@@ -88,13 +88,14 @@ def fit(run: Run, train: TrainArgs, eval: EvalArgs) -> None:
             progress.seconds = seconds_before + time.perf_counter() - started
             log.train_step()
             if stepped and run.validation is not None and progress.step_count % eval.interval == 0:
-                _validate(run, log)
-                run.validation.draw()
+                with log.paused():
+                    _validate(run, log)
+                    run.validation.draw()
             is_due = train.save_interval is not None and progress.step_count % train.save_interval == 0
             must_stop = stepped and termination.agreed(fabric)
             if stepped and (is_due or must_stop):
-                _save(run, run.out_dir / f"step-{progress.step_count:08d}")
-                log.restart_clock()
+                with log.paused():
+                    _save(run, run.out_dir / f"step-{progress.step_count:08d}")
             if must_stop:
                 fabric.print(f"Stopped by SIGTERM after step {progress.step_count}; continue with --resume auto")
                 raise SystemExit(128 + signal.SIGTERM if fabric.global_rank == 0 else 0)
