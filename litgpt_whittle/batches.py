@@ -104,7 +104,7 @@ def fingerprint(batches: Sequence[Sequence[torch.Tensor]]) -> str:
 
 
 def sequence_length(teacher: Config, asked: int | None) -> int:
-    """Return the sequence length: `asked`, or by default the teacher's block size, but at most 2048.
+    """Return the sequence length: `asked`, or by default the smaller of the teacher's block size and 2048.
 
     Raises:
         UserError: If `asked` exceeds the teacher's block size.

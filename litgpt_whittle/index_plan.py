@@ -277,7 +277,7 @@ def _own(alone: list[np.ndarray]) -> np.ndarray:
     """Return each unit's indices without those that all units share, shape (n_units, size).
 
     Args:
-        alone: Indices that are kept if only this unit is kept, for each unit.
+        alone: For each unit, the indices that are kept if it is the only kept unit.
     """
     shared: np.ndarray | list[int] = reduce(np.intersect1d, alone) if len(alone) > 1 else []
     return np.stack([np.setdiff1d(indices, shared) for indices in alone])

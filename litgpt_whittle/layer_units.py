@@ -73,7 +73,8 @@ def experts_of(teacher: Config, keep: UnitIndex) -> np.ndarray:
     least = max(teacher.n_topk_scores_per_group, -(-per_token // teacher.n_topk_groups))
     if n // groups < least:
         raise UserError(
-            f"each expert group must have at least {least} experts, got {n // groups}; keep {least * groups}"
+            f"n_expert must be at least {least * groups}, {least} in each of the {groups} expert groups, got {n}; "
+            "keep more experts"
         )
     if keep.is_prefix:
         return (np.arange(groups)[:, None] * group_size + np.arange(n // groups)).ravel()

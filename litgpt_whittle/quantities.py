@@ -8,13 +8,14 @@ from typing import Literal
 
 from litgpt_whittle.errors import UserError
 
-Unit = Literal["parameters", "FLOPs per token", "bytes", "seconds"]
+Unit = Literal["parameters", "tokens", "FLOPs per token", "bytes", "seconds"]
 
 _BYTES = {f"{prefix}b": 1000**power for power, prefix in enumerate(("", "k", "m", "g", "t"))}
 _BYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate(("k", "m", "g", "t"), 1)}
 
 _SUFFIXES: dict[Unit, dict[str, float]] = {
     "parameters": {"": 1, "k": 1e3, "m": 1e6, "b": 1e9},
+    "tokens": {"": 1, "k": 1e3, "m": 1e6, "b": 1e9},
     "FLOPs per token": {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12},
     "bytes": {"": 1} | _BYTES,
     "seconds": {"": 1, "s": 1, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6},  # both of Unicode's µ
@@ -22,6 +23,7 @@ _SUFFIXES: dict[Unit, dict[str, float]] = {
 
 _EXAMPLES: dict[Unit, str] = {
     "parameters": "410M, 1.5B or 1.5e9",
+    "tokens": "200k, 1.5M or 1.5e6",
     "FLOPs per token": "800M, 1.5G or 1.5e9",
     "bytes": "2GB, 512MiB or 1.5e9",
     "seconds": "10ms, 250us or 0.01",

@@ -170,7 +170,10 @@ class SuperGPT(BlocksGPT):
                 weight.grad = torch.zeros_like(weight)
 
     def _shell(self, subnet: SubNet, embedding: ParamSlice) -> GPT:
-        """Return the sub-network's model without weights and blocks; if channels are scattered, with a `Lookup`."""
+        """Return the sub-network's model without weights and blocks.
+
+        Its embedding is a `Lookup` if the kept channels are not a slice.
+        """
         is_scattered = isinstance(embedding.index[1], torch.Tensor)
 
         def build() -> GPT:

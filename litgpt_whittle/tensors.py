@@ -64,7 +64,7 @@ def sums_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def in_sums_dtype(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in the dtype of sums on its device."""
+    """Cast a tensor to the dtype of sums over tokens on its device (`sums_dtype`)."""
     return tensor.to(sums_dtype(tensor.device))
 
 

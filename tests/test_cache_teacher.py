@@ -184,7 +184,7 @@ def test_a_stream_is_read_as_it_comes(teacher_dir, tmp_path, monkeypatch, full):
     streamed = cache(teacher_dir, tmp_path / "cache", data=Streamed(n_train=20))
     assert shard_path(streamed, 0).read_bytes() == shard_path(full, 0).read_bytes()
     monkeypatch.setattr(command, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="several devices need data with random access, got 2 for Streamed"):
+    with pytest.raises(UserError, match="Streamed is a stream, which several devices cannot share, got 2"):
         cache(teacher_dir, tmp_path / "two", data=Streamed(n_train=20))
 
 
@@ -466,7 +466,10 @@ def test_a_damaged_cache_is_refused_before_training(teacher_dir, tmp_path):
         ({"devices": 4096}, "devices must be at most"),
         ({"teacher_placement": "sharded"}, "teacher_placement sharded needs several devices, got 1"),
         ({"resume": True}, "there is nothing to resume"),
-        ({"max_tokens": 16}, "max_tokens needs data whose order depends on its seed alone, such as HFText, got 16"),
+        (
+            {"max_tokens": 16},
+            "max_tokens needs data whose order depends on its seed alone, such as HFText, got max_tokens 16",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(teacher_dir, tmp_path, kwargs, match):

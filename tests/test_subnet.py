@@ -154,7 +154,7 @@ LATENT, MIXTRAL = ARCHITECTURES["latent"], ARCHITECTURES["Mixtral-8x7B-v0.1"]
         (PYTHIA, {"n_expert": 2}, "no kept layer of the teacher has n_expert"),
         (LATENT, {"head_size": 4}, "cannot shrink in a model with latent attention"),
         (LATENT, {"n_expert": 5}, "multiple of n_expert_groups = 2"),
-        (LATENT, {"n_expert": 2}, "each expert group must have at least 2 experts"),
+        (LATENT, {"n_expert": 2}, "n_expert must be at least 4, 2 in each of the 2 expert groups, got 2"),
         (LATENT, {"n_expert": "0-2,4"}, r"the same number, got \[3, 1\]"),
         (LATENT, {"n_layer": 3, "n_expert": [4, 4, 4]}, "layer 0 of the teacher has no n_expert"),
         (MIXTRAL, {"n_expert": 1}, "at least n_expert_per_token = 2"),

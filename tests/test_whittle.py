@@ -450,6 +450,10 @@ def test_costs_are_counted_passes(teacher, data, tmp_path):
     sections["distill"] = sections["distill"] | {"activation_checkpointing": True}
     again = {cost.name: cost for cost in costs(Stages(request, {"cache_teacher": True} | sections))}
     assert again["14K/distilled"].training == pytest.approx(4 * n * part)  # one more forward pass
+    # by default litgpt trains in mixed precision: the student's weights are in fp32, and its teacher's in bf16
+    sections["distill"] = sections["distill"] | {"precision": None}
+    mixed = {cost.name: cost for cost in costs(Stages(request, {"cache_teacher": False} | sections))}
+    assert mixed["14K/distilled"].weights == n_bytes(meta) / 2 + n_bytes(student)
 
 
 def test_measurements_of_a_strategy_are_counted(teacher, data, tmp_path):

@@ -186,12 +186,12 @@ setup = as_command(CacheTeacherConfig)
 def _check_pass(whole: Pass, max_tokens: int | None, name: str) -> None:
     if max_tokens is not None and not whole.begins_alike:
         raise UserError(
-            f"max_tokens needs data whose order depends on its seed alone, such as HFText, got {max_tokens} for "
-            f"{name}, which shuffles at random; leave max_tokens out, or give the data module less data"
+            f"{name} shuffles at random, and max_tokens needs data whose order depends on its seed alone, such as "
+            f"HFText, got max_tokens {max_tokens}; leave it out, or give the data module less data"
         )
     if whole.n_windows is None and world_size() > 1:
         raise UserError(
-            f"several devices need data with random access, got {world_size()} for {name}, a stream; use --devices 1"
+            f"{name} is a stream, which several devices cannot share, got {world_size()} devices; use --devices 1"
         )
 
 

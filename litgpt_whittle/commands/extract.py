@@ -51,7 +51,7 @@ from litgpt_whittle.training.model_source import BASIS
 logger = logging.getLogger(__name__)
 
 NARROW = 1.5
-"""Ratio of the KL divergence on validation tokens to that on calibration tokens above which a note is printed"""
+"""A note is printed if the KL divergence on held-out tokens is more than this many times that on fitted tokens"""
 
 
 @dataclass

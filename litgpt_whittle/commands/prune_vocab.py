@@ -101,7 +101,7 @@ class PruneVocabConfig(PruneBase):
     @property
     def _n_kept(self) -> int:
         assert self.size is not None, "`validate` has checked it"
-        return check_size(self._bpe, int(parse_amount(self.size, "parameters")))
+        return check_size(self._bpe, int(parse_amount(self.size, "tokens")))
 
     def _tokens_of(self, like: Path) -> UnitIndex:
         """Return the tokens that another checkpoint kept.

@@ -37,7 +37,7 @@ class Codec(ABC):
     dtype: str
     """NumPy dtype of a token's array"""
     shape: tuple[int, ...]
-    """Shape of a token's array"""
+    """Shape of what is stored for one token"""
     n_uniform: int = 0
     """Random numbers that `encode` needs per token"""
 

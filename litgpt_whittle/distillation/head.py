@@ -39,7 +39,7 @@ PART_ELEMENTS = {"cpu": 2**19}
 cache."""
 
 TILE = (512, 1024)
-"""Tokens and vocabulary entries whose logits a CPU computes and scores at once if only a cross-entropy is needed."""
+"""Size of a tile of logits, in tokens and vocabulary entries, when a CPU computes a cross-entropy without gradients."""
 
 
 class HeadInput(NamedTuple):
@@ -129,7 +129,7 @@ class TeacherLogits:
         self.softcap, self.n_entries = softcap, head_input.weight.size(0)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        """Return logits of tokens `start` to `stop`, (stop - start, V), at least fp32; may be overwritten."""
+        """Return logits of tokens `start` to `stop`, (stop - start, V), at least fp32, which the caller may change."""
         return _logits(self.hidden[start:stop], self.weight, self.bias, self.softcap)
 
 

@@ -19,7 +19,7 @@ from litgpt_whittle.pipeline.costs import Cost
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.pipeline.stage import Given, StageRun
 from litgpt_whittle.pipeline.training_stage import WITHOUT_TEACHER, TrainingStage
-from litgpt_whittle.tensors import default_precision, weights_dtype
+from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.checks import read_optimizer
 from litgpt_whittle.training.memory_plan import NoPlan
 
@@ -122,7 +122,7 @@ class CorrectTeacherStage(TrainingStage):
         args, stages = self.args, self.stages
         n = args.train.max_tokens or 0
         training = (1 + BACKWARD + args.activation_checkpointing) * n * stages.teacher_flops
-        weights = stages.teacher_bytes(weights_dtype(args.precision or default_precision()))
+        weights = stages.teacher_bytes(weights_dtype(args.used_precision))
         return [Cost(self.title(), n, 0.0, training, weights)]
 
     @classmethod

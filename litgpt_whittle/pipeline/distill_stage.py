@@ -20,7 +20,7 @@ from litgpt_whittle.pipeline.costs import Cost, n_shards
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.pipeline.stage import StageRun
 from litgpt_whittle.pipeline.training_stage import WITHOUT_TEACHER, TrainingStage
-from litgpt_whittle.tensors import default_precision, weights_dtype
+from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.memory_plan import NoPlan
 from litgpt_whittle.training.planned_step import teacher_dtype
 
@@ -134,9 +134,9 @@ class DistillStage(TrainingStage):
         # activation checkpointing runs each block forward twice
         training = (1 + BACKWARD + args.activation_checkpointing) * n * stages.student_flops(student)
         size = n_params(stages.teacher, stages.search.examples[student], stages.tied)
-        alone, beside = size * weights_dtype(args.precision or default_precision()).itemsize, 0
+        alone, beside = size * weights_dtype(args.used_precision).itemsize, 0
         if runs_teacher:
-            dtype = teacher_dtype(args.precision or default_precision())
+            dtype = teacher_dtype(args.used_precision)
             beside = stages.teacher_bytes(dtype, n_shards(args), stages.distill_teacher)
         forward = n * stages.distill_teacher_flops * runs_teacher
         found = [Cost(self.title(student), n, forward, training, alone + beside)]

@@ -18,7 +18,7 @@ from litgpt_whittle.pipeline.stages import Stages
 from litgpt_whittle.processes import n_devices, own_device
 from litgpt_whittle.subnet import DROPS, FIELDS, SubNet
 from litgpt_whittle.supergpt import student_model
-from litgpt_whittle.tensors import default_precision, weights_dtype
+from litgpt_whittle.tensors import weights_dtype
 from litgpt_whittle.training.planned_step import AUTOCAST, teacher_dtype
 
 
@@ -53,7 +53,7 @@ def measure_speed(stages: Stages, budget: float = 10.0) -> Speed:
         budget: Seconds to spend; at least one pass of each runs in any case.
     """
     device, length = own_device(), stages.length
-    precision = stages.distill.args.precision or default_precision()
+    precision = stages.distill.args.used_precision
     # a few hundred tokens saturate a CPU, but not a GPU
     n_rows, n_tokens = (
         (1, min(length, 256)) if device.type == "cpu" else (stages.distill.args.train.micro_batch_size, length)

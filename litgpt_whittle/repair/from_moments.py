@@ -68,7 +68,8 @@ class MomentRepair:
         self.layers = [LayerMoments(self.config, layer, block) for layer, block in enumerate(teacher.transformer.h)]
         self.final = Moments(self.config.n_embd, 0, self.device)
         self.before: dict[int, TokenMeans] = {}
-        """Mean hidden states by token id before each layer but the first, for students that begin with the layer"""
+        """For each layer but the first, the mean hidden state before it per token id: the embedding of students whose
+        first layer it is; empty if the teacher's head is tied"""
         self.streams: list[list[torch.Tensor]] = [[] for _ in range(self.config.n_layer + 1)]
         """The teacher's hidden states before each layer and after the last, batch by batch, in main memory"""
         self.block_args: list[tuple] = [()] * self.config.n_layer

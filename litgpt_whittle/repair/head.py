@@ -30,7 +30,7 @@ RATE = 0.03
 OPTIMIZER_COPIES = 5
 """Values stored per weight during training: the weight, its gradient, Adam's two moments, and the initial weight"""
 STEP_COPIES = 2
-"""Temporary values per weight of the largest tensor while Adam takes a step"""
+"""Temporary copies of the largest tensor during a step of Adam; for blocks, the estimate counts a whole block as one"""
 
 
 class HeadRepair:

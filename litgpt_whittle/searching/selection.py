@@ -60,7 +60,7 @@ class Rung:
         n, _, tokens = str(text).partition("x")
         if not n.strip().isdigit() or int(n) < 1 or not tokens:
             raise UserError(f"a rung must have the form students x tokens, got {text!r}; write for example 8x200k")
-        return cls(int(n), int(parse_amount(tokens, "parameters")))
+        return cls(int(n), int(parse_amount(tokens, "tokens")))
 
 
 @dataclass(frozen=True)

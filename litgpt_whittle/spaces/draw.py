@@ -261,7 +261,7 @@ class _Descent:
         return (low + high) / 2
 
     def run(self) -> dict[Key, int] | None:
-        """Return a value for every key, or None if there is none or the node limit is reached."""
+        """Return a size for every key with a count in the bin; None if there are no such sizes, or at the node limit."""
         order = self._order()
         # counts with the undrawn sizes at their smallest and at their largest
         totals = [

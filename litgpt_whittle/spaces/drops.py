@@ -95,7 +95,7 @@ def _fewer_drops(rng: np.random.Generator, drops: Mapping[int, str]) -> dict[int
 
 
 def check_reachable(space: SizeSpace, bin: Bin) -> None:
-    """Check that a sub-network lies in the bin.
+    """Check that the space has a sub-network in the bin.
 
     Raises:
         UserError: If none does; the message contains the nearest possible parameter counts.

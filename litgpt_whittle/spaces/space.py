@@ -27,8 +27,8 @@ from litgpt_whittle.unit_index import UnitIndex
 
 SpaceName = Literal["coarse_uniform", "coarse_layerwise", "fine_uniform", "fine_layerwise"]
 """Coarse spaces keep the first n units of each dimension, or the n most important units of each layer; fine spaces keep
-any n units. Layerwise spaces choose sizes and units per layer. Uniform spaces use the same sizes in all layers, and
-their random candidates also the same units."""
+any n units. Layerwise spaces choose sizes and units per layer. Uniform spaces use the same sizes in all layers; without
+an order of importance, a random candidate also keeps the same units in all layers."""
 
 Sets = dict[Key, np.ndarray]
 """Indices of kept units, by the key of their size"""

@@ -188,7 +188,7 @@ class Builder:
         return (*range(before), *range(self.n_layer - (n - before), self.n_layer))
 
     def _fewer_layers(self, idea: Idea) -> Kept | None:
-        """Return the kept layers of an idea; None if it cannot drop enough layers or sub-layers."""
+        """Choose the layers, or sub-layers, that an `Idea` keeps; None if no choice fits, or none can be ranked."""
         every = tuple(range(self.n_layer))
         if idea.sublayer:
             dropped = self._least_important(idea.sublayer)

@@ -192,7 +192,7 @@ class Pruning:
         self.scratch.remove_streams_before(i)
 
     def _finished(self) -> Iterator[tuple[Weights, list[MapReport]]]:
-        """Yield the blocks that interrupted pruning has finished."""
+        """Yield the weights and reports of the blocks that an interrupted run has finished."""
         for i in range(len(self.shape)):
             if (saved := self.scratch.load(f"layer-{i}")) is None:
                 return
