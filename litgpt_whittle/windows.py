@@ -44,8 +44,10 @@ class WindowAttention(CausalSelfAttention):
     def scaled_dot_product_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if mask is None and q.size(2) > self.config.sliding_window_size:
-            mask = self.masks(q, self.config.sliding_window_size)
+        # with the flag, for a KV cache, litgpt's forward has built the mask
+        if not self.apply_sliding_window_attention and q.size(2) > self.config.sliding_window_size:
+            window = self.masks(q, self.config.sliding_window_size)
+            mask = window if mask is None else mask + window
         return super().scaled_dot_product_attention(q, k, v, mask)
 
     def build_kv_cache(self, *args, **kwargs) -> nn.Module:

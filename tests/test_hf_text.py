@@ -97,7 +97,7 @@ def test_blocks_begin_with_bos_where_the_tokenizer_begins_texts_with_it(tokenize
 
 def test_train_and_validation_share_no_document(tokenizer, corpus):
     data = opened(tokenizer, corpus, val_fraction=0.3)
-    kept = {part: data._folder(part, data._sources(part)[0]) for part in ("train", "validation")}
+    kept = {part: data._place(part, data._sources(part)[0])[0] for part in ("train", "validation")}
     counts = {part: json.loads((folder / "about.json").read_text()) for part, folder in kept.items()}
     assert counts["train"]["n_documents"] + counts["validation"]["n_documents"] == len(DOCUMENTS)
     assert counts["train"]["n_tokens"] + counts["validation"]["n_tokens"] == len(stream_of(tokenizer, DOCUMENTS))
@@ -162,7 +162,7 @@ def test_a_crash_leaves_nothing_that_is_taken_for_tokens(tokenizer, corpus, monk
         opened(tokenizer, corpus)
     data = HFText(str(corpus))
     data.connect(tokenizer, max_seq_length=LENGTH)
-    assert not is_written(data._folder("train", data._sources("train")[0]))
+    assert not is_written(data._place("train", data._sources("train")[0])[0])
     monkeypatch.undo()
     assert len(opened(tokenizer, corpus).train_dataset)
 

@@ -17,10 +17,11 @@ import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by i
 from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, Result, as_command
-from litgpt_whittle.data.loading import check_data, connect, train_loader
+from litgpt_whittle.data.loading import check_data, connect, document_end, train_loader
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, shard_path
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
+from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable, readable_size
 from litgpt_whittle.hints import try_next
@@ -118,7 +119,7 @@ class CacheTeacherConfig(CommandConfig):
         if n_devices(self.devices) == 1 and self.teacher_placement == "sharded":
             raise UserError("teacher_placement sharded needs several devices, got 1; raise --devices, or leave it out")
         _ = self.contents  # raises for an invalid codec or damaged weights, before the data is read
-        check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size)
+        check_data(self.data, self.checkpoint_dir, teacher.padded_vocab_size, can_reset_attention=True)
 
     @property
     def length(self) -> int:
@@ -174,6 +175,7 @@ class CacheTeacherConfig(CommandConfig):
             dtype = weights_dtype(contents.precision)
             is_sharded = self.teacher_placement == "sharded"
             live = LiveTeacher(self.checkpoint_dir, self.length, dtype, fabric.device, is_sharded)
+            reset_attention(live.model, document_end(self.data, self.checkpoint_dir))
             index = write_cache(self.out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
             if not shutdown():
                 return None

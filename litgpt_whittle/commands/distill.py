@@ -20,7 +20,7 @@ from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import Result, as_command
 from litgpt_whittle.commands.extract import ExtractConfig
-from litgpt_whittle.data.loading import check_data
+from litgpt_whittle.data.loading import check_data, document_end, resets_attention
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Cache
 from litgpt_whittle.distillation.head import LossModel
@@ -28,6 +28,7 @@ from litgpt_whittle.distillation.hidden import HiddenLoss
 from litgpt_whittle.distillation.liger import check_liger, check_liger_models, liger_loss
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.distillation.quantize import check_quantize, saved_bytes
+from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import file_fingerprint
 from litgpt_whittle.index_plan import n_params
@@ -41,6 +42,7 @@ from litgpt_whittle.training.checks import (
     check_cache_reaches,
     check_hidden,
     check_pair,
+    check_resets,
     check_tokenizers,
     check_vocabularies,
     default_data,
@@ -206,7 +208,7 @@ class DistillConfig(TrainingConfig):
         configs = [config for config in (student.config, teacher.config) if config is not None]
         if self.distill.head == "liger":
             check_liger_models(configs)
-        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs))
+        check_data(data, tokenizer_dir, min(config.padded_vocab_size for config in configs), can_reset_attention=True)
         settings = self.run_settings(student.config, tokenizer_dir) | teacher.settings
         state = state_to_resume(resume_dir, settings)
         return TrainingInputs(student, tokenizer_dir, data, self.arguments(), step, settings, state)
@@ -241,6 +243,7 @@ class DistillConfig(TrainingConfig):
         where, teacher_dir = f"cache {str(cache.folder)!r}", self.teacher_dir
         check_cache(cache.contents, where, self.distill.first_objective.terms, self.distill, seq_length, teacher_dir)
         check_cache_reaches(cache, n_tokens)
+        check_resets(cache.contents, where, resets_attention(self.data))
 
     def _repaired_student(self, inputs: TrainingInputs) -> ModelSource:
         """Repair the student in `out_dir/start`, unless an interrupted run has done so, and return its source."""
@@ -342,6 +345,7 @@ def build_run(
     if teacher.folder is not None and (teacher.cache is None or inputs.state is None):
         dtype = teacher_dtype(fabric._precision.precision)
         live = LiveTeacher(teacher.folder, step.seq_length, dtype, fabric.device, is_sharded, config.teacher_quantize)
+        reset_attention(live.model, document_end(inputs.data, inputs.tokenizer_dir))
     if hidden is not None:
         assert live is not None, "hidden states come from a live teacher"
         live.watch(hidden.pairs.values())

@@ -82,7 +82,7 @@ class SupernetConfig(TrainingConfig):
         seq_length = check_pair(source.config, None, self.train.max_seq_length)
         self.n_tokens(seq_length)  # fails if it is less than a step
         data = default_data() if self.data is None else self.data
-        check_data(data, tokenizer_dir, source.config.padded_vocab_size)
+        check_data(data, tokenizer_dir, source.config.padded_vocab_size, can_reset_attention=True)
         settings = self.run_settings(source.config, tokenizer_dir)
         state = state_to_resume(resume_dir, settings)
         step = self.step(source, seq_length, Objective())

@@ -34,6 +34,8 @@ from litgpt_whittle.data.loading import check_data
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.fitness import Fitness
+from litgpt_whittle.fitness.perplexity import Perplexity
+from litgpt_whittle.fitness.repaired import Repaired
 from litgpt_whittle.index_plan import n_params
 from litgpt_whittle.journal import (
     JOURNAL,
@@ -185,7 +187,9 @@ class SearchConfig(CommandConfig):
         self._check_can_shard(n_devices(self.devices) * self.num_nodes)
         parse_rungs(self.selection, to_come)
         read_weights(self.checkpoint_dir)  # damaged weights fail before the data is read
-        check_data(self.data if measure.needs_data() else None, self.checkpoint_dir, teacher.padded_vocab_size)
+        can_reset = issubclass(measure, Perplexity) and not issubclass(measure, Repaired)
+        data = self.data if measure.needs_data() else None
+        check_data(data, self.checkpoint_dir, teacher.padded_vocab_size, can_reset)
         _ = self.task_set  # raises for tasks that cannot be measured
         if is_first_started():  # reading a GPU's free memory creates a context there, so only one process does
             itemsize = weights_dtype(self.used_precision).itemsize

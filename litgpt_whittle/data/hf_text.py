@@ -75,6 +75,9 @@ class HFText(DataModule):
     bos: bool | None = None
     """If true, begin every block with the BOS token, without which some models predict badly. By default true if the
     tokenizer begins every text with it, as the tokenizers of Gemma and Llama do"""
+    reset_attention: bool = False
+    """If true, tokens of a block attend only to tokens of the same document. Not for repairs, and only for texts, whose
+    documents end with EOS"""
     seed: int = 42
     """The seed for shuffling the training blocks"""
     num_workers: int = 0
@@ -137,6 +140,7 @@ class HFText(DataModule):
             if first is None:
                 raise UserError(f"{source.option} {source.layout.path!r} is empty; choose data that contains text")
             if isinstance(first, list):
+                self._check_resets(source)
                 template = self._rendering(source)
                 render = template.render_with_answers if self.answers_only else template.render
                 render(first, source.layout.path)
@@ -174,7 +178,10 @@ class HFText(DataModule):
         """Open the windows of each source of a part."""
         bos_id, opened = self._bos_id(), []
         for source in self._sources(part):
-            windows = Windows(self._folder(part, source), self.max_seq_length, bos_id)
+            folder, template = self._place(part, source)
+            if template is not None:
+                self._check_resets(source)
+            windows = Windows(folder, self.max_seq_length, bos_id)
             self._check_id(max(windows.about.get("largest_id", 0), bos_id or 0), part)
             if len(windows) == 0:
                 raise UserError(
@@ -318,8 +325,13 @@ class HFText(DataModule):
             return text, None
         return chat, self._rendering(source)
 
-    def _folder(self, part: str, source: Source) -> Path:
-        return self._place(part, source)[0]
+    def _check_resets(self, source: Source) -> None:
+        """Raise UserError if attention cannot be reset between the conversations of a source."""
+        if self.reset_attention:
+            raise UserError(
+                "data.reset_attention needs texts, whose documents end with EOS, and "
+                f"{source.layout.path!r} has conversations, which may contain it; leave it out"
+            )
 
     def _fingerprint(self, part: str, source: Source, template: ChatTemplate | None = None) -> str:
         """Return a fingerprint of all settings and files that determine the tokens."""

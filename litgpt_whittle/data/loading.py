@@ -25,19 +25,27 @@ _TOKENISED = (TinyLlama, LitData)
 _NEED_LITDATA = (TinyLlama, LitData, TextFiles, OpenWebText, TinyStories)
 
 
-def check_data(data: DataModule | None, tokenizer_dir: Path | None, vocab_size: int) -> None:
+def check_data(
+    data: DataModule | None, tokenizer_dir: Path | None, vocab_size: int, can_reset_attention: bool = False
+) -> None:
     """Check that the data exists, and that the tokenizer and the models fit the data.
 
     Args:
         data: Any data module; most checks are for this project's and litgpt's own.
         tokenizer_dir: Directory of the tokenizer; None without one.
         vocab_size: Number of tokens that every model has an embedding for.
+        can_reset_attention: True if the command's models can attend within documents only (`document_end`).
 
     Raises:
         UserError: For the first failed check.
     """
     if data is None:
         return
+    if resets_attention(data) and not can_reset_attention:
+        raise UserError(
+            "data.reset_attention is not for repairs and pruning methods, which run models block by block; leave it "
+            "out here, and in litgpt whittle set it only in sections such as distill"
+        )
     _check_tokenizer(data, tokenizer_dir, vocab_size)
     if isinstance(data, _NEED_LITDATA) and importlib.util.find_spec("litdata") is None:
         raise _needs_package(data, "litdata")
@@ -137,6 +145,19 @@ def connect(
     barrier()
     with explained(data):
         data.setup()
+
+
+def document_end(data: DataModule | None, tokenizer_dir: Path | None) -> int | None:
+    """Return the token that ends each document if attention is to be reset there, else None."""
+    if not resets_attention(data):
+        return None
+    assert tokenizer_dir is not None, "`check_data` has checked it"
+    return Tokenizer(tokenizer_dir).eos_id
+
+
+def resets_attention(data: DataModule | None) -> bool:
+    """Return whether tokens attend only to tokens of the same document."""
+    return isinstance(data, HFText) and data.reset_attention
 
 
 def train_loader(data: DataModule) -> Any:

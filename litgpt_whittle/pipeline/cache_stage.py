@@ -8,6 +8,7 @@ from typing import Any
 
 from litgpt_whittle.commands.cache_teacher import CacheTeacherConfig
 from litgpt_whittle.data.hf_text import HFText
+from litgpt_whittle.data.loading import resets_attention
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX
 from litgpt_whittle.errors import UserError
@@ -15,7 +16,7 @@ from litgpt_whittle.pipeline.costs import Cost, n_shards
 from litgpt_whittle.pipeline.sections import Section
 from litgpt_whittle.pipeline.stage import Stage, StageRun
 from litgpt_whittle.tensors import default_precision, weights_dtype
-from litgpt_whittle.training.checks import check_cache
+from litgpt_whittle.training.checks import check_cache, check_resets
 
 NO_LIMIT = 3_000_000_000_000
 """litgpt's default of train.max_tokens, which means that the user has set no limit"""
@@ -85,6 +86,7 @@ class CacheTeacherStage(Stage[CacheTeacherConfig]):
         if distill.head == "liger":
             raise UserError("distill.head liger cannot learn from a cache; remove --cache_teacher or the head")
         check_cache(contents, "cache to come", terms, distill, self.stages.length, trained.args.teacher_dir)
+        check_resets(contents, "cache to come", resets_attention(trained.args.data))
 
     def costs(self, student: str = "") -> list[Cost]:
         """Return the cost of running the teacher once over the training tokens."""

@@ -335,6 +335,20 @@ def check_cache_reaches(cache: Cache, n_tokens: int) -> None:
         )
 
 
+def check_resets(contents: Contents, where: str, resets: bool) -> None:
+    """Check that a teacher's cache was made with the same masks between documents as the student has.
+
+    Raises:
+        UserError: If it was not.
+    """
+    cached = bool(contents.data.get("init_args.reset_attention", False))
+    if cached != resets:
+        raise UserError(
+            f"data.reset_attention must be {str(cached).lower()}, as for the {where}, got {str(resets).lower()}; "
+            "change it, or cache the teacher with the same setting"
+        )
+
+
 def check_hidden(
     args: HiddenArgs, n_layer: int, sub_network: Mapping[str, Any] | None, teacher: Config | None
 ) -> SubNet | None:

@@ -23,6 +23,8 @@ from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
 from litgpt_whittle.checkpoint import save_checkpoint
+from litgpt_whittle.data.loading import document_end
+from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
 from litgpt_whittle.metrics import BACKWARD, flops
@@ -61,6 +63,7 @@ def build_model(fabric: L.Fabric, config: TrainingConfig, inputs: TrainingInputs
     model.max_seq_length = inputs.step.seq_length
     if student.weights is not None:
         model.load_state_dict(student.weights())
+    reset_attention(model, document_end(inputs.data, inputs.tokenizer_dir))
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model
