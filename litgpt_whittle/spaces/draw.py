@@ -261,7 +261,7 @@ class _Descent:
         return (low + high) / 2
 
     def run(self) -> dict[Key, int] | None:
-        """Return a size for every key with a count in the bin; None if there are no such sizes, or at the node limit."""
+        """Return a size for every key with a count in the bin; None if there are none, or at the node limit."""
         order = self._order()
         # counts with the undrawn sizes at their smallest and at their largest
         totals = [
