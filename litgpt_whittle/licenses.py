@@ -55,6 +55,6 @@ def _read(path: Path) -> str:
 def _mapping(text: str) -> dict[str, Any]:
     try:
         content = from_yaml(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # such as a date that does not exist
         content = None
     return content if isinstance(content, dict) else {}

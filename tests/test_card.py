@@ -131,7 +131,15 @@ def test_an_intermediate_checkpoint_has_the_losses_until_then(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: 3\n---"]
+    "text",
+    [
+        "",
+        "no metadata",
+        "---\nlicense: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: 3\n---",
+        "---\ndate: 2024-02-30\n---",
+    ],
 )
 def test_a_card_leaves_out_what_is_unknown(text, tmp_path):
     folder = save(tmp_path / "lit", dataclasses.replace(TEACHER, hf_config={}))

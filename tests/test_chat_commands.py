@@ -12,6 +12,7 @@ from checkpoints import write_random_model
 from litgpt import GPT
 from litgpt.args import EvalArgs
 from litgpt.config import Config
+from litgpt.tokenizer import Tokenizer
 from test_chat import chats, opened, write_chat_tokenizer, write_chats
 
 from litgpt_whittle.batches import BatchArgs, calibration_windows, held_out_windows, validation_batches
@@ -22,6 +23,7 @@ from litgpt_whittle.commands.rank import setup as rank
 from litgpt_whittle.commands.search import setup as search
 from litgpt_whittle.data import HFText
 from litgpt_whittle.data.loading import split_batch
+from litgpt_whittle.data.tokenizer_content import encoding_fingerprint
 from litgpt_whittle.distillation.args import DistillArgs, HiddenArgs
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.fitness import Perplexity
@@ -133,6 +135,18 @@ def test_distillation_learns_from_answers_only(folder, tmp_path):
         )
     logged = next(row["teacher_val_loss"] for row in rows if "teacher_val_loss" in row)
     assert logged == pytest.approx(total / int(n), rel=1e-4)
+
+
+def test_the_fingerprint_of_a_tokenizer_does_not_depend_on_its_folders_name(folder, tmp_path):
+    """litgpt's `use_bos` is true in a folder named Llama-3…, which resumed runs have left."""
+    names = ("Llama-3-tiny", "step-00000010")
+    copies = [copy_of_tokenizer(folder / "teacher", tmp_path / name) for name in names]
+    for copy in copies:
+        path = copy / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|endoftext|>"}))
+    assert [Tokenizer(copy).use_bos for copy in copies] == [True, False]
+    one, other = map(encoding_fingerprint, copies)
+    assert one == other
 
 
 def test_a_run_resumes_with_an_equal_tokenizer_in_another_folder_but_not_with_another_one(folder, tmp_path):

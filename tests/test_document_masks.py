@@ -22,7 +22,7 @@ from litgpt_whittle.commands import cache_teacher, distill, search_run
 from litgpt_whittle.commands.rank import RankConfig
 from litgpt_whittle.commands.search import setup as search
 from litgpt_whittle.data import HFText
-from litgpt_whittle.document_masks import document_mask, documents_in, reset_attention
+from litgpt_whittle.document_masks import Packing, document_mask, documents_in, reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.journal import read_journal
 from litgpt_whittle.metrics_log import read_metrics
@@ -72,7 +72,7 @@ def test_a_window_has_the_logits_of_each_document_alone(name):
     config = ARCHITECTURES[name]
     torch.manual_seed(0)
     stock, ids = GPT(config).double().eval(), packed(config)
-    model = reset_attention(vectorize_windows(copy.deepcopy(stock)), END)
+    model = reset_attention(vectorize_windows(copy.deepcopy(stock)), Packing(END))
     expected = alone(stock, ids)
     assert_same(model(ids), expected)
     assert (stock(ids) - expected).abs().max() > 1e-3 * expected.abs().max()
@@ -92,8 +92,8 @@ def test_sub_networks_and_their_students_see_the_same_masks():
     student = student_model(subnet).double().eval()
     student.load_state_dict(extract_weights(teacher, subnet))
     expected = alone(student, ids)
-    assert_same(reset_attention(student, END)(ids), expected)
-    with reset_attention(teacher, END).running(subnet, materialize=True):
+    assert_same(reset_attention(student, Packing(END))(ids), expected)
+    with reset_attention(teacher, Packing(END)).running(subnet, materialize=True):
         assert_same(teacher(ids), expected)
 
 
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_each_document_alone(way):
     torch.manual_seed(0)
     stock, ids = GPT(config).double(), packed(config)
     alone(stock, ids).square().mean().backward()
-    model = reset_attention(copy.deepcopy(stock), END)
+    model = reset_attention(copy.deepcopy(stock), Packing(END))
     model.zero_grad()
     if way == "checkpointed":
         checkpoint_activations(model)
@@ -114,14 +114,26 @@ def test_gradients_are_those_of_each_document_alone(way):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3))
-def test_a_token_sees_the_tokens_before_it_back_to_the_end_of_the_last_document(rows):
-    mask = document_mask(documents_in(torch.tensor(rows), END), torch.float32)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3), st.booleans())
+def test_a_token_sees_the_tokens_before_it_back_to_the_end_of_the_last_document(rows, has_bos):
+    mask = document_mask(documents_in(torch.tensor(rows), END), torch.float32, has_bos)
     assert mask.shape == (len(rows), 1, 6, 6)
     for row, own in zip(rows, mask[:, 0]):
         for i in range(6):
-            seen = [j for j in range(i + 1) if END not in row[j:i]]
+            seen = [j for j in range(i + 1) if END not in row[j:i] or (has_bos and j == 0)]
             assert own[i].tolist() == [0.0 if j in seen else -math.inf for j in range(6)]
+
+
+@torch.no_grad()
+def test_all_documents_see_the_bos_of_their_block():
+    ids = packed(TEACHER)
+    model = reset_attention(GPT(TEACHER).eval(), Packing(END, has_bos=True))
+    expected, last = model(ids), ids.size(1) - LENGTHS[-1]
+    other_document, other_bos = ids.clone(), ids.clone()
+    for other, place in ((other_document, 1), (other_bos, 0)):
+        other[:, place] = END + 1 + (ids[:, place] - END) % 300
+    assert torch.equal(model(other_document)[:, last:], expected[:, last:])
+    assert not torch.allclose(model(other_bos)[:, last:], expected[:, last:])
 
 
 def test_without_an_end_a_model_stays_as_it_is():
@@ -242,7 +254,7 @@ def test_a_ranking_depends_on_the_masks(folder, tmp_path):
         ).run()
         for resets in (True, False)
     )  # fmt: skip
-    assert not torch.equal(one.scores.sublayers["attn"], other.scores.sublayers["attn"])
+    assert not torch.equal(one.ranking.scores.sublayers["attn"], other.ranking.scores.sublayers["attn"])
 
 
 def test_repairs_and_conversations_are_refused(folder, tmp_path):

@@ -19,6 +19,7 @@ from litgpt import GPT, Config
 from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from litgpt.utils import save_config
+from texts import write_tokenizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from litgpt_whittle import files
@@ -27,6 +28,7 @@ from litgpt_whittle.commands.distill import setup
 from litgpt_whittle.data.loading import split_batch
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.errors import UserError
+from litgpt_whittle.licenses import license_of
 from litgpt_whittle.metrics_log import read_metrics
 from litgpt_whittle.supergpt import tie
 from litgpt_whittle.training import log, loop
@@ -391,6 +393,14 @@ def test_a_run_leaves_its_log_its_plot_and_its_arguments(tmp_path):
     row = rows(tmp_path)[-1]
     assert row["tokens"] == 6 * 8 * SEQ and row["tokens_per_second"] > 0
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"] > 0
+
+
+def test_a_student_keeps_the_license_of_its_weights_whatever_its_tokenizers(tmp_path):
+    student, other = checkpoint(tmp_path / "student", padded_vocab_size=300), write_tokenizer(tmp_path / "other")
+    for folder, name in ((student, "mit"), (other, "gpl")):
+        (folder / "license.yaml").write_text(f"license: {name}\n")
+    run(tmp_path / "out", initial_checkpoint_dir=student, tokenizer_dir=other, train=train_args(max_steps=1))
+    assert license_of(tmp_path / "out/final") == {"license": "mit"}
 
 
 def test_throughput_and_time_left_leave_out_validation_and_saving(tmp_path, monkeypatch):

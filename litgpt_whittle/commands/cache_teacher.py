@@ -17,7 +17,7 @@ import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by i
 from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import HF_CONFIG, check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, Result, as_command
-from litgpt_whittle.data.loading import check_data, connect, document_end, train_loader
+from litgpt_whittle.data.loading import check_data, connect, packing_of, train_loader
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Contents, Index, shard_path
 from litgpt_whittle.distillation.codecs import make_codec, with_settings
@@ -175,7 +175,7 @@ class CacheTeacherConfig(CommandConfig):
             dtype = weights_dtype(contents.precision)
             is_sharded = self.teacher_placement == "sharded"
             live = LiveTeacher(self.checkpoint_dir, self.length, dtype, fabric.device, is_sharded)
-            reset_attention(live.model, document_end(self.data, self.checkpoint_dir))
+            reset_attention(live.model, packing_of(self.data, self.checkpoint_dir))
             index = write_cache(self.out_dir, index, live, whole, fabric.device, rank() == 0, is_sharded, begin)
             if not shutdown():
                 return None

@@ -20,7 +20,7 @@ from litgpt_whittle.batches import BatchArgs
 from litgpt_whittle.checkpoint import check_checkpoint, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import Result, as_command
 from litgpt_whittle.commands.extract import ExtractConfig
-from litgpt_whittle.data.loading import check_data, document_end, resets_attention
+from litgpt_whittle.data.loading import check_data, packing_of, resets_attention
 from litgpt_whittle.distillation.args import DistillArgs
 from litgpt_whittle.distillation.cache import INDEX, Cache
 from litgpt_whittle.distillation.head import LossModel
@@ -146,6 +146,10 @@ class DistillConfig(TrainingConfig):
             raise UserError("random weights cannot be repaired; remove --repair or --random_weights")
         if self.repair and self.sub_network is None:
             raise UserError("repair needs a sub-network to repair; set --sub_network, or remove --repair")
+        if self.repair and resets_attention(self.data):
+            raise UserError(
+                "repair cannot read data with data.reset_attention; leave one of them out, or repair by litgpt extract"
+            )
         if self.repair and self.world_size > 1:
             raise UserError(
                 f"repair needs one device in litgpt distill, got {self.world_size}; run 'litgpt extract --repair true "
@@ -345,7 +349,7 @@ def build_run(
     if teacher.folder is not None and (teacher.cache is None or inputs.state is None):
         dtype = teacher_dtype(fabric._precision.precision)
         live = LiveTeacher(teacher.folder, step.seq_length, dtype, fabric.device, is_sharded, config.teacher_quantize)
-        reset_attention(live.model, document_end(inputs.data, inputs.tokenizer_dir))
+        reset_attention(live.model, packing_of(inputs.data, inputs.tokenizer_dir))
     if hidden is not None:
         assert live is not None, "hidden states come from a live teacher"
         live.watch(hidden.pairs.values())

@@ -164,11 +164,10 @@ class ExtractConfig(CommandConfig):
                 continue
             extracted = student.run()
             assert isinstance(extracted, Checkpoint)  # one device has extracted it
+            logger.info(extracted.summary)  # now, in case that the next one fails
             checkpoints.append(extracted)
             release_memory()  # the next repair measures free memory
-        summaries = [f"{each.summary}\n" if each.summary else "" for each in checkpoints]
-        summary = "\n".join([*summaries, _students_table([each.folder for each in checkpoints])])
-        return Checkpoints(self.out_dir, checkpoints, summary=summary)
+        return Checkpoints(self.out_dir, checkpoints, summary=_students_table([each.folder for each in checkpoints]))
 
     def check_out_dir(self) -> None:
         """Raise UserError if `out_dir` cannot be written, or would overwrite the inputs or another checkpoint."""

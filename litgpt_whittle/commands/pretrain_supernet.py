@@ -69,8 +69,10 @@ class SupernetConfig(TrainingConfig):
         sampler = self.supernet.make_sampler(source.config, source.is_tied)
         inputs = self._inputs(source, start_dir, resume_dir)
         if self.dry_run:
+            if not is_first_started():
+                return None
             text = choose_placement(inputs.step, "replicated", self.n_local, is_final=True)[1]
-            return Result(self.out_dir, summary=text) if is_first_started() else None
+            return Result(self.out_dir, summary=text)
         if is_first_started():
             show_plan(inputs.step, "replicated", self.n_local)
         fabric = launch_training(self, inputs, f"supernet-{source.config.name}")

@@ -15,7 +15,7 @@ from litgpt_whittle.batches import BatchArgs, fingerprint, read_calibration, seq
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import CommandConfig, as_command
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
-from litgpt_whittle.data.loading import check_data, document_end
+from litgpt_whittle.data.loading import check_data, packing_of
 from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import check_writable
@@ -116,7 +116,7 @@ class RankConfig(CommandConfig):
         windows = read_calibration(self.data, self.checkpoint_dir, size, length, self.tokens, self.seed, "tokens")
         model = load_model(self.checkpoint_dir, "SuperGPT", dtype=weights_dtype(precision), device=fabric.device)
         model.max_seq_length = length
-        reset_attention(model, document_end(self.data, self.checkpoint_dir))
+        reset_attention(model, packing_of(self.data, self.checkpoint_dir))
         ids = windows.input_ids
         layer_windows = ids[: math.ceil(self.layer_tokens / ids.shape[1])]
         scores = measure(model, ids, len(layer_windows), size, fabric.autocast, counts=windows.counts)

@@ -26,7 +26,7 @@ from litgpt_whittle.batches import (
 from litgpt_whittle.checkpoint import check_checkpoint, load_model, read_weights, weights_fingerprint
 from litgpt_whittle.command_config import Interrupted
 from litgpt_whittle.data.hf_text import HFText  # noqa: F401 (lets --data HFText be found by its name)
-from litgpt_whittle.data.loading import connect, document_end
+from litgpt_whittle.data.loading import connect, packing_of
 from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.evaluations import best_of
@@ -327,7 +327,7 @@ def load_fitness(fabric: L.Fabric, config: SearchConfig, plan: SearchPlan, text:
     else:
         model = load_model(config.checkpoint_dir, "SuperGPT", dtype=dtype, device=fabric.device)
         model.max_seq_length = plan.seq_length
-    reset_attention(model, document_end(text.data, config.checkpoint_dir))
+    reset_attention(model, packing_of(text.data, config.checkpoint_dir))
     batches: Any = text.batches
     wanted: dict[str, Any] = {} if text.calibration is None else {"calibration": text.calibration}
     if config.measure.needs_importance:

@@ -76,8 +76,8 @@ class HFText(DataModule):
     """If true, begin every block with the BOS token, without which some models predict badly. By default true if the
     tokenizer begins every text with it, as the tokenizers of Gemma and Llama do"""
     reset_attention: bool = False
-    """If true, tokens of a block attend only to tokens of the same document. Not for repairs, and only for texts, whose
-    documents end with EOS"""
+    """If true, tokens of a block attend only to tokens of the same document, and to BOS if the block begins with it.
+    Not for repairs, only for texts, whose documents end with EOS, and only in this project's commands"""
     seed: int = 42
     """The seed for shuffling the training blocks"""
     num_workers: int = 0
@@ -194,10 +194,14 @@ class HFText(DataModule):
                 windows.with_labels = True
         return opened
 
+    def has_bos(self, tokenizer: Tokenizer) -> bool:
+        """Return whether blocks begin with BOS."""
+        return begins_with_bos(tokenizer) if self.bos is None else self.bos
+
     def _bos_id(self) -> int | None:
         """Return the token that blocks begin with, if any."""
         tokenizer = self._checked_tokenizer()
-        return tokenizer.bos_id if self.bos or (self.bos is None and begins_with_bos(tokenizer)) else None
+        return tokenizer.bos_id if self.has_bos(tokenizer) else None
 
     def _check_id(self, token: int, part: str) -> None:
         """Raise UserError for a token that the model has no embedding for."""

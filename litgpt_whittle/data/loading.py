@@ -16,6 +16,7 @@ from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.data.encoding import largest_id
 from litgpt_whittle.data.hf_text import HFText
 from litgpt_whittle.data.sources import reason
+from litgpt_whittle.document_masks import Packing
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.processes import barrier, on_rank_zero, rank
 
@@ -34,7 +35,7 @@ def check_data(
         data: Any data module; most checks are for this project's and litgpt's own.
         tokenizer_dir: Directory of the tokenizer; None without one.
         vocab_size: Number of tokens that every model has an embedding for.
-        can_reset_attention: True if the command's models can attend within documents only (`document_end`).
+        can_reset_attention: True if the command's models can attend within documents only (`packing_of`).
 
     Raises:
         UserError: For the first failed check.
@@ -147,12 +148,13 @@ def connect(
         data.setup()
 
 
-def document_end(data: DataModule | None, tokenizer_dir: Path | None) -> int | None:
-    """Return the token that ends each document if attention is to be reset there, else None."""
-    if not resets_attention(data):
+def packing_of(data: DataModule | None, tokenizer_dir: Path | None) -> Packing | None:
+    """Return the tokens that separate documents if attention is to be reset there, else None."""
+    if not (isinstance(data, HFText) and data.reset_attention):
         return None
     assert tokenizer_dir is not None, "`check_data` has checked it"
-    return Tokenizer(tokenizer_dir).eos_id
+    tokenizer = Tokenizer(tokenizer_dir)
+    return Packing(tokenizer.eos_id, data.has_bos(tokenizer))
 
 
 def resets_attention(data: DataModule | None) -> bool:

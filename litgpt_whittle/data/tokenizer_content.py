@@ -9,14 +9,15 @@ from pathlib import Path
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_whittle.data.chat import template_facts
-from litgpt_whittle.data.encoding import tokenizer_digest
+from litgpt_whittle.data.encoding import begins_with_bos, tokenizer_digest
 
 
-def tokenizer_fingerprint(folder: Path) -> str:
+def encoding_fingerprint(folder: Path) -> str:
     """Return sixteen hex digits that identify a folder's tokenizer, its special tokens and its chat templates.
 
     Equal tokenizers in different folders have the same fingerprint, however their files are formatted.
     """
     tokenizer = Tokenizer(folder)
-    facts = [tokenizer_digest(tokenizer), tokenizer.bos_id, tokenizer.use_bos, template_facts(folder, tokenizer)]
+    begins = begins_with_bos(tokenizer)  # litgpt's `use_bos` depends on the folder's name
+    facts = [tokenizer_digest(tokenizer), tokenizer.bos_id, begins, template_facts(folder, tokenizer)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

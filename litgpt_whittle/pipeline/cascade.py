@@ -161,7 +161,7 @@ def save_stand_in(stages: Stages, folder: Path) -> Path:
 
 def _check_teacher(stages: Stages) -> None:
     """Check that no other teacher is named where each student learns from the one above."""
-    if not stages.distill.has_pipelines_teacher:
+    if stages.distill.teacher_dir is not None and not stages.distill.has_pipelines_teacher:
         raise UserError(
             "cascade.teacher nearest and distill.teacher_checkpoint_dir name two teachers, got "
             f"{str(stages.distill.teacher_dir)!r}; remove one of the two"

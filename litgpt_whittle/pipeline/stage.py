@@ -14,7 +14,7 @@ from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_whittle.checkpoint import has_tokenizer
 from litgpt_whittle.command_config import CommandConfig
-from litgpt_whittle.data.tokenizer_content import tokenizer_fingerprint
+from litgpt_whittle.data.tokenizer_content import encoding_fingerprint
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.manifest import without
 from litgpt_whittle.pipeline.costs import Cost
@@ -110,7 +110,7 @@ class StageRun:
         options = without(self.options, self.kind.config.FREE)
         folder = extend_checkpoint_dir(Path(options.get("tokenizer_dir", "None")))
         if has_tokenizer(folder):  # an equal tokenizer in another folder gives the same output
-            options["tokenizer_dir"] = tokenizer_fingerprint(folder)
+            options["tokenizer_dir"] = encoding_fingerprint(folder)
         return options
 
     def option(self, name: str) -> str:

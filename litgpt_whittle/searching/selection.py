@@ -197,7 +197,7 @@ class Selection:
         subnet, repair, settings = (
             folder / f"{name}.yaml" for name in ("sub_network", "extract", f"train-{rung.tokens}")
         )
-        how = {"repair": True, "data": self.config["data"]} if self.args.repair else {"repair": False}
+        how = {"repair": True, "data": _for_repair(self.config["data"])} if self.args.repair else {"repair": False}
         contents = {subnet: to_yaml(evaluation.subnet), repair: to_yaml(how), settings: to_yaml(self._settings(rung))}
         # outputs made from a different sub-network or settings are not reused
         differ = [path for path, text in contents.items() if path.is_file() and path.read_text() != text]
@@ -298,3 +298,11 @@ def _tau(before: Mapping[int, float], after: Mapping[int, float]) -> str:
     if len(after) < 2:
         return ""
     return f"{kendalltau([before[i] for i in after], list(after.values())).statistic:.2f}"
+
+
+def _for_repair(data: Any) -> Any:
+    """Return the settings of a training's data without `reset_attention`, which repairs do not support."""
+    if not isinstance(data, Mapping) or "init_args" not in data:
+        return data
+    settings = {name: value for name, value in data["init_args"].items() if name != "reset_attention"}
+    return {**data, "init_args": settings}

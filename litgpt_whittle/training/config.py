@@ -16,7 +16,7 @@ from litgpt.utils import get_default_supported_precision, init_out_dir
 
 import litgpt_whittle.data  # noqa: F401  lets the command line find HFText by its bare name
 from litgpt_whittle.command_config import CommandConfig, Result
-from litgpt_whittle.data.tokenizer_content import tokenizer_fingerprint
+from litgpt_whittle.data.tokenizer_content import encoding_fingerprint
 from litgpt_whittle.distillation.objective import Objective
 from litgpt_whittle.files import check_writable
 from litgpt_whittle.processes import lock_dir_for_all, own_device
@@ -152,7 +152,7 @@ class TrainingConfig(CommandConfig):
         """
         found = {
             "precision": self.used_precision,
-            "tokenizer's content": None if tokenizer_dir is None else tokenizer_fingerprint(tokenizer_dir),
+            "tokenizer's content": None if tokenizer_dir is None else encoding_fingerprint(tokenizer_dir),
             "student's parameters": f"{model.n_layer} layers, {model.n_embd} channels",
         }
         return self.determining_arguments() | found

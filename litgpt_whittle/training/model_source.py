@@ -44,6 +44,8 @@ class ModelSource:
     are a selection of them"""
     is_tied: bool = False
     """True if the LM head shares the embedding matrix, which is then trained and saved once"""
+    weights_dir: Path | None = None
+    """Checkpoint directory that the weights come from, whose license holds for the student"""
 
     @property
     def n_params(self) -> int:
@@ -128,7 +130,7 @@ class ModelSource:
         if not named:
             tied = is_tied(read_weights(checkpoint_dir))
             read = partial(read_weights, checkpoint_dir)
-            return cls(config, lambda: vectorize_windows(GPT(config)), read, known, basis, tied)
+            return cls(config, lambda: vectorize_windows(GPT(config)), read, known, basis, tied, checkpoint_dir)
         opened = load_model(checkpoint_dir)
 
         def build() -> GPT:
@@ -136,7 +138,7 @@ class ModelSource:
                 return LayerwiseGPT(opened.shape)
             return vectorize_windows(type(opened)(config))
 
-        return cls(config, build, opened.state_dict, known, basis, is_tied(opened.state_dict()))
+        return cls(config, build, opened.state_dict, known, basis, is_tied(opened.state_dict()), checkpoint_dir)
 
     @classmethod
     def _cut(cls, sub_network: Path, teacher_dir: Path | None) -> ModelSource:
@@ -150,6 +152,7 @@ class ModelSource:
             lambda: extract_weights(read_weights(teacher_dir), subnet),
             subnet.to_dict(),
             is_tied=is_tied(read_weights(teacher_dir)),
+            weights_dir=teacher_dir,
         )
 
 

@@ -23,10 +23,12 @@ from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
 from litgpt_whittle.checkpoint import save_checkpoint
-from litgpt_whittle.data.loading import document_end
+from litgpt_whittle.data.loading import packing_of
 from litgpt_whittle.document_masks import reset_attention
 from litgpt_whittle.errors import UserError
 from litgpt_whittle.files import new_folder, write_text
+from litgpt_whittle.licenses import FILE as LICENSE
+from litgpt_whittle.licenses import license_of
 from litgpt_whittle.metrics import BACKWARD, flops
 from litgpt_whittle.processes import launch
 from litgpt_whittle.sharded_checkpoint import save_parts
@@ -63,7 +65,7 @@ def build_model(fabric: L.Fabric, config: TrainingConfig, inputs: TrainingInputs
     model.max_seq_length = inputs.step.seq_length
     if student.weights is not None:
         model.load_state_dict(student.weights())
-    reset_attention(model, document_end(inputs.data, inputs.tokenizer_dir))
+    reset_attention(model, packing_of(inputs.data, inputs.tokenizer_dir))
     if config.activation_checkpointing:
         checkpoint_activations(model)
     return model
@@ -215,7 +217,10 @@ def save_student(
     source = inputs.source
     if source.basis is not None:
         extra[BASIS] = {"basis": source.basis}
-    save_checkpoint(folder, shape, weights, inputs.tokenizer_dir, source.sub_network, extra, tied=source.is_tied)
+    # the tokenizer's directory may have another license
+    known = {} if source.weights_dir is None else license_of(source.weights_dir)
+    notes = {LICENSE: known} if known else None
+    save_checkpoint(folder, shape, weights, inputs.tokenizer_dir, source.sub_network, extra, notes, source.is_tied)
     write_text(folder / "hyperparameters.yaml", yaml.safe_dump(inputs.arguments, sort_keys=False))
 
 
