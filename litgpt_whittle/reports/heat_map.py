@@ -27,8 +27,8 @@ TITLES = {
     "taylor": "the first-order change of the loss without them",
 }
 LAYER_TITLES = {"block_influence": "block influence", "perplexity": "perplexity without it"}
-SUBLAYER_TITLES = {"attn": "of the attention", "mlp": "of the MLP"}
-"""Titles of block influence, after the column of whole layers"""
+SUBLAYER_TITLES = {"attn": "attention influence", "mlp": "MLP influence"}
+"""Titles of the block influence of sub-layers"""
 
 
 def layer_columns(scores: Scores) -> dict[str, torch.Tensor]:
@@ -131,6 +131,8 @@ def _draw_panel(ax: Any, units: np.ndarray, scores: np.ndarray, shades: _Shades)
 
 def _draw_bars(ax: Any, values: np.ndarray, line: float | None) -> None:
     """Draw a bar per layer, on a log scale if values differ by more than 8 times, and a line for the whole model."""
+    from matplotlib.ticker import NullFormatter
+
     ax.spines[["top", "right"]].set_visible(False)
     shown = np.where(np.isfinite(values), values, np.nan)
     finite = [value for value in (*shown, line) if value is not None and np.isfinite(value)]
@@ -138,6 +140,7 @@ def _draw_bars(ax: Any, values: np.ndarray, line: float | None) -> None:
         ax.set_xscale("log")
         ax.set_xlim(min(finite) / 1.6, max(finite) * 1.3)
         ax.xaxis.set_major_formatter("{x:,g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # values below a decade would get overlapping labels
         ax.xaxis.get_major_locator().set_params(numticks=4)
     ax.barh(range(len(values)), shown, color="#7a8ca5", height=0.7)
     for layer, value in enumerate(values) if len(values) <= MANY_LAYERS else ():
