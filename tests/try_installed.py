@@ -1,9 +1,9 @@
-"""Run the whole pipeline with an installed package; `make dist` runs this script in a fresh environment.
+"""Run the commands of an installed package; `make dist` runs this script in a fresh environment.
 
     python tests/try_installed.py FOLDER
 
-makes a teacher with random weights in FOLDER, runs `litgpt whittle` (search, extract, repair, distill, report), exports
-the student, and compares its logits with those of transformers.
+makes a teacher with random weights in FOLDER, searches, cuts out the best sub-network, repairs, distills and exports
+it, and compares its logits with those of transformers.
 """
 
 import os
@@ -25,16 +25,15 @@ def main(folder: Path) -> None:
     config = Config.from_name("pythia-14m", n_layer=4, n_embd=64, n_head=4, padded_vocab_size=VOCABULARY)
     teacher = write_tokenizer(write_random_model(folder / "teacher", config))
     train, validation = (write_jsonl(folder / f"{i}.jsonl", documents(200, seed=i)) for i in range(2))
-    run("--help")
+    data = ("--data=HFText", f"--data.path={train}", f"--data.val_path={validation}", "--train.max_seq_length=64")
+    found, start, student = folder / "search", folder / "start", folder / "student"
+    run("search", teacher, "--bin=100k±20%", "--iterations=4", "--eval.max_iters=1", *data, f"--out_dir={found}")
+    run("extract", teacher, found / "best.yaml", "--repair.tokens=4096", *data, f"--out_dir={start}")
     run(
-        *("whittle", teacher, "--target=100k±20%", f"--out_dir={folder / 'out'}", "--data=HFText"),
-        *(f"--data.path={train}", f"--data.val_path={validation}"),
-        *("--search.iterations=4", "--search.eval.max_iters=1"),
-        *("--extract.repair.tokens=4096", "--distill.train.max_tokens=2048", "--distill.train.max_seq_length=64"),
-        "--distill.train.global_batch_size=8",
+        *("distill", f"--initial_checkpoint_dir={start}", f"--teacher_checkpoint_dir={teacher}", *data),
+        *("--train.max_tokens=2048", "--train.global_batch_size=8", "--logger_name=csv", f"--out_dir={student}"),
     )
-    (student,) = folder.glob("out/**/final/lit_model.pth")
-    print(run("export", student.parent, f"--out_dir={folder / 'hf'}"))
+    print(run("export", student / "final", f"--out_dir={folder / 'hf'}"))
 
 
 def run(*arguments: str | Path) -> str:
