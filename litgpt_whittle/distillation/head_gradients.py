@@ -20,7 +20,15 @@ class Gradients:
         kind: Device type that determines the kernels.
     """
 
-    def __init__(self, h, w, b, needs: tuple[bool, bool, bool], exact: torch.dtype, kind: str) -> None:
+    def __init__(
+        self,
+        h: torch.Tensor,
+        w: torch.Tensor,
+        b: torch.Tensor | None,
+        needs: tuple[bool, bool, bool],
+        exact: torch.dtype,
+        kind: str,
+    ) -> None:
         self.h, self.w, self.kind = h, w, kind
         self.hidden = torch.empty_like(h) if needs[0] else None
         self.weight = torch.zeros_like(w, dtype=exact) if needs[1] else None
