@@ -91,7 +91,7 @@ def test_candidates_race_by_the_fitness(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(search_run, "write_report", lambda out_dir: "the report")
     run_search(teacher, tmp_path / "out", fitness=ERROR, racing=RacingArgs(), strategy=RandomSearch(), iterations=8)
     assert len(read_journal(tmp_path / "out/journal.jsonl")[1]) == 8
-    with pytest.raises(UserError, match="SimulatedAnnealing needs exact scores; leave racing out"):
+    with pytest.raises(UserError, match="SimulatedAnnealing needs exact scores; leave --racing out"):
         run_search(teacher, tmp_path / "no", fitness=ERROR, racing=True, strategy=strategy())
 
 

@@ -149,7 +149,7 @@ def test_logits_that_are_no_numbers_are_not_cached():
     for value, places in ((math.nan, 1), (math.inf, 1), (-math.inf, slice(None))):
         bias = teacher.bias.clone()
         bias[places] = value
-        with pytest.raises(UserError, match="logits are not finite"):
+        with pytest.raises(UserError, match="logits must be finite"):
             encode(codec, TeacherLogits(teacher._replace(bias=bias)), uniform, torch.device("cpu"))
 
 

@@ -109,7 +109,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch):
-    monkeypatch.setattr(search_run, "write_report", lambda *_: None)
+    monkeypatch.setattr(search_run, "write_report", lambda *_: "the report")
 
 
 def on_both(command, out: Path, *args, **settings) -> tuple[Path, Path, Seen]:
