@@ -131,7 +131,9 @@ def test_samples_of_what_the_student_lacks_do_not_count(sizes, loss, draws):
 def test_a_cache_must_know_fewer_tokens_than_the_student_has():
     student, teacher, targets = tensors(21, 29)
     said, _ = cached("top_k", {"k": 21}, teacher, 0.9)
-    with pytest.raises(UserError, match="fewer tokens per distribution than the student's 21 vocabulary entries, got 21"):
+    with pytest.raises(
+        UserError, match="fewer tokens per distribution than the student's 21 vocabulary entries, got 21"
+    ):
         head_loss(student, targets, Objective(0.3, 0.7, 0.9), said)
 
 
