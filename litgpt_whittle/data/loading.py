@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from litgpt.data import JSON, DataModule, LitData, OpenWebText, TextFiles, TinyLlama, TinyStories
@@ -150,14 +150,14 @@ def connect(
 
 def packing_of(data: DataModule | None, tokenizer_dir: Path | None) -> Packing | None:
     """Return the tokens that separate documents if attention is to be reset there, else None."""
-    if not (isinstance(data, HFText) and data.reset_attention):
+    if not resets_attention(data):
         return None
     assert tokenizer_dir is not None, "`check_data` has checked it"
     tokenizer = Tokenizer(tokenizer_dir)
     return Packing(tokenizer.eos_id, data.has_bos(tokenizer))
 
 
-def resets_attention(data: DataModule | None) -> bool:
+def resets_attention(data: DataModule | None) -> TypeGuard[HFText]:
     """Return whether tokens attend only to tokens of the same document."""
     return isinstance(data, HFText) and data.reset_attention
 
